@@ -1,0 +1,361 @@
+"""What a model and a training run are made of: frozen, typed values, checked where they are made.
+
+Sources: the sizes and schedules are those of the paper's configuration table (arXiv 2512.23675) as released with the
+official code; `tiny` and `small` are ours, in the same proportions of window, mini-batch and context.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from ttt_e2e.errors import UserError
+
+Recompute = Literal["none", "mini-batch", "sqrt"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Transformer. With `suffix_layers` > 0 it is a TTT-E2E model, with 0 a standard one.
+
+    vocab_size: tokens in the vocabulary (V).
+    width: of the residual stream (D).
+    layers, heads, kv_heads: blocks, query heads (H) and key/value heads (None: as many as query heads).
+    mlp_width: hidden width (F) of every MLP, static and fast alike.
+    suffix_layers: how many of the last blocks have a fast MLP (the paper: a quarter of all).
+    window: tokens a query sees, itself included (k); None for full attention.
+    mini_batch: tokens per inner step (b); the loss is averaged over mini-batches. None (only without a suffix): one
+        mini-batch, the whole sequence.
+    inner_lr, inner_clip: inner SGD's step and the bound on the joint norm of a sequence's inner gradient.
+    rope_theta: base of the rotary positions. norm_eps: of every RMSNorm.
+    qk_norm, pre_norm, post_norm: RMSNorm on queries and keys per head, before, and after every sub-layer.
+    tied_head: whether the embedding is also the output head.
+    init_std: standard deviation of the normal that fills embedding and matrices at the start.
+
+    Raises UserError if the values do not fit together.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    kv_heads: int | None = None
+    suffix_layers: int = 0
+    window: int | None = 8192
+    mini_batch: int | None = 1024
+    inner_lr: float = 1.0
+    inner_clip: float = 1.0
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    pre_norm: bool = True
+    post_norm: bool = True
+    tied_head: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "width",
+            "layers",
+            "heads",
+            "mlp_width",
+            "kv_heads",
+            "window",
+            "mini_batch",
+        ):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
+        _require(self.width % self.heads == 0, f"width {self.width} does not divide into {self.heads} heads.")
+        _require(
+            self.head_width % 2 == 0, f"Rotary positions need an even head width, not {self.head_width}."
+        )
+        _require(
+            self.heads % self.kv_head_count == 0,
+            f"{self.heads} query heads cannot share {self.kv_head_count} key/value heads evenly.",
+        )
+        _require(
+            0 <= self.suffix_layers <= self.layers,
+            f"A suffix of {self.suffix_layers} blocks does not fit a model of {self.layers}; choose 0 to {self.layers}.",
+        )
+        _require(
+            self.mini_batch is not None or self.suffix_layers == 0,
+            "A model with a suffix learns mini-batch by mini-batch: set mini_batch.",
+        )
+        _require(
+            self.window is None
+            or self.mini_batch is None
+            or self.mini_batch <= self.window
+            or self.suffix_layers == 0,
+            f"The mini-batch b = {self.mini_batch} is longer than the window k = {self.window}; "
+            "tokens between updates would be forgotten. Choose b <= k.",
+        )
+        _require(self.inner_lr >= 0, f"inner_lr must not be negative, it is {self.inner_lr}.")
+        _require(self.inner_clip > 0, f"inner_clip must be positive, it is {self.inner_clip}.")
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head (K)."""
+        return self.width // self.heads
+
+    @property
+    def kv_head_count(self) -> int:
+        """Number of key/value heads; equal to `heads` unless they are grouped."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def prefix_layers(self) -> int:
+        """How many blocks come before the suffix."""
+        return self.layers - self.suffix_layers
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training: AdamW with warm-up and cosine, every figure in optimiser steps and tokens.
+
+    context: tokens per sequence (T). batch: sequences per optimiser step. accumulate: pieces a batch is split into.
+    steps: optimiser steps of this stage. warmup_steps, inner_warmup_steps: None for a tenth of the steps.
+    lr, lr_init, lr_end: peak, first and last learning rate: linear warm-up, then cosine over the remaining steps.
+    inner_lr_init: the inner learning rate at the first step, warmed up linearly to the model's `inner_lr`.
+    beta1, beta2, adam_eps, weight_decay, clip: AdamW; decay on every tensor; clip on the global norm.
+    recompute: what the outer gradient stores of the inner loop: "none" everything; "mini-batch" only the state between
+        mini-batches; "sqrt" only about 2 sqrt(N) of those states, at the price of a second recomputation.
+    dtype: of the matrix products; master weights, fast weights and losses stay in float32.
+    seed: of the initial weights and of the order of the data.
+    log_every, eval_every, checkpoint_every: in steps; 0 for never (a checkpoint is always written at the end).
+    eval_tokens: how many held-out tokens an evaluation reads. keep_checkpoints: how many of the latest are kept.
+    """
+
+    context: int = 8192
+    batch: int = 64
+    accumulate: int = 1
+    steps: int = 4800
+    lr: float = 3e-3
+    lr_init: float = 0.0
+    lr_end: float = 1e-5
+    warmup_steps: int | None = None
+    inner_lr_init: float = 0.1
+    inner_warmup_steps: int | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    recompute: Recompute = "mini-batch"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 100
+    eval_tokens: int = 65_536
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch", "accumulate", "steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("log_every", "eval_every", "checkpoint_every", "lr", "weight_decay", "eval_tokens"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, it is {getattr(self, name)}.")
+        _require(
+            self.batch % self.accumulate == 0,
+            f"A batch of {self.batch} sequences does not split into {self.accumulate} equal pieces.",
+        )
+        for name in ("warmup_steps", "inner_warmup_steps"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value, f"{name} must not be negative, it is {value}.")
+
+    @property
+    def warmup(self) -> int:
+        """Outer warm-up in steps; a tenth of all unless set."""
+        return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def inner_warmup(self) -> int:
+        """Inner learning rate's warm-up in steps; a tenth of all unless set."""
+        return self.steps // 10 if self.inner_warmup_steps is None else self.inner_warmup_steps
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A model and how it is trained; printed at the start of a run and saved with it."""
+
+    model: ModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# name: layers, width, heads, MLP width with full attention, MLP width with TTT-E2E, suffix, outer lr, steps, batch
+_PUBLISHED = {
+    "125m": (12, 768, 12, 2048, 1664, 3, 3e-3, 4800, 64),
+    "350m": (24, 1024, 16, 2816, 2304, 6, 1.5e-3, 13500, 64),
+    "760m": (24, 1536, 16, 4096, 3328, 6, 1.25e-3, 29000, 64),
+    "1b": (24, 2048, 32, 5376, 4352, 6, 1e-3, 50000, 64),
+    "3b": (32, 2560, 32, 6912, 5632, 8, 8e-4, 52000, 128),
+}
+_PUBLISHED_VOCABULARY = 128_256
+
+# Ours, for a laptop: the paper's k : b : context of 8 : 1 : 8 (and 128 when extended), at a smaller k.
+# name: vocabulary, layers, width, heads, MLP full / TTT-E2E, suffix, window, mini-batch, lr, steps, batch, context
+_LAPTOP = {
+    "tiny": (4096, 8, 128, 4, 352, 288, 2, 256, 32, 3e-3, 1000, 4, 2048),
+    "small": (8192, 12, 384, 6, 1024, 832, 3, 512, 64, 2e-3, 4000, 8, 4096),
+}
+
+
+def _presets() -> dict[str, RunConfig]:
+    presets = {}
+    for name, (layers, width, heads, full, ttt, suffix, lr, steps, batch) in _PUBLISHED.items():
+        train = TrainConfig(lr=lr, steps=steps, batch=batch, context=8192, dtype="bfloat16")
+        shape: dict[str, Any] = dict(
+            vocab_size=_PUBLISHED_VOCABULARY, width=width, layers=layers, heads=heads
+        )
+        presets[name] = RunConfig(ModelConfig(**shape, mlp_width=ttt, suffix_layers=suffix), train)
+        presets[f"{name}-full"] = RunConfig(
+            ModelConfig(**shape, mlp_width=full, window=None, mini_batch=None), train
+        )
+    for name, row in _LAPTOP.items():
+        vocab, layers, width, heads, full, ttt, suffix, window, mini_batch, lr, steps, batch, context = row
+        train = TrainConfig(lr=lr, steps=steps, batch=batch, context=context)
+        shape = dict(vocab_size=vocab, width=width, layers=layers, heads=heads)
+        presets[name] = RunConfig(
+            ModelConfig(**shape, mlp_width=ttt, suffix_layers=suffix, window=window, mini_batch=mini_batch),
+            train,
+        )
+        presets[f"{name}-full"] = RunConfig(
+            ModelConfig(**shape, mlp_width=full, window=None, mini_batch=None), train
+        )
+        presets[f"{name}-window"] = RunConfig(
+            ModelConfig(**shape, mlp_width=full, window=window, mini_batch=None), train
+        )
+    return presets
+
+
+PRESETS = _presets()
+
+
+def preset(name: str) -> RunConfig:
+    """The configuration called `name`: a published size ("125m" ... "3b", TTT-E2E; "125m-full" ... with full
+    attention) or one of ours ("tiny", "small", each also "-full" and "-window"). Raises UserError for any other name."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"There is no preset {name!r}.{hint} There are: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def extension(train: TrainConfig, context: int, pretrain_steps: int) -> TrainConfig:
+    """The published recipe to extend a pre-trained model to a longer `context`: lr 4e-4, a fortieth of the
+    pre-training's steps at the same tokens per step, no inner warm-up."""
+    batch = max(1, train.batch * train.context // context)
+    return dataclasses.replace(
+        train,
+        context=context,
+        batch=batch,
+        accumulate=train.accumulate if batch % train.accumulate == 0 else 1,
+        lr=4e-4,
+        steps=max(1, pretrain_steps // 40),
+        warmup_steps=None,
+        inner_warmup_steps=0,
+    )
+
+
+def rope_theta_for(context: int) -> float:
+    """The published rotary base of full attention by context: 5e5 up to 8K, 2e6 up to 32K, 1e7 beyond."""
+    return 5e5 if context <= 8192 else 2e6 if context <= 32_768 else 1e7
+
+
+# -- in and out of text ------------------------------------------------------------------------------------------------
+
+C = TypeVar("C")
+
+
+def override(config: RunConfig, assignments: list[str]) -> RunConfig:
+    """`config` with assignments such as "model.window=256" or "train.lr=1e-3" applied, each checked against its type.
+
+    The section may be left out where the name is unique. Raises UserError for an unknown name or an unfit value."""
+    changes: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    sections = {"model": ModelConfig, "train": TrainConfig}
+    known = {f"{s}.{f.name}": s for s, cls in sections.items() for f in dataclasses.fields(cls)}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        _require(
+            bool(equals), f"{assignment!r} is not an override; write NAME=VALUE, such as train.steps=100."
+        )
+        full = name if name in known else next((n for n in known if n.split(".")[1] == name), name)
+        if full not in known:
+            near = difflib.get_close_matches(full, [*known, *(n.split(".")[1] for n in known)], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(known)}."
+            raise UserError(f"There is no setting {name!r}.{hint}")
+        section, key = full.split(".")
+        changes[section][key] = _parse(text, typing.get_type_hints(sections[section])[key], full)
+    return RunConfig(
+        dataclasses.replace(config.model, **changes["model"]),
+        dataclasses.replace(config.train, **changes["train"]),
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration") -> C:
+    """The reverse of `to_dict`. Raises UserError, naming `where`, for unknown or missing fields and unfit values."""
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = set(values) - names
+    _require(not unknown, f"{where} has unknown fields: {', '.join(sorted(unknown))}.")
+    checked = {
+        key: from_dict(hints[key], value, where)
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
+        else _check(value, hints[key], f"{key} in {where}")
+        for key, value in values.items()
+    }
+    try:
+        return cls(**checked)
+    except TypeError as error:
+        raise UserError(f"{where} is incomplete: {error}.") from error
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _check(value: Any, hint: Any, where: str) -> Any:
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    raise UserError(f"{where} must be {_describe(hint)}, not {value!r}.")
+
+
+def _parse(text: str, hint: Any, where: str) -> Any:
+    try:
+        value = None if text.lower() in ("none", "null") else json.loads(text.lower())
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(value, float) and value.is_integer() and float not in _alternatives(hint):
+        value = int(value)
+    return _check(value, hint, where)
+
+
+def _describe(hint: Any) -> str:
+    words = []
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is Literal:
+            words += [repr(choice) for choice in typing.get_args(kind)]
+        else:
+            names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
+            words.append(names.get(kind, str(kind)))
+    return " or ".join(words)

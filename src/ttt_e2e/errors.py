@@ -1,0 +1,5 @@
+"""The one exception that is meant for people: the command line prints it as one sentence, without a traceback."""
+
+
+class UserError(Exception):
+    """Something that the user can mend: the message says what was wrong, where, and how to mend it."""

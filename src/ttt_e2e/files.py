@@ -1,0 +1,63 @@
+"""Files that are whole or not there: everything is written beside its place and then renamed into it."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ttt_e2e.errors import UserError
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a path to write a file or a folder to; it becomes `target` when the block ends without an exception.
+
+    An existing `target` is replaced only then (a file in one rename, a folder in two). On any exception what was
+    written is removed and `target` is as before. Raises UserError if the disk is full or the place is not writable.
+    """
+    target = Path(target)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        _sync(part)
+        if target.is_dir():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            part.rename(target)
+            shutil.rmtree(old)
+        else:
+            part.replace(target)
+    except OSError as error:
+        _remove(part)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"No space left on the disk while writing {target}; what was there before is kept."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"Cannot write {target}: {error.strerror}. Choose another place.") from error
+        raise
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write `text` to `target` as UTF-8, whole or not at all."""
+    with atomic_path(target) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Operators of the model that have more than one implementation."""

@@ -1,0 +1,45 @@
+"""What several tests share: small models, and the reference numbers of the official implementation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ttt_e2e.config import ModelConfig
+from ttt_e2e.model import Transformer
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    if not GOLDEN.is_dir():
+        pytest.skip("the official implementation's reference tensors (../shared/golden) are not here")
+    return GOLDEN
+
+
+def small_config(**changes: object) -> ModelConfig:
+    """A model of four blocks, two of them suffix, that runs in milliseconds."""
+    values: dict = dict(
+        vocab_size=50,
+        width=16,
+        layers=4,
+        heads=2,
+        mlp_width=24,
+        suffix_layers=2,
+        window=12,
+        mini_batch=5,
+        init_std=0.3,
+    )
+    return ModelConfig(**{**values, **changes})
+
+
+def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Transformer:
+    """`small_config` as a model, its norms' weights moved off one so that a test sees them."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(small_config(**changes), generator).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
+    return model
