@@ -1,0 +1,1 @@
+"""From texts to sequences: reading, tokenizers, token shards, `prepare`, and the resumable loader."""

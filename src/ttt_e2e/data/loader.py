@@ -1,0 +1,154 @@
+"""Sequences of T+1 tokens from long documents, shuffled by a seed, from a position that can be restored."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttt_e2e.data.shards import TokenSet
+from ttt_e2e.errors import UserError
+
+
+class SequenceLoader:
+    """An endless iterator of batches: int64 tensors [batch, context + 1] on the CPU.
+
+    In an epoch every document of more than `context` tokens is cut into windows of `context + 1` tokens that
+    overlap by one, from a random start within what does not fill a window: no token is a target twice.
+    Shorter documents are first joined, in random order, into one stream that is cut alike. The windows of an
+    epoch come in random order; a batch may cross into the next epoch. Of every `world * batch` sequences,
+    rank `rank` gets its own `batch`.
+
+    The order is a function of the tokens, `context` and `seed` alone, so the position is two numbers.
+    Raises UserError if the tokens do not fill one window.
+    """
+
+    def __init__(
+        self, tokens: TokenSet, context: int, batch: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        if context < 1 or batch < 1 or not 0 <= rank < world:
+            raise ValueError(f"no such loader: {context=}, {batch=}, {rank=}, {world=}")
+        self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
+        self.rank, self.world = rank, world
+        is_long = tokens.lengths > context
+        self._long = np.flatnonzero(is_long)
+        self._short = np.flatnonzero(~is_long)
+        self._windows_to = np.cumsum((tokens.lengths[self._long] - 1) // context)
+        self._long_windows = int(self._windows_to[-1]) if len(self._long) else 0
+        self._short_total = int(tokens.lengths[self._short].sum())
+        self.windows = self._long_windows + max(0, (self._short_total - 1) // context)
+        if self.windows == 0:
+            raise UserError(
+                f"{tokens.where} holds {tokens.total} tokens in {len(tokens)} documents, "
+                f"too few for one sequence of {context + 1}; choose a shorter context or prepare more text."
+            )
+        self._epoch, self._index = 0, 0
+        self._arrange()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        sequences = np.empty((self.batch, self.context + 1), np.int64)
+        self._advance(self.rank * self.batch)
+        for sequence in sequences:
+            self._read(int(self._order[self._index]), sequence)
+            self._advance(1)
+        self._advance((self.world - 1 - self.rank) * self.batch)
+        return torch.from_numpy(sequences)
+
+    def state(self) -> dict[str, Any]:
+        """Return the position and what it belongs to, as a value for JSON; it is the same on every rank."""
+        return {
+            "epoch": self._epoch,
+            "index": self._index,
+            "seed": self.seed,
+            "context": self.context,
+            "batch": self.batch,
+            "data": self.tokens.digest,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken, with its seed; `batch` and `world` may differ from then.
+
+        Raises UserError if the tokens or the context are others than those of `state`.
+        """
+        if state["data"] != self.tokens.digest:
+            raise UserError(
+                f"{self.tokens.where} does not hold the tokens that the saved position belongs to; "
+                "continue with those, or start a new run."
+            )
+        if state["context"] != self.context:
+            raise UserError(
+                f"The saved position belongs to a context of {state['context']} tokens, not {self.context}; "
+                "continue with that, or start a new run."
+            )
+        self.seed, self._epoch, self._index = state["seed"], state["epoch"], state["index"]
+        self._arrange()
+
+    def _advance(self, sequences: int) -> None:
+        epochs, self._index = divmod(self._index + sequences, self.windows)
+        if epochs:
+            self._epoch += epochs
+            self._arrange()
+
+    def _arrange(self) -> None:
+        """Draw this epoch's starts and orders."""
+        # Raw output of the bit generator, since only that is promised to stay the same in every version of
+        # numpy.
+        bits = np.random.PCG64([self.seed, self._epoch])
+        self._order = np.argsort(bits.random_raw(self.windows), kind="stable")
+        leftover = (self.tokens.lengths[self._long] - 1) % self.context
+        self._offsets = (bits.random_raw(len(self._long)) % (leftover + 1).astype(np.uint64)).astype(np.int64)
+        self._packed = self._short[np.argsort(bits.random_raw(len(self._short)), kind="stable")]
+        self._packed_to = np.cumsum(self.tokens.lengths[self._packed])
+        room = max(0, self._short_total - 1) % self.context + 1
+        self._packed_offset = int(bits.random_raw(1)[0] % np.uint64(room))
+
+    def _read(self, window: int, into: np.ndarray) -> None:
+        if window < self._long_windows:
+            nth = int(np.searchsorted(self._windows_to, window, side="right"))
+            before = int(self._windows_to[nth - 1]) if nth else 0
+            start = int(self._offsets[nth]) + (window - before) * self.context
+            into[:] = self.tokens.document(int(self._long[nth]), start, start + self.context + 1)
+            return
+        position = self._packed_offset + (window - self._long_windows) * self.context
+        nth = int(np.searchsorted(self._packed_to, position, side="right"))
+        filled = 0
+        while filled < len(into):
+            document = int(self._packed[nth])
+            start = position + filled - (int(self._packed_to[nth]) - int(self.tokens.lengths[document]))
+            piece = self.tokens.document(document, start, start + len(into) - filled)
+            into[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            nth += 1
+
+
+def held_out(tokens: TokenSet, context: int, limit_tokens: int) -> list[np.ndarray]:
+    """Return the sequences to evaluate on: int64 arrays of 2 to `context + 1` tokens, always the same ones.
+
+    First the beginning of every document, then the next `context` tokens of every document that has more, and
+    so on, until the next sequence would bring them to more than `limit_tokens` tokens in all. Raises
+    UserError if there is none.
+    """
+    sequences: list[np.ndarray] = []
+    total = 0
+    start = 0
+    documents = np.arange(len(tokens))
+    while len(documents := documents[tokens.lengths[documents] > start + 1]):
+        for document in documents:
+            size = min(context + 1, int(tokens.lengths[document]) - start)
+            if total + size > limit_tokens:
+                break
+            sequences.append(tokens.document(int(document), start, start + size).astype(np.int64))
+            total += size
+        else:
+            start += context
+            continue
+        break
+    if not sequences:
+        raise UserError(
+            f"{tokens.where} has no sequence to evaluate on within {limit_tokens} tokens; "
+            "raise the limit, shorten the context or hold out more text."
+        )
+    return sequences

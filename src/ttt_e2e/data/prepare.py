@@ -1,0 +1,287 @@
+"""From texts to token shards, in two passes over the texts; may be killed at any time and run again.
+
+The first pass checks that everything can be read, counts, and samples the tokenizer's training text; the
+second tokenises. Both stream: a text file is never whole in memory, a row of JSONL or parquet once at a time.
+That is why the texts are read twice from disk rather than kept.
+"""
+
+import hashlib
+import json
+import platform
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ttt_e2e.data.shards import FORMAT_VERSION, ShardWriter, token_dtype
+from ttt_e2e.data.text import Document, documents, source_files, standard_library
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import write_text
+
+_SAMPLE_PIECE = 1 << 13
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a folder of prepared tokens holds; documents and tokens are counted per split ("train", "val").
+
+    skipped: a sentence for each file or row that was left out. characters: of all documents.
+    """
+
+    folder: Path
+    vocab_size: int
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    characters: int
+    skipped: list[str]
+
+
+def prepare(
+    sources: list[Path] | None,
+    out: Path,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    text_column: str = "text",
+    val: list[Path] | None = None,
+    val_share: float = 0.02,
+    seed: int = 0,
+    sample_chars: int = 32_000_000,
+    shard_tokens: int = 1 << 26,
+    progress: bool = True,
+) -> Prepared:
+    """Tokenise `sources` (None: Python's own standard library) into the folder `out`, which `TokenSet` opens.
+
+    tokenizer: a `tokenizer.json`, a folder with one or a Hugging Face name; None trains one of `vocab_size`
+        tokens on a uniform sample of at most `sample_chars` characters of the documents that are not held
+        out.
+    val: sources of the held-out documents. None holds out whole documents of `sources`: in an order drawn by
+        `seed`, each that still fits into `val_share` of all characters; the shortest one if none fits and
+        there are several.
+    shard_tokens: a shard ends with the document that brings it to so many tokens.
+
+    If it is interrupted, the same call continues after the last finished shard and the result is, byte for
+    byte, that of an uninterrupted one. Raises UserError for what cannot be read, for texts that change
+    meanwhile, and if `out` holds anything but the same preparation.
+    """
+    out = Path(out)
+    if not 0 <= val_share < 1:
+        raise UserError(f"val_share must be at least 0 and below 1, it is {val_share}.")
+    config = {
+        "sources": _fingerprint(sources),
+        "val": None if val is None else _fingerprint(val),
+        "tokenizer": tokenizer,
+        "vocab_size": None if tokenizer else vocab_size,
+        "text_column": text_column,
+        "val_share": None if val else val_share,
+        "seed": seed,
+        "sample_chars": None if tokenizer else sample_chars,
+        "shard_tokens": shard_tokens,
+    }
+    state = _load_state(out, config)
+    if "splits" in state:
+        return _summary(out, state)
+
+    def texts(skipped: list[str] | None = None) -> Iterator[tuple[bool, Document]]:
+        own = standard_library() if sources is None else documents(sources, text_column, skipped)
+        held_out = documents(val or [], text_column, skipped)
+        return chain(((False, document) for document in own), ((True, document) for document in held_out))
+
+    if "plan" in state:
+        trained = Tokenizer.load(out / "tokenizer.json")
+    else:
+        _save_state(out, state)
+        given = Tokenizer.load(tokenizer) if tokenizer else None
+        skipped: list[str] = []
+        plan, sample = _survey(
+            texts(skipped), val_share if val is None else None, seed, 0 if given else sample_chars, progress
+        )
+        trained = given or Tokenizer.train(sample, vocab_size)
+        trained.save(out / "tokenizer.json")
+        # As loaded: the digest must not depend on whether this run trained the tokenizer or a run before it
+        # did.
+        trained = Tokenizer.load(out / "tokenizer.json")
+        state |= {"plan": plan | {"skipped": skipped}, "documents": 0, "characters": 0, "rounds": []}
+        _save_state(out, state)
+
+    _tokenise(out, state, texts(), trained, shard_tokens, progress)
+
+    meta = {
+        "version": FORMAT_VERSION,
+        "vocab_size": trained.vocab_size,
+        "bos": trained.bos,
+        "dtype": token_dtype(trained.vocab_size).str,
+        "tokenizer": trained.digest,
+        "splits": {
+            split: [shards[split] for shards in state["rounds"] if split in shards]
+            for split in ("train", "val")
+        },
+        "characters": state["plan"]["characters"],
+        "skipped": state["plan"]["skipped"],
+        "config": config,
+    }
+    write_text(out / "meta.json", json.dumps(meta, indent=1))
+    (out / "progress.json").unlink()
+    return _summary(out, meta)
+
+
+def _summary(out: Path, meta: dict[str, Any]) -> Prepared:
+    splits = meta["splits"].items()
+    return Prepared(
+        folder=out,
+        vocab_size=meta["vocab_size"],
+        documents={split: sum(shard["documents"] for shard in shards) for split, shards in splits},
+        tokens={split: sum(shard["tokens"] for shard in shards) for split, shards in splits},
+        characters=meta["characters"],
+        skipped=meta["skipped"],
+    )
+
+
+def _fingerprint(sources: list[Path] | None) -> str:
+    if sources is None:
+        return f"the standard library of Python {platform.python_version()}"
+    fingerprint = hashlib.sha256()
+    for name, path, _ in source_files(sources):
+        status = path.stat()
+        fingerprint.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
+    return fingerprint.hexdigest()
+
+
+def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return meta.json if `out` is finished, progress.json if it is begun, else a fresh state."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose a folder for the tokens.")
+    for name in ("meta.json", "progress.json"):
+        try:
+            state = json.loads((out / name).read_bytes())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise UserError(
+                f"{out / name} is broken ({error}); delete {out} or choose another folder."
+            ) from error
+        other = [key for key in config if state.get("config", {}).get(key) != config[key]]
+        if not other:
+            for leftover in out.glob(".*.part"):
+                leftover.unlink()
+            return state
+        if name == "meta.json" or "plan" in state:
+            raise UserError(
+                f"{out} was prepared with other {', '.join(other)}; choose another folder or delete this one."
+            )
+        return {"config": config}
+    if out.is_dir() and any(not file.name.endswith(".part") for file in out.iterdir()):
+        raise UserError(f"{out} holds other files; choose an empty or a new folder for the tokens.")
+    return {"config": config}
+
+
+def _save_state(out: Path, state: dict[str, Any]) -> None:
+    write_text(out / "progress.json", json.dumps(state))
+
+
+def _survey(
+    texts: Iterator[tuple[bool, Document]],
+    val_share: float | None,
+    seed: int,
+    sample_chars: int,
+    progress: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """Read everything once: what is to be tokenised and held out, and a sample of the rest.
+
+    The sample is a reservoir: every piece of text has the same chance to be in it, however many there are.
+    """
+    rng = random.Random(seed)
+    capacity = sample_chars // _SAMPLE_PIECE
+    reservoir: list[tuple[int, str]] = []
+    lengths: list[int] = []
+    draws: list[bytes] = []
+    held_out: list[int] = []
+    seen = 0
+    with tqdm(desc="reading", unit="char", unit_scale=True, disable=not progress) as bar:
+        for index, (is_val, document) in enumerate(texts):
+            lengths.append(0)
+            draws.append(hashlib.sha256(f"{seed}/{document.name}".encode()).digest())
+            if is_val:
+                held_out.append(index)
+            for piece in document.pieces():
+                lengths[-1] += len(piece)
+                bar.update(len(piece))
+                for start in range(0, len(piece) if capacity else 0, _SAMPLE_PIECE):
+                    seen += 1
+                    slot = len(reservoir) if len(reservoir) < capacity else rng.randrange(seen)
+                    if slot < capacity:
+                        reservoir[slot : slot + 1] = [(index, piece[start : start + _SAMPLE_PIECE])]
+            bar.set_postfix(documents=len(lengths), refresh=False)
+    characters = sum(lengths)
+    if val_share:
+        room = val_share * characters
+        for index in sorted(range(len(lengths)), key=lambda index: (draws[index], index)):
+            if lengths[index] <= room:
+                room -= lengths[index]
+                held_out.append(index)
+        if not held_out and len(lengths) > 1:
+            held_out.append(min(range(len(lengths)), key=lambda index: (lengths[index], draws[index], index)))
+    if len(lengths) == len(held_out):
+        raise UserError(
+            "The sources hold no text to train on; give at least one text file that is not empty."
+        )
+    held_out.sort()
+    out_of_sample = set(held_out)
+    sample = [piece for index, piece in reservoir if index not in out_of_sample]
+    return {"documents": len(lengths), "characters": characters, "held_out": held_out}, sample
+
+
+def _tokenise(
+    out: Path,
+    state: dict[str, Any],
+    texts: Iterator[tuple[bool, Document]],
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    progress: bool,
+) -> None:
+    """Write the rounds that `state` lacks; a round is one shard of each split that has documents in it."""
+    plan = state["plan"]
+    held_out = set(plan["held_out"])
+    dtype = token_dtype(tokenizer.vocab_size)
+    remaining = enumerate(islice(texts, state["documents"], None), state["documents"])
+    with tqdm(
+        desc="tokenising",
+        total=plan["characters"],
+        initial=state["characters"],
+        unit="char",
+        unit_scale=True,
+        disable=not progress,
+    ) as bar:
+
+        def counted(document: Document) -> Iterator[str]:
+            for piece in document.pieces():
+                state["characters"] += len(piece)
+                bar.update(len(piece))
+                yield piece
+
+        while state["documents"] < plan["documents"]:
+            with ExitStack() as stack:
+                writers: dict[str, ShardWriter] = {}
+                size = 0
+                for index, (_, document) in remaining:
+                    split = "val" if index in held_out else "train"
+                    if split not in writers:
+                        stem = f"{split}-{len(state['rounds']):05d}"
+                        writers[split] = ShardWriter(stack, out, stem, dtype, tokenizer.bos)
+                    size += writers[split].write(document.name, tokenizer.encode_pieces(counted(document)))
+                    state["documents"] = index + 1
+                    bar.set_postfix(documents=state["documents"], refresh=False)
+                    if size >= shard_tokens:
+                        break
+                if not writers:
+                    break
+                state["rounds"].append({split: writer.close() for split, writer in writers.items()})
+            _save_state(out, state)
+    if (state["documents"], state["characters"]) != (plan["documents"], plan["characters"]):
+        raise UserError(f"The sources changed while they were read; delete {out} and prepare it again.")

@@ -1,0 +1,249 @@
+"""Token shards on disk, and the official zarr arrays: documents of token ids that are mapped, not loaded.
+
+A folder holds `meta.json`, `tokenizer.json` and, per split and shard, `train-00000.bin` (little-endian
+uint16, or uint32 for more than 65536 tokens) beside `train-00000.json` (names and lengths of its documents).
+Every document begins with the BOS token.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import atomic_path, write_text
+
+FORMAT_VERSION = 1
+_ZARR_SAMPLE = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the dtype that shards of such a vocabulary have on disk."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes one shard document by document; the files appear, whole, when `close` is called inside `stack`.
+
+    If `stack` ends by an exception before, nothing is left behind.
+    """
+
+    def __init__(self, stack: ExitStack, folder: Path, stem: str, dtype: np.dtype, bos: int) -> None:
+        self._file = stack.enter_context(ExitStack())
+        part = self._file.enter_context(atomic_path(folder / f"{stem}.bin"))
+        self._handle = self._file.enter_context(part.open("wb"))
+        self._hash = hashlib.sha256()
+        self._index = folder / f"{stem}.json"
+        self._dtype, self._bos, self._stem = dtype, bos, stem
+        self._names: list[str] = []
+        self._lengths: list[int] = []
+
+    def write(self, name: str, tokens: Iterable[np.ndarray]) -> int:
+        """Append a document, given as arrays of token ids without BOS; returns its length with BOS."""
+        length = 0
+        for array in chain([np.array([self._bos])], tokens):
+            data = array.astype(self._dtype).tobytes()
+            self._hash.update(data)
+            self._handle.write(data)
+            length += len(array)
+        self._names.append(name)
+        self._lengths.append(length)
+        return length
+
+    def close(self) -> dict[str, Any]:
+        """Put the shard in its place and return its entry for `meta.json`."""
+        self._file.close()
+        write_text(self._index, json.dumps({"names": self._names, "lengths": self._lengths}))
+        return {
+            "name": self._stem,
+            "documents": len(self._names),
+            "tokens": sum(self._lengths),
+            "sha256": self._hash.hexdigest(),
+        }
+
+
+class TokenSet:
+    """The documents of one split: `len()` of them, each an array of token ids on disk, read where it is sliced.
+
+    names: one per document. lengths: int64 array, tokens per document. total: tokens in all. bos: the token
+    that begins documents. vocab_size: None where it is not known (zarr). digest: changes with the tokens or
+    their tokenizer.
+    """
+
+    def __init__(
+        self,
+        arrays: list[Any],
+        names: list[str],
+        lengths: list[list[int]],
+        *,
+        bos: int,
+        vocab_size: int | None,
+        digest: str,
+        where: str,
+        folder: Path | None = None,
+        tokenizer_digest: str | None = None,
+    ) -> None:
+        self._arrays = arrays
+        self._shard = np.repeat(np.arange(len(arrays)), [len(shard) for shard in lengths])
+        starts = [np.cumsum([0, *shard[:-1]]) for shard in lengths if shard]
+        self._starts = np.concatenate(starts).astype(np.int64)
+        self.names = names
+        self.lengths = np.array([length for shard in lengths for length in shard], np.int64)
+        self.total = int(self.lengths.sum())
+        self.bos = bos
+        self.vocab_size = vocab_size
+        self.digest = digest
+        self.where = where
+        self._folder = folder
+        self._tokenizer_digest = tokenizer_digest
+
+    @classmethod
+    def open(cls, folder: Path, split: str = "train") -> "TokenSet":
+        """Open a split ("train" or "val") of a folder that `prepare` made, without reading its tokens.
+
+        Raises UserError if the folder is missing or unfinished, has no such split, or a shard does not fit
+        meta.json.
+        """
+        folder = Path(folder)
+        meta = _read_json(folder / "meta.json", folder)
+        if not isinstance(meta, dict) or "splits" not in meta:
+            raise UserError(f"{folder} does not hold prepared tokens; make it with `ttt-e2e prepare`.")
+        if meta.get("version") != FORMAT_VERSION:
+            raise UserError(
+                f"{folder} has token format {meta.get('version')}, not {FORMAT_VERSION}; prepare it anew."
+            )
+        shards = meta["splits"].get(split)
+        if not shards:
+            present = ", ".join(name for name, entries in meta["splits"].items() if entries)
+            raise UserError(
+                f"{folder} has no {split!r} documents, only: {present}; prepare it with more of them."
+            )
+        dtype = np.dtype(meta["dtype"])
+        arrays, names, lengths = [], [], []
+        for shard in shards:
+            path = folder / f"{shard['name']}.bin"
+            index = _read_json(path.with_suffix(".json"), folder)
+            size = path.stat().st_size if path.exists() else None
+            if size is None:
+                raise UserError(f"{path} is missing; prepare {folder} anew.")
+            if size != shard["tokens"] * dtype.itemsize or sum(index["lengths"]) != shard["tokens"]:
+                raise UserError(
+                    f"{path} was altered or cut short: it has {size} bytes where meta.json promises "
+                    f"{shard['tokens']} tokens; prepare {folder} anew."
+                )
+            arrays.append(np.memmap(path, dtype, "r"))
+            names += index["names"]
+            lengths.append(index["lengths"])
+        return cls(
+            arrays,
+            names,
+            lengths,
+            bos=meta["bos"],
+            vocab_size=meta["vocab_size"],
+            digest=_digest(meta["tokenizer"], shards),
+            where=str(folder),
+            folder=folder,
+            tokenizer_digest=meta["tokenizer"],
+        )
+
+    @classmethod
+    def open_zarr(cls, path: Path, split: str, bos: int) -> "TokenSet":
+        """Open the official token arrays: a zarr group with one 1-D integer array per split.
+
+        The array is one document, as in the official loader: finding the beginnings of its texts would read
+        it all. Raises UserError if zarr is not installed or there is no such array.
+        """
+        try:
+            import zarr
+        except ImportError as error:
+            raise UserError(f'Reading {path} needs zarr: pip install "ttt-e2e[zarr]".') from error
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder of zarr arrays; check the path.")
+        try:
+            array = zarr.open_array(str(path / split), mode="r")
+        except Exception as error:  # zarr raises a different one for every way of not being an array
+            raise UserError(
+                f"{path} has no zarr array {split!r}; check the path and the split's name."
+            ) from error
+        if array.ndim != 1 or array.dtype.kind not in "iu" or array.shape[0] == 0:
+            raise UserError(
+                f"{path / split} is not a row of tokens but has shape {array.shape} and type {array.dtype}."
+            )
+        ends = [np.asarray(part).tolist() for part in (array[:1024], array[-1024:])]
+        return cls(
+            [array],
+            [split],
+            [[int(array.shape[0])]],
+            bos=bos,
+            vocab_size=None,
+            digest=_digest(str(array.dtype), [array.shape[0], *ends]),
+            where=str(path),
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return tokens [start, stop) of a document, int, in the dtype of the disk.
+
+        A view of the mapped file, or a copy where the tokens are a zarr array.
+        """
+        stop = int(self.lengths[index]) if stop is None else min(stop, int(self.lengths[index]))
+        first = int(self._starts[index])
+        return self._arrays[self._shard[index]][first + start : first + stop]
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer of these tokens; raises UserError if there is none or it is another one."""
+        if self._folder is None:
+            raise UserError(f"{self.where} comes without a tokenizer; name the one that made its tokens.")
+        tokenizer = Tokenizer.load(self._folder / "tokenizer.json")
+        if tokenizer.digest != self._tokenizer_digest:
+            raise UserError(
+                f"{self._folder / 'tokenizer.json'} is not the tokenizer that made the tokens beside it; "
+                "put that one back or prepare the folder anew."
+            )
+        return tokenizer
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise UserError unless these tokens have a vocabulary of `vocab_size`.
+
+        Where it is not known (zarr), the first million tokens must fit into it.
+        """
+        if self.vocab_size is None:
+            largest = max(int(self.document(0, 0, _ZARR_SAMPLE).max()), self.bos)
+            if largest >= vocab_size:
+                raise UserError(
+                    f"{self.where} holds token {largest}, but the model has a vocabulary of {vocab_size}; "
+                    "set vocab_size to that of the tokenizer that made the tokens."
+                )
+        elif self.vocab_size != vocab_size:
+            raise UserError(
+                f"{self.where} was made with a vocabulary of {self.vocab_size}, but the model has "
+                f"{vocab_size}; set vocab_size = {self.vocab_size} or prepare the data with the model's tokenizer."
+            )
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path, folder: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder of prepared tokens; run `ttt-e2e prepare`.") from error
+        if path.name == "meta.json" and (folder / "progress.json").exists():
+            raise UserError(
+                f"{folder} was not prepared to the end; run the same `ttt-e2e prepare` again."
+            ) from error
+        raise UserError(f"{path} is missing; make {folder} with `ttt-e2e prepare`.") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); prepare {folder} anew.") from error

@@ -1,0 +1,255 @@
+"""Reading texts: strict UTF-8, piece by piece, from files, folders, JSONL, parquet and Python's library."""
+
+import codecs
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ttt_e2e.errors import UserError
+
+PIECE_BYTES = 1 << 20
+_JSONL = {".jsonl", ".ndjson"}
+_ROWS_PER_BATCH = 16
+_TEST_FOLDERS = {"test", "tests", "idle_test", "__phello__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with a name. `source` is the text itself, or the path of a text file, read when asked for."""
+
+    name: str
+    source: str | Path
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces of about a megabyte; raises UserError as `text_pieces` does."""
+        if isinstance(self.source, Path):
+            yield from text_pieces(self.source)
+        else:
+            for start in range(0, len(self.source), PIECE_BYTES):
+                yield self.source[start : start + PIECE_BYTES]
+
+    @property
+    def text(self) -> str:
+        """The whole text; a file is read anew each time."""
+        return "".join(self.pieces())
+
+
+def text_pieces(source: Path | IO[bytes], piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
+    """Decode a text file, or an open binary stream such as standard input, in pieces of up to `piece_bytes`.
+
+    Line ends are kept as they are. Raises UserError if the source does not exist, is a folder or is empty,
+    and for the first byte that is no UTF-8 text (everything before it has been yielded by then).
+    """
+    if not isinstance(source, Path):
+        yield from _decode(source, str(getattr(source, "name", "the stream")), piece_bytes)
+        return
+    if source.is_dir():
+        raise UserError(f"{source} is a folder; give a text file.")
+    try:
+        with source.open("rb") as stream:
+            yield from _decode(stream, str(source), piece_bytes)
+    except FileNotFoundError as error:
+        raise UserError(f"{source} does not exist; check the path.") from error
+    except OSError as error:
+        raise UserError(f"Cannot read {source}: {error.strerror}.") from error
+
+
+def _decode(stream: IO[bytes], name: str, piece_bytes: int) -> Iterator[str]:
+    name = "standard input" if name == "<stdin>" else name
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    while chunk := stream.read(piece_bytes):
+        if (zero := chunk.find(0)) >= 0:
+            raise UserError(f"{name} looks binary: byte {offset + zero} is zero; give a UTF-8 text.")
+        yield _decode_chunk(decoder, chunk, offset, name)
+        offset += len(chunk)
+    if offset == 0:
+        raise UserError(f"{name} is empty; give a text of at least one character.")
+    _decode_chunk(decoder, b"", offset, name, final=True)
+
+
+def _decode_chunk(
+    decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int, name: str, final: bool = False
+) -> str:
+    held_back = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(chunk, final)
+    except UnicodeDecodeError as error:
+        where = offset - held_back + error.start
+        raise UserError(
+            f"{name} is not valid UTF-8 at byte {where} ({error.reason}); convert it to UTF-8 first."
+        ) from error
+
+
+def read_text(path: Path) -> str:
+    """Return a whole text file; raises UserError as `text_pieces` does."""
+    return "".join(text_pieces(Path(path)))
+
+
+def source_files(paths: Iterable[Path]) -> Iterator[tuple[str, Path, bool]]:
+    """Yield (name, file, whether it was found in a folder) for files and, in sorted order, all below folders.
+
+    Hidden files and folders are left out, links to folders are not followed. Raises UserError for a missing
+    path.
+    """
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path} does not exist; check the path.")
+        if not path.is_dir():
+            yield path.name, path, False
+            continue
+        for folder, folders, files in os.walk(path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                file = Path(folder) / name
+                if not name.startswith(".") and file.is_file():
+                    yield file.relative_to(path).as_posix(), file, True
+
+
+def documents(
+    paths: Iterable[Path], text_column: str = "text", skipped: list[str] | None = None
+) -> Iterator[Document]:
+    """Yield the documents of text files, JSONL (.jsonl, .ndjson), parquet (.parquet) and folders of them.
+
+    A text file is one document, whatever its suffix; a row of JSONL or parquet is one, its text in
+    `text_column` and its name in `title` where there is one. Rows without text, and files inside a folder
+    that are no text, are left out; `skipped` gets a sentence for each. Raises UserError for everything else
+    that cannot be read.
+    """
+    skipped = [] if skipped is None else skipped
+    for name, path, in_folder in source_files(paths):
+        if path.suffix.lower() in _JSONL:
+            yield from _jsonl_documents(name, path, text_column, skipped)
+        elif path.suffix.lower() == ".parquet":
+            yield from _parquet_documents(name, path, text_column, skipped)
+        else:
+            if in_folder:
+                try:
+                    for _ in text_pieces(path):
+                        pass
+                except UserError as error:
+                    skipped.append(str(error))
+                    continue
+            yield Document(name, path)
+
+
+def _row_document(
+    row: dict[str, Any], text_column: str, fallback: str, where: str, skipped: list[str]
+) -> Document | None:
+    text, title = row[text_column], row.get("title")
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"{where}: {text_column!r} is no text but {type(text).__name__}; name another text column."
+        )
+    if not text:
+        skipped.append(f"{where}: {text_column!r} is empty.")
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: half of a surrogate pair at character {error.start}; remove it."
+        ) from error
+    return Document(title if isinstance(title, str) and title else fallback, text)
+
+
+def _jsonl_documents(name: str, path: Path, text_column: str, skipped: list[str]) -> Iterator[Document]:
+    try:
+        with path.open("rb") as lines:
+            number = 0
+            for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where}: not valid UTF-8 at byte {error.start} of the line.") from error
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise UserError(f"{where}: not valid JSON ({error}); mend or remove the line.") from error
+                if not isinstance(row, dict) or text_column not in row:
+                    raise UserError(
+                        f"{where}: no field {text_column!r}; each line must be an object with its "
+                        "text there, or name another text column."
+                    )
+                if document := _row_document(row, text_column, f"{name}:{number}", where, skipped):
+                    yield document
+            if number == 0:
+                raise UserError(f"{path} is empty; give a file with at least one line.")
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def _parquet_documents(name: str, path: Path, text_column: str, skipped: list[str]) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f'Reading {path} needs pyarrow: pip install "ttt-e2e[parquet]".') from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if text_column not in columns:
+                raise UserError(
+                    f"{path} has no column {text_column!r}; name one of its columns as text column: "
+                    f"{', '.join(columns)}."
+                )
+            wanted = [text_column] + ["title"] * ("title" in columns and text_column != "title")
+            number = 0
+            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=wanted):
+                for index in range(batch.num_rows):
+                    number += 1
+                    row = {column: batch.column(column)[index].as_py() for column in wanted}
+                    where = f"{path}, row {number}"
+                    if document := _row_document(row, text_column, f"{name}:{number}", where, skipped):
+                        yield document
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+def standard_library() -> Iterator[Document]:
+    """Yield the source of Python's own standard library, without its tests, as long documents.
+
+    One document a top-level package, all its modules in sorted order; the modules that are single files are
+    gathered by their initial into documents named "modules a", "modules b", ... Raises UserError for a Python
+    without source.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    packages = sorted(init.parent for init in root.glob("*/__init__.py"))
+    initials: dict[str, list[Path]] = {}
+    for file in sorted(root.glob("*.py")):
+        initials.setdefault(file.name[0].lower(), []).append(file)
+    if not initials:
+        raise UserError(
+            "This Python comes without the source of its standard library; give texts of your own."
+        )
+    for package in packages:
+        if package.name not in _TEST_FOLDERS and (text := _sources(root, sorted(package.rglob("*.py")))):
+            yield Document(package.name, text)
+    for initial, files in sorted(initials.items()):
+        yield Document(f"modules {initial}", _sources(root, files))
+
+
+def _sources(root: Path, files: list[Path]) -> str:
+    parts = []
+    for file in files:
+        relative = file.relative_to(root)
+        if not _TEST_FOLDERS.intersection(relative.parts):
+            with tokenize.open(file) as stream:
+                parts.append(f"# file: {relative.as_posix()}\n{stream.read()}\n")
+    return "".join(parts)
+
+
+def standard_library_document(name: str = "asyncio") -> Document:
+    """Return one document of `standard_library`; raises UserError if there is none of that name."""
+    names = []
+    for document in standard_library():
+        if document.name == name:
+            return document
+        names.append(document.name)
+    raise UserError(f"The standard library has no package {name!r}; choose one of: {', '.join(names)}.")

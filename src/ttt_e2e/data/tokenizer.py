@@ -1,0 +1,175 @@
+"""A byte-level BPE tokenizer, trained here, or an existing one; long texts are encoded in segments."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from ttt_e2e.data.text import PIECE_BYTES, read_text
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import write_text
+
+BOS = "<|bos|>"
+_BOS_NAMES = (
+    BOS,
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<s>",
+    "<bos>",
+    "[BOS]",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+)
+
+# GPT-4's split, but digits by two, which suits small vocabularies. A run of spaces stays whole except for its
+# last space, which belongs to the word after it: an indentation is one token.
+_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+SEGMENT_CHARS = 1 << 14
+_LINE_START = re.compile(r"\n(?=\S)")
+
+
+def segments(pieces: Iterable[str], least: int) -> Iterator[list[str]]:
+    """Cut a text that comes in pieces into segments; yield, for each piece, the segments that it completes.
+
+    A segment ends before the first unindented line after its first `least` characters, or after 4 * `least`
+    characters. So the cuts depend on the text alone and not on how it was split into pieces.
+    """
+    most = 4 * least
+    text = ""
+    for piece in pieces:
+        text += piece
+        start, complete = 0, []
+        while True:
+            if line := _LINE_START.search(text, start + least - 1, start + most):
+                end = line.end()
+            elif len(text) - start >= most:
+                end = start + most
+            else:
+                break
+            complete.append(text[start:end])
+            start = end
+        text = text[start:]
+        if complete:
+            yield complete
+    if text:
+        yield [text]
+
+
+class Tokenizer:
+    """Text to token ids and back. Text never becomes a special token, even where it spells one.
+
+    With a byte-level tokenizer, every one that is trained here included, `decode(encode(text)) == text`.
+    bos: id of the token that begins every document. vocab_size: one more than the largest id.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str = "The tokenizer") -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        bos = next((token for token in map(backend.token_to_id, _BOS_NAMES) if token is not None), None)
+        if bos is None:
+            raise UserError(
+                f"{name} has no token that begins a document; add one of {', '.join(_BOS_NAMES)}."
+            )
+        self.backend = backend
+        self.bos: int = bos
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train a byte-level BPE of at most `vocab_size` tokens (fewer if the texts do not give as many).
+
+        Raises UserError if `vocab_size` has no room for the 256 bytes and the token that begins documents.
+        """
+        if vocab_size < 257:
+            raise UserError(
+                f"A vocabulary of {vocab_size} is too small; 256 bytes and {BOS} need at least 257."
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[BOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path_or_name: str | Path) -> "Tokenizer":
+        """Load a `tokenizer.json`, a folder that holds one, or a tokenizer by its Hugging Face name.
+
+        Raises UserError if it is missing, broken, cannot be fetched, or has no token that begins documents.
+        """
+        path = Path(path_or_name).expanduser()
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        if path.exists() or path.suffix == ".json" or path.is_absolute() or len(path.parts) > 2:
+            text = read_text(path)
+            try:
+                return cls(tokenizers.Tokenizer.from_str(text), str(path))
+            except UserError:
+                raise
+            except Exception as error:  # the library raises bare Exception
+                raise UserError(f"{path} is not a tokenizer of the tokenizers library: {error}") from error
+        try:
+            backend = tokenizers.Tokenizer.from_pretrained(str(path_or_name))
+        except Exception as error:
+            raise UserError(
+                f"{path_or_name} is neither a file or folder here nor a tokenizer that could be fetched from "
+                f"Hugging Face ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                "check the name and the connection."
+            ) from error
+        return cls(backend, str(path_or_name))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids of `text`, int64, no special ones; raises UserError for lone surrogates."""
+        pieces = (text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+        return np.concatenate([np.empty(0, np.int64), *self.encode_pieces(pieces)])
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Encode a text that comes in pieces, holding little more than one; yields arrays of int64 token ids.
+
+        Together they are `encode` of the whole text, however it is split. Segments are encoded on several
+        cores.
+        """
+        for batch in segments(pieces, SEGMENT_CHARS):
+            try:
+                encodings = self.backend.encode_batch_fast(batch, add_special_tokens=False)
+            except TypeError as error:
+                raise UserError(
+                    "The text holds half of a surrogate pair, which is no text; remove it."
+                ) from error
+            for encoding in encodings:
+                yield np.array(encoding.ids, np.int64)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Return the text of token ids; special tokens are left out, a broken character becomes U+FFFD."""
+        return self.backend.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        """Write a `tokenizer.json`, whole or not at all."""
+        write_text(Path(path), self.backend.to_str(pretty=True))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer's canonical JSON: two tokenizers with the same digest encode alike."""
+        canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()

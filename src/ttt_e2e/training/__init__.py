@@ -1,0 +1,1 @@
+"""Training of the outer loop: schedules and AdamW, checkpoints, metrics, and the loop that uses them."""

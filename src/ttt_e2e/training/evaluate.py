@@ -1,0 +1,76 @@
+"""Evaluation as training goes on: the loss on held-out documents, with and without learning while reading."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt_e2e.config import TrainConfig
+from ttt_e2e.inner_loop import sequence_loss
+from ttt_e2e.model import Transformer
+from ttt_e2e.training.distributed import Processes
+
+QUARTERS = 4
+
+
+def evaluate(
+    model: Transformer,
+    sequences: Sequence[np.ndarray],
+    bos: int | None,
+    config: TrainConfig,
+    peers: Processes,
+) -> dict[str, Any]:
+    """Mean nats a token over `sequences`, each of which starts a document; every process reads its share.
+
+    For a model with a suffix also the loss of the same weights without learning, what learning gains, and
+    that gain by quarter of the context (None where no sequence is long enough).
+    """
+    learns = model.config.suffix_layers > 0
+    inner_lrs = [None, 0.0] if learns else [None]
+    # [learning or not, quarter]: sums over tokens, and how many tokens.
+    sums = torch.zeros(len(inner_lrs), QUARTERS, dtype=torch.float64)
+    counts = torch.zeros(QUARTERS, dtype=torch.float64)
+    mine = sequences[peers.rank :: peers.world]
+    for tokens_BT1 in _batches(mine, config.batch // config.accumulate // peers.world, bos):
+        quarter_T = torch.arange(tokens_BT1.shape[1] - 1) * QUARTERS // config.context
+        for row, inner_lr in enumerate(inner_lrs):
+            with torch.no_grad():
+                result = sequence_loss(
+                    model,
+                    tokens_BT1.to(peers.device),
+                    bos=bos,
+                    inner_lr=inner_lr,
+                    recompute="sqrt",  # without a gradient to come, the one that holds on to least
+                    dtype=getattr(torch, config.dtype),
+                )
+            mask_BT = result.mask_BT.cpu().double()
+            nll_BT = result.nll_BT.cpu().double() * mask_BT
+            sums[row].index_add_(0, quarter_T, nll_BT.sum(0))
+            if row == 0:
+                counts.index_add_(0, quarter_T, mask_BT.sum(0))
+    sums, counts = sums.to(peers.device), counts.to(peers.device)
+    peers.sum_([sums, counts])
+    means = [float(total / counts.sum()) for total in sums.sum(1)]
+    measured: dict[str, Any] = {"loss": means[0], "tokens": int(counts.sum())}
+    if learns:
+        gains = ((sums[1] - sums[0]) / counts).tolist()
+        measured["loss_without_learning"] = means[1]
+        measured["gain"] = means[1] - means[0]
+        measured["gain_by_quarter"] = [
+            gain if count > 0 else None for gain, count in zip(gains, counts.tolist(), strict=True)
+        ]
+    return measured
+
+
+def _batches(sequences: Sequence[np.ndarray], size: int, bos: int | None) -> Iterator[Tensor]:
+    """Batches of up to `size` sequences of about one length, padded with `bos`, which is masked as a target.
+
+    Without a `bos` nothing can be masked, and only sequences of the same length share a batch.
+    """
+    ordered = sorted((torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences), key=len, reverse=True)
+    while ordered:
+        batch = [s for s in ordered[:size] if bos is not None or len(s) == len(ordered[0])]
+        ordered = ordered[len(batch) :]
+        yield torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=bos or 0)

@@ -1,0 +1,218 @@
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ttt_e2e.data import prepare as module
+from ttt_e2e.data.prepare import Prepared, prepare
+from ttt_e2e.data.shards import ShardWriter, TokenSet
+from ttt_e2e.data.text import standard_library_document
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.errors import UserError
+
+LINES = standard_library_document("json").text.splitlines(keepends=True)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Path]:
+    for index in range(5):
+        (tmp_path / f"{index}.txt").write_text("".join(LINES[100 * index : 100 * index + 90]))
+    rows = ["".join(LINES[600 + 10 * index :][:10]) for index in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return sorted(tmp_path.glob("*.*"))
+
+
+def run(sources: list[Path], out: Path, **options: Any) -> Prepared:
+    defaults: dict[str, Any] = {"vocab_size": 400, "val_share": 0.1, "shard_tokens": 2500, "progress": False}
+    return prepare(sources, out, **defaults | options)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Stop(BaseException):
+    pass
+
+
+def stop_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    original, calls = getattr(owner, name), iter(range(10**9))
+
+    def stopping(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == call:
+            raise Stop
+        return original(*arguments, **keywords)
+
+    patch.setattr(owner, name, stopping)
+
+
+def test_summary(sources: list[Path], tmp_path: Path) -> None:
+    prepared = run(sources, tmp_path / "out")
+    assert sum(prepared.documents.values()) == 13
+    assert prepared.documents["val"] >= 1
+    assert prepared.vocab_size == 400
+    for split in ("train", "val"):
+        tokens = TokenSet.open(tmp_path / "out", split)
+        assert (len(tokens), tokens.total) == (prepared.documents[split], prepared.tokens[split])
+    assert prepared.characters == sum(len(line) for line in LINES[:490]) - sum(
+        len("".join(LINES[100 * index + 90 : 100 * index + 100])) for index in range(4)
+    ) + sum(len(line) for line in LINES[600:680])
+    before = content(tmp_path / "out")
+    assert run(sources, tmp_path / "out") == prepared
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (Tokenizer, "encode_pieces", (0, 3, 6, 12)),
+        (Tokenizer, "train", (0,)),
+        (ShardWriter, "close", (0, 1, 2)),
+        (module, "_save_state", (0, 1, 2, 3)),
+        (module, "write_text", (0, 1, 3, 5)),
+    ],
+)
+def test_resumed_is_byte_for_byte_the_same(
+    sources: list[Path], tmp_path: Path, owner: Any, name: str, calls: tuple[int, ...]
+) -> None:
+    run(sources, tmp_path / "whole")
+    whole = content(tmp_path / "whole")
+    assert len([name for name in whole if name.endswith(".bin")]) >= 4
+    for call in calls:
+        out = tmp_path / f"out{call}"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            stop_at(patch, owner, name, call)
+            run(sources, out)
+        if out.exists():
+            assert not list(out.glob(".*"))
+            (out / ".train-00000.bin.1.part").write_bytes(b"as kill -9 leaves it")
+        run(sources, out)
+        assert content(out) == whole
+
+
+def test_finished_shards_are_not_made_again(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, Tokenizer, "encode_pieces", 5)
+        run(sources, tmp_path / "out")
+    encoded = []
+    original = Tokenizer.encode_pieces
+
+    def counting(self: Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        encoded.append(1)
+        return original(self, pieces)
+
+    monkeypatch.setattr(Tokenizer, "encode_pieces", counting)
+    monkeypatch.setattr(Tokenizer, "train", None)
+    run(sources, tmp_path / "out")
+    assert len(encoded) < 13
+
+
+def test_another_configuration_is_refused(sources: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(sources, out)
+    before = content(out)
+    for options, sentence in [({"seed": 1}, "other seed"), ({"vocab_size": 500}, "other vocab_size")]:
+        with pytest.raises(UserError, match=sentence):
+            run(sources, out, **options)
+    with pytest.raises(UserError, match="other sources"):
+        run(sources[1:], out)
+    sources[0].write_text("new\n")
+    with pytest.raises(UserError, match="other sources"):
+        run(sources, out)
+    assert content(out) == before
+
+
+def test_other_peoples_folders_are_left_alone(sources: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds other files"):
+        run(sources, tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        run(sources, sources[0])
+
+
+def test_a_bad_source_can_be_mended(sources: list[Path], tmp_path: Path) -> None:
+    text = sources[2].read_bytes()
+    sources[2].write_bytes(text + b"\xff")
+    with pytest.raises(UserError, match=rf"2.txt is not valid UTF-8 at byte {len(text)}"):
+        run(sources, tmp_path / "out")
+    sources[2].write_bytes(text)
+    run(sources, tmp_path / "out")
+
+
+def test_full_disk(sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: ShardWriter, name: str, tokens: Iterable[np.ndarray]) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on the disk"):
+        patch.setattr(ShardWriter, "write", full)
+        run(sources, tmp_path / "out")
+    run(sources, tmp_path / "whole")
+    run(sources, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_sources_that_change_meanwhile(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Tokenizer.train
+
+    def change(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        sources[0].write_text("less\n")
+        return train(texts, vocab_size)
+
+    monkeypatch.setattr(Tokenizer, "train", change)
+    with pytest.raises(UserError, match="sources changed"):
+        run(sources, tmp_path / "out")
+
+
+def test_held_out_documents(sources: list[Path], tmp_path: Path) -> None:
+    given = run(sources[1:], tmp_path / "given", val=sources[:1])
+    assert given.documents["val"] == 1
+    assert TokenSet.open(tmp_path / "given", "val").names == ["0.txt"]
+    none = run(sources, tmp_path / "none", val_share=0)
+    assert none.documents["val"] == 0
+    with pytest.raises(UserError, match="no 'val' documents"):
+        TokenSet.open(tmp_path / "none", "val")
+    few = run(sources[:2], tmp_path / "few", val_share=0.01)
+    assert few.documents == {"train": 1, "val": 1}
+    one = run(sources[:1], tmp_path / "one")
+    assert one.documents == {"train": 1, "val": 0}
+    with pytest.raises(UserError, match="val_share"):
+        run(sources, tmp_path / "bad", val_share=1.0)
+
+
+def test_the_tokenizer_learns_from_a_sample_without_held_out_text(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("aaaa bbbb " * 20_000)
+    (tmp_path / "val.txt").write_text("zqzq " * 20_000)
+    sources, val = [tmp_path / "train.txt"], [tmp_path / "val.txt"]
+    prepared = run(sources, tmp_path / "out", val=val, sample_chars=50_000)
+    vocabulary = TokenSet.open(tmp_path / "out").tokenizer().backend.get_vocab()
+    assert prepared.vocab_size == max(vocabulary.values()) + 1 < 400
+    assert "Ġbbbb" in vocabulary
+    assert "zq" not in vocabulary
+
+
+def test_existing_tokenizer(sources: list[Path], tmp_path: Path) -> None:
+    Tokenizer.train(LINES, 300).save(tmp_path / "tokenizer.json")
+    prepared = run(sources, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert prepared.vocab_size == 300
+    assert TokenSet.open(tmp_path / "out").tokenizer().digest == Tokenizer.load(tmp_path).digest
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="no text to train on"):
+        run([tmp_path / "in"], tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_standard_library(tmp_path: Path) -> None:
+    prepared = prepare(None, tmp_path / "out", vocab_size=1024, progress=False)
+    assert prepared.tokens["train"] > 1_000_000
+    assert prepared.tokens["val"] > 10_000

@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from ttt_e2e.data import tokenizer as module
+from ttt_e2e.data.text import standard_library_document
+from ttt_e2e.data.tokenizer import BOS, Tokenizer, segments
+from ttt_e2e.errors import UserError
+
+CODE = standard_library_document("json").text
+TOKENIZER = Tokenizer.train([CODE], 1000)
+texts = st.text(
+    st.one_of(st.sampled_from("ab \n\r\té'9<|>"), st.characters(exclude_categories=["Cs"])), max_size=80
+)
+
+
+@st.composite
+def split_texts(draw: st.DrawFn) -> list[str]:
+    return draw(st.lists(texts, max_size=6))
+
+
+@settings(deadline=None)
+@given(text=texts)
+def test_round_trip(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@settings(deadline=None)
+@given(pieces=split_texts())
+def test_pieces_encode_like_the_whole(pieces: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SEGMENT_CHARS", 3)
+        whole = TOKENIZER.encode("".join(pieces))
+        streamed = [np.empty(0, np.int64), *TOKENIZER.encode_pieces(pieces)]
+    np.testing.assert_array_equal(np.concatenate(streamed), whole)
+
+
+@settings(deadline=None)
+@given(pieces=split_texts(), least=st.integers(1, 5))
+def test_segments_depend_on_the_text_alone(pieces: list[str], least: int) -> None:
+    cut = [segment for batch in segments(pieces, least) for segment in batch]
+    whole = [segment for batch in segments(["".join(pieces)], least) for segment in batch]
+    single = [segment for batch in segments("".join(pieces), least) for segment in batch]
+    assert cut == whole == single
+    assert "".join(cut) == "".join(pieces)
+    assert all(len(segment) <= 4 * least for segment in cut)
+
+
+def test_cuts_between_lines_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = np.array(TOKENIZER.backend.encode(CODE).ids)
+    monkeypatch.setattr(module, "SEGMENT_CHARS", 4000)
+    np.testing.assert_array_equal(TOKENIZER.encode(CODE), whole)
+
+
+def test_a_long_line_is_cut() -> None:
+    text = "x" * 300_000
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    assert max(len(part) for batch in segments([text], module.SEGMENT_CHARS) for part in batch) == 1 << 16
+
+
+def test_text_never_becomes_a_special_token(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    for tokenizer in (TOKENIZER, Tokenizer.load(tmp_path)):
+        ids = tokenizer.encode(f"a{BOS}b")
+        assert tokenizer.bos == 0
+        assert tokenizer.bos not in ids
+        assert tokenizer.decode(ids) == f"a{BOS}b"
+        assert tokenizer.decode([tokenizer.bos, *ids]) == f"a{BOS}b"
+
+
+def test_encode_gives_int64() -> None:
+    assert TOKENIZER.encode("").dtype == TOKENIZER.encode("abc").dtype == np.int64
+    assert TOKENIZER.encode("").shape == (0,)
+
+
+def test_indentation_is_one_token() -> None:
+    spaces = [TOKENIZER.encode("\n" + " " * width + "x = 1") for width in (4, 8)]
+    assert len(spaces[0]) == len(spaces[1])
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.digest == TOKENIZER.digest
+    assert loaded.vocab_size == TOKENIZER.vocab_size == 1000
+    np.testing.assert_array_equal(loaded.encode(CODE), TOKENIZER.encode(CODE))
+    assert Tokenizer.train([CODE], 1000).digest == TOKENIZER.digest
+    assert Tokenizer.train([CODE], 500).digest != TOKENIZER.digest
+
+
+def test_existing_tokenizer(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="no token that begins a document"):
+        Tokenizer.load(tmp_path)
+    backend.add_special_tokens(["<|begin_of_text|>"])
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.bos, tokenizer.vocab_size) == (3, 4)
+    assert tokenizer.encode("a b a b").tolist() == [0, 1, 0, 1]
+
+
+def test_bad_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load("nowhere/tokenizer.json")
+    for content in ("{", "{}", "[]", '{"model": {}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=r"tokenizer.json is not a tokenizer"):
+            Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="at least 257"):
+        Tokenizer.train(["abc"], 256)
+    with pytest.raises(UserError, match="surrogate"):
+        TOKENIZER.encode("a\ud800b")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="neither a file or folder here nor a tokenizer"):
+        Tokenizer.load("no-such-owner/no-such-tokenizer")

@@ -1,0 +1,292 @@
+"""The trainer as a user meets it. Run as a program, this file trains in a process of its own that a test can kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+
+from ttt_e2e.config import RunConfig, TrainConfig, override
+from ttt_e2e.data.prepare import prepare
+from ttt_e2e.errors import UserError
+from ttt_e2e.model_files import load_model, model_digest
+from ttt_e2e.training import trainer
+from ttt_e2e.training.checkpoint import checkpoints
+from ttt_e2e.training.metrics import read_metrics
+from ttt_e2e.training.trainer import Summary, train
+
+CONFIG = RunConfig(
+    small_config(vocab_size=272, init_std=0.05),
+    TrainConfig(
+        context=20,
+        batch=4,
+        accumulate=2,
+        steps=12,
+        lr=1e-2,
+        eval_every=4,
+        eval_tokens=200,
+        checkpoint_every=3,
+        keep_checkpoints=2,
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred little documents of made-up sentences, prepared."""
+    folder = tmp_path_factory.mktemp("data")
+    choose = random.Random(0)
+    words = ["red", "green", "blue", "fish", "bird", "tree", "sings", "swims", "grows"]
+    lines = [" ".join(choose.choices(words, k=choose.randint(5, 60))) for _ in range(100)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    prepare([folder / "texts.jsonl"], folder / "tokens", vocab_size=272, val_share=0.1, progress=False)
+    return folder / "tokens"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model only waits for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(data: Path, out: Path, *changes: str, **options: Any) -> Summary:
+    return train(override(CONFIG, list(changes)), data, out, progress=False, device="cpu", **options)
+
+
+def measured(out: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock says."""
+    timing = {"seconds", "tokens_per_second"}
+    return [{key: value for key, value in line.items() if key not in timing} for line in read_metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(data, out)
+    return out
+
+
+def test_a_run_learns_and_leaves_what_it_promises(data: Path, whole: Path) -> None:
+    lines = measured(whole)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert set(steps[0]) == {"step", "loss", "lr", "inner_lr", "grad_norm", "tokens"}
+    assert steps[-1]["tokens"] == 12 * 4 * 20
+    evaluations = [line for line in lines if "eval" in line]
+    assert [line["step"] for line in evaluations] == [4, 8, 12]
+    last = evaluations[-1]["eval"]
+    assert last["gain"] == pytest.approx(last["loss_without_learning"] - last["loss"])
+    assert len(last["gain_by_quarter"]) == 4
+    assert [folder.name for folder in checkpoints(whole)] == ["step-00000012", "step-00000009"]
+    model = load_model(whole / "model")
+    assert model_digest(model) == model_digest(load_model(checkpoints(whole)[0]))
+    assert (whole / "model/tokenizer.json").read_bytes() == (data / "tokenizer.json").read_bytes()
+    assert json.loads((whole / "config.json").read_text())["train"]["steps"] == 12
+
+
+def test_accumulation_does_not_change_the_losses(data: Path, whole: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "run", "accumulate=1", "recompute=sqrt")
+    for ours, theirs in zip(measured(tmp_path / "run"), measured(whole), strict=True):
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_a_standard_model_trains_too(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    summary = run(data, out, "suffix_layers=0", "window=none", "mini_batch=none", "steps=2", "log_every=2")
+    assert summary.evaluation is not None
+    assert set(summary.evaluation) == {"loss", "tokens"}
+    assert [line["step"] for line in measured(out)] == [2, 2]
+
+
+def test_an_existing_run_is_not_overwritten(data: Path, whole: Path, tmp_path: Path) -> None:
+    before = measured(whole)
+    with pytest.raises(UserError, match="already holds a run; continue it with --resume"):
+        run(data, whole)
+    assert measured(whole) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        run(data, tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        run(data, tmp_path / "notes.txt")
+
+
+def test_resuming_a_finished_run_changes_nothing(data: Path, whole: Path) -> None:
+    before, weights = measured(whole), (whole / "model/model.safetensors").read_bytes()
+    summary = run(data, whole, resume=True)
+    assert (summary.step, summary.loss, summary.interrupted) == (12, None, False)
+    assert measured(whole) == before
+    assert (whole / "model/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("change", ["lr=0.5", "inner_clip=0.5", "context=24", "steps=13"])
+def test_resuming_with_another_configuration(data: Path, whole: Path, change: str) -> None:
+    with pytest.raises(UserError, match=rf"\.{change.split('=')[0]} = .* resume it with the same configuration"):
+        run(data, whole, change, resume=True)
+
+
+def test_how_often_things_are_written_may_change(data: Path, whole: Path) -> None:
+    assert run(data, whole, "keep_checkpoints=5", "eval_every=0", resume=True).step == 12
+    run(data, whole, resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_the_rest_comes_out_the_same(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    sequence_loss, calls = trainer.sequence_loss, []
+
+    def interrupting(*args: Any, **options: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 9:  # in the middle of the fifth step
+            os.kill(os.getpid(), number)
+        return sequence_loss(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "sequence_loss", interrupting)
+        summary = run(data, tmp_path / "run")
+    assert (summary.interrupted, summary.step, summary.model) == (True, 5, None)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not run(data, tmp_path / "run", resume=True).interrupted
+    assert measured(tmp_path / "run") == measured(whole)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    run(data, out)
+    weights = (out / "model/model.safetensors").read_bytes()
+    (checkpoints(out)[0] / "optimizer.safetensors").write_bytes(b"nothing")
+    (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text() + '{"step": 13, "lo')
+    run(data, out, resume=True)
+    assert "not whole: optimizer.safetensors has 7 of" in capsys.readouterr().out
+    assert measured(out) == measured(whole)
+    assert (out / "model/model.safetensors").read_bytes() == weights
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence_loss, calls = trainer.sequence_loss, []
+
+    def exploding(*args: Any, **options: Any) -> Any:
+        calls.append(0)
+        result = sequence_loss(*args, **options)
+        return result._replace(loss=result.loss * float("nan")) if len(calls) == 10 else result
+
+    monkeypatch.setattr(trainer, "sequence_loss", exploding)
+    with pytest.raises(UserError, match=r"Step 5 has a loss of nan .* kept: .*step-00000003\. .* lower train\.lr"):
+        run(data, tmp_path / "run")
+    assert [line["step"] for line in measured(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_data_of_another_vocabulary(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vocabulary of 272, but the model has 300"):
+        run(data, tmp_path / "run", "vocab_size=300")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_split(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="does not split"):
+        run(data, tmp_path / "run", "batch=3")
+
+
+def test_a_device_that_is_not_there(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no device 'abacus'"):
+        train(CONFIG, data, tmp_path / "run", device="abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="There is no device 'cuda'"):
+            train(CONFIG, data, tmp_path / "run", device="cuda")
+
+
+def test_extension_starts_from_the_weights_at_another_context(data: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    changes = ("context=40", "batch=2", "steps=2", "inner_warmup_steps=0", "rope_theta=1e6")
+    run(data, out, *changes, start_from=whole / "model")
+    first, fresh = measured(out)[0]["loss"], measured(whole)[0]["loss"]
+    assert first < fresh - 0.5
+    assert json.loads((out / "config.json").read_text())["start_from"] == str((whole / "model").resolve())
+    with pytest.raises(UserError, match=r"started from .*/model, not from"):
+        run(data, out, *changes, resume=True, start_from=checkpoints(whole)[0])
+
+
+def test_extension_of_a_model_that_does_not_fit(data: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has window = 12, not 10; set model\.window=12"):
+        run(data, tmp_path / "run", "window=10", start_from=whole / "model")
+    with pytest.raises(UserError, match="There is no model folder"):
+        run(data, tmp_path / "run", start_from=tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run(data, tmp_path / "run", "steps=1", tensorboard=True)
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+
+
+# -- in processes of their own -----------------------------------------------------------------------------------------
+
+
+def command(data: Path, out: Path, *changes: str) -> list[str]:
+    return [sys.executable, __file__, str(data), str(out), *changes]
+
+
+def wait_for_line(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        metrics = out / "metrics.jsonl"
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_it_is_the_same_run(data: Path, tmp_path: Path) -> None:
+    changes = ("steps=40", "checkpoint_every=2", "eval_every=10")
+    subprocess.run(command(data, tmp_path / "whole", *changes), check=True, stdout=subprocess.DEVNULL)
+    out, choose, killed = tmp_path / "killed", random.Random(), 0
+    for target in (1, 12, 23, 34):
+        process = subprocess.Popen(command(data, out, *changes), stdout=subprocess.DEVNULL)
+        wait_for_line(out, target, process)
+        time.sleep(choose.uniform(0, 0.15))
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 3
+    subprocess.run(command(data, out, *changes), check=True, stdout=subprocess.DEVNULL)
+    assert measured(out) == measured(tmp_path / "whole")
+    assert len(measured(out)) == 40 + 4
+    for name in ("model/model.safetensors", "checkpoints/step-00000040/optimizer.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(out.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
+    changes = ("steps=4", "accumulate=1")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, *command(data, tmp_path / "two", *changes)[1:]], check=True)
+    run(data, tmp_path / "one", *changes)
+    for two, one in zip(measured(tmp_path / "two"), measured(tmp_path / "one"), strict=True):
+        assert two["step"] == one["step"]
+        if "loss" in one:
+            assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+            assert two["tokens"] == one["tokens"]
+        else:
+            assert two["eval"]["tokens"] == one["eval"]["tokens"]
+            assert two["eval"]["loss"] == pytest.approx(one["eval"]["loss"], abs=1e-4)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:], resume=True, threads=1)
