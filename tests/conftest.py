@@ -8,6 +8,9 @@ import torch
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.model import Transformer
 
+# Small tensors: threads would only wait for each other.
+torch.set_num_threads(1)
+
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 

@@ -15,7 +15,6 @@ from ttt_e2e.inner_loop import (
     inner_step,
     mini_batches,
     sequence_loss,
-    walk,
 )
 from ttt_e2e.model import Transformer
 
@@ -147,33 +146,25 @@ def test_would_notice(golden: Golden, mistake: str, monkeypatch: pytest.MonkeyPa
     import ttt_e2e.inner_loop as module
 
     expected = {"first order": 0.526, "detached cache": 0.226, "constant clip norm": 0.046}[mistake]
-    step, clipped = module.inner_step, module.clipped
+    step, clip_scale, addcmul = module.inner_step, module.clip_scale, torch.addcmul
 
-    def wrong_step(model, state, batch, lr, outer):  # type: ignore[no-untyped-def]
-        after, nll, inner = step(model, state, batch, lr, outer)
-        tensors = [t.detach() for pair in after.caches for t in pair]
-        return (
-            after._replace(
-                caches=tuple(type(after.caches[0])(*tensors[i : i + 2]) for i in range(0, len(tensors), 2))
-            ),
-            nll,
-            inner,
-        )
+    def detached_cache(*args, **kwargs):  # type: ignore[no-untyped-def]
+        after, nll, inner = step(*args, **kwargs)
+        caches = tuple(type(cache)(*(t.detach() for t in cache)) for cache in after.caches)
+        return after._replace(caches=caches), nll, inner
 
-    def wrong_clip(grads, clip):  # type: ignore[no-untyped-def]
-        if mistake == "first order":
-            return clipped([g.detach() for g in grads], clip)
-        fixed, norm = clipped([g.detach() for g in grads], clip)
-        scale = [
-            (f.norm(dim=(1, 2)) / g.detach().norm(dim=(1, 2)))[:, None, None]
-            for f, g in zip(fixed, grads, strict=True)
-        ]
-        return [g * s for g, s in zip(grads, scale, strict=True)], norm
+    def constant_scale(gradients, clip):  # type: ignore[no-untyped-def]
+        return tuple(t.detach() for t in clip_scale(gradients, clip))
+
+    def constant_step(w, g, scale, value):  # type: ignore[no-untyped-def]
+        return addcmul(w, g.detach(), scale.detach(), value=value)
 
     if mistake == "detached cache":
-        monkeypatch.setattr(module, "inner_step", wrong_step)
+        monkeypatch.setattr(module, "inner_step", detached_cache)
+    elif mistake == "constant clip norm":
+        monkeypatch.setattr(module, "clip_scale", constant_scale)
     else:
-        monkeypatch.setattr(module, "clipped", wrong_clip)
+        monkeypatch.setattr(torch, "addcmul", constant_step)
     model = golden.model()
     sequence_loss(model, golden.tokens, bos=BOS).loss.backward()
     ours, theirs = gradients(model), golden.ours("grads")

@@ -170,7 +170,7 @@ class TrainConfig:
         )
         for name in ("warmup_steps", "inner_warmup_steps"):
             value = getattr(self, name)
-            _require(value is None or 0 <= value, f"{name} must not be negative, it is {value}.")
+            _require(value is None or value >= 0, f"{name} must not be negative, it is {value}.")
 
     @property
     def warmup(self) -> int:
@@ -341,8 +341,9 @@ def _check(value: Any, hint: Any, where: str) -> Any:
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:
+    choices = [c for kind in _alternatives(hint) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
     try:
-        value = None if text.lower() in ("none", "null") else json.loads(text.lower())
+        value = text if text in choices else None if text.lower() in ("none", "null") else json.loads(text.lower())
     except json.JSONDecodeError:
         value = text
     if isinstance(value, float) and value.is_integer() and float not in _alternatives(hint):

@@ -72,15 +72,13 @@ def masked_mean(nll_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (nll_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)
 
 
-def clipped(gradients: Sequence[Tensor], clip: float) -> tuple[list[Tensor], Tensor]:
-    """Gradients [B, ...] scaled to a joint norm of at most `clip` for each sequence, and the norms [B] before.
+def clip_scale(gradients: Sequence[Tensor], clip: float) -> tuple[Tensor, Tensor]:
+    """What to multiply gradients [B, ...] by so that each sequence's joint norm is at most `clip`, and those norms: [B].
 
-    The scale is differentiable, the norm in it included, and stays so at a gradient of zero.
+    Differentiable, the norm included, and finite at a gradient of zero.
     """
-    square_B = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
-    norm_B = torch.where(square_B > 0, square_B, 1.0).sqrt()
-    scale_B11 = torch.where(norm_B < clip, 1.0, clip / norm_B)[:, None, None]
-    return [g * scale_B11 for g in gradients], torch.where(square_B > 0, norm_B, 0.0)
+    norm_B = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in gradients]), dim=0)
+    return clip / norm_B.clamp(min=clip), norm_B
 
 
 def score(
@@ -103,8 +101,8 @@ def inner_step(
     loss = masked_mean(nll_Bb, batch.mask_Bb).sum()  # a sum over sequences: each has fast weights of its own
     weights = [w for pair in state.fast for w in pair]
     gradients = torch.autograd.grad(loss, weights, create_graph=outer)
-    steps, norm_B = clipped(gradients, model.config.inner_clip)
-    new = [w - lr * step for w, step in zip(weights, steps, strict=True)]
+    scale_B, norm_B = clip_scale(gradients, model.config.inner_clip)
+    new = [torch.addcmul(w, g, scale_B[:, None, None], value=-lr) for w, g in zip(weights, gradients, strict=True)]
     if not outer:
         new, caches, nll_Bb = (
             [w.detach() for w in new],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.ops.attention import attention, attention_once
+from ttt_e2e.ops.elementwise import swiglu, unit_rms
 
 
 class Cache(NamedTuple):
@@ -51,12 +52,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-def swiglu(hidden: Tensor) -> Tensor:
-    """silu(gate) * value, the two halves of the last dimension."""
-    gate, value = hidden.chunk(2, -1)
-    return F.silu(gate) * value
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32 (float64 if x is)."""
 
@@ -67,8 +62,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., width]; the result has x's dtype."""
-        weight = self.weight.to(wide(x.dtype))
-        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, self.eps).to(x.dtype)
+        return (unit_rms(x.to(wide(x.dtype)), self.eps) * self.weight).to(x.dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -107,7 +101,7 @@ class Attention(nn.Module):
         qk_BTJK = qk_BTJK.to(wide(x_BTD.dtype))
         if self.config.qk_norm:
             weight_JK = torch.cat((self.q_norm.expand(heads, -1), self.k_norm.expand(kv_heads, -1)))
-            qk_BTJK = F.rms_norm(qk_BTJK, qk_BTJK.shape[-1:], None, self.config.norm_eps) * weight_JK
+            qk_BTJK = unit_rms(qk_BTJK, self.config.norm_eps) * weight_JK
         qk_BJTK = rotate(qk_BTJK, rotary).to(x_BTD.dtype).transpose(1, 2)
         q_BHTK, k_BGTK = qk_BJTK.split((heads, kv_heads), 1)
         v_BGTK = v_BTGK.transpose(1, 2)

@@ -25,14 +25,14 @@ def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None
     if groups > 1:
         k_BGSK, v_BGSK = (x.repeat_interleave(groups, 1) for x in (k_BGSK, v_BGSK))
     q_BHTK = q_BHTK * head_width**-0.5
-    k_pieces = k_BGSK.split((cached, keys - cached), 2) if cached else (k_BGSK,)
-    v_pieces = v_BGSK.split((cached, keys - cached), 2) if cached else (v_BGSK,)
-    scores_BHTS = torch.cat([q_BHTK @ k.transpose(-1, -2) for k in k_pieces], -1).float()
+    pieces = [cached, keys - cached] if cached else [keys]
+    k_pieces, v_pieces = k_BGSK.split(pieces, 2), v_BGSK.split(pieces, 2)
+    scores_BHTS = torch.cat([q_BHTK @ k.transpose(-1, -2) for k in k_pieces], -1)
+    scores_BHTS = scores_BHTS.to(torch.promote_types(scores_BHTS.dtype, torch.float32))
     visible_TS = visible(queries, keys, window, q_BHTK.device)
     weights_BHTS = scores_BHTS.masked_fill(~visible_TS, -torch.inf).softmax(-1).to(v_BGSK.dtype)
-    w_pieces = weights_BHTS.split((cached, keys - cached), -1) if cached else (weights_BHTS,)
-    out = w_pieces[0] @ v_pieces[0]
-    return out + w_pieces[1] @ v_pieces[1] if cached else out
+    w_pieces = weights_BHTS.split(pieces, -1)
+    return sum((w @ v for w, v in zip(w_pieces[1:], v_pieces[1:], strict=True)), w_pieces[0] @ v_pieces[0])
 
 
 def attention_once(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None) -> Tensor:
@@ -43,8 +43,20 @@ def attention_once(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int |
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
     if queries == keys and window is not None and keys > 2 * window:
         return _banded(q_BHTK, k_BGSK, v_BGSK, window)
-    mask = visible(queries, keys, window, q_BHTK.device)
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=grouped)
+    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK.device))
+
+
+def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Tensor:
+    """Attention where `mask`, broadcast to [B, H, T, S], is true."""
+    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
+    if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16:
+        # Measured on a CPU with bfloat16 instructions, forward and backward: 2.5 to 2.9 times faster than the kernel,
+        # which does its matrix products there without them.
+        if groups > 1:
+            k_BGSK, v_BGSK = (x.repeat_interleave(groups, 1) for x in (k_BGSK, v_BGSK))
+        scores = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v_BGSK
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=groups > 1)
 
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -75,11 +87,5 @@ def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tens
     query = at[None, :, None] + block * torch.arange(blocks, device=at.device)[:, None, None]
     key = query[:, :1] + torch.arange(-reach * block, block, device=at.device)
     mask = (key >= 0) & (key <= query) & (query - key < window)
-    out = F.scaled_dot_product_attention(
-        own(q_BHTK),
-        reachable(k_BGTK),
-        reachable(v_BGTK),
-        attn_mask=mask.repeat(batch, 1, 1)[:, None],
-        enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1],
-    )
+    out = _masked(own(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), mask.repeat(batch, 1, 1)[:, None])
     return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

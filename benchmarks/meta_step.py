@@ -1,0 +1,133 @@
+"""Time and peak memory of a meta-training step against a standard training step of the same size.
+
+    python benchmarks/meta_step.py                 # the published table's rows, on this machine
+    python benchmarks/meta_step.py --rounds 3      # quicker
+
+Standard is the sliding-window Transformer with the same number of parameters (its MLPs are wider, since it has no fast
+ones). A step is loss, backward, clip and AdamW. All variants run in turn, round after round, in one process; the ratio
+is taken within each round, and the median over rounds is printed. Peak memory comes from one process for each variant:
+the most that its resident set grew over what it was before the first step.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ttt_e2e.config import ModelConfig, TrainConfig
+from ttt_e2e.inner_loop import sequence_loss
+from ttt_e2e.model import Transformer
+from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
+
+SHAPE = dict(vocab_size=1024, width=256, layers=8, heads=4, window=512, mini_batch=128)
+META = ModelConfig(**SHAPE, mlp_width=560, suffix_layers=2)
+STANDARD = ModelConfig(**SHAPE, mlp_width=700)
+VARIANTS = {
+    "standard": (STANDARD, "none"),
+    "meta": (META, "none"),
+    "meta, recompute mini-batch": (META, "mini-batch"),
+    "meta, recompute sqrt": (META, "sqrt"),
+}
+ASKED = {"meta": 1.5, "meta, recompute mini-batch": 1.7}
+
+
+def make_step(variant: str, context: int, seed: int = 0) -> Callable[[], float]:
+    """A function that runs one training step on random tokens and returns the loss."""
+    config, recompute = VARIANTS[variant]
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config, generator)
+    optimizer = make_optimizer(model, TrainConfig())
+    tokens = torch.randint(config.vocab_size, (1, context + 1), generator=generator)
+
+    def step() -> float:
+        out = sequence_loss(model, tokens, recompute=recompute)
+        out.loss.backward()
+        optimizer_step(model, optimizer, 1e-3, 1.0)
+        return out.loss.item()
+
+    return step
+
+
+def seconds(step: Callable[[], float]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def peak_growth(variant: str, context: int) -> float:
+    """MiB by which this process's peak exceeds what it held before the first step. Call once in a fresh process."""
+    step = make_step(variant, context)
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # wake the matrix library, which takes memory of its own
+    before = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x).split()[1])
+    for _ in range(3):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak_of:
+        print(peak_growth(args.peak_of, args.context))
+        return
+
+    peak = {}
+    for name in VARIANTS:
+        command = [sys.executable, __file__, "--peak-of", name, "--context", str(args.context)]
+        peak[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    steps = {name: make_step(name, args.context) for name in VARIANTS}
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+
+    rows = []
+    for name in VARIANTS:
+        ratios = [t / s for t, s in zip(times[name], times["standard"], strict=True)]
+        rows.append(
+            {
+                "variant": name,
+                "seconds": statistics.median(times[name]),
+                "time_ratio": statistics.median(ratios),
+                "time_asked": ASKED.get(name),
+                "peak_mib": peak[name],
+                "peak_ratio": peak[name] / peak["standard"],
+            }
+        )
+    result = {
+        "config": {"context": args.context, "batch": 1, "dtype": "float32", "threads": args.threads, **SHAPE},
+        "parameters": {n: sum(p.numel() for p in Transformer(VARIANTS[n][0]).parameters()) for n in VARIANTS},
+        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "rounds": args.rounds,
+        "seed": 0,
+        "rows": rows,
+    }
+    print("| variant | s a step | / standard | asked | peak MiB | / standard |\n|---|---|---|---|---|---|")
+    for r in rows:
+        asked = f"<= {r['time_asked']}" if r["time_asked"] else "-"
+        print(
+            f"| {r['variant']} | {r['seconds']:.3f} | {r['time_ratio']:.2f} | {asked} "
+            f"| {r['peak_mib']:.0f} | {r['peak_ratio']:.2f} |"
+        )
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
