@@ -6,12 +6,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_e2e.ops.attention import attention, attention_once
-from ttt_e2e.ops.elementwise import swiglu, swiglu_reference, unit_rms, unit_rms_reference
+from ttt_e2e.ops.elementwise import (
+    masked_softmax,
+    masked_softmax_reference,
+    rotate,
+    rotate_reference,
+    swiglu,
+    swiglu_reference,
+    unit_rms,
+    unit_rms_reference,
+)
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(lambda shape: [*shape[:-1], 2 * shape[-1]])
+
+
+def angles(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.arange(x.shape[-1] // 2, dtype=x.dtype) + 0.5
+    return angle.cos(), angle.sin()
+
+
 PAIRS = {
     "unit_rms": (lambda x: unit_rms(x, 1e-3), lambda x: unit_rms_reference(x, 1e-3)),
     "swiglu": (swiglu, swiglu_reference),
+    "rotate": (lambda x: rotate(x, *angles(x)), lambda x: rotate_reference(x, *angles(x))),
+    "masked_softmax": (
+        lambda x: masked_softmax(x, torch.arange(x.shape[-1]) % 3 != 1),
+        lambda x: masked_softmax_reference(x, torch.arange(x.shape[-1]) % 3 != 1),
+    ),
 }
 
 
@@ -29,13 +50,14 @@ def test_elementwise_equals_reference(name: str, shape: list[int], seed: int) ->
     for f in (fast, plain):
         y = f(x)
         (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
-        results.append([y, dx, *torch.autograd.grad(dx, (x, g), a)])
+        results.append([y, dx, *torch.autograd.grad(dx, (x, g), a, allow_unused=True, materialize_grads=True)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("f", [lambda x: unit_rms(x, 1e-3), swiglu])
-def test_elementwise_gradgradcheck(f) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("name", PAIRS)
+def test_elementwise_gradgradcheck(name: str) -> None:
+    f = PAIRS[name][0]
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(f, x)
     assert torch.autograd.gradgradcheck(f, x)
@@ -75,7 +97,8 @@ def test_attention(
     truth = literal_attention(q, k, v, window)
     cotangent = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
     expected = torch.autograd.grad(truth, (q, k, v), cotangent)
-    for ours in (attention(q, k, v, window, cached), attention(q, k, v, window), attention_once(q, k, v, window)):
+    pieces = [x.split([cached, length], 2) for x in (k, v)]
+    for ours in (attention(q, *pieces, window), attention(q, [k], [v], window), attention_once(q, k, v, window)):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
         for a, b in zip(torch.autograd.grad(ours, (q, k, v), cotangent), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -85,7 +108,7 @@ def test_attention_gradgradcheck() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, t, 4, generator=generator, dtype=torch.float64) for h, t in ((2, 3), (1, 5), (1, 5)))
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
-    assert torch.autograd.gradgradcheck(lambda q, k, v: attention(q, k, v, 4, 2), inputs)
+    assert torch.autograd.gradgradcheck(lambda q, k, v: attention(q, k.split([2, 3], 2), v.split([2, 3], 2), 4), inputs)
 
 
 @pytest.mark.parametrize(("length", "keys", "window"), [(40, 40, 7), (5, 12, 8), (9, 9, None)])
@@ -94,5 +117,6 @@ def test_attention_in_bfloat16(length: int, keys: int, window: int | None) -> No
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, t, 16, generator=generator) for h, t in ((4, length), (2, keys), (2, keys)))
     exact = attention_once(q, k, v, window)
+    torch.testing.assert_close(attention(q, [k], [v], window), exact)
     rounded = attention_once(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)

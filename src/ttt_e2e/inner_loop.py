@@ -78,7 +78,7 @@ def clip_scale(gradients: Sequence[Tensor], clip: float) -> tuple[Tensor, Tensor
     Differentiable, the norm included, and finite at a gradient of zero.
     """
     norm_B = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in gradients]), dim=0)
-    return clip / norm_B.clamp(min=clip), norm_B
+    return torch.full_like(norm_B, clip) / norm_B.clamp(min=clip), norm_B  # exactly 1 below the clip
 
 
 def score(
@@ -132,7 +132,8 @@ def sequence_loss(
 
     tokens [B, T + 1] int64. Targets equal to `bos` do not count. inner_lr: None for the model's own, 0 for no learning.
     recompute: see `TrainConfig`. The loss is the mean over mini-batches of their masked means (a last, shorter
-    mini-batch weighs by its length), then over sequences. Works for a standard model too, where nothing is updated.
+    mini-batch weighs by its length), then over sequences. Works for a standard model too, where nothing is updated,
+    and under `torch.no_grad`, where the model learns all the same and nothing is kept.
     """
     config = model.config
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
@@ -150,13 +151,14 @@ def sequence_loss(
     else:
         batches = mini_batches(model, x_BTD, targets_BT, mask_BT)
         start = initial_state(model, len(x_BTD), dtype)
-        if recompute == "none":
+        loop = _Loop(model, start, batches, lr, recompute == "mini-batch", loop_parameters(model))
+        if not torch.is_grad_enabled():
+            nll_BT = torch.cat(loop.forget(start, 0, len(batches), keep=False)[1], 1)
+        elif recompute == "none":
             nll_BT = torch.cat(walk(model, start, batches, lr), 1)
         else:
-            parameters = loop_parameters(model)
             x_NBbD = [batch.x_BbD for batch in batches]
-            loop = _Loop(model, start, batches, lr, keep_all=recompute == "mini-batch", parameters=parameters)
-            nll_BT = _RecomputedLoop.apply(loop, *x_NBbD, *start.tensors(), *parameters)
+            nll_BT = _RecomputedLoop.apply(loop, *x_NBbD, *start.tensors(), *loop.parameters)
     b = min(config.mini_batch or targets_BT.shape[1], targets_BT.shape[1])
     loss_B = mini_batch_mean(nll_BT, mask_BT, b)
     return LossOutput(loss_B.mean(), nll_BT.detach(), mask_BT)
@@ -225,12 +227,17 @@ class _Loop(NamedTuple):
     keep_all: bool  # keep every state between mini-batches, or only one in about sqrt(N)
     parameters: list[Tensor]
 
-    def forget(self, state: State, first: int, stop: int) -> tuple[list[State], list[Tensor], State]:
-        """Walk mini-batches `first` to `stop` without a graph: the state before each, its losses, the state after."""
-        states, losses = [], []
+    def forget(self, state: State, first: int, stop: int, keep: bool) -> tuple[list[State], list[Tensor], State]:
+        """Walk mini-batches `first` to `stop` without a graph.
+
+        Returns the states before each (if not `keep`, before the first only), the losses of each, the state after all.
+        """
+        states: list[State] = []
+        losses = []
         for i in range(first, stop):
             state = _leaves(state)
-            states.append(state)
+            if keep or not states:
+                states.append(state)
             batch = self.batches[i]._replace(x_BbD=self.batches[i].x_BbD.detach())
             if i == len(self.batches) - 1:
                 with torch.no_grad():
@@ -257,9 +264,9 @@ class _RecomputedLoop(torch.autograd.Function):
         ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
         ctx.boundaries, losses, state = [], [], loop.start
         for first, stop in ctx.segments:
-            states, nll_Bb, state = loop.forget(state, first, stop)
             # The last segment goes first in the backward pass: its states need not be walked to again.
-            ctx.boundaries.append(states if stop == count else states[:1])
+            states, nll_Bb, state = loop.forget(state, first, stop, keep=stop == count)
+            ctx.boundaries.append(states)
             losses += nll_Bb
         ctx.loop = loop
         return torch.cat(losses, 1)
@@ -274,7 +281,7 @@ class _RecomputedLoop(torch.autograd.Function):
         for (first, stop), states in zip(reversed(ctx.segments), reversed(ctx.boundaries), strict=True):
             states = list(states)
             if len(states) < stop - first:
-                states, _, _ = loop.forget(states[0], first, stop)
+                states, _, _ = loop.forget(states[0], first, stop, keep=True)
             for i in reversed(range(first, stop)):
                 state = _leaves(states.pop(), cached=True)
                 x_BbD = loop.batches[i].x_BbD.detach().requires_grad_()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.ops.attention import attention, attention_once
-from ttt_e2e.ops.elementwise import swiglu, unit_rms
+from ttt_e2e.ops.elementwise import rotate, swiglu, unit_rms
 
 
 class Cache(NamedTuple):
@@ -102,27 +102,18 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             weight_JK = torch.cat((self.q_norm.expand(heads, -1), self.k_norm.expand(kv_heads, -1)))
             qk_BTJK = unit_rms(qk_BTJK, self.config.norm_eps) * weight_JK
-        qk_BJTK = rotate(qk_BTJK, rotary).to(x_BTD.dtype).transpose(1, 2)
+        qk_BJTK = rotate(qk_BTJK, *rotary).to(x_BTD.dtype).transpose(1, 2)
         q_BHTK, k_BGTK = qk_BJTK.split((heads, kv_heads), 1)
         v_BGTK = v_BTGK.transpose(1, 2)
-        cached = 0
-        if cache is not None:
-            cached = cache.k_BGSK.shape[2]
-            k_BGTK = torch.cat((cache.k_BGSK, k_BGTK), 2)
-            v_BGTK = torch.cat((cache.v_BGSK, v_BGTK), 2)
+        pieces = ([] if cache is None else [cache]) + [Cache(k_BGTK, v_BGTK)]
+        seen = Cache(*(torch.cat(parts, 2) for parts in zip(*pieces, strict=True)))
         if twice:
-            y_BHTK = attention(q_BHTK, k_BGTK, v_BGTK, window, cached)
+            y_BHTK = attention(q_BHTK, [p.k_BGSK for p in pieces], [p.v_BGSK for p in pieces], window)
         else:
-            y_BHTK = attention_once(q_BHTK, k_BGTK, v_BGTK, window)
-        keep = k_BGTK.shape[2] if window is None else window
-        cache = Cache(k_BGTK[:, :, -keep:], v_BGTK[:, :, -keep:])
-        return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), cache
-
-
-def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the pairs (i, i + K/2) of every head by the positions' angles."""
-    a, b = x_BTHK.chunk(2, -1)
-    return torch.cat((a * rotary.cos - b * rotary.sin, b * rotary.cos + a * rotary.sin), -1)
+            y_BHTK = attention_once(q_BHTK, *seen, window)
+        if window is not None and seen.k_BGSK.shape[2] > window:
+            seen = Cache(seen.k_BGSK[:, :, -window:], seen.v_BGSK[:, :, -window:])
+        return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), seen
 
 
 class MLP(nn.Module):

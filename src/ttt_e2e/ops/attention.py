@@ -9,30 +9,32 @@ Shapes: B sequences, T queries, S keys (the last T of them at the queries' own p
 heads, K head width.
 """
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt_e2e.ops.elementwise import masked_softmax
 
-def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, cached: int = 0) -> Tensor:
+
+def attention(q_BHTK: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], window: int | None) -> Tensor:
     """Softmax attention of T queries over S >= T keys, as plain differentiable arithmetic; returns [B, H, T, K].
 
-    Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None). The first
-    `cached` keys are multiplied apart from the rest, so that a gradient that stops at them costs nothing for them.
+    Keys and values come in one or more pieces [B, G, S_i, K], oldest first: pieces are multiplied apart, so that a
+    gradient that stops at one of them (the inner gradient stops at the cached ones) costs nothing for it. Query i
+    stands at key S - T + i and sees the last `window` keys up to its own (all of them if None).
     """
-    queries, keys, head_width = q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.shape[3]
-    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
+    groups, lengths = q_BHTK.shape[1] // keys[0].shape[1], [k.shape[2] for k in keys]
     if groups > 1:
-        k_BGSK, v_BGSK = (x.repeat_interleave(groups, 1) for x in (k_BGSK, v_BGSK))
-    q_BHTK = q_BHTK * head_width**-0.5
-    pieces = [cached, keys - cached] if cached else [keys]
-    k_pieces, v_pieces = k_BGSK.split(pieces, 2), v_BGSK.split(pieces, 2)
-    scores_BHTS = torch.cat([q_BHTK @ k.transpose(-1, -2) for k in k_pieces], -1)
+        keys, values = ([x.repeat_interleave(groups, 1) for x in pieces] for pieces in (keys, values))
+    q_BHTK = q_BHTK * q_BHTK.shape[3] ** -0.5
+    scores_BHTS = torch.cat([q_BHTK @ k.transpose(-1, -2) for k in keys], -1)
     scores_BHTS = scores_BHTS.to(torch.promote_types(scores_BHTS.dtype, torch.float32))
-    visible_TS = visible(queries, keys, window, q_BHTK.device)
-    weights_BHTS = scores_BHTS.masked_fill(~visible_TS, -torch.inf).softmax(-1).to(v_BGSK.dtype)
-    w_pieces = weights_BHTS.split(pieces, -1)
-    return sum((w @ v for w, v in zip(w_pieces[1:], v_pieces[1:], strict=True)), w_pieces[0] @ v_pieces[0])
+    mask_TS = visible(q_BHTK.shape[2], sum(lengths), window, q_BHTK.device)
+    weights = masked_softmax(scores_BHTS, mask_TS).to(q_BHTK.dtype).split(lengths, -1)
+    return functools.reduce(torch.add, [w @ v for w, v in zip(weights, values, strict=True)])
 
 
 def attention_once(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None) -> Tensor:

@@ -1,0 +1,216 @@
+"""The inner loop and its outer gradients, in float64 on small models of every shape."""
+
+import pytest
+import torch
+from conftest import small_config, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ttt_e2e import inner_loop
+from ttt_e2e.inner_loop import clip_scale, forward, mini_batch_mean, read_mini_batch, sequence_loss, start_reading
+from ttt_e2e.model import Transformer
+
+F64 = torch.float64
+SHAPES = {
+    "plain": {},
+    "grouped heads": {"heads": 4, "kv_heads": 2},
+    "untied head": {"tied_head": False},
+    "no norms around": {"pre_norm": False, "post_norm": False, "init_std": 0.1},
+    "no norms on heads": {"qk_norm": False},
+    "full attention": {"window": None},
+    "one suffix block": {"suffix_layers": 1},
+    "all suffix": {"suffix_layers": 4},
+    "window no multiple of b": {"window": 7},
+    "small clip": {"inner_clip": 0.05},
+}
+
+
+def tokens(length: int, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(50, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(model: Transformer, text: Tensor, **options: object) -> tuple[float, Tensor]:
+    model.zero_grad()
+    out = sequence_loss(model, text, dtype=F64, **options)  # type: ignore[arg-type]
+    out.loss.backward()
+    return out.loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [23, 25])
+def test_recomputation_gives_the_same_gradient(shape: str, length: int) -> None:
+    model = small_model(F64, **SHAPES[shape])
+    plain = gradient(model, tokens(length), bos=3)
+    for recompute in ("mini-batch", "sqrt"):
+        loss, grad = gradient(model, tokens(length), bos=3, recompute=recompute)
+        assert loss == pytest.approx(plain[0], rel=1e-12)
+        torch.testing.assert_close(grad, plain[1], rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(length=st.integers(1, 40), batch=st.integers(1, 3), seed=st.integers(0, 999), sqrt=st.booleans())
+def test_recomputation_at_any_length(length: int, batch: int, seed: int, sqrt: bool) -> None:
+    model = small_model(F64, seed=seed)
+    text = tokens(length, batch, seed)
+    plain, again = gradient(model, text), gradient(model, text, recompute="sqrt" if sqrt else "mini-batch")
+    torch.testing.assert_close(again[1], plain[1], rtol=1e-9, atol=1e-12)
+
+
+def test_gradcheck_of_the_whole_meta_loss() -> None:
+    """Finite differences through embedding, prefix, four mini-batches of learning and the head, every parameter."""
+    model = small_model(
+        F64, vocab_size=7, width=4, layers=2, heads=1, mlp_width=3, suffix_layers=1, window=4, mini_batch=3, inner_clip=0.2
+    )
+    text = torch.randint(7, (1, 12), generator=torch.Generator().manual_seed(1))
+
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, text: Tensor) -> Tensor:
+            return sequence_loss(self.model, text, dtype=F64).loss
+
+    names = [name for name, _ in Loss().named_parameters()]
+
+    def loss(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(Loss(), dict(zip(names, values, strict=True)), (text,))
+
+    assert torch.autograd.gradcheck(loss, tuple(model.parameters()))
+
+
+def test_learns_under_no_grad() -> None:
+    model = small_model(F64)
+    with torch.no_grad():
+        out = sequence_loss(model, tokens(23), dtype=F64)
+    torch.testing.assert_close(out.nll_BT, sequence_loss(model, tokens(23), dtype=F64).nll_BT, rtol=1e-11, atol=1e-11)
+
+
+def test_every_sequence_learns_alone() -> None:
+    model = small_model(F64)
+    text = tokens(23, batch=3)
+    together = sequence_loss(model, text, dtype=F64).nll_BT
+    for row in range(3):
+        alone = sequence_loss(model, text[row : row + 1], dtype=F64).nll_BT
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-11, atol=1e-11)
+
+
+def test_the_future_is_not_seen() -> None:
+    model = small_model(F64)
+    text = tokens(23)
+    changed = text.clone()
+    changed[:, 14:] = (changed[:, 14:] + 1) % 50
+    before, after = (sequence_loss(model, t, dtype=F64).nll_BT for t in (text, changed))
+    torch.testing.assert_close(before[:, :13], after[:, :13], rtol=0, atol=0)
+    assert (before[:, 13:] - after[:, 13:]).abs().min() > 0
+
+
+@pytest.mark.parametrize("recompute", ["none", "mini-batch", "sqrt"])
+@pytest.mark.parametrize("inner_clip", [0.5, 2.0])
+def test_a_mini_batch_without_targets(recompute: str, inner_clip: float) -> None:
+    """Teaches nothing, and the gradient stays finite; in the official code it is NaN."""
+    model = small_model(F64, inner_clip=inner_clip)
+    text = tokens(25)
+    text[0, 6:11] = 3  # all targets of the second mini-batch, of one sequence
+    loss, grad = gradient(model, text, bos=3, recompute=recompute)
+    assert grad.isfinite().all()
+    state = start_reading(model, 2, F64)
+    for i in (0, 5):
+        before = state
+        targets = text[:, i + 1 : i + 6]
+        state, _, norm = read_mini_batch(model, state, text[:, i : i + 5], targets, (targets != 3).double(), dtype=F64)
+    assert norm[0] == 0 and norm[1] > 0
+    for old, new in zip(before.loop.tensors()[:4], state.loop.tensors()[:4], strict=True):
+        assert torch.equal(old[0], new[0]) and not torch.equal(old[1], new[1])
+
+
+def test_a_shorter_last_mini_batch_is_scored_and_teaches_nothing() -> None:
+    model = small_model(F64)
+    text = tokens(25)
+    whole, cut = (sequence_loss(model, t, dtype=F64).nll_BT for t in (text, text[:, :24]))
+    torch.testing.assert_close(cut, whole[:, :23], rtol=1e-12, atol=1e-12)
+
+
+def test_mini_batch_mean_weighs_by_length() -> None:
+    nll, mask = torch.arange(5.0)[None], torch.tensor([[1.0, 0, 0, 0, 1]])
+    assert mini_batch_mean(nll, mask, 2).item() == pytest.approx((2 * 0 + 2 * 0 + 1 * 4) / 5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(clip=st.floats(0.01, 10), scale=st.floats(0.001, 100), seed=st.integers(0, 999))
+def test_clip(clip: float, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    grads = [scale * torch.randn(2, 3, 4, dtype=F64, generator=generator) for _ in range(3)]
+    factor, norm = clip_scale(grads, clip)
+    for b in range(2):
+        expected = sum(g[b].square().sum() for g in grads).sqrt()
+        assert norm[b].item() == pytest.approx(expected.item())
+        assert factor[b].item() == pytest.approx(min(1.0, clip / expected.item()))
+        if expected < clip:
+            assert factor[b].item() == 1.0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_gives_the_training_losses(shape: str) -> None:
+    """Mini-batch by mini-batch with caches, the losses are those of the whole sequence at once; learning or not."""
+    model = small_model(F64, **SHAPES[shape])
+    text = tokens(25)
+    for lr in (None, 0.0):
+        expected = sequence_loss(model, text, dtype=F64, inner_lr=lr).nll_BT
+        state, losses = start_reading(model, 2, F64), []
+        for i in range(0, 25, 5):
+            piece, target = text[:, i : i + 5], text[:, i + 1 : i + 6]
+            state, nll, _ = read_mini_batch(model, state, piece, target, dtype=F64, inner_lr=lr)
+            losses.append(nll)
+        torch.testing.assert_close(torch.cat(losses, 1), expected, rtol=1e-10, atol=1e-10)
+        assert state.position == 25
+        assert not any(t.requires_grad for t in state.loop.tensors())
+
+
+@pytest.mark.parametrize("shape", ["plain", "full attention", "grouped heads"])
+def test_forward_in_any_pieces(shape: str) -> None:
+    """Logits token by token equal those of the whole text; nothing is learned and no state is written to."""
+    model = small_model(F64, **SHAPES[shape])
+    text = tokens(25)[:, :-1]
+    whole, _ = forward(model, start_reading(model, 2, F64), text, F64)
+    for step in (1, 4, 13):
+        state, pieces = start_reading(model, 2, F64), []
+        for i in range(0, 25, step):
+            logits, state = forward(model, state, text[:, i : i + step], F64)
+            pieces.append(logits)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-10, atol=1e-10)
+
+
+def test_positions_stay_exact_far_out() -> None:
+    """Losses depend on relative positions only, also after a thousand million tokens (float32 angles would not do)."""
+    model = small_model()
+    text = tokens(5)
+    results = []
+    for position in (0, 10**9):
+        state = start_reading(model, 2)._replace(position=position)
+        results.append(forward(model, state, text)[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_states_kept_grow_as_the_square_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {}
+    make = inner_loop._RecomputedLoop.forward
+
+    def counting(ctx, *args):  # type: ignore[no-untyped-def]
+        result = make(ctx, *args)
+        kept[args[0].keep_all] = sum(len(states) for states in ctx.boundaries)
+        return result
+
+    monkeypatch.setattr(inner_loop._RecomputedLoop, "forward", counting)
+    model = small_model(F64)
+    for recompute in ("mini-batch", "sqrt"):
+        gradient(model, tokens(64 * 5, batch=1), recompute=recompute)
+    assert kept == {True: 64, False: 7 + 8}
+
+
+def test_bfloat16_is_near(seed: int = 0) -> None:
+    model = Transformer(small_config(width=32, init_std=0.1), torch.Generator().manual_seed(seed))
+    exact, rounded = (sequence_loss(model, tokens(25), dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert rounded.nll_BT.dtype == torch.float32
+    torch.testing.assert_close(rounded.nll_BT, exact.nll_BT, rtol=0.02, atol=0.05)
