@@ -157,9 +157,7 @@ def test_full_disk(sources: list[Path], tmp_path: Path, monkeypatch: pytest.Monk
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_sources_that_change_meanwhile(
-    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sources_that_change_meanwhile(sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = Tokenizer.train
 
     def change(texts: Iterable[str], vocab_size: int) -> Tokenizer:

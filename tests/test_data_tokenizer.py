@@ -14,9 +14,7 @@ from ttt_e2e.errors import UserError
 
 CODE = standard_library_document("json").text
 TOKENIZER = Tokenizer.train([CODE], 1000)
-texts = st.text(
-    st.one_of(st.sampled_from("ab \n\r\té'9<|>"), st.characters(exclude_categories=["Cs"])), max_size=80
-)
+texts = st.text(st.one_of(st.sampled_from("ab \n\r\té'9<|>"), st.characters(exclude_categories=["Cs"])), max_size=80)
 
 
 @st.composite

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from ttt_e2e.ops.attention import attention, attention_once
 from ttt_e2e.ops.elementwise import (
+    clipped_step,
+    clipped_step_reference,
     masked_softmax,
     masked_softmax_reference,
     rotate,
@@ -63,6 +65,39 @@ def test_elementwise_gradgradcheck(name: str) -> None:
     assert torch.autograd.gradgradcheck(f, x)
 
 
+@settings(max_examples=40, deadline=None)
+@given(clip=st.floats(0.01, 10), scale=st.floats(0.001, 100), seed=st.integers(0, 999))
+def test_clipped_step_equals_reference(clip: float, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(factor: float) -> list[torch.Tensor]:
+        shapes = ((2, 3, 4), (2, 4, 2))
+        draws = [factor * torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
+        return [x.requires_grad_() for x in draws]
+
+    weights, gradients, along = draw(1.0), draw(scale), draw(1.0)
+    results = []
+    for step in (clipped_step, clipped_step_reference):
+        new, norm = step(weights, gradients, 0.7, clip)
+        total = sum((a.detach() * n).sum() for a, n in zip(along, new, strict=True))
+        results.append([*new, norm, *torch.autograd.grad(total, weights + gradients)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for b in range(2):
+        expected = sum(g[b].square().sum() for g in gradients).sqrt()
+        if expected < clip:
+            torch.testing.assert_close(results[0][0][b], (weights[0] - 0.7 * gradients[0])[b], rtol=0, atol=1e-15)
+
+
+def test_clipped_step_at_zero() -> None:
+    """A gradient of zero moves nothing, and the derivative stays finite."""
+    weights = [torch.randn(2, 3, 4, requires_grad=True)]
+    gradients = [torch.zeros(2, 3, 4, requires_grad=True)]
+    new, norm = clipped_step(weights, gradients, 1.0, 0.5)
+    assert torch.equal(new[0], weights[0]) and (norm == 0).all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(new[0].square().sum(), weights + gradients))
+
+
 def literal_attention(q, k, v, window):  # type: ignore[no-untyped-def]
     """Query by query, key by key."""
     out = torch.zeros_like(q)
@@ -85,9 +120,7 @@ def literal_attention(q, k, v, window):  # type: ignore[no-untyped-def]
     batch=st.integers(1, 2),
     seed=st.integers(0, 2**31),
 )
-def test_attention(
-    length: int, cached: int, window: int | None, heads: tuple[int, int], batch: int, seed: int
-) -> None:
+def test_attention(length: int, cached: int, window: int | None, heads: tuple[int, int], batch: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(h: int, t: int) -> torch.Tensor:

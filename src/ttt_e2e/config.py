@@ -76,9 +76,7 @@ class ModelConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
         _require(self.width % self.heads == 0, f"width {self.width} does not divide into {self.heads} heads.")
-        _require(
-            self.head_width % 2 == 0, f"Rotary positions need an even head width, not {self.head_width}."
-        )
+        _require(self.head_width % 2 == 0, f"Rotary positions need an even head width, not {self.head_width}.")
         _require(
             self.heads % self.kv_head_count == 0,
             f"{self.heads} query heads cannot share {self.kv_head_count} key/value heads evenly.",
@@ -92,10 +90,7 @@ class ModelConfig:
             "A model with a suffix learns mini-batch by mini-batch: set mini_batch.",
         )
         _require(
-            self.window is None
-            or self.mini_batch is None
-            or self.mini_batch <= self.window
-            or self.suffix_layers == 0,
+            self.window is None or self.mini_batch is None or self.mini_batch <= self.window or self.suffix_layers == 0,
             f"The mini-batch b = {self.mini_batch} is longer than the window k = {self.window}; "
             "tokens between updates would be forgotten. Choose b <= k.",
         )
@@ -213,13 +208,9 @@ def _presets() -> dict[str, RunConfig]:
     presets = {}
     for name, (layers, width, heads, full, ttt, suffix, lr, steps, batch) in _PUBLISHED.items():
         train = TrainConfig(lr=lr, steps=steps, batch=batch, context=8192, dtype="bfloat16")
-        shape: dict[str, Any] = dict(
-            vocab_size=_PUBLISHED_VOCABULARY, width=width, layers=layers, heads=heads
-        )
+        shape: dict[str, Any] = dict(vocab_size=_PUBLISHED_VOCABULARY, width=width, layers=layers, heads=heads)
         presets[name] = RunConfig(ModelConfig(**shape, mlp_width=ttt, suffix_layers=suffix), train)
-        presets[f"{name}-full"] = RunConfig(
-            ModelConfig(**shape, mlp_width=full, window=None, mini_batch=None), train
-        )
+        presets[f"{name}-full"] = RunConfig(ModelConfig(**shape, mlp_width=full, window=None, mini_batch=None), train)
     for name, row in _LAPTOP.items():
         vocab, layers, width, heads, full, ttt, suffix, window, mini_batch, lr, steps, batch, context = row
         train = TrainConfig(lr=lr, steps=steps, batch=batch, context=context)
@@ -228,9 +219,7 @@ def _presets() -> dict[str, RunConfig]:
             ModelConfig(**shape, mlp_width=ttt, suffix_layers=suffix, window=window, mini_batch=mini_batch),
             train,
         )
-        presets[f"{name}-full"] = RunConfig(
-            ModelConfig(**shape, mlp_width=full, window=None, mini_batch=None), train
-        )
+        presets[f"{name}-full"] = RunConfig(ModelConfig(**shape, mlp_width=full, window=None, mini_batch=None), train)
         presets[f"{name}-window"] = RunConfig(
             ModelConfig(**shape, mlp_width=full, window=window, mini_batch=None), train
         )
@@ -285,9 +274,7 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     known = {f"{s}.{f.name}": s for s, cls in sections.items() for f in dataclasses.fields(cls)}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        _require(
-            bool(equals), f"{assignment!r} is not an override; write NAME=VALUE, such as train.steps=100."
-        )
+        _require(bool(equals), f"{assignment!r} is not an override; write NAME=VALUE, such as train.steps=100.")
         full = name if name in known else next((n for n in known if n.split(".")[1] == name), name)
         if full not in known:
             near = difflib.get_close_matches(full, [*known, *(n.split(".")[1] for n in known)], n=1)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ttt_e2e.config import Recompute
 from ttt_e2e.model import Cache, FastWeights, Rotary, Transformer, wide
+from ttt_e2e.ops.elementwise import clipped_step
 
 
 class State(NamedTuple):
@@ -72,18 +73,7 @@ def masked_mean(nll_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (nll_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)
 
 
-def clip_scale(gradients: Sequence[Tensor], clip: float) -> tuple[Tensor, Tensor]:
-    """What to multiply gradients [B, ...] by so that each sequence's joint norm is at most `clip`, and those norms: [B].
-
-    Differentiable, the norm included, and finite at a gradient of zero.
-    """
-    norm_B = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in gradients]), dim=0)
-    return torch.full_like(norm_B, clip) / norm_B.clamp(min=clip), norm_B  # exactly 1 below the clip
-
-
-def score(
-    model: Transformer, state: State, batch: MiniBatch, twice: bool
-) -> tuple[Tensor, tuple[Cache, ...]]:
+def score(model: Transformer, state: State, batch: MiniBatch, twice: bool) -> tuple[Tensor, tuple[Cache, ...]]:
     """Every token's loss [B, b] under the state's fast weights, and the caches for the next mini-batch."""
     x_BbD, caches = model.read_fast(batch.x_BbD, batch.rotary, state.fast, state.caches, twice)
     return model.losses(x_BbD, batch.targets_Bb), caches
@@ -101,8 +91,7 @@ def inner_step(
     loss = masked_mean(nll_Bb, batch.mask_Bb).sum()  # a sum over sequences: each has fast weights of its own
     weights = [w for pair in state.fast for w in pair]
     gradients = torch.autograd.grad(loss, weights, create_graph=outer)
-    scale_B, norm_B = clip_scale(gradients, model.config.inner_clip)
-    new = [torch.addcmul(w, g, scale_B[:, None, None], value=-lr) for w, g in zip(weights, gradients, strict=True)]
+    new, norm_B = clipped_step(weights, gradients, lr, model.config.inner_clip)
     if not outer:
         new, caches, nll_Bb = (
             [w.detach() for w in new],
@@ -166,12 +155,8 @@ def sequence_loss(
 
 def mini_batch_mean(nll_BT: Tensor, mask_BT: Tensor, b: int) -> Tensor:
     """Mean over mini-batches of b tokens of their masked means, [B]; a shorter last one weighs by its length."""
-    means_BN = torch.stack(
-        [masked_mean(n, m) for n, m in zip(nll_BT.split(b, 1), mask_BT.split(b, 1), strict=True)], 1
-    )
-    lengths_N = torch.tensor(
-        [n.shape[1] for n in nll_BT.split(b, 1)], dtype=means_BN.dtype, device=nll_BT.device
-    )
+    means_BN = torch.stack([masked_mean(n, m) for n, m in zip(nll_BT.split(b, 1), mask_BT.split(b, 1), strict=True)], 1)
+    lengths_N = torch.tensor([n.shape[1] for n in nll_BT.split(b, 1)], dtype=means_BN.dtype, device=nll_BT.device)
     return means_BN @ (lengths_N / lengths_N.sum())
 
 
@@ -180,9 +165,7 @@ def mini_batches(model: Transformer, x_BTD: Tensor, targets_BT: Tensor, mask_BT:
     b, length = model.config.mini_batch, x_BTD.shape[1]
     assert b is not None
     rotary = model.rotary(0, length, x_BTD.dtype)
-    pieces = zip(
-        x_BTD.split(b, 1), targets_BT.split(b, 1), mask_BT.split(b, 1), range(0, length, b), strict=True
-    )
+    pieces = zip(x_BTD.split(b, 1), targets_BT.split(b, 1), mask_BT.split(b, 1), range(0, length, b), strict=True)
     return [MiniBatch(x, t, m, rotary.slice(i, min(i + b, length))) for x, t, m, i in pieces]
 
 
@@ -293,11 +276,7 @@ class _RecomputedLoop(torch.autograd.Function):
                     else:
                         after, nll_Bb, _ = inner_step(loop.model, state, batch, loop.lr, outer=True)
                         outputs = [nll_Bb, *after.tensors()]
-                pairs = [
-                    (o, g)
-                    for o, g in zip(outputs, [grad_nll[i], *grad_state], strict=True)
-                    if o.requires_grad
-                ]
+                pairs = [(o, g) for o, g in zip(outputs, [grad_nll[i], *grad_state], strict=True) if o.requires_grad]
                 inputs = [x_BbD, *state.tensors(), *loop.parameters]
                 gradients = torch.autograd.grad(
                     [o for o, _ in pairs],
@@ -388,9 +367,7 @@ def forward(
     return model.logits(x_BTD), after
 
 
-def _forward(
-    model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, ReadState]:
+def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, ReadState]:
     x_BTD, static = model.read_static(tokens_BT, state.position, state.static, dtype)
     loop = state.loop
     if model.suffix:

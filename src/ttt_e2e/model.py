@@ -88,9 +88,7 @@ class Attention(nn.Module):
             self.q_norm = nn.Parameter(torch.ones(config.head_width))
             self.k_norm = nn.Parameter(torch.ones(config.head_width))
 
-    def forward(
-        self, x_BTD: Tensor, rotary: Rotary, cache: Cache | None, twice: bool
-    ) -> tuple[Tensor, Cache]:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, cache: Cache | None, twice: bool) -> tuple[Tensor, Cache]:
         """Attend from x to the cached tokens and to x itself; returns the output and the cache for what follows.
 
         cache None starts a text. `twice` asks for arithmetic that can be differentiated twice.
@@ -106,14 +104,26 @@ class Attention(nn.Module):
         q_BHTK, k_BGTK = qk_BJTK.split((heads, kv_heads), 1)
         v_BGTK = v_BTGK.transpose(1, 2)
         pieces = ([] if cache is None else [cache]) + [Cache(k_BGTK, v_BGTK)]
-        seen = Cache(*(torch.cat(parts, 2) for parts in zip(*pieces, strict=True)))
         if twice:
             y_BHTK = attention(q_BHTK, [p.k_BGSK for p in pieces], [p.v_BGSK for p in pieces], window)
         else:
+            seen = join(pieces)
+            pieces = [seen]
             y_BHTK = attention_once(q_BHTK, *seen, window)
-        if window is not None and seen.k_BGSK.shape[2] > window:
-            seen = Cache(seen.k_BGSK[:, :, -window:], seen.v_BGSK[:, :, -window:])
-        return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), seen
+        return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), join(pieces, window)
+
+
+def join(pieces: list[Cache], window: int | None = None) -> Cache:
+    """The last `window` tokens (all if None) of caches that follow one another."""
+    total = sum(piece.k_BGSK.shape[2] for piece in pieces)
+    drop = 0 if window is None else max(0, total - window)
+    kept = []
+    for piece in pieces:
+        length = piece.k_BGSK.shape[2]
+        if drop < length:
+            kept.append(Cache(*(t[:, :, drop:] if drop else t for t in piece)))
+        drop = max(0, drop - length)
+    return kept[0] if len(kept) == 1 else Cache(*(torch.cat(parts, 2) for parts in zip(*kept, strict=True)))
 
 
 class MLP(nn.Module):

@@ -83,9 +83,7 @@ def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConf
             state |= norms(f"{_BLOCKS}seq_{post}norm.weight", f"attention_{post}norm", layers, 0)
             state |= norms(f"{_BLOCKS}ffn_{post}norm.weight", f"mlp_{post}norm", layers, 0)
             if suffix:
-                state |= norms(
-                    f"{_PRIME}ffn_prime_{post}norm.weight", f"fast_{post}norm", suffix, layers - suffix
-                )
+                state |= norms(f"{_PRIME}ffn_prime_{post}norm.weight", f"fast_{post}norm", suffix, layers - suffix)
     if left:
         raise UserError(f"Unknown official parameters: {', '.join(sorted(left))}.")
     return state

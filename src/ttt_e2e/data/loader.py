@@ -23,9 +23,7 @@ class SequenceLoader:
     Raises UserError if the tokens do not fill one window.
     """
 
-    def __init__(
-        self, tokens: TokenSet, context: int, batch: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, tokens: TokenSet, context: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
         if context < 1 or batch < 1 or not 0 <= rank < world:
             raise ValueError(f"no such loader: {context=}, {batch=}, {rank=}, {world=}")
         self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed

@@ -119,8 +119,7 @@ def prepare(
         "dtype": token_dtype(trained.vocab_size).str,
         "tokenizer": trained.digest,
         "splits": {
-            split: [shards[split] for shards in state["rounds"] if split in shards]
-            for split in ("train", "val")
+            split: [shards[split] for shards in state["rounds"] if split in shards] for split in ("train", "val")
         },
         "characters": state["plan"]["characters"],
         "skipped": state["plan"]["skipped"],
@@ -163,9 +162,7 @@ def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
         except FileNotFoundError:
             continue
         except ValueError as error:
-            raise UserError(
-                f"{out / name} is broken ({error}); delete {out} or choose another folder."
-            ) from error
+            raise UserError(f"{out / name} is broken ({error}); delete {out} or choose another folder.") from error
         other = [key for key in config if state.get("config", {}).get(key) != config[key]]
         if not other:
             for leftover in out.glob(".*.part"):
@@ -228,9 +225,7 @@ def _survey(
         if not held_out and len(lengths) > 1:
             held_out.append(min(range(len(lengths)), key=lambda index: (lengths[index], draws[index], index)))
     if len(lengths) == len(held_out):
-        raise UserError(
-            "The sources hold no text to train on; give at least one text file that is not empty."
-        )
+        raise UserError("The sources hold no text to train on; give at least one text file that is not empty.")
     held_out.sort()
     out_of_sample = set(held_out)
     sample = [piece for index, piece in reservoir if index not in out_of_sample]

@@ -115,15 +115,11 @@ class TokenSet:
         if not isinstance(meta, dict) or "splits" not in meta:
             raise UserError(f"{folder} does not hold prepared tokens; make it with `ttt-e2e prepare`.")
         if meta.get("version") != FORMAT_VERSION:
-            raise UserError(
-                f"{folder} has token format {meta.get('version')}, not {FORMAT_VERSION}; prepare it anew."
-            )
+            raise UserError(f"{folder} has token format {meta.get('version')}, not {FORMAT_VERSION}; prepare it anew.")
         shards = meta["splits"].get(split)
         if not shards:
             present = ", ".join(name for name, entries in meta["splits"].items() if entries)
-            raise UserError(
-                f"{folder} has no {split!r} documents, only: {present}; prepare it with more of them."
-            )
+            raise UserError(f"{folder} has no {split!r} documents, only: {present}; prepare it with more of them.")
         dtype = np.dtype(meta["dtype"])
         arrays, names, lengths = [], [], []
         for shard in shards:
@@ -169,9 +165,7 @@ class TokenSet:
         try:
             array = zarr.open_array(str(path / split), mode="r")
         except Exception as error:  # zarr raises a different one for every way of not being an array
-            raise UserError(
-                f"{path} has no zarr array {split!r}; check the path and the split's name."
-            ) from error
+            raise UserError(f"{path} has no zarr array {split!r}; check the path and the split's name.") from error
         if array.ndim != 1 or array.dtype.kind not in "iu" or array.shape[0] == 0:
             raise UserError(
                 f"{path / split} is not a row of tokens but has shape {array.shape} and type {array.dtype}."
@@ -241,9 +235,7 @@ def _read_json(path: Path, folder: Path) -> Any:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder of prepared tokens; run `ttt-e2e prepare`.") from error
         if path.name == "meta.json" and (folder / "progress.json").exists():
-            raise UserError(
-                f"{folder} was not prepared to the end; run the same `ttt-e2e prepare` again."
-            ) from error
+            raise UserError(f"{folder} was not prepared to the end; run the same `ttt-e2e prepare` again.") from error
         raise UserError(f"{path} is missing; make {folder} with `ttt-e2e prepare`.") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); prepare {folder} anew.") from error

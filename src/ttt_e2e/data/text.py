@@ -73,9 +73,7 @@ def _decode(stream: IO[bytes], name: str, piece_bytes: int) -> Iterator[str]:
     _decode_chunk(decoder, b"", offset, name, final=True)
 
 
-def _decode_chunk(
-    decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int, name: str, final: bool = False
-) -> str:
+def _decode_chunk(decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int, name: str, final: bool = False) -> str:
     held_back = len(decoder.getstate()[0])
     try:
         return decoder.decode(chunk, final)
@@ -111,9 +109,7 @@ def source_files(paths: Iterable[Path]) -> Iterator[tuple[str, Path, bool]]:
                     yield file.relative_to(path).as_posix(), file, True
 
 
-def documents(
-    paths: Iterable[Path], text_column: str = "text", skipped: list[str] | None = None
-) -> Iterator[Document]:
+def documents(paths: Iterable[Path], text_column: str = "text", skipped: list[str] | None = None) -> Iterator[Document]:
     """Yield the documents of text files, JSONL (.jsonl, .ndjson), parquet (.parquet) and folders of them.
 
     A text file is one document, whatever its suffix; a row of JSONL or parquet is one, its text in
@@ -143,18 +139,14 @@ def _row_document(
 ) -> Document | None:
     text, title = row[text_column], row.get("title")
     if text is not None and not isinstance(text, str):
-        raise UserError(
-            f"{where}: {text_column!r} is no text but {type(text).__name__}; name another text column."
-        )
+        raise UserError(f"{where}: {text_column!r} is no text but {type(text).__name__}; name another text column.")
     if not text:
         skipped.append(f"{where}: {text_column!r} is empty.")
         return None
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half of a surrogate pair at character {error.start}; remove it."
-        ) from error
+        raise UserError(f"{where}: half of a surrogate pair at character {error.start}; remove it.") from error
     return Document(title if isinstance(title, str) and title else fallback, text)
 
 
@@ -225,9 +217,7 @@ def standard_library() -> Iterator[Document]:
     for file in sorted(root.glob("*.py")):
         initials.setdefault(file.name[0].lower(), []).append(file)
     if not initials:
-        raise UserError(
-            "This Python comes without the source of its standard library; give texts of your own."
-        )
+        raise UserError("This Python comes without the source of its standard library; give texts of your own.")
     for package in packages:
         if package.name not in _TEST_FOLDERS and (text := _sources(root, sorted(package.rglob("*.py")))):
             yield Document(package.name, text)

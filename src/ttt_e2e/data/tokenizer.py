@@ -78,9 +78,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         bos = next((token for token in map(backend.token_to_id, _BOS_NAMES) if token is not None), None)
         if bos is None:
-            raise UserError(
-                f"{name} has no token that begins a document; add one of {', '.join(_BOS_NAMES)}."
-            )
+            raise UserError(f"{name} has no token that begins a document; add one of {', '.join(_BOS_NAMES)}.")
         self.backend = backend
         self.bos: int = bos
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
@@ -92,9 +90,7 @@ class Tokenizer:
         Raises UserError if `vocab_size` has no room for the 256 bytes and the token that begins documents.
         """
         if vocab_size < 257:
-            raise UserError(
-                f"A vocabulary of {vocab_size} is too small; 256 bytes and {BOS} need at least 257."
-            )
+            raise UserError(f"A vocabulary of {vocab_size} is too small; 256 bytes and {BOS} need at least 257.")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -154,9 +150,7 @@ class Tokenizer:
             try:
                 encodings = self.backend.encode_batch_fast(batch, add_special_tokens=False)
             except TypeError as error:
-                raise UserError(
-                    "The text holds half of a surrogate pair, which is no text; remove it."
-                ) from error
+                raise UserError("The text holds half of a surrogate pair, which is no text; remove it.") from error
             for encoding in encodings:
                 yield np.array(encoding.ids, np.int64)
 

@@ -63,9 +63,7 @@ def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Ten
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys each query may see, as a boolean [T, S]: 0 <= distance < window."""
-    distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(
-        keys, device=device
-    )
+    distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance_TS >= 0) if window is None else (distance_TS >= 0) & (distance_TS < window)
 
 

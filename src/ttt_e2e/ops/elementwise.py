@@ -4,11 +4,13 @@ PyTorch's own formulas give the same numbers, but their derivatives of derivativ
 in the loop those chains would take more time than some of the matrix products. `*_reference` are the plain twins.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
@@ -30,6 +32,27 @@ def swiglu_reference(hidden: Tensor) -> Tensor:
     """The plain twin of `swiglu`."""
     gate, value = hidden.chunk(2, -1)
     return F.silu(gate) * value
+
+
+def clipped_step(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float, clip: float
+) -> tuple[list[Tensor], Tensor]:
+    """One step of SGD on weights [B, ...], each sequence's gradients scaled to a joint norm of at most `clip`.
+
+    Returns the new weights and the norms [B] before the clip, which take no gradient. Differentiable once in weights
+    and gradients, the norm in the scale included, and finite at a gradient of zero.
+    """
+    *new, norm_B = _ClippedStep.apply(lr, clip, *weights, *gradients)
+    return new, norm_B
+
+
+def clipped_step_reference(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float, clip: float
+) -> tuple[list[Tensor], Tensor]:
+    """The plain twin of `clipped_step`."""
+    norm_B = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in gradients]), dim=0)
+    scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)
+    return [w - lr * scale_B[:, None, None] * g for w, g in zip(weights, gradients, strict=True)], norm_B.detach()
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
@@ -61,6 +84,36 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
+
+
+class _ClippedStep(torch.autograd.Function):
+    """W - lr min(1, c / n) g with n = |g|, over all tensors of a sequence jointly."""
+
+    @staticmethod
+    def forward(ctx: Any, lr: float, clip: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) // 2
+        weights, gradients = tensors[:count], tensors[count:]
+        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+        norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
+        ctx.save_for_backward(norm_B, scale_B, *gradients)
+        ctx.lr, ctx.clip = lr, clip
+        ctx.mark_non_differentiable(norm_B)
+        step_B11 = scale_B[:, None, None]
+        new = [torch.addcmul(w, g, step_B11, value=-lr) for w, g in zip(weights, gradients, strict=True)]
+        return *new, norm_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        norm_B, scale_B, *gradients = ctx.saved_tensors
+        *along, _ = grads
+        # The scale's own part: d(c / n)/dg = -c g / n^3 where the clip is at work, 0 elsewhere.
+        inner_B = sum((a * g).flatten(1).sum(1) for a, g in zip(along, gradients, strict=True))
+        bend_B = torch.where(norm_B > ctx.clip, -scale_B * inner_B / norm_B.square().clamp(min=ctx.clip**2), 0.0)
+        scale_B11, bend_B11 = (x[:, None, None] * -ctx.lr for x in (scale_B, bend_B))
+        grad_g = [torch.addcmul(g * bend_B11, a, scale_B11) for a, g in zip(along, gradients, strict=True)]
+        return None, None, *along, *grad_g
 
 
 class _Rotate(torch.autograd.Function):
@@ -139,19 +192,32 @@ class _SwiGLUBackward(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, g)
         gate, value = hidden.chunk(2, -1)
-        return torch.cat((_times_slope(g * value, gate), F.silu(gate).mul_(g)), -1)
+        out = torch.empty_like(hidden)
+        d_gate, d_value = out.chunk(2, -1)
+        _times_slope_(torch.mul(g, value, out=d_gate), gate)
+        torch.ops.aten.silu.out(gate, out=d_value).mul_(g)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, g = ctx.saved_tensors
         gate, value = hidden.chunk(2, -1)
         a, b = grads[0].chunk(2, -1)
-        grad_g = _times_slope(a * value, gate).addcmul_(b, F.silu(gate))
-        s = torch.sigmoid(gate)
-        slope_of_slope = torch.addcmul(gate, gate, s, value=-2).add_(2).mul_(s - s * s)
+        out = torch.empty_like(hidden)
+        grad_gate, grad_value = out.chunk(2, -1)
         ag = a * g
-        grad_gate = slope_of_slope.mul_(ag).mul_(value).add_(_times_slope(b * g, gate))
-        return torch.cat((grad_gate, _times_slope(ag, gate)), -1), grad_g
+        _times_slope_(grad_value.copy_(ag), gate)
+        _times_slope_(torch.mul(b, g, out=grad_gate), gate)
+        s = torch.sigmoid(gate)
+        slope_of_slope = torch.addcmul(gate, gate, s, value=-2).add_(2).mul_(s.addcmul_(s, s, value=-1))
+        grad_gate.addcmul_(slope_of_slope.mul_(ag), value)
+        grad_g = _times_slope_(torch.mul(a, value, out=ag), gate).addcmul_(b, F.silu(gate))
+        return out, grad_g
+
+
+def _times_slope_(x: Tensor, gate: Tensor) -> Tensor:
+    """x silu'(gate), in the place of x."""
+    return torch.ops.aten.silu_backward.grad_input(x, gate, grad_input=x)
 
 
 class _MaskedSoftmax(torch.autograd.Function):
@@ -180,17 +246,14 @@ class _MaskedSoftmaxBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         p, g = ctx.saved_tensors
         (a,) = grads
-        pg, pa = ((p * x).sum(-1, keepdim=True) for x in (g, a))
+        buffer = p * g  # large, so one serves for all
+        pg = buffer.sum(-1, keepdim=True)
+        pa = torch.mul(p, a, out=buffer).sum(-1, keepdim=True)
         # d<a, dS>/dP = a (g - rowsum(P g)) - g rowsum(P a), and from there to S as in the first derivative.
-        grad_p = (g - pg).mul_(a).addcmul_(g, pa, value=-1)
+        grad_p = torch.sub(g, pg, out=buffer).mul_(a).addcmul_(g, pa, value=-1)
         return _softmax_backward(grad_p, p), None, _softmax_backward(a, p)
 
 
 def _softmax_backward(g: Tensor, p: Tensor) -> Tensor:
     """P (g - rowsum(P g))."""
     return torch.ops.aten._softmax_backward_data(g, p, -1, p.dtype)
-
-
-def _times_slope(x: Tensor, gate: Tensor) -> Tensor:
-    """x silu'(gate)."""
-    return torch.ops.aten.silu_backward(x, gate)

@@ -1,0 +1,1 @@
+"""Evaluation: whole documents, with learning and without."""

@@ -1,0 +1,364 @@
+"""The main job: read a document of any length while learning from it, beside a frozen twin that does not learn.
+
+Both walk the same tokens with the same weights and the same window; what differs is the inner learning rate, so the
+difference of their losses is what learning gained. Losses are summed into a fixed number of bins as they come: memory
+does not grow with the document.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.session import Diverged, Session
+
+BINS = 512
+_PIECE_CHARS = 1 << 16
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+class Curve:
+    """The losses along a text: sums over bins of `width` tokens. When `bins` are full, neighbours are merged."""
+
+    def __init__(self, bins: int = BINS) -> None:
+        assert bins % 2 == 0
+        self.width = 1
+        self.tokens = 0
+        self._sums = np.zeros(bins)
+
+    def add(self, losses: np.ndarray) -> None:
+        """Append losses [n], one a token."""
+        stop = self.tokens + len(losses)
+        while stop > self.width * len(self._sums):
+            pairs = self._sums.reshape(-1, 2).sum(1)
+            self._sums = np.concatenate((pairs, np.zeros_like(pairs)))
+            self.width *= 2
+        at = np.arange(self.tokens, stop) // self.width
+        self._sums += np.bincount(at, losses.astype(np.float64), len(self._sums))
+        self.tokens = stop
+
+    def total(self, start: float = 0.0, stop: float | None = None) -> float:
+        """The sum of the losses of tokens `start` to `stop` (default: all), within a bin by its mean."""
+        full = -(-self.tokens // self.width)
+        edges = np.minimum(np.arange(full + 1) * self.width, self.tokens)
+        sums = np.concatenate(([0.0], self._sums[:full].cumsum()))
+        first, last = np.interp([start, self.tokens if stop is None else stop], edges, sums)
+        return float(last - first)
+
+    def mean(self, start: float, stop: float) -> float:
+        """The mean loss of tokens `start` to `stop`."""
+        return self.total(start, stop) / (stop - start)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens `start` to `stop` of a text: mean losses in nats per token; `gain` is what learning saved."""
+
+    start: float
+    stop: float
+    loss: float
+    loss_without: float | None
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class ReadingReport:
+    """What came of reading one document. Losses are means in nats per token, `_without` learning those of the twin.
+
+    tokens, bytes: of the text, as far as both readers have come. bits_per_byte: the loss by the text's size, for
+    comparison across tokenizers. parts: tenths of the text. quarters: the gain of each. curve: at most `BINS` parts.
+    seconds: in all; learning_seconds: of the learning reader; tokens_per_second: its speed.
+    interrupted: stopped by the user. diverged: the sentence that says where learning failed.
+    note: a sentence for people, such as that the text was too short to learn from it.
+    """
+
+    name: str
+    model: str
+    learns: bool
+    tokens: int
+    bytes: int
+    loss: float
+    loss_without: float | None
+    gain: float | None
+    gain_percent: float | None
+    bits_per_byte: float
+    bits_per_byte_without: float | None
+    quarters: list[float] | None
+    parts: list[Part]
+    curve: list[Part]
+    seconds: float
+    learning_seconds: float
+    tokens_per_second: float
+    mini_batch: int | None
+    window: int | None
+    interrupted: bool = False
+    diverged: str | None = None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return asdict(self)
+
+
+def read_document(
+    session: Session,
+    pieces: Iterable[str],
+    *,
+    name: str = "text",
+    model_name: str = "model",
+    total_bytes: int | None = None,
+    baseline: bool = True,
+    progress: bool = True,
+) -> ReadingReport:
+    """Read a text to its end with `session`, and with a frozen twin of it if `baseline`; returns what came of it.
+
+    pieces: the text, split in any way. total_bytes: its size, for the progress bar. The twin starts afresh: where the
+    session has read something before, the gain is that of all it has learned. Ctrl-C ends the reading at the next
+    mini-batch, and learning that diverges ends it where it does; the report says so and the session is sound.
+    Raises UserError for a text that cannot be read.
+    """
+    tokenizer = session.tokenizer
+    if tokenizer is None:
+        raise UserError("Reading a text needs a tokenizer; make the session with one.")
+    twin = None
+    if baseline and session.learn:
+        twin = Session(session.model, tokenizer, learn=False, dtype=session.dtype)
+    curve, twin_curve = Curve(), Curve()
+    from_before = session.pending  # tokens of an earlier text whose losses are still to come
+    bytes_read, learning_seconds, diverged = 0.0, 0.0, None
+    started = time.perf_counter()
+
+    def keep(losses: np.ndarray) -> None:
+        nonlocal from_before
+        skipped = min(from_before, len(losses))
+        from_before -= skipped
+        curve.add(losses[skipped:])
+
+    bar = tqdm(
+        total=total_bytes,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        desc=f"reading {name}"[:40],
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants no line every moment
+    )
+    with _Interrupts() as interrupts, bar:
+        for tokens in interrupts.while_waiting(tokenizer.encode_pieces(_small(pieces))):
+            size = len(tokenizer.decode(tokens).encode("utf-8", "replace")) / len(tokens)
+            for start in range(0, len(tokens), _chunk(session)):
+                some = tokens[start : start + _chunk(session)]
+                before = time.perf_counter()
+                try:
+                    for losses in session.steps(some):
+                        keep(losses)
+                except Diverged as error:
+                    diverged = str(error)
+                learning_seconds += time.perf_counter() - before
+                if twin is not None:
+                    twin_curve.add(twin.read(some))
+                bytes_read += size * len(some)
+                bar.update(round(bytes_read) - bar.n)
+                bar.set_postfix_str(_so_far(curve, twin_curve, learning_seconds), refresh=False)
+                if diverged or interrupts.asked:
+                    break
+            if diverged or interrupts.asked:
+                break
+        if not diverged:
+            before = time.perf_counter()
+            try:
+                keep(session.score_rest())
+            except Diverged as error:
+                diverged = str(error)
+            learning_seconds += time.perf_counter() - before
+        if twin is not None:
+            twin_curve.add(twin.score_rest())
+    return _report(
+        session,
+        curve,
+        twin_curve if twin is not None else None,
+        name=name,
+        model_name=model_name,
+        bytes_read=bytes_read,
+        seconds=time.perf_counter() - started,
+        learning_seconds=learning_seconds,
+        interrupted=interrupts.asked,
+        diverged=diverged,
+    )
+
+
+def _chunk(session: Session) -> int:
+    """Tokens between two looks at the progress bar and at Ctrl-C."""
+    return 8 * (session.model.config.mini_batch or 256)
+
+
+def _small(pieces: Iterable[str]) -> Iterator[str]:
+    for piece in pieces:
+        for start in range(0, len(piece), _PIECE_CHARS):
+            yield piece[start : start + _PIECE_CHARS]
+
+
+def _so_far(curve: Curve, twin: Curve, seconds: float) -> str:
+    if curve.tokens == 0:
+        return "filling the first mini-batch"
+    without = f" ({twin.total() / twin.tokens:.3f} without learning)" if twin.tokens else ""
+    return f"{curve.tokens / max(seconds, 1e-9):,.0f} tokens/s, loss {curve.total() / curve.tokens:.3f}{without}"
+
+
+def _report(
+    session: Session,
+    curve: Curve,
+    twin: Curve | None,
+    *,
+    name: str,
+    model_name: str,
+    bytes_read: float,
+    seconds: float,
+    learning_seconds: float,
+    interrupted: bool,
+    diverged: str | None,
+) -> ReadingReport:
+    tokens = min(curve.tokens, twin.tokens) if twin is not None else curve.tokens
+    if tokens == 0:
+        if diverged:
+            raise UserError(diverged)
+        raise KeyboardInterrupt
+    # Readers that were stopped apart are compared as far as the slower one has come.
+    reached = max(curve.tokens, twin.tokens if twin is not None else 0)
+    size = bytes_read * tokens / reached
+
+    def part(start: float, stop: float) -> Part:
+        loss = curve.mean(start, stop)
+        without = None if twin is None else twin.mean(start, stop)
+        return Part(start, stop, loss, without, None if without is None else without - loss)
+
+    def parts(count: int) -> list[Part]:
+        return [part(tokens * i / count, tokens * (i + 1) / count) for i in range(count)]
+
+    width = max(curve.width, twin.width if twin is not None else 1)
+    whole = part(0, tokens)
+    b = session.model.config.mini_batch
+    note = None
+    if not session.model.suffix:
+        note = "This is a standard model: it has no fast weights to learn with while it reads."
+    elif session.learn and b is not None and tokens <= b:
+        note = f"The text is not longer than one mini-batch of {b} tokens: nothing could be learned from it yet."
+    to_bits = tokens / math.log(2) / max(size, 1)
+    return ReadingReport(
+        name=name,
+        model=model_name,
+        learns=session.learn,
+        tokens=tokens,
+        bytes=round(size),
+        loss=whole.loss,
+        loss_without=whole.loss_without,
+        gain=whole.gain,
+        gain_percent=None if whole.gain is None or not whole.loss_without else 100 * whole.gain / whole.loss_without,
+        bits_per_byte=whole.loss * to_bits,
+        bits_per_byte_without=None if whole.loss_without is None else whole.loss_without * to_bits,
+        quarters=None if twin is None else [q.gain for q in parts(4) if q.gain is not None],
+        parts=parts(10),
+        curve=[part(start, min(start + width, tokens)) for start in range(0, tokens, width)],
+        seconds=seconds,
+        learning_seconds=learning_seconds,
+        tokens_per_second=curve.tokens / max(learning_seconds, 1e-9),
+        mini_batch=b,
+        window=session.model.config.window,
+        interrupted=interrupted,
+        diverged=diverged,
+        note=note,
+    )
+
+
+def summary(report: ReadingReport) -> str:
+    """The report as a short text with a table, for a terminal."""
+    lines = [f"{report.name}: {report.tokens:,} tokens ({report.bytes:,} bytes), read with {report.model}"]
+    if report.interrupted:
+        lines.append("Stopped before the end; this is what was read.")
+    names = ["first 10 %", *(f"{10 * i} - {10 * i + 10} %" for i in range(1, 9)), "last 10 %"]
+    rows = [*zip(names, report.parts, strict=True)]
+    whole = Part(0, report.tokens, report.loss, report.loss_without, report.gain)
+    if report.gain is None:
+        lines += ["", f"{'':<14}{'loss (nats per token)':>24}"]
+        lines += [f"{name:<14}{part.loss:>24.4f}" for name, part in [*rows, ("whole text", whole)]]
+    else:
+        lines += [
+            "",
+            f"{'nats per token':<14}{'without learning':>18}{'with learning':>16}{'gain':>10}{'':>3}",
+        ]
+        for name, part in [*rows, ("whole text", whole)]:
+            assert part.gain is not None and part.loss_without is not None
+            percent = 100 * part.gain / part.loss_without if part.loss_without else 0.0
+            lines.append(f"{name:<14}{part.loss_without:>18.4f}{part.loss:>16.4f}{part.gain:>+10.4f}{percent:>+8.1f} %")
+        lines += [
+            "",
+            f"gain along the text  {sparkline([p.gain for p in report.curve if p.gain is not None])}",
+        ]
+    bits = f"{report.bits_per_byte:.4f} bits per byte"
+    if report.bits_per_byte_without is not None:
+        bits += f" with learning, {report.bits_per_byte_without:.4f} without"
+    speed = f"{report.tokens_per_second:,.0f} tokens/s{' while learning' if report.learns else ''}"
+    lines += ["", bits, f"{speed}, {report.seconds:,.1f} s in all"]
+    if report.note:
+        lines.append(report.note)
+    return "\n".join(lines)
+
+
+def sparkline(values: list[float], width: int = 48) -> str:
+    """Values along a text as one line of block characters with its scale; below zero is the lowest block."""
+    if not values:
+        return ""
+    groups = [group.mean() for group in np.array_split(np.array(values), min(width, len(values)))]
+    top = max(max(groups), 1e-12)
+    marks = [_BARS[min(len(_BARS) - 1, max(0, round(v / top * (len(_BARS) - 1))))] for v in groups]
+    return f"{''.join(marks)}  {min(groups):+.3f} to {max(groups):+.3f}"
+
+
+class _Interrupts:
+    """While it is open, a first Ctrl-C only sets `asked`, and ends the wait for more input; the next one is as ever."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._waiting = False
+        self._before: Any = None
+
+    def while_waiting(self, items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The items, until Ctrl-C."""
+        while not self.asked:
+            self._waiting = True
+            try:
+                item = next(items, None)
+            except KeyboardInterrupt:
+                return
+            finally:
+                self._waiting = False
+            if item is None:
+                return
+            yield item
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+        if self._waiting:
+            raise KeyboardInterrupt
+
+    def _restore(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None

@@ -1,0 +1,305 @@
+"""The command line from end to end, with a tiny random model: what it prints, and how it refuses."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import small_model
+
+from ttt_e2e import cli
+from ttt_e2e import session as session_module
+from ttt_e2e.config import PRESETS
+from ttt_e2e.data.text import Document
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.model_files import save_model
+from ttt_e2e.session import session_facts
+
+TEXT = "".join(f"{i} grey geese flew over the {'lake' if i % 2 else 'wood'} at dusk.\n" for i in range(40))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train([TEXT], 290)
+    tokenizer.save(folder / "t.json")
+    save_model(small_model(vocab_size=tokenizer.vocab_size), folder / "model", folder / "t.json")
+    wild = small_model(vocab_size=tokenizer.vocab_size, inner_lr=1e30)
+    save_model(wild, folder / "wild", folder / "t.json")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> Path:
+    """A working folder with a text, in which a copy of the model is the shipped one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session_module, "shipped_model", lambda: model_dir / "model")
+    (tmp_path / "geese.txt").write_text(TEXT)
+    return tmp_path
+
+
+def run(*argv: object) -> int:
+    return cli.main([str(word) for word in argv])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 1) -> str:
+    """Run what must fail in one sentence; returns the sentence."""
+    capsys.readouterr()
+    assert run(*argv) == code
+    captured = capsys.readouterr()
+    error = captured.err.strip().splitlines()[-1]
+    assert error.startswith("ttt-e2e: error: ") and "Traceback" not in captured.err
+    return error
+
+
+# -- what works --------------------------------------------------------------------------------------------------------
+
+
+def test_read_save_and_generate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("read", "geese.txt", "--save", "geese.session", "--quiet") == 0
+    out = capsys.readouterr().out
+    assert "geese.txt" in out and "whole text" in out and "with learning" in out
+    assert (here / "geese.reading.png").read_bytes().startswith(b"\x89PNG")
+    assert session_facts(here / "geese.session")["learn"] is True
+
+    texts = []
+    for _ in range(2):
+        assert run("generate", "--session", "geese.session", "The geese", "--max-tokens", 8) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("The geese") and len(texts[0]) > len("The geese\n")
+
+    assert run("read", "geese.txt", "--session", "geese.session", "--no-picture", "--quiet", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] > 0
+
+
+def test_read_json_prints_json_only(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("read", "geese.txt", "--json", "--picture", "p.svg") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bytes"] == len(TEXT) and len(report["parts"]) == 10
+    assert report["gain"] == pytest.approx(report["loss_without"] - report["loss"])
+    assert (here / "p.svg").exists()
+
+
+def test_read_standard_input_equals_the_file(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("read", "geese.txt", "--json", "--no-picture", "--quiet") == 0
+    file = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert run("read", "-", "--json", "--no-picture", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == file["loss"]
+
+
+def test_read_without_a_file(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttt_e2e.data.text.standard_library_document", lambda: Document("asyncio", TEXT))
+    assert run("read", "--quiet", "--no-learning") == 0
+    assert "Python's asyncio" in capsys.readouterr().out
+    assert (here / "Python-asyncio.reading.png").exists()
+
+
+def test_evaluate(here: Path, capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
+    (here / "b.jsonl").write_text(json.dumps({"body": TEXT[:300], "title": "short"}) + "\n")
+    assert run("evaluate", "geese.txt", "--max-tokens", 60, "--quiet") == 0
+    assert "geese.txt" in capsys.readouterr().out
+    options = ("--model", model_dir / "model", "--text-column", "body", "--json", "--quiet")
+    assert run("evaluate", "b.jsonl", *options, "geese.txt") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [document["name"] for document in report["documents"]] == ["short", "geese.txt"]
+
+
+def test_prepare_train_and_extend(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(4):
+        (here / f"t{i}.txt").write_text(TEXT * (i + 1))
+    texts = [f"t{i}.txt" for i in range(4)]
+    assert run("prepare", *texts[:3], "--val", texts[3], "--out", "tokens", "--vocab-size", 280, "--quiet") == 0
+    assert "ttt-e2e train" in capsys.readouterr().out
+    shape = ["vocab_size=280", "width=16", "layers=2", "heads=2", "mlp_width=16", "suffix_layers=1"]
+    small = ["window=16", "mini_batch=8", "context=32", "batch=2", "steps=2", "eval_tokens=64"]
+    assert run("train", "tiny", *shape, *small, "--data", "tokens", "--out", "run", "--quiet") == 0
+    assert run("read", "geese.txt", "--model", "run/model", "--quiet", "--no-picture") == 0
+    longer = [
+        "--from",
+        "run/model",
+        "--extend",
+        64,
+        "batch=1",
+        "steps=1",
+        "--data",
+        "tokens",
+        "--out",
+        "long",
+    ]
+    assert run("train", "tiny", *longer, "--quiet") == 0
+    assert json.loads((here / "long" / "config.json").read_text())["train"]["context"] == 64
+
+
+def test_info_and_presets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "--json") == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["kind"] == "model" and info["width"] == 16
+    assert run("read", "geese.txt", "--save", "s", "--quiet", "--no-picture") == 0
+    assert run("info", "s") == 0
+    assert "session" in capsys.readouterr().out
+    assert run("presets") == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{name}\b", out, re.M) for name in PRESETS)
+
+
+@pytest.mark.parametrize("command", ["", "read", "generate", "prepare", "train", "evaluate", "presets", "info"])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command.split(), "--help") == 0
+    assert "ttt-e2e " in capsys.readouterr().out.split("usage:")[1]
+
+
+def test_help_and_version_need_no_torch() -> None:
+    script = "import sys; from ttt_e2e.cli import main; main(['read', '--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_are_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("read", "geese.txt", "--save", "s", "--quiet") == 0
+    kept = {name: (here / name).read_bytes() for name in ("s", "geese.reading.png")}
+    (here / "empty").write_bytes(b"")
+    (here / "binary").write_bytes(b"\x7fELF\0\0\1")
+    (here / "half").write_bytes(TEXT.encode() * 3 + b"\xe2\x82")
+    (here / "folder").mkdir()
+    cases = {
+        "missing": "does not exist",
+        "empty": "is empty",
+        "binary": "binary",
+        "half": "UTF-8",
+        "folder": "folder",
+    }
+    for name, words in cases.items():
+        for command in (["read", name, "--save", "s", "--picture", "geese.reading.png", "--quiet"],):
+            error = refused(capsys, *command)
+            assert words in error and name in error
+    for name in ("missing", "empty", "half"):
+        assert cases[name] in refused(capsys, "evaluate", name, "--quiet")
+    assert {name: (here / name).read_bytes() for name in kept} == kept
+
+
+def test_half_valid_standard_input(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode() + b"\xff")))
+    assert "UTF-8" in refused(capsys, "read", "-", "--save", "s", "--quiet")
+    assert sorted(path.name for path in here.iterdir()) == ["geese.txt"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("raed x", "did you mean read"),
+        ("read x --pictur y", "did you mean --picture"),
+        ("read x y", "too many"),
+        ("read --dtype float7", "float7"),
+        ("generate x --max-tokens many", "many"),
+        ("train tiny --out r", "--data"),
+        ("--nonsense", "COMMAND"),
+    ],
+)
+def test_command_lines_that_are_none(here: Path, capsys: pytest.CaptureFixture[str], argv: str, words: str) -> None:
+    error = refused(capsys, *argv.split(), code=2)
+    assert words in error and "--help" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("train tniy", "'tiny'"),
+        ("train tiny stepps=3", "'steps'"),
+        ("train tiny steps=many", "whole number"),
+        ("train tiny mini_batch=512", "b <= k"),
+        ("train tiny suffix_layers=9", "suffix of 9"),
+        ("train tiny --extend 64", "--from"),
+        ("train tiny --from nowhere", "nowhere"),
+        ("train tiny", "tokens"),
+    ],
+)
+def test_settings_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str], argv: str, words: str) -> None:
+    assert words in refused(capsys, *argv.split(), "--data", "tokens", "--out", "run")
+    assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "read geese.txt --model nowhere",
+        "read geese.txt --model .",
+        "read geese.txt --session geese.txt",
+        "read geese.txt --session missing",
+        "read geese.txt --session s --no-learning",
+        "read geese.txt --save geese.txt",
+        "read geese.txt --save .",
+        "read geese.txt --picture p.docx",
+        "read geese.txt --picture p.png --no-picture",
+        "read geese.txt --device tpu",
+        "read geese.txt --threads 0",
+        "generate x --top-p 2",
+        "generate x --session geese.txt",
+        "info nowhere",
+        "info geese.txt",
+        "evaluate missing",
+        "evaluate geese.txt --batch 0",
+    ],
+)
+def test_refused_in_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], argv: str) -> None:
+    refused(capsys, *argv.split())
+    assert (here / "geese.txt").read_text() == TEXT
+
+
+def test_checkpoints_that_are_not_whole(here: Path, capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
+    for name in ("truncated", "altered", "mismatched"):
+        shutil.copytree(model_dir / "model", here / name)
+    weights = (model_dir / "model" / "model.safetensors").read_bytes()
+    (here / "truncated" / "model.safetensors").write_bytes(weights[:-100])
+    (here / "altered" / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    Tokenizer.train([TEXT], 260).save(here / "mismatched" / "tokenizer.json")
+    for name, words in (("truncated", "truncated"), ("altered", "altered"), ("mismatched", "vocabulary")):
+        assert words in refused(capsys, "read", "geese.txt", "--model", name, "--quiet")
+
+
+def test_divergence_is_said_and_the_good_state_is_saved(
+    here: Path, capsys: pytest.CaptureFixture[str], model_dir: Path
+) -> None:
+    options = ("--model", model_dir / "wild", "--save", "s", "--quiet")
+    assert "diverged" in refused(capsys, "read", "geese.txt", *options)
+    assert session_facts(here / "s")["position"] == 0
+    assert run("generate", "--model", model_dir / "wild", "--session", "s", "--max-tokens", 3) == 0
+
+
+def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("read", "geese.txt", "--save", "s", "--quiet") == 0
+    before = (here / "s").read_bytes()
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session_module, "save_safetensors", full)
+    assert "No space left" in refused(capsys, "read", "geese.txt", "--save", "s", "--quiet", "--no-picture")
+    assert (here / "s").read_bytes() == before
+
+
+def test_ctrl_c(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ttt_e2e.reading.read_document", interrupted)
+    assert run("read", "geese.txt") == cli.INTERRUPTED
+
+
+def test_our_own_bugs_are_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ttt_e2e.reading.read_document", bug)
+    with pytest.raises(ZeroDivisionError):
+        run("read", "geese.txt")

@@ -1,0 +1,306 @@
+"""One text being read: split, saved, forked, diverging, and written on."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from ttt_e2e import session as session_module
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.errors import UserError
+from ttt_e2e.inner_loop import forward, sequence_loss, start_reading
+from ttt_e2e.model import Transformer
+from ttt_e2e.session import Diverged, Session, load_reader, sample
+
+TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT], 280)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> Transformer:
+    return small_model(vocab_size=tokenizer.vocab_size).eval().requires_grad_(False)
+
+
+def tokens_of(count: int, seed: int = 0, vocabulary: int = 50) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocabulary, count)
+
+
+def same_state(one: Session, other: Session) -> bool:
+    pairs = zip(one._state.loop.tensors(), other._state.loop.tensors(), strict=True)
+    static = zip(one._state.static or (), other._state.static or (), strict=True)
+    return (
+        one.position == other.position
+        and np.array_equal(one._pending, other._pending)
+        and all(torch.equal(a, b) for a, b in pairs)
+        and all(torch.equal(a, b) for x, y in static for a, b in zip(x, y, strict=True))
+    )
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@given(cuts=st.lists(st.integers(0, 93), max_size=8))
+@settings(max_examples=15, deadline=None)
+def test_any_pieces_give_the_same_state_bit_for_bit(learn: bool, cuts: list[int]) -> None:
+    model, tokens = small_model(), tokens_of(93)
+    whole, split = Session(model, learn=learn), Session(model, learn=learn)
+    expected = whole.read(tokens)
+    losses = [split.read(piece) for piece in np.split(tokens, sorted(cuts))]
+    assert np.array_equal(expected, np.concatenate(losses))
+    assert same_state(whole, split)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize(("dtype", "inner_lr", "atol"), [("float32", 0.1, 1e-5), ("float64", 1.0, 1e-6)])
+def test_losses_are_those_of_sequence_loss(learn: bool, dtype: str, inner_lr: float, atol: float) -> None:
+    # With random weights and an inner_lr of 1, learning amplifies float32's rounding tenfold in a hundred tokens.
+    kind = getattr(torch, dtype)
+    model, tokens = small_model(kind, inner_lr=inner_lr), tokens_of(98)
+    session = Session(model, learn=learn, dtype=kind)
+    losses = np.concatenate((session.read(tokens), session.score_rest()))
+    expected = sequence_loss(model, torch.tensor(tokens)[None], inner_lr=None if learn else 0.0, dtype=kind)
+    np.testing.assert_allclose(losses, expected.nll_BT[0].numpy(), atol=atol)
+
+
+def test_scoring_the_rest_changes_nothing() -> None:
+    session = Session(small_model())
+    session.read(tokens_of(14))
+    before = session.fork()
+    assert len(session.score_rest()) == session.pending == 3
+    assert same_state(session, before)
+
+
+def test_text_in_pieces_is_one_text(model: Transformer, tokenizer: Tokenizer) -> None:
+    whole, split = Session(model, tokenizer), Session(model, tokenizer)
+    expected = whole.read(TEXT)
+    got = np.concatenate(list(split.read_pieces(TEXT[i : i + 7] for i in range(0, len(TEXT), 7))))
+    assert np.array_equal(expected, got)
+    assert same_state(whole, split)
+    assert len(expected) + whole.pending == len(tokenizer.encode(TEXT))  # BOS comes first: every token has a loss
+
+
+def test_a_fork_goes_its_own_way() -> None:
+    session = Session(small_model())
+    session.read(tokens_of(20))
+    fork, kept = session.fork(), session.fork()
+    fork.read(tokens_of(20, seed=1))
+    assert same_state(session, kept)
+    assert fork.position > session.position
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("read_before", [0, 3, 47])
+def test_saved_and_loaded_goes_on_as_if_uninterrupted(
+    tmp_path: Path, model: Transformer, tokenizer: Tokenizer, learn: bool, read_before: int
+) -> None:
+    tokens = tokens_of(160)
+    session = Session(model, tokenizer, learn=learn)
+    session.read(tokens[:read_before])
+    session.save(tmp_path / "a.session")
+    loaded = Session.load(tmp_path / "a.session", model, tokenizer)
+    assert loaded.learn == learn
+    assert np.array_equal(session.read(tokens[read_before:]), loaded.read(tokens[read_before:]))
+    assert same_state(session, loaded)
+
+
+def test_a_standard_model_reads_and_is_saved(tmp_path: Path) -> None:
+    model = small_model(suffix_layers=0, window=None, mini_batch=None, vocab_size=50)
+    session, tokens = Session(model), tokens_of(20)
+    assert not session.learn
+    session.read(tokens)
+    session.save(tmp_path / "s")
+    rest = Session.load(tmp_path / "s", model).score_rest()
+    expected = sequence_loss(model, torch.tensor(tokens)[None]).nll_BT[0]
+    np.testing.assert_allclose(rest, expected.numpy(), atol=1e-5)
+
+
+def test_refused_session_files(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    session = Session(model, tokenizer)
+    session.read(tokens_of(30))
+    good = tmp_path / "good.session"
+    session.save(good)
+    data = good.read_bytes()
+
+    def refused(content: bytes, match: str, with_model: Transformer = model) -> None:
+        bad = tmp_path / "bad.session"
+        bad.write_bytes(content)
+        with pytest.raises(UserError, match=match):
+            Session.load(bad, with_model, tokenizer)
+
+    for cut in (0, 5, 100, len(data) // 2, len(data) - 1):
+        refused(data[:cut], "truncated")
+    refused(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:], "altered")
+    refused(data.replace(b'position\\": 30', b'position\\": 31'), "altered")
+    refused(b"\x80\x04pickle", "no session")
+    save_file({"x": torch.zeros(3)}, tmp_path / "foreign")
+    refused((tmp_path / "foreign").read_bytes(), "no session")
+    refused(data, "another model", small_model(seed=1, vocab_size=tokenizer.vocab_size))
+    refused(data, "another model", small_model(vocab_size=tokenizer.vocab_size, inner_lr=0.5))
+    with pytest.raises(UserError, match="another tokenizer"):
+        Session.load(good, model, Tokenizer.train(["aaa bbb aaa bbb"], 260))
+    with pytest.raises(UserError, match="does not exist"):
+        Session.load(tmp_path / "nowhere", model, tokenizer)
+
+
+def test_saving_never_replaces_something_else(tmp_path: Path) -> None:
+    session = Session(small_model())
+    (tmp_path / "diary.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for target in ("diary.txt", "folder"):
+        with pytest.raises(UserError, match=target):
+            session.save(tmp_path / target)
+    assert (tmp_path / "diary.txt").read_text() == "mine"
+
+
+def test_a_full_disk_keeps_the_session_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    session = Session(model)
+    session.save(tmp_path / "s")
+    before = (tmp_path / "s").read_bytes()
+    session.read(tokens_of(20))
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session_module, "save_safetensors", full)
+    with pytest.raises(UserError, match="No space left"):
+        session.save(tmp_path / "s")
+    assert (tmp_path / "s").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["s"]
+
+
+def test_divergence_returns_to_the_last_good_state() -> None:
+    model, tokens = small_model(inner_lr=1e30), tokens_of(60)
+    session = Session(model)
+    with pytest.raises(Diverged, match=r"at tokens 5 to 10") as caught:
+        session.read(tokens)
+    assert caught.value.position == session.position == 0  # the very first update was the bad one
+    assert all(torch.isfinite(t).all() for t in session._state.loop.tensors())
+    fresh = Session(model)
+    fresh.read(tokens[:1])
+    assert same_state(session, fresh)
+
+
+def test_divergence_later_keeps_what_was_learned_before(tmp_path: Path) -> None:
+    model, tokens = small_model(), tokens_of(60)
+    session = Session(model)
+    session.read(tokens[:31])
+    good = session.fork()
+    session.read(tokens[31:36])  # this update will turn out bad
+    fast = [type(w)(*(t * math.nan for t in w)) for w in session._state.loop.fast]
+    session._state = session._state._replace(loop=session._state.loop._replace(fast=tuple(fast)))
+    with pytest.raises(Diverged, match="35 to 40"):
+        session.read(tokens[36:])
+    assert session.position == 30
+    assert same_state(session, good)
+    session.save(tmp_path / "kept")
+    assert np.isfinite(Session.load(tmp_path / "kept", model).read(tokens[31:])).all()
+
+
+def test_a_broken_model_is_not_called_divergence_of_learning() -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.embedding.fill_(math.nan)
+    with pytest.raises(Diverged, match="nothing was learned"):
+        Session(model).read(tokens_of(20))
+
+
+@pytest.mark.parametrize("bad", [[-1], [50], [0.5], [[1, 2]]])
+def test_ids_that_are_none(bad: list) -> None:
+    with pytest.raises(UserError, match="0 to 49"):
+        Session(small_model()).read(np.array(bad))
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_equals_reading_everything_anew(model: Transformer, tokenizer: Tokenizer) -> None:
+    session = Session(model, tokenizer, learn=False)
+    session.read(tokens_of(50))
+    prompt = tokens_of(7, seed=3)
+    got = list(session.generate_tokens(prompt, max_tokens=20, temperature=0))
+    text = [tokenizer.bos, *tokens_of(50), *prompt]
+    for token in got:
+        logits, _ = forward(model, start_reading(model, 1), torch.tensor([text]))
+        assert int(logits[0, -1].argmax()) == token
+        text.append(token)
+
+
+def test_generation_is_decided_by_its_seed_and_changes_nothing(model: Transformer, tokenizer: Tokenizer) -> None:
+    session = Session(model, tokenizer)
+    session.read(TEXT)
+    before = session.fork()
+    one, again, other = ("".join(session.generate("Rain", max_tokens=30, seed=seed)) for seed in (1, 1, 2))
+    assert one == again != other
+    assert same_state(session, before)
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_text_comes_in_whole_characters(seed: int) -> None:
+    tokenizer = _TOKENIZER
+    ids = np.random.default_rng(seed).choice(tokenizer.encode(TEXT[:60]), 40)
+
+    class Written(Session):
+        def generate_tokens(self, *args: object, **options: object):  # type: ignore[no-untyped-def, override]
+            return iter(ids.tolist())
+
+    pieces = list(Written(small_model(vocab_size=tokenizer.vocab_size), tokenizer).generate())
+    expected = tokenizer.decode(ids)
+    assert "".join(pieces) in (expected, expected.removesuffix("\ufffd"))
+
+
+_TOKENIZER = Tokenizer.train([""], 257)  # every byte is a token: most characters come in parts
+
+
+def test_what_was_learned_from_the_text_is_written_with(model: Transformer, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="nothing to go on from"):
+        next(Session(model).generate_tokens())
+    with pytest.raises(UserError, match="top_p"):
+        next(Session(model, tokenizer).generate_tokens("x", top_p=0))
+
+
+def test_top_p_leaves_out_the_unlikely() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(logits, 1.0, 0.6, generator) for _ in range(200)} == {0, 1}
+    assert {sample(logits, 1.0, 0.5, generator) for _ in range(50)} == {0}
+
+
+def test_models_to_read_with(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    from ttt_e2e.model_files import save_model
+
+    tokenizer.save(tmp_path / "t.json")
+    Tokenizer.train([TEXT], 270).save(tmp_path / "other.json")
+    save_model(model, tmp_path / "good", tmp_path / "t.json")
+    save_model(model, tmp_path / "mismatched", tmp_path / "other.json")
+    save_model(model, tmp_path / "without", None)
+    loaded, _ = load_reader(tmp_path / "good")
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+    for name, match in (
+        ("mismatched", "vocabulary"),
+        ("without", "no tokenizer"),
+        ("nowhere", "no model folder"),
+    ):
+        with pytest.raises(UserError, match=match):
+            load_reader(tmp_path / name)
+
+
+def test_a_session_file_is_safetensors(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    session = Session(model, tokenizer)
+    session.read(TEXT)
+    session.save(tmp_path / "s")
+    tensors = load_file(tmp_path / "s")
+    assert tensors["fast.0.w_in"].dtype == torch.float32
+    facts = session_module.session_facts(tmp_path / "s")
+    assert json.dumps(facts) and facts["position"] == session.position
