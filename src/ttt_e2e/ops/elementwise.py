@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm before its weight. Twice differentiable."""
-    return _UnitRMS.apply(x, eps)
+    return _UnitRMS.apply(x, eps)[0]
 
 
 def unit_rms_reference(x: Tensor, eps: float) -> Tensor:
@@ -135,40 +135,47 @@ class _Rotate(torch.autograd.Function):
 
 
 class _UnitRMS(torch.autograd.Function):
-    """y = r x with r = (|x|^2 / D + eps)^(-1/2)."""
+    """(y, r) = (r x, r) with r = (|x|^2 / D + eps)^(-1/2). Only the outputs are kept: x is y / r."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         r = _dot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()
         y = x * r
-        ctx.save_for_backward(x, y, r)
-        return y
+        ctx.save_for_backward(y, r)
+        ctx.set_materialize_grads(False)
+        return y, r
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _UnitRMSBackward.apply(*ctx.saved_tensors, *grads), None
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        y, r = ctx.saved_tensors
+        grad_y, grad_r = grads
+        if grad_r is None:
+            return (None if grad_y is None else _UnitRMSBackward.apply(y, r, grad_y)), None
+        # Second order only: dr/dx = -r^2 y / D joins the part along y.
+        along = grad_r * r if grad_y is None else torch.addcmul(_dot(grad_y, y), grad_r, r)
+        along = along.div_(-y.shape[-1])
+        return (y * along if grad_y is None else torch.addcmul(grad_y, y, along)).mul_(r), None
 
 
 class _UnitRMSBackward(torch.autograd.Function):
-    """dx = r (g - y <g, y> / D), as a function of x and g; y and r are x's own and take no gradient of theirs."""
+    """dx = r (g - y <g, y> / D), as a function of y, r and g."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, r: Tensor, g: Tensor) -> Tensor:
-        gy = _dot(g, y)
+    def forward(ctx: Any, y: Tensor, r: Tensor, g: Tensor) -> Tensor:
+        gy = _dot(g, y).div_(y.shape[-1])
         ctx.save_for_backward(y, r, g, gy)
-        return torch.addcmul(g, y, gy, value=-1 / y.shape[-1]).mul_(r)
+        return torch.addcmul(g, y, gy, value=-1).mul_(r)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y, r, g, gy = ctx.saved_tensors
         (a,) = grads
-        width = y.shape[-1]
-        ay, ag = _dot(a, y), _dot(a, g)
-        grad_g = torch.addcmul(a, y, ay, value=-1 / width).mul_(r)
-        # r^2 / D times -gy a - ay g + y (3 gy ay / D - ag): from dr/dx = -r^2 y / D and dy/dx = r (1 - y y^T / D).
-        across = torch.addcmul(ag, gy, ay, value=-3 / width).neg_()
-        grad_x = (y * across).addcmul_(a, gy, value=-1).addcmul_(g, ay, value=-1).mul_(r.square().div_(width))
-        return grad_x, None, None, grad_g
+        ay = _dot(a, y)
+        grad_r = torch.addcmul(_dot(a, g), ay, gy, value=-1)
+        ay.div_(y.shape[-1])
+        grad_y = (a * gy).addcmul_(g, ay).mul_(-r)
+        return grad_y, grad_r, torch.addcmul(a, y, ay, value=-1).mul_(r)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -199,6 +206,7 @@ class _SwiGLUBackward(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, g = ctx.saved_tensors
         gate, value = hidden.chunk(2, -1)
@@ -221,12 +229,12 @@ def _times_slope_(x: Tensor, gate: Tensor) -> Tensor:
 
 
 class _MaskedSoftmax(torch.autograd.Function):
-    """P = softmax(S) over the allowed entries."""
+    """P = softmax(S) over the allowed entries. Only P is kept."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, mask: Tensor) -> Tensor:
         p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        ctx.save_for_backward(scores, p)
+        ctx.save_for_backward(p)
         return p
 
     @staticmethod
@@ -235,23 +243,23 @@ class _MaskedSoftmax(torch.autograd.Function):
 
 
 class _MaskedSoftmaxBackward(torch.autograd.Function):
-    """dS = P (g - rowsum(P g)), as a function of S and g; P is S's own and takes no gradient of its own."""
+    """dS = P (g - rowsum(P g)), as a function of P and g."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, p: Tensor, g: Tensor) -> Tensor:
+    def forward(ctx: Any, p: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(p, g)
         return _softmax_backward(g, p)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         p, g = ctx.saved_tensors
         (a,) = grads
         buffer = p * g  # large, so one serves for all
         pg = buffer.sum(-1, keepdim=True)
         pa = torch.mul(p, a, out=buffer).sum(-1, keepdim=True)
-        # d<a, dS>/dP = a (g - rowsum(P g)) - g rowsum(P a), and from there to S as in the first derivative.
         grad_p = torch.sub(g, pg, out=buffer).mul_(a).addcmul_(g, pa, value=-1)
-        return _softmax_backward(grad_p, p), None, _softmax_backward(a, p)
+        return grad_p, _softmax_backward(a, p)
 
 
 def _softmax_backward(g: Tensor, p: Tensor) -> Tensor:
