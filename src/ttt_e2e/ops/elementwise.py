@@ -139,7 +139,8 @@ class _UnitRMS(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        r = _dot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
         y = x * r
         ctx.save_for_backward(y, r)
         ctx.set_materialize_grads(False)
@@ -153,8 +154,8 @@ class _UnitRMS(torch.autograd.Function):
             return (None if grad_y is None else _UnitRMSBackward.apply(y, r, grad_y)), None
         # Second order only: dr/dx = -r^2 y / D joins the part along y.
         along = grad_r * r if grad_y is None else torch.addcmul(_dot(grad_y, y), grad_r, r)
-        along = along.div_(-y.shape[-1])
-        return (y * along if grad_y is None else torch.addcmul(grad_y, y, along)).mul_(r), None
+        start = torch.zeros_like(y) if grad_y is None else grad_y
+        return torch.addcmul(start, y, along, value=-1 / y.shape[-1]).mul_(r), None
 
 
 class _UnitRMSBackward(torch.autograd.Function):
@@ -162,20 +163,20 @@ class _UnitRMSBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, r: Tensor, g: Tensor) -> Tensor:
-        gy = _dot(g, y).div_(y.shape[-1])
+        gy = _dot(g, y)
         ctx.save_for_backward(y, r, g, gy)
-        return torch.addcmul(g, y, gy, value=-1).mul_(r)
+        return torch.addcmul(g, y, gy, value=-1 / y.shape[-1]).mul_(r)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y, r, g, gy = ctx.saved_tensors
         (a,) = grads
+        share = -1 / y.shape[-1]
         ay = _dot(a, y)
-        grad_r = torch.addcmul(_dot(a, g), ay, gy, value=-1)
-        ay.div_(y.shape[-1])
-        grad_y = (a * gy).addcmul_(g, ay).mul_(-r)
-        return grad_y, grad_r, torch.addcmul(a, y, ay, value=-1).mul_(r)
+        grad_y = (a * gy).addcmul_(g, ay).mul_(r * share)
+        grad_r = torch.addcmul(_dot(a, g), ay, gy, value=share)
+        return grad_y, grad_r, torch.addcmul(a, y, ay, value=share).mul_(r)
 
 
 class _SwiGLU(torch.autograd.Function):
