@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_config
 
 from ttt_e2e.config import RunConfig, TrainConfig, override
 from ttt_e2e.data.prepare import prepare
+from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 from ttt_e2e.model_files import load_model, model_digest
 from ttt_e2e.training import trainer
@@ -103,6 +105,22 @@ def test_accumulation_does_not_change_the_losses(data: Path, whole: Path, tmp_pa
     for ours, theirs in zip(measured(tmp_path / "run"), measured(whole), strict=True):
         if "loss" in ours:
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_trains_on_zarr_arrays_as_they_are(data: Path, tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(str(tmp_path / "arrays"), mode="w")
+    for split in ("train", "val"):
+        tokens = TokenSet.open(data, split)
+        flat = np.concatenate([tokens.document(i) for i in range(len(tokens))]).astype(np.uint32)
+        group.create_array(split, data=flat)
+    with pytest.raises(UserError, match="make .* with `ttt-e2e prepare`"):
+        run(tmp_path / "arrays", tmp_path / "run")
+    with pytest.raises(UserError, match="leave --tokenizer out"):
+        run(data, tmp_path / "run", tokenizer=str(data / "tokenizer.json"))
+    summary = run(tmp_path / "arrays", tmp_path / "run", "steps=2", tokenizer=str(data / "tokenizer.json"))
+    assert summary.evaluation is not None and summary.loss is not None
+    assert (tmp_path / "run/model/tokenizer.json").read_bytes() == (data / "tokenizer.json").read_bytes()
 
 
 def test_a_standard_model_trains_too(data: Path, tmp_path: Path) -> None:

@@ -253,7 +253,14 @@ the same command with --resume goes on from the last one as if nothing had happe
     )
     sub.add_argument("preset", metavar="PRESET", help="see `ttt-e2e presets`")
     sub.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the preset")
-    sub.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder that `prepare` has written")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="what `prepare` has written, or the official zarr arrays",
+    )
+    sub.add_argument("--tokenizer", metavar="NAME", help="with zarr arrays: the tokenizer that made them")
     sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
     sub.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     sub.add_argument(
@@ -477,6 +484,7 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.out,
         resume=arguments.resume,
         start_from=arguments.start_from,
+        tokenizer=arguments.tokenizer,
         device=arguments.device,
         tensorboard=arguments.tensorboard,
         wandb=arguments.wandb,

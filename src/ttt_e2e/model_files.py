@@ -136,7 +136,10 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write `tensors` to `path`; unlike the library's own, a full disk is an OSError with its number."""
     try:
+        path.touch()  # so that the file has the user's usual permissions; the library makes its own private
+        mode = path.stat().st_mode
         save_file(dict(tensors), path, dict(metadata))
+        path.chmod(mode)
     except SafetensorError as error:
         # The library wraps the operating system's error in a text: "I/O error: No space left ... (os error
         # 28)".

@@ -224,6 +224,19 @@ class TokenSet:
             )
 
 
+def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> TokenSet:
+    """Open a split of a prepared folder, or, with the tokenizer that made them, of the official zarr arrays.
+
+    Raises UserError if it is neither, or if a tokenizer is given for a folder that has its own.
+    """
+    folder = Path(folder)
+    if tokenizer is None:
+        return TokenSet.open(folder, split)
+    if (folder / "meta.json").exists():
+        raise UserError(f"{folder} has its own tokenizer; leave --tokenizer out.")
+    return TokenSet.open_zarr(folder, split, tokenizer.bos)
+
+
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -77,5 +77,5 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         if not torch.cuda.is_available() or chosen.index >= torch.cuda.device_count():
             raise UserError(f"There is no device {device!r} here: {torch.cuda.device_count()} GPUs; choose cpu.")
     elif chosen.type != "cpu":
-        raise UserError(f"Training on {device!r} is not supported; choose auto, cpu or cuda.")
+        raise UserError(f"Devices such as {device!r} are not supported; choose auto, cpu or cuda.")
     return chosen

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ttt_e2e.config import RunConfig, TrainConfig, to_dict
 from ttt_e2e.data.loader import SequenceLoader, held_out
-from ttt_e2e.data.shards import TokenSet
+from ttt_e2e.data.shards import TokenSet, open_tokens
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
@@ -84,6 +84,7 @@ def train(
     *,
     resume: bool = False,
     start_from: Path | None = None,
+    tokenizer: str | None = None,
     device: str = "auto",
     tensorboard: bool = False,
     wandb: bool = False,
@@ -93,7 +94,7 @@ def train(
     """Train `config` on the prepared folder `data`, in the run folder `out`.
 
     resume: go on from the newest whole checkpoint in `out`. start_from: a model folder whose weights to begin
-    with. progress: show a bar. threads: of PyTorch on a CPU. Under `torchrun` the batch is shared among the
+    with. tokenizer: for token arrays that come without one (zarr), the one that made them. progress: show a bar. threads: of PyTorch on a CPU. Under `torchrun` the batch is shared among the
     processes. SIGINT and SIGTERM finish the step, write a checkpoint and return a Summary that is
     `interrupted`. Raises UserError for whatever does not fit together, for a full disk and for a loss that is
     not finite; the last checkpoint is then still there.
@@ -104,12 +105,12 @@ def train(
         torch.set_num_threads(threads)
     with processes(device) as peers, _StopSignals() as signals, ExitStack() as stack:
         say = _speaker(peers)
-        tokens = TokenSet.open(data, "train")
+        given = None if tokenizer is None else Tokenizer.load(tokenizer)
+        tokens = open_tokens(data, "train", given)
         _check_batch(plan, peers)
         tokens.check_vocabulary(model_config.vocab_size)
-        held = held_out(TokenSet.open(data, "val"), plan.context, plan.eval_tokens) if plan.eval_every else []
-        tokenizer, bos = data / TOKENIZER, tokens.bos
-        tokenizer_digest = tokens.tokenizer().digest
+        held = held_out(open_tokens(data, "val", given), plan.context, plan.eval_tokens) if plan.eval_every else []
+        words, bos = given or tokens.tokenizer(), tokens.bos
         record = _check_run(config, tokens, out, resume, start_from, peers)
         say(f"Run {out}, on {peers.device}: {json.dumps(to_dict(config), indent=2)}")
 
@@ -126,7 +127,7 @@ def train(
             loader.load_state(done.loader)
             say(f"Going on after step {done.step}, from {checkpoint}.")
         elif record["start_from"] is not None:
-            _read_start(model, Path(record["start_from"]), tokenizer_digest)
+            _read_start(model, Path(record["start_from"]), words.digest)
             say(f"Starting from the weights in {record['start_from']}.")
         elif resume:
             say(f"There is no checkpoint in {out} yet: starting from the first step.")
@@ -135,6 +136,7 @@ def train(
         if peers.leads:
             remove_leftovers(out)
             write_text(out / CONFIG, json.dumps(record, indent=2) + "\n")
+            words.save(out / TOKENIZER)
             metrics = stack.enter_context(Metrics(out, done.step, to_dict(config), tensorboard, wandb))
         hidden = not (progress and peers.leads)
         bar = stack.enter_context(tqdm(total=plan.steps, initial=done.step, unit="step", disable=hidden))
@@ -198,13 +200,13 @@ def train(
                     metrics.write({"step": done.step, "eval": evaluation})
             if metrics and (last or asked or _due(done.step, plan.checkpoint_every)):
                 metrics.sync()
-                save_checkpoint(out, model, optimizer, done, config, tokenizer)
+                save_checkpoint(out, model, optimizer, done, config, out / TOKENIZER)
             if asked and not last:
                 say(f"Stopped after step {done.step}; the same command with --resume goes on from there.")
                 return Summary(out, None, done.step, loss, evaluation, done.tokens, done.seconds, True)
 
         if metrics:
-            save_model(model, out / MODEL, tokenizer, notes={"step": done.step, "tokens": done.tokens})
+            save_model(model, out / MODEL, out / TOKENIZER, notes={"step": done.step, "tokens": done.tokens})
         peers.wait()
         say(f"Finished after step {done.step}; the model is in {out / MODEL}.")
         return Summary(out, out / MODEL, done.step, loss, evaluation, done.tokens, done.seconds, False)
