@@ -111,7 +111,7 @@ def official_fast(golden: Golden, kind: str, at: int, name: str) -> Tensor:
 @pytest.mark.parametrize("golden", META, indirect=True)
 @pytest.mark.parametrize("outer", [True, False])
 def test_inner_steps(golden: Golden, outer: bool) -> None:
-    """Fast weights after every mini-batch, every inner gradient and its norm; the second case clips some and not all."""
+    """Fast weights after every mini-batch, every inner gradient, its norm; the second case clips some and not all."""
     model = golden.model()
     inputs, targets = golden.tokens[:, :-1], golden.tokens[:, 1:]
     x, _ = model.read_static(inputs, 0, None, torch.float32)

@@ -83,7 +83,7 @@ class ModelConfig:
         )
         _require(
             0 <= self.suffix_layers <= self.layers,
-            f"A suffix of {self.suffix_layers} blocks does not fit a model of {self.layers}; choose 0 to {self.layers}.",
+            f"A suffix of {self.suffix_layers} blocks does not fit a model of {self.layers} blocks.",
         )
         _require(
             self.mini_batch is not None or self.suffix_layers == 0,
@@ -230,8 +230,11 @@ PRESETS = _presets()
 
 
 def preset(name: str) -> RunConfig:
-    """The configuration called `name`: a published size ("125m" ... "3b", TTT-E2E; "125m-full" ... with full
-    attention) or one of ours ("tiny", "small", each also "-full" and "-window"). Raises UserError for any other name."""
+    """The configuration called `name`; raises UserError for a name that is not in `PRESETS`.
+
+    There are the published sizes ("125m" to "3b" with TTT-E2E, "125m-full" to "3b-full" with full attention) and ours
+    ("tiny" and "small", each also "-full" and "-window").
+    """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

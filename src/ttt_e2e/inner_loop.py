@@ -1,4 +1,4 @@
-"""The method: a model that goes on training on what it reads, and the gradient through that (arXiv 2512.23675, 2.1-2.3).
+"""The method: a model that goes on training on what it reads, and the gradient through that (arXiv 2512.23675).
 
 A sequence is walked in mini-batches of b tokens. On each, the suffix runs with the sequence's present fast weights W
 and the loss is reported; then W takes one step of SGD on that loss:

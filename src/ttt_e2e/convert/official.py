@@ -1,8 +1,8 @@
 """Names and layouts of the official JAX implementation, and how they map to ours.
 
 There, linear weights are [in, out] and stacked over layers, and rotary pairs are neighbours (2i, 2i + 1). Here they are
-[out, in] with query, key and value (and gate and value) in one matrix, and rotary pairs are (i, i + K/2). The mapping is
-linear and one to one, so it serves gradients and optimiser moments as well as weights.
+[out, in] with query, key and value (and gate and value) in one matrix, and rotary pairs are (i, i + K/2). The mapping
+is linear and one to one, so it serves gradients and optimiser moments as well as weights.
 """
 
 from collections.abc import Mapping
