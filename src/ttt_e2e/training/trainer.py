@@ -93,11 +93,11 @@ def train(
 ) -> Summary:
     """Train `config` on the prepared folder `data`, in the run folder `out`.
 
-    resume: go on from the newest whole checkpoint in `out`. start_from: a model folder whose weights to begin
-    with. tokenizer: for token arrays that come without one (zarr), the one that made them. progress: show a
-    bar. threads: of PyTorch on a CPU. Under `torchrun` the batch is shared among the processes. SIGINT and SIGTERM finish the step, write a checkpoint and return a Summary that is
-    `interrupted`. Raises UserError for whatever does not fit together, for a full disk and for a loss that is
-    not finite; the last checkpoint is then still there.
+    resume: go on from the newest whole checkpoint in `out`. start_from: a model folder whose weights to begin with.
+    tokenizer: for token arrays that come without one (zarr), the one that made them. progress: show a bar.
+    threads: of PyTorch on a CPU. Under `torchrun` the batch is shared among the processes. SIGINT and SIGTERM
+    finish the step, write a checkpoint and return a Summary that is `interrupted`. Raises UserError for whatever
+    does not fit together, for a full disk and for a loss that is not finite; the last checkpoint is then still there.
     """
     data, out = Path(data), Path(out)
     plan, model_config = config.train, config.model
