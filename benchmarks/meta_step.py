@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ META = ModelConfig(**SHAPE, mlp_width=560, suffix_layers=2)
 STANDARD = ModelConfig(**SHAPE, mlp_width=700)
 VARIANTS = {
     "standard": (STANDARD, "none"),
+    "standard, full attention": (replace(STANDARD, window=None), "none"),
     "meta": (META, "none"),
     "meta, recompute mini-batch": (META, "mini-batch"),
     "meta, recompute sqrt": (META, "sqrt"),

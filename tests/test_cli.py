@@ -217,7 +217,7 @@ def test_command_lines_that_are_none(here: Path, capsys: pytest.CaptureFixture[s
         ("train tniy", "'tiny'"),
         ("train tiny stepps=3", "'steps'"),
         ("train tiny steps=many", "whole number"),
-        ("train tiny mini_batch=512", "b <= k"),
+        ("train tiny mini_batch=1024", "b <= k"),
         ("train tiny suffix_layers=9", "suffix of 9"),
         ("train tiny --extend 64", "--from"),
         ("train tiny --from nowhere", "nowhere"),

@@ -196,11 +196,11 @@ _PUBLISHED = {
 }
 _PUBLISHED_VOCABULARY = 128_256
 
-# Ours, for a laptop: the paper's k : b : context of 8 : 1 : 8 (and 128 when extended), at a smaller k.
+# Ours, for a laptop: window : mini-batch : context as published, 8 : 1 : 8, at a smaller scale.
 # name: vocabulary, layers, width, heads, MLP full / TTT-E2E, suffix, window, mini-batch, lr, steps, batch, context
 _LAPTOP = {
-    "tiny": (4096, 8, 128, 4, 352, 288, 2, 256, 32, 3e-3, 1000, 4, 2048),
-    "small": (8192, 12, 384, 6, 1024, 832, 3, 512, 64, 2e-3, 4000, 8, 4096),
+    "tiny": (4096, 8, 128, 4, 352, 288, 2, 512, 64, 3e-3, 1000, 4, 4096),
+    "small": (8192, 12, 384, 6, 1024, 832, 3, 1024, 128, 2e-3, 4000, 8, 8192),
 }
 
 
@@ -236,7 +236,7 @@ def preset(name: str) -> RunConfig:
     ("tiny" and "small", each also "-full" and "-window").
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(f"There is no preset {name!r}.{hint} There are: {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -1,0 +1,139 @@
+"""Configurations: the published presets, settings changed by name, and what is refused."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from ttt_e2e.config import (
+    PRESETS,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    extension,
+    from_dict,
+    override,
+    preset,
+    rope_theta_for,
+    to_dict,
+)
+from ttt_e2e.errors import UserError
+from ttt_e2e.model import Transformer
+
+# The issue's table: layers, width, heads, MLP full / TTT-E2E, suffix, outer lr, steps, batch.
+PUBLISHED = {
+    "125m": (12, 768, 12, 2048, 1664, 3, 3e-3, 4800, 64),
+    "350m": (24, 1024, 16, 2816, 2304, 6, 1.5e-3, 13500, 64),
+    "760m": (24, 1536, 16, 4096, 3328, 6, 1.25e-3, 29000, 64),
+    "1b": (24, 2048, 32, 5376, 4352, 6, 1e-3, 50000, 64),
+    "3b": (32, 2560, 32, 6912, 5632, 8, 8e-4, 52000, 128),
+}
+
+
+def parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets(name: str) -> None:
+    layers, width, heads, full, ttt, suffix, lr, steps, batch = PUBLISHED[name]
+    ours, baseline = preset(name), preset(f"{name}-full")
+    for config, mlp, fast in ((ours, ttt, suffix), (baseline, full, 0)):
+        model, train = config.model, config.train
+        assert (model.layers, model.width, model.heads) == (layers, width, heads)
+        assert (model.mlp_width, model.suffix_layers, model.vocab_size) == (mlp, fast, 128_256)
+        assert (train.lr, train.steps, train.batch, train.context) == (lr, steps, batch, 8192)
+        assert (train.beta1, train.beta2, train.weight_decay, train.clip) == (0.9, 0.95, 0.1, 1.0)
+        assert (train.lr_end, train.warmup, train.inner_lr_init, train.inner_warmup) == (
+            1e-5,
+            steps // 10,
+            0.1,
+            steps // 10,
+        )
+        assert model.rope_theta == 500_000
+    assert (ours.model.window, ours.model.mini_batch, ours.model.inner_lr, ours.model.inner_clip) == (
+        8192,
+        1024,
+        1.0,
+        1.0,
+    )
+    assert baseline.model.window is None
+    assert parameters(ours.model) == pytest.approx(parameters(baseline.model), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_our_presets_keep_the_published_proportions(name: str) -> None:
+    config = preset(name)
+    assert config.model.window == 8 * config.model.mini_batch
+    assert config.train.context == 8 * config.model.window
+    assert config.model.suffix_layers == config.model.layers / 4
+    for other in ("full", "window"):
+        assert parameters(config.model) == pytest.approx(parameters(preset(f"{name}-{other}").model), rel=0.02)
+
+
+def test_extension_follows_the_published_recipe() -> None:
+    train = preset("3b").train
+    longer = extension(train, 131_072, train.steps)
+    assert (longer.context, longer.lr, longer.steps, longer.inner_warmup) == (131_072, 4e-4, 1300, 0)
+    assert longer.batch * longer.context == train.batch * train.context
+    assert [rope_theta_for(n) for n in (8192, 32_768, 131_072)] == [5e5, 2e6, 1e7]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip(name: str) -> None:
+    config = preset(name)
+    assert from_dict(RunConfig, to_dict(config)) == config
+
+
+def test_override() -> None:
+    config = override(
+        preset("tiny"),
+        ["model.window=256", "train.lr=1e-3", "steps=1e2", "tied_head=false", "recompute=none", "kv_heads=none"],
+    )
+    assert (config.model.window, config.train.lr, config.train.steps) == (256, 1e-3, 100)
+    assert (config.model.tied_head, config.train.recompute, config.model.kv_heads) == (False, "none", None)
+    assert isinstance(config.train.steps, int)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("windw=3", "no setting 'windw'. Did you mean 'window'"),
+        ("window", "is not an override; write NAME=VALUE"),
+        ("window=wide", "window must be a whole number or none, not 'wide'"),
+        ("window=1.5", "window must be a whole number or none, not 1.5"),
+        ("mini_batch=1024", "mini-batch b = 1024 is longer than the window k = 512"),
+        ("suffix_layers=9", "suffix of 9 blocks does not fit a model of 8"),
+        ("mini_batch=none", "set mini_batch"),
+        ("heads=3", "does not divide into 3 heads"),
+        ("kv_heads=3", "cannot share 3 key/value heads"),
+        ("steps=0", "steps must be at least 1"),
+        ("accumulate=3", "does not split into 3 equal pieces"),
+        ("recompute=sometimes", "recompute must be 'none' or 'mini-batch' or 'sqrt'"),
+        ("tied_head=1", "tied_head must be true or false"),
+        ("inner_clip=0", "inner_clip must be positive"),
+        ("inner_lr=-1", "inner_lr must not be negative"),
+    ],
+)
+def test_refused_settings(assignment: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        override(preset("tiny"), [assignment])
+
+
+def test_unknown_preset_names_a_near_one() -> None:
+    with pytest.raises(UserError, match=r"no preset 'tyni'\. Did you mean 'tiny'"):
+        preset("tyni")
+
+
+def test_from_dict_refuses_what_is_no_configuration() -> None:
+    values = to_dict(preset("tiny"))["model"]
+    for changed, sentence in (
+        ({**values, "colour": 1}, "unknown fields: colour"),
+        ({k: v for k, v in values.items() if k != "width"}, "is incomplete"),
+        ({**values, "width": "wide"}, "width in x must be a whole number"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            from_dict(ModelConfig, changed, "x")
+    assert dataclasses.is_dataclass(from_dict(TrainConfig, {}))
