@@ -36,7 +36,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
             raise UserError(
                 f"No space left on the disk while writing {target}; what was there before is kept."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.filename is None or Path(error.filename) in (part, *part.parents):
             raise UserError(f"Cannot write {target}: {error.strerror}. Choose another place.") from error
         raise
     except BaseException:
@@ -59,5 +59,5 @@ def _sync(path: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():
+        path.unlink()

@@ -1,0 +1,46 @@
+"""Files that are whole or not there."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import atomic_path, write_text
+
+
+def test_replaces_a_file_and_a_folder(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "file", "one")
+    write_text(tmp_path / "a" / "file", "two")
+    assert (tmp_path / "a" / "file").read_text() == "two"
+    for text in ("one", "two"):
+        with atomic_path(tmp_path / "folder") as part:
+            part.mkdir()
+            (part / text).write_text(text)
+    assert [f.name for f in (tmp_path / "folder").iterdir()] == ["two"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), UserError, "No space left on the disk while writing"),
+        (OSError(errno.EIO, "Input/output error"), UserError, "Cannot write .*: Input/output error"),
+        (OSError(errno.ENOENT, "No such file", "elsewhere.txt"), OSError, "elsewhere.txt"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_what_was_there_stays(tmp_path: Path, error: BaseException, raised: type[BaseException], sentence: str) -> None:
+    target = tmp_path / "file"
+    target.write_text("before")
+    with pytest.raises(raised, match=sentence), atomic_path(target) as part:
+        part.write_text("half")
+        raise error
+    assert target.read_text() == "before"
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write"):
+        write_text(tmp_path / "file" / "below", "text")
