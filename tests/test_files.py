@@ -27,10 +27,12 @@ def test_replaces_a_file_and_a_folder(tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, "No space left on device"), UserError, "No space left on the disk while writing"),
         (OSError(errno.EIO, "Input/output error"), UserError, "Cannot write .*: Input/output error"),
         (OSError(errno.ENOENT, "No such file", "elsewhere.txt"), OSError, "elsewhere.txt"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
-def test_what_was_there_stays(tmp_path: Path, error: BaseException, raised: type[BaseException], sentence: str) -> None:
+def test_what_was_there_stays(
+    tmp_path: Path, error: BaseException, raised: type[BaseException], sentence: str | None
+) -> None:
     target = tmp_path / "file"
     target.write_text("before")
     with pytest.raises(raised, match=sentence), atomic_path(target) as part:
