@@ -10,13 +10,12 @@ and the loss is reported; then W takes one step of SGD on that loss:
 Within `inner_step` everything else is a constant for g_i: the static weights, the cached keys and values of earlier
 mini-batches, the residual stream that comes up from the prefix. The outer gradient sees all of it.
 
-Three functions use the step: `sequence_loss` for training (with two outer gradients that give the same numbers: plain
-autograd, and recomputation), `read_mini_batch` at test time.
+Two functions use the step: `sequence_loss` for training (with two outer gradients that give the same numbers: plain
+autograd, and recomputation) and `read_mini_batch` at test time.
 
 Shapes: B sequences, T tokens, N mini-batches of b tokens, D width; fast weights as in `model`.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,12 +35,6 @@ class State(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """All tensors in a fixed order."""
         return [t for pair in (*self.fast, *self.caches) for t in pair]
-
-    def like(self, tensors: Sequence[Tensor]) -> "State":
-        """A state of the same form from tensors in that order."""
-        pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
-        count = len(self.fast)
-        return State(tuple(FastWeights(*p) for p in pairs[:count]), tuple(Cache(*p) for p in pairs[count:]))
 
 
 class MiniBatch(NamedTuple):
