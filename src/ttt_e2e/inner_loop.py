@@ -16,6 +16,7 @@ autograd, and recomputation) and `read_mini_batch` at test time.
 Shapes: B sequences, T tokens, N mini-batches of b tokens, D width; fast weights as in `model`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +92,12 @@ def inner_step(
             tuple(Cache(*(t.detach() for t in cache)) for cache in caches),
             nll_Bb.detach(),
         )
-    next_state = State(tuple(FastWeights(*p) for p in zip(new[::2], new[1::2], strict=True)), caches)
-    inner = InnerGradient(
-        tuple(FastWeights(*p) for p in zip(gradients[::2], gradients[1::2], strict=True)), norm_B.detach()
-    )
-    return next_state, nll_Bb, inner
+    return State(_by_block(new), caches), nll_Bb, InnerGradient(_by_block(gradients), norm_B)
+
+
+def _by_block(tensors: Sequence[Tensor]) -> tuple[FastWeights, ...]:
+    """Tensors in the order of the blocks, w_in before w_out, as one pair a block."""
+    return tuple(FastWeights(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -189,8 +191,7 @@ def loop_parameters(model: Transformer) -> list[Tensor]:
         modules += [block.fast_norm, block.fast_post_norm, block.mlp_norm, block.mlp, block.mlp_post_norm]
         if i > 0:
             modules += [block.attention_norm, block.attention, block.attention_post_norm]
-    head = model.embedding if model.config.tied_head else model.head
-    return [head, *(p for module in modules for p in module.parameters())]
+    return [model.head_weight, *(p for module in modules for p in module.parameters())]
 
 
 class _Loop(NamedTuple):

@@ -225,9 +225,14 @@ class Transformer(nn.Module):
         angle = position[:, None, None] * frequency
         return Rotary(angle.cos().to(wide(dtype)), angle.sin().to(wide(dtype)))
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix [V, D]; the embedding where they are tied."""
+        return self.embedding if self.config.tied_head else self.head
+
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head: logits [B, T, V] of the residual stream's end, in x's dtype."""
-        return linear(self.final_norm(x_BTD), self.embedding if self.config.tied_head else self.head)
+        return linear(self.final_norm(x_BTD), self.head_weight)
 
     def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Negative log-likelihood of every target, [B, T] in float32 (float64 if the model is), masked or not."""

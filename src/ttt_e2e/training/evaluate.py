@@ -42,7 +42,6 @@ def evaluate(
                     tokens_BT1.to(peers.device),
                     bos=bos,
                     inner_lr=inner_lr,
-                    recompute="sqrt",  # without a gradient to come, the one that holds on to least
                     dtype=getattr(torch, config.dtype),
                 )
             mask_BT = result.mask_BT.cpu().double()
