@@ -10,6 +10,7 @@ the most that its resident set grew over what it was before the first step.
 """
 
 import argparse
+import ctypes
 import json
 import os
 
@@ -28,6 +29,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+# Variants that take turns in one process hand memory back and forth; a process that trains one model keeps what it has.
+# Without this every turn begins with page faults, most of them in the variants that need more. glibc: never trim the
+# heap, and take from it whatever is below 32 MiB (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
+if platform.libc_ver()[0] == "glibc":
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    ctypes.CDLL(None).mallopt(-3, 32 << 20)
 
 from ttt_e2e.config import ModelConfig, TrainConfig
 from ttt_e2e.inner_loop import sequence_loss

@@ -1,5 +1,7 @@
 """What several tests share: small models, and the reference numbers of the official implementation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,12 @@ def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: ob
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
     return model
+
+
+@contextmanager
+def plain_twins() -> Iterator[None]:
+    """The plain twins of all operators, as a compiler is given them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("attention", "elementwise", "linear"):
+            patch.setattr(f"ttt_e2e.ops.{module}.is_compiling", lambda: True)
+        yield

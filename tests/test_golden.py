@@ -1,6 +1,7 @@
 """The method is the published one: every number of the official implementation, tensor by tensor, in float32."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from torch import Tensor
 from ttt_e2e.config import ModelConfig, TrainConfig
 from ttt_e2e.convert.official import state_dict_from_official
 from ttt_e2e.inner_loop import (
+    PLAIN,
     initial_state,
+    inner_gradient,
+    inner_gradient_reference,
     inner_step,
     mini_batches,
     sequence_loss,
@@ -109,29 +113,27 @@ def official_fast(golden: Golden, kind: str, at: int, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("golden", META, indirect=True)
-@pytest.mark.parametrize("outer", [True, False])
-def test_inner_steps(golden: Golden, outer: bool) -> None:
+@pytest.mark.parametrize("gradient", [inner_gradient, inner_gradient_reference])
+def test_inner_steps(golden: Golden, gradient: Callable) -> None:
     """Fast weights after every mini-batch, every inner gradient, its norm; the second case clips some and not all."""
     model = golden.model()
     inputs, targets = golden.tokens[:, :-1], golden.tokens[:, 1:]
-    x, _ = model.read_static(inputs, 0, None, torch.float32)
+    x, _ = model.read_static(inputs, model.place(0, inputs.shape[1], torch.float32), None, torch.float32)
     state = initial_state(model, 2, torch.float32)
     unclipped = 0
     for i, batch in enumerate(mini_batches(model, x, targets, (targets != BOS).float())):
-        state, nll, inner = inner_step(model, state, batch, golden.config.inner_lr, outer)
+        inner = gradient(model, state, batch)
+        state, nll, norms = inner_step(model, state, batch, golden.config.inner_lr, gradient)
         assert (nll - golden.tensors["token_nll"][:, 16 * i : 16 * i + 16]).abs().max() < 2e-5
         for b in range(2):
             norm = golden.tensors[f"seq{b}.inner_grad_norm_unclipped"][i].item()
-            assert inner.norm_B[b].item() == pytest.approx(norm, rel=2e-5)
+            assert norms[b].item() == pytest.approx(norm, rel=2e-5)
             unclipped += norm < golden.config.inner_clip
         for name, at in (("w_in", 0), ("w_out", 1)):
-            for kind, after, ours in (("fast_weights", i + 1, state.fast), ("inner_grad", i, inner.fast)):
+            for kind, after, ours in (("fast_weights", i + 1, state.fast), ("inner_grad", i, inner.gradient)):
                 theirs = official_fast(golden, f"seq0.{kind}", after, name)
                 for s in range(golden.config.suffix_layers):
                     assert (ours[s][at][0] - theirs[s]).abs().max() < 1e-5, (kind, i, name)
-        if not outer:
-            for weight in (w for pair in state.fast for w in pair):
-                weight.requires_grad_()
     assert unclipped == 0 if golden.config.inner_clip == 1.0 else 0 < unclipped < 16
 
 
@@ -146,12 +148,12 @@ def test_would_notice(golden: Golden, mistake: str, monkeypatch: pytest.MonkeyPa
     import ttt_e2e.inner_loop as module
 
     expected = {"first order": 0.526, "detached cache": 0.226, "constant clip norm": 0.046}[mistake]
-    step, update = module.inner_step, module.clipped_step
+    update, steps = module.clipped_step, PLAIN
 
     def detached_cache(*args, **kwargs):  # type: ignore[no-untyped-def]
-        after, nll, inner = step(*args, **kwargs)
+        after, nll, norm = inner_step(*args, **kwargs)
         caches = tuple(type(cache)(*(t.detach() for t in cache)) for cache in after.caches)
-        return after._replace(caches=caches), nll, inner
+        return after._replace(caches=caches), nll, norm
 
     def first_order(weights, gradients, lr, clip):  # type: ignore[no-untyped-def]
         return update(weights, [g.detach() for g in gradients], lr, clip)
@@ -162,11 +164,11 @@ def test_would_notice(golden: Golden, mistake: str, monkeypatch: pytest.MonkeyPa
         return [w - lr * scale_B11 * g for w, g in zip(weights, gradients, strict=True)], norm_B
 
     if mistake == "detached cache":
-        monkeypatch.setattr(module, "inner_step", detached_cache)
+        steps = PLAIN._replace(inner_step=detached_cache)
     else:
         monkeypatch.setattr(module, "clipped_step", first_order if mistake == "first order" else constant_norm)
     model = golden.model()
-    sequence_loss(model, golden.tokens, bos=BOS).loss.backward()
+    sequence_loss(model, golden.tokens, bos=BOS, steps=steps).loss.backward()
     ours, theirs = gradients(model), golden.ours("grads")
     flat = [torch.cat([g[n].flatten() for n in theirs]) for g in (ours, theirs)]
     assert relative(*flat) == pytest.approx(expected, abs=0.002)

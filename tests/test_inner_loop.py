@@ -2,13 +2,24 @@
 
 import pytest
 import torch
-from conftest import small_config, small_model
+from conftest import plain_twins, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ttt_e2e import inner_loop
-from ttt_e2e.inner_loop import forward, mini_batch_mean, read_mini_batch, sequence_loss, start_reading
+from ttt_e2e.inner_loop import (
+    PLAIN,
+    MiniBatch,
+    State,
+    forward,
+    inner_gradient_reference,
+    inner_step,
+    mini_batch_mean,
+    read_mini_batch,
+    sequence_loss,
+    start_reading,
+)
 from ttt_e2e.model import Transformer
 
 F64 = torch.float64
@@ -46,6 +57,22 @@ def test_recomputation_gives_the_same_gradient(shape: str, length: int) -> None:
         loss, grad = gradient(model, tokens(length), bos=3, recompute=recompute)
         assert loss == pytest.approx(plain[0], rel=1e-12)
         torch.testing.assert_close(grad, plain[1], rtol=1e-9, atol=1e-12)
+
+
+def by_reference(model: Transformer, state: State, batch: MiniBatch, lr: Tensor) -> tuple[State, Tensor, Tensor]:
+    return inner_step(model, state, batch, lr, inner_gradient_reference)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [23, 25])
+def test_the_inner_gradient_is_autograds(shape: str, length: int) -> None:
+    """The chain of pulls gives the losses and the outer gradient that autograd gives through its own inner gradient."""
+    model = small_model(F64, **SHAPES[shape])
+    written_out = gradient(model, tokens(length), bos=3)
+    with plain_twins():
+        loss, grad = gradient(model, tokens(length), bos=3, steps=PLAIN._replace(inner_step=by_reference))
+    assert loss == pytest.approx(written_out[0], rel=1e-12)
+    torch.testing.assert_close(grad, written_out[1], rtol=1e-9, atol=1e-12)
 
 
 @settings(max_examples=15, deadline=None)

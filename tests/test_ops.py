@@ -1,40 +1,42 @@
 """Every operator against its plain twin, with first and second derivatives, in float64 on fresh random inputs."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
+from conftest import plain_twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from ttt_e2e.ops import elementwise as ops
 from ttt_e2e.ops.attention import attention, attention_once
-from ttt_e2e.ops.elementwise import (
-    clipped_step,
-    clipped_step_reference,
-    masked_softmax,
-    masked_softmax_reference,
-    rotate,
-    rotate_reference,
-    swiglu,
-    swiglu_reference,
-    unit_rms,
-    unit_rms_reference,
-)
+from ttt_e2e.ops.elementwise import Pull, clipped_step, clipped_step_reference
+from ttt_e2e.ops.linear import batched_linear, weight_gradient
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(lambda shape: [*shape[:-1], 2 * shape[-1]])
 
 
-def angles(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def angles(x: Tensor) -> tuple[Tensor, Tensor]:
     angle = torch.arange(x.shape[-1] // 2, dtype=x.dtype) + 0.5
     return angle.cos(), angle.sin()
 
 
-PAIRS = {
-    "unit_rms": (lambda x: unit_rms(x, 1e-3), lambda x: unit_rms_reference(x, 1e-3)),
-    "swiglu": (swiglu, swiglu_reference),
-    "rotate": (lambda x: rotate(x, *angles(x)), lambda x: rotate_reference(x, *angles(x))),
-    "masked_softmax": (
-        lambda x: masked_softmax(x, torch.arange(x.shape[-1]) % 3 != 1),
-        lambda x: masked_softmax_reference(x, torch.arange(x.shape[-1]) % 3 != 1),
-    ),
+def norm_weight(x: Tensor) -> Tensor:
+    return torch.linspace(-0.5, 2, x.shape[-1], dtype=x.dtype)
+
+
+def some_targets(x: Tensor) -> Tensor:
+    return (torch.arange(x[..., 0].numel()) % x.shape[-1]).view(x.shape[:-1])
+
+
+# Every function of one tensor, with its pull, and the plain twin.
+PAIRS: dict[str, Callable[[Tensor, bool], tuple[Tensor, Pull]]] = {
+    "rms_norm": lambda x, plain: (ops.rms_norm_reference if plain else ops.rms_norm)(x, norm_weight(x), 1e-3),
+    "swiglu": lambda x, plain: (ops.swiglu_reference if plain else ops.swiglu)(x),
+    "rotate": lambda x, plain: (ops.rotate_reference if plain else ops.rotate)(x, *angles(x)),
+    "cross_entropy": lambda x, plain: (ops.cross_entropy_reference if plain else ops.cross_entropy)(x, some_targets(x)),
 }
 
 
@@ -42,27 +44,59 @@ PAIRS = {
 @settings(max_examples=25, deadline=None)
 @given(shape=SHAPES, seed=st.integers(0, 2**31))
 def test_elementwise_equals_reference(name: str, shape: list[int], seed: int) -> None:
-    """Value, gradient, and gradient of a function of the gradient."""
-    fast, plain = PAIRS[name]
+    """Value, pull and gradient, and the gradients of the pull; autograd's own gradient of the twin decides."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(fast(x).shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(PAIRS[name](x, True)[0].shape, generator=generator, dtype=torch.float64, requires_grad=True)
     a = torch.randn(shape, generator=generator, dtype=torch.float64)
-    results = []
-    for f in (fast, plain):
-        y = f(x)
-        (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
-        results.append([y, dx, *torch.autograd.grad(dx, (x, g), a, allow_unused=True, materialize_grads=True)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+    def derivatives(y: Tensor, dx: Tensor) -> list[Tensor]:
+        return [
+            y,
+            dx,
+            *torch.autograd.grad(dx, (x, g), a, retain_graph=True, allow_unused=True, materialize_grads=True),
+        ]
+
+    y, _ = PAIRS[name](x, True)
+    expected = derivatives(y, torch.autograd.grad(y, x, g, create_graph=True)[0])
+    for plain in (True, False):
+        y, pull = PAIRS[name](x, plain)
+        for dx in (pull(g), torch.autograd.grad(y, x, g, create_graph=True)[0]):
+            for ours, theirs in zip(derivatives(y, dx), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_elementwise_gradgradcheck(name: str) -> None:
-    f = PAIRS[name][0]
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
-    assert torch.autograd.gradcheck(f, x)
-    assert torch.autograd.gradgradcheck(f, x)
+    assert torch.autograd.gradcheck(lambda x: PAIRS[name](x, False)[0], x)
+    assert torch.autograd.gradgradcheck(lambda x: PAIRS[name](x, False)[0], x)
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (2, 3, 4)])
+def test_gradients_of_a_norms_weight(shape: tuple[int, ...]) -> None:
+    """Through the value and through the pull."""
+    generator = torch.Generator().manual_seed(0)
+    x, g, w = (torch.randn(s, dtype=torch.float64, generator=generator) for s in (shape, shape, shape[-2:]))
+
+    def both(w: Tensor) -> Tensor:
+        y, pull = ops.rms_norm(x, w, 1e-3)
+        return torch.cat((y, pull(g)))
+
+    assert torch.autograd.gradcheck(both, w.requires_grad_())
+
+
+def test_linear_gradgradcheck() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w, g = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((2, 3, 4), (2, 5, 4), (2, 3, 5)))
+    torch.testing.assert_close(batched_linear(x, w), torch.einsum("btd,bed->bte", x, w))
+    torch.testing.assert_close(weight_gradient(g, x), torch.einsum("bte,btd->bed", g, x))
+    inputs = tuple(t.requires_grad_() for t in (x, w, g))
+    for f in (lambda x, w, g: batched_linear(x, w), lambda x, w, g: weight_gradient(g, x)):
+        assert torch.autograd.gradcheck(f, inputs)
+        assert torch.autograd.gradgradcheck(f, inputs)
+    assert weight_gradient(g, x).is_contiguous()
+    assert torch.autograd.grad(batched_linear(x, w).sum(), w)[0].is_contiguous()
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,7 +104,7 @@ def test_elementwise_gradgradcheck(name: str) -> None:
 def test_clipped_step_equals_reference(clip: float, scale: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(factor: float) -> list[torch.Tensor]:
+    def draw(factor: float) -> list[Tensor]:
         shapes = ((2, 3, 4), (2, 4, 2))
         draws = [factor * torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
         return [x.requires_grad_() for x in draws]
@@ -123,25 +157,55 @@ def literal_attention(q, k, v, window):  # type: ignore[no-untyped-def]
 def test_attention(length: int, cached: int, window: int | None, heads: tuple[int, int], batch: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(h: int, t: int) -> torch.Tensor:
+    def draw(h: int, t: int) -> Tensor:
         return torch.randn(batch, h, t, 4, generator=generator, dtype=torch.float64, requires_grad=True)
 
     q, k, v = draw(heads[0], length), draw(heads[1], cached + length), draw(heads[1], cached + length)
     truth = literal_attention(q, k, v, window)
     cotangent = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
     expected = torch.autograd.grad(truth, (q, k, v), cotangent)
-    pieces = [x.split([cached, length], 2) for x in (k, v)]
-    for ours in (attention(q, *pieces, window), attention(q, [k], [v], window), attention_once(q, k, v, window)):
+    y, pull = attention(q, k, v, window)
+    for ours in (y, attention_once(q, k, v, window)):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
-        for a, b in zip(torch.autograd.grad(ours, (q, k, v), cotangent), expected, strict=True):
+        for a, b in zip(torch.autograd.grad(ours, (q, k, v), cotangent, retain_graph=True), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    own = [expected[0], *(x[:, :, cached:] for x in expected[1:])]
+    for a, b in zip(pull(cotangent), own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_attention_gradgradcheck() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, t, 4, generator=generator, dtype=torch.float64) for h, t in ((2, 3), (1, 5), (1, 5)))
-    inputs = tuple(x.requires_grad_() for x in (q, k, v))
-    assert torch.autograd.gradgradcheck(lambda q, k, v: attention(q, k.split([2, 3], 2), v.split([2, 3], 2), 4), inputs)
+@settings(max_examples=20, deadline=None)
+@given(
+    length=st.integers(1, 6),
+    cached=st.integers(0, 4),
+    empty=st.integers(0, 4),
+    window=st.one_of(st.none(), st.integers(1, 8)),
+    heads=st.sampled_from([(2, 2), (4, 2)]),
+    seed=st.integers(0, 2**31),
+)
+def test_attention_with_its_pull(
+    length: int, cached: int, empty: int, window: int | None, heads: tuple[int, int], seed: int
+) -> None:
+    """Value and pull with their derivatives, against the plain twin that a compiler is given; empty slots do not count."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(h: int, t: int) -> Tensor:
+        return torch.randn(2, h, t, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    q, k, v = draw(heads[0], length), draw(heads[1], cached + length), draw(heads[1], cached + length)
+    g = draw(heads[0], length)
+    slots = [torch.cat((torch.full_like(x[:, :, :1], 7.0).expand(-1, -1, empty, -1), x), 2) for x in (k, v)]
+    results = []
+    for plain, padded in ((False, False), (True, False), (False, True), (True, True)):
+        with plain_twins() if plain else nullcontext():
+            keys = (q, *slots) if padded else (q, k, v)
+            y, pull = attention(*keys, window, torch.tensor(empty) if padded else None)
+            outputs = [y, *pull(g)]
+        along = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, (q, k, v, g), along)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("length", "keys", "window"), [(40, 40, 7), (5, 12, 8), (9, 9, None)])
@@ -150,6 +214,6 @@ def test_attention_in_bfloat16(length: int, keys: int, window: int | None) -> No
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, t, 16, generator=generator) for h, t in ((4, length), (2, keys), (2, keys)))
     exact = attention_once(q, k, v, window)
-    torch.testing.assert_close(attention(q, [k], [v], window), exact)
+    torch.testing.assert_close(attention(q, k, v, window)[0], exact)
     rounded = attention_once(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)

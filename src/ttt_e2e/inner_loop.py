@@ -7,8 +7,12 @@ and the loss is reported; then W takes one step of SGD on that loss:
     g_i         = d loss_i / d W_i, over all fast weights of the sequence jointly
     W_{i+1}     = W_i - lr * g_i * min(1, clip / |g_i|)      updated after
 
-Within `inner_step` everything else is a constant for g_i: the static weights, the cached keys and values of earlier
+Within a step everything else is a constant for g_i: the static weights, the cached keys and values of earlier
 mini-batches, the residual stream that comes up from the prefix. The outer gradient sees all of it.
+
+g_i is not asked of autograd: it is the chain of the layers' pulls (see `model`), ordinary arithmetic like the forward
+pass. The outer gradient is then one plain backward pass through both, and at test time no graph is built at all.
+`inner_gradient_reference` is the twin that asks autograd.
 
 Two functions use the step: `sequence_loss` for training (with two outer gradients that give the same numbers: plain
 autograd, and recomputation) and `read_mini_batch` at test time.
@@ -16,15 +20,15 @@ autograd, and recomputation) and `read_mini_batch` at test time.
 Shapes: B sequences, T tokens, N mini-batches of b tokens, D width; fast weights as in `model`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ttt_e2e.config import Recompute
-from ttt_e2e.model import Cache, FastWeights, Rotary, Transformer, wide
-from ttt_e2e.ops.elementwise import clipped_step
+from ttt_e2e.model import Cache, FastWeights, Place, Transformer
+from ttt_e2e.ops.elementwise import clipped_step, wide
 
 
 class State(NamedTuple):
@@ -44,14 +48,15 @@ class MiniBatch(NamedTuple):
     x_BbD: Tensor
     targets_Bb: Tensor
     mask_Bb: Tensor
-    rotary: Rotary
+    place: Place
 
 
-class InnerGradient(NamedTuple):
-    """An inner step's gradient before the clip, in the order and shapes of the fast weights, and its norm."""
+class Scored(NamedTuple):
+    """nll_Bb: every token's loss. gradient: of their masked mean, before the clip. caches: for the next mini-batch."""
 
-    fast: tuple[FastWeights, ...]
-    norm_B: Tensor
+    nll_Bb: Tensor
+    gradient: tuple[FastWeights, ...]
+    caches: tuple[Cache, ...]
 
 
 class LossOutput(NamedTuple):
@@ -67,32 +72,43 @@ def masked_mean(nll_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (nll_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)
 
 
-def score(model: Transformer, state: State, batch: MiniBatch, twice: bool) -> tuple[Tensor, tuple[Cache, ...]]:
+def score(model: Transformer, state: State, batch: MiniBatch) -> tuple[Tensor, tuple[Cache, ...]]:
     """Every token's loss [B, b] under the state's fast weights, and the caches for the next mini-batch."""
-    x_BbD, caches = model.read_fast(batch.x_BbD, batch.rotary, state.fast, state.caches, twice)
-    return model.losses(x_BbD, batch.targets_Bb), caches
+    x_BbD, caches, _ = model.read_fast(batch.x_BbD, batch.place, state.fast, state.caches, inner=False)
+    return model.losses(x_BbD, batch.targets_Bb)[0], caches
+
+
+def inner_gradient(model: Transformer, state: State, batch: MiniBatch) -> Scored:
+    """Score one mini-batch, and the gradient of its loss in the fast weights, by the layers' pulls."""
+    x_BbD, caches, pull_suffix = model.read_fast(batch.x_BbD, batch.place, state.fast, state.caches, inner=True)
+    nll_Bb, pull_head = model.losses(x_BbD, batch.targets_Bb)
+    weight_Bb = batch.mask_Bb / batch.mask_Bb.sum(-1, keepdim=True).clamp(min=1)
+    return Scored(nll_Bb, pull_suffix(pull_head(weight_Bb)), caches)
+
+
+def inner_gradient_reference(model: Transformer, state: State, batch: MiniBatch) -> Scored:
+    """The plain twin of `inner_gradient`: autograd's own gradient, through which the outer one can pass."""
+    fast = tuple(FastWeights(*(w if w.requires_grad else w.detach().requires_grad_() for w in p)) for p in state.fast)
+    with torch.enable_grad():
+        x_BbD, caches, _ = model.read_fast(batch.x_BbD, batch.place, fast, state.caches, inner=True)
+        nll_Bb, _ = model.losses(x_BbD, batch.targets_Bb)
+        loss = masked_mean(nll_Bb, batch.mask_Bb).sum()  # a sum over sequences: each has fast weights of its own
+        gradients = torch.autograd.grad(loss, [w for pair in fast for w in pair], create_graph=True)
+    return Scored(nll_Bb, _by_block(gradients), caches)
 
 
 def inner_step(
-    model: Transformer, state: State, batch: MiniBatch, lr: float, outer: bool
-) -> tuple[State, Tensor, InnerGradient]:
-    """Score one mini-batch, then learn from it; returns the next state, the losses [B, b] and the inner gradient.
-
-    The state's fast weights must require a gradient. `outer` keeps the graph, so that a gradient can pass through the
-    update; without it the new state is detached.
-    """
-    nll_Bb, caches = score(model, state, batch, twice=outer)
-    loss = masked_mean(nll_Bb, batch.mask_Bb).sum()  # a sum over sequences: each has fast weights of its own
-    weights = [w for pair in state.fast for w in pair]
-    gradients = torch.autograd.grad(loss, weights, create_graph=outer)
+    model: Transformer,
+    state: State,
+    batch: MiniBatch,
+    lr: float | Tensor,
+    gradient: Callable[[Transformer, State, MiniBatch], Scored] = inner_gradient,
+) -> tuple[State, Tensor, Tensor]:
+    """Score one mini-batch, then learn from it; returns the next state, the losses [B, b], the gradient's norms [B]."""
+    scored = gradient(model, state, batch)
+    weights, gradients = ([w for pair in pairs for w in pair] for pairs in (state.fast, scored.gradient))
     new, norm_B = clipped_step(weights, gradients, lr, model.config.inner_clip)
-    if not outer:
-        new, caches, nll_Bb = (
-            [w.detach() for w in new],
-            tuple(Cache(*(t.detach() for t in cache)) for cache in caches),
-            nll_Bb.detach(),
-        )
-    return State(_by_block(new), caches), nll_Bb, InnerGradient(_by_block(gradients), norm_B)
+    return State(_by_block(new), scored.caches), scored.nll_Bb, norm_B
 
 
 def _by_block(tensors: Sequence[Tensor]) -> tuple[FastWeights, ...]:
@@ -103,6 +119,32 @@ def _by_block(tensors: Sequence[Tensor]) -> tuple[FastWeights, ...]:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+class Steps(NamedTuple):
+    """What the work is made of: these functions as they stand (`PLAIN`), or compiled (`compiled.compiled_steps`).
+
+    fixed: caches have all their slots from the start, so that all mini-batches look alike to a compiler.
+    """
+
+    read_static: Callable[[Transformer, Tensor, Place, torch.dtype], Tensor]
+    losses: Callable[[Transformer, Tensor, Tensor], Tensor]
+    score: Callable[[Transformer, State, MiniBatch], tuple[Tensor, tuple[Cache, ...]]]
+    inner_step: Callable[[Transformer, State, MiniBatch, Tensor], tuple[State, Tensor, Tensor]]
+    fixed: bool
+
+
+def read_static(model: Transformer, tokens_BT: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
+    """The residual stream below the lowest fast weight, of a text from its start."""
+    return model.read_static(tokens_BT, place, None, dtype)[0]
+
+
+def losses(model: Transformer, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    """Every target's loss."""
+    return model.losses(x_BTD, targets_BT)[0]
+
+
+PLAIN = Steps(read_static, losses, score, inner_step, fixed=False)
+
+
 def sequence_loss(
     model: Transformer,
     tokens_BT1: Tensor,
@@ -111,6 +153,7 @@ def sequence_loss(
     inner_lr: float | None = None,
     recompute: Recompute = "none",
     dtype: torch.dtype = torch.float32,
+    steps: Steps = PLAIN,
 ) -> LossOutput:
     """The loss that training minimises, of T + 1 tokens a sequence, differentiable through the inner updates.
 
@@ -121,29 +164,33 @@ def sequence_loss(
     """
     config = model.config
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    batch, length = inputs_BT.shape
     mask_BT = torch.ones_like(targets_BT, dtype=wide(dtype))
     if bos is not None:
         mask_BT = (targets_BT != bos).to(mask_BT.dtype)
-    x_BTD, _ = model.read_static(inputs_BT, 0, None, dtype)
+    place = model.place(0, length, dtype)
+    x_BTD = steps.read_static(model, inputs_BT, place, dtype)
     lr = config.inner_lr if inner_lr is None else inner_lr
     if not model.suffix:
-        nll_BT = model.losses(x_BTD, targets_BT)
+        nll_BT = steps.losses(model, x_BTD, targets_BT)
     elif lr == 0:
-        fast = model.initial_fast_weights(len(x_BTD))
-        x_BTD, _ = model.read_fast(x_BTD, model.rotary(0, x_BTD.shape[1], dtype), fast, None, twice=False)
-        nll_BT = model.losses(x_BTD, targets_BT)
+        state = State(model.initial_fast_weights(batch), ())
+        x_BTD, _, _ = model.read_fast(x_BTD, place, state.fast, None, inner=False)
+        nll_BT = steps.losses(model, x_BTD, targets_BT)
     else:
-        batches = mini_batches(model, x_BTD, targets_BT, mask_BT)
-        start = initial_state(model, len(x_BTD), dtype)
-        loop = _Loop(model, start, batches, lr, recompute == "mini-batch", loop_parameters(model))
+        slots = cache_slots(model, length) if steps.fixed else 0
+        batches = mini_batches(model, x_BTD, targets_BT, mask_BT, slots)
+        start = initial_state(model, batch, dtype, slots)
+        step_size = torch.tensor(lr, dtype=wide(dtype), device=x_BTD.device)
+        loop = _Loop(model, start, batches, step_size, recompute == "mini-batch", loop_parameters(model), steps)
         if not torch.is_grad_enabled():
             nll_BT = torch.cat(loop.forget(start, 0, len(batches), keep=False)[1], 1)
         elif recompute == "none":
-            nll_BT = torch.cat(walk(model, start, batches, lr), 1)
+            nll_BT = torch.cat(loop.walk(), 1)
         else:
             x_NBbD = [batch.x_BbD for batch in batches]
             nll_BT = _RecomputedLoop.apply(loop, *x_NBbD, *start.tensors(), *loop.parameters)
-    b = min(config.mini_batch or targets_BT.shape[1], targets_BT.shape[1])
+    b = min(config.mini_batch or length, length)
     loss_B = mini_batch_mean(nll_BT, mask_BT, b)
     return LossOutput(loss_B.mean(), nll_BT.detach(), mask_BT)
 
@@ -155,33 +202,40 @@ def mini_batch_mean(nll_BT: Tensor, mask_BT: Tensor, b: int) -> Tensor:
     return means_BN @ (lengths_N / lengths_N.sum())
 
 
-def mini_batches(model: Transformer, x_BTD: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> list[MiniBatch]:
-    """A whole sequence cut into mini-batches; the last may be shorter."""
+def mini_batches(
+    model: Transformer, x_BTD: Tensor, targets_BT: Tensor, mask_BT: Tensor, slots: int = 0
+) -> list[MiniBatch]:
+    """A whole sequence cut into mini-batches; the last may be shorter. slots: as for `initial_state`."""
     b, length = model.config.mini_batch, x_BTD.shape[1]
     assert b is not None
-    rotary = model.rotary(0, length, x_BTD.dtype)
-    pieces = zip(x_BTD.split(b, 1), targets_BT.split(b, 1), mask_BT.split(b, 1), range(0, length, b), strict=True)
-    return [MiniBatch(x, t, m, rotary.slice(i, min(i + b, length))) for x, t, m, i in pieces]
+    place = model.place(0, length, x_BTD.dtype)
+    starts = range(0, length, b)
+    places = [place.slice(i, i + b) for i in starts]
+    if slots:
+        empty_N = (slots - torch.arange(0, length, b, device=x_BTD.device)).clamp(min=0)
+        places = [p._replace(empty=empty) for p, empty in zip(places, empty_N.unbind(), strict=True)]
+    pieces = (x_BTD.split(b, 1), targets_BT.split(b, 1), mask_BT.split(b, 1))
+    return [MiniBatch(*piece) for piece in zip(*pieces, places, strict=True)]
 
 
-def initial_state(model: Transformer, batch: int, dtype: torch.dtype) -> State:
-    """The state at the start of every text: the learned fast weights and empty caches."""
-    shape = (batch, model.config.kv_head_count, 0, model.config.head_width)
-    empty = torch.empty(shape, dtype=dtype, device=model.embedding.device)
-    return State(model.initial_fast_weights(batch), tuple(Cache(empty, empty) for _ in model.suffix[1:]))
+def cache_slots(model: Transformer, length: int) -> int:
+    """How many slots a cache of fixed size needs in a text of `length` tokens: a window, or all but a mini-batch."""
+    b = model.config.mini_batch
+    assert b is not None
+    return model.config.window or max(0, -(-length // b) - 1) * b
 
 
-def walk(model: Transformer, state: State, batches: list[MiniBatch], lr: float) -> list[Tensor]:
-    """The loop, plainly: autograd through it is the reference for the outer gradient. Returns the losses, N x [B, b].
+def initial_state(model: Transformer, batch: int, dtype: torch.dtype, slots: int = 0) -> State:
+    """The state at the start of every text: the learned fast weights and caches of `slots` empty slots."""
+    shape = (batch, model.config.kv_head_count, slots, model.config.head_width)
 
-    No update follows the last mini-batch, since nothing reads it.
-    """
-    losses = []
-    for batch in batches[:-1]:
-        state, nll_Bb, _ = inner_step(model, state, batch, lr, outer=True)
-        losses.append(nll_Bb)
-    nll_Bb, _ = score(model, state, batches[-1], twice=False)
-    return [*losses, nll_Bb]
+    def empty() -> Tensor:  # a tensor of its own for every cache: a compiled function tells shared ones apart
+        return torch.zeros(shape, dtype=dtype, device=model.embedding.device)
+
+    fast = model.initial_fast_weights(batch)
+    if slots:
+        fast = tuple(FastWeights(*(w.contiguous() for w in pair)) for pair in fast)
+    return State(fast, tuple(Cache(empty(), empty()) for _ in model.suffix[1:]))
 
 
 def loop_parameters(model: Transformer) -> list[Tensor]:
@@ -195,35 +249,50 @@ def loop_parameters(model: Transformer) -> list[Tensor]:
 
 
 class _Loop(NamedTuple):
-    """What the recomputed loop needs besides the tensors that receive gradients."""
+    """A sequence in mini-batches, and how to walk it. parameters: the static weights that receive gradients."""
 
     model: Transformer
     start: State
     batches: list[MiniBatch]
-    lr: float
-    keep_all: bool  # keep every state between mini-batches, or only one in about sqrt(N)
+    lr: Tensor
+    keep_all: bool  # of the recomputed loop: keep every state between mini-batches, or only one in about sqrt(N)
     parameters: list[Tensor]
+    steps: Steps
 
-    def forget(self, state: State, first: int, stop: int, keep: bool) -> tuple[list[State], list[Tensor], State]:
+    def step(self, i: int, state: State, x_BbD: Tensor | None = None) -> tuple[State | None, Tensor]:
+        """Mini-batch `i`: the state after it and its losses. No update follows the last one: nothing would read it."""
+        batch = self.batches[i] if x_BbD is None else self.batches[i]._replace(x_BbD=x_BbD)
+        if i == len(self.batches) - 1:
+            return None, self.steps.score(self.model, state, batch)[0]
+        after, nll_Bb, _ = self.steps.inner_step(self.model, state, batch, self.lr)
+        return after, nll_Bb
+
+    def walk(self) -> list[Tensor]:
+        """The loop, plainly, for autograd to go back through. Returns the losses, N x [B, b]."""
+        state: State | None = self.start
+        losses = []
+        for i in range(len(self.batches)):
+            assert state is not None
+            state, nll_Bb = self.step(i, state)
+            losses.append(nll_Bb)
+        return losses
+
+    @torch.no_grad()
+    def forget(self, state: State, first: int, stop: int, keep: bool) -> tuple[list[State], list[Tensor], State | None]:
         """Walk mini-batches `first` to `stop` without a graph.
 
         Returns the states before each (if not `keep`, before the first only), the losses of each, the state after all.
         """
         states: list[State] = []
         losses = []
+        after: State | None = state
         for i in range(first, stop):
-            state = _leaves(state)
+            assert after is not None
             if keep or not states:
-                states.append(state)
-            batch = self.batches[i]._replace(x_BbD=self.batches[i].x_BbD.detach())
-            if i == len(self.batches) - 1:
-                with torch.no_grad():
-                    nll_Bb, _ = score(self.model, state, batch, twice=False)
-            else:
-                with torch.enable_grad():
-                    state, nll_Bb, _ = inner_step(self.model, state, batch, self.lr, outer=False)
+                states.append(after)
+            after, nll_Bb = self.step(i, after)
             losses.append(nll_Bb)
-        return states, losses, state
+        return states, losses, after
 
 
 class _RecomputedLoop(torch.autograd.Function):
@@ -260,16 +329,11 @@ class _RecomputedLoop(torch.autograd.Function):
             if len(states) < stop - first:
                 states, _, _ = loop.forget(states[0], first, stop, keep=True)
             for i in reversed(range(first, stop)):
-                state = _leaves(states.pop(), cached=True)
+                state = _leaves(states.pop())
                 x_BbD = loop.batches[i].x_BbD.detach().requires_grad_()
-                batch = loop.batches[i]._replace(x_BbD=x_BbD)
                 with torch.enable_grad():
-                    if i == len(loop.batches) - 1:
-                        nll_Bb, _ = score(loop.model, state, batch, twice=False)
-                        outputs = [nll_Bb]
-                    else:
-                        after, nll_Bb, _ = inner_step(loop.model, state, batch, loop.lr, outer=True)
-                        outputs = [nll_Bb, *after.tensors()]
+                    after, nll_Bb = loop.step(i, state, x_BbD)
+                outputs = [nll_Bb, *([] if after is None else after.tensors())]
                 pairs = [(o, g) for o, g in zip(outputs, [grad_nll[i], *grad_state], strict=True) if o.requires_grad]
                 inputs = [x_BbD, *state.tensors(), *loop.parameters]
                 gradients = torch.autograd.grad(
@@ -291,11 +355,10 @@ class _RecomputedLoop(torch.autograd.Function):
         return (None, *grad_x, *grad_state, *grad_parameters)
 
 
-def _leaves(state: State, cached: bool = False) -> State:
-    """The same values cut from their graph, the fast weights (and, if `cached`, the caches) ready for gradients."""
+def _leaves(state: State) -> State:
+    """The same values cut from their graph, ready for gradients."""
     fast = tuple(FastWeights(*(w.detach().requires_grad_() for w in pair)) for pair in state.fast)
-    caches = tuple(Cache(*(t.detach().requires_grad_(cached) for t in pair)) for pair in state.caches)
-    return State(fast, caches)
+    return State(fast, tuple(Cache(*(t.detach().requires_grad_() for t in pair)) for pair in state.caches))
 
 
 # -- test time ---------------------------------------------------------------------------------------------------------
@@ -319,6 +382,7 @@ def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.flo
     return ReadState(0, None, State(fast, state.caches))
 
 
+@torch.no_grad()
 def read_mini_batch(
     model: Transformer,
     state: ReadState,
@@ -336,20 +400,15 @@ def read_mini_batch(
     """
     lr = model.config.inner_lr if inner_lr is None else inner_lr
     if not model.suffix or lr == 0:
-        with torch.no_grad():
-            x_BbD, after = _forward(model, state, tokens_Bb, dtype)
-            nll_Bb = model.losses(x_BbD, targets_Bb)
+        x_BbD, after = _forward(model, state, tokens_Bb, dtype)
+        nll_Bb, _ = model.losses(x_BbD, targets_Bb)
         return after, nll_Bb, nll_Bb.new_zeros(len(nll_Bb))
-    with torch.no_grad():
-        x_BbD, static = model.read_static(tokens_Bb, state.position, state.static, dtype)
-        if mask_Bb is None:
-            mask_Bb = torch.ones_like(targets_Bb, dtype=wide(dtype))
-        rotary = model.rotary(state.position, tokens_Bb.shape[1], dtype)
-    with torch.enable_grad():
-        loop, nll_Bb, inner = inner_step(
-            model, _leaves(state.loop), MiniBatch(x_BbD, targets_Bb, mask_Bb, rotary), lr, outer=False
-        )
-    return ReadState(state.position + tokens_Bb.shape[1], static, loop), nll_Bb, inner.norm_B
+    place = model.place(state.position, tokens_Bb.shape[1], dtype)
+    x_BbD, static = model.read_static(tokens_Bb, place, state.static, dtype)
+    if mask_Bb is None:
+        mask_Bb = torch.ones_like(targets_Bb, dtype=wide(dtype))
+    loop, nll_Bb, norm_B = inner_step(model, state.loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, place), lr)
+    return ReadState(state.position + tokens_Bb.shape[1], static, loop), nll_Bb, norm_B
 
 
 @torch.no_grad()
@@ -362,10 +421,10 @@ def forward(
 
 
 def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, ReadState]:
-    x_BTD, static = model.read_static(tokens_BT, state.position, state.static, dtype)
+    place = model.place(state.position, tokens_BT.shape[1], dtype)
+    x_BTD, static = model.read_static(tokens_BT, place, state.static, dtype)
     loop = state.loop
     if model.suffix:
-        rotary = model.rotary(state.position, tokens_BT.shape[1], dtype)
-        x_BTD, caches = model.read_fast(x_BTD, rotary, loop.fast, loop.caches, twice=False)
+        x_BTD, caches, _ = model.read_fast(x_BTD, place, loop.fast, loop.caches, inner=False)
         loop = State(loop.fast, caches)
     return x_BTD, ReadState(state.position + tokens_BT.shape[1], static, loop)

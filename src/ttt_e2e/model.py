@@ -4,13 +4,16 @@ A block is attention, then (in the suffix only) the fast MLP, then the static ML
 RMSNorm before and after: x += post_norm(layer(norm(x))). The fast MLPs' weights that stand here are where every
 sequence starts; `inner_loop` gives each sequence its own copy and trains it.
 
+Every layer returns its output and its pull, the function that takes a gradient of the output back to one of the input
+(and, for a fast MLP, of its weights). The inner gradient is the chain of the suffix's pulls; see `ops.elementwise`.
+
 Everything that a text leaves behind in attention is a value (`Cache`), passed in and handed back.
 
 Shapes: B sequences, T tokens, D width, F hidden width, H query heads, G key/value heads, K head width, V vocabulary.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +22,8 @@ from torch import Tensor, nn
 
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.ops.attention import attention, attention_once
-from ttt_e2e.ops.elementwise import rotate, swiglu, unit_rms
+from ttt_e2e.ops.elementwise import Pull, cross_entropy, rms_norm, rotate, swiglu, wide
+from ttt_e2e.ops.linear import batched_linear, weight_gradient
 
 
 class Cache(NamedTuple):
@@ -29,15 +33,19 @@ class Cache(NamedTuple):
     v_BGSK: Tensor
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles at some positions, [T, 1, K/2] each."""
+class Place(NamedTuple):
+    """Where tokens stand: the cosines and sines of their rotary angles, [T, 1, K/2] each.
+
+    empty: how many of the first slots of every cache hold no token yet, a 0-dim tensor; None if there are none.
+    """
 
     cos: Tensor
     sin: Tensor
+    empty: Tensor | None = None
 
-    def slice(self, start: int, stop: int) -> "Rotary":
+    def slice(self, start: int, stop: int) -> "Place":
         """The part for tokens `start` to `stop`."""
-        return Rotary(self.cos[start:stop], self.sin[start:stop])
+        return self._replace(cos=self.cos[start:stop], sin=self.sin[start:stop])
 
 
 class FastWeights(NamedTuple):
@@ -47,9 +55,17 @@ class FastWeights(NamedTuple):
     w_out_BDF: Tensor
 
 
+FastPull = Callable[[Tensor, bool], tuple[Tensor | None, FastWeights]]
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T with the weight brought to x's dtype."""
     return F.linear(x, weight.to(x.dtype))
+
+
+def pull_linear(g: Tensor, weight: Tensor) -> Tensor:
+    """The pull of `linear`."""
+    return g @ weight.to(g.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -60,18 +76,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Pull]:
         """Normalise x [..., width]; the result has x's dtype."""
-        return (unit_rms(x.to(wide(x.dtype)), self.eps) * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms, rotations and losses when the matrix products are in `dtype`: float32, or float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class NoNorm(nn.Module):
+    """Stands where a norm is switched off."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Pull]:
+        """x as it is."""
+        return x, lambda g: g
 
 
 def _norm(config: ModelConfig, wanted: bool) -> nn.Module:
-    return RMSNorm(config.width, config.norm_eps) if wanted else nn.Identity()
+    return RMSNorm(config.width, config.norm_eps) if wanted else NoNorm()
 
 
 class Attention(nn.Module):
@@ -88,10 +107,12 @@ class Attention(nn.Module):
             self.q_norm = nn.Parameter(torch.ones(config.head_width))
             self.k_norm = nn.Parameter(torch.ones(config.head_width))
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, cache: Cache | None, twice: bool) -> tuple[Tensor, Cache]:
-        """Attend from x to the cached tokens and to x itself; returns the output and the cache for what follows.
+    def forward(
+        self, x_BTD: Tensor, place: Place, cache: Cache | None, inner: bool
+    ) -> tuple[Tensor, Cache, Pull | None]:
+        """Attend from x to the cached tokens and to x itself; returns the output, the cache for what follows, the pull.
 
-        cache None starts a text. `twice` asks for arithmetic that can be differentiated twice.
+        cache None starts a text. Without `inner` there is no pull, and memory is linear in T.
         """
         heads, kv_heads, window = self.heads, self.kv_heads, self.config.window
         x_BTJK = linear(x_BTD, self.w_qkv).unflatten(-1, (heads + 2 * kv_heads, -1))
@@ -99,18 +120,30 @@ class Attention(nn.Module):
         qk_BTJK = qk_BTJK.to(wide(x_BTD.dtype))
         if self.config.qk_norm:
             weight_JK = torch.cat((self.q_norm.expand(heads, -1), self.k_norm.expand(kv_heads, -1)))
-            qk_BTJK = unit_rms(qk_BTJK, self.config.norm_eps) * weight_JK
-        qk_BJTK = rotate(qk_BTJK, *rotary).to(x_BTD.dtype).transpose(1, 2)
-        q_BHTK, k_BGTK = qk_BJTK.split((heads, kv_heads), 1)
-        v_BGTK = v_BTGK.transpose(1, 2)
-        pieces = ([] if cache is None else [cache]) + [Cache(k_BGTK, v_BGTK)]
-        if twice:
-            y_BHTK = attention(q_BHTK, [p.k_BGSK for p in pieces], [p.v_BGSK for p in pieces], window)
+            qk_BTJK, pull_norm = rms_norm(qk_BTJK, weight_JK, self.config.norm_eps)
+        qk_BTJK, pull_rotation = rotate(qk_BTJK, place.cos, place.sin)
+        q_BHTK, k_BGTK = qk_BTJK.to(x_BTD.dtype).transpose(1, 2).split((heads, kv_heads), 1)
+        own = Cache(k_BGTK, v_BTGK.transpose(1, 2))
+        seen = own if cache is None else join([cache, own])
+        if inner:
+            y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty)
         else:
-            seen = join(pieces)
-            pieces = [seen]
-            y_BHTK = attention_once(q_BHTK, *seen, window)
-        return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), join(pieces, window)
+            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty)
+        # Where slots are empty, caches have their full size already and keep it.
+        limit = window if cache is None or place.empty is None else cache.k_BGSK.shape[2]
+        kept = join([seen], limit)
+
+        def pull(g_BTD: Tensor) -> Tensor:
+            dy_BTHK = pull_linear(g_BTD, self.w_out).unflatten(-1, (heads, -1))
+            dq_BHTK, dk_BGTK, dv_BGTK = pull_attention(dy_BTHK.transpose(1, 2))
+            dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2)
+            dqk_BTJK = pull_rotation(dqk_BTJK.to(qk_BTJK.dtype))
+            if self.config.qk_norm:
+                dqk_BTJK = pull_norm(dqk_BTJK)
+            dx_BTJK = torch.cat((dqk_BTJK.to(g_BTD.dtype), dv_BGTK.transpose(1, 2)), 2)
+            return pull_linear(dx_BTJK.flatten(2), self.w_qkv)
+
+        return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), kept, pull if inner else None
 
 
 def join(pieces: list[Cache], window: int | None = None) -> Cache:
@@ -134,15 +167,30 @@ class MLP(nn.Module):
         self.w_in = nn.Parameter(torch.empty(2 * config.mlp_width, config.width))
         self.w_out = nn.Parameter(torch.empty(config.width, config.mlp_width))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Pull]:
         """The static MLP: the same weights for every sequence."""
-        return linear(swiglu(linear(x_BTD, self.w_in)), self.w_out)
+        y_BTF, pull_swiglu = swiglu(linear(x_BTD, self.w_in))
+
+        def pull(g_BTD: Tensor) -> Tensor:
+            return pull_linear(pull_swiglu(pull_linear(g_BTD, self.w_out)), self.w_in)
+
+        return linear(y_BTF, self.w_out), pull
 
 
-def fast_mlp(x_BTD: Tensor, fast: FastWeights) -> Tensor:
-    """SwiGLU with every sequence's own weights."""
-    hidden_BTE = x_BTD @ fast.w_in_BED.to(x_BTD.dtype).transpose(1, 2)
-    return swiglu(hidden_BTE) @ fast.w_out_BDF.to(x_BTD.dtype).transpose(1, 2)
+def fast_mlp(x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastPull]:
+    """SwiGLU with every sequence's own weights.
+
+    Its pull also gives the gradient of the weights, and that of x only if it is told to.
+    """
+    w_in_BED, w_out_BDF = (w.to(x_BTD.dtype) for w in fast)
+    y_BTF, pull_swiglu = swiglu(batched_linear(x_BTD, w_in_BED))
+
+    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, FastWeights]:
+        dh_BTE = pull_swiglu(g_BTD @ w_out_BDF)
+        gradient = FastWeights(weight_gradient(dh_BTE, x_BTD), weight_gradient(g_BTD, y_BTF))
+        return dh_BTE @ w_in_BED if below else None, FastWeights(*(g.to(fast.w_in_BED.dtype) for g in gradient))
+
+    return batched_linear(y_BTF, w_out_BDF), pull
 
 
 class Block(nn.Module):
@@ -161,18 +209,33 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_post_norm = _norm(config, config.post_norm)
 
-    def attend(self, x_BTD: Tensor, rotary: Rotary, cache: Cache | None, twice: bool) -> tuple[Tensor, Cache]:
+    def attend(
+        self, x_BTD: Tensor, place: Place, cache: Cache | None, inner: bool
+    ) -> tuple[Tensor, Cache, Pull | None]:
         """The attention sub-layer."""
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), rotary, cache, twice)
-        return x_BTD + self.attention_post_norm(y_BTD), cache
+        n_BTD, pull_norm = self.attention_norm(x_BTD)
+        y_BTD, cache, pull_layer = self.attention(n_BTD, place, cache, inner)
+        z_BTD, pull_post = self.attention_post_norm(y_BTD)
+        return x_BTD + z_BTD, cache, lambda g: g + pull_norm(pull_layer(pull_post(g)))
 
-    def feed_fast(self, x_BTD: Tensor, fast: FastWeights) -> Tensor:
+    def feed_fast(self, x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastPull]:
         """The fast MLP's sub-layer, with the given weights."""
-        return x_BTD + self.fast_post_norm(fast_mlp(self.fast_norm(x_BTD), fast))
+        n_BTD, pull_norm = self.fast_norm(x_BTD)
+        y_BTD, pull_layer = fast_mlp(n_BTD, fast)
+        z_BTD, pull_post = self.fast_post_norm(y_BTD)
 
-    def feed(self, x_BTD: Tensor) -> Tensor:
+        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, FastWeights]:
+            dn_BTD, gradient = pull_layer(pull_post(g_BTD), below)
+            return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD), gradient
+
+        return x_BTD + z_BTD, pull
+
+    def feed(self, x_BTD: Tensor) -> tuple[Tensor, Pull]:
         """The static MLP's sub-layer."""
-        return x_BTD + self.mlp_post_norm(self.mlp(self.mlp_norm(x_BTD)))
+        n_BTD, pull_norm = self.mlp_norm(x_BTD)
+        y_BTD, pull_layer = self.mlp(n_BTD)
+        z_BTD, pull_post = self.mlp_post_norm(y_BTD)
+        return x_BTD + z_BTD, lambda g: g + pull_norm(pull_layer(pull_post(g)))
 
 
 class Transformer(nn.Module):
@@ -215,15 +278,15 @@ class Transformer(nn.Module):
         """Token embeddings [B, T, D] in the compute dtype."""
         return F.embedding(tokens_BT, self.embedding).to(dtype)
 
-    def rotary(self, start: int, length: int, dtype: torch.dtype) -> Rotary:
-        """Rotary angles of positions `start` to `start + length`; exact at any position a stream can reach."""
+    def place(self, start: int, length: int, dtype: torch.dtype) -> Place:
+        """Positions `start` to `start + length`; their angles are exact at any position a stream can reach."""
         half = self.config.head_width // 2
         device = self.embedding.device
         # float64: in float32 the angle itself would be off by whole radians after ten million tokens.
         frequency = self.config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
         position = torch.arange(start, start + length, device=device, dtype=torch.float64)
         angle = position[:, None, None] * frequency
-        return Rotary(angle.cos().to(wide(dtype)), angle.sin().to(wide(dtype)))
+        return Place(angle.cos().to(wide(dtype)), angle.sin().to(wide(dtype)))
 
     @property
     def head_weight(self) -> Tensor:
@@ -232,55 +295,72 @@ class Transformer(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head: logits [B, T, V] of the residual stream's end, in x's dtype."""
-        return linear(self.final_norm(x_BTD), self.head_weight)
+        return linear(self.final_norm(x_BTD)[0], self.head_weight)
 
-    def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Negative log-likelihood of every target, [B, T] in float32 (float64 if the model is), masked or not."""
-        logits_BTV = self.logits(x_BTD).to(wide(x_BTD.dtype))
-        nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        return nll.view(targets_BT.shape)
+    def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Pull]:
+        """Negative log-likelihood of every target, [B, T] in float32 (float64 if the model is), masked or not.
+
+        The pull takes a weight for every target's loss to the gradient of x.
+        """
+        n_BTD, pull_norm = self.final_norm(x_BTD)
+        nll_BT, pull_loss = cross_entropy(linear(n_BTD, self.head_weight), targets_BT)
+        return nll_BT, lambda g: pull_norm(pull_linear(pull_loss(g), self.head_weight))
 
     def read_static(
-        self, tokens_BT: Tensor, start: int, caches: tuple[Cache, ...] | None, dtype: torch.dtype
+        self, tokens_BT: Tensor, place: Place, caches: tuple[Cache, ...] | None, dtype: torch.dtype
     ) -> tuple[Tensor, tuple[Cache, ...]]:
         """Everything below the lowest fast weight: embedding, prefix, and the first suffix block's attention.
 
-        In a standard model that is all blocks. tokens [B, T] at positions `start` and on; caches None starts a text.
-        Returns the residual stream [B, T, D] and the caches, one for each attention that ran.
+        In a standard model that is all blocks. tokens [B, T]; caches None starts a text. Returns the residual stream
+        [B, T, D] and the caches, one for each attention that ran.
         """
         x_BTD = self.embed(tokens_BT, dtype)
-        rotary = self.rotary(start, tokens_BT.shape[1], dtype)
         old: Iterator[Cache | None] = itertools.repeat(None) if caches is None else iter(caches)
         new = []
         for block in self.prefix:
-            x_BTD, cache = block.attend(x_BTD, rotary, next(old), twice=False)
-            x_BTD = block.feed(x_BTD)
+            x_BTD, cache, _ = block.attend(x_BTD, place, next(old), inner=False)
+            x_BTD, _ = block.feed(x_BTD)
             new.append(cache)
         if self.suffix:
-            x_BTD, cache = self.suffix[0].attend(x_BTD, rotary, next(old), twice=False)
+            x_BTD, cache, _ = self.suffix[0].attend(x_BTD, place, next(old), inner=False)
             new.append(cache)
         return x_BTD, tuple(new)
 
     def read_fast(
         self,
         x_BTD: Tensor,
-        rotary: Rotary,
+        place: Place,
         fast: tuple[FastWeights, ...],
         caches: tuple[Cache, ...] | None,
-        twice: bool,
-    ) -> tuple[Tensor, tuple[Cache, ...]]:
+        inner: bool,
+    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], tuple[FastWeights, ...]]]:
         """The rest of the suffix with the given fast weights, one pair a block, and one cache a block but the first.
 
-        Goes on from `read_static`. Returns the residual stream [B, T, D] and the caches.
+        Goes on from `read_static`. Returns the residual stream [B, T, D], the caches, and (if `inner`) the pull from
+        the residual stream to the fast weights.
         """
         old: Iterator[Cache | None] = itertools.repeat(None) if caches is None else iter(caches)
-        new = []
+        new, pulls = [], []
         for i, (block, weights) in enumerate(zip(self.suffix, fast, strict=True)):
+            attend = None
             if i > 0:
-                x_BTD, cache = block.attend(x_BTD, rotary, next(old), twice)
+                x_BTD, cache, attend = block.attend(x_BTD, place, next(old), inner)
                 new.append(cache)
-            x_BTD = block.feed(block.feed_fast(x_BTD, weights))
-        return x_BTD, tuple(new)
+            x_BTD, feed_fast = block.feed_fast(x_BTD, weights)
+            x_BTD, feed = block.feed(x_BTD)
+            pulls.append((attend, feed_fast, feed))
+
+        def pull(g_BTD: Tensor) -> tuple[FastWeights, ...]:
+            gradients = []
+            for attend, feed_fast, feed in reversed(pulls):
+                # Nothing below the lowest fast MLP is wanted.
+                g_BTD, gradient = feed_fast(feed(g_BTD), attend is not None)
+                gradients.append(gradient)
+                if attend is not None:
+                    g_BTD = attend(g_BTD)
+            return tuple(reversed(gradients))
+
+        return x_BTD, tuple(new), pull
 
     def initial_fast_weights(self, batch: int) -> tuple[FastWeights, ...]:
         """The learned start of the fast weights, the same for every sequence of the batch."""

@@ -1,6 +1,6 @@
-"""Causal attention, windowed or full, in two implementations that give the same numbers.
+"""Causal attention, windowed or full: for the inner loop with its pull, and for everything that is differentiated once.
 
-`attention` is plain arithmetic: it can be differentiated any number of times, and the inner loop uses it.
+`attention` is plain arithmetic, its gradient written out and differentiable itself; the inner loop uses it.
 `attention_once` goes through PyTorch's fused kernel, which has a first derivative only; it serves everything that no
 inner gradient passes through. Over a whole sequence it works block by block, so that time and memory grow with
 T x window, not with T x T.
@@ -9,35 +9,146 @@ Shapes: B sequences, T queries, S keys (the last T of them at the queries' own p
 heads, K head width.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
-from ttt_e2e.ops.elementwise import masked_softmax
+from ttt_e2e.ops.elementwise import wide
+
+AttentionPull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def attention(q_BHTK: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], window: int | None) -> Tensor:
-    """Softmax attention of T queries over S >= T keys, as plain differentiable arithmetic; returns [B, H, T, K].
+def attention(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, empty: Tensor | None = None
+) -> tuple[Tensor, AttentionPull]:
+    """Softmax attention of T queries over S >= T keys; returns [B, H, T, K] and its pull.
 
-    Keys and values come in one or more pieces [B, G, S_i, K], oldest first: pieces are multiplied apart, so that a
-    gradient that stops at one of them (the inner gradient stops at the cached ones) costs nothing for it. Query i
-    stands at key S - T + i and sees the last `window` keys up to its own (all of them if None).
+    Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None), but not the
+    first `empty` ones (0-dim int tensor), which are no keys yet. The pull gives the gradients of the queries and of
+    the last T keys and values: those before are constants to the inner gradient (not to the outer one).
     """
-    groups, lengths = q_BHTK.shape[1] // keys[0].shape[1], [k.shape[2] for k in keys]
-    if groups > 1:
-        keys, values = ([x.repeat_interleave(groups, 1) for x in pieces] for pieces in (keys, values))
-    q_BHTK = q_BHTK * q_BHTK.shape[3] ** -0.5
-    scores_BHTS = torch.cat([q_BHTK @ k.transpose(-1, -2) for k in keys], -1)
-    scores_BHTS = scores_BHTS.to(torch.promote_types(scores_BHTS.dtype, torch.float32))
-    mask_TS = visible(q_BHTK.shape[2], sum(lengths), window, q_BHTK.device)
-    weights = masked_softmax(scores_BHTS, mask_TS).to(q_BHTK.dtype).split(lengths, -1)
-    return functools.reduce(torch.add, [w @ v for w, v in zip(weights, values, strict=True)])
+    own, groups = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
+    mask = visible(own, k_BGSK.shape[2], window, q_BHTK.device, empty).repeat(groups, 1)
+    # The query heads of a group stand below one another, so that each key head is multiplied once.
+    q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
+    forward = attend_reference if is_compiling() else _attend
+    y_BGRK, pull_inner = forward(q_BGRK, k_BGSK, v_BGSK, mask, own)
+
+    def pull(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dq_BGRK, dk_BGTK, dv_BGTK = pull_inner(g_BHTK.unflatten(1, (-1, groups)).flatten(2, 3))
+        dq_BHTK = dq_BGRK.unflatten(2, (groups, own)).flatten(1, 2) * q_BHTK.shape[3] ** -0.5
+        return dq_BHTK, dk_BGTK, dv_BGTK
+
+    return y_BGRK.unflatten(2, (groups, own)).flatten(1, 2), pull
 
 
-def attention_once(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None) -> Tensor:
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: int) -> tuple[Tensor, AttentionPull]:
+    """softmax(q k^T) v over what `mask` allows, and its pull, which gives the last `own` keys and values gradients."""
+    scores = q @ k.transpose(-1, -2)
+    p = scores.to(wide(q.dtype)).masked_fill(~mask, -torch.inf).softmax(-1)
+    weights = p.to(q.dtype)
+
+    def pull(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dp = g @ v.transpose(-1, -2)
+        ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).to(g.dtype)
+        return ds @ k, ds[..., -own:].transpose(-1, -2) @ q, weights[..., -own:].transpose(-1, -2) @ g
+
+    return weights @ v, pull
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: int) -> tuple[Tensor, AttentionPull]:
+    y, p = _Attend.apply(q, k, v, mask)
+    return y, lambda g: _AttendBackward.apply(p, q, k, v, g, own)
+
+
+class _Attend(torch.autograd.Function):
+    """y = P v and P = softmax(q k^T), wide: the pull is a function of P too, and sends a gradient back to it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.transpose(-1, -2)
+        p = scores.to(wide(q.dtype)).masked_fill_(~mask, -torch.inf).softmax(-1)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.set_materialize_grads(False)
+        return p.to(q.dtype) @ v, p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        q, k, v, p = ctx.saved_tensors
+        grad_y, grad_p = grads
+        grad_v = None
+        if grad_y is not None:
+            grad_v = p.to(q.dtype).transpose(-1, -2) @ grad_y
+            # In place: nobody but the pull makes this gradient, and nobody but this function is given it.
+            grad_p = _add_product(grad_p, grad_y, v.transpose(-1, -2))
+        assert grad_p is not None
+        grad_s = _softmax_backward(p, grad_p.to(p.dtype)).to(q.dtype)
+        return grad_s @ k, grad_s.transpose(-1, -2) @ q, grad_v, None
+
+
+class _AttendBackward(torch.autograd.Function):
+    """(dq, dk, dv), of the last `own` keys and values, as a function of P, q, k, v and g."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, own: int) -> Any:
+        dp = (g @ v.transpose(-1, -2)).to(p.dtype)
+        ds = _softmax_backward(p, dp).to(q.dtype)
+        ctx.save_for_backward(p, q, k, v, g, dp, ds)
+        ctx.own = own
+        return ds @ k, ds[..., -own:].transpose(-1, -2) @ q, p[..., -own:].to(q.dtype).transpose(-1, -2) @ g
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        p, q, k, v, g, dp, ds = ctx.saved_tensors
+        own = ctx.own
+        a, b, c = grads
+        grad_ds = a @ k.transpose(-1, -2)
+        _add_product(grad_ds[..., -own:], q, b.transpose(-1, -2))
+        grad_q, grad_k = ds[..., -own:] @ b, ds.transpose(-1, -2) @ a
+        grad_p, grad_dp = _softmax_backward_backward(p, dp, grad_ds.to(p.dtype))
+        _add_product(grad_p[..., -own:], g, c.transpose(-1, -2))
+        grad_dp = grad_dp.to(q.dtype)
+        grad_g = _add_product(grad_dp @ v, p[..., -own:].to(q.dtype), c)
+        return grad_p, grad_q, grad_k, grad_dp.transpose(-1, -2) @ g, grad_g, None
+
+
+def _add_product(x: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """x + a @ b, in the place of x."""
+    if x is None:
+        return a @ b
+    a, b = a.flatten(0, 1), b.flatten(0, 1)
+    rows = x.view(-1, *x.shape[2:])  # a view, or an error: never a copy
+    if x.dtype == a.dtype:
+        rows.baddbmm_(a, b)
+    else:
+        rows.add_(a @ b)
+    return x
+
+
+def _softmax_backward(p: Tensor, g: Tensor) -> Tensor:
+    """P (g - rowsum(P g)): the derivative of the scores, P = softmax(scores), for a gradient g of P."""
+    return torch.ops.aten._softmax_backward_data(g, p, -1, p.dtype)
+
+
+def _softmax_backward_backward(p: Tensor, g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of <a, _softmax_backward(p, g)> in p and g."""
+    buffer = p * g  # large, so one serves for all
+    pg = buffer.sum(-1, keepdim=True)
+    pa = torch.mul(p, a, out=buffer).sum(-1, keepdim=True)
+    grad_p = torch.sub(g, pg, out=buffer).mul_(a).addcmul_(g, pa, value=-1)
+    return grad_p, _softmax_backward(p, a)
+
+
+def attention_once(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, empty: Tensor | None = None
+) -> Tensor:
     """The same as `attention` through PyTorch's fused kernel: faster, linear in memory, differentiable once."""
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
@@ -45,7 +156,7 @@ def attention_once(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int |
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
     if queries == keys and window is not None and keys > 2 * window:
         return _banded(q_BHTK, k_BGSK, v_BGSK, window)
-    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK.device))
+    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK.device, empty))
 
 
 def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Tensor:
@@ -61,10 +172,14 @@ def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Ten
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=groups > 1)
 
 
-def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys each query may see, as a boolean [T, S]: 0 <= distance < window."""
-    distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (distance_TS >= 0) if window is None else (distance_TS >= 0) & (distance_TS < window)
+def visible(queries: int, keys: int, window: int | None, device: torch.device, empty: Tensor | None = None) -> Tensor:
+    """Which keys each query may see, as a boolean [T, S]: 0 <= distance < window, and not the first `empty` keys."""
+    key_S = torch.arange(keys, device=device)
+    distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - key_S
+    mask_TS = distance_TS >= 0
+    if window is not None and window < keys:
+        mask_TS = mask_TS & (distance_TS < window)
+    return mask_TS if empty is None else mask_TS & (key_S >= empty)
 
 
 def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:

@@ -1,187 +1,131 @@
 """The functions between matrix products that the inner loop is full of, first and second derivatives written out.
 
+Each returns its value and its pull: the function that takes a gradient of the value back to one of the argument. A
+pull is an ordinary function that can itself be differentiated (in the gradient, and in what the value was computed
+from), so an inner gradient is written as a chain of pulls, and autograd differentiates the whole once.
+
 PyTorch's own formulas give the same numbers, but their derivatives of derivatives are long chains of small operations;
-in the loop those chains would take more time than some of the matrix products. `*_reference` are the plain twins.
+in the loop those chains would take more time than some of the matrix products. `*_reference` are the plain twins, and
+what a compiler is given: it fuses such chains by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+
+Pull = Callable[[Tensor], Tensor]
 
 
-def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension: RMSNorm before its weight. Twice differentiable."""
-    return _UnitRMS.apply(x, eps)[0]
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms, rotations and losses when the matrix products are in `dtype`: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def unit_rms_reference(x: Tensor, eps: float) -> Tensor:
-    """The plain twin of `unit_rms`."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+# -- RMSNorm -----------------------------------------------------------------------------------------------------------
 
 
-def swiglu(hidden: Tensor) -> Tensor:
-    """silu(gate) * value, gate and value being the halves of the last dimension. Twice differentiable."""
-    return _SwiGLU.apply(hidden)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Pull]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (float64 if x is), in x's dtype.
 
-
-def swiglu_reference(hidden: Tensor) -> Tensor:
-    """The plain twin of `swiglu`."""
-    gate, value = hidden.chunk(2, -1)
-    return F.silu(gate) * value
-
-
-def clipped_step(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float, clip: float
-) -> tuple[list[Tensor], Tensor]:
-    """One step of SGD on weights [B, ...], each sequence's gradients scaled to a joint norm of at most `clip`.
-
-    Returns the new weights and the norms [B] before the clip, which take no gradient. Differentiable once in weights
-    and gradients, the norm in the scale included, and finite at a gradient of zero.
+    weight broadcasts to x from the right.
     """
-    *new, norm_B = _ClippedStep.apply(lr, clip, *weights, *gradients)
-    return new, norm_B
+    if is_compiling():
+        return rms_norm_reference(x, weight, eps)
+    y, r = _RMSNorm.apply(x, weight, eps)
+    return y, lambda g: _RMSNormBackward.apply(x, weight, g, r)
 
 
-def clipped_step_reference(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float, clip: float
-) -> tuple[list[Tensor], Tensor]:
-    """The plain twin of `clipped_step`."""
-    norm_B = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in gradients]), dim=0)
-    scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)
-    return [w - lr * scale_B[:, None, None] * g for w, g in zip(weights, gradients, strict=True)], norm_B.detach()
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Pull]:
+    """The plain twin of `rms_norm`."""
+    x_wide = x.to(wide(x.dtype))
+    r = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    unit = x_wide * r
+
+    def pull(g: Tensor) -> Tensor:
+        g_unit = g.to(x_wide.dtype) * weight
+        return (r * (g_unit - unit * (g_unit * unit).mean(-1, keepdim=True))).to(x.dtype)
+
+    return (unit * weight).to(x.dtype), pull
 
 
-def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension where `mask`, broadcast to scores, is true; 0 elsewhere. Twice differentiable.
+class _RMSNorm(torch.autograd.Function):
+    """y = r x w, and r = (|x|^2 / D + eps)^(-1/2), which takes no gradient: its effect is in that of y."""
 
-    At least one entry of every row must be allowed.
-    """
-    return _MaskedSoftmax.apply(scores, mask)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x_wide = x.to(wide(x.dtype))
+        norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+        r = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        ctx.mark_non_differentiable(r)
+        ctx.set_materialize_grads(False)
+        return (x_wide * r).mul_(weight).to(x.dtype), r
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, r = ctx.saved_tensors
+        g = grads[0]
+        if g is None:
+            return None, None, None
+        grad_weight = (x.to(r.dtype) * r).mul_(g).sum_to_size(weight.shape) if ctx.needs_input_grad[1] else None
+        return _RMSNormBackward.apply(x, weight, g, r), grad_weight, None
 
 
-def masked_softmax_reference(scores: Tensor, mask: Tensor) -> Tensor:
-    """The plain twin of `masked_softmax`."""
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+class _RMSNormBackward(torch.autograd.Function):
+    """dx = r (u - n s), with n = r x, u = w g, s = <u, n> / D, as a function of x, w and g."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, g: Tensor, r: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, g, r)
+        n, u = x.to(r.dtype) * r, g.to(r.dtype) * weight
+        return u.addcmul_(n, _dot(u, n), value=-1 / x.shape[-1]).mul_(r).to(x.dtype)
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair (i, i + K/2) of x [..., K] by an angle, its cosine and sine broadcast to [..., K/2].
-
-    The angles take no gradient. Differentiable any number of times.
-    """
-    return _Rotate.apply(x, cos, sin)
-
-
-def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The plain twin of `rotate`."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, g, r = ctx.saved_tensors
+        g, a, share = g.to(r.dtype), grads[0].to(r.dtype), 1 / x.shape[-1]
+        n, u = x.to(r.dtype) * r, g * weight
+        ds, dt = _dot(u, n), _dot(a, n)  # D s and D t
+        # With phi = <a, dx> = r D (q - s t), q = <a, u> / D: the derivatives in u, and in x through n and r.
+        along_u = torch.addcmul(a, n, dt, value=-share).mul_(r)
+        bend = torch.addcmul(_dot(a, u), ds, dt, value=-3 * share)
+        along_x = n.mul_(bend).addcmul_(u, dt).addcmul_(a, ds).mul_(r.square().mul_(-share))
+        grad_weight = (along_u * g).sum_to_size(weight.shape) if ctx.needs_input_grad[1] else None
+        return along_x.to(x.dtype), grad_weight, along_u.mul_(weight).to(grads[0].dtype), None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
 
 
-class _ClippedStep(torch.autograd.Function):
-    """W - lr min(1, c / n) g with n = |g|, over all tensors of a sequence jointly."""
-
-    @staticmethod
-    def forward(ctx: Any, lr: float, clip: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = len(tensors) // 2
-        weights, gradients = tensors[:count], tensors[count:]
-        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
-        norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
-        ctx.save_for_backward(norm_B, scale_B, *gradients)
-        ctx.lr, ctx.clip = lr, clip
-        ctx.mark_non_differentiable(norm_B)
-        step_B11 = scale_B[:, None, None]
-        new = [torch.addcmul(w, g, step_B11, value=-lr) for w, g in zip(weights, gradients, strict=True)]
-        return *new, norm_B
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        norm_B, scale_B, *gradients = ctx.saved_tensors
-        *along, _ = grads
-        # The scale's own part: d(c / n)/dg = -c g / n^3 where the clip is at work, 0 elsewhere.
-        inner_B = sum((a * g).flatten(1).sum(1) for a, g in zip(along, gradients, strict=True))
-        bend_B = torch.where(norm_B > ctx.clip, -scale_B * inner_B / norm_B.square().clamp(min=ctx.clip**2), 0.0)
-        scale_B11, bend_B11 = (x[:, None, None] * -ctx.lr for x in (scale_B, bend_B))
-        grad_g = [torch.addcmul(g * bend_B11, a, scale_B11) for a, g in zip(along, gradients, strict=True)]
-        return None, None, *along, *grad_g
+# -- SwiGLU ------------------------------------------------------------------------------------------------------------
 
 
-class _Rotate(torch.autograd.Function):
-    """A rotation: its derivative is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, -1)
-        out = torch.empty_like(x)
-        torch.mul(a, cos, out=out[..., : a.shape[-1]]).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=out[..., a.shape[-1] :]).addcmul_(a, sin)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        cos, sin = ctx.saved_tensors
-        return _Rotate.apply(grads[0], cos, -sin), None, None
+def swiglu(hidden: Tensor) -> tuple[Tensor, Pull]:
+    """silu(gate) * value, gate and value being the halves of the last dimension."""
+    if is_compiling():
+        return swiglu_reference(hidden)
+    return _SwiGLU.apply(hidden), lambda g: _SwiGLUBackward.apply(hidden, g)
 
 
-class _UnitRMS(torch.autograd.Function):
-    """(y, r) = (r x, r) with r = (|x|^2 / D + eps)^(-1/2). Only the outputs are kept: x is y / r."""
+def swiglu_reference(hidden: Tensor) -> tuple[Tensor, Pull]:
+    """The plain twin of `swiglu`."""
+    gate, value = hidden.chunk(2, -1)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        y = x * r
-        ctx.save_for_backward(y, r)
-        ctx.set_materialize_grads(False)
-        return y, r
+    def pull(g: Tensor) -> Tensor:
+        s = torch.sigmoid(gate)
+        return torch.cat((g * value * s * (1 + gate * (1 - s)), g * gate * s), -1)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        y, r = ctx.saved_tensors
-        grad_y, grad_r = grads
-        if grad_r is None:
-            return (None if grad_y is None else _UnitRMSBackward.apply(y, r, grad_y)), None
-        # Second order only: dr/dx = -r^2 y / D joins the part along y.
-        along = grad_r * r if grad_y is None else torch.addcmul(_dot(grad_y, y), grad_r, r)
-        start = torch.zeros_like(y) if grad_y is None else grad_y
-        return torch.addcmul(start, y, along, value=-1 / y.shape[-1]).mul_(r), None
-
-
-class _UnitRMSBackward(torch.autograd.Function):
-    """dx = r (g - y <g, y> / D), as a function of y, r and g."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, r: Tensor, g: Tensor) -> Tensor:
-        gy = _dot(g, y)
-        ctx.save_for_backward(y, r, g, gy)
-        return torch.addcmul(g, y, gy, value=-1 / y.shape[-1]).mul_(r)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        y, r, g, gy = ctx.saved_tensors
-        (a,) = grads
-        share = -1 / y.shape[-1]
-        ay = _dot(a, y)
-        grad_y = (a * gy).addcmul_(g, ay).mul_(r * share)
-        grad_r = torch.addcmul(_dot(a, g), ay, gy, value=share)
-        return grad_y, grad_r, torch.addcmul(a, y, ay, value=share).mul_(r)
+    return F.silu(gate) * value, pull
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * value."""
-
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
@@ -229,40 +173,162 @@ def _times_slope_(x: Tensor, gate: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward.grad_input(x, gate, grad_input=x)
 
 
-class _MaskedSoftmax(torch.autograd.Function):
-    """P = softmax(S) over the allowed entries. Only P is kept."""
+# -- cross-entropy -----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Pull]:
+    """Negative log-likelihood of the targets under softmax(logits [..., V]), in float32 (float64 if logits are).
+
+    The pull takes a weight for every target, which is a constant, to a gradient of the logits, in their dtype.
+    """
+    if is_compiling():
+        return cross_entropy_reference(logits, targets)
+    nll, p = _CrossEntropy.apply(logits, targets)
+    return nll, lambda g: _CrossEntropyBackward.apply(logits, p, targets, g)
+
+
+def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Pull]:
+    """The plain twin of `cross_entropy`."""
+    log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
+    at = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
+    nll = -torch.where(at, log_p, 0.0).sum(-1)  # not gather, whose derivative a compiler cannot fuse
+    return nll, lambda g: ((log_p.exp() - at.to(log_p.dtype)) * g[..., None]).to(logits.dtype)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log p[target], and p, which takes no gradient: its effect is in those of the loss and of the pull."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, mask: Tensor) -> Tensor:
-        p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        ctx.save_for_backward(p)
-        return p
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
+        nll = log_p.gather(-1, targets[..., None])[..., 0].neg_()
+        p = log_p.exp_()
+        ctx.save_for_backward(logits, p, targets)
+        ctx.mark_non_differentiable(p)
+        ctx.set_materialize_grads(False)
+        return nll, p
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _MaskedSoftmaxBackward.apply(*ctx.saved_tensors, *grads), None
+        if grads[0] is None:
+            return None, None
+        return _CrossEntropyBackward.apply(*ctx.saved_tensors, grads[0]), None
 
 
-class _MaskedSoftmaxBackward(torch.autograd.Function):
-    """dS = P (g - rowsum(P g)), as a function of P and g."""
+class _CrossEntropyBackward(torch.autograd.Function):
+    """dz = (p - onehot) g, as a function of the logits z (of which only p is needed) and g."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(p, g)
-        return _softmax_backward(g, p)
+    def forward(ctx: Any, logits: Tensor, p: Tensor, targets: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(p, targets, g)
+        g = g[..., None]
+        return (p * g).scatter_add_(-1, targets[..., None], -g).to(logits.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        p, g = ctx.saved_tensors
-        (a,) = grads
-        buffer = p * g  # large, so one serves for all
-        pg = buffer.sum(-1, keepdim=True)
-        pa = torch.mul(p, a, out=buffer).sum(-1, keepdim=True)
-        grad_p = torch.sub(g, pg, out=buffer).mul_(a).addcmul_(g, pa, value=-1)
-        return grad_p, _softmax_backward(a, p)
+        p, targets, g = ctx.saved_tensors
+        a = grads[0].to(p.dtype)
+        mean = _dot(p, a)
+        grad_logits = (a - mean).mul_(p).mul_(g[..., None]).to(grads[0].dtype)
+        grad_g = (mean - a.gather(-1, targets[..., None]))[..., 0] if ctx.needs_input_grad[3] else None
+        return grad_logits, None, None, grad_g
 
 
-def _softmax_backward(g: Tensor, p: Tensor) -> Tensor:
-    """P (g - rowsum(P g))."""
-    return torch.ops.aten._softmax_backward_data(g, p, -1, p.dtype)
+# -- rotation ----------------------------------------------------------------------------------------------------------
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Pull]:
+    """Turn every pair (i, i + K/2) of x [..., K] by an angle, its cosine and sine broadcast to [..., K/2].
+
+    The angles take no gradient.
+    """
+    if is_compiling():
+        return rotate_reference(x, cos, sin)
+    return _Rotate.apply(x, cos, sin), lambda g: _Rotate.apply(g, cos, -sin)
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Pull]:
+    """The plain twin of `rotate`."""
+
+    def turn(x: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    return turn(x, sin), lambda g: turn(g, -sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation: its derivative is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        a, b = x.chunk(2, -1)
+        out = torch.empty_like(x)
+        torch.mul(a, cos, out=out[..., : a.shape[-1]]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out[..., a.shape[-1] :]).addcmul_(a, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grads[0], cos, -sin), None, None
+
+
+# -- the update --------------------------------------------------------------------------------------------------------
+
+
+def clipped_step(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float | Tensor, clip: float
+) -> tuple[list[Tensor], Tensor]:
+    """One step of SGD on weights [B, ...], each sequence's gradients scaled to a joint norm of at most `clip`.
+
+    Returns the new weights and the norms [B] before the clip, which take no gradient. Differentiable once in weights
+    and gradients, the norm in the scale included, and finite at a gradient of zero.
+    """
+    if is_compiling():
+        return clipped_step_reference(weights, gradients, lr, clip)
+    *new, norm_B = _ClippedStep.apply(float(lr), clip, *weights, *gradients)
+    return new, norm_B
+
+
+def clipped_step_reference(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float | Tensor, clip: float
+) -> tuple[list[Tensor], Tensor]:
+    """The plain twin of `clipped_step`."""
+    square_B = torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
+    # The larger of the two comes before the root, whose slope at zero is infinite.
+    scale_B = clip * square_B.clamp(min=clip**2).rsqrt()
+    new = [w - lr * scale_B[:, None, None] * g for w, g in zip(weights, gradients, strict=True)]
+    return new, square_B.sqrt().detach()
+
+
+class _ClippedStep(torch.autograd.Function):
+    """W - lr min(1, c / n) g with n = |g|, over all tensors of a sequence jointly."""
+
+    @staticmethod
+    def forward(ctx: Any, lr: float, clip: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) // 2
+        weights, gradients = tensors[:count], tensors[count:]
+        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+        norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
+        ctx.save_for_backward(norm_B, scale_B, *gradients)
+        ctx.lr, ctx.clip = lr, clip
+        ctx.mark_non_differentiable(norm_B)
+        step_B11 = scale_B[:, None, None]
+        new = [torch.addcmul(w, g, step_B11, value=-lr) for w, g in zip(weights, gradients, strict=True)]
+        return *new, norm_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        norm_B, scale_B, *gradients = ctx.saved_tensors
+        *along, _ = grads
+        # The scale's own part: d(c / n)/dg = -c g / n^3 where the clip is at work, 0 elsewhere.
+        inner_B = sum((a * g).flatten(1).sum(1) for a, g in zip(along, gradients, strict=True))
+        bend_B = torch.where(norm_B > ctx.clip, -scale_B * inner_B / norm_B.square().clamp(min=ctx.clip**2), 0.0)
+        scale_B11, bend_B11 = (x[:, None, None] * -ctx.lr for x in (scale_B, bend_B))
+        grad_g = [torch.addcmul(g * bend_B11, a, scale_B11) for a, g in zip(along, gradients, strict=True)]
+        return None, None, *along, *grad_g

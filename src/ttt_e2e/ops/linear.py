@@ -1,0 +1,45 @@
+"""Linear layers with a weight for every sequence, whose derivatives lie in memory as the weights do.
+
+PyTorch's own derivative of x @ w.transpose(1, 2) is the transpose of a fresh tensor; added to others that lie the right
+way round, it makes every operation on the fast weights' gradients walk memory across the grain.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+
+def batched_linear(x_BTD: Tensor, w_BED: Tensor) -> Tensor:
+    """x @ w^T for every sequence, [B, T, E]. Differentiable any number of times."""
+    return x_BTD @ w_BED.transpose(1, 2) if is_compiling() else _BatchedLinear.apply(x_BTD, w_BED)
+
+
+def weight_gradient(g_BTE: Tensor, x_BTD: Tensor) -> Tensor:
+    """g^T @ x for every sequence, [B, E, D]: the gradient of `batched_linear`'s weight. Differentiable likewise."""
+    return g_BTE.transpose(1, 2) @ x_BTD if is_compiling() else _WeightGradient.apply(g_BTE, x_BTD)
+
+
+class _BatchedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return grads[0] @ w, _WeightGradient.apply(grads[0], x)
+
+
+class _WeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(g, x)
+        return g.transpose(1, 2) @ x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        g, x = ctx.saved_tensors
+        return _BatchedLinear.apply(x, grads[0]), g @ grads[0]
