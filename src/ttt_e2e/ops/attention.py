@@ -24,16 +24,17 @@ AttentionPull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def attention(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, empty: Tensor | None = None
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, mask_TS: Tensor | None = None
 ) -> tuple[Tensor, AttentionPull]:
     """Softmax attention of T queries over S >= T keys; returns [B, H, T, K] and its pull.
 
-    Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None), but not the
-    first `empty` ones (0-dim int tensor), which are no keys yet. The pull gives the gradients of the queries and of
+    Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None); or what
+    `mask_TS` allows (see `visible`), where some keys are none yet. The pull gives the gradients of the queries and of
     the last T keys and values: those before are constants to the inner gradient (not to the outer one).
     """
     own, groups = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
-    mask = visible(own, k_BGSK.shape[2], window, q_BHTK.device, empty).repeat(groups, 1)
+    mask = visible(own, k_BGSK.shape[2], window, q_BHTK.device) if mask_TS is None else mask_TS
+    mask = mask.repeat(groups, 1) if groups > 1 else mask
     # The query heads of a group stand below one another, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
     forward = attend_reference if is_compiling() else _attend
@@ -147,16 +148,18 @@ def _softmax_backward_backward(p: Tensor, g: Tensor, a: Tensor) -> tuple[Tensor,
 
 
 def attention_once(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, empty: Tensor | None = None
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, mask_TS: Tensor | None = None
 ) -> Tensor:
     """The same as `attention` through PyTorch's fused kernel: faster, linear in memory, differentiable once."""
+    if mask_TS is not None:
+        return _masked(q_BHTK, k_BGSK, v_BGSK, mask_TS)
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     if queries == keys and (window is None or window >= keys):
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
     if queries == keys and window is not None and keys > 2 * window:
         return _banded(q_BHTK, k_BGSK, v_BGSK, window)
-    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK.device, empty))
+    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK.device))
 
 
 def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ def visible(queries: int, keys: int, window: int | None, device: torch.device, e
     mask_TS = distance_TS >= 0
     if window is not None and window < keys:
         mask_TS = mask_TS & (distance_TS < window)
-    return mask_TS if empty is None else mask_TS & (key_S >= empty)
+    return mask_TS & (key_S >= empty) if empty else mask_TS
 
 
 def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:

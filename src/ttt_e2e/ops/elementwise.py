@@ -289,7 +289,7 @@ def clipped_step(
     """
     if is_compiling():
         return clipped_step_reference(weights, gradients, lr, clip)
-    *new, norm_B = _ClippedStep.apply(float(lr), clip, *weights, *gradients)
+    *new, norm_B = _ClippedStep.apply(lr, clip, *weights, *gradients)
     return new, norm_B
 
 
@@ -308,7 +308,7 @@ class _ClippedStep(torch.autograd.Function):
     """W - lr min(1, c / n) g with n = |g|, over all tensors of a sequence jointly."""
 
     @staticmethod
-    def forward(ctx: Any, lr: float, clip: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, lr: float | Tensor, clip: float, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], tensors[count:]
         norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
@@ -317,8 +317,8 @@ class _ClippedStep(torch.autograd.Function):
         ctx.save_for_backward(norm_B, scale_B, *gradients)
         ctx.lr, ctx.clip = lr, clip
         ctx.mark_non_differentiable(norm_B)
-        step_B11 = scale_B[:, None, None]
-        new = [torch.addcmul(w, g, step_B11, value=-lr) for w, g in zip(weights, gradients, strict=True)]
+        step_B11 = (scale_B * -lr)[:, None, None]
+        new = [torch.addcmul(w, g, step_B11) for w, g in zip(weights, gradients, strict=True)]
         return *new, norm_B
 
     @staticmethod

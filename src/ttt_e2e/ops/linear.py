@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 
 def batched_linear(x_BTD: Tensor, w_BED: Tensor) -> Tensor:
     """x @ w^T for every sequence, [B, T, E]. Differentiable any number of times."""
-    return x_BTD @ w_BED.transpose(1, 2) if is_compiling() else _BatchedLinear.apply(x_BTD, w_BED)
+    return _BatchedLinear.apply(x_BTD, w_BED)
 
 
 def weight_gradient(g_BTE: Tensor, x_BTD: Tensor) -> Tensor:
     """g^T @ x for every sequence, [B, E, D]: the gradient of `batched_linear`'s weight. Differentiable likewise."""
-    return g_BTE.transpose(1, 2) @ x_BTD if is_compiling() else _WeightGradient.apply(g_BTE, x_BTD)
+    return _WeightGradient.apply(g_BTE, x_BTD)
 
 
 class _BatchedLinear(torch.autograd.Function):

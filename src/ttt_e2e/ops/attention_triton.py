@@ -1,0 +1,465 @@
+# mypy: allow-untyped-defs
+"""Windowed attention, its gradients and their gradients as Triton kernels.
+
+`windowed_attention` holds the formulas and the operators that call these functions. Two kinds of program occur. A row
+program owns a block of queries, walks over the keys that they see, and writes what belongs to queries: o, dq, gq, gdo
+and the row statistics. A column program owns a block of keys, walks over the queries that see them (of each query head
+that shares the key head in turn, so that sums over these heads need neither atomics nor memory), and writes what
+belongs to keys: dk, dv, gk, gv. A double backward is one launch of each, rows first.
+
+Products take operands of the inputs' dtype and accumulate in float32; float32 operands are split in three, which gives
+float32's precision at the speed of the tensor cores. The softmax is computed in powers of two.
+
+All tensors are contiguous here. Heads are counted over the batch: query head n reads key head n // SHARE.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """The sizes of one kernel's blocks and of its programs."""
+
+    block_t: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+
+
+# By head width, for 16-bit inputs: the largest blocks whose registers (255 a thread) and shared memory an H100 has, by
+# what the compiler reports. Row programs hold one accumulator [block_t, K], column programs two [block_s, K], and the
+# double backward four tiles of scores besides.
+FORWARD = {
+    16: Config(128, 64, 4, 3),
+    32: Config(128, 64, 4, 3),
+    64: Config(128, 64, 4, 3),
+    128: Config(128, 64, 8, 3),
+    256: Config(64, 64, 8, 2),
+}
+BACKWARD_ROWS = {
+    16: Config(64, 64, 4, 3),
+    32: Config(64, 64, 4, 3),
+    64: Config(64, 64, 4, 3),
+    128: Config(64, 64, 4, 2),
+    256: Config(64, 32, 8, 2),
+}
+BACKWARD_COLUMNS = {
+    16: Config(64, 64, 4, 2),
+    32: Config(64, 64, 4, 2),
+    64: Config(64, 64, 4, 2),
+    128: Config(64, 128, 8, 2),
+    256: Config(32, 64, 8, 1),
+}
+DOUBLE_BACKWARD_ROWS = {
+    16: Config(64, 64, 4, 3),
+    32: Config(64, 64, 4, 3),
+    64: Config(64, 64, 4, 2),
+    128: Config(64, 64, 8, 2),
+    256: Config(32, 32, 8, 1),
+}
+DOUBLE_BACKWARD_COLUMNS = {
+    16: Config(64, 64, 4, 2),
+    32: Config(64, 64, 4, 2),
+    64: Config(64, 128, 8, 2),
+    128: Config(32, 128, 8, 2),
+    256: Config(32, 16, 8, 1),
+}
+# Float32 takes twice the memory and three products for one; every kernel gets the same small blocks.
+FLOAT32 = {
+    16: Config(32, 32, 4, 1),
+    32: Config(32, 32, 4, 1),
+    64: Config(32, 16, 4, 1),
+    128: Config(32, 16, 8, 1),
+    256: Config(16, 16, 8, 1),
+}
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, window: int, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    o, lse = torch.empty_like(q), _statistic(q)
+    config = config or _config(FORWARD, q)
+    _launch(_forward_kernel, _row_grid(q, config), config, q, k, 0, window, (q, k, v, o, lse))
+    return o, lse
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    own: int,
+    window: int,
+    configs: tuple[Config, Config] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients dq [B, H, T, K] and dk, dv [B, G, own, K]; `configs` are those of the row and the column programs."""
+    q, k, v, o, lse, do = (x.contiguous() for x in (q, k, v, o, lse, do))
+    dq, delta = torch.empty_like(q), _statistic(q)
+    dk, dv = (k.new_empty(*k.shape[:2], own, k.shape[3]) for _ in range(2))
+    cached = k.shape[2] - own
+    rows, columns = configs or (_config(BACKWARD_ROWS, q), _config(BACKWARD_COLUMNS, q))
+    sizes = (q, k, cached, window)
+    _launch(_backward_row_kernel, _row_grid(q, rows), rows, *sizes, (q, k, v, o, lse, do, delta, dq))
+    grid = (triton.cdiv(own, columns.block_s), k.shape[0] * k.shape[1])
+    _launch(_backward_column_kernel, grid, columns, *sizes, (q, k, v, lse, do, delta, dk, dv))
+    return dq, dk, dv
+
+
+def double_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    a: Tensor,
+    b_own: Tensor,
+    c_own: Tensor,
+    own: int,
+    window: int,
+    configs: tuple[Config, Config] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]; `configs` as in `backward`."""
+    q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (q, k, v, o, lse, do, a, b_own, c_own))
+    gq, gdo, gk, gv = (torch.empty_like(x) for x in (q, q, k, v))
+    delta, mean, w = (_statistic(q) for _ in range(3))
+    cached = k.shape[2] - own
+    rows, columns = configs or (_config(DOUBLE_BACKWARD_ROWS, q), _config(DOUBLE_BACKWARD_COLUMNS, q))
+    sizes = (q, k, cached, window)
+    row_tensors = (q, k, v, o, lse, do, a, b, c, delta, mean, w, gq, gdo)
+    _launch(_double_backward_row_kernel, _row_grid(q, rows), rows, *sizes, row_tensors)
+    blocks = triton.cdiv(cached, columns.block_s) + triton.cdiv(own, columns.block_s)
+    grid = (blocks, k.shape[0] * k.shape[1])
+    column_tensors = (q, k, v, lse, do, a, b, c, delta, mean, w, gk, gv)
+    _launch(_double_backward_column_kernel, grid, columns, *sizes, column_tensors)
+    return gq, gk, gv, gdo
+
+
+def _statistic(q_BHTK: Tensor) -> Tensor:
+    """One float32 for every query."""
+    return q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
+
+
+def _config(table: dict[int, Config], q_BHTK: Tensor) -> Config:
+    return (FLOAT32 if q_BHTK.dtype == torch.float32 else table)[q_BHTK.shape[3]]
+
+
+def _row_grid(q_BHTK: Tensor, config: Config) -> tuple[int, int]:
+    return triton.cdiv(q_BHTK.shape[2], config.block_t), q_BHTK.shape[0] * q_BHTK.shape[1]
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, int],
+    config: Config,
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    cached: int,
+    window: int,
+    tensors: tuple[Tensor, ...],
+) -> None:
+    """Run a kernel; all of them take the tensors, then these sizes and settings."""
+    # The interpreter cannot multiply in bfloat16.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    with torch.cuda.device_of(q_BHTK):
+        kernel[grid](
+            *tensors,
+            q_BHTK.shape[2],
+            k_BGSK.shape[2],
+            cached,
+            window,
+            q_BHTK.shape[3] ** -0.5,
+            SHARE=q_BHTK.shape[1] // k_BGSK.shape[1],
+            K=q_BHTK.shape[3],
+            BLOCK_T=config.block_t,
+            BLOCK_S=config.block_s,
+            OPERAND=tl.float32 if interpreted else getattr(tl, str(q_BHTK.dtype).removeprefix("torch.")),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def _kernel(f):
+    """Compile `f` as a kernel, once for all lengths."""
+    return triton.jit(f, do_not_specialize=["T", "S", "cached", "window"])
+
+
+@triton.jit
+def _dot(x, y):
+    return tl.dot(x, y, input_precision="tf32x3")
+
+
+@triton.jit
+def _load(base, rows, end, K: tl.constexpr, OPERAND: tl.constexpr):
+    """Rows of a [*, K], zeros outside 0 <= row < end."""
+    inside = (rows >= 0) & (rows < end)
+    return tl.load(base + rows[:, None] * K + tl.arange(0, K)[None, :], mask=inside[:, None], other=0.0).to(OPERAND)
+
+
+@triton.jit
+def _store(base, rows, end, x, K: tl.constexpr):
+    tl.store(base + rows[:, None] * K + tl.arange(0, K)[None, :], x.to(base.dtype.element_ty), (rows < end)[:, None])
+
+
+@triton.jit
+def _first_block(position, window, BLOCK_S: tl.constexpr):
+    """Where the walk over keys begins for queries from `position` on."""
+    return tl.maximum(position - window + 1, 0) // BLOCK_S * BLOCK_S
+
+
+@triton.jit
+def _softmax(
+    scores, lse2, scale2, first_position, last_position, first_key, positions, keys, window, BLOCK_S: tl.constexpr
+):
+    """Powers of two of scaled scores less the row statistic; 0 where a query does not see a key.
+
+    `positions` and `keys` are shaped to broadcast to the scores, whose orientation is free.
+    """
+    p = tl.exp2(scores * scale2 - lse2)
+    if (first_key + BLOCK_S - 1 > first_position) | (first_key <= last_position - window):  # else all see all
+        p = tl.where((keys <= positions) & (positions - keys < window), p, 0.0)
+    return p
+
+
+@_kernel
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
+    T, S, cached, window, scale,
+    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    k_ptr += head // SHARE * S * K
+    v_ptr += head // SHARE * S * K
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = S - T + tl.program_id(0) * BLOCK_T
+    positions = (S - T + rows)[:, None]
+    q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
+    largest = tl.full([BLOCK_T], -1.0e30, tl.float32)  # finite: its differences are no NaN
+    total = tl.zeros([BLOCK_T], tl.float32)
+    o = tl.zeros([BLOCK_T, K], tl.float32)
+    for start in range(_first_block(first, window, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
+        keys = start + tl.arange(0, BLOCK_S)
+        k = _load(k_ptr, keys, S, K, OPERAND)
+        scores = _dot(q, tl.trans(k)) * (scale * LOG2_E)
+        if (start + BLOCK_S - 1 > first) | (start <= first + BLOCK_T - 1 - window):
+            seen = (keys[None, :] <= positions) & (positions - keys[None, :] < window)
+            scores = tl.where(seen, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        p = tl.exp2(scores - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(p, 1)
+        v = _load(v_ptr, keys, S, K, OPERAND)
+        o = o * shrink[:, None] + _dot(p.to(OPERAND), v)
+        largest = larger
+    _store(o_ptr + head * T * K, rows, T, o / total[:, None], K)
+    tl.store(lse_ptr + head * T + rows, (largest + tl.log2(total)) / LOG2_E, rows < T)
+
+
+@_kernel
+def _backward_row_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr,
+    T, S, cached, window, scale,
+    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    k_ptr += head // SHARE * S * K
+    v_ptr += head // SHARE * S * K
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = S - T + tl.program_id(0) * BLOCK_T
+    positions = (S - T + rows)[:, None]
+    q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
+    do = _load(do_ptr + head * T * K, rows, T, K, OPERAND)
+    o = _load(o_ptr + head * T * K, rows, T, K, OPERAND)
+    lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta_ptr + head * T + rows, delta, rows < T)
+    dq = tl.zeros([BLOCK_T, K], tl.float32)
+    for start in range(_first_block(first, window, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
+        keys = start + tl.arange(0, BLOCK_S)
+        k = _load(k_ptr, keys, S, K, OPERAND)
+        v = _load(v_ptr, keys, S, K, OPERAND)
+        p = _softmax(
+            _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
+            first, first + BLOCK_T - 1, start, positions, keys[None, :], window, BLOCK_S,
+        )  # fmt: skip
+        ds = p * (_dot(do, tl.trans(v)) - delta[:, None])
+        dq += _dot(ds.to(OPERAND), k)
+    _store(dq_ptr + head * T * K, rows, T, dq * scale, K)
+
+
+@_kernel
+def _backward_column_kernel(
+    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr,
+    T, S, cached, window, scale,
+    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    key_head = tl.program_id(1).to(tl.int64)
+    start = cached + tl.program_id(0) * BLOCK_S
+    keys = start + tl.arange(0, BLOCK_S)
+    k = _load(k_ptr + key_head * S * K, keys, S, K, OPERAND)
+    v = _load(v_ptr + key_head * S * K, keys, S, K, OPERAND)
+    dk = tl.zeros([BLOCK_S, K], tl.float32)
+    dv = tl.zeros([BLOCK_S, K], tl.float32)
+    # Tiles stand on their side here, [BLOCK_S, BLOCK_T], so that they are left operands as they are.
+    for head in range(key_head * SHARE, key_head * SHARE + SHARE):
+        for t in range(
+            tl.maximum(start - (S - T), 0) // BLOCK_T * BLOCK_T,
+            tl.minimum(start + BLOCK_S - 1 + window - (S - T), T),
+            BLOCK_T,
+        ):
+            rows = t + tl.arange(0, BLOCK_T)
+            q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
+            do = _load(do_ptr + head * T * K, rows, T, K, OPERAND)
+            lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
+            delta = tl.load(delta_ptr + head * T + rows, rows < T, other=0.0)
+            p = _softmax(
+                _dot(k, tl.trans(q)), lse2[None, :], scale * LOG2_E,
+                S - T + t, S - T + t + BLOCK_T - 1, start, (S - T + rows)[None, :], keys[:, None], window, BLOCK_S,
+            )  # fmt: skip
+            dv += _dot(p.to(OPERAND), do)
+            ds = p * (_dot(v, tl.trans(do)) - delta[None, :])
+            dk += _dot(ds.to(OPERAND), q)
+    own = S - cached
+    _store(dk_ptr + key_head * own * K, keys - cached, own, dk * scale, K)
+    _store(dv_ptr + key_head * own * K, keys - cached, own, dv, K)
+
+
+@_kernel
+def _double_backward_row_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gq_ptr, gdo_ptr,
+    T, S, cached, window, scale,
+    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    own = S - cached
+    k_ptr += head // SHARE * S * K
+    v_ptr += head // SHARE * S * K
+    b_ptr += head // SHARE * own * K
+    c_ptr += head // SHARE * own * K
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = S - T + tl.program_id(0) * BLOCK_T
+    last = first + BLOCK_T - 1
+    positions = (S - T + rows)[:, None]
+    first_block, stop = _first_block(first, window, BLOCK_S), tl.minimum(last + 1, S)
+    q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
+    do = _load(do_ptr + head * T * K, rows, T, K, OPERAND)
+    a = _load(a_ptr + head * T * K, rows, T, K, OPERAND)
+    lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
+
+    # First sweep: what needs whole rows.
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    gdo = tl.zeros([BLOCK_T, K], tl.float32)
+    for start in range(first_block, stop, BLOCK_S):
+        keys = start + tl.arange(0, BLOCK_S)
+        k = _load(k_ptr, keys, S, K, OPERAND)
+        v = _load(v_ptr, keys, S, K, OPERAND)
+        p = _softmax(
+            _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
+            first, last, start, positions, keys[None, :], window, BLOCK_S,
+        )  # fmt: skip
+        x = _dot(a, tl.trans(k))
+        if start + BLOCK_S > cached:
+            b = _load(b_ptr, keys - cached, own, K, OPERAND)
+            c = _load(c_ptr, keys - cached, own, K, OPERAND)
+            x += _dot(q, tl.trans(b))
+            gdo += _dot(p.to(OPERAND), c)
+        px = p * (x * scale)
+        mean += tl.sum(px, 1)
+        gdo += _dot(px.to(OPERAND), v)
+    o = _load(o_ptr + head * T * K, rows, T, K, OPERAND).to(tl.float32)
+    gdo -= mean[:, None] * o
+    delta = tl.sum(do.to(tl.float32) * o, 1)
+    w = tl.sum(do.to(tl.float32) * gdo, 1)
+    _store(gdo_ptr + head * T * K, rows, T, gdo, K)
+    tl.store(delta_ptr + head * T + rows, delta, rows < T)
+    tl.store(mean_ptr + head * T + rows, mean, rows < T)
+    tl.store(w_ptr + head * T + rows, w, rows < T)
+
+    # Second sweep: the gradient of q.
+    gq = tl.zeros([BLOCK_T, K], tl.float32)
+    for start in range(first_block, stop, BLOCK_S):
+        keys = start + tl.arange(0, BLOCK_S)
+        k = _load(k_ptr, keys, S, K, OPERAND)
+        v = _load(v_ptr, keys, S, K, OPERAND)
+        p = _softmax(
+            _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
+            first, last, start, positions, keys[None, :], window, BLOCK_S,
+        )  # fmt: skip
+        ds = p * (_dot(do, tl.trans(v)) - delta[:, None])
+        x = _dot(a, tl.trans(k))
+        y = -w[:, None] + tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        if start + BLOCK_S > cached:
+            b = _load(b_ptr, keys - cached, own, K, OPERAND)
+            c = _load(c_ptr, keys - cached, own, K, OPERAND)
+            x += _dot(q, tl.trans(b))
+            y += _dot(do, tl.trans(c))
+            gq += _dot(ds.to(OPERAND), b)
+        g = (x * scale - mean[:, None]) * ds + p * y
+        gq += _dot(g.to(OPERAND), k)
+    _store(gq_ptr + head * T * K, rows, T, gq * scale, K)
+
+
+@_kernel
+def _double_backward_column_kernel(
+    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gk_ptr, gv_ptr,
+    T, S, cached, window, scale,
+    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    key_head = tl.program_id(1).to(tl.int64)
+    own = S - cached
+    # Blocks of cached keys come first; none reaches across to the others.
+    cached_blocks = tl.cdiv(cached, BLOCK_S)
+    variable = tl.program_id(0) >= cached_blocks
+    start = tl.program_id(0) * BLOCK_S
+    end = cached
+    if variable:
+        start = cached + (tl.program_id(0) - cached_blocks) * BLOCK_S
+        end = S
+    keys = start + tl.arange(0, BLOCK_S)
+    k = _load(k_ptr + key_head * S * K, keys, end, K, OPERAND)
+    v = _load(v_ptr + key_head * S * K, keys, end, K, OPERAND)
+    b = _load(b_ptr + key_head * own * K, keys - cached, own, K, OPERAND)
+    c = _load(c_ptr + key_head * own * K, keys - cached, own, K, OPERAND)
+    gk = tl.zeros([BLOCK_S, K], tl.float32)
+    gv = tl.zeros([BLOCK_S, K], tl.float32)
+    # Tiles stand on their side here, [BLOCK_S, BLOCK_T], so that they are left operands as they are.
+    for head in range(key_head * SHARE, key_head * SHARE + SHARE):
+        for t in range(
+            tl.maximum(start - (S - T), 0) // BLOCK_T * BLOCK_T,
+            tl.minimum(start + BLOCK_S - 1 + window - (S - T), T),
+            BLOCK_T,
+        ):
+            rows = t + tl.arange(0, BLOCK_T)
+            q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
+            do = _load(do_ptr + head * T * K, rows, T, K, OPERAND)
+            a = _load(a_ptr + head * T * K, rows, T, K, OPERAND)
+            lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
+            delta = tl.load(delta_ptr + head * T + rows, rows < T, other=0.0)
+            mean = tl.load(mean_ptr + head * T + rows, rows < T, other=0.0)
+            w = tl.load(w_ptr + head * T + rows, rows < T, other=0.0)
+            p = _softmax(
+                _dot(k, tl.trans(q)), lse2[None, :], scale * LOG2_E,
+                S - T + t, S - T + t + BLOCK_T - 1, start, (S - T + rows)[None, :], keys[:, None], window, BLOCK_S,
+            )  # fmt: skip
+            x = _dot(k, tl.trans(a))
+            y = -w[None, :] + tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
+            if variable:
+                x += _dot(b, tl.trans(q))
+                y += _dot(c, tl.trans(do))
+            x = x * scale - mean[None, :]
+            gv += _dot((p * x).to(OPERAND), do)
+            ds = p * (_dot(v, tl.trans(do)) - delta[None, :])
+            gk += _dot(ds.to(OPERAND), a)
+            g = x * ds + p * y
+            gk += _dot(g.to(OPERAND), q)
+    _store(gk_ptr + key_head * S * K, keys, end, gk * scale, K)
+    _store(gv_ptr + key_head * S * K, keys, end, gv, K)

@@ -1,0 +1,199 @@
+"""`linear_cross_entropy` as a walk over chunks of vocabulary and tokens: a bounded number of logits at any time.
+
+The walk is one for PyTorch on any device and for Triton: they differ in `Pieces`, what happens to a chunk of logits
+between the matrix products. The outer loop is over the vocabulary: so each row of the weight is brought to x's dtype
+once, a chunk at a time (never a second copy of the whole), and the weight's gradient needs a float32 sum for one chunk
+only. The sums for x stay in memory throughout, as large as x itself.
+
+Shapes: N tokens, D width, V vocabulary; n and v are those of a chunk.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits that exist at one time, all buffers together: 32 MiB in float32. Chunks of 2048 tokens x 4096 words are large
+# enough for matrix products at full speed.
+LOGITS_AT_ONCE = 2**23
+
+
+class Pieces(NamedTuple):
+    """What is done to a chunk of logits z [n, v], which may be overwritten.
+
+    `at` [n] is the target's column in the chunk, anything outside [0, v) where it lies elsewhere. Statistics are in
+    float32 (float64 if z is).
+    """
+
+    fold_in: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    """(z, at, lse, target): takes the chunk into the logsumexp so far, and the target's logit where it is here."""
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(z, at, lse, g): dz = g (p - onehot), in z's dtype."""
+    average: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    """(z, z', at, lse, mean, target): adds rowsum(p z') to mean, and takes the target's z' where it is here."""
+    tangent: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(z, z', at, lse, g, mean): dz and dz' = g p (z' - mean), in z's dtype."""
+
+
+def forward(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """See `cross_entropy_forward`."""
+    sizes = chunk_sizes(len(x_ND), len(weight_VD), LOGITS_AT_ONCE)
+    lse_N = x_ND.new_full((len(x_ND),), -torch.inf, dtype=wide(x_ND.dtype))
+    target_N = torch.full_like(lse_N, torch.nan)  # stays so where a target is no token
+    for words in _slices(len(weight_VD), sizes[1]):
+        w_vD = weight_VD[words].to(x_ND.dtype)
+        for tokens in _slices(len(x_ND), sizes[0]):
+            at_n = targets_N[tokens] - words.start
+            pieces.fold_in(x_ND[tokens] @ w_vD.T, at_n, lse_N[tokens], target_N[tokens])
+    return lse_N - target_N, lse_N
+
+
+def backward(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    g_N: Tensor,
+    need_weight: bool,
+    pieces: Pieces,
+) -> tuple[Tensor, Tensor]:
+    """See `cross_entropy_backward`."""
+    sizes = chunk_sizes(len(x_ND), len(weight_VD), LOGITS_AT_ONCE)
+    dx_ND = torch.zeros_like(x_ND, dtype=lse_N.dtype, memory_format=torch.contiguous_format)
+    dweight_VD = weight_VD.new_empty(weight_VD.shape if need_weight else 0)
+    for words in _slices(len(weight_VD), sizes[1]):
+        w_vD = weight_VD[words].to(x_ND.dtype)
+        dw_vD = torch.zeros_like(w_vD, dtype=lse_N.dtype)
+        for tokens in _slices(len(x_ND), sizes[0]):
+            x_nD, at_n = x_ND[tokens], targets_N[tokens] - words.start
+            dz_nv = pieces.gradient(x_nD @ w_vD.T, at_n, lse_N[tokens], g_N[tokens])
+            _add_product(dx_ND[tokens], dz_nv, w_vD)
+            if need_weight:
+                _add_product(dw_vD, dz_nv.T, x_nD)
+            del dz_nv  # before the next chunk's logits
+        if need_weight:
+            dweight_VD[words] = dw_vD
+    return dx_ND.to(x_ND.dtype), dweight_VD
+
+
+def double_backward(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    g_N: Tensor,
+    a_ND: Tensor,
+    c_VD: Tensor,
+    pieces: Pieces,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `cross_entropy_double_backward`. A first walk gathers rowsum(p z'), a second one does the rest."""
+    sizes = chunk_sizes(len(x_ND), len(weight_VD), LOGITS_AT_ONCE // 2)  # z and z'
+    along_weight = c_VD.numel() > 0
+
+    def logits(x_nD: Tensor, a_nD: Tensor, w_vD: Tensor, c_vD: Tensor) -> tuple[Tensor, Tensor]:
+        tangent_nv = a_nD @ w_vD.T
+        return x_nD @ w_vD.T, tangent_nv.addmm_(x_nD, c_vD.T) if along_weight else tangent_nv
+
+    mean_N = torch.zeros_like(lse_N)
+    target_N = torch.full_like(lse_N, torch.nan)
+    for words in _slices(len(weight_VD), sizes[1]):
+        w_vD, c_vD = weight_VD[words].to(x_ND.dtype), c_VD[words].to(x_ND.dtype)
+        for tokens in _slices(len(x_ND), sizes[0]):
+            z_nv, tangent_nv = logits(x_ND[tokens], a_ND[tokens], w_vD, c_vD)
+            at_n = targets_N[tokens] - words.start
+            pieces.average(z_nv, tangent_nv, at_n, lse_N[tokens], mean_N[tokens], target_N[tokens])
+            del z_nv, tangent_nv
+
+    gx_ND = torch.zeros_like(x_ND, dtype=lse_N.dtype, memory_format=torch.contiguous_format)
+    gweight_VD = weight_VD.new_empty(weight_VD.shape)
+    for words in _slices(len(weight_VD), sizes[1]):
+        w_vD, c_vD = weight_VD[words].to(x_ND.dtype), c_VD[words].to(x_ND.dtype)
+        gw_vD = torch.zeros_like(w_vD, dtype=lse_N.dtype)
+        for tokens in _slices(len(x_ND), sizes[0]):
+            x_nD, a_nD, at_n = x_ND[tokens], a_ND[tokens], targets_N[tokens] - words.start
+            dz_nv, bend_nv = pieces.tangent(
+                *logits(x_nD, a_nD, w_vD, c_vD), at_n, lse_N[tokens], g_N[tokens], mean_N[tokens]
+            )
+            _add_product(gx_ND[tokens], bend_nv, w_vD)
+            if along_weight:
+                _add_product(gx_ND[tokens], dz_nv, c_vD)
+            _add_product(gw_vD, bend_nv.T, x_nD)
+            _add_product(gw_vD, dz_nv.T, a_nD)
+            del dz_nv, bend_nv
+        gweight_VD[words] = gw_vD
+    return gx_ND.to(x_ND.dtype), gweight_VD, mean_N - target_N
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and sums for matrix products in `dtype`: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunk_sizes(tokens: int, vocabulary: int, logits: int) -> tuple[int, int]:
+    """Tokens and words of a chunk of at most `logits`: about square, so that every matrix product has long sides.
+
+    Wider where there are few tokens, taller where the vocabulary is small; powers of two, which suit aligned loads.
+    """
+    side = 1 << (logits.bit_length() - 1) // 2
+    n = min(max(side, logits // vocabulary), 1 << max(tokens - 1, 0).bit_length())
+    return n, logits // n
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where only the total may be wider."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def _fold_in(z_nv: Tensor, at_n: Tensor, lse_n: Tensor, target_n: Tensor) -> None:
+    z_nv = z_nv.to(lse_n.dtype)
+    _take(z_nv, at_n, target_n)
+    maximum_n1 = z_nv.amax(1, keepdim=True)
+    total_n = z_nv.sub_(maximum_n1).exp_().sum(1)
+    torch.logaddexp(lse_n, total_n.log_().add_(maximum_n1[:, 0]), out=lse_n)
+
+
+def _gradient(z_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor) -> Tensor:
+    dtype = z_nv.dtype
+    p_nv = z_nv.to(lse_n.dtype).sub_(lse_n[:, None]).exp_()
+    return _minus_one_hot_(p_nv, at_n).mul_(g_n[:, None]).to(dtype)
+
+
+def _average(z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, mean_n: Tensor, target_n: Tensor) -> None:
+    _take(tangent_nv, at_n, target_n)
+    p_nv = z_nv.to(lse_n.dtype).sub_(lse_n[:, None]).exp_()
+    mean_n.add_(p_nv.mul_(tangent_nv).sum(1))
+
+
+def _tangent(
+    z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor, mean_n: Tensor
+) -> tuple[Tensor, Tensor]:
+    dtype = z_nv.dtype
+    p_nv = z_nv.to(lse_n.dtype).sub_(lse_n[:, None]).exp_()
+    bend_nv = tangent_nv.to(lse_n.dtype).sub_(mean_n[:, None]).mul_(p_nv).mul_(g_n[:, None])
+    return _minus_one_hot_(p_nv, at_n).mul_(g_n[:, None]).to(dtype), bend_nv.to(dtype)
+
+
+PIECES = Pieces(_fold_in, _gradient, _average, _tangent)
+
+
+def _columns(at_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Whether a target lies in the chunk, and a column to read in any case: nothing here waits for a GPU."""
+    return (at_n >= 0) & (at_n < width), at_n.clamp(0, width - 1)[:, None]
+
+
+def _take(z_nv: Tensor, at_n: Tensor, target_n: Tensor) -> None:
+    here_n, column_n1 = _columns(at_n, z_nv.shape[1])
+    target_n.copy_(torch.where(here_n, z_nv.gather(1, column_n1)[:, 0], target_n))
+
+
+def _minus_one_hot_(p_nv: Tensor, at_n: Tensor) -> Tensor:
+    here_n, column_n1 = _columns(at_n, p_nv.shape[1])
+    return p_nv.scatter_add_(1, column_n1, -here_n[:, None].to(p_nv.dtype))
