@@ -75,6 +75,19 @@ def test_the_inner_gradient_is_autograds(shape: str, length: int) -> None:
     torch.testing.assert_close(grad, written_out[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", ["plain", "grouped heads", "full attention"])
+def test_neither_scores_nor_logits_need_be_kept(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators for long contexts and large vocabularies give the same losses and outer gradient."""
+    model = small_model(F64, **SHAPES[shape])
+    expected = gradient(model, tokens(23), bos=3)
+    monkeypatch.setattr("ttt_e2e.ops.attention.KEPT_SCORES", {})
+    monkeypatch.setattr("ttt_e2e.model.KEPT_LOGITS", 0)
+    for recompute in ("none", "sqrt"):
+        loss, grad = gradient(model, tokens(23), bos=3, recompute=recompute)
+        assert loss == pytest.approx(expected[0], rel=1e-12)
+        torch.testing.assert_close(grad, expected[1], rtol=1e-9, atol=1e-12)
+
+
 @settings(max_examples=15, deadline=None)
 @given(length=st.integers(1, 40), batch=st.integers(1, 3), seed=st.integers(0, 999), sqrt=st.booleans())
 def test_recomputation_at_any_length(length: int, batch: int, seed: int, sqrt: bool) -> None:

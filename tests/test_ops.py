@@ -186,7 +186,7 @@ def test_attention(length: int, cached: int, window: int | None, heads: tuple[in
 def test_attention_with_its_pull(
     length: int, cached: int, empty: int, window: int | None, heads: tuple[int, int], seed: int
 ) -> None:
-    """Value and pull with their derivatives, against the plain twin that a compiler is given; empty slots do not count."""
+    """Value, pull, derivatives, against the plain twin that a compiler is given; empty slots do not count."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(h: int, t: int) -> Tensor:

@@ -22,12 +22,12 @@ from ttt_e2e.ops.windowed_attention import (
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, empty: int = 0) -> Tensor:
     """Scores, a mask, a softmax: differentiable any number of times."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     at_S = torch.arange(k.shape[2], device=q.device)
     distance_TS = at_S[-q.shape[2] :, None] - at_S
-    hidden_TS = (distance_TS < 0) | (distance_TS >= (k.shape[2] if window is None else window))
+    hidden_TS = (distance_TS < 0) | (distance_TS >= (k.shape[2] if window is None else window)) | (at_S < empty)
     return (q @ k.mT * q.shape[3] ** -0.5).masked_fill(hidden_TS, -torch.inf).softmax(-1) @ v
 
 
@@ -46,23 +46,39 @@ def inputs(
 
 
 def two_orders_of_reference(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, abc: tuple[Tensor, ...], own: int, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    abc: tuple[Tensor, ...],
+    own: int,
+    window: int | None,
+    empty: int = 0,
 ) -> list[Tensor]:
     """o, its gradients with all but the last `own` keys constant, and the gradients of their product with a, b, c."""
     k_cached, k_own = k.split([k.shape[2] - own, own], 2)
     v_cached, v_own = v.split([v.shape[2] - own, own], 2)
-    o = reference(q, torch.cat([k_cached, k_own], 2), torch.cat([v_cached, v_own], 2), window)
+    o = reference(q, torch.cat([k_cached, k_own], 2), torch.cat([v_cached, v_own], 2), window, empty)
     first = torch.autograd.grad(o, (q, k_own, v_own), do, create_graph=True)
     second = torch.autograd.grad(first, (q, k, v, do), abc, allow_unused=True, materialize_grads=True)
     return [o, *first, *second]
 
 
 def two_orders(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, abc: tuple[Tensor, ...], own: int, window: int | None, name: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    abc: tuple[Tensor, ...],
+    own: int,
+    window: int | None,
+    name: str,
+    empty: int | None = None,
 ) -> list[Tensor]:
     """The same through the operators and autograd between the second and the third."""
-    o, lse = attention_forward(q, k, v, window, name)
-    first = attention_backward(q, k, v, o, lse, do, own, window, name)
+    slots = None if empty is None else torch.tensor(empty, dtype=torch.int32, device=q.device)
+    o, lse = attention_forward(q, k, v, window, slots, name)
+    first = attention_backward(q, k, v, o, lse, do, own, window, slots, name)
     second = torch.autograd.grad(first, (q, k, v, do), abc, retain_graph=True)
     return [o, *first, *second]
 
@@ -113,6 +129,29 @@ def test_both_orders(name: str, case: str, heads: tuple[int, int], monkeypatch: 
     assert_same(ours, theirs, 1e-12)
 
 
+# (queries, keys, own, window, empty): of the keys that are none yet, no query sees any, and they get no gradient.
+EMPTY = [(9, 40, 9, 17, 5), (9, 40, 9, 17, 31), (9, 40, 9, None, 20), (7, 21, 11, 30, 10), (5, 5, 5, 3, 0)]
+
+
+@pytest.mark.parametrize(("queries", "keys", "own", "window", "empty"), EMPTY)
+@pytest.mark.parametrize("name", ["plain", "tiled"])
+def test_empty_slots(
+    name: str,
+    queries: int,
+    keys: int,
+    own: int,
+    window: int | None,
+    empty: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention_tiled, "QUERIES", 4)
+    monkeypatch.setattr(attention_tiled, "KEYS", 3)
+    q, k, v, do = inputs(2, (4, 2), queries, keys, 4)
+    abc = directions(q, k, own)
+    theirs = two_orders_of_reference(q, k, v, do, abc, own, window, empty)
+    assert_same(two_orders(q, k, v, do, abc, own, window, name, empty), theirs, 1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     queries=st.integers(1, 23),
@@ -149,7 +188,7 @@ def test_tiled_equals_plain(
 def test_row_statistic(name: str) -> None:
     """The logsumexp of the scores, in float32 at least; no gradient flows through it."""
     q, k, v, _ = inputs(1, (4, 2), 3, 5, 8, dtype=torch.bfloat16)
-    _, lse = attention_forward(q, k, v, 2, name)
+    _, lse = attention_forward(q, k, v, 2, None, name)
     assert lse.dtype == torch.float32 and not lse.requires_grad
     scores = q.double()[0, 3, 1] @ k.double()[0, 1, 2:4].T * 8**-0.5
     torch.testing.assert_close(lse[0, 3, 1].double(), scores.logsumexp(0), rtol=0.01, atol=0.01)
@@ -179,8 +218,10 @@ def test_inner_gradient_gradcheck() -> None:
     q, k, v, do = inputs(1, (2, 1), 3, 5, 2)
 
     def inner(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
-        o, lse = attention_forward(q, k, v, 4, "tiled")
-        return attention_backward(q, k, v, o, lse, do * o, 2, 4, "tiled")  # do depends on o, as an inner loss's does
+        o, lse = attention_forward(q, k, v, 4, None, "tiled")
+        return attention_backward(
+            q, k, v, o, lse, do * o, 2, 4, None, "tiled"
+        )  # do depends on o, as an inner loss's does
 
     assert torch.autograd.gradcheck(inner, (q, k, v, do))
 
@@ -255,8 +296,8 @@ def test_compile(backend: str) -> None:
     assert_same(list(torch.autograd.grad(compiled(q, k, v), (q, k, v), do)), list(theirs), 1e-12)
 
     def inner(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Tensor:
-        o, lse = attention_forward(q, k, v, 4, "auto")
-        dq, dk, dv = attention_backward(q, k, v, o, lse, do, 7, 4, "auto")
+        o, lse = attention_forward(q, k, v, 4, None, "auto")
+        dq, dk, dv = attention_backward(q, k, v, o, lse, do, 7, 4, None, "auto")
         return (q - dq).square().sum() + (dk * dv).sum() + o.sum()
 
     out = torch.compile(inner, fullgraph=True, backend=backend)(q, k, v, do)
@@ -270,16 +311,16 @@ def test_compile(backend: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "tiled"])
 def test_opcheck(name: str) -> None:
     q, k, v, do = inputs(2, (4, 2), 5, 9, 4)
-    o, lse = (x.detach() for x in attention_forward(q, k, v, 4, name))
+    o, lse = (x.detach() for x in attention_forward(q, k, v, 4, None, name))
     abc = directions(q, k, 5)
-    torch.library.opcheck(attention_forward, (q, k, v, None, name))
+    torch.library.opcheck(attention_forward, (q, k, v, None, None, name))
     strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in (q, k, v, do)]
-    torch.library.opcheck(attention_forward, (*strided[:3], 3, name))
-    torch.library.opcheck(attention_backward, (*strided[:3], o, lse, strided[3], 5, 4, name))
+    torch.library.opcheck(attention_forward, (*strided[:3], 3, torch.tensor(1, dtype=torch.int32), name))
+    torch.library.opcheck(attention_backward, (*strided[:3], o, lse, strided[3], 5, 4, None, name))
     # No test of its gradients: it has none.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     plain = [x.detach() for x in (q, k, v, o, lse, do, *abc)]
-    torch.library.opcheck(attention_double_backward, (*plain, 5, 4, name), test_utils=utils)
+    torch.library.opcheck(attention_double_backward, (*plain, 5, 4, None, name), test_utils=utils)
 
 
 def test_third_order_is_refused() -> None:

@@ -24,10 +24,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.config import Recompute
 from ttt_e2e.model import Cache, FastWeights, Place, Transformer
+from ttt_e2e.ops.attention import visible
 from ttt_e2e.ops.elementwise import clipped_step, wide
 
 
@@ -129,6 +131,7 @@ class Steps(NamedTuple):
     losses: Callable[[Transformer, Tensor, Tensor], Tensor]
     score: Callable[[Transformer, State, MiniBatch], tuple[Tensor, tuple[Cache, ...]]]
     inner_step: Callable[[Transformer, State, MiniBatch, Tensor], tuple[State, Tensor, Tensor]]
+    read_and_learn: Callable[..., tuple[tuple[Cache, ...], State, Tensor, Tensor]]
     fixed: bool
 
 
@@ -142,7 +145,23 @@ def losses(model: Transformer, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
     return model.losses(x_BTD, targets_BT)[0]
 
 
-PLAIN = Steps(read_static, losses, score, inner_step, fixed=False)
+def read_and_learn(
+    model: Transformer,
+    static: tuple[Cache, ...] | None,
+    loop: State,
+    tokens_Bb: Tensor,
+    targets_Bb: Tensor,
+    mask_Bb: Tensor,
+    place: Place,
+    lr: Tensor,
+    dtype: torch.dtype,
+) -> tuple[tuple[Cache, ...], State, Tensor, Tensor]:
+    """A whole mini-batch of reading: the caches below the loop, the loop's state, the losses, the gradients' norms."""
+    x_BbD, static = model.read_static(tokens_Bb, place, static, dtype)
+    return static, *inner_step(model, loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, place), lr)
+
+
+PLAIN = Steps(read_static, losses, score, inner_step, read_and_learn, fixed=False)
 
 
 def sequence_loss(
@@ -169,13 +188,13 @@ def sequence_loss(
     if bos is not None:
         mask_BT = (targets_BT != bos).to(mask_BT.dtype)
     place = model.place(0, length, dtype)
+    torch.compiler.cudagraph_mark_step_begin()
     x_BTD = steps.read_static(model, inputs_BT, place, dtype)
     lr = config.inner_lr if inner_lr is None else inner_lr
     if not model.suffix:
         nll_BT = steps.losses(model, x_BTD, targets_BT)
     elif lr == 0:
-        state = State(model.initial_fast_weights(batch), ())
-        x_BTD, _, _ = model.read_fast(x_BTD, place, state.fast, None, inner=False)
+        x_BTD, _, _ = model.read_fast(x_BTD, place, model.initial_fast_weights(batch), None, inner=False)
         nll_BT = steps.losses(model, x_BTD, targets_BT)
     else:
         slots = cache_slots(model, length) if steps.fixed else 0
@@ -212,10 +231,20 @@ def mini_batches(
     starts = range(0, length, b)
     places = [place.slice(i, i + b) for i in starts]
     if slots:
-        empty_N = (slots - torch.arange(0, length, b, device=x_BTD.device)).clamp(min=0)
-        places = [p._replace(empty=empty) for p, empty in zip(places, empty_N.unbind(), strict=True)]
+        places = [
+            with_empty(p, max(0, slots - i), slots, model.config.window) for p, i in zip(places, starts, strict=True)
+        ]
     pieces = (x_BTD.split(b, 1), targets_BT.split(b, 1), mask_BT.split(b, 1))
     return [MiniBatch(*piece) for piece in zip(*pieces, places, strict=True)]
+
+
+def with_empty(place: Place, empty: int, slots: int, window: int | None) -> Place:
+    """The same place above caches of `slots` slots, the first `empty` of which hold no token yet."""
+    device, length = place.cos.device, len(place.cos)
+    count = torch.tensor(empty, dtype=torch.int32, device=device)
+    # On a GPU the operators of attention work without a mask, and this would be large.
+    mask_TS = visible(length, slots + length, window, device, count) if device.type == "cpu" else None
+    return place._replace(empty=count, mask_TS=mask_TS)
 
 
 def cache_slots(model: Transformer, length: int) -> int:
@@ -227,15 +256,23 @@ def cache_slots(model: Transformer, length: int) -> int:
 
 def initial_state(model: Transformer, batch: int, dtype: torch.dtype, slots: int = 0) -> State:
     """The state at the start of every text: the learned fast weights and caches of `slots` empty slots."""
-    shape = (batch, model.config.kv_head_count, slots, model.config.head_width)
-
-    def empty() -> Tensor:  # a tensor of its own for every cache: a compiled function tells shared ones apart
-        return torch.zeros(shape, dtype=dtype, device=model.embedding.device)
-
     fast = model.initial_fast_weights(batch)
     if slots:
         fast = tuple(FastWeights(*(w.contiguous() for w in pair)) for pair in fast)
-    return State(fast, tuple(Cache(empty(), empty()) for _ in model.suffix[1:]))
+    return State(fast, empty_caches(model, len(model.suffix) - 1, batch, dtype, slots))
+
+
+def empty_caches(model: Transformer, count: int, batch: int, dtype: torch.dtype, slots: int = 0) -> tuple[Cache, ...]:
+    """`count` caches of `slots` empty slots."""
+    shape = (batch, model.config.kv_head_count, slots, model.config.head_width)
+    # A compiled function asks whether tensors are shared, need a gradient and how they lie: the first mini-batch must
+    # look like all others.
+    wanted = slots > 0 and torch.is_grad_enabled()
+
+    def empty() -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=model.embedding.device, requires_grad=wanted)
+
+    return tuple(Cache(empty(), empty()) for _ in range(count))
 
 
 def loop_parameters(model: Transformer) -> list[Tensor]:
@@ -392,6 +429,7 @@ def read_mini_batch(
     *,
     inner_lr: float | None = None,
     dtype: torch.dtype = torch.float32,
+    steps: Steps = PLAIN,
 ) -> tuple[ReadState, Tensor, Tensor]:
     """Read one mini-batch, score it, and learn from it; returns the next state, the losses and the gradient norms [B].
 
@@ -403,12 +441,38 @@ def read_mini_batch(
         x_BbD, after = _forward(model, state, tokens_Bb, dtype)
         nll_Bb, _ = model.losses(x_BbD, targets_Bb)
         return after, nll_Bb, nll_Bb.new_zeros(len(nll_Bb))
-    place = model.place(state.position, tokens_Bb.shape[1], dtype)
-    x_BbD, static = model.read_static(tokens_Bb, place, state.static, dtype)
+    length, window = tokens_Bb.shape[1], model.config.window
     if mask_Bb is None:
         mask_Bb = torch.ones_like(targets_Bb, dtype=wide(dtype))
-    loop, nll_Bb, norm_B = inner_step(model, state.loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, place), lr)
-    return ReadState(state.position + tokens_Bb.shape[1], static, loop), nll_Bb, norm_B
+    place = model.place(state.position, length, dtype)
+    static, loop = state.static, state.loop
+    step_size = torch.tensor(lr, dtype=wide(dtype), device=tokens_Bb.device)
+    if steps.fixed and window is not None and length == model.config.mini_batch:
+        # A state holds filled slots only; the compiled function is given a whole window of them.
+        empty, filled = max(0, window - state.position), min(window, state.position + length)
+        place = with_empty(place, empty, window, window)
+        if static is None:
+            static = empty_caches(model, model.config.prefix_layers + 1, len(tokens_Bb), dtype)
+        fast = tuple(FastWeights(*(w.contiguous() for w in pair)) for pair in loop.fast)
+        loop = State(fast, _last_slots(loop.caches, window))
+        static, loop, nll_Bb, norm_B = steps.read_and_learn(
+            model, _last_slots(static, window), loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
+        )
+        static, loop = _last_slots(static, filled), State(loop.fast, _last_slots(loop.caches, filled))
+    else:
+        static, loop, nll_Bb, norm_B = read_and_learn(
+            model, static, loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
+        )
+    return ReadState(state.position + length, static, loop), nll_Bb, norm_B
+
+
+def _last_slots(caches: tuple[Cache, ...], slots: int) -> tuple[Cache, ...]:
+    """Caches of the last `slots` slots, with empty ones before the first where there are fewer."""
+
+    def cut(t: Tensor) -> Tensor:
+        return t if t.shape[2] == slots else F.pad(t, (0, 0, slots - t.shape[2], 0))
+
+    return tuple(Cache(*(cut(t) for t in cache)) for cache in caches)
 
 
 @torch.no_grad()

@@ -24,6 +24,10 @@ from ttt_e2e.config import ModelConfig
 from ttt_e2e.ops.attention import attention, attention_once
 from ttt_e2e.ops.elementwise import Pull, cross_entropy, rms_norm, rotate, swiglu, wide
 from ttt_e2e.ops.linear import batched_linear, weight_gradient
+from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
+
+# Up to this many logits (tokens x vocabulary) the head keeps them, 64 MiB in float32; beyond, it makes them in pieces.
+KEPT_LOGITS = 2**24
 
 
 class Cache(NamedTuple):
@@ -36,12 +40,14 @@ class Cache(NamedTuple):
 class Place(NamedTuple):
     """Where tokens stand: the cosines and sines of their rotary angles, [T, 1, K/2] each.
 
-    empty: how many of the first slots of every cache hold no token yet, a 0-dim tensor; None if there are none.
+    empty: how many of the first slots of every cache of fixed size hold no token yet, a 0-dim int32 tensor; None where
+    caches hold tokens only. mask_TS: which keys each token may see, made once for all blocks where that helps.
     """
 
     cos: Tensor
     sin: Tensor
     empty: Tensor | None = None
+    mask_TS: Tensor | None = None
 
     def slice(self, start: int, stop: int) -> "Place":
         """The part for tokens `start` to `stop`."""
@@ -126,12 +132,13 @@ class Attention(nn.Module):
         own = Cache(k_BGTK, v_BTGK.transpose(1, 2))
         seen = own if cache is None else join([cache, own])
         if inner:
-            y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty)
+            y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty, place.mask_TS)
         else:
-            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty)
-        # Where slots are empty, caches have their full size already and keep it.
-        limit = window if cache is None or place.empty is None else cache.k_BGSK.shape[2]
-        kept = join([seen], limit)
+            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty, place.mask_TS)
+        if cache is None or place.empty is None:
+            kept = join([seen], window)
+        else:  # a cache of fixed size keeps it, and its place in memory does not tell where it was cut from
+            kept = Cache(*(t.contiguous() for t in join([seen], cache.k_BGSK.shape[2])))
 
         def pull(g_BTD: Tensor) -> Tensor:
             dy_BTHK = pull_linear(g_BTD, self.w_out).unflatten(-1, (heads, -1))
@@ -303,8 +310,19 @@ class Transformer(nn.Module):
         The pull takes a weight for every target's loss to the gradient of x.
         """
         n_BTD, pull_norm = self.final_norm(x_BTD)
-        nll_BT, pull_loss = cross_entropy(linear(n_BTD, self.head_weight), targets_BT)
-        return nll_BT, lambda g: pull_norm(pull_linear(pull_loss(g), self.head_weight))
+        weight_VD = self.head_weight
+        if targets_BT.numel() * len(weight_VD) > KEPT_LOGITS:
+            n_ND, targets_N = n_BTD.flatten(0, 1), targets_BT.flatten()
+            nll_N, lse_N = cross_entropy_forward(n_ND, weight_VD, targets_N, "auto")
+
+            def pull(g_BT: Tensor) -> Tensor:
+                g_N = g_BT.flatten()
+                dn_ND, _ = cross_entropy_backward(n_ND, weight_VD, targets_N, lse_N, g_N, False, "auto")
+                return pull_norm(dn_ND.view_as(n_BTD))
+
+            return nll_N.view_as(targets_BT), pull
+        nll_BT, pull_loss = cross_entropy(linear(n_BTD, weight_VD), targets_BT)
+        return nll_BT, lambda g: pull_norm(pull_linear(pull_loss(g), weight_VD))
 
     def read_static(
         self, tokens_BT: Tensor, place: Place, caches: tuple[Cache, ...] | None, dtype: torch.dtype

@@ -1,6 +1,7 @@
 """Causal attention, windowed or full: for the inner loop with its pull, and for everything that is differentiated once.
 
-`attention` is plain arithmetic, its gradient written out and differentiable itself; the inner loop uses it.
+`attention` is for the inner loop: its gradient is written out, and differentiable itself. Where the scores are few it
+keeps them, else it goes through `windowed_attention`'s operators, which compute them again and again in tiles.
 `attention_once` goes through PyTorch's fused kernel, which has a first derivative only; it serves everything that no
 inner gradient passes through. Over a whole sequence it works block by block, so that time and memory grow with
 T x window, not with T x T.
@@ -19,21 +20,36 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.windowed_attention import attention_backward, attention_forward
+
+# Up to this many scores (B H T S) `attention` keeps them, by the kind of device: 64 MiB in float32. It then needs three
+# matrix products less than the operators. On a GPU memory traffic costs more than products.
+KEPT_SCORES = {"cpu": 2**24}
 
 AttentionPull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def attention(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, mask_TS: Tensor | None = None
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    window: int | None,
+    empty: Tensor | None = None,
+    mask_TS: Tensor | None = None,
 ) -> tuple[Tensor, AttentionPull]:
     """Softmax attention of T queries over S >= T keys; returns [B, H, T, K] and its pull.
 
-    Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None); or what
-    `mask_TS` allows (see `visible`), where some keys are none yet. The pull gives the gradients of the queries and of
-    the last T keys and values: those before are constants to the inner gradient (not to the outer one).
+    Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None), but not the
+    first `empty` ones (0-dim int32 tensor; None for none), which are no keys yet. mask_TS: what `visible` says of
+    these, if it is known already. The pull gives the gradients of the queries and of the last T keys and values: those
+    before are constants to the inner gradient (not to the outer one).
     """
     own, groups = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
-    mask = visible(own, k_BGSK.shape[2], window, q_BHTK.device) if mask_TS is None else mask_TS
+    if q_BHTK.shape[:3].numel() * k_BGSK.shape[2] > KEPT_SCORES.get(q_BHTK.device.type, 0):
+        o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, empty, "auto")
+        saved = (q_BHTK, k_BGSK, v_BGSK, o_BHTK, lse_BHT)
+        return o_BHTK, lambda g: attention_backward(*saved, g, own, window, empty, "auto")
+    mask = visible(own, k_BGSK.shape[2], window, q_BHTK.device, empty) if mask_TS is None else mask_TS
     mask = mask.repeat(groups, 1) if groups > 1 else mask
     # The query heads of a group stand below one another, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
@@ -148,18 +164,27 @@ def _softmax_backward_backward(p: Tensor, g: Tensor, a: Tensor) -> tuple[Tensor,
 
 
 def attention_once(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None, mask_TS: Tensor | None = None
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    window: int | None,
+    empty: Tensor | None = None,
+    mask_TS: Tensor | None = None,
 ) -> Tensor:
     """The same as `attention` through PyTorch's fused kernel: faster, linear in memory, differentiable once."""
     if mask_TS is not None:
         return _masked(q_BHTK, k_BGSK, v_BGSK, mask_TS)
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
+    whole = queries == keys and (window is None or window >= keys)
+    if q_BHTK.is_cuda and not whole:
+        # PyTorch's kernel knows no window, and reads a mask from memory.
+        return attention_forward(q_BHTK, k_BGSK, v_BGSK, window, empty, "auto")[0]
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    if queries == keys and (window is None or window >= keys):
+    if whole:
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
     if queries == keys and window is not None and keys > 2 * window:
         return _banded(q_BHTK, k_BGSK, v_BGSK, window)
-    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK.device))
+    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK.device, empty))
 
 
 def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Tensor:
@@ -182,7 +207,7 @@ def visible(queries: int, keys: int, window: int | None, device: torch.device, e
     mask_TS = distance_TS >= 0
     if window is not None and window < keys:
         mask_TS = mask_TS & (distance_TS < window)
-    return mask_TS & (key_S >= empty) if empty else mask_TS
+    return mask_TS if empty is None else mask_TS & (key_S >= empty)
 
 
 def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:

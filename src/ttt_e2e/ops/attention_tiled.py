@@ -19,9 +19,9 @@ QUERIES = 256
 KEYS = 512
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, window: int, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
-    rows = _Rows(q, k, window)
+    rows = _Rows(q, k, window, empty)
     k_NSK, v_NSK = k.flatten(0, 1), v.flatten(0, 1)
     o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), rows.statistic()
     for block in rows.blocks():
@@ -43,10 +43,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tenso
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, own: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    own: int,
+    window: int,
+    empty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, own, K]."""
-    rows = _Rows(q, k, window, own)
+    rows = _Rows(q, k, window, empty, own)
     k_NSK, v_NSK = k.flatten(0, 1), v.flatten(0, 1)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk_NOK, dv_NOK = rows.zeros(k_NSK[:, :own], k.shape[3]), rows.zeros(v_NSK[:, :own], k.shape[3])
@@ -79,9 +87,10 @@ def double_backward(
     c_own: Tensor,
     own: int,
     window: int,
+    empty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
-    rows = _Rows(q, k, window, own)
+    rows = _Rows(q, k, window, empty, own)
     k_NSK, v_NSK, b_NOK, c_NOK = (x.flatten(0, 1) for x in (k, v, b_own, c_own))
     gq, gdo = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))
     gk_NSK, gv_NSK = rows.zeros(k_NSK, k.shape[3]), rows.zeros(v_NSK, k.shape[3])
@@ -128,10 +137,10 @@ def double_backward(
 class _Rows:
     """The walk over blocks of queries and keys, and the way between [B, H, T, ...] and a block's rows [N, R, ...]."""
 
-    def __init__(self, q_BHTK: Tensor, k_BGSK: Tensor, window: int, own: int = 0):
+    def __init__(self, q_BHTK: Tensor, k_BGSK: Tensor, window: int, empty: Tensor | None, own: int = 0):
         self.batch, self.heads_q, self.queries, width = q_BHTK.shape
         self.heads_k, self.keys = k_BGSK.shape[1:3]
-        self.window = window
+        self.window, self.empty = window, 0 if empty is None else int(empty)
         self.cached = self.keys - own  # how many keys are constants; no block of keys reaches across
         self.offset = self.keys - self.queries  # query i stands at key offset + i
         self.scale = width**-0.5
@@ -144,7 +153,7 @@ class _Rows:
 
     def key_blocks(self, block: slice) -> Iterator[slice]:
         """Every key that some query of the block sees."""
-        first, last = max(0, self.offset + block.start - self.window + 1), self.offset + block.stop
+        first, last = max(self.empty, self.offset + block.start - self.window + 1), self.offset + block.stop
         middle = min(max(first, self.cached), last)
         for low, high in ((first, middle), (middle, last)):
             for start in range(low, high, KEYS):

@@ -81,12 +81,14 @@ FLOAT32 = {
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, window: int, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int, empty: Tensor | None = None, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     o, lse = torch.empty_like(q), _statistic(q)
     config = config or _config(FORWARD, q)
-    _launch(_forward_kernel, _row_grid(q, config), config, q, k, 0, window, (q, k, v, o, lse))
+    _launch(_forward_kernel, _row_grid(q, config), config, q, k, 0, window, empty, (q, k, v, o, lse))
     return o, lse
 
 
@@ -99,6 +101,7 @@ def backward(
     do: Tensor,
     own: int,
     window: int,
+    empty: Tensor | None = None,
     configs: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, own, K]; `configs` are those of the row and the column programs."""
@@ -107,7 +110,7 @@ def backward(
     dk, dv = (k.new_empty(*k.shape[:2], own, k.shape[3]) for _ in range(2))
     cached = k.shape[2] - own
     rows, columns = configs or (_config(BACKWARD_ROWS, q), _config(BACKWARD_COLUMNS, q))
-    sizes = (q, k, cached, window)
+    sizes = (q, k, cached, window, empty)
     _launch(_backward_row_kernel, _row_grid(q, rows), rows, *sizes, (q, k, v, o, lse, do, delta, dq))
     grid = (triton.cdiv(own, columns.block_s), k.shape[0] * k.shape[1])
     _launch(_backward_column_kernel, grid, columns, *sizes, (q, k, v, lse, do, delta, dk, dv))
@@ -126,6 +129,7 @@ def double_backward(
     c_own: Tensor,
     own: int,
     window: int,
+    empty: Tensor | None = None,
     configs: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]; `configs` as in `backward`."""
@@ -134,7 +138,7 @@ def double_backward(
     delta, mean, w = (_statistic(q) for _ in range(3))
     cached = k.shape[2] - own
     rows, columns = configs or (_config(DOUBLE_BACKWARD_ROWS, q), _config(DOUBLE_BACKWARD_COLUMNS, q))
-    sizes = (q, k, cached, window)
+    sizes = (q, k, cached, window, empty)
     row_tensors = (q, k, v, o, lse, do, a, b, c, delta, mean, w, gq, gdo)
     _launch(_double_backward_row_kernel, _row_grid(q, rows), rows, *sizes, row_tensors)
     blocks = triton.cdiv(cached, columns.block_s) + triton.cdiv(own, columns.block_s)
@@ -150,7 +154,12 @@ def _statistic(q_BHTK: Tensor) -> Tensor:
 
 
 def _config(table: dict[int, Config], q_BHTK: Tensor) -> Config:
-    return (FLOAT32 if q_BHTK.dtype == torch.float32 else table)[q_BHTK.shape[3]]
+    return (FLOAT32 if q_BHTK.dtype == torch.float32 else table)[_padded(q_BHTK)]
+
+
+def _padded(q_BHTK: Tensor) -> int:
+    """The head width of the tiles: a power of two that the tensor cores take. The columns beyond K are zeros."""
+    return max(16, triton.next_power_of_2(q_BHTK.shape[3]))
 
 
 def _row_grid(q_BHTK: Tensor, config: Config) -> tuple[int, int]:
@@ -165,6 +174,7 @@ def _launch(
     k_BGSK: Tensor,
     cached: int,
     window: int,
+    empty: Tensor | None,
     tensors: tuple[Tensor, ...],
 ) -> None:
     """Run a kernel; all of them take the tensors, then these sizes and settings."""
@@ -173,6 +183,7 @@ def _launch(
     with torch.cuda.device_of(q_BHTK):
         kernel[grid](
             *tensors,
+            q_BHTK.new_zeros((), dtype=torch.int32) if empty is None else empty,
             q_BHTK.shape[2],
             k_BGSK.shape[2],
             cached,
@@ -180,6 +191,7 @@ def _launch(
             q_BHTK.shape[3] ** -0.5,
             SHARE=q_BHTK.shape[1] // k_BGSK.shape[1],
             K=q_BHTK.shape[3],
+            P=_padded(q_BHTK),
             BLOCK_T=config.block_t,
             BLOCK_S=config.block_s,
             OPERAND=tl.float32 if interpreted else getattr(tl, str(q_BHTK.dtype).removeprefix("torch.")),
@@ -199,146 +211,174 @@ def _dot(x, y):
 
 
 @triton.jit
-def _load(base, rows, end, K: tl.constexpr, OPERAND: tl.constexpr):
-    """Rows of a [*, K], zeros outside 0 <= row < end."""
-    inside = (rows >= 0) & (rows < end)
-    return tl.load(base + rows[:, None] * K + tl.arange(0, K)[None, :], mask=inside[:, None], other=0.0).to(OPERAND)
+def _load(base, rows, end, K: tl.constexpr, P: tl.constexpr, OPERAND: tl.constexpr):
+    """Rows of a [*, K], zeros outside 0 <= row < end and in columns K to P."""
+    columns = tl.arange(0, P)
+    inside = ((rows >= 0) & (rows < end))[:, None]
+    if K < P:
+        inside = inside & (columns < K)[None, :]
+    return tl.load(base + rows[:, None] * K + columns[None, :], mask=inside, other=0.0).to(OPERAND)
 
 
 @triton.jit
-def _store(base, rows, end, x, K: tl.constexpr):
-    tl.store(base + rows[:, None] * K + tl.arange(0, K)[None, :], x.to(base.dtype.element_ty), (rows < end)[:, None])
+def _store(base, rows, end, x, K: tl.constexpr, P: tl.constexpr):
+    columns = tl.arange(0, P)
+    inside = (rows < end)[:, None]
+    if K < P:
+        inside = inside & (columns < K)[None, :]
+    tl.store(base + rows[:, None] * K + columns[None, :], x.to(base.dtype.element_ty), inside)
 
 
 @triton.jit
-def _first_block(position, window, BLOCK_S: tl.constexpr):
+def _first_block(position, window, empty, BLOCK_S: tl.constexpr):
     """Where the walk over keys begins for queries from `position` on."""
-    return tl.maximum(position - window + 1, 0) // BLOCK_S * BLOCK_S
+    return tl.maximum(position - window + 1, empty) // BLOCK_S * BLOCK_S
 
 
 @triton.jit
 def _softmax(
-    scores, lse2, scale2, first_position, last_position, first_key, positions, keys, window, BLOCK_S: tl.constexpr
+    scores,
+    lse2,
+    scale2,
+    first_position,
+    last_position,
+    first_key,
+    positions,
+    keys,
+    window,
+    empty,
+    BLOCK_S: tl.constexpr,
 ):
     """Powers of two of scaled scores less the row statistic; 0 where a query does not see a key.
 
     `positions` and `keys` are shaped to broadcast to the scores, whose orientation is free.
     """
     p = tl.exp2(scores * scale2 - lse2)
-    if (first_key + BLOCK_S - 1 > first_position) | (first_key <= last_position - window):  # else all see all
-        p = tl.where((keys <= positions) & (positions - keys < window), p, 0.0)
+    hidden = (first_key + BLOCK_S - 1 > first_position) | (first_key <= last_position - window)
+    if hidden | (first_key < empty):  # else all see all
+        p = tl.where((keys <= positions) & (positions - keys < window) & (keys >= empty), p, 0.0)
     return p
 
 
 @_kernel
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, empty_ptr,
     T, S, cached, window, scale,
-    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+    SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
+    empty = tl.load(empty_ptr)
     head = tl.program_id(1).to(tl.int64)
     k_ptr += head // SHARE * S * K
     v_ptr += head // SHARE * S * K
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     first = S - T + tl.program_id(0) * BLOCK_T
     positions = (S - T + rows)[:, None]
-    q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
+    q = _load(q_ptr + head * T * K, rows, T, K, P, OPERAND)
     largest = tl.full([BLOCK_T], -1.0e30, tl.float32)  # finite: its differences are no NaN
     total = tl.zeros([BLOCK_T], tl.float32)
-    o = tl.zeros([BLOCK_T, K], tl.float32)
-    for start in range(_first_block(first, window, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
+    o = tl.zeros([BLOCK_T, P], tl.float32)
+    for start in range(_first_block(first, window, empty, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
         keys = start + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr, keys, S, K, OPERAND)
+        k = _load(k_ptr, keys, S, K, P, OPERAND)
         scores = _dot(q, tl.trans(k)) * (scale * LOG2_E)
-        if (start + BLOCK_S - 1 > first) | (start <= first + BLOCK_T - 1 - window):
-            seen = (keys[None, :] <= positions) & (positions - keys[None, :] < window)
+        if (start + BLOCK_S - 1 > first) | (start <= first + BLOCK_T - 1 - window) | (start < empty):
+            seen = (keys[None, :] <= positions) & (positions - keys[None, :] < window) & (keys[None, :] >= empty)
             scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         p = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(p, 1)
-        v = _load(v_ptr, keys, S, K, OPERAND)
+        v = _load(v_ptr, keys, S, K, P, OPERAND)
         o = o * shrink[:, None] + _dot(p.to(OPERAND), v)
         largest = larger
-    _store(o_ptr + head * T * K, rows, T, o / total[:, None], K)
+    _store(o_ptr + head * T * K, rows, T, o / total[:, None], K, P)
     tl.store(lse_ptr + head * T + rows, (largest + tl.log2(total)) / LOG2_E, rows < T)
 
 
 @_kernel
 def _backward_row_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr, empty_ptr,
     T, S, cached, window, scale,
-    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+    SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
+    empty = tl.load(empty_ptr)
     head = tl.program_id(1).to(tl.int64)
     k_ptr += head // SHARE * S * K
     v_ptr += head // SHARE * S * K
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     first = S - T + tl.program_id(0) * BLOCK_T
     positions = (S - T + rows)[:, None]
-    q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
-    do = _load(do_ptr + head * T * K, rows, T, K, OPERAND)
-    o = _load(o_ptr + head * T * K, rows, T, K, OPERAND)
+    q = _load(q_ptr + head * T * K, rows, T, K, P, OPERAND)
+    do = _load(do_ptr + head * T * K, rows, T, K, P, OPERAND)
+    o = _load(o_ptr + head * T * K, rows, T, K, P, OPERAND)
     lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta_ptr + head * T + rows, delta, rows < T)
-    dq = tl.zeros([BLOCK_T, K], tl.float32)
-    for start in range(_first_block(first, window, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
+    dq = tl.zeros([BLOCK_T, P], tl.float32)
+    for start in range(_first_block(first, window, empty, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
         keys = start + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr, keys, S, K, OPERAND)
-        v = _load(v_ptr, keys, S, K, OPERAND)
+        k = _load(k_ptr, keys, S, K, P, OPERAND)
+        v = _load(v_ptr, keys, S, K, P, OPERAND)
         p = _softmax(
             _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
-            first, first + BLOCK_T - 1, start, positions, keys[None, :], window, BLOCK_S,
+            first, first + BLOCK_T - 1, start, positions, keys[None, :], window, empty, BLOCK_S,
         )  # fmt: skip
         ds = p * (_dot(do, tl.trans(v)) - delta[:, None])
         dq += _dot(ds.to(OPERAND), k)
-    _store(dq_ptr + head * T * K, rows, T, dq * scale, K)
+    _store(dq_ptr + head * T * K, rows, T, dq * scale, K, P)
 
 
 @_kernel
 def _backward_column_kernel(
-    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, empty_ptr,
     T, S, cached, window, scale,
-    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+    SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
+    empty = tl.load(empty_ptr)
     key_head = tl.program_id(1).to(tl.int64)
     start = cached + tl.program_id(0) * BLOCK_S
     keys = start + tl.arange(0, BLOCK_S)
-    k = _load(k_ptr + key_head * S * K, keys, S, K, OPERAND)
-    v = _load(v_ptr + key_head * S * K, keys, S, K, OPERAND)
-    dk = tl.zeros([BLOCK_S, K], tl.float32)
-    dv = tl.zeros([BLOCK_S, K], tl.float32)
+    k = _load(k_ptr + key_head * S * K, keys, S, K, P, OPERAND)
+    v = _load(v_ptr + key_head * S * K, keys, S, K, P, OPERAND)
+    dk = tl.zeros([BLOCK_S, P], tl.float32)
+    dv = tl.zeros([BLOCK_S, P], tl.float32)
     # Tiles stand on their side here, [BLOCK_S, BLOCK_T], so that they are left operands as they are.
     for head in range(key_head * SHARE, key_head * SHARE + SHARE):
         for t in range(
             tl.maximum(start - (S - T), 0) // BLOCK_T * BLOCK_T,
-            tl.minimum(start + BLOCK_S - 1 + window - (S - T), T),
+            tl.where(start + BLOCK_S > empty, tl.minimum(start + BLOCK_S - 1 + window - (S - T), T), 0),
             BLOCK_T,
         ):
             rows = t + tl.arange(0, BLOCK_T)
-            q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
-            do = _load(do_ptr + head * T * K, rows, T, K, OPERAND)
+            q = _load(q_ptr + head * T * K, rows, T, K, P, OPERAND)
+            do = _load(do_ptr + head * T * K, rows, T, K, P, OPERAND)
             lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
             delta = tl.load(delta_ptr + head * T + rows, rows < T, other=0.0)
             p = _softmax(
                 _dot(k, tl.trans(q)), lse2[None, :], scale * LOG2_E,
-                S - T + t, S - T + t + BLOCK_T - 1, start, (S - T + rows)[None, :], keys[:, None], window, BLOCK_S,
+                S - T + t, S - T + t + BLOCK_T - 1, start, (S - T + rows)[None, :], keys[:, None],
+                window, empty, BLOCK_S,
             )  # fmt: skip
             dv += _dot(p.to(OPERAND), do)
             ds = p * (_dot(v, tl.trans(do)) - delta[None, :])
             dk += _dot(ds.to(OPERAND), q)
     own = S - cached
-    _store(dk_ptr + key_head * own * K, keys - cached, own, dk * scale, K)
-    _store(dv_ptr + key_head * own * K, keys - cached, own, dv, K)
+    _store(dk_ptr + key_head * own * K, keys - cached, own, dk * scale, K, P)
+    _store(dv_ptr + key_head * own * K, keys - cached, own, dv, K, P)
 
 
 @_kernel
 def _double_backward_row_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gq_ptr, gdo_ptr,
+    empty_ptr,
     T, S, cached, window, scale,
-    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+    SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
+    empty = tl.load(empty_ptr)
     head = tl.program_id(1).to(tl.int64)
     own = S - cached
     k_ptr += head // SHARE * S * K
@@ -349,71 +389,73 @@ def _double_backward_row_kernel(
     first = S - T + tl.program_id(0) * BLOCK_T
     last = first + BLOCK_T - 1
     positions = (S - T + rows)[:, None]
-    first_block, stop = _first_block(first, window, BLOCK_S), tl.minimum(last + 1, S)
-    q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
-    do = _load(do_ptr + head * T * K, rows, T, K, OPERAND)
-    a = _load(a_ptr + head * T * K, rows, T, K, OPERAND)
+    first_block, stop = _first_block(first, window, empty, BLOCK_S), tl.minimum(last + 1, S)
+    q = _load(q_ptr + head * T * K, rows, T, K, P, OPERAND)
+    do = _load(do_ptr + head * T * K, rows, T, K, P, OPERAND)
+    a = _load(a_ptr + head * T * K, rows, T, K, P, OPERAND)
     lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
 
     # First sweep: what needs whole rows.
     mean = tl.zeros([BLOCK_T], tl.float32)
-    gdo = tl.zeros([BLOCK_T, K], tl.float32)
+    gdo = tl.zeros([BLOCK_T, P], tl.float32)
     for start in range(first_block, stop, BLOCK_S):
         keys = start + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr, keys, S, K, OPERAND)
-        v = _load(v_ptr, keys, S, K, OPERAND)
+        k = _load(k_ptr, keys, S, K, P, OPERAND)
+        v = _load(v_ptr, keys, S, K, P, OPERAND)
         p = _softmax(
             _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
-            first, last, start, positions, keys[None, :], window, BLOCK_S,
+            first, last, start, positions, keys[None, :], window, empty, BLOCK_S,
         )  # fmt: skip
         x = _dot(a, tl.trans(k))
         if start + BLOCK_S > cached:
-            b = _load(b_ptr, keys - cached, own, K, OPERAND)
-            c = _load(c_ptr, keys - cached, own, K, OPERAND)
+            b = _load(b_ptr, keys - cached, own, K, P, OPERAND)
+            c = _load(c_ptr, keys - cached, own, K, P, OPERAND)
             x += _dot(q, tl.trans(b))
             gdo += _dot(p.to(OPERAND), c)
         px = p * (x * scale)
         mean += tl.sum(px, 1)
         gdo += _dot(px.to(OPERAND), v)
-    o = _load(o_ptr + head * T * K, rows, T, K, OPERAND).to(tl.float32)
+    o = _load(o_ptr + head * T * K, rows, T, K, P, OPERAND).to(tl.float32)
     gdo -= mean[:, None] * o
     delta = tl.sum(do.to(tl.float32) * o, 1)
     w = tl.sum(do.to(tl.float32) * gdo, 1)
-    _store(gdo_ptr + head * T * K, rows, T, gdo, K)
+    _store(gdo_ptr + head * T * K, rows, T, gdo, K, P)
     tl.store(delta_ptr + head * T + rows, delta, rows < T)
     tl.store(mean_ptr + head * T + rows, mean, rows < T)
     tl.store(w_ptr + head * T + rows, w, rows < T)
 
     # Second sweep: the gradient of q.
-    gq = tl.zeros([BLOCK_T, K], tl.float32)
+    gq = tl.zeros([BLOCK_T, P], tl.float32)
     for start in range(first_block, stop, BLOCK_S):
         keys = start + tl.arange(0, BLOCK_S)
-        k = _load(k_ptr, keys, S, K, OPERAND)
-        v = _load(v_ptr, keys, S, K, OPERAND)
+        k = _load(k_ptr, keys, S, K, P, OPERAND)
+        v = _load(v_ptr, keys, S, K, P, OPERAND)
         p = _softmax(
             _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
-            first, last, start, positions, keys[None, :], window, BLOCK_S,
+            first, last, start, positions, keys[None, :], window, empty, BLOCK_S,
         )  # fmt: skip
         ds = p * (_dot(do, tl.trans(v)) - delta[:, None])
         x = _dot(a, tl.trans(k))
         y = -w[:, None] + tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
         if start + BLOCK_S > cached:
-            b = _load(b_ptr, keys - cached, own, K, OPERAND)
-            c = _load(c_ptr, keys - cached, own, K, OPERAND)
+            b = _load(b_ptr, keys - cached, own, K, P, OPERAND)
+            c = _load(c_ptr, keys - cached, own, K, P, OPERAND)
             x += _dot(q, tl.trans(b))
             y += _dot(do, tl.trans(c))
             gq += _dot(ds.to(OPERAND), b)
         g = (x * scale - mean[:, None]) * ds + p * y
         gq += _dot(g.to(OPERAND), k)
-    _store(gq_ptr + head * T * K, rows, T, gq * scale, K)
+    _store(gq_ptr + head * T * K, rows, T, gq * scale, K, P)
 
 
 @_kernel
 def _double_backward_column_kernel(
-    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gk_ptr, gv_ptr,
+    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gk_ptr, gv_ptr, empty_ptr,
     T, S, cached, window, scale,
-    SHARE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
+    SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
+    empty = tl.load(empty_ptr)
     key_head = tl.program_id(1).to(tl.int64)
     own = S - cached
     # Blocks of cached keys come first; none reaches across to the others.
@@ -425,30 +467,31 @@ def _double_backward_column_kernel(
         start = cached + (tl.program_id(0) - cached_blocks) * BLOCK_S
         end = S
     keys = start + tl.arange(0, BLOCK_S)
-    k = _load(k_ptr + key_head * S * K, keys, end, K, OPERAND)
-    v = _load(v_ptr + key_head * S * K, keys, end, K, OPERAND)
-    b = _load(b_ptr + key_head * own * K, keys - cached, own, K, OPERAND)
-    c = _load(c_ptr + key_head * own * K, keys - cached, own, K, OPERAND)
-    gk = tl.zeros([BLOCK_S, K], tl.float32)
-    gv = tl.zeros([BLOCK_S, K], tl.float32)
+    k = _load(k_ptr + key_head * S * K, keys, end, K, P, OPERAND)
+    v = _load(v_ptr + key_head * S * K, keys, end, K, P, OPERAND)
+    b = _load(b_ptr + key_head * own * K, keys - cached, own, K, P, OPERAND)
+    c = _load(c_ptr + key_head * own * K, keys - cached, own, K, P, OPERAND)
+    gk = tl.zeros([BLOCK_S, P], tl.float32)
+    gv = tl.zeros([BLOCK_S, P], tl.float32)
     # Tiles stand on their side here, [BLOCK_S, BLOCK_T], so that they are left operands as they are.
     for head in range(key_head * SHARE, key_head * SHARE + SHARE):
         for t in range(
             tl.maximum(start - (S - T), 0) // BLOCK_T * BLOCK_T,
-            tl.minimum(start + BLOCK_S - 1 + window - (S - T), T),
+            tl.where(start + BLOCK_S > empty, tl.minimum(start + BLOCK_S - 1 + window - (S - T), T), 0),
             BLOCK_T,
         ):
             rows = t + tl.arange(0, BLOCK_T)
-            q = _load(q_ptr + head * T * K, rows, T, K, OPERAND)
-            do = _load(do_ptr + head * T * K, rows, T, K, OPERAND)
-            a = _load(a_ptr + head * T * K, rows, T, K, OPERAND)
+            q = _load(q_ptr + head * T * K, rows, T, K, P, OPERAND)
+            do = _load(do_ptr + head * T * K, rows, T, K, P, OPERAND)
+            a = _load(a_ptr + head * T * K, rows, T, K, P, OPERAND)
             lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
             delta = tl.load(delta_ptr + head * T + rows, rows < T, other=0.0)
             mean = tl.load(mean_ptr + head * T + rows, rows < T, other=0.0)
             w = tl.load(w_ptr + head * T + rows, rows < T, other=0.0)
             p = _softmax(
                 _dot(k, tl.trans(q)), lse2[None, :], scale * LOG2_E,
-                S - T + t, S - T + t + BLOCK_T - 1, start, (S - T + rows)[None, :], keys[:, None], window, BLOCK_S,
+                S - T + t, S - T + t + BLOCK_T - 1, start, (S - T + rows)[None, :], keys[:, None],
+                window, empty, BLOCK_S,
             )  # fmt: skip
             x = _dot(k, tl.trans(a))
             y = -w[None, :] + tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
@@ -461,5 +504,5 @@ def _double_backward_column_kernel(
             gk += _dot(ds.to(OPERAND), a)
             g = x * ds + p * y
             gk += _dot(g.to(OPERAND), q)
-    _store(gk_ptr + key_head * S * K, keys, end, gk * scale, K)
-    _store(gv_ptr + key_head * S * K, keys, end, gv, K)
+    _store(gk_ptr + key_head * S * K, keys, end, gk * scale, K, P)
+    _store(gv_ptr + key_head * S * K, keys, end, gv, K, P)

@@ -65,8 +65,8 @@ def windowed_attention(
         window: How many keys a query sees, its own included.
         implementation: "plain" materialises [B, H, T, S] and is the reference; "tiled" works tile by tile in PyTorch,
             on any device and in any dtype; "triton" runs Triton kernels, on CUDA, in float32, bfloat16 and float16, for
-            K a power of two from 16 to 256. "auto" takes triton where it can serve, else plain up to `PLAIN_SCORES`
-            scores and tiled beyond them.
+            K up to 256, fastest where K is a power of two. "auto" takes triton where it can serve, else plain up to
+            `PLAIN_SCORES` scores and tiled beyond them.
 
     Returns:
         [B, H, T, K], in the queries' dtype. Sums are accumulated in float32, or in float64 for float64 inputs.
@@ -95,18 +95,20 @@ def windowed_attention(
             "keys and values must have one shape, at least as many positions as the queries, and a number of heads that"
             f" divides theirs: got {[tuple(x.shape) for x in (q_BHTK, k_BGSK, v_BGSK)]}"
         )
-    return _call(attention_forward, q_BHTK, k_BGSK, v_BGSK, window, implementation)[0]
+    return _call(attention_forward, q_BHTK, k_BGSK, v_BGSK, window, None, implementation)[0]
 
 
 @torch.library.custom_op("ttt_e2e::attention_forward", mutates_args=())
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, implementation: str
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, empty: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """Attention and its row statistic: o [B, H, T, K], and the scores' logsumexp [B, H, T], which takes no gradient.
 
-    The statistic is float32, or float64 for float64 inputs. Arguments as in `windowed_attention`, unchecked.
+    The statistic is float32, or float64 for float64 inputs. Arguments as in `windowed_attention`, unchecked, and
+    `empty`: how many of the first keys are none yet and seen by no query, a 0-dim int32 tensor (None: all are keys). A
+    cache of fixed size fills up from its end, and a captured graph can be run again while it does.
     """
-    return _serve(implementation, q, k).forward(q, k, v, _reach(window, k))
+    return _serve(implementation, q, k).forward(q, k, v, _reach(window, k), empty)
 
 
 @torch.library.custom_op("ttt_e2e::attention_backward", mutates_args=())
@@ -119,6 +121,7 @@ def attention_backward(
     do: Tensor,
     own: int,
     window: int | None,
+    empty: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of <o, do>: dq [B, H, T, K], and dk, dv [B, G, own, K] of the last `own` keys alone.
@@ -126,7 +129,7 @@ def attention_backward(
     `o` and `lse` are what `attention_forward` returned for q, k, v and window. Differentiable once more, in q, k, v and
     do; what o and lse contribute as functions of q, k and v is contained therein, so they get no gradient themselves.
     """
-    return _serve(implementation, q, k).backward(q, k, v, o, lse, do, own, _reach(window, k))
+    return _serve(implementation, q, k).backward(q, k, v, o, lse, do, own, _reach(window, k), empty)
 
 
 @torch.library.custom_op("ttt_e2e::attention_double_backward", mutates_args=())
@@ -142,6 +145,7 @@ def attention_double_backward(
     c_own: Tensor,
     own: int,
     window: int | None,
+    empty: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of <dq, a> + <dk, b> + <dv, c>: gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K].
@@ -150,7 +154,7 @@ def attention_double_backward(
     cached ones included. Not differentiable.
     """
     serve = _serve(implementation, q, k)
-    return serve.double_backward(q, k, v, o, lse, do, a, b_own, c_own, own, _reach(window, k))
+    return serve.double_backward(q, k, v, o, lse, do, a, b_own, c_own, own, _reach(window, k), empty)
 
 
 def _reach(window: int | None, k_BGSK: Tensor) -> int:
@@ -183,8 +187,8 @@ def _triton_refusal(q_BHTK: Tensor) -> str | None:
         return f"needs tensors on a CUDA device, not on {q_BHTK.device.type}"
     if q_BHTK.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"needs float32, bfloat16 or float16, not {q_BHTK.dtype}"
-    if q_BHTK.shape[3] not in (16, 32, 64, 128, 256):
-        return f"needs a head width that is a power of two from 16 to 256, not {q_BHTK.shape[3]}"
+    if q_BHTK.shape[3] > 256:
+        return f"needs a head width of at most 256, not {q_BHTK.shape[3]}"
     return None
 
 
@@ -192,7 +196,9 @@ def _triton_refusal(q_BHTK: Tensor) -> str | None:
 
 
 @attention_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, window: int | None, implementation: str) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, empty: Tensor | None, implementation: str
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -206,6 +212,7 @@ def _(
     do: Tensor,
     own: int,
     window: int | None,
+    empty: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     own_shape = (*k.shape[:2], own, k.shape[3])
@@ -225,6 +232,7 @@ def _(
     c_own: Tensor,
     own: int,
     window: int | None,
+    empty: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape), q.new_empty(q.shape)
@@ -234,26 +242,27 @@ def _(
 
 
 def _save_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, ctx.window, ctx.implementation = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, ctx.window, empty, ctx.implementation = inputs
+    ctx.save_for_backward(q, k, v, *output, empty)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate_forward(ctx: Any, do: Tensor, _: Tensor) -> tuple:
-    q, k, v, o, lse = ctx.saved_tensors
-    gradients = _call(attention_backward, q, k, v, o, lse, do, k.shape[2], ctx.window, ctx.implementation)
-    return *gradients, None, None
+    q, k, v, o, lse, empty = ctx.saved_tensors
+    gradients = _call(attention_backward, q, k, v, o, lse, do, k.shape[2], ctx.window, empty, ctx.implementation)
+    return *gradients, None, None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.own, ctx.window, ctx.implementation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.own, ctx.window, empty, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors, empty)
 
 
 def _differentiate_backward(ctx: Any, a: Tensor, b_own: Tensor, c_own: Tensor) -> tuple:
-    arguments = (*ctx.saved_tensors, a, b_own, c_own, ctx.own, ctx.window, ctx.implementation)
+    *tensors, empty = ctx.saved_tensors
+    arguments = (*tensors, a, b_own, c_own, ctx.own, ctx.window, empty, ctx.implementation)
     gq, gk, gv, gdo = _call(attention_double_backward, *arguments)
-    return gq, gk, gv, None, None, gdo, None, None, None
+    return gq, gk, gv, None, None, gdo, None, None, None, None
 
 
 def _save_double_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -283,7 +292,7 @@ def _function(op: Any, save: Callable, differentiate: Callable) -> Any:
 
     def mapped(info: Any, in_dims: tuple, *args: Any) -> tuple:
         def join(x: Any, dim: int | None) -> Any:
-            if not isinstance(x, Tensor):
+            if not isinstance(x, Tensor) or x.dim() == 0:
                 return x
             return (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
@@ -306,18 +315,26 @@ _FUNCTIONS = {
 # The plain implementation: the formulas above as they stand, on [B, H, T, S].
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, empty: Tensor | None) -> tuple[Tensor, Tensor]:
     q_BHTK, k_BHSK, v_BHSK = _widen(q, k, v)
-    scores_BHTS = _scores(q_BHTK, k_BHSK, window)
+    scores_BHTS = _scores(q_BHTK, k_BHSK, window, empty)
     return (scores_BHTS.softmax(-1) @ v_BHSK).to(q.dtype), scores_BHTS.logsumexp(-1)
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, own: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    own: int,
+    window: int,
+    empty: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_BHTK, k_BHSK, v_BHSK, o_BHTK, do_BHTK = _widen(q, k, v, o, do)
     scale = q.shape[3] ** -0.5
-    p = (_scores(q_BHTK, k_BHSK, window) - lse[..., None]).exp()
+    p = (_scores(q_BHTK, k_BHSK, window, empty) - lse[..., None]).exp()
     ds = p * (do_BHTK @ v_BHSK.mT - (do_BHTK * o_BHTK).sum(-1, keepdim=True))
     dk_BHOK = scale * ds[..., -own:].mT @ q_BHTK
     dv_BHOK = p[..., -own:].mT @ do_BHTK
@@ -336,12 +353,13 @@ def _double_backward(
     c_own: Tensor,
     own: int,
     window: int,
+    empty: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cached = k.shape[2] - own
     b, c = (torch.nn.functional.pad(x, (0, 0, cached, 0)) for x in (b_own, c_own))  # constants have no tangent
     q_BHTK, k_BHSK, v_BHSK, o_BHTK, do_BHTK, a_BHTK, b_BHSK, c_BHSK = _widen(q, k, v, o, do, a, b, c)
     scale = q.shape[3] ** -0.5
-    p = (_scores(q_BHTK, k_BHSK, window) - lse[..., None]).exp()
+    p = (_scores(q_BHTK, k_BHSK, window, empty) - lse[..., None]).exp()
     ds = p * (do_BHTK @ v_BHSK.mT - (do_BHTK * o_BHTK).sum(-1, keepdim=True))
     x = scale * (a_BHTK @ k_BHSK.mT + q_BHTK @ b_BHSK.mT)
     x = x - (p * x).sum(-1, keepdim=True)
@@ -365,9 +383,11 @@ def _narrow(x_BHSK: Tensor, like_BGSK: Tensor) -> Tensor:
     return x_BHSK.unflatten(1, (like_BGSK.shape[1], -1)).sum(2).to(like_BGSK.dtype)
 
 
-def _scores(q_BHTK: Tensor, k_BHSK: Tensor, window: int) -> Tensor:
+def _scores(q_BHTK: Tensor, k_BHSK: Tensor, window: int, empty: Tensor | None) -> Tensor:
     """[B, H, T, S], minus infinity where a query does not see a key."""
     at_S = torch.arange(k_BHSK.shape[2], device=q_BHTK.device)
     distance_TS = at_S[-q_BHTK.shape[2] :, None] - at_S
     hidden_TS = (distance_TS < 0) | (distance_TS >= window)
+    if empty is not None:
+        hidden_TS = hidden_TS | (at_S < empty)
     return (q_BHTK.shape[3] ** -0.5 * q_BHTK @ k_BHSK.mT).masked_fill(hidden_TS, -torch.inf)
