@@ -242,9 +242,9 @@ def with_empty(place: Place, empty: int, slots: int, window: int | None) -> Plac
     """The same place above caches of `slots` slots, the first `empty` of which hold no token yet."""
     device, length = place.cos.device, len(place.cos)
     count = torch.tensor(empty, dtype=torch.int32, device=device)
-    # On a GPU the operators of attention work without a mask, and this would be large.
-    mask_TS = visible(length, slots + length, window, device, count) if device.type == "cpu" else None
-    return place._replace(empty=count, mask_TS=mask_TS)
+    # On a GPU the operators of attention do without, and this would be large.
+    bias_TS = visible(length, slots + length, window, place.cos, count) if device.type == "cpu" else None
+    return place._replace(empty=count, bias_TS=bias_TS)
 
 
 def cache_slots(model: Transformer, length: int) -> int:

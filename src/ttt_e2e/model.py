@@ -41,13 +41,13 @@ class Place(NamedTuple):
     """Where tokens stand: the cosines and sines of their rotary angles, [T, 1, K/2] each.
 
     empty: how many of the first slots of every cache of fixed size hold no token yet, a 0-dim int32 tensor; None where
-    caches hold tokens only. mask_TS: which keys each token may see, made once for all blocks where that helps.
+    caches hold tokens only. bias_TS: which keys each token may see, made once for all blocks where that helps.
     """
 
     cos: Tensor
     sin: Tensor
     empty: Tensor | None = None
-    mask_TS: Tensor | None = None
+    bias_TS: Tensor | None = None
 
     def slice(self, start: int, stop: int) -> "Place":
         """The part for tokens `start` to `stop`."""
@@ -132,9 +132,9 @@ class Attention(nn.Module):
         own = Cache(k_BGTK, v_BTGK.transpose(1, 2))
         seen = own if cache is None else join([cache, own])
         if inner:
-            y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty, place.mask_TS)
+            y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty, place.bias_TS)
         else:
-            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty, place.mask_TS)
+            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty, place.bias_TS)
         if cache is None or place.empty is None:
             kept = join([seen], window)
         else:  # a cache of fixed size keeps it, and its place in memory does not tell where it was cut from

@@ -35,12 +35,12 @@ def attention(
     v_BGSK: Tensor,
     window: int | None,
     empty: Tensor | None = None,
-    mask_TS: Tensor | None = None,
+    bias_TS: Tensor | None = None,
 ) -> tuple[Tensor, AttentionPull]:
     """Softmax attention of T queries over S >= T keys; returns [B, H, T, K] and its pull.
 
     Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None), but not the
-    first `empty` ones (0-dim int32 tensor; None for none), which are no keys yet. mask_TS: what `visible` says of
+    first `empty` ones (0-dim int32 tensor; None for none), which are no keys yet. bias_TS: what `visible` says of
     these, if it is known already. The pull gives the gradients of the queries and of the last T keys and values: those
     before are constants to the inner gradient (not to the outer one).
     """
@@ -49,12 +49,12 @@ def attention(
         o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, empty, "auto")
         saved = (q_BHTK, k_BGSK, v_BGSK, o_BHTK, lse_BHT)
         return o_BHTK, lambda g: attention_backward(*saved, g, own, window, empty, "auto")
-    mask = visible(own, k_BGSK.shape[2], window, q_BHTK.device, empty) if mask_TS is None else mask_TS
-    mask = mask.repeat(groups, 1) if groups > 1 else mask
+    bias = visible(own, k_BGSK.shape[2], window, q_BHTK, empty) if bias_TS is None else bias_TS
+    bias = bias.repeat(groups, 1) if groups > 1 else bias
     # The query heads of a group stand below one another, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
     forward = attend_reference if is_compiling() else _attend
-    y_BGRK, pull_inner = forward(q_BGRK, k_BGSK, v_BGSK, mask, own)
+    y_BGRK, pull_inner = forward(q_BGRK, k_BGSK, v_BGSK, bias, own)
 
     def pull(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dq_BGRK, dk_BGTK, dv_BGTK = pull_inner(g_BHTK.unflatten(1, (-1, groups)).flatten(2, 3))
@@ -64,10 +64,10 @@ def attention(
     return y_BGRK.unflatten(2, (groups, own)).flatten(1, 2), pull
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: int) -> tuple[Tensor, AttentionPull]:
-    """softmax(q k^T) v over what `mask` allows, and its pull, which gives the last `own` keys and values gradients."""
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, own: int) -> tuple[Tensor, AttentionPull]:
+    """softmax(q k^T + bias) v, and its pull, which gives the last `own` keys and values their gradients."""
     scores = q @ k.transpose(-1, -2)
-    p = scores.to(wide(q.dtype)).masked_fill(~mask, -torch.inf).softmax(-1)
+    p = (scores.to(wide(q.dtype)) + bias).softmax(-1)
     weights = p.to(q.dtype)
 
     def pull(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,18 +78,18 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: int) ->
     return weights @ v, pull
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: int) -> tuple[Tensor, AttentionPull]:
-    y, p = _Attend.apply(q, k, v, mask)
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, own: int) -> tuple[Tensor, AttentionPull]:
+    y, p = _Attend.apply(q, k, v, bias)
     return y, lambda g: _AttendBackward.apply(p, q, k, v, g, own)
 
 
 class _Attend(torch.autograd.Function):
-    """y = P v and P = softmax(q k^T), wide: the pull is a function of P too, and sends a gradient back to it."""
+    """y = P v and P = softmax(q k^T + bias), wide: the pull is a function of P too, and sends a gradient back to it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ k.transpose(-1, -2)
-        p = scores.to(wide(q.dtype)).masked_fill_(~mask, -torch.inf).softmax(-1)
+        p = scores.to(wide(q.dtype)).add_(bias).softmax(-1)
         ctx.save_for_backward(q, k, v, p)
         ctx.set_materialize_grads(False)
         return p.to(q.dtype) @ v, p
@@ -169,11 +169,11 @@ def attention_once(
     v_BGSK: Tensor,
     window: int | None,
     empty: Tensor | None = None,
-    mask_TS: Tensor | None = None,
+    bias_TS: Tensor | None = None,
 ) -> Tensor:
     """The same as `attention` through PyTorch's fused kernel: faster, linear in memory, differentiable once."""
-    if mask_TS is not None:
-        return _masked(q_BHTK, k_BGSK, v_BGSK, mask_TS)
+    if bias_TS is not None:
+        return _masked(q_BHTK, k_BGSK, v_BGSK, bias_TS)
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     whole = queries == keys and (window is None or window >= keys)
     if q_BHTK.is_cuda and not whole:
@@ -184,11 +184,11 @@ def attention_once(
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
     if queries == keys and window is not None and keys > 2 * window:
         return _banded(q_BHTK, k_BGSK, v_BGSK, window)
-    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK.device, empty))
+    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK, empty))
 
 
-def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Tensor:
-    """Attention where `mask`, broadcast to [B, H, T, S], is true."""
+def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> Tensor:
+    """Attention with `bias`, broadcast to [B, H, T, S], added to the scores."""
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16:
         # Measured on a CPU with bfloat16 instructions, forward and backward: 2.5 to 2.9 times faster than the kernel,
@@ -196,18 +196,23 @@ def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Ten
         if groups > 1:
             k_BGSK, v_BGSK = (x.repeat_interleave(groups, 1) for x in (k_BGSK, v_BGSK))
         scores = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v_BGSK
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=groups > 1)
+        return (scores + bias.to(scores.dtype)).softmax(-1) @ v_BGSK
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=bias, enable_gqa=groups > 1)
 
 
-def visible(queries: int, keys: int, window: int | None, device: torch.device, empty: Tensor | None = None) -> Tensor:
-    """Which keys each query may see, as a boolean [T, S]: 0 <= distance < window, and not the first `empty` keys."""
-    key_S = torch.arange(keys, device=device)
-    distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - key_S
-    mask_TS = distance_TS >= 0
+def visible(queries: int, keys: int, window: int | None, like: Tensor, empty: Tensor | None = None) -> Tensor:
+    """[T, S]: 0 where a query may see a key (0 <= distance < window, and not the first `empty`), else minus infinity.
+
+    Of `like`'s dtype and device. Added to scores, it costs less than a mask that is to be filled in.
+    """
+    key_S = torch.arange(keys, device=like.device)
+    distance_TS = torch.arange(keys - queries, keys, device=like.device)[:, None] - key_S
+    hidden_TS = distance_TS < 0
     if window is not None and window < keys:
-        mask_TS = mask_TS & (distance_TS < window)
-    return mask_TS if empty is None else mask_TS & (key_S >= empty)
+        hidden_TS = hidden_TS | (distance_TS >= window)
+    if empty is not None:
+        hidden_TS = hidden_TS | (key_S < empty)
+    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden_TS, -torch.inf)
 
 
 def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:
@@ -229,6 +234,7 @@ def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tens
     at = torch.arange(block, device=q_BHTK.device)
     query = at[None, :, None] + block * torch.arange(blocks, device=at.device)[:, None, None]
     key = query[:, :1] + torch.arange(-reach * block, block, device=at.device)
-    mask = (key >= 0) & (key <= query) & (query - key < window)
-    out = _masked(own(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), mask.repeat(batch, 1, 1)[:, None])
+    hidden = (key < 0) | (key > query) | (query - key >= window)
+    bias = torch.zeros(hidden.shape, dtype=q_BHTK.dtype, device=at.device).masked_fill_(hidden, -torch.inf)
+    out = _masked(own(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), bias.repeat(batch, 1, 1)[:, None])
     return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
