@@ -2,20 +2,26 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import small_model
 
 from ttt_e2e import cli
 from ttt_e2e import session as session_module
+from ttt_e2e.command_line import warnings_in_one_line
+from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import PRESETS
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.inner_loop import Steps
 from ttt_e2e.model_files import save_model
 from ttt_e2e.session import session_facts
 
@@ -101,6 +107,67 @@ def test_read_without_a_file(here: Path, capsys: pytest.CaptureFixture[str], mon
     assert (here / "Python-asyncio.reading.png").exists()
 
 
+def no_compiler(device: torch.device) -> Steps:
+    """`compiled_steps` on a machine that has none."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler on this machine")
+
+    return compiled_steps(device, broken)  # type: ignore[arg-type]
+
+
+def failed_compilation(error: str) -> bool:
+    """Whether `error` is one line that says so."""
+    begin = "ttt-e2e: warning: Going on without compilation"
+    return error.count("\n") == 1 and error.startswith(begin) and "compiler" in error
+
+
+def test_read_compiled(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(session_module, "compiled_steps", no_compiler)
+    options = ("--no-picture", "--quiet", "--compile")
+    assert run("read", "geese.txt", *options) == 0
+    assert failed_compilation(capsys.readouterr().err)
+    assert run("read", "geese.txt", *options, "--no-learning") == 0
+    assert capsys.readouterr().err.startswith("Nothing is compiled")
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_result_is_the_same(here: Path, model_dir: Path) -> None:
+    command = [sys.executable, "-m", "ttt_e2e", "read", "geese.txt", "--model", str(model_dir / "model")]
+    command += ["--json", "--no-picture", "--quiet", "--device", "cpu", "--threads", "1"]
+    without = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")}
+    plain = subprocess.run(command, check=True, capture_output=True, text=True)
+    compiled = subprocess.run([*command, "--compile"], check=True, capture_output=True, text=True, env=without)
+    assert json.loads(compiled.stdout)["loss"] == pytest.approx(json.loads(plain.stdout)["loss"], abs=1e-4)
+    assert failed_compilation(compiled.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_read_with_generated_code(here: Path, model_dir: Path) -> None:
+    command = [sys.executable, "-m", "ttt_e2e", "read", "geese.txt", "--model", str(model_dir / "model")]
+    command += ["--json", "--no-picture", "--quiet", "--device", "cpu", "--threads", "1"]
+    fresh = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")}
+    plain = subprocess.run(command, check=True, capture_output=True, text=True)
+    compiled = subprocess.run([*command, "--compile"], check=True, capture_output=True, text=True, env=fresh)
+    assert json.loads(compiled.stdout)["loss"] == pytest.approx(json.loads(plain.stdout)["loss"], abs=1e-4)
+    assert compiled.stderr == "" and any((here / "cache").rglob("*.so"))
+
+
+def test_warnings_of_others_are_shown_as_ever(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    with warnings_in_one_line():
+        warnings.simplefilter("always")
+        warnings.warn_explicit("of\nours", UserWarning, cli.__file__, 1)
+        warnings.warn_explicit("of theirs", UserWarning, json.__file__, 1)
+    assert capsys.readouterr().err == "ttt-e2e: warning: of ours\n"
+    assert shown == ["of theirs"]
+
+
 def test_evaluate(here: Path, capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
     (here / "b.jsonl").write_text(json.dumps({"body": TEXT[:300], "title": "short"}) + "\n")
     assert run("evaluate", "geese.txt", "--max-tokens", 60, "--quiet") == 0
@@ -111,7 +178,11 @@ def test_evaluate(here: Path, capsys: pytest.CaptureFixture[str], model_dir: Pat
     assert [document["name"] for document in report["documents"]] == ["short", "geese.txt"]
 
 
-def test_prepare_train_and_extend(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_train_and_extend(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("ttt_e2e.training.trainer.compiled_steps", no_compiler)
     for i in range(4):
         (here / f"t{i}.txt").write_text(TEXT * (i + 1))
     texts = [f"t{i}.txt" for i in range(4)]
@@ -119,7 +190,8 @@ def test_prepare_train_and_extend(here: Path, capsys: pytest.CaptureFixture[str]
     assert "ttt-e2e train" in capsys.readouterr().out
     shape = ["vocab_size=280", "width=16", "layers=2", "heads=2", "mlp_width=16", "suffix_layers=1"]
     small = ["window=16", "mini_batch=8", "context=32", "batch=2", "steps=2", "eval_tokens=64"]
-    assert run("train", "tiny", *shape, *small, "--data", "tokens", "--out", "run", "--quiet") == 0
+    assert run("train", "tiny", *shape, *small, "--data", "tokens", "--out", "run", "--quiet", "--compile") == 0
+    assert failed_compilation(capsys.readouterr().err)
     assert run("read", "geese.txt", "--model", "run/model", "--quiet", "--no-picture") == 0
     longer = [
         "--from",

@@ -12,6 +12,7 @@ from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
@@ -66,6 +67,15 @@ def test_any_split_gives_the_same_report() -> None:
     whole = report_of()
     split = read_document(Session(MODEL, TOKENIZER), (c for c in TEXT), progress=False)
     assert (whole.loss, whole.loss_without, whole.curve) == (split.loss, split.loss_without, split.curve)
+
+
+def test_compiled_it_is_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("ttt_e2e.session.compiled_steps", lambda device: compiled_steps(device, "aot_eager"))
+    compiled = read_document(Session(MODEL, TOKENIZER, compile=True), [TEXT], progress=False)
+    plain = report_of()
+    assert compiled.loss_without == plain.loss_without  # the twin is not compiled
+    assert [part.loss for part in compiled.curve] == pytest.approx([part.loss for part in plain.curve], abs=1e-4)
 
 
 def test_a_session_goes_on_with_another_text() -> None:

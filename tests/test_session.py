@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ttt_e2e import session as session_module
+from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import forward, sequence_loss, start_reading
@@ -110,6 +112,34 @@ def test_saved_and_loaded_goes_on_as_if_uninterrupted(
     assert loaded.learn == learn
     assert np.array_equal(session.read(tokens[read_before:]), loaded.read(tokens[read_before:]))
     assert same_state(session, loaded)
+
+
+def test_compiled_saved_and_read_on_plainly(
+    tmp_path: Path, model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(session_module, "compiled_steps", lambda device: compiled_steps(device, "aot_eager"))
+    tokens = tokens_of(60)
+    plain, compiled = Session(model, tokenizer), Session(model, tokenizer, compile=True)
+    assert compiled.compiled and not plain.compiled
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Going on without compilation")
+        for read_before in (8, 32):  # in the first window, and after it
+            part = tokens[compiled.position + compiled.pending : read_before]
+            np.testing.assert_allclose(compiled.read(part), plain.read(part), atol=1e-4)
+            compiled.save(tmp_path / "s")
+            loaded = Session.load(tmp_path / "s", model, tokenizer)
+            assert same_state(compiled, loaded) and not loaded.compiled
+            expected = plain.fork().read(tokens[read_before:])
+            np.testing.assert_allclose(loaded.read(tokens[read_before:]), expected, atol=1e-4)
+        loaded = Session.load(tmp_path / "s", model, tokenizer, compile=True)
+        assert np.array_equal(loaded.read(tokens[32:]), compiled.read(tokens[32:]))
+
+
+@pytest.mark.parametrize("change", [{"suffix_layers": 0}, {"window": None}])
+def test_where_nothing_is_compiled(change: dict) -> None:
+    assert not Session(small_model(**change), compile=True).compiled
+    assert not Session(small_model(), learn=False, compile=True).compiled
 
 
 def test_a_standard_model_reads_and_is_saved(tmp_path: Path) -> None:

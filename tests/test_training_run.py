@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import small_config
 
+from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import RunConfig, TrainConfig, override
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
@@ -105,6 +107,31 @@ def test_accumulation_does_not_change_the_losses(data: Path, whole: Path, tmp_pa
     for ours, theirs in zip(measured(tmp_path / "run"), measured(whole), strict=True):
         if "loss" in ours:
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_compiled_and_resumed_it_is_the_same_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = ("steps=4", "eval_every=0", "recompute=none")
+    run(data, tmp_path / "plain", *changes)
+    torch._dynamo.reset()
+    monkeypatch.setattr(trainer, "compiled_steps", lambda device: compiled_steps(device, "aot_eager"))
+    sequence_loss, given = trainer.sequence_loss, []
+
+    def interrupting(*args: Any, **options: Any) -> Any:
+        given.append(options["steps"].fixed)
+        if len(given) == 8 + 3:  # in the middle of the second run's second step
+            os.kill(os.getpid(), signal.SIGINT)
+        return sequence_loss(*args, **options)
+
+    monkeypatch.setattr(trainer, "sequence_loss", interrupting)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Going on without compilation")
+        run(data, tmp_path / "whole", *changes, compile=True)
+        assert run(data, tmp_path / "stopped", *changes, compile=True).step == 2
+        run(data, tmp_path / "stopped", *changes, compile=True, resume=True)
+    assert all(given) and len(given) == 16
+    assert measured(tmp_path / "stopped") == measured(tmp_path / "whole")
+    for ours, theirs in zip(measured(tmp_path / "whole"), measured(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
 def test_trains_on_zarr_arrays_as_they_are(data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ttt_e2e.command_line import parse
+from ttt_e2e.command_line import parse, warnings_in_one_line
 from ttt_e2e.config import PRESETS, ModelConfig, RunConfig, extension, override, preset, rope_theta_for
 from ttt_e2e.errors import UserError
 
@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv, _FUNCTIONS)
-        code: int = arguments.run(arguments)
+        with warnings_in_one_line():
+            code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # argparse: --help, --version or a command line that is none
@@ -78,9 +79,12 @@ def _read(arguments: argparse.Namespace) -> int:
         check_session_target(arguments.save)
     model, tokenizer, dtype = _reader(arguments)
     if arguments.session:
-        session = Session.load(arguments.session, model, tokenizer)
+        session = Session.load(arguments.session, model, tokenizer, compile=arguments.compile)
     else:
-        session = Session(model, tokenizer, learn=not arguments.no_learning, dtype=dtype)
+        learn = not arguments.no_learning
+        session = Session(model, tokenizer, learn=learn, dtype=dtype, compile=arguments.compile)
+    if arguments.compile and not session.compiled:
+        _note("Nothing is compiled: that needs a model that learns while it reads, and has a window.")
     report = read_document(
         session,
         pieces,
@@ -202,6 +206,7 @@ def _train(arguments: argparse.Namespace) -> int:
         wandb=arguments.wandb,
         progress=not arguments.quiet,
         threads=arguments.threads,
+        compile=arguments.compile,
     )
     return INTERRUPTED if result.interrupted else 0
 

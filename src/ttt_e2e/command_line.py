@@ -2,9 +2,12 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from ttt_e2e import __version__
 
@@ -61,6 +64,32 @@ def parse(argv: list[str], functions: Mapping[str, Run]) -> argparse.Namespace:
     return arguments
 
 
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Inside, warnings of this package are shown in one line, as errors are; those of others as Python shows them."""
+    package = Path(__file__).parent
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if package in Path(filename).parents:
+            from tqdm import tqdm
+
+            # Above a progress bar, if one is there.
+            tqdm.write(f"ttt-e2e: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        shown, warnings.showwarning = warnings.showwarning, show
+        yield
+
+
 def _near(word: str, words: list[str]) -> str:
     near = difflib.get_close_matches(word, words, n=1)
     return f", did you mean {near[0]}?" if near else ""
@@ -111,6 +140,7 @@ Ctrl-C ends the reading at the next mini-batch; summary, picture and session are
     sub.add_argument("--no-picture", action="store_true", help="draw nothing")
     sub.add_argument("--no-baseline", action="store_true", help="do not read a second time without learning: faster")
     sub.add_argument("--no-learning", action="store_true", help="only read, without learning")
+    _compile_option(sub, "for long texts: learning is faster, after about a minute of compilation")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     sub.add_argument("--quiet", action="store_true", help="show no progress bar")
 
@@ -226,6 +256,7 @@ the same command with --resume goes on from the last one as if nothing had happe
         help="train further for this context, by the published recipe; with --from",
     )
     _device_options(sub)
+    _compile_option(sub, "pays from the first minutes on: the first step takes a minute longer, all others less")
     sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, in RUN/tensorboard")
     sub.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
     sub.add_argument("--quiet", action="store_true", help="show no progress bar")
@@ -270,6 +301,11 @@ example:
     sub.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder or a session file")
     sub.add_argument("--json", action="store_true", help="print it as JSON")
     return parser, dict(commands.choices)
+
+
+def _compile_option(parser: argparse.ArgumentParser, when: str) -> None:
+    needs = "on a CPU it needs a C++ compiler, on a GPU it runs as CUDA graphs"
+    parser.add_argument("--compile", action="store_true", help=f"{when}; {needs}")
 
 
 def _device_options(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,8 @@ def compiled_steps(device: torch.device | str = "cpu", backend: str = "inductor"
     graph's memory, since a session keeps it. Where compilation fails (no C++ compiler, an
     operation that is not supported) the plain function takes over, with one warning.
     """
-    options = {"triton.cudagraphs": True} if torch.device(device).type == "cuda" and backend == "inductor" else None
+    graphs = torch.device(device).type == "cuda" and backend == "inductor"
+    options: dict[str, Any] | None = {"triton.cudagraphs": True} if graphs else None
     warned: list[bool] = []
 
     def compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,19 +34,26 @@ def compiled_steps(device: torch.device | str = "cpu", backend: str = "inductor"
             if not failed:
                 try:
                     return fast(*args)
-                except torch._dynamo.exc.TorchDynamoException as error:
+                except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                     failed = True
                     if not warned:
                         warned.append(True)
                         cause = getattr(error, "inner_exception", error)
-                        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+                        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].strip("\"'")
                         warnings.warn(f"Going on without compilation, which failed: {reason}", stacklevel=2)
             return plain(*args)
 
         return call
 
-    steps = Steps(*(compiled(step) for step in PLAIN[:-1]), fixed=True)
-    if options is None:
+    steps = Steps(
+        read_static=compiled(PLAIN.read_static),
+        losses=compiled(PLAIN.losses),
+        score=compiled(PLAIN.score),
+        inner_step=compiled(PLAIN.inner_step),
+        read_and_learn=compiled(PLAIN.read_and_learn),
+        fixed=True,
+    )
+    if not graphs:
         return steps
 
     def read_and_learn(*args: Any) -> Any:

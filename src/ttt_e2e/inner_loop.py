@@ -345,8 +345,10 @@ class _RecomputedLoop(torch.autograd.Function):
         count = len(loop.batches)
         length = count if loop.keep_all else max(1, round(count**0.5))
         ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
-        ctx.boundaries, losses, state = [], [], loop.start
+        ctx.boundaries, losses = [], []
+        state: State | None = loop.start
         for first, stop in ctx.segments:
+            assert state is not None
             # The last segment goes first in the backward pass: its states need not be walked to again.
             states, nll_Bb, state = loop.forget(state, first, stop, keep=stop == count)
             ctx.boundaries.append(states)

@@ -371,11 +371,11 @@ class Transformer(nn.Module):
         def pull(g_BTD: Tensor) -> tuple[FastWeights, ...]:
             gradients = []
             for attend, feed_fast, feed in reversed(pulls):
-                # Nothing below the lowest fast MLP is wanted.
-                g_BTD, gradient = feed_fast(feed(g_BTD), attend is not None)
+                below_BTD, gradient = feed_fast(feed(g_BTD), attend is not None)
                 gradients.append(gradient)
-                if attend is not None:
-                    g_BTD = attend(g_BTD)
+                if attend is not None:  # else this is the lowest fast MLP, and nothing below it is wanted
+                    assert below_BTD is not None
+                    g_BTD = attend(below_BTD)
             return tuple(reversed(gradients))
 
         return x_BTD, tuple(new), pull

@@ -122,9 +122,9 @@ def read_document(
     """Read a text to its end with `session`, and with a frozen twin of it if `baseline`; returns what came of it.
 
     pieces: the text, split in any way. total_bytes: its size, for the progress bar. The twin starts afresh: where the
-    session has read something before, the gain is that of all it has learned. Ctrl-C ends the reading at the next
-    mini-batch, and learning that diverges ends it where it does; the report says so and the session is sound.
-    Raises UserError for a text that cannot be read.
+    session has read something before, the gain is that of all it has learned. It is never compiled. Ctrl-C ends the
+    reading at the next mini-batch, and learning that diverges ends it where it does; the report says so and the session
+    is sound. Raises UserError for a text that cannot be read.
     """
     tokenizer = session.tokenizer
     if tokenizer is None:
@@ -152,6 +152,8 @@ def read_document(
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants no line every moment
     )
     with _Interrupts() as interrupts, bar:
+        if session.compiled:
+            bar.set_postfix_str("compiling")
         for tokens in interrupts.while_waiting(tokenizer.encode_pieces(_small(pieces))):
             size = len(tokenizer.decode(tokens).encode("utf-8", "replace")) / len(tokens)
             for start in range(0, len(tokens), _chunk(session)):

@@ -19,11 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
-from ttt_e2e.inner_loop import ReadState, State, forward, read_mini_batch, start_reading
+from ttt_e2e.inner_loop import PLAIN, ReadState, State, forward, read_mini_batch, start_reading
 from ttt_e2e.model import Cache, FastWeights, Transformer
 from ttt_e2e.model_files import load_model, model_digest, save_safetensors
 
@@ -49,7 +50,9 @@ class Session:
 
     model: as `load_reader` gives it; it is never changed. tokenizer: needed for texts, not for token ids; with one,
     the text begins with its BOS token. learn: whether the model learns while it reads (a standard model never does).
-    dtype: of the matrix products; the fast weights are float32.
+    dtype: of the matrix products; the fast weights are float32. compile: run the mini-batches compiled, which is worth
+    it for long texts; `compiled` says whether that is done, namely where the model learns and has a window. The state
+    is of the same form either way.
 
     Positions count tokens with BOS. Every token but the first gets a loss, in nats, before anything is learned of it.
     """
@@ -61,12 +64,15 @@ class Session:
         *,
         learn: bool = True,
         dtype: torch.dtype = torch.float32,
+        compile: bool = False,
     ) -> None:
         config = model.config
         self.model = model
         self.tokenizer = tokenizer
         self.learn = learn and bool(model.suffix) and config.inner_lr > 0
         self.dtype = dtype
+        self.compiled = compile and self.learn and config.window is not None
+        self._steps = compiled_steps(model.embedding.device) if self.compiled else PLAIN
         self._state = start_reading(model, 1, dtype)
         self._before: tuple[ReadState, np.ndarray] | None = None  # one mini-batch ago: its loss was good
         self._pending = np.array([] if tokenizer is None else [tokenizer.bos], np.int64)
@@ -210,8 +216,10 @@ class Session:
             save_safetensors(tensors, part, {"format": FORMAT, "session": json.dumps(facts)})
 
     @classmethod
-    def load(cls, path: Path, model: Transformer, tokenizer: Tokenizer | None = None) -> "Session":
-        """The session in the file `path`, to go on with exactly where it was saved.
+    def load(
+        cls, path: Path, model: Transformer, tokenizer: Tokenizer | None = None, *, compile: bool = False
+    ) -> "Session":
+        """The session in the file `path`, to go on with exactly where it was saved, compiled or not.
 
         Raises UserError if it is no session, truncated or altered, or if it belongs to another model or tokenizer.
         """
@@ -224,7 +232,7 @@ class Session:
             raise UserError(
                 f"The session {path} was read with another tokenizer; give the model folder it was read with."
             )
-        session = cls(model, tokenizer, learn=facts["learn"], dtype=DTYPES[facts["dtype"]])
+        session = cls(model, tokenizer, learn=facts["learn"], dtype=DTYPES[facts["dtype"]], compile=compile)
         device = model.embedding.device
 
         def pairs(kind: str, count: int, first: str, second: str) -> list[tuple[Tensor, Tensor]]:
@@ -280,6 +288,7 @@ class Session:
             targets_1T,
             inner_lr=None if self.learn else 0.0,
             dtype=self.dtype,
+            steps=self._steps,
         )
         losses = nll_1T[0].float().cpu().numpy()
         self._check(losses, float(norm_1))

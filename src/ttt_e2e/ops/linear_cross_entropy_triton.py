@@ -7,8 +7,8 @@ logits come in the dtype of the products, and all arithmetic is in that of the s
 in every version of Triton's interpreter.
 """
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ttt_e2e.ops.linear_cross_entropy_tiled import Pieces

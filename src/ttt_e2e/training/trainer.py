@@ -4,7 +4,7 @@ A run is a folder: config.json (what it is), metrics.jsonl (what it measured), c
 on), and at the end model/ (what came out). All that decides the next step lies in a checkpoint: weights,
 AdamW's moments and the place in the data; the learning rates follow from the step, and nothing else is
 random. On a CPU a resumed run therefore repeats an uninterrupted one bit for bit, as long as the number of
-threads and processes stays the same.
+threads and processes stays the same, and compilation on or off.
 """
 
 import json
@@ -23,13 +23,14 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import RunConfig, TrainConfig, to_dict
 from ttt_e2e.data.loader import SequenceLoader, held_out
 from ttt_e2e.data.shards import TokenSet, open_tokens
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
-from ttt_e2e.inner_loop import sequence_loss
+from ttt_e2e.inner_loop import PLAIN, sequence_loss
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import CONFIG, TOKENIZER, load_config, read_json, read_weights, save_model
 from ttt_e2e.training.checkpoint import (
@@ -90,14 +91,16 @@ def train(
     wandb: bool = False,
     progress: bool = True,
     threads: int | None = None,
+    compile: bool = False,
 ) -> Summary:
     """Train `config` on the prepared folder `data`, in the run folder `out`.
 
     resume: go on from the newest whole checkpoint in `out`. start_from: a model folder whose weights to begin with.
     tokenizer: for token arrays that come without one (zarr), the one that made them. progress: show a bar.
-    threads: of PyTorch on a CPU. Under `torchrun` the batch is shared among the processes. SIGINT and SIGTERM
-    finish the step, write a checkpoint and return a Summary that is `interrupted`. Raises UserError for whatever
-    does not fit together, for a full disk and for a loss that is not finite; the last checkpoint is then still there.
+    threads: of PyTorch on a CPU. compile: run the steps compiled, the same numbers up to rounding; a run may be
+    resumed with another choice. Under `torchrun` the batch is shared among the processes. SIGINT and SIGTERM finish
+    the step, write a checkpoint and return a Summary that is `interrupted`. Raises UserError for whatever does not fit
+    together, for a full disk and for a loss that is not finite; the last checkpoint is then still there.
     """
     data, out = Path(data), Path(out)
     plan, model_config = config.train, config.model
@@ -141,6 +144,10 @@ def train(
         hidden = not (progress and peers.leads)
         bar = stack.enter_context(tqdm(total=plan.steps, initial=done.step, unit="step", disable=hidden))
 
+        steps = compiled_steps(peers.device) if compile else PLAIN
+        if compile and done.step < plan.steps:
+            bar.set_postfix_str("compiling")
+
         loss, evaluation = None, None
         first_step, seconds_before, started = done.step, done.seconds, time.perf_counter()
         for step in range(first_step, plan.steps):
@@ -157,6 +164,7 @@ def train(
                     inner_lr=inner_lr,
                     recompute=plan.recompute,
                     dtype=getattr(torch, plan.dtype),
+                    steps=steps,
                 )
                 piece = result.loss / (plan.accumulate * peers.world)
                 piece.backward()
@@ -194,6 +202,7 @@ def train(
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
             if held and (last or _due(done.step, plan.eval_every)):
+                # Never compiled: without gradients and with lengths of its own, each batch would be compiled anew.
                 evaluation = evaluate(model, held, bos, plan, peers)
                 say(f"Step {done.step}: {_in_words(evaluation)}")
                 if metrics:
