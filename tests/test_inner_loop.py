@@ -241,7 +241,7 @@ def test_states_kept_grow_as_the_square_root(monkeypatch: pytest.MonkeyPatch) ->
     model = small_model(F64)
     for recompute in ("mini-batch", "sqrt"):
         gradient(model, tokens(64 * 5, batch=1), recompute=recompute)
-    assert kept == {True: 64, False: 7 + 8}
+    assert kept == {True: 62, False: 7 + 6}  # the last two mini-batches keep their graph instead
 
 
 def test_bfloat16_is_near(seed: int = 0) -> None:

@@ -32,6 +32,9 @@ from ttt_e2e.model import Cache, FastWeights, Place, Transformer
 from ttt_e2e.ops.attention import visible
 from ttt_e2e.ops.elementwise import clipped_step, wide
 
+# Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph.
+KEPT_GRAPHS = 2
+
 
 class State(NamedTuple):
     """What one mini-batch hands to the next: the fast weights, and the caches of the attentions inside the loop."""
@@ -332,18 +335,29 @@ class _Loop(NamedTuple):
         return states, losses, after
 
 
+class _Graph(NamedTuple):
+    """Some mini-batches walked with a graph: what went in, ready for gradients, and what came out."""
+
+    first: int
+    state: State
+    x_NBbD: list[Tensor]
+    losses: list[Tensor]
+    after: State | None
+
+
 class _RecomputedLoop(torch.autograd.Function):
     """The loop that stores states between mini-batches only, and in the backward pass recomputes what lies between.
 
     With `keep_all` it stores all N states and recomputes each mini-batch once. Otherwise it stores one state in about
     sqrt(N), and the backward pass walks a segment forward again before it goes through it backwards: about 2 sqrt(N)
-    states at any time, each mini-batch recomputed twice.
+    states at any time, each mini-batch recomputed twice. The last `KEPT_GRAPHS` mini-batches are not recomputed: the
+    backward pass begins with them, before it holds anything else.
     """
 
     @staticmethod
     def forward(ctx: Any, loop: _Loop, *tensors: Tensor) -> Tensor:
-        count = len(loop.batches)
-        length = count if loop.keep_all else max(1, round(count**0.5))
+        count = len(loop.batches) - min(KEPT_GRAPHS, len(loop.batches))
+        length = max(1, count if loop.keep_all else round(count**0.5))
         ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
         ctx.boundaries, losses = [], []
         state: State | None = loop.start
@@ -353,45 +367,67 @@ class _RecomputedLoop(torch.autograd.Function):
             states, nll_Bb, state = loop.forget(state, first, stop, keep=stop == count)
             ctx.boundaries.append(states)
             losses += nll_Bb
-        ctx.loop = loop
-        return torch.cat(losses, 1)
+        assert state is not None
+        ctx.loop, ctx.last = loop, _graph(loop, count, len(loop.batches), state)
+        return torch.cat([*losses, *(nll_Bb.detach() for nll_Bb in ctx.last.losses)], 1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         loop: _Loop = ctx.loop
+        if ctx.last is None:
+            raise RuntimeError("The recomputed loop gives up what it kept as it goes back; it goes back once only.")
         grad_nll = grad_outputs[0].split([batch.x_BbD.shape[1] for batch in loop.batches], 1)
-        grad_x: list[Tensor | None] = [None] * len(loop.batches)
-        grad_state: list[Tensor] = []  # of the state after the mini-batch at hand; empty after the last one
-        grad_parameters: list[Tensor | None] = [None] * len(loop.parameters)
-        for (first, stop), states in zip(reversed(ctx.segments), reversed(ctx.boundaries), strict=True):
-            states = list(states)
+        totals: list[Tensor | None] = [None] * len(loop.parameters)
+        grad_x, grad_state = _go_back(loop, ctx.last, grad_nll, [], totals)
+        ctx.last = None
+        for first, stop in reversed(ctx.segments):
+            states = ctx.boundaries.pop()
             if len(states) < stop - first:
                 states, _, _ = loop.forget(states[0], first, stop, keep=True)
             for i in reversed(range(first, stop)):
-                state = _leaves(states.pop())
-                x_BbD = loop.batches[i].x_BbD.detach().requires_grad_()
-                with torch.enable_grad():
-                    after, nll_Bb = loop.step(i, state, x_BbD)
-                outputs = [nll_Bb, *([] if after is None else after.tensors())]
-                pairs = [(o, g) for o, g in zip(outputs, [grad_nll[i], *grad_state], strict=True) if o.requires_grad]
-                inputs = [x_BbD, *state.tensors(), *loop.parameters]
-                gradients = torch.autograd.grad(
-                    [o for o, _ in pairs],
-                    inputs,
-                    [g for _, g in pairs],
-                    allow_unused=True,
-                    materialize_grads=False,
-                )
-                grad_x[i] = gradients[0]
-                held = len(state.tensors())
-                grad_state = [
-                    torch.zeros_like(t) if g is None else g
-                    for t, g in zip(state.tensors(), gradients[1 : 1 + held], strict=True)
-                ]
-                for j, g in enumerate(gradients[1 + held :]):
-                    total = grad_parameters[j]
-                    grad_parameters[j] = g if total is None else total if g is None else total.add_(g)
-        return (None, *grad_x, *grad_state, *grad_parameters)
+                graph = _graph(loop, i, i + 1, states.pop())
+                more, grad_state = _go_back(loop, graph, grad_nll, grad_state, totals)
+                grad_x = more + grad_x
+        return (None, *grad_x, *grad_state, *totals)
+
+
+def _graph(loop: _Loop, first: int, stop: int, state: State) -> _Graph:
+    """Walk mini-batches `first` to `stop` with a graph of their own."""
+    state = _leaves(state)
+    x_NBbD = [loop.batches[i].x_BbD.detach().requires_grad_() for i in range(first, stop)]
+    losses = []
+    after: State | None = state
+    with torch.enable_grad():
+        for i, x_BbD in enumerate(x_NBbD, first):
+            assert after is not None
+            after, nll_Bb = loop.step(i, after, x_BbD)
+            losses.append(nll_Bb)
+    return _Graph(first, state, x_NBbD, losses, after)
+
+
+def _go_back(
+    loop: _Loop, graph: _Graph, grad_nll: Sequence[Tensor], grad_after: list[Tensor], totals: list[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Gradients of a graph's x and of the state before it; those of the static weights are added to `totals`.
+
+    grad_after: of the state after it, in the order of its tensors; empty after the last mini-batch.
+    """
+    outputs = [*graph.losses, *([] if graph.after is None else graph.after.tensors())]
+    along = [*grad_nll[graph.first : graph.first + len(graph.losses)], *grad_after]
+    pairs = [(o, g) for o, g in zip(outputs, along, strict=True) if o.requires_grad]
+    state, count = graph.state.tensors(), len(graph.x_NBbD)
+    gradients = torch.autograd.grad(
+        [o for o, _ in pairs],
+        [*graph.x_NBbD, *state, *loop.parameters],
+        [g for _, g in pairs],
+        allow_unused=True,
+        materialize_grads=False,
+    )
+    of_state = zip(state, gradients[count : count + len(state)], strict=True)
+    for j, g in enumerate(gradients[count + len(state) :]):
+        total = totals[j]
+        totals[j] = g if total is None else total if g is None else total.add_(g)
+    return list(gradients[:count]), [torch.zeros_like(t) if g is None else g for t, g in of_state]
 
 
 def _leaves(state: State) -> State:
