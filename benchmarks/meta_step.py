@@ -6,8 +6,8 @@
 
 Standard is the sliding-window Transformer with the same number of parameters (its MLPs are wider, since it has no fast
 ones). A step is loss, backward, clip and AdamW. All variants run in turn, round after round, in one process; the ratio
-is taken within each round, and the median over rounds is printed. Peak memory comes from one process for each variant:
-the most that its resident set grew over what it was before the first step.
+is taken within each round, and the median over rounds is printed. Peak memory (eager only) comes from one process for
+each variant: the most that its resident set grew over what it was before the first step.
 """
 
 import argparse
@@ -87,11 +87,9 @@ def seconds(step: Callable[[], float]) -> float:
     return time.perf_counter() - start
 
 
-def peak_growth(variant: str, context: int, compile: bool) -> float:
+def peak_growth(variant: str, context: int) -> float:
     """MiB by which this process's peak exceeds what it held before the first step. Call once in a fresh process."""
-    step = make_step(variant, context, compile)
-    if compile:
-        step()  # the compiler's own memory does not count, nor does what a first step leaves
+    step = make_step(variant, context)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # wake the matrix library, which takes memory of its own
     before = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x).split()[1])
     for _ in range(3):
@@ -110,13 +108,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak_of:
-        print(peak_growth(args.peak_of, args.context, args.compile))
+        print(peak_growth(args.peak_of, args.context))
         return
 
     peak = {}
-    for name in VARIANTS:
+    for name in () if args.compile else VARIANTS:  # a compiler's own memory would drown it
         command = [sys.executable, __file__, "--peak-of", name, "--context", str(args.context)]
-        command += ["--compile"] if args.compile else []
         peak[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     torch._dynamo.config.recompile_limit = 64  # the variants' models share the functions that are compiled
     steps = {name: make_step(name, args.context, args.compile) for name in VARIANTS}
@@ -138,8 +135,8 @@ def main() -> None:
                 "time_asked": ASKED[args.compile].get(name),
                 "official_jax_seconds": OFFICIAL.get(name),
                 "times_official": OFFICIAL[name] / statistics.median(times[name]) if name in OFFICIAL else None,
-                "peak_mib": peak[name],
-                "peak_ratio": peak[name] / peak["standard"],
+                "peak_mib": peak.get(name),
+                "peak_ratio": peak[name] / peak["standard"] if peak else None,
             }
         )
     result = {
@@ -158,7 +155,7 @@ def main() -> None:
         times_official = f"{r['times_official']:.1f}" if r["times_official"] else "-"
         print(
             f"| {r['variant']} | {r['seconds']:.3f} | {r['time_ratio']:.2f} | {asked} | {times_official} "
-            f"| {r['peak_mib']:.0f} | {r['peak_ratio']:.2f} |"
+            + (f"| {r['peak_mib']:.0f} | {r['peak_ratio']:.2f} |" if peak else "| - | - |")
         )
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -38,8 +38,9 @@ def fresh() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("recompute", ["none", "sqrt"])
+@pytest.mark.parametrize(
+    ("shape", "recompute"), [*((shape, "none") for shape in SHAPES), ("plain", "sqrt"), ("nothing kept", "sqrt")]
+)
 def test_losses_and_outer_gradient(shape: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, differentiated and run as the compiler sees it, without its code generation."""
     if shape == "nothing kept":

@@ -1,0 +1,183 @@
+"""Memory through time: peak memory of a meta-training step as the context grows, at as many tokens a step.
+
+    python benchmarks/memory.py                       # table, and what --out and --plot are asked for
+    python benchmarks/memory.py --out benchmarks/results/memory.json --plot docs/memory.png
+
+Every point is a process of its own: the most that its resident set grew over what it was before the first of two steps
+(loss, backward, clip, AdamW). Standard is the sliding-window Transformer with as many parameters.
+
+The rest is counted, not estimated: every state that one mini-batch hands to the next (fast weights and caches) is
+followed until its memory is given back, and the most that are alive at once are printed. Every sequence of a batch has
+its own fast weights. At as many tokens a step, N mini-batches a sequence and N B mini-batches in all, a context twice
+as long therefore has half as many copies: storing every state costs the same at every context, storing about sqrt(N)
+of them costs less the longer it is. What grows is the share of one sequence, as N or as sqrt(N): the second picture.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# glibc gives large pieces back to the system when they are freed, unless it has learned not to: it raises the size from
+# which it does so with every piece that is freed. Held at 4 MiB (M_MMAP_THRESHOLD), the peak is closer to that of what
+# is alive.
+if platform.libc_ver()[0] == "glibc":
+    ctypes.CDLL(None).mallopt(-3, 4 << 20)
+
+from ttt_e2e.config import ModelConfig, TrainConfig
+from ttt_e2e.inner_loop import PLAIN, State, sequence_loss
+from ttt_e2e.model import Transformer
+from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
+
+SHAPE = dict(vocab_size=1024, width=128, layers=4, heads=2, window=256, mini_batch=64)
+META = ModelConfig(**SHAPE, mlp_width=280, suffix_layers=2)
+STANDARD = ModelConfig(**SHAPE, mlp_width=350)
+VARIANTS = {
+    "standard": (STANDARD, "none"),
+    "meta": (META, "none"),
+    "meta, recompute mini-batch": (META, "mini-batch"),
+    "meta, recompute sqrt": (META, "sqrt"),
+}
+MIB = 2**20
+
+
+class Alive:
+    """Which of the states shown to it still take memory, and the most that ever did at once."""
+
+    def __init__(self) -> None:
+        self.states: list[list[tuple[StorageWeakRef, int]]] = []
+        self.most_states = self.most_bytes = 0
+
+    def show(self, state: State) -> None:
+        # By storage: a cache may be a view of a longer tensor, all of which is kept. The storages of parameters, where
+        # a text's fast weights start, are never shown.
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in state.tensors()}
+        self.states.append([(StorageWeakRef(s), s.nbytes()) for s in storages.values()])
+        self.states = [left for s in self.states if (left := [(ref, size) for ref, size in s if not ref.expired()])]
+        self.most_states = max(self.most_states, len(self.states))
+        self.most_bytes = max(self.most_bytes, sum(size for s in self.states for _, size in s))
+
+
+def measure(variant: str, context: int, batch: int) -> dict[str, float]:
+    """Peak growth in MiB and what was alive of the states. Call once in a fresh process."""
+    config, recompute = VARIANTS[variant]
+    generator = torch.Generator().manual_seed(0)
+    model = Transformer(config, generator)
+    optimizer = make_optimizer(model, TrainConfig())
+    tokens = torch.randint(config.vocab_size, (batch, context + 1), generator=generator)
+    alive = Alive()
+
+    def inner_step(*args: Any) -> Any:
+        result = PLAIN.inner_step(*args)
+        alive.show(result[0])
+        return result
+
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # wake the matrix library, which takes memory of its own
+    before = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x).split()[1])
+    for _ in range(2):
+        out = sequence_loss(model, tokens, recompute=recompute, steps=PLAIN._replace(inner_step=inner_step))
+        out.loss.backward()
+        del out
+        optimizer_step(model, optimizer, 1e-3, 1.0)
+    return {
+        "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "states": alive.most_states,
+        "kept_mib": alive.most_bytes / MIB,
+    }
+
+
+def plot(rows: list[dict[str, Any]], tokens: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for i, name in enumerate(VARIANTS):
+        of = [r for r in rows if r["variant"] == name]
+        left.plot([r["context"] for r in of], [r["peak_mib"] for r in of], "o-", color=f"C{i}", label=name)
+        if name != "standard":
+            share = [r["kept_mib"] / r["batch"] for r in of]
+            right.plot([r["mini_batches"] for r in of], share, "o-", color=f"C{i}", label=name)
+    left.set(xscale="log", ylim=(0, None), xlabel="context (tokens)", ylabel="peak memory of a step (MiB)")
+    contexts = sorted({r["context"] for r in rows})
+    left.set_xticks(contexts, [f"{c:,}" for c in contexts], rotation=30)
+    left.minorticks_off()
+    left.set_title(f"a step of {tokens:,} tokens")
+    kept = [r for r in rows if r["variant"].endswith(("mini-batch", "sqrt"))]
+    for name, power, style in (("recompute mini-batch", 1.0, "--"), ("recompute sqrt", 0.5, ":")):
+        of = [r for r in kept if r["variant"].endswith(name)]
+        first = of[0]
+        line = [first["kept_mib"] / first["batch"] * (r["mini_batches"] / first["mini_batches"]) ** power for r in of]
+        label = "as N" if power == 1 else "as sqrt(N)"
+        right.plot([r["mini_batches"] for r in of], line, style, color="0.5", zorder=0, label=label)
+    right.set(xscale="log", yscale="log", xlabel="mini-batches N", ylabel="states alive at once (MiB a sequence)")
+    counts = sorted({r["mini_batches"] for r in rows})
+    right.set_xticks(counts, [str(c) for c in counts])
+    right.minorticks_off()
+    right.set_yscale("log", base=2)
+    right.yaxis.set_major_formatter("{x:g}")
+    right.set_title("fast weights and caches between mini-batches")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    fig.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192, help="per step: batch x context")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--plot", type=Path, help="draw them")
+    parser.add_argument("--point", nargs=3, metavar=("VARIANT", "CONTEXT", "BATCH"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.point:
+        variant, context, batch = args.point
+        print(json.dumps(measure(variant, int(context), int(batch))))
+        return
+
+    rows: list[dict[str, Any]] = []
+    print("| context | batch | N | step | peak MiB | / standard | states alive | MiB of states | a sequence |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for context in args.contexts:
+        batch, count = max(1, args.tokens // context), math.ceil(context / META.mini_batch)
+        for name in VARIANTS:
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--point", name]
+            command += [str(context), str(batch)]
+            point = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            row = {"context": context, "batch": batch, "mini_batches": count, "variant": name, **point}
+            standard = row if name == "standard" else rows[len(rows) // len(VARIANTS) * len(VARIANTS)]
+            row["peak_ratio"] = row["peak_mib"] / standard["peak_mib"]
+            rows.append(row)
+            states = "- | - | -"
+            if row["states"]:
+                states = f"{row['states']} | {row['kept_mib']:.1f} | {row['kept_mib'] / batch:.1f}"
+            peak = f"{row['peak_mib']:.0f} | {row['peak_ratio']:.2f}"
+            print(f"| {context} | {batch} | {count} | {name} | {peak} | {states} |", flush=True)
+    result = {
+        "config": {"tokens": args.tokens, "dtype": "float32", "threads": args.threads, **SHAPE},
+        "parameters": {n: sum(p.numel() for p in Transformer(c).parameters()) for n, (c, _) in VARIANTS.items()},
+        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "seed": 0,
+        "rows": rows,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    if args.plot:
+        plot(rows, args.tokens, args.plot)
+
+
+if __name__ == "__main__":
+    main()

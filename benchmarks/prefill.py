@@ -1,0 +1,141 @@
+"""Time to take in a long text before the first word of an answer: full attention against TTT-E2E.
+
+    python benchmarks/prefill.py --compile            # 32768 tokens, and shorter texts with fewer rounds
+    python benchmarks/prefill.py --lengths 8192       # quicker
+
+Full attention computes the least that it can: the keys and values of all tokens (they are its state) and the logits
+of the last one, through PyTorch's fused kernel over the whole text. TTT-E2E computes every token's loss, since it
+learns from them, in two ways:
+
+    whole text      prefix over the whole text at once, then one mini-batch after the other: `sequence_loss` without a
+                    graph. The last of the mini-batches is not learned from, and no state is handed back.
+    mini-batches    `read_mini_batch` on each, prefix and all: memory does not grow with the text, and a state to go on
+                    from is left. This is how a session reads.
+
+Both models have as many parameters. All variants run in turn, round after round, in one process; the ratio is taken
+within each round, and the median over rounds is printed. Compiled TTT-E2E is held against compiled full attention.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+
+# As in meta_step.py: a thread that sleeps between short operations costs more than it saves.
+os.environ.setdefault("OMP_WAIT_POLICY", "active")
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# As in meta_step.py: variants that take turns keep the memory that they hand back and forth.
+if platform.libc_ver()[0] == "glibc":
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    ctypes.CDLL(None).mallopt(-3, 32 << 20)
+
+from ttt_e2e.compiled import compiled_steps
+from ttt_e2e.config import ModelConfig
+from ttt_e2e.inner_loop import PLAIN, Steps, read_mini_batch, sequence_loss, start_reading
+from ttt_e2e.model import Transformer
+
+SHAPE = dict(vocab_size=1024, width=256, layers=8, heads=4)
+TTT = ModelConfig(**SHAPE, mlp_width=560, suffix_layers=2, window=512, mini_batch=128)
+FULL = ModelConfig(**SHAPE, mlp_width=700, window=None, mini_batch=None)
+ASKED = {32768: 4.5}
+
+
+def make_variants(length: int, compile: bool, seed: int = 0) -> dict[str, Callable[[], object]]:
+    """By name, functions that take in one random text of `length` tokens; full attention before what it is held to."""
+    generator = torch.Generator().manual_seed(seed)
+    full, ttt = Transformer(FULL, generator), Transformer(TTT, generator)
+    tokens = torch.randint(FULL.vocab_size, (1, length + 1), generator=generator)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    b = TTT.mini_batch
+    assert b is not None
+
+    def attend(steps: Steps) -> object:
+        x_BTD = steps.read_static(full, inputs, full.place(0, length, torch.float32), torch.float32)
+        return full.logits(x_BTD[:, -1:])
+
+    def whole(steps: Steps) -> object:
+        return sequence_loss(ttt, tokens, steps=steps)
+
+    def read(steps: Steps) -> object:
+        state = start_reading(ttt, 1)
+        for i in range(0, length, b):
+            state, _, _ = read_mini_batch(ttt, state, inputs[:, i : i + b], targets[:, i : i + b], steps=steps)
+        return state
+
+    kinds = {"full attention": attend, "TTT-E2E, whole text": whole, "TTT-E2E, mini-batches": read}
+    variants = {name: lambda run=run: run(PLAIN) for name, run in kinds.items()}
+    if compile:
+        steps = compiled_steps()
+        variants |= {f"{name}, compiled": lambda run=run: run(steps) for name, run in kinds.items()}
+    return variants
+
+
+@torch.no_grad()
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384, 32768])
+    parser.add_argument("--rounds", type=int, default=5, help="for the longest text")
+    parser.add_argument("--short-rounds", type=int, default=3, help="for the others")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled path, too")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    rows = []
+    print("| tokens | variant | s | full attention / it | asked |\n|---|---|---|---|---|")
+    for length in args.lengths:
+        torch.compiler.reset()
+        variants = make_variants(length, args.compile)
+        for name, run in variants.items():
+            if length < 16384 or name.endswith("compiled"):  # the others have nothing to warm up that lasts
+                seconds(run)
+        rounds = args.rounds if length == max(args.lengths) else args.short_rounds
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(rounds):
+            for name, run in variants.items():
+                times[name].append(seconds(run))
+        for name in variants:
+            full = times["full attention, compiled" if name.endswith("compiled") else "full attention"]
+            row = {
+                "tokens": length,
+                "variant": name,
+                "seconds": statistics.median(times[name]),
+                "ratio": statistics.median(f / t for f, t in zip(full, times[name], strict=True)),
+                "asked": ASKED.get(length) if name.startswith("TTT-E2E") else None,
+                "rounds": rounds,
+            }
+            rows.append(row)
+            asked = f">= {row['asked']}" if row["asked"] else "-"
+            print(f"| {length} | {name} | {row['seconds']:.3f} | {row['ratio']:.2f} | {asked} |", flush=True)
+    result = {
+        "config": {"batch": 1, "dtype": "float32", "threads": args.threads, **SHAPE},
+        "window": TTT.window,
+        "mini_batch": TTT.mini_batch,
+        "parameters": {
+            n: sum(p.numel() for p in Transformer(c).parameters()) for n, c in (("full", FULL), ("ttt", TTT))
+        },
+        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "seed": 0,
+        "rows": rows,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
