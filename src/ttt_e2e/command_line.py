@@ -140,7 +140,7 @@ Ctrl-C ends the reading at the next mini-batch; summary, picture and session are
     sub.add_argument("--no-picture", action="store_true", help="draw nothing")
     sub.add_argument("--no-baseline", action="store_true", help="do not read a second time without learning: faster")
     sub.add_argument("--no-learning", action="store_true", help="only read, without learning")
-    _compile_option(sub, "for long texts: learning is faster, after about a minute of compilation")
+    _compile_option(sub, "for texts of a million tokens and more: learning is faster, after a minute or two of compilation")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     sub.add_argument("--quiet", action="store_true", help="show no progress bar")
 
@@ -256,7 +256,7 @@ the same command with --resume goes on from the last one as if nothing had happe
         help="train further for this context, by the published recipe; with --from",
     )
     _device_options(sub)
-    _compile_option(sub, "pays from the first minutes on: the first step takes a minute longer, all others less")
+    _compile_option(sub, "the first step takes a minute or two longer, all others less")
     sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, in RUN/tensorboard")
     sub.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
     sub.add_argument("--quiet", action="store_true", help="show no progress bar")
