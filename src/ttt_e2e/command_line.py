@@ -140,7 +140,7 @@ Ctrl-C ends the reading at the next mini-batch; summary, picture and session are
     sub.add_argument("--no-picture", action="store_true", help="draw nothing")
     sub.add_argument("--no-baseline", action="store_true", help="do not read a second time without learning: faster")
     sub.add_argument("--no-learning", action="store_true", help="only read, without learning")
-    _compile_option(sub, "for texts of a million tokens and more: learning is faster, after a minute or two of compilation")
+    _compile_option(sub, "for a million tokens and more: learns faster, after a minute or two of compilation")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     sub.add_argument("--quiet", action="store_true", help="show no progress bar")
 
