@@ -112,9 +112,9 @@ KEPT_SCORES = dict(model_attention.KEPT_SCORES)
 
 
 def set_attention(name: str) -> None:
-    """Choose the attention inside the loop: "plain" keeps all scores, "auto" is what the device gets by default."""
+    """Choose the attention inside the loop: "plain" keeps all scores, "auto" is the default, others keep none."""
     everything = dict.fromkeys(("cpu", "cuda"), 2**62)
-    model_attention.KEPT_SCORES = everything if name == "plain" else dict(KEPT_SCORES)
+    model_attention.KEPT_SCORES = {"plain": everything, "auto": dict(KEPT_SCORES)}.get(name, {})
 
 
 # -- steps of training -------------------------------------------------------------------------------------------------
