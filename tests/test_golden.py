@@ -118,10 +118,11 @@ def test_inner_steps(golden: Golden, gradient: Callable) -> None:
     """Fast weights after every mini-batch, every inner gradient, its norm; the second case clips some and not all."""
     model = golden.model()
     inputs, targets = golden.tokens[:, :-1], golden.tokens[:, 1:]
-    x, _ = model.read_static(inputs, model.place(0, inputs.shape[1], torch.float32), None, torch.float32)
+    place = model.place(0, inputs.shape[1], torch.float32)
+    x, _ = model.read_static(inputs, place, None, torch.float32)
     state = initial_state(model, 2, torch.float32)
     unclipped = 0
-    for i, batch in enumerate(mini_batches(model, x, targets, (targets != BOS).float())):
+    for i, batch in enumerate(mini_batches(model, x, targets, (targets != BOS).float(), place)):
         inner = gradient(model, state, batch)
         state, nll, norms = inner_step(model, state, batch, golden.config.inner_lr, gradient)
         assert (nll - golden.tensors["token_nll"][:, 16 * i : 16 * i + 16]).abs().max() < 2e-5

@@ -244,6 +244,15 @@ def test_states_kept_grow_as_the_square_root(monkeypatch: pytest.MonkeyPatch) ->
     assert kept == {True: 62, False: 7 + 6}  # the last two mini-batches keep their graph instead
 
 
+@pytest.mark.parametrize("recompute", ["mini-batch", "sqrt"])
+def test_the_recomputed_loop_goes_back_once(recompute: str) -> None:
+    """It gives its states up on the way; a second time is an error in words."""
+    out = sequence_loss(small_model(F64), tokens(25), recompute=recompute, dtype=F64)  # type: ignore[arg-type]
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes back once only"):
+        out.loss.backward()
+
+
 def test_bfloat16_is_near(seed: int = 0) -> None:
     model = Transformer(small_config(width=32, init_std=0.1), torch.Generator().manual_seed(seed))
     exact, rounded = (sequence_loss(model, tokens(25), dtype=d) for d in (torch.float32, torch.bfloat16))

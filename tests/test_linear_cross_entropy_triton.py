@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ttt_e2e.ops import elementwise
 from ttt_e2e.ops import linear_cross_entropy_tiled as tiled
 from ttt_e2e.ops.linear_cross_entropy import (
     cross_entropy_backward,
@@ -48,7 +49,7 @@ def results(implementation: str, tensors: tuple[Tensor, ...], need_weight: bool)
 
 def draw(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(tokens + vocabulary)
-    wide = tiled.wide(dtype)
+    wide = elementwise.wide(dtype)
     x, weight, a, c = (
         torch.randn(n, width, generator=generator, dtype=wide) for n in (tokens, vocabulary, tokens, vocabulary)
     )

@@ -18,8 +18,8 @@ def compiled_steps(device: torch.device | str = "cpu", backend: str = "inductor"
     """The functions of `PLAIN`, each compiled at its first call for the shapes it is given.
 
     On a CUDA device they run as CUDA graphs, without launch overhead; what reading returns is then copied out of the
-    graph's memory, since a session keeps it. Where compilation fails (no C++ compiler, an
-    operation that is not supported) the plain function takes over, with one warning.
+    graph's memory, since a session keeps it. Where compilation fails (no C++ compiler, an operation
+    that is not supported) the plain function takes over, with one warning.
     """
     graphs = torch.device(device).type == "cuda" and backend == "inductor"
     options: dict[str, Any] | None = {"triton.cudagraphs": True} if graphs else None

@@ -201,7 +201,7 @@ def sequence_loss(
         nll_BT = steps.losses(model, x_BTD, targets_BT)
     else:
         slots = cache_slots(model, length) if steps.fixed else 0
-        batches = mini_batches(model, x_BTD, targets_BT, mask_BT, slots)
+        batches = mini_batches(model, x_BTD, targets_BT, mask_BT, place, slots)
         start = initial_state(model, batch, dtype, slots)
         step_size = torch.tensor(lr, dtype=wide(dtype), device=x_BTD.device)
         loop = _Loop(model, start, batches, step_size, recompute == "mini-batch", loop_parameters(model), steps)
@@ -225,12 +225,11 @@ def mini_batch_mean(nll_BT: Tensor, mask_BT: Tensor, b: int) -> Tensor:
 
 
 def mini_batches(
-    model: Transformer, x_BTD: Tensor, targets_BT: Tensor, mask_BT: Tensor, slots: int = 0
+    model: Transformer, x_BTD: Tensor, targets_BT: Tensor, mask_BT: Tensor, place: Place, slots: int = 0
 ) -> list[MiniBatch]:
-    """A whole sequence cut into mini-batches; the last may be shorter. slots: as for `initial_state`."""
+    """A whole sequence at `place` cut into mini-batches; the last may be shorter. slots: as for `initial_state`."""
     b, length = model.config.mini_batch, x_BTD.shape[1]
     assert b is not None
-    place = model.place(0, length, x_BTD.dtype)
     starts = range(0, length, b)
     places = [place.slice(i, i + b) for i in starts]
     if slots:

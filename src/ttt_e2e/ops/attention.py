@@ -22,8 +22,8 @@ from torch.compiler import is_compiling
 from ttt_e2e.ops.elementwise import wide
 from ttt_e2e.ops.windowed_attention import attention_backward, attention_forward
 
-# Up to this many scores (B H T S) `attention` keeps them, by the kind of device: 64 MiB in float32. It then needs three
-# matrix products less than the operators. On a GPU memory traffic costs more than products.
+# Up to this many scores (B H T S) `attention` keeps them, by the kind of device: 64 MiB in float32. Nothing is then
+# computed again. On a GPU memory traffic costs more than products.
 KEPT_SCORES = {"cpu": 2**24}
 
 AttentionPull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]

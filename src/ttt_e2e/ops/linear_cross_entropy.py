@@ -19,15 +19,15 @@ The logsumexp L is a function of x and W whose effect these contain: no gradient
 Shapes: N tokens, D width, V vocabulary.
 """
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt_e2e.ops import HAS_TRITON
 from ttt_e2e.ops import linear_cross_entropy_tiled as tiled
+from ttt_e2e.ops.elementwise import wide
 
 IMPLEMENTATIONS = ("auto", "plain", "tiled", "triton")
 
@@ -132,7 +132,7 @@ def cross_entropy_double_backward(
 def _check_implementation(implementation: str, device: str) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}.")
-    if implementation == "triton" and not _has_triton():
+    if implementation == "triton" and not HAS_TRITON:
         raise ValueError("The implementation 'triton' needs the package triton, which is not installed.")
     if implementation == "triton" and device != "cuda" and not _triton().INTERPRETED:
         raise ValueError(f"The implementation 'triton' runs on CUDA only, not on {device}.")
@@ -144,26 +144,21 @@ def _pieces(implementation: str, x_ND: Tensor, weight_VD: Tensor) -> tiled.Piece
     if implementation == "auto" and x_ND.shape[0] * weight_VD.shape[0] <= PLAIN_LOGITS:
         implementation = "plain"
     if implementation == "auto":
-        implementation = "triton" if x_ND.is_cuda and _has_triton() else "tiled"
+        implementation = "triton" if x_ND.is_cuda and HAS_TRITON else "tiled"
     if implementation == "plain":
         return None
     return _triton().PIECES if implementation == "triton" else tiled.PIECES
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _triton() -> Any:
-    # Only here: the package works without Triton, and Triton takes a while to import.
+    # Only here: the package works without Triton.
     from ttt_e2e.ops import linear_cross_entropy_triton
 
     return linear_cross_entropy_triton
 
 
 def _plain_logits(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    return F.linear(x_ND, weight_VD.to(x_ND.dtype)).to(tiled.wide(x_ND.dtype))
+    return F.linear(x_ND, weight_VD.to(x_ND.dtype)).to(wide(x_ND.dtype))
 
 
 def _plain_forward(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +202,7 @@ def _plain_double_backward(
 
 @cross_entropy_forward.register_fake
 def _(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
-    nll_N = x_ND.new_empty(x_ND.shape[0], dtype=tiled.wide(x_ND.dtype))
+    nll_N = x_ND.new_empty(x_ND.shape[0], dtype=wide(x_ND.dtype))
     return nll_N, torch.empty_like(nll_N)
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttt_e2e.ops.elementwise import wide
+
 # Logits that exist at one time, all buffers together: 32 MiB in float32. Chunks of 2048 tokens x 4096 words are large
 # enough for matrix products at full speed.
 LOGITS_AT_ONCE = 2**23
@@ -123,11 +125,6 @@ def double_backward(
             del dz_nv, bend_nv
         gweight_VD[words] = gw_vD
     return gx_ND.to(x_ND.dtype), gweight_VD, mean_N - target_N
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and sums for matrix products in `dtype`: float32, or float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunk_sizes(tokens: int, vocabulary: int, logits: int) -> tuple[int, int]:

@@ -30,7 +30,6 @@ Shapes: B sequences, T queries, S keys (the last T of them at the queries' own p
 heads, K head width.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -39,15 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops import attention_tiled
+from ttt_e2e.ops import HAS_TRITON, attention_tiled
+from ttt_e2e.ops.elementwise import wide
 
 IMPLEMENTATIONS = ("auto", "plain", "tiled", "triton")
 
 # Up to this many scores (B H T S), "auto" materialises them. Measured on a CPU in float32: up to here plain is as
 # fast as tiled or a little faster; beyond, tiled is faster, the more the larger.
 PLAIN_SCORES = 2**15
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def windowed_attention(
@@ -199,7 +197,7 @@ def _triton_refusal(q_BHTK: Tensor) -> str | None:
 def _(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, empty: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
 @attention_backward.register_fake
@@ -374,8 +372,8 @@ def _double_backward(
 
 def _widen(q_BHTK: Tensor, *tensors: Tensor) -> list[Tensor]:
     """All tensors in float32 or float64 and with H heads."""
-    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_BHTK, *tensors)]
-    return [x.repeat_interleave(q_BHTK.shape[1] // x.shape[1], 1) for x in wide]
+    widened = [x.to(wide(x.dtype)) for x in (q_BHTK, *tensors)]
+    return [x.repeat_interleave(q_BHTK.shape[1] // x.shape[1], 1) for x in widened]
 
 
 def _narrow(x_BHSK: Tensor, like_BGSK: Tensor) -> Tensor:
