@@ -49,7 +49,7 @@ META = ModelConfig(**SHAPE, mlp_width=560, suffix_layers=2)
 STANDARD = ModelConfig(**SHAPE, mlp_width=700)
 VARIANTS = {
     "standard": (STANDARD, "none"),
-    "standard, full attention": (replace(STANDARD, window=None), "none"),
+    "standard, full attention": (replace(STANDARD, pattern=("full",)), "none"),
     "meta": (META, "none"),
     "meta, recompute mini-batch": (META, "mini-batch"),
     "meta, recompute sqrt": (META, "sqrt"),

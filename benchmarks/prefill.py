@@ -39,12 +39,13 @@ if platform.libc_ver()[0] == "glibc":
 
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import ModelConfig
-from ttt_e2e.inner_loop import PLAIN, Steps, read_mini_batch, sequence_loss, start_reading
+from ttt_e2e.inner_loop import PLAIN, Steps, sequence_loss
 from ttt_e2e.model import Transformer
+from ttt_e2e.streaming import read_mini_batch, start_reading
 
 SHAPE = dict(vocab_size=1024, width=256, layers=8, heads=4)
 TTT = ModelConfig(**SHAPE, mlp_width=560, suffix_layers=2, window=512, mini_batch=128)
-FULL = ModelConfig(**SHAPE, mlp_width=700, window=None, mini_batch=None)
+FULL = ModelConfig(**SHAPE, mlp_width=700, pattern=("full",), mini_batch=None)
 ASKED = {32768: 4.5}
 
 

@@ -8,14 +8,15 @@ from conftest import small_model
 from torch import Tensor
 
 from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.inner_loop import PLAIN, Steps, read_mini_batch, sequence_loss, start_reading
+from ttt_e2e.inner_loop import PLAIN, Steps, sequence_loss
 from ttt_e2e.model import Transformer
+from ttt_e2e.streaming import read_mini_batch, start_reading
 
 F64 = torch.float64
 SHAPES = {
     "plain": {},
     "grouped heads, odd window": {"heads": 4, "kv_heads": 2, "window": 7, "inner_clip": 0.05},
-    "full attention": {"window": None},
+    "full attention": {"pattern": ("full",)},
     "one suffix block": {"suffix_layers": 1},
     "standard": {"suffix_layers": 0},
     "nothing kept": {"heads": 4, "kv_heads": 2, "window": 7},

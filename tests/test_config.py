@@ -59,7 +59,7 @@ def test_published_presets(name: str) -> None:
         1.0,
         1.0,
     )
-    assert baseline.model.window is None
+    assert baseline.model.pattern == ("full",)
     assert parameters(ours.model) == pytest.approx(parameters(baseline.model), rel=0.02)
 
 
@@ -102,8 +102,8 @@ def test_override() -> None:
     [
         ("windw=3", "no setting 'windw'. Did you mean 'window'"),
         ("window", "is not an override; write NAME=VALUE"),
-        ("window=wide", "window must be a whole number or none, not 'wide'"),
-        ("window=1.5", "window must be a whole number or none, not 1.5"),
+        ("window=wide", "window must be a whole number, not 'wide'"),
+        ("window=1.5", "window must be a whole number, not 1.5"),
         ("mini_batch=1024", "mini-batch b = 1024 is longer than the window k = 512"),
         ("suffix_layers=9", "suffix of 9 blocks does not fit a model of 8"),
         ("mini_batch=none", "set mini_batch"),

@@ -12,15 +12,13 @@ from ttt_e2e.inner_loop import (
     PLAIN,
     MiniBatch,
     State,
-    forward,
     inner_gradient_reference,
     inner_step,
     mini_batch_mean,
-    read_mini_batch,
     sequence_loss,
-    start_reading,
 )
 from ttt_e2e.model import Transformer
+from ttt_e2e.streaming import forward, read_mini_batch, start_reading
 
 F64 = torch.float64
 SHAPES = {
@@ -29,7 +27,7 @@ SHAPES = {
     "untied head": {"tied_head": False},
     "no norms around": {"pre_norm": False, "post_norm": False, "init_std": 0.1},
     "no norms on heads": {"qk_norm": False},
-    "full attention": {"window": None},
+    "full attention": {"pattern": ("full",)},
     "one suffix block": {"suffix_layers": 1},
     "all suffix": {"suffix_layers": 4},
     "window no multiple of b": {"window": 7},

@@ -118,8 +118,8 @@ def test_foreign_configuration(folder: Path) -> None:
 
 
 def test_newer_format(folder: Path) -> None:
-    rewrite(folder, version=2)
-    with pytest.raises(UserError, match="format 2, this version of ttt-e2e reads 1; update"):
+    rewrite(folder, version=3)
+    with pytest.raises(UserError, match="format 3, this version of ttt-e2e reads 2; use"):
         load_model(folder)
 
 

@@ -17,9 +17,10 @@ from ttt_e2e import session as session_module
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import forward, sequence_loss, start_reading
+from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
 from ttt_e2e.session import Diverged, Session, load_reader, sample
+from ttt_e2e.streaming import forward, start_reading
 
 TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8
 
@@ -136,14 +137,15 @@ def test_compiled_saved_and_read_on_plainly(
         assert np.array_equal(loaded.read(tokens[32:]), compiled.read(tokens[32:]))
 
 
-@pytest.mark.parametrize("change", [{"suffix_layers": 0}, {"window": None}])
-def test_where_nothing_is_compiled(change: dict) -> None:
-    assert not Session(small_model(**change), compile=True).compiled
+def test_where_nothing_is_compiled() -> None:
+    assert not Session(small_model(suffix_layers=0), compile=True).compiled
     assert not Session(small_model(), learn=False, compile=True).compiled
+    with pytest.warns(UserWarning, match="needs a window everywhere, not full"):
+        assert not Session(small_model(pattern=("full",)), compile=True).compiled
 
 
 def test_a_standard_model_reads_and_is_saved(tmp_path: Path) -> None:
-    model = small_model(suffix_layers=0, window=None, mini_batch=None, vocab_size=50)
+    model = small_model(suffix_layers=0, pattern=("full",), mini_batch=None, vocab_size=50)
     session, tokens = Session(model), tokens_of(20)
     assert not session.learn
     session.read(tokens)

@@ -152,7 +152,7 @@ def test_trains_on_zarr_arrays_as_they_are(data: Path, tmp_path: Path) -> None:
 
 def test_a_standard_model_trains_too(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    summary = run(data, out, "suffix_layers=0", "window=none", "mini_batch=none", "steps=2", "log_every=2")
+    summary = run(data, out, "suffix_layers=0", "pattern=full", "mini_batch=none", "steps=2", "log_every=2")
     assert summary.evaluation is not None
     assert set(summary.evaluation) == {"loss", "tokens"}
     assert [line["step"] for line in measured(out)] == [2, 2]

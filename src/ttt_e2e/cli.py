@@ -215,7 +215,7 @@ def _extended(config: RunConfig, context: int) -> RunConfig:
     from dataclasses import replace
 
     model = config.model
-    if model.window is None:
+    if "full" in model.mixers:
         model = replace(model, rope_theta=max(model.rope_theta, rope_theta_for(context)))
     return RunConfig(model, extension(config.train, context, config.train.steps))
 

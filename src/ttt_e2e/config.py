@@ -15,6 +15,10 @@ from typing import Any, Literal, TypeVar
 from ttt_e2e.errors import UserError
 
 Recompute = Literal["none", "mini-batch", "sqrt"]
+Kernels = Literal["auto", "torch", "fused"]
+
+ATTENTIONS = ("full", "window")
+MIXERS = (*ATTENTIONS, "mamba2", "gated-deltanet", "ttt-kvb", "titans")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -30,8 +34,10 @@ class ModelConfig:
     width: of the residual stream (D).
     layers, heads, kv_heads: blocks, query heads (H) and key/value heads (None: as many as query heads).
     mlp_width: hidden width (F) of every MLP, static and fast alike.
+    pattern: the blocks' sequence mixers by name (see `MIXERS`), repeated until there is one for every block.
     suffix_layers: how many of the last blocks have a fast MLP (the paper: a quarter of all).
-    window: tokens a query sees, itself included (k); None for full attention.
+    static_mlp: whether those blocks keep a static MLP beside the fast one.
+    window: tokens a query sees, itself included (k), in every attention but a full one.
     mini_batch: tokens per inner step (b); the loss is averaged over mini-batches. None (only without a suffix): one
         mini-batch, the whole sequence.
     inner_lr, inner_clip: inner SGD's step and the bound on the joint norm of a sequence's inner gradient.
@@ -39,6 +45,14 @@ class ModelConfig:
     qk_norm, pre_norm, post_norm: RMSNorm on queries and keys per head, before, and after every sub-layer.
     tied_head: whether the embedding is also the output head.
     init_std: standard deviation of the normal that fills embedding and matrices at the start.
+    expand: inner width of Mamba 2, and of Gated DeltaNet's values, in widths of the residual stream.
+    state_width, state_groups: Mamba 2's state per channel (N), and groups of heads that share their B and C.
+    conv_width: tokens that the short convolutions of Mamba 2 and Gated DeltaNet see.
+    memory_mlp_width: hidden width of the inner MLP of TTT-KVB and Titans, per head; None: four head widths.
+    memory_lr: the largest step of that MLP's own training; the model chooses between it and 0 for every token.
+    persistent_tokens: learned keys and values that Titans' attention always sees.
+    kernels: of Mamba 2 and Gated DeltaNet: "torch" is PyTorch everywhere; "fused" demands a CUDA library's; "auto"
+        takes those on a GPU if they are installed.
 
     Raises UserError if the values do not fit together.
     """
@@ -50,7 +64,9 @@ class ModelConfig:
     mlp_width: int
     kv_heads: int | None = None
     suffix_layers: int = 0
-    window: int | None = 8192
+    pattern: tuple[str, ...] = ("window",)
+    static_mlp: bool = True
+    window: int = 8192
     mini_batch: int | None = 1024
     inner_lr: float = 1.0
     inner_clip: float = 1.0
@@ -61,6 +77,14 @@ class ModelConfig:
     post_norm: bool = True
     tied_head: bool = True
     init_std: float = 0.02
+    expand: int = 2
+    state_width: int = 128
+    state_groups: int = 1
+    conv_width: int = 4
+    memory_mlp_width: int | None = None
+    memory_lr: float = 1.0
+    persistent_tokens: int = 16
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,6 +96,11 @@ class ModelConfig:
             "kv_heads",
             "window",
             "mini_batch",
+            "expand",
+            "state_width",
+            "state_groups",
+            "conv_width",
+            "memory_mlp_width",
         ):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
@@ -89,13 +118,64 @@ class ModelConfig:
             self.mini_batch is not None or self.suffix_layers == 0,
             "A model with a suffix learns mini-batch by mini-batch: set mini_batch.",
         )
+        self._check_mixers()
         _require(
-            self.window is None or self.mini_batch is None or self.mini_batch <= self.window or self.suffix_layers == 0,
+            self.mini_batch is None or self.mini_batch <= self.window or not self._learns_within_window,
             f"The mini-batch b = {self.mini_batch} is longer than the window k = {self.window}; "
             "tokens between updates would be forgotten. Choose b <= k.",
         )
         _require(self.inner_lr >= 0, f"inner_lr must not be negative, it is {self.inner_lr}.")
         _require(self.inner_clip > 0, f"inner_clip must be positive, it is {self.inner_clip}.")
+
+    def _check_mixers(self) -> None:
+        _require(bool(self.pattern), "pattern names no mixer; write one at least, such as pattern=window.")
+        for name in self.pattern:
+            near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            _require(name in MIXERS, f"There is no mixer {name!r}.{hint} There are: {', '.join(MIXERS)}.")
+        inside = set(self.mixers[self.prefix_layers + 1 :])
+        _require(
+            inside <= {"full"} or inside <= {"window"},
+            "The suffix learns through its attentions: after its first block all its mixers must be 'window', or all "
+            f"'full'; they are {', '.join(self.mixers[self.prefix_layers + 1 :])}.",
+        )
+        memories = {"ttt-kvb", "titans"} & set(self.mixers)
+        if memories:
+            name = sorted(memories)[0]
+            _require(self.mini_batch is not None, f"{name} learns mini-batch by mini-batch: set mini_batch.")
+            _require(self.memory_lr >= 0, f"memory_lr must not be negative, it is {self.memory_lr}.")
+        if "titans" in memories:
+            _require(
+                self.window % (self.mini_batch or 1) == 0,
+                f"Titans' segments are windows of whole mini-batches, but window {self.window} is not a multiple of "
+                f"mini_batch {self.mini_batch}.",
+            )
+            _require(self.persistent_tokens >= 0, f"persistent_tokens must not be negative: {self.persistent_tokens}.")
+        if "mamba2" in self.mixers:
+            _require(
+                self.expand * self.heads % self.state_groups == 0,
+                f"Mamba 2's {self.expand * self.heads} heads (expand x heads) do not divide into {self.state_groups} "
+                "groups; change state_groups.",
+            )
+
+    @property
+    def _learns_within_window(self) -> bool:
+        return "ttt-kvb" in self.mixers or (self.suffix_layers > 0 and "window" in self.mixers)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The name of every block's mixer: the pattern, repeated over the depth."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.layers))
+
+    @property
+    def loop_window(self) -> int | None:
+        """Tokens that the attentions inside the loop see; None for all."""
+        return None if "full" in self.mixers[self.prefix_layers + 1 :] else self.window
+
+    @property
+    def memory_hidden(self) -> int:
+        """Hidden width of one head's inner MLP in TTT-KVB and Titans."""
+        return 4 * self.head_width if self.memory_mlp_width is None else self.memory_mlp_width
 
     @property
     def head_width(self) -> int:
@@ -120,6 +200,8 @@ class TrainConfig:
     context: tokens per sequence (T). batch: sequences per optimiser step. accumulate: pieces a batch is split into.
     steps: optimiser steps of this stage. warmup_steps, inner_warmup_steps: None for a tenth of the steps.
     lr, lr_init, lr_end: peak, first and last learning rate: linear warm-up, then cosine over the remaining steps.
+    meta: whether the fast weights learn during training, and the outer gradient goes through that. Without it a model
+        with a suffix is trained like any other and learns at test time only: dynamic evaluation.
     inner_lr_init: the inner learning rate at the first step, warmed up linearly to the model's `inner_lr`.
     beta1, beta2, adam_eps, weight_decay, clip: AdamW; decay on every tensor; clip on the global norm.
     recompute: what the outer gradient stores of the inner loop: "none" everything; "mini-batch" only the state between
@@ -138,6 +220,7 @@ class TrainConfig:
     lr_init: float = 0.0
     lr_end: float = 1e-5
     warmup_steps: int | None = None
+    meta: bool = True
     inner_lr_init: float = 0.1
     inner_warmup_steps: int | None = None
     beta1: float = 0.9
@@ -210,7 +293,9 @@ def _presets() -> dict[str, RunConfig]:
         train = TrainConfig(lr=lr, steps=steps, batch=batch, context=8192, dtype="bfloat16")
         shape: dict[str, Any] = dict(vocab_size=_PUBLISHED_VOCABULARY, width=width, layers=layers, heads=heads)
         presets[name] = RunConfig(ModelConfig(**shape, mlp_width=ttt, suffix_layers=suffix), train)
-        presets[f"{name}-full"] = RunConfig(ModelConfig(**shape, mlp_width=full, window=None, mini_batch=None), train)
+        presets[f"{name}-full"] = RunConfig(
+            ModelConfig(**shape, mlp_width=full, pattern=("full",), mini_batch=None), train
+        )
     for name, row in _LAPTOP.items():
         vocab, layers, width, heads, full, ttt, suffix, window, mini_batch, lr, steps, batch, context = row
         train = TrainConfig(lr=lr, steps=steps, batch=batch, context=context)
@@ -219,7 +304,9 @@ def _presets() -> dict[str, RunConfig]:
             ModelConfig(**shape, mlp_width=ttt, suffix_layers=suffix, window=window, mini_batch=mini_batch),
             train,
         )
-        presets[f"{name}-full"] = RunConfig(ModelConfig(**shape, mlp_width=full, window=None, mini_batch=None), train)
+        presets[f"{name}-full"] = RunConfig(
+            ModelConfig(**shape, mlp_width=full, pattern=("full",), mini_batch=None), train
+        )
         presets[f"{name}-window"] = RunConfig(
             ModelConfig(**shape, mlp_width=full, window=window, mini_batch=None), train
         )
@@ -323,6 +410,9 @@ def _check(value: Any, hint: Any, where: str) -> Any:
         if typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind):
                 return value
+        elif typing.get_origin(kind) is tuple:
+            if isinstance(value, (list, tuple)):
+                return tuple(_check(item, typing.get_args(kind)[0], where) for item in value)
         elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -332,6 +422,8 @@ def _check(value: Any, hint: Any, where: str) -> Any:
 
 def _parse(text: str, hint: Any, where: str) -> Any:
     choices = [c for kind in _alternatives(hint) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
+    if typing.get_origin(hint) is tuple:
+        return tuple(_parse(item.strip(), typing.get_args(hint)[0], where) for item in text.split(","))
     try:
         value = text if text in choices else None if text.lower() in ("none", "null") else json.loads(text.lower())
     except json.JSONDecodeError:
@@ -347,6 +439,6 @@ def _describe(hint: Any) -> str:
         if typing.get_origin(kind) is Literal:
             words += [repr(choice) for choice in typing.get_args(kind)]
         else:
-            names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
-            words.append(names.get(kind, str(kind)))
+            names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+            words.append("a list" if typing.get_origin(kind) is tuple else names.get(kind, str(kind)))
     return " or ".join(words)

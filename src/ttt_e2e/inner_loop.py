@@ -14,8 +14,8 @@ g_i is not asked of autograd: it is the chain of the layers' pulls (see `model`)
 pass. The outer gradient is then one plain backward pass through both, and at test time no graph is built at all.
 `inner_gradient_reference` is the twin that asks autograd.
 
-Two functions use the step: `sequence_loss` for training (with two outer gradients that give the same numbers: plain
-autograd, and recomputation) and `read_mini_batch` at test time.
+`sequence_loss` uses the step for training, with two outer gradients that give the same numbers: plain autograd, and
+recomputation. At test time `streaming` uses it.
 
 Shapes: B sequences, T tokens, N mini-batches of b tokens, D width; fast weights as in `model`.
 """
@@ -24,13 +24,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.config import Recompute
-from ttt_e2e.model import Cache, FastWeights, Place, Transformer
+from ttt_e2e.mixers.attention import Cache
+from ttt_e2e.mixers.base import Place
+from ttt_e2e.model import Transformer
 from ttt_e2e.ops.attention import visible
 from ttt_e2e.ops.elementwise import clipped_step, wide
+from ttt_e2e.ops.fast_mlp import FastWeights
 
 # Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph.
 KEPT_GRAPHS = 2
@@ -234,7 +236,8 @@ def mini_batches(
     places = [place.slice(i, i + b) for i in starts]
     if slots:
         places = [
-            with_empty(p, max(0, slots - i), slots, model.config.window) for p, i in zip(places, starts, strict=True)
+            with_empty(p, max(0, slots - i), slots, model.config.loop_window)
+            for p, i in zip(places, starts, strict=True)
         ]
     pieces = (x_BTD.split(b, 1), targets_BT.split(b, 1), mask_BT.split(b, 1))
     return [MiniBatch(*piece) for piece in zip(*pieces, places, strict=True)]
@@ -253,7 +256,7 @@ def cache_slots(model: Transformer, length: int) -> int:
     """How many slots a cache of fixed size needs in a text of `length` tokens: a window, or all but a mini-batch."""
     b = model.config.mini_batch
     assert b is not None
-    return model.config.window or max(0, -(-length // b) - 1) * b
+    return model.config.loop_window or max(0, -(-length // b) - 1) * b
 
 
 def initial_state(model: Transformer, batch: int, dtype: torch.dtype, slots: int = 0) -> State:
@@ -281,9 +284,11 @@ def loop_parameters(model: Transformer) -> list[Tensor]:
     """The static weights that the loop itself uses: the suffix above its first attention, the last norm, the head."""
     modules: list[torch.nn.Module] = [model.final_norm]
     for i, block in enumerate(model.suffix):
-        modules += [block.fast_norm, block.fast_post_norm, block.mlp_norm, block.mlp, block.mlp_post_norm]
+        modules += [block.fast_norm, block.fast_post_norm]
+        if block.static:
+            modules += [block.mlp_norm, block.mlp, block.mlp_post_norm]
         if i > 0:
-            modules += [block.attention_norm, block.attention, block.attention_post_norm]
+            modules += [block.mixer_norm, block.mixer, block.mixer_post_norm]
     return [model.head_weight, *(p for module in modules for p in module.parameters())]
 
 
@@ -433,99 +438,3 @@ def _leaves(state: State) -> State:
     """The same values cut from their graph, ready for gradients."""
     fast = tuple(FastWeights(*(w.detach().requires_grad_() for w in pair)) for pair in state.fast)
     return State(fast, tuple(Cache(*(t.detach().requires_grad_() for t in pair)) for pair in state.caches))
-
-
-# -- test time ---------------------------------------------------------------------------------------------------------
-
-
-class ReadState(NamedTuple):
-    """All that a text leaves behind in a model, at a border between mini-batches: a value, to keep, copy or save.
-
-    position: tokens read so far. static: caches of the attentions below the lowest fast weight. loop: the rest.
-    """
-
-    position: int
-    static: tuple[Cache, ...] | None
-    loop: State
-
-
-def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
-    """The state before the first token of `batch` texts."""
-    state = initial_state(model, batch, dtype)
-    fast = tuple(FastWeights(*(w.detach() for w in pair)) for pair in state.fast)
-    return ReadState(0, None, State(fast, state.caches))
-
-
-@torch.no_grad()
-def read_mini_batch(
-    model: Transformer,
-    state: ReadState,
-    tokens_Bb: Tensor,
-    targets_Bb: Tensor,
-    mask_Bb: Tensor | None = None,
-    *,
-    inner_lr: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    steps: Steps = PLAIN,
-) -> tuple[ReadState, Tensor, Tensor]:
-    """Read one mini-batch, score it, and learn from it; returns the next state, the losses and the gradient norms [B].
-
-    inner_lr None is the model's own; with 0 nothing is learned, any number of tokens may come at once, and the norms
-    are zero. Nothing in the result hangs on a graph.
-    """
-    lr = model.config.inner_lr if inner_lr is None else inner_lr
-    if not model.suffix or lr == 0:
-        x_BbD, after = _forward(model, state, tokens_Bb, dtype)
-        nll_Bb, _ = model.losses(x_BbD, targets_Bb)
-        return after, nll_Bb, nll_Bb.new_zeros(len(nll_Bb))
-    length, window = tokens_Bb.shape[1], model.config.window
-    if mask_Bb is None:
-        mask_Bb = torch.ones_like(targets_Bb, dtype=wide(dtype))
-    place = model.place(state.position, length, dtype)
-    static, loop = state.static, state.loop
-    step_size = torch.tensor(lr, dtype=wide(dtype), device=tokens_Bb.device)
-    if steps.fixed and window is not None and length == model.config.mini_batch:
-        # A state holds filled slots only; the compiled function is given a whole window of them.
-        empty, filled = max(0, window - state.position), min(window, state.position + length)
-        place = with_empty(place, empty, window, window)
-        if static is None:
-            static = empty_caches(model, model.config.prefix_layers + 1, len(tokens_Bb), dtype)
-        fast = tuple(FastWeights(*(w.contiguous() for w in pair)) for pair in loop.fast)
-        loop = State(fast, _last_slots(loop.caches, window))
-        static, loop, nll_Bb, norm_B = steps.read_and_learn(
-            model, _last_slots(static, window), loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
-        )
-        static, loop = _last_slots(static, filled), State(loop.fast, _last_slots(loop.caches, filled))
-    else:
-        static, loop, nll_Bb, norm_B = read_and_learn(
-            model, static, loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
-        )
-    return ReadState(state.position + length, static, loop), nll_Bb, norm_B
-
-
-def _last_slots(caches: tuple[Cache, ...], slots: int) -> tuple[Cache, ...]:
-    """Caches of the last `slots` slots, with empty ones before the first where there are fewer."""
-
-    def cut(t: Tensor) -> Tensor:
-        return t if t.shape[2] == slots else F.pad(t, (0, 0, slots - t.shape[2], 0))
-
-    return tuple(Cache(*(cut(t) for t in cache)) for cache in caches)
-
-
-@torch.no_grad()
-def forward(
-    model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, ReadState]:
-    """Logits [B, T, V] after each of the tokens, and the state after them; nothing is learned."""
-    x_BTD, after = _forward(model, state, tokens_BT, dtype)
-    return model.logits(x_BTD), after
-
-
-def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, ReadState]:
-    place = model.place(state.position, tokens_BT.shape[1], dtype)
-    x_BTD, static = model.read_static(tokens_BT, place, state.static, dtype)
-    loop = state.loop
-    if model.suffix:
-        x_BTD, caches, _ = model.read_fast(x_BTD, place, loop.fast, loop.caches, inner=False)
-        loop = State(loop.fast, caches)
-    return x_BTD, ReadState(state.position + tokens_BT.shape[1], static, loop)

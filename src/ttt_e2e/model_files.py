@@ -23,7 +23,7 @@ from ttt_e2e.files import atomic_path
 from ttt_e2e.model import Transformer
 
 FORMAT = "ttt-e2e model"
-VERSION = 1
+VERSION = 2
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 
@@ -97,7 +97,7 @@ def load_config(folder: Path) -> ModelConfig:
     if content.get("version") != VERSION:
         raise UserError(
             f"{folder} has model format {content.get('version')!r}, this version of ttt-e2e reads {VERSION}; "
-            "update ttt-e2e to read it."
+            "use the version that wrote it, or update."
         )
     return from_dict(ModelConfig, content["model"], str(folder / CONFIG))
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from ttt_e2e.config import ModelConfig, to_dict
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
-from ttt_e2e.inner_loop import PLAIN, ReadState, State, forward, read_mini_batch, start_reading
-from ttt_e2e.model import Cache, FastWeights, Transformer
+from ttt_e2e.inner_loop import PLAIN, State
+from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import load_model, model_digest, save_safetensors
+from ttt_e2e.ops.fast_mlp import FastWeights
+from ttt_e2e.streaming import ReadState, forward, has_fixed_caches, read_mini_batch, start_reading
 
 FORMAT = "ttt-e2e session"
 VERSION = 1
@@ -71,7 +74,10 @@ class Session:
         self.tokenizer = tokenizer
         self.learn = learn and bool(model.suffix) and config.inner_lr > 0
         self.dtype = dtype
-        self.compiled = compile and self.learn and config.window is not None
+        self.compiled = compile and self.learn and has_fixed_caches(config)
+        if compile and self.learn and not self.compiled:
+            others = ", ".join(sorted({*config.mixers} - {"window"}))
+            warnings.warn(f"Reading without compilation, which needs a window everywhere, not {others}.", stacklevel=2)
         self._steps = compiled_steps(model.embedding.device) if self.compiled else PLAIN
         self._state = start_reading(model, 1, dtype)
         self._before: tuple[ReadState, np.ndarray] | None = None  # one mini-batch ago: its loss was good
@@ -197,11 +203,10 @@ class Session:
         check_session_target(path)
         state = self._state
         tensors = {"pending": torch.from_numpy(self._pending.copy())}
-        for i, fast in enumerate(state.loop.fast):
-            tensors |= {f"fast.{i}.w_in": fast.w_in_BED, f"fast.{i}.w_out": fast.w_out_BDF}
-        for name, caches in (("static", state.static or ()), ("loop", state.loop.caches)):
-            for i, cache in enumerate(caches):
-                tensors |= {f"{name}.{i}.k": cache.k_BGSK, f"{name}.{i}.v": cache.v_BGSK}
+        kinds = {"fast": state.loop.fast, "static": state.static or (), "loop": state.loop.caches}
+        for kind, values in kinds.items():
+            for i, value in enumerate(values):
+                tensors |= dict(zip(_names(kind, i, type(value)), value, strict=True))
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         facts = {
             "version": VERSION,
@@ -235,17 +240,16 @@ class Session:
         session = cls(model, tokenizer, learn=facts["learn"], dtype=DTYPES[facts["dtype"]], compile=compile)
         device = model.embedding.device
 
-        def pairs(kind: str, count: int, first: str, second: str) -> list[tuple[Tensor, Tensor]]:
-            return [
-                (tensors[f"{kind}.{i}.{first}"].to(device), tensors[f"{kind}.{i}.{second}"].to(device))
-                for i in range(count)
-            ]
+        def values(kind: str, types: list[Any]) -> tuple[Any, ...]:
+            names = [_names(kind, i, cls) for i, cls in enumerate(types)]
+            return tuple(cls(*(tensors[n].to(device) for n in row)) for cls, row in zip(types, names, strict=True))
 
-        static_count = len(model.blocks) - max(0, len(model.suffix) - 1)
+        suffix = model.suffix
         try:
-            fast = tuple(FastWeights(*p) for p in pairs("fast", len(model.suffix), "w_in", "w_out"))
-            caches = tuple(Cache(*p) for p in pairs("loop", len(model.suffix[1:]), "k", "v"))
-            static = tuple(Cache(*p) for p in pairs("static", static_count, "k", "v")) if facts["position"] else None
+            fast = values("fast", [FastWeights] * len(suffix))
+            caches = values("loop", [block.mixer.State for block in suffix[1:]])
+            below = [block.mixer.State for block in (*model.prefix, *suffix[:1])]
+            static = values("static", below) if facts["position"] else None
         except KeyError as error:
             raise UserError(f"The session {path} lacks {error}; use an unaltered copy.") from error
         session._state = ReadState(facts["position"], static, State(fast, caches))
@@ -325,6 +329,11 @@ class Session:
             "Read without learning, or with a model of a smaller inner_lr.",
             self.position,
         )
+
+
+def _names(kind: str, i: int, cls: Any) -> list[str]:
+    """What the tensors of a state are called in a file; the letters of their shapes are left out."""
+    return [f"{kind}.{i}.{field.rpartition('_')[0]}" for field in cls._fields]
 
 
 def frozen_batches(config: ModelConfig) -> int:

@@ -68,19 +68,19 @@ def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConf
     )
     for i in range(layers):
         rows = (_halves(wq[i].T, config.head_width), _halves(wk[i].T, config.head_width), wv[i].T)
-        state[f"blocks.{i}.attention.w_qkv"] = torch.cat(rows)
-        state[f"blocks.{i}.attention.w_out"] = wo[i].T.contiguous()
+        state[f"blocks.{i}.mixer.w_qkv"] = torch.cat(rows)
+        state[f"blocks.{i}.mixer.w_out"] = wo[i].T.contiguous()
     if config.qk_norm:
         for name in ("q_norm", "k_norm"):
             stacked = take(f"{mixer}{name}.weight", (layers, config.head_width))
             for i in range(layers):
-                state[f"blocks.{i}.attention.{name}"] = _halves(stacked[i], config.head_width)
+                state[f"blocks.{i}.mixer.{name}"] = _halves(stacked[i], config.head_width)
     state |= mlps(_BLOCKS + "feed_forward", "mlp", layers, 0)
     if suffix:
         state |= mlps(_PRIME + "feed_forward_prime", "fast", suffix, layers - suffix)
     for wanted, post in ((config.pre_norm, ""), (config.post_norm, "post_")):
         if wanted:
-            state |= norms(f"{_BLOCKS}seq_{post}norm.weight", f"attention_{post}norm", layers, 0)
+            state |= norms(f"{_BLOCKS}seq_{post}norm.weight", f"mixer_{post}norm", layers, 0)
             state |= norms(f"{_BLOCKS}ffn_{post}norm.weight", f"mlp_{post}norm", layers, 0)
             if suffix:
                 state |= norms(f"{_PRIME}ffn_prime_{post}norm.weight", f"fast_{post}norm", suffix, layers - suffix)

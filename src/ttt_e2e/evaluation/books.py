@@ -8,6 +8,7 @@ for each document by itself.
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,9 @@ from tqdm import tqdm
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import ReadState, State, read_mini_batch, start_reading
-from ttt_e2e.model import Cache, FastWeights, Transformer
+from ttt_e2e.model import Transformer
 from ttt_e2e.session import Diverged, frozen_batches
+from ttt_e2e.streaming import read_mini_batch, start_reading
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
     state = start_reading(model, len(texts), dtype)
     for start in range(0, counts[0], length):
         rows = sum(count > start for count in counts)
-        state = _first_rows(state, rows)
+        state = state.map(itemgetter(slice(rows)))
         stop = min(start + length, counts[0])
         ids = np.zeros((rows, stop - start + 1), np.int64)
         mask = np.zeros((rows, stop - start), np.float32)
@@ -173,18 +174,6 @@ def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
                 )
         bar.update(int(mask.sum()))
     return losses
-
-
-def _first_rows(state: ReadState, rows: int) -> ReadState:
-    def cut(cache: Cache) -> Cache:
-        return Cache(*(tensor[:rows] for tensor in cache))
-
-    def cut_weights(weights: FastWeights) -> FastWeights:
-        return FastWeights(*(tensor[:rows] for tensor in weights))
-
-    static = None if state.static is None else tuple(cut(cache) for cache in state.static)
-    loop = State(tuple(cut_weights(w) for w in state.loop.fast), tuple(cut(c) for c in state.loop.caches))
-    return ReadState(state.position, static, loop)
 
 
 def _result(text: _Text, loss: np.ndarray, without: np.ndarray | None) -> DocumentResult:

@@ -1,5 +1,6 @@
-"""Linear layers with a weight for every sequence, whose derivatives lie in memory as the weights do.
+"""Linear layers: with one weight for all, and with a weight for every sequence.
 
+The derivatives of the latter lie in memory as the weights do.
 PyTorch's own derivative of x @ w.transpose(1, 2) is the transpose of a fresh tensor; added to others that lie the right
 way round, it makes every operation on the fast weights' gradients walk memory across the grain.
 """
@@ -7,7 +8,18 @@ way round, it makes every operation on the fast weights' gradients walk memory a
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T with the weight brought to x's dtype."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def pull_linear(g: Tensor, weight: Tensor) -> Tensor:
+    """The pull of `linear`."""
+    return g @ weight.to(g.dtype)
 
 
 def batched_linear(x_BTD: Tensor, w_BED: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ttt_e2e.config import ModelConfig, TrainConfig
+from ttt_e2e.mixers.base import Mixer
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -21,7 +22,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def inner_learning_rate(step: int, config: TrainConfig, model: ModelConfig) -> float:
-    """The inner learning rate of the 0-based `step`: linear from `inner_lr_init` to the model's own."""
+    """The inner learning rate of the 0-based `step`: linear from `inner_lr_init` to the model's; 0 if not `meta`."""
+    if not config.meta:
+        return 0.0
     if config.inner_warmup == 0:
         return model.inner_lr
     progress = min(1.0, (step + 1) / config.inner_warmup)
@@ -29,9 +32,16 @@ def inner_learning_rate(step: int, config: TrainConfig, model: ModelConfig) -> f
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over every parameter of `model`, decay on norms and embeddings too."""
+    """AdamW over every parameter of `model`, decay on norms and embeddings too, but not on what mixers exempt."""
+    exempt = [
+        getattr(module, name) for module in model.modules() if isinstance(module, Mixer) for name in module.undecayed
+    ]
+    ids = {id(parameter) for parameter in exempt}
+    groups: list[dict] = [{"params": [p for p in model.parameters() if id(p) not in ids]}]
+    if exempt:
+        groups.append({"params": exempt, "weight_decay": 0.0})
     return torch.optim.AdamW(
-        model.parameters(),
+        groups,
         lr=config.lr_init,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,

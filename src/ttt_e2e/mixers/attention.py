@@ -1,0 +1,108 @@
+"""Causal attention, over the whole text or a sliding window of it.
+
+The loop of `inner_loop` goes back through it at test time, so beside the mixer's `forward` there is `forward_pull`,
+which also returns the pull: the function that takes a gradient of the output back to one of the input.
+
+Shapes: B sequences, T tokens, S keys (cached ones first), D width, H query heads, G key/value heads, K head width,
+J = H + G.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ttt_e2e.config import ModelConfig
+from ttt_e2e.mixers.base import Mixer, Place
+from ttt_e2e.ops.attention import attention, attention_once
+from ttt_e2e.ops.elementwise import Pull, rms_norm, rotate, wide
+from ttt_e2e.ops.linear import linear, pull_linear
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of the last tokens that attention may still see, oldest first."""
+
+    k_BGSK: Tensor
+    v_BGSK: Tensor
+
+
+class Attention(Mixer):
+    """Multi-head attention over the last `window` tokens (None: all), the query's own included.
+
+    With grouped key/value heads, RMSNorm on queries and keys per head, and rotary positions.
+    """
+
+    State = Cache
+
+    def __init__(self, config: ModelConfig, window: int | None):
+        super().__init__()
+        self.config, self.window = config, window
+        self.heads, self.kv_heads = config.heads, config.kv_head_count
+        rows = (self.heads + 2 * self.kv_heads) * config.head_width
+        self.w_qkv = nn.Parameter(torch.empty(rows, config.width))
+        self.w_out = nn.Parameter(torch.empty(config.width, config.heads * config.head_width))
+        if config.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(config.head_width))
+            self.k_norm = nn.Parameter(torch.ones(config.head_width))
+
+    def forward(self, x_BTD: Tensor, place: Place, state: Cache | None) -> tuple[Tensor, Cache]:
+        """Attend from x to the cached tokens and to x itself; the output, and the cache for what follows.
+
+        None starts a text. Memory is linear in T.
+        """
+        y_BTD, cache, _ = self._attend(x_BTD, place, state, inner=False)
+        return y_BTD, cache
+
+    def forward_pull(self, x_BTD: Tensor, place: Place, cache: Cache | None) -> tuple[Tensor, Cache, Pull]:
+        """The same with its pull, differentiable a second time. Cached keys are constants for the pull."""
+        y_BTD, cache, pull = self._attend(x_BTD, place, cache, inner=True)
+        assert pull is not None
+        return y_BTD, cache, pull
+
+    def _attend(
+        self, x_BTD: Tensor, place: Place, cache: Cache | None, inner: bool
+    ) -> tuple[Tensor, Cache, Pull | None]:
+        heads, kv_heads, window = self.heads, self.kv_heads, self.window
+        x_BTJK = linear(x_BTD, self.w_qkv).unflatten(-1, (heads + 2 * kv_heads, -1))
+        qk_BTJK, v_BTGK = x_BTJK.split((heads + kv_heads, kv_heads), 2)
+        qk_BTJK = qk_BTJK.to(wide(x_BTD.dtype))
+        if self.config.qk_norm:
+            weight_JK = torch.cat((self.q_norm.expand(heads, -1), self.k_norm.expand(kv_heads, -1)))
+            qk_BTJK, pull_norm = rms_norm(qk_BTJK, weight_JK, self.config.norm_eps)
+        qk_BTJK, pull_rotation = rotate(qk_BTJK, place.cos, place.sin)
+        q_BHTK, k_BGTK = qk_BTJK.to(x_BTD.dtype).transpose(1, 2).split((heads, kv_heads), 1)
+        own = Cache(k_BGTK, v_BTGK.transpose(1, 2))
+        seen = own if cache is None else join([cache, own])
+        if inner:
+            y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty, place.bias_TS)
+        else:
+            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty, place.bias_TS)
+        if cache is None or place.empty is None:
+            kept = join([seen], window)
+        else:  # a cache of fixed size keeps it, and its place in memory does not tell where it was cut from
+            kept = Cache(*(t.contiguous() for t in join([seen], cache.k_BGSK.shape[2])))
+
+        def pull(g_BTD: Tensor) -> Tensor:
+            dy_BTHK = pull_linear(g_BTD, self.w_out).unflatten(-1, (heads, -1))
+            dq_BHTK, dk_BGTK, dv_BGTK = pull_attention(dy_BTHK.transpose(1, 2))
+            dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2)
+            dqk_BTJK = pull_rotation(dqk_BTJK.to(qk_BTJK.dtype))
+            if self.config.qk_norm:
+                dqk_BTJK = pull_norm(dqk_BTJK)
+            dx_BTJK = torch.cat((dqk_BTJK.to(g_BTD.dtype), dv_BGTK.transpose(1, 2)), 2)
+            return pull_linear(dx_BTJK.flatten(2), self.w_qkv)
+
+        return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), kept, pull if inner else None
+
+
+def join(pieces: list[Cache], window: int | None = None) -> Cache:
+    """The last `window` tokens (all if None) of caches that follow one another."""
+    total = sum(piece.k_BGSK.shape[2] for piece in pieces)
+    drop = 0 if window is None else max(0, total - window)
+    kept = []
+    for piece in pieces:
+        length = piece.k_BGSK.shape[2]
+        if drop < length:
+            kept.append(Cache(*(t[:, :, drop:] if drop else t for t in piece)))
+        drop = max(0, drop - length)
+    return kept[0] if len(kept) == 1 else Cache(*(torch.cat(parts, 2) for parts in zip(*kept, strict=True)))
