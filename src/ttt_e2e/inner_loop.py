@@ -235,10 +235,12 @@ def mini_batches(
     starts = range(0, length, b)
     places = [place.slice(i, i + b) for i in starts]
     if slots:
-        places = [
-            with_empty(p, max(0, slots - i), slots, model.config.loop_window)
-            for p, i in zip(places, starts, strict=True)
-        ]
+        like: dict[tuple[int, int], Place] = {}  # all mini-batches with a full window behind them see alike
+        for n, i in enumerate(starts):
+            key = (max(0, slots - i), len(places[n].cos))
+            if key not in like:
+                like[key] = with_empty(places[n], key[0], slots, model.config.loop_window)
+            places[n] = like[key]._replace(cos=places[n].cos, sin=places[n].sin)
     pieces = (x_BTD.split(b, 1), targets_BT.split(b, 1), mask_BT.split(b, 1))
     return [MiniBatch(*piece) for piece in zip(*pieces, places, strict=True)]
 
