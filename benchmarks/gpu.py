@@ -49,11 +49,12 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.config import ModelConfig, TrainConfig, preset
+from ttt_e2e.config import ModelConfig, TrainConfig
 from ttt_e2e.inner_loop import PLAIN, Steps, sequence_loss
 from ttt_e2e.model import Transformer
 from ttt_e2e.ops import attention as model_attention
 from ttt_e2e.ops import windowed_attention as operators
+from ttt_e2e.presets import preset
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
 # preset: sequences a step, whether AdamW belongs to the step, the ratio asked

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from ttt_e2e import cli
 from ttt_e2e import session as session_module
 from ttt_e2e.command_line import warnings_in_one_line
 from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.config import PRESETS
+from ttt_e2e.config import override
+from ttt_e2e.cost import cost, parameters
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inner_loop import Steps
 from ttt_e2e.model_files import save_model
+from ttt_e2e.presets import PRESETS
 from ttt_e2e.session import session_facts
 
 TEXT = "".join(f"{i} grey geese flew over the {'lake' if i % 2 else 'wood'} at dusk.\n" for i in range(40))
@@ -221,14 +224,30 @@ def test_info_and_presets(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(re.search(rf"^{name}\b", out, re.M) for name in PRESETS)
 
 
-@pytest.mark.parametrize("command", ["", "read", "generate", "prepare", "train", "evaluate", "presets", "info"])
+def test_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("cost", "tiny", "--context", "8K", "2M", 1000) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{context} .*\(", out, re.M) for context in ("8K", "2M", "1000"))
+    assert f"{parameters(PRESETS['tiny'].model):,} parameters" in out
+    assert run("cost", "tiny-full") == 0
+    assert "(" not in capsys.readouterr().out.split("\n\n")[1]  # nothing to hold it against
+    assert run("cost", "tiny", "--json", "layers=4", "train.dtype=bfloat16") == 0
+    report = json.loads(capsys.readouterr().out)
+    model = override(PRESETS["tiny"], ["layers=4"]).model
+    assert report["bytes"]["bfloat16"] == 2 * parameters(model)
+    assert report["costs"]["tiny"] == [asdict(cost(model, context, 2)) for context in (4096, 16384, 65536)]
+    assert set(report["costs"]) == {"tiny", "tiny-full"}
+
+
+@pytest.mark.parametrize("command", ["", "read", "generate", "prepare", "train", "evaluate", "presets", "cost", "info"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command.split(), "--help") == 0
     assert "ttt-e2e " in capsys.readouterr().out.split("usage:")[1]
 
 
 def test_help_and_version_need_no_torch() -> None:
-    script = "import sys; from ttt_e2e.cli import main; main(['read', '--help']); assert 'torch' not in sys.modules"
+    script = "import sys; from ttt_e2e.cli import main; main(['read', '--help']); main(['cost', 'tiny']); "
+    script += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
@@ -274,6 +293,8 @@ def test_half_valid_standard_input(
         ("read x y", "too many"),
         ("read --dtype float7", "float7"),
         ("generate x --max-tokens many", "many"),
+        ("cost tiny --context 12X", "'12X' is no number of tokens"),
+        ("cost tiny --context 0", "'0' is no number of tokens"),
         ("train tiny --out r", "--data"),
         ("--nonsense", "COMMAND"),
     ],

@@ -1,25 +1,16 @@
 """Configurations: the published presets, settings changed by name, and what is refused."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
 
-from ttt_e2e.config import (
-    PRESETS,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    extension,
-    from_dict,
-    override,
-    preset,
-    rope_theta_for,
-    to_dict,
-)
+from ttt_e2e.config import ModelConfig, RunConfig, TrainConfig, from_dict, override, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import Transformer
+from ttt_e2e.presets import PRESETS, extension, preset, rope_theta_for
 
 # The issue's table: layers, width, heads, MLP full / TTT-E2E, suffix, outer lr, steps, batch.
 PUBLISHED = {
@@ -137,3 +128,20 @@ def test_from_dict_refuses_what_is_no_configuration() -> None:
         with pytest.raises(UserError, match=sentence):
             from_dict(ModelConfig, changed, "x")
     assert dataclasses.is_dataclass(from_dict(TrainConfig, {}))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_system_has_as_many_parameters_as_full_attention(name: str) -> None:
+    full = PRESETS[f"{name.partition('-')[0]}-full"]
+    assert parameters(PRESETS[name].model) == pytest.approx(parameters(full.model), rel=0.02)
+
+
+def test_patterns() -> None:
+    hybrid = preset("125m-hybrid").model
+    assert hybrid.mixers == (("window",) * 5 + ("full",)) * 2
+    config = override(preset("tiny"), ["pattern=mamba2,window"]).model
+    assert config.mixers == ("mamba2", "window") * 4
+    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert preset("tiny-full-prefix").model.mixers == ("full",) * 6 + ("window",) * 2
+    with pytest.raises(UserError, match="no mixer 'mamba3'. Did you mean 'mamba2'"):
+        override(preset("tiny"), ["pattern=mamba3"])

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ttt_e2e.command_line import parse, warnings_in_one_line
-from ttt_e2e.config import PRESETS, ModelConfig, RunConfig, extension, override, preset, rope_theta_for
+from ttt_e2e.config import RunConfig, override
 from ttt_e2e.errors import UserError
+from ttt_e2e.presets import PRESETS, extension, preset, rope_theta_for
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizer import Tokenizer
@@ -250,23 +251,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _presets(arguments: argparse.Namespace) -> int:
     from ttt_e2e.config import to_dict
+    from ttt_e2e.cost import parameters
 
-    counts = {name: _parameters(config.model) for name, config in PRESETS.items()}
+    counts = {name: parameters(config.model) for name, config in PRESETS.items()}
     if arguments.json:
         _print_json({name: {"parameters": counts[name], **to_dict(config)} for name, config in PRESETS.items()})
         return 0
-    columns = (
-        "preset",
-        "parameters",
-        "blocks",
-        "suffix",
-        "width",
-        "window k",
-        "mini-batch b",
-        "context",
-        "steps",
-    )
-    print(f"{columns[0]:<14}" + "".join(f"{column:>14}" for column in columns[1:]))
+    columns = ("parameters", "blocks", "suffix", "width", "window k", "b", "context", "steps")
+    print(f"{'preset':<22}" + "".join(f"{column:>12}" for column in columns) + "  mixers")
     for name, config in PRESETS.items():
         model, plan = config.model, config.train
         values = (
@@ -274,13 +266,48 @@ def _presets(arguments: argparse.Namespace) -> int:
             model.layers,
             model.suffix_layers or "-",
             model.width,
-            model.window or "all",
-            model.mini_batch if model.suffix_layers else "-",
+            model.window if set(model.mixers) - {"full"} else "all",
+            model.mini_batch or "-",
             plan.context,
             plan.steps,
         )
-        print(f"{name:<14}" + "".join(f"{value!s:>14}" for value in values))
+        mixers = ", ".join(mixer if n == 1 else f"{n} x {mixer}" for mixer, n in _runs(model.pattern))
+        print(("" if "-" in name else "\n") + f"{name:<22}" + "".join(f"{v!s:>12}" for v in values) + f"  {mixers}")
     print("\nTrain one with: ttt-e2e train PRESET --data DIR --out RUN [NAME=VALUE ...]")
+    return 0
+
+
+def _runs(names: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Equal neighbours together, and how many they are."""
+    from itertools import groupby
+
+    return [(name, len(list(group))) for name, group in groupby(names)]
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from ttt_e2e.cost import cost, in_bytes, parameters, table
+
+    config = override(preset(arguments.preset), arguments.settings)
+    contexts = arguments.context or [config.train.context * times for times in (1, 4, 16)]
+    dtype = config.train.dtype
+    full = f"{arguments.preset.split('-')[0]}-full"
+    configs = {arguments.preset: config}
+    if arguments.preset != full:
+        configs[full] = PRESETS[full]
+    size = 2 if dtype == "bfloat16" else 4
+    costs = [[cost(c.model, context, size, c.train.meta) for context in contexts] for c in configs.values()]
+    count = parameters(config.model)
+    if arguments.json:
+        found = {name: [asdict(at) for at in row] for name, row in zip(configs, costs, strict=True)}
+        _print_json({"dtype": dtype, "bytes": {"float32": 4 * count, "bfloat16": 2 * count}, "costs": found})
+        return 0
+    weights = f"{in_bytes(4 * count)} in float32, {in_bytes(2 * count)} in bfloat16"
+    print(f"{arguments.preset}: {count:,} parameters, {weights}")
+    beside = f"; in brackets: as a multiple of {full}" if len(costs) > 1 else ""
+    print(f"State of one text (caches in {dtype}), and operations per token{beside}\n")
+    print(table(*costs))
     return 0
 
 
@@ -357,15 +384,6 @@ def _model_name(folder: Path | None) -> str:
     return "the shipped model" if folder is None else str(folder)
 
 
-def _parameters(config: ModelConfig) -> int:
-    import torch
-
-    from ttt_e2e.model import Transformer
-
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in Transformer(config).parameters())
-
-
 def _require_threads(threads: int | None) -> None:
     if threads is not None and threads < 1:
         raise UserError(f"--threads must be at least 1, not {threads}.")
@@ -386,6 +404,7 @@ _FUNCTIONS = {
     "train": _train,
     "evaluate": _evaluate,
     "presets": _presets,
+    "cost": _cost,
     "info": _info,
 }
 

@@ -16,6 +16,7 @@ _WIDTH = 100
 _LISTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "prepare": ("sources", Path),
     "train": ("settings", str),
+    "cost": ("settings", str),
     "evaluate": ("files", Path),
 }
 Run = Callable[[argparse.Namespace], int]
@@ -290,6 +291,29 @@ example:
     sub.add_argument("--json", action="store_true", help="print all their settings as JSON")
 
     sub = command(
+        "cost",
+        "count what a model costs, without running it",
+        """Count a preset's parameters and, for texts of several lengths, what one of them leaves behind in the
+model, and the operations per token: reading (learning included), writing one token more, training,
+and training with recompute=mini-batch. In brackets: as a multiple of full attention of that size.
+Operations are those of matrix products, a product and its sum as two; attention by the pairs it needs.""",
+        """examples:
+  ttt-e2e cost 3b
+  ttt-e2e cost 3b --context 8K 128K 2M
+  ttt-e2e cost tiny window=1024 mini_batch=128 --json""",
+    )
+    sub.add_argument("preset", metavar="PRESET", help="see `ttt-e2e presets`")
+    sub.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the preset")
+    sub.add_argument(
+        "--context",
+        nargs="+",
+        type=_tokens,
+        metavar="TOKENS",
+        help="lengths of the text, such as 8192, 128K or 2M (default: the preset's, 4 and 16 times that)",
+    )
+    sub.add_argument("--json", action="store_true", help="print it as JSON")
+
+    sub = command(
         "info",
         "say what a model folder or a session is",
         "Say what a model folder or a session file holds: sizes, parameters, digests.",
@@ -301,6 +325,15 @@ example:
     sub.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder or a session file")
     sub.add_argument("--json", action="store_true", help="print it as JSON")
     return parser, dict(commands.choices)
+
+
+def _tokens(text: str) -> int:
+    """A number of tokens, such as 8192, 128K (times 1024) or 2M (times 1024 x 1024)."""
+    unit = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
+    digits = text if unit == 1 else text[:-1]
+    if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write one such as 8192, 128K or 2M")
+    return int(digits) * unit
 
 
 def _compile_option(parser: argparse.ArgumentParser, when: str) -> None:

@@ -1,7 +1,6 @@
 """What a model and a training run are made of: frozen, typed values, checked where they are made.
 
-Sources: the sizes and schedules are those of the paper's configuration table (arXiv 2512.23675) as released with the
-official code; `tiny` and `small` are ours, in the same proportions of window, mini-batch and context.
+`presets` has the published ones.
 """
 
 import dataclasses
@@ -269,87 +268,6 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-# name: layers, width, heads, MLP width with full attention, MLP width with TTT-E2E, suffix, outer lr, steps, batch
-_PUBLISHED = {
-    "125m": (12, 768, 12, 2048, 1664, 3, 3e-3, 4800, 64),
-    "350m": (24, 1024, 16, 2816, 2304, 6, 1.5e-3, 13500, 64),
-    "760m": (24, 1536, 16, 4096, 3328, 6, 1.25e-3, 29000, 64),
-    "1b": (24, 2048, 32, 5376, 4352, 6, 1e-3, 50000, 64),
-    "3b": (32, 2560, 32, 6912, 5632, 8, 8e-4, 52000, 128),
-}
-_PUBLISHED_VOCABULARY = 128_256
-
-# Ours, for a laptop: window : mini-batch : context as published, 8 : 1 : 8, at a smaller scale.
-# name: vocabulary, layers, width, heads, MLP full / TTT-E2E, suffix, window, mini-batch, lr, steps, batch, context
-_LAPTOP = {
-    "tiny": (4096, 8, 128, 4, 352, 288, 2, 512, 64, 3e-3, 1000, 4, 4096),
-    "small": (8192, 12, 384, 6, 1024, 832, 3, 1024, 128, 2e-3, 4000, 8, 8192),
-}
-
-
-def _presets() -> dict[str, RunConfig]:
-    presets = {}
-    for name, (layers, width, heads, full, ttt, suffix, lr, steps, batch) in _PUBLISHED.items():
-        train = TrainConfig(lr=lr, steps=steps, batch=batch, context=8192, dtype="bfloat16")
-        shape: dict[str, Any] = dict(vocab_size=_PUBLISHED_VOCABULARY, width=width, layers=layers, heads=heads)
-        presets[name] = RunConfig(ModelConfig(**shape, mlp_width=ttt, suffix_layers=suffix), train)
-        presets[f"{name}-full"] = RunConfig(
-            ModelConfig(**shape, mlp_width=full, pattern=("full",), mini_batch=None), train
-        )
-    for name, row in _LAPTOP.items():
-        vocab, layers, width, heads, full, ttt, suffix, window, mini_batch, lr, steps, batch, context = row
-        train = TrainConfig(lr=lr, steps=steps, batch=batch, context=context)
-        shape = dict(vocab_size=vocab, width=width, layers=layers, heads=heads)
-        presets[name] = RunConfig(
-            ModelConfig(**shape, mlp_width=ttt, suffix_layers=suffix, window=window, mini_batch=mini_batch),
-            train,
-        )
-        presets[f"{name}-full"] = RunConfig(
-            ModelConfig(**shape, mlp_width=full, pattern=("full",), mini_batch=None), train
-        )
-        presets[f"{name}-window"] = RunConfig(
-            ModelConfig(**shape, mlp_width=full, window=window, mini_batch=None), train
-        )
-    return presets
-
-
-PRESETS = _presets()
-
-
-def preset(name: str) -> RunConfig:
-    """The configuration called `name`; raises UserError for a name that is not in `PRESETS`.
-
-    There are the published sizes ("125m" to "3b" with TTT-E2E, "125m-full" to "3b-full" with full attention) and ours
-    ("tiny" and "small", each also "-full" and "-window").
-    """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"There is no preset {name!r}.{hint} There are: {', '.join(PRESETS)}.")
-    return PRESETS[name]
-
-
-def extension(train: TrainConfig, context: int, pretrain_steps: int) -> TrainConfig:
-    """The published recipe to extend a pre-trained model to a longer `context`: lr 4e-4, a fortieth of the
-    pre-training's steps at the same tokens per step, no inner warm-up."""
-    batch = max(1, train.batch * train.context // context)
-    return dataclasses.replace(
-        train,
-        context=context,
-        batch=batch,
-        accumulate=train.accumulate if batch % train.accumulate == 0 else 1,
-        lr=4e-4,
-        steps=max(1, pretrain_steps // 40),
-        warmup_steps=None,
-        inner_warmup_steps=0,
-    )
-
-
-def rope_theta_for(context: int) -> float:
-    """The published rotary base of full attention by context: 5e5 up to 8K, 2e6 up to 32K, 1e7 beyond."""
-    return 5e5 if context <= 8192 else 2e6 if context <= 32_768 else 1e7
-
-
 # -- in and out of text ------------------------------------------------------------------------------------------------
 
 C = TypeVar("C")
@@ -379,8 +297,8 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values, for JSON."""
-    return dataclasses.asdict(config)
+    """A configuration as plain values, equal to what comes back from JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration") -> C:
