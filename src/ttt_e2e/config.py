@@ -51,7 +51,7 @@ class ModelConfig:
     memory_lr: the largest step of that MLP's own training; the model chooses between it and 0 for every token.
     persistent_tokens: learned keys and values that Titans' attention always sees.
     kernels: of Mamba 2 and Gated DeltaNet: "torch" is PyTorch everywhere; "fused" demands a CUDA library's; "auto"
-        takes those on a GPU if they are installed.
+        takes those on a GPU for 16-bit numbers if they are installed, outside of compiled code.
 
     Raises UserError if the values do not fit together.
     """
