@@ -311,6 +311,12 @@ def _cost(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from ttt_e2e.reproduce.command import run
+
+    return INTERRUPTED if run(arguments) else 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from ttt_e2e.session import DTYPES, session_facts, shipped_model
 
@@ -405,6 +411,7 @@ _FUNCTIONS = {
     "evaluate": _evaluate,
     "presets": _presets,
     "cost": _cost,
+    "reproduce": _reproduce,
     "info": _info,
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ttt_e2e import __version__
+from ttt_e2e.reproduce.command import DESCRIPTION, EPILOG, add_actions
 
 _WIDTH = 100
 # Commands that take a list of arguments: its name and its type.
@@ -47,8 +48,9 @@ def parse(argv: list[str], functions: Mapping[str, Run]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(2)
     first = next((word for word in argv if not word.startswith("-")), None)
-    if first is not None and first not in commands:
-        parser.error(f"there is no command {first!r}{_near(first, list(commands))}; there are: {', '.join(commands)}")
+    names = [name for name in commands if " " not in name]
+    if first is not None and first not in names:
+        parser.error(f"there is no command {first!r}{_near(first, names)}; there are: {', '.join(names)}")
     arguments, extra = parser.parse_known_args(argv)
     if arguments.command in _LISTS and not any(word.startswith("-") for word in extra):
         # argparse takes a list only where it stands in one piece; what follows an option goes to its end.
@@ -56,7 +58,7 @@ def parse(argv: list[str], functions: Mapping[str, Run]) -> argparse.Namespace:
         setattr(arguments, name, [*getattr(arguments, name), *map(kind, extra)])
         extra = []
     if extra:
-        command = commands[arguments.command]
+        command = commands[" ".join(filter(None, (arguments.command, getattr(arguments, "action", None))))]
         options = list(command._option_string_actions)
         option = extra[0].partition("=")[0]
         if option.startswith("-"):
@@ -313,6 +315,9 @@ Operations are those of matrix products, a product and its sum as two; attention
     )
     sub.add_argument("--json", action="store_true", help="print it as JSON")
 
+    sub = command("reproduce", "repeat the paper's comparison with other systems", DESCRIPTION, EPILOG)
+    actions = add_actions(sub, _tokens)
+
     sub = command(
         "info",
         "say what a model folder or a session is",
@@ -324,7 +329,7 @@ Operations are those of matrix products, a product and its sum as two; attention
     )
     sub.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder or a session file")
     sub.add_argument("--json", action="store_true", help="print it as JSON")
-    return parser, dict(commands.choices)
+    return parser, {**commands.choices, **{f"reproduce {name}": action for name, action in actions.items()}}
 
 
 def _tokens(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv 2412.06464, section 3.4), the layer as Qwen3-Next has it.
+"""Gated DeltaNet (arXiv 2412.06464), the layer as Qwen3-Next has it.
 
 Shapes: B sequences, T tokens, D width, H key heads, K width of a key or value head, A = expand H value heads,
 C = (2 H + A) K channels of the convolution, W inputs that it remembers.
