@@ -355,12 +355,12 @@ def _titans(config: ModelConfig, context: int) -> _Mixer:
     # What the memory gave goes through the attention's projection to keys and values too.
     static = _product(1, 1, projections + 2 * width * width) + 2 * read
     still = context * static + segments * attention(config.window) + attention(rest)
-    learn = read + 2 * gradient
+    learn = read + gradient + read  # one residual pulled back, then a gradient each for weights and momentum
     text = still + context // b * b * learn
     seen = config.persistent_tokens + (config.window + 1 if segments else 2 * (context + 1))
     pending = min(context, b)
     learned = -(-context // b) - 1  # mini-batches after which a token reads the memory
-    going_back = learned * (read + gradient) + max(0, learned - 1) * gradient  # the last momentum is of no use
+    going_back = learned * (read + gradient) + max(0, learned - 1) * read  # the last momentum is of no use
     return _Mixer(
         parameters=(
             weights
