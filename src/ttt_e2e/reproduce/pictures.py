@@ -1,0 +1,111 @@
+"""The pictures of a comparison, drawn without a display."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from ttt_e2e.cost import in_tokens
+from ttt_e2e.files import atomic_path
+
+
+def comparison(report: dict[str, Any], path: Path) -> None:
+    """Left: each system's loss minus the baseline's by context. Right: time to read a token by context."""
+    figure, axes = _figure(2)
+    systems = report["systems"]
+    contexts = sorted({row["context"] for row in report["comparison"]})
+    for name in systems:
+        rows = [r for r in report["comparison"] if r["system"] == name and r["difference"] is not None]
+        if rows:
+            axes[0].errorbar(
+                [row["context"] for row in rows],
+                [row["difference"]["mean"] for row in rows],
+                [row["difference"]["books_error"] or 0.0 for row in rows],
+                **_style(report, name),
+                capsize=2,
+                elinewidth=0.8,
+            )
+        rows = [r for r in report["latency"] if r["system"] == name and r["prefill_us"] is not None]
+        if rows:
+            axes[1].plot([row["context"] for row in rows], [row["prefill_us"] for row in rows], **_style(report, name))
+    axes[0].set_ylabel(f"loss minus that of {systems[report['baseline']]['label']} (nats per token)")
+    axes[1].set_ylabel("time to read a token (microseconds)")
+    _by_tokens(axes[0], contexts, "context (tokens)")
+    _by_tokens(axes[1], sorted({row["context"] for row in report["latency"]}), "context (tokens)")
+    if report["latency"]:
+        axes[1].set_yscale("log")
+        for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
+            ticks(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    else:
+        axes[1].text(0.5, 0.5, "not measured yet", ha="center", transform=axes[1].transAxes, color="#667085")
+    axes[0].set_title(f"{report['what']}, scale {report['plan']['scale']['name']}", loc="left", fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=9)
+    _save(figure, path)
+
+
+def along(report: dict[str, Any], path: Path) -> None:
+    """The loss by position in the sequence at the longest context; right: minus the baseline's, with its error."""
+    if report["along"] is None:
+        return
+    figure, axes = _figure(2)
+    edges = report["along"]["position_edges"]
+    middles = [(max(a, 1) * b) ** 0.5 for a, b in pairwise(edges)]
+    for row in report["along"]["rows"]:
+        for axis, key in zip(axes, ("loss", "difference"), strict=True):
+            points = [(x, b[key]) for x, b in zip(middles, row["bins"], strict=True) if b[key] is not None]
+            x, y = [x for x, _ in points], [value["mean"] for _, value in points]
+            axis.plot(x, y, **_style(report, row["system"]))
+            if key == "difference":
+                errors = [value["books_error"] or 0.0 for _, value in points]
+                low, high = ([a + sign * b for a, b in zip(y, errors, strict=True)] for sign in (-1, 1))
+                axis.fill_between(x, low, high, color=report["systems"][row["system"]]["colour"], alpha=0.12, lw=0)
+    axes[0].set_ylabel("loss (nats per token)")
+    axes[1].set_ylabel(f"minus that of {report['systems'][report['baseline']]['label']}")
+    ticks = [edge for edge in edges[1:] if edge & (edge - 1) == 0]
+    for axis in axes:
+        _by_tokens(axis, ticks, "position in the sequence (token)")
+    axes[0].set_title(f"Loss along a context of {in_tokens(report['along']['context'])}", loc="left", fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=9)
+    _save(figure, path)
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.5 * columns, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, columns))
+    for axis in axes:
+        axis.grid(axis="y", color="#e4e7ec", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _style(report: dict[str, Any], name: str) -> dict[str, Any]:
+    system = report["systems"][name]
+    ours = name == "ttt-e2e"
+    return {
+        "label": system["label"],
+        "color": system["colour"],
+        "linewidth": 2.2 if ours else 1.4,
+        "marker": "o",
+        "markersize": 4,
+        "zorder": 3 if ours else 2,
+    }
+
+
+def _by_tokens(axis: Axes, ticks: list[int], label: str) -> None:
+    axis.set_xlabel(label)
+    if ticks:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_tokens(int(value))))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png")

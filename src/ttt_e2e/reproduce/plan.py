@@ -1,0 +1,257 @@
+"""What there is to do: jobs, what each waits for, and what exactly each is told when it starts.
+
+A job is a folder under OUT with job.json (what to do), log.txt (what it printed) and, once it is done, result.json:
+
+    estimate/SYSTEM                      a few steps of random tokens, to say beforehand what the whole will take
+    runs/SYSTEM/sweep/lr-0.003           pre-training for a short while at one outer learning rate
+    runs/SYSTEM/seed0/pretrain           at the best of them
+    runs/SYSTEM/seed0/extend-4096        trained on from there for one context
+    runs/SYSTEM/seed0/evaluate-4096      the held-out books at that context
+    latency-0123abcd                     time per token by context
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ttt_e2e.config import RunConfig, to_dict
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import write_text
+from ttt_e2e.model_files import read_json
+from ttt_e2e.reproduce.scales import Scale
+from ttt_e2e.reproduce.systems import SYSTEMS, System, extending, pretraining
+
+FORMAT = "ttt-e2e reproduce"
+RUN, RESULT = "run", "result.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: `what` is "figure1" or "ablations"; data, books: prepared tokens to train first on, and further.
+
+    The held-out books are the "val" documents of `books`. data_digest, books_digest: of the tokens. device: "cpu" or
+    "cuda". book_tokens: how many tokens of all books together are evaluated.
+    """
+
+    what: str
+    scale: Scale
+    systems: tuple[System, ...]
+    seeds: tuple[int, ...]
+    contexts: tuple[int, ...]
+    data: Path
+    books: Path
+    data_digest: str
+    books_digest: str
+    device: str
+    book_tokens: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work. folder: under OUT. needs: folders of jobs that must have ended before.
+
+    kind: "sweep", "pretrain", "extend", "evaluate", "estimate" or "latency". system None: all. tokens: to read.
+    lr: of a sweep. context: of its sequences.
+    """
+
+    folder: str
+    kind: str
+    system: System | None
+    seed: int
+    context: int
+    tokens: int
+    needs: tuple[str, ...] = ()
+    lr: float | None = None
+
+
+def jobs(plan: Plan) -> list[Job]:
+    """All jobs of training and evaluation, in the order in which they can be done."""
+    scale = plan.scale
+    made: dict[str, Job] = {}
+    for system in plan.systems:
+        own = trained(system)
+        folders = f"runs/{own.name}"
+        sweeps = []
+        for lr in sweep_rates(scale, own):
+            config = pretraining(scale, own, 0, lr, scale.sweep_tokens)
+            sweeps.append(Job(f"{folders}/sweep/lr-{lr:g}", "sweep", own, 0, *_size(config), lr=lr))
+        made |= {job.folder: job for job in sweeps}
+        for seed in plan.seeds:
+            config = pretraining(scale, own, seed)
+            needs = tuple(job.folder for job in sweeps)
+            first = Job(f"{folders}/seed{seed}/pretrain", "pretrain", own, seed, *_size(config), needs)
+            made[first.folder] = first
+            for context in plan.contexts:
+                model = first
+                if context > scale.pretrain_context:
+                    config = extending(scale, own, seed, context)
+                    name = f"{folders}/seed{seed}/extend-{context}"
+                    model = Job(name, "extend", own, seed, *_size(config), (first.folder,))
+                    made[model.folder] = model
+                name = f"runs/{system.name}/seed{seed}/evaluate-{context}"
+                made[name] = Job(
+                    name, "evaluate", system, seed, context, _read_tokens(plan, system, context), (model.folder,)
+                )
+    return list(made.values())
+
+
+def estimates(plan: Plan) -> list[Job]:
+    """The jobs that measure how fast every system is here."""
+    systems = {s.name: s for system in plan.systems for s in (trained(system), system)}
+    return [Job(f"estimate/{name}", "estimate", system, 0, 0, 0) for name, system in systems.items()]
+
+
+def latency(plan: Plan) -> Job:
+    """The job that measures time per token; it belongs to these very systems."""
+    names = ",".join(system.name for system in plan.systems)
+    return Job(f"latency-{hashlib.sha256(names.encode()).hexdigest()[:8]}", "latency", None, 0, 0, 0)
+
+
+def sweep_rates(scale: Scale, system: System) -> list[float]:
+    """The outer learning rates to try, from low to high."""
+    return sorted(pretraining(scale, system, 0).train.lr * factor for factor in scale.sweep)
+
+
+def best_sweep(scale: Scale, system: System, results: Mapping[str, dict[str, Any]]) -> float | None:
+    """The swept learning rate of the lowest loss; one that diverged is never it. None if there is no loss."""
+    folders = {lr: f"runs/{system.name}/sweep/lr-{lr:g}" for lr in sweep_rates(scale, system)}
+    losses = {lr: results[folder]["loss"] for lr, folder in folders.items() if "loss" in results.get(folder, {})}
+    return min(losses, key=lambda lr: losses[lr]) if losses else None
+
+
+def specification(plan: Plan, job: Job, out: Path, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What job.json says, once everything that the job needs has ended.
+
+    Raises UserError if that gave nothing to go on with.
+    """
+    scale, system = plan.scale, job.system
+    spec: dict[str, Any] = {"kind": job.kind, "device": plan.device, "threads": 1 if plan.device == "cpu" else None}
+    if job.kind == "latency":
+        shapes = {s.name: to_dict(pretraining(scale, s, 0).model) for s in plan.systems}
+        dtype = pretraining(scale, plan.systems[0], 0).train.dtype
+        contexts = list(scale.latency_contexts)
+        return spec | {"configs": shapes, "contexts": contexts, "seconds": scale.latency_seconds, "dtype": dtype}
+    assert system is not None
+    if job.kind == "estimate":
+        stages = [pretraining(scale, system, 0), extending(scale, system, 0, max(scale.contexts))]
+        configs = [to_dict(config) for config in stages]
+        return spec | {"configs": configs, "batch_tokens": scale.eval_batch_tokens, "processes": scale.processes}
+    for need in job.needs:
+        if need not in results:
+            raise UserError(f"{need} could not be done.")
+        if job.kind != "pretrain" and "failed" in results[need]:
+            raise UserError(f"{need} failed.")
+    if job.kind == "evaluate":
+        config = pretraining(scale, system, job.seed)
+        return spec | {
+            "model": str((out / job.needs[0] / RUN / "model").resolve()),
+            "becomes": None if system.trained_as is None else to_dict(config.model),
+            "books": str(plan.books.resolve()),
+            "context": job.context,
+            "longest": max(scale.contexts),
+            "book_tokens": scale.eval_tokens,
+            "batch_tokens": scale.eval_batch_tokens,
+            "inner_lrs": list(_inner_lrs(scale, config)),
+            "choose_tokens": scale.choose_tokens,
+            "seed": job.seed,
+            "dtype": config.train.dtype,
+        }
+    start_from = None
+    if job.kind == "extend":
+        config, data = extending(scale, system, job.seed, job.context), plan.books
+        start_from = str((out / job.needs[0] / RUN / "model").resolve())
+    else:
+        data = plan.data
+        lr, tokens = job.lr, scale.sweep_tokens
+        if job.kind == "pretrain":
+            lr, tokens = best_sweep(scale, system, results), scale.pretrain_tokens
+            if lr is None:
+                raise UserError("every learning rate of its sweep failed.")
+        config = pretraining(scale, system, job.seed, lr, tokens)
+    return spec | {
+        "config": to_dict(config),
+        "data": str(data.resolve()),
+        "start_from": start_from,
+        "processes": scale.processes,
+    }
+
+
+# -- the plan of a folder ----------------------------------------------------------------------------------------------
+
+
+def keep(plan: Plan, out: Path) -> dict[str, list]:
+    """Write the plan to OUT/plan.json, or check that it is the one that stands there.
+
+    A second call may name other systems, seeds and contexts; returns all that any call named, by "systems", "seeds" and
+    "contexts". Raises UserError if anything else differs.
+    """
+    path = out / "plan.json"
+    now: dict[str, Any] = {
+        "format": FORMAT,
+        "version": 1,
+        "what": plan.what,
+        "scale": asdict(plan.scale),
+        "data": {"where": str(plan.data), "digest": plan.data_digest},
+        "books": {"where": str(plan.books), "digest": plan.books_digest},
+        "device": plan.device,
+        "configs": {s.name: to_dict(pretraining(plan.scale, s, 0)) for s in plan.systems},
+        "systems": [s.name for s in plan.systems],
+        "seeds": list(plan.seeds),
+        "contexts": list(plan.contexts),
+    }
+    now = json.loads(json.dumps(now))
+    if path.exists():
+        before = read_json(path)
+        for key in ("format", "version", "what", "scale", "device"):
+            if before.get(key) != now[key]:
+                _refuse(out, _difference(key, before.get(key), now[key]))
+        for key in ("data", "books"):
+            if before[key]["digest"] != now[key]["digest"]:
+                _refuse(out, f"{key} in {before[key]['where']}, not those in {now[key]['where']}")
+        for name, config in before["configs"].items():
+            if now["configs"].setdefault(name, config) != config:
+                _refuse(out, f"other settings of {name} (this version of ttt-e2e has changed them)")
+        for key in ("systems", "seeds", "contexts"):
+            now[key] = [*before[key], *(value for value in now[key] if value not in before[key])]
+    write_text(path, json.dumps(now, indent=2) + "\n")
+    return {key: now[key] for key in ("systems", "seeds", "contexts")}
+
+
+def _refuse(out: Path, what: str) -> None:
+    raise UserError(
+        f"{out} holds a comparison with {what}; give the same choices (only --systems, --seeds, --contexts and "
+        "--workers may differ), or another folder."
+    )
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and before.get("name") == now.get("name"):
+        key, before, now = next((f"{key}.{k}", before.get(k), v) for k, v in now.items() if before.get(k) != v)
+    elif isinstance(before, dict):
+        before, now = before.get("name"), now.get("name")
+    return f"{key} = {before}, not {now}"
+
+
+def trained(system: System) -> System:
+    """The system whose training is this one's: itself, except for dynamic evaluation."""
+    return system if system.trained_as is None else next(s for s in SYSTEMS if s.name == system.trained_as)
+
+
+def _size(config: RunConfig) -> tuple[int, int]:
+    """Context and tokens of a stage."""
+    return config.train.context, config.train.steps * config.train.batch * config.train.context
+
+
+def _inner_lrs(scale: Scale, config: RunConfig) -> tuple[float, ...]:
+    """What is to be chosen among at test time."""
+    return () if config.train.meta else scale.inner_lrs
+
+
+def _read_tokens(plan: Plan, system: System, context: int) -> int:
+    """How many tokens an evaluation reads: the books, for what learns a second time frozen, and those to choose on."""
+    config = pretraining(plan.scale, system, 0)
+    choosing = len(_inner_lrs(plan.scale, config)) * max(plan.scale.choose_tokens, context)
+    return plan.book_tokens * (2 if config.model.suffix_layers else 1) + choosing

@@ -1,0 +1,152 @@
+"""What is compared: the systems of figure 1, and the rows of the ablations, each a preset and what it changes."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from ttt_e2e.config import ModelConfig, RunConfig, override
+from ttt_e2e.cost import parameters
+from ttt_e2e.errors import UserError
+from ttt_e2e.presets import preset, rope_theta_for
+from ttt_e2e.reproduce.scales import Scale
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of a comparison.
+
+    name, label, colour: on the command line, for people, in pictures.
+    preset: what follows the size in the preset's name; "" is TTT-E2E.
+    changes: settings as NAME=VALUE, after those of the scale.
+    same_size: whether the MLPs' width makes up for parameters that `changes` add or take away.
+    trained_as: the system whose trained weights this one takes, because its own training would be the same.
+    """
+
+    name: str
+    label: str
+    colour: str
+    preset: str
+    changes: tuple[str, ...] = ()
+    same_size: bool = False
+    trained_as: str | None = None
+
+
+SYSTEMS = (
+    System("full", "full attention", "#101828", "-full"),
+    System("window", "sliding window", "#98a2b3", "-window"),
+    System("hybrid", "hybrid, 5 windows : 1 full", "#667085", "-hybrid"),
+    System("mamba2", "Mamba 2", "#2e7d32", "-mamba2"),
+    System("gated-deltanet", "Gated DeltaNet", "#00897b", "-gated-deltanet"),
+    System("ttt-kvb", "TTT-KVB", "#8e24aa", "-ttt-kvb"),
+    System("titans", "Titans", "#c2185b", "-titans"),
+    System("dynamic", "dynamic evaluation", "#d9822b", "-dynamic", trained_as="window"),
+    System("ttt-e2e", "TTT-E2E", "#1565c0", ""),
+    System("full-prefix", "TTT-E2E over full attention", "#64b5f6", "-full-prefix"),
+)
+BASELINE = {"figure1": "full", "ablations": "ttt-e2e"}
+"""What the others' losses are compared with."""
+_EXTRA = "full-prefix"  # not in the paper's figure: only where it is named
+
+
+def rows(what: str, scale: Scale) -> tuple[System, ...]:
+    """The systems that `what` ("figure1" or "ablations") can compare at this scale, the baseline among them."""
+    return SYSTEMS if what == "figure1" else ablations(scale)
+
+
+def default_rows(what: str, scale: Scale) -> tuple[str, ...]:
+    """The names of those that it compares unless told otherwise."""
+    return tuple(system.name for system in rows(what, scale) if system.name != _EXTRA)
+
+
+def ablations(scale: Scale) -> tuple[System, ...]:
+    """TTT-E2E and what becomes of it when one choice is made otherwise, at the same number of parameters."""
+    model = override(preset(scale.size), list(scale.settings)).model
+    rows = [System("ttt-e2e", "TTT-E2E", "#1565c0", "")]
+    for window in (scale.window // 2, scale.window * 2):
+        rows.append(System(f"window-{window}", f"window k = {window}", "#667085", "", (f"window={window}",)))
+    for b in (scale.mini_batch // 4, scale.mini_batch // 2, scale.mini_batch * 2, scale.mini_batch * 4):
+        if 1 <= b <= scale.window:
+            rows.append(System(f"mini-batch-{b}", f"mini-batch b = {b}", "#2e7d32", "", (f"mini_batch={b}",)))
+    for count in sorted({max(1, model.layers // 8), model.layers // 4, model.layers // 2, model.layers}):
+        if count != model.suffix_layers:
+            label = f"{count} of {model.layers} blocks updated"
+            rows.append(System(f"suffix-{count}", label, "#8e24aa", "", (f"suffix_layers={count}",), same_size=True))
+    rows.append(
+        System("no-static-mlp", "no static MLP beside the fast one", "#c2185b", "", ("static_mlp=false",), True)
+    )
+    rows.append(System("no-meta", "without meta-learning", "#d9822b", "", ("meta=false",)))
+    return tuple(rows)
+
+
+def choose(what: str, scale: Scale, names: list[str] | None) -> tuple[System, ...]:
+    """The systems called `names` (None: the default ones), the baseline always among them, in their usual order.
+
+    Raises UserError for a name that is none.
+    """
+    known = {system.name: system for system in rows(what, scale)}
+    wanted = {BASELINE[what], *(default_rows(what, scale) if names is None else names)}
+    for name in sorted(wanted - set(known)):
+        raise UserError(f"There is no system {name!r} in {what}; there are: {', '.join(known)}.")
+    return tuple(system for name, system in known.items() if name in wanted)
+
+
+# -- configurations ----------------------------------------------------------------------------------------------------
+
+
+def pretraining(
+    scale: Scale, system: System, seed: int, lr: float | None = None, tokens: int | None = None
+) -> RunConfig:
+    """How `system` is trained first. lr: the outer learning rate. None: the preset's rate, the scale's tokens."""
+    config = preset(scale.size + system.preset)
+    # A standard model has no mini-batches, at any scale.
+    mini_batch = None if config.model.mini_batch is None else scale.mini_batch
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, window=scale.window, mini_batch=mini_batch)
+    )
+    config = override(config, list(scale.settings))
+    count = parameters(config.model)
+    config = override(config, list(system.changes))
+    if system.same_size:
+        config = dataclasses.replace(config, model=_with_parameters(config.model, count))
+    if lr is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=lr))
+    return _stage(scale, config, scale.pretrain_context, tokens or scale.pretrain_tokens, seed)
+
+
+def extending(scale: Scale, system: System, seed: int, context: int) -> RunConfig:
+    """How the pre-trained model is trained on for a longer `context`, by the paper's recipe."""
+    config = pretraining(scale, system, seed)
+    train = dataclasses.replace(config.train, lr=scale.extend_lr, inner_warmup_steps=0)
+    return _stage(scale, RunConfig(_model_at(config.model, context), train), context, scale.extend_tokens, seed)
+
+
+def _model_at(model: ModelConfig, context: int) -> ModelConfig:
+    """The model for a longer context: full attention turns its positions more slowly there."""
+    if "full" not in model.mixers:
+        return model
+    return dataclasses.replace(model, rope_theta=max(model.rope_theta, rope_theta_for(context)))
+
+
+def _stage(scale: Scale, config: RunConfig, context: int, tokens: int, seed: int) -> RunConfig:
+    """`config` for a stage of `tokens` tokens in sequences of `context`: the same batches for every system."""
+    batch = max(1, scale.tokens_per_step // context)
+    piece = max(1, scale.piece_tokens // context)
+    accumulate = next(
+        n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or batch // n <= piece * scale.processes)
+    )
+    train = dataclasses.replace(
+        config.train,
+        context=context,
+        batch=batch,
+        accumulate=accumulate,
+        steps=max(1, tokens // (batch * context)),
+        seed=seed,
+        eval_every=0,
+        log_every=1,
+    )
+    return RunConfig(config.model, train)
+
+
+def _with_parameters(model: ModelConfig, count: int) -> ModelConfig:
+    """`model` with MLPs as wide as `count` parameters want them, to a multiple of eight."""
+    one, two = (parameters(dataclasses.replace(model, mlp_width=width)) for width in (1, 2))
+    return dataclasses.replace(model, mlp_width=max(8, round((count - one) / (two - one) / 8) * 8))
