@@ -193,7 +193,8 @@ def sequence_loss(
     if bos is not None:
         mask_BT = (targets_BT != bos).to(mask_BT.dtype)
     place = model.place(0, length, dtype)
-    torch.compiler.cudagraph_mark_step_begin()
+    if steps.fixed:
+        torch.compiler.cudagraph_mark_step_begin()
     x_BTD = steps.read_static(model, inputs_BT, place, dtype)
     lr = config.inner_lr if inner_lr is None else inner_lr
     if not model.suffix:

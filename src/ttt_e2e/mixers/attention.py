@@ -79,6 +79,8 @@ class Attention(Mixer):
             y_BHTK = attention_once(q_BHTK, *seen, window, place.empty, place.bias_TS)
         if cache is None or place.empty is None:
             kept = join([seen], window)
+            if cache is None and not torch.is_grad_enabled():  # a view would keep the whole text
+                kept = Cache(*(t.contiguous() for t in kept))
         else:  # a cache of fixed size keeps it, and its place in memory does not tell where it was cut from
             kept = Cache(*(t.contiguous() for t in join([seen], cache.k_BGSK.shape[2])))
 

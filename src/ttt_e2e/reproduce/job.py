@@ -173,6 +173,7 @@ def _latency(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
         threads=spec["threads"],
         device=spec["device"],
         dtype=spec["dtype"],
+        train=False,
         progress=False,
     )
     return {"rows": [{field: getattr(row, field) for field in _LATENCY} for row in rows]}
