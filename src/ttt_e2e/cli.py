@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ttt_e2e.command_line import parse, warnings_in_one_line
 from ttt_e2e.config import RunConfig, override
 from ttt_e2e.errors import UserError
-from ttt_e2e.presets import PRESETS, extension, preset, rope_theta_for
+from ttt_e2e.presets import PRESETS, at_context, extension, preset
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizer import Tokenizer
@@ -191,7 +191,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
         config = RunConfig(load_config(arguments.start_from), config.train)
     if arguments.extend is not None:
-        config = _extended(config, arguments.extend)
+        longer = extension(config.train, arguments.extend, config.train.steps)
+        config = RunConfig(at_context(config.model, arguments.extend), longer)
     config = override(config, arguments.settings)
     from ttt_e2e.training.trainer import train
 
@@ -210,15 +211,6 @@ def _train(arguments: argparse.Namespace) -> int:
         compile=arguments.compile,
     )
     return INTERRUPTED if result.interrupted else 0
-
-
-def _extended(config: RunConfig, context: int) -> RunConfig:
-    from dataclasses import replace
-
-    model = config.model
-    if "full" in model.mixers:
-        model = replace(model, rope_theta=max(model.rope_theta, rope_theta_for(context)))
-    return RunConfig(model, extension(config.train, context, config.train.steps))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

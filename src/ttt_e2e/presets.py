@@ -79,10 +79,13 @@ def _of_size(model: ModelConfig, count: int) -> ModelConfig:
     """`model` itself if it has `count` parameters to 2 percent; else with MLPs as wide, in steps of 16 or 64."""
     if abs(parameters(model) / count - 1) <= 0.02:
         return model
-    one, two = (parameters(dataclasses.replace(model, mlp_width=w)) for w in (1, 2))
-    step = 16 if model.width < 512 else 64
-    width = round((count - one) / (two - one) / step) * step
-    return dataclasses.replace(model, mlp_width=max(step, width))
+    return with_parameters(model, count, 16 if model.width < 512 else 64)
+
+
+def with_parameters(model: ModelConfig, count: int, step: int) -> ModelConfig:
+    """`model` with MLPs as wide as `count` parameters want them, to a multiple of `step`."""
+    one, two = (parameters(dataclasses.replace(model, mlp_width=width)) for width in (1, 2))
+    return dataclasses.replace(model, mlp_width=max(step, round((count - one) / (two - one) / step) * step))
 
 
 PRESETS = _presets()
@@ -117,6 +120,13 @@ def extension(train: TrainConfig, context: int, pretrain_steps: int) -> TrainCon
         warmup_steps=None,
         inner_warmup_steps=0,
     )
+
+
+def at_context(model: ModelConfig, context: int) -> ModelConfig:
+    """`model` as it is extended to `context`: full attention turns its positions more slowly there."""
+    if "full" not in model.mixers:
+        return model
+    return dataclasses.replace(model, rope_theta=max(model.rope_theta, rope_theta_for(context)))
 
 
 def rope_theta_for(context: int) -> float:

@@ -22,11 +22,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ttt_e2e.config import Kernels
-from ttt_e2e.errors import UserError
 from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.fused import Fused
 
 CHUNK = 32  # the fastest of 16, 32 and 64 on a CPU, forward and backward, at K = V = 32 to 128
 RECURRENT = 64  # up to so many tokens without gradients, a kernel that goes token by token is the faster one
@@ -146,6 +145,9 @@ def _in_chunks(x_BTA: Tensor, heads: int) -> Tensor:
 # -- flash-linear-attention --------------------------------------------------------------------------------------------
 
 
+_FUSED = Fused("Gated DeltaNet", "flash-linear-attention", "fla")
+
+
 class Library(NamedTuple):
     """flash-linear-attention's two functions, by their names in its package `fla.ops.gated_delta_rule`, 0.6."""
 
@@ -165,25 +167,12 @@ def find_library() -> Library | None:
 
 def check_kernels(kernels: Kernels) -> None:
     """Raise UserError if `kernels` demands flash-linear-attention and it is not there."""
-    if kernels == "fused" and find_library() is None:
-        raise UserError(
-            "Gated DeltaNet with kernels=fused needs flash-linear-attention; install it with "
-            "pip install 'ttt-e2e[fla]', or set kernels=auto."
-        )
+    _FUSED.check(kernels, find_library())
 
 
 def _library_for(v_BTAV: Tensor, kernels: Kernels) -> Library | None:
-    """The library if it is to compute this. A compiler cannot trace it, so "auto" gives that the PyTorch code."""
-    if kernels == "fused":
-        check_kernels(kernels)
-        if not v_BTAV.is_cuda:
-            raise UserError(
-                f"Gated DeltaNet with kernels=fused runs on a GPU only, but its input is on {v_BTAV.device.type}; "
-                "move the model and its input to a GPU, or set kernels=auto."
-            )
-        return find_library()
-    fits = v_BTAV.is_cuda and v_BTAV.dtype in (torch.bfloat16, torch.float16) and not is_compiling()
-    return find_library() if kernels == "auto" and fits else None
+    """The library if it is to compute this."""
+    return _FUSED.choose(kernels, v_BTAV, find_library)
 
 
 def _by_library(

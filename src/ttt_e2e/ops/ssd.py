@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ttt_e2e.config import Kernels
-from ttt_e2e.errors import UserError
+from ttt_e2e.ops.fused import Fused
 
 CHUNK = 64  # the fastest of 32, 64, 128 and 256 on a CPU, forward and backward, at P = 64 and N = 128
 FUSED_CHUNK = 256  # for mamba-ssm's kernel: the default of its own Mamba 2 layer
@@ -92,6 +91,9 @@ def ssd_reference(
     return torch.cat(outputs, 1), state_BHPN
 
 
+_FUSED = Fused("Mamba 2", "mamba-ssm", "mamba")
+
+
 @functools.cache
 def find_kernel() -> Kernel | None:
     """mamba-ssm's kernel, or None if it is not installed."""
@@ -103,25 +105,12 @@ def find_kernel() -> Kernel | None:
 
 def check_kernels(kernels: Kernels) -> None:
     """Raise UserError if `kernels` demands mamba-ssm and it is not there."""
-    if kernels == "fused" and find_kernel() is None:
-        raise UserError(
-            "Mamba 2 with kernels=fused needs mamba-ssm; install it with pip install 'ttt-e2e[mamba]', or set "
-            "kernels=auto."
-        )
+    _FUSED.check(kernels, find_kernel())
 
 
 def _kernel_for(x: Tensor, kernels: Kernels) -> Kernel | None:
-    """The kernel if it is to compute this. A compiler cannot trace it, so "auto" gives that the PyTorch code."""
-    if kernels == "fused":
-        check_kernels(kernels)
-        if not x.is_cuda:
-            raise UserError(
-                f"Mamba 2 with kernels=fused runs on a GPU only, but its input is on {x.device.type}; move the model "
-                "and its input to a GPU, or set kernels=auto."
-            )
-        return find_kernel()
-    fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not is_compiling()
-    return find_kernel() if kernels == "auto" and fits else None
+    """The kernel if it is to compute this."""
+    return _FUSED.choose(kernels, x, find_kernel)
 
 
 def _step(

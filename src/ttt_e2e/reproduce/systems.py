@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from ttt_e2e.config import ModelConfig, RunConfig, override
+from ttt_e2e.config import RunConfig, override
 from ttt_e2e.cost import parameters
 from ttt_e2e.errors import UserError
-from ttt_e2e.presets import preset, rope_theta_for
+from ttt_e2e.presets import at_context, preset, with_parameters
 from ttt_e2e.reproduce.scales import Scale
 
 
@@ -106,7 +106,7 @@ def pretraining(
     count = parameters(config.model)
     config = override(config, list(system.changes))
     if system.same_size:
-        config = dataclasses.replace(config, model=_with_parameters(config.model, count))
+        config = dataclasses.replace(config, model=with_parameters(config.model, count, 8))
     if lr is not None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=lr))
     return _stage(scale, config, scale.pretrain_context, tokens or scale.pretrain_tokens, seed)
@@ -116,14 +116,7 @@ def extending(scale: Scale, system: System, seed: int, context: int) -> RunConfi
     """How the pre-trained model is trained on for a longer `context`, by the paper's recipe."""
     config = pretraining(scale, system, seed)
     train = dataclasses.replace(config.train, lr=scale.extend_lr, inner_warmup_steps=0)
-    return _stage(scale, RunConfig(_model_at(config.model, context), train), context, scale.extend_tokens, seed)
-
-
-def _model_at(model: ModelConfig, context: int) -> ModelConfig:
-    """The model for a longer context: full attention turns its positions more slowly there."""
-    if "full" not in model.mixers:
-        return model
-    return dataclasses.replace(model, rope_theta=max(model.rope_theta, rope_theta_for(context)))
+    return _stage(scale, RunConfig(at_context(config.model, context), train), context, scale.extend_tokens, seed)
 
 
 def _stage(scale: Scale, config: RunConfig, context: int, tokens: int, seed: int) -> RunConfig:
@@ -144,9 +137,3 @@ def _stage(scale: Scale, config: RunConfig, context: int, tokens: int, seed: int
         log_every=1,
     )
     return RunConfig(config.model, train)
-
-
-def _with_parameters(model: ModelConfig, count: int) -> ModelConfig:
-    """`model` with MLPs as wide as `count` parameters want them, to a multiple of eight."""
-    one, two = (parameters(dataclasses.replace(model, mlp_width=width)) for width in (1, 2))
-    return dataclasses.replace(model, mlp_width=max(8, round((count - one) / (two - one) / 8) * 8))
