@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.reproduce import latency
-from ttt_e2e.reproduce.latency import LatencyRow, Reader, Setting, groups, measure, run_latency, take_turns
+from ttt_e2e.reproduce import latency, timing
+from ttt_e2e.reproduce.latency import run_latency
+from ttt_e2e.reproduce.timing import LatencyRow, Reader, Setting, groups, measure, take_turns
 
 STANDARD = dict(suffix_layers=0, mini_batch=None)
 CONFIGS = {
@@ -33,7 +34,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "STRETCH", {"cpu": 12, "cuda": 12})
+    monkeypatch.setattr(timing, "STRETCH", {"cpu": 12, "cuda": 12})
 
 
 def setting(room: float = 1e12, dtype: torch.dtype = torch.float32, seconds: float = 1e-9) -> Setting:
@@ -66,7 +67,7 @@ def test_a_short_text_and_one_for_which_there_is_time_are_read_as_a_whole() -> N
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_interpolation_counts_what_the_whole_text_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "clock", operations)
+    monkeypatch.setattr(timing, "clock", operations)
     config, context = CONFIGS[name], 240
     reader = Reader(config, context, setting())
     piece = reader.piece if reader.learns else reader.stretch
@@ -106,7 +107,7 @@ def test_systems_share_memory_as_far_as_it_goes() -> None:
 
 
 def test_what_does_not_fit_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(timing, "free_memory", lambda device: 1e6)
     configs = {"full": CONFIGS["full"], "window": CONFIGS["window"]}
     rows = measure(configs, [100_000], seconds=1e-6, progress=False)
     assert rows[0] == LatencyRow("full", 100_000, None, None, None)
@@ -129,7 +130,7 @@ def test_running_out_of_memory_leaves_one_figure_out_and_nothing_else() -> None:
 
 def test_rounds_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
     calls: list[str] = []
 
     def timer(name: str, *times: float) -> Callable[[], float]:

@@ -28,12 +28,12 @@ from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.presets import preset
 from ttt_e2e.reproduce import job, workers
 from ttt_e2e.reproduce.evaluate import as_dynamic, books, choose_inner_lr, position_edges, read_books
-from ttt_e2e.reproduce.latency import LatencyRow
 from ttt_e2e.reproduce.plan import Plan, jobs
 from ttt_e2e.reproduce.run import reproduce
 from ttt_e2e.reproduce.scales import SCALES, Scale
 from ttt_e2e.reproduce.statistics import difference, mean, standard_error
 from ttt_e2e.reproduce.systems import SYSTEMS, ablations, choose, extending, pretraining
+from ttt_e2e.reproduce.timing import LatencyRow
 from ttt_e2e.training import trainer
 
 MINUTE = dataclasses.replace(
@@ -89,7 +89,7 @@ def make(out: Path, data: Path, scale: Scale = MINUTE, what: str = "figure1", **
     options = {"systems": ROWS, "worker_count": 0, "device": "cpu", "progress": False} | options
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "_MEASURE_SECONDS", 1e-9)
-        patch.setattr("ttt_e2e.reproduce.latency.measure", measure)
+        patch.setattr("ttt_e2e.reproduce.timing.measure", measure)
         return reproduce(what, scale, out, data=data, **options)
 
 

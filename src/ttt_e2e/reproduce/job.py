@@ -163,7 +163,7 @@ def _seconds_per_token(model: Transformer, config: RunConfig, rows: int, learns:
 
 
 def _latency(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    from ttt_e2e.reproduce.latency import measure
+    from ttt_e2e.reproduce.timing import measure
 
     configs = {name: from_dict(ModelConfig, values, str(folder / JOB)) for name, values in spec["configs"].items()}
     rows = measure(
