@@ -455,7 +455,7 @@ def test_the_paper_s_schedule() -> None:
 def test_ablations_change_one_thing_each(data: Path, tmp_path: Path) -> None:
     rows = {system.name: pretraining(SCALES["tiny"], system, 0) for system in ablations(SCALES["tiny"])}
     base = rows.pop("ttt-e2e")
-    assert rows["window-512"].model.window == 512 and rows["mini-batch-64"].model.mini_batch == 64
+    assert rows["window-512"].model.window == 512 and rows["mini-batch-32"].model.mini_batch == 32
     assert rows["suffix-8"].model.suffix_layers == 8 and not rows["no-static-mlp"].model.static_mlp
     assert not rows["no-meta"].train.meta
     for config in rows.values():
