@@ -3,11 +3,15 @@
 import io
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import pytest
 import torch
 from conftest import small_model
 
-from ttt_e2e import cli
+from ttt_e2e import cli, session_files
 from ttt_e2e import session as session_module
 from ttt_e2e.command_line import warnings_in_one_line
 from ttt_e2e.compiled import compiled_steps
@@ -26,7 +30,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inner_loop import Steps
 from ttt_e2e.model_files import save_model
 from ttt_e2e.presets import PRESETS
-from ttt_e2e.session import session_facts
+from ttt_e2e.session_files import session_facts
 
 TEXT = "".join(f"{i} grey geese flew over the {'lake' if i % 2 else 'wood'} at dusk.\n" for i in range(40))
 
@@ -169,6 +173,90 @@ def test_warnings_of_others_are_shown_as_ever(
         warnings.warn_explicit("of theirs", UserWarning, json.__file__, 1)
     assert capsys.readouterr().err == "ttt-e2e: warning: of ours\n"
     assert shown == ["of theirs"]
+
+
+def test_generate_that_learns_goes_on_with_its_session(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("read", "geese.txt", "--save", "s", "--quiet", "--no-picture") == 0
+    capsys.readouterr()
+    options = ("--session", "s", "--top-k", 20, "--min-p", 0.01, "--max-tokens", 40, "--json", "--learn")
+    assert run("generate", "The geese", *options, "--save", "long") == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    stop = text[8:11]
+    assert run("generate", "The geese", *options, "--save", "short", "--stop", "%%", "--stop", stop) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == text[: text.index(stop)]
+    read, short, long = (session_facts(here / name)["tokens"] for name in ("s", "short", "long"))
+    assert read < short < long == read + len(Tokenizer.load(session_module.shipped_model()).encode("The geese")) + 40
+    assert run("generate", "x", "--session", "long", "--max-tokens", 3) == 0
+
+
+def test_killed_at_random_and_run_again_it_ends_alike(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "geese.txt").write_text(TEXT * 6)
+    command = ["read", "geese.txt", "--json", "--no-picture", "--device", "cpu", "--threads", "1", "--save-every", "0"]
+
+    def report_of(*more: str) -> dict:
+        capsys.readouterr()
+        assert run(*command, *more) == 0
+        report = json.loads(capsys.readouterr().out)
+        return {name: value for name, value in report.items() if name not in ("seconds", "learning_seconds")}
+
+    def tokens_kept() -> int:
+        unfinished = (here / "s").exists() and session_facts(here / "s").get("unfinished")
+        return unfinished["tokens"] if unfinished else 0
+
+    model = str(session_module.shipped_model())
+    moments, killed = random.Random(), 0
+    for _ in range(3):
+        kept = tokens_kept()
+        with subprocess.Popen(
+            [sys.executable, "-m", "ttt_e2e", *command, "--save", "s", "--model", model],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as process:
+            while process.poll() is None and tokens_kept() <= kept:
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.2))
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+            assert process.stderr is not None
+            assert kept == 0 or f"Going on after {kept:,} tokens" in process.stderr.read().decode()
+    assert killed and tokens_kept()
+    report = report_of("--save", "s", "--model", model)
+    assert capsys.readouterr().out == ""
+    expected = report_of("--save", "whole", "--model", model)
+    assert report.pop("tokens_per_second") > 0 and expected.pop("tokens_per_second") > 0
+    assert report == expected
+    assert (here / "s").read_bytes() == (here / "whole").read_bytes()
+    assert [path.name for path in here.iterdir() if path.name.endswith(".part")] == []
+
+
+def test_standard_input_that_is_fed_again_goes_on(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fed(text: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    options = ("--save", "s", "--save-every", 0, "--no-picture", "--quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr("ttt_e2e.unfinished.write_session_file", stopping_after(session_files.write_session_file))
+        fed(TEXT)
+        assert run("read", "-", *options) == cli.INTERRUPTED
+    assert run("info", "s") == 0
+    assert re.search(r"unfinished +after \d+ tokens of standard input", capsys.readouterr().out)
+    fed("Other " + TEXT)
+    assert "does not begin with" in refused(capsys, "read", "-", *options)
+    fed(TEXT)
+    assert run("read", "-", *options) == 0
+    assert session_facts(here / "s")["text_bytes"] == len(TEXT.encode())
+
+
+def stopping_after(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, and then an end as by Ctrl-C twice."""
+
+    def call(*arguments: object) -> None:
+        function(*arguments)
+        raise KeyboardInterrupt
+
+    return call
 
 
 def test_evaluate(here: Path, capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
@@ -337,6 +425,11 @@ def test_settings_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]
         "read geese.txt --device tpu",
         "read geese.txt --threads 0",
         "generate x --top-p 2",
+        "generate x --top-k -1",
+        "generate x --stop=",
+        "generate x --save s",
+        "generate x --learn --save geese.txt",
+        "read geese.txt --save s --save-every -1",
         "generate x --session geese.txt",
         "info nowhere",
         "info geese.txt",
@@ -376,7 +469,7 @@ def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(session_module, "save_safetensors", full)
+    monkeypatch.setattr(session_files, "save_safetensors", full)
     assert "No space left" in refused(capsys, "read", "geese.txt", "--save", "s", "--quiet", "--no-picture")
     assert (here / "s").read_bytes() == before
 

@@ -12,13 +12,16 @@ from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ttt_e2e import session_files
 from ttt_e2e.compiled import compiled_steps
+from ttt_e2e.curve import BINS, Curve
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.picture import reading_picture
-from ttt_e2e.reading import BINS, Curve, ReadingReport, read_document, sparkline, summary
+from ttt_e2e.reading import ReadingReport, read_document, sparkline, summary
 from ttt_e2e.session import Session
+from ttt_e2e.session_files import session_facts
 
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed east, and the sea was calm.\n" for i in range(45))
 TOKENIZER = Tokenizer.train([TEXT], 290)
@@ -142,3 +145,170 @@ def test_summary_and_picture(tmp_path: Path) -> None:
 def test_sparkline() -> None:
     assert sparkline([0.0, 1.0, 2.0]).startswith("▁▅█") or sparkline([0.0, 1.0, 2.0]).startswith("▁▄█")
     assert sparkline([]) == ""
+
+
+# -- readings that are saved as they go --------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As if the process ended here."""
+
+
+def but_times(report: ReadingReport) -> dict:
+    times = {"seconds", "learning_seconds", "tokens_per_second"}
+    return {name: value for name, value in report.to_dict().items() if name not in times}
+
+
+def read_saving(path: Path, text: str = TEXT, killed_at: int | None = None, **options: object) -> ReadingReport:
+    """Read with a save after every chunk; at the chunk `killed_at` of this process the reading is torn off."""
+    session = options.pop("session", None) or Session(MODEL, TOKENIZER, learn=bool(options.pop("learn", True)))
+    with pytest.MonkeyPatch.context() as patch:
+        reads, read = iter(range(10**6)), Session.steps
+
+        def steps(self: Session, tokens: np.ndarray) -> Iterator[np.ndarray]:
+            if self is session and next(reads) == killed_at:
+                raise Killed
+            return read(self, tokens)
+
+        patch.setattr(Session, "steps", steps)
+        settings = {"progress": False, "save": path, "save_every": 0.0, **options}
+        return read_document(session, [text], **settings)  # type: ignore[arg-type]
+
+
+@given(
+    kills=st.lists(st.integers(0, 7), min_size=1, max_size=3),
+    baseline=st.booleans(),
+    before=st.sampled_from(["", "Hi", TEXT[:200]]),
+)
+@settings(max_examples=6, deadline=None)
+def test_torn_off_and_begun_again_it_comes_to_the_same_end(
+    tmp_path_factory: pytest.TempPathFactory, kills: list[int], baseline: bool, before: str
+) -> None:
+    folder, text = tmp_path_factory.mktemp("s"), TEXT[:900]
+
+    def session() -> Session:
+        session = Session(MODEL, TOKENIZER)
+        session.read(before)
+        return session
+
+    expected = read_saving(folder / "whole", text, session=session(), baseline=baseline)
+    for kill in kills:
+        with pytest.raises(Killed):
+            read_saving(folder / "s", text, killed_at=kill, session=session(), baseline=baseline)
+            raise Killed  # it had come to its end before
+    report = read_saving(folder / "s", text, session=session(), baseline=baseline)
+    assert but_times(report) == but_times(expected)
+    assert (folder / "s").read_bytes() == (folder / "whole").read_bytes()
+    assert "unfinished" not in session_facts(folder / "s")
+
+
+def test_a_session_that_is_read_on_in_its_own_file(tmp_path: Path) -> None:
+    for name in ("whole", "s"):
+        session = Session(MODEL, TOKENIZER)
+        session.read(TEXT[:300])
+        session.save(tmp_path / name)
+
+    def read_on(name: str, killed_at: int | None = None) -> ReadingReport:
+        return read_saving(
+            tmp_path / name, session=Session.load(tmp_path / name, MODEL, TOKENIZER), killed_at=killed_at
+        )
+
+    expected = read_on("whole")
+    for kill in (4, 3):
+        with pytest.raises(Killed):
+            read_on("s", kill)
+    assert but_times(read_on("s")) == but_times(expected)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_ctrl_c_and_the_same_again(tmp_path: Path) -> None:
+    text = TEXT * 12
+
+    def pieces() -> Iterator[str]:
+        yield text[:40000]
+        os.kill(os.getpid(), signal.SIGINT)
+        yield text[40000:]
+
+    def read(name: str, text: Iterator[str]) -> ReadingReport:
+        session = Session(model, TOKENIZER)
+        return read_document(session, text, progress=False, save=tmp_path / name)
+
+    model = small_model(vocab_size=TOKENIZER.vocab_size, mini_batch=64, window=64)
+    expected = read("whole", iter([text]))
+    stopped = read("s", pieces())
+    assert stopped.interrupted and stopped.tokens < expected.tokens
+    facts = session_facts(tmp_path / "s")
+    assert facts["unfinished"]["tokens"] == stopped.tokens
+    assert Session.load(tmp_path / "s", model, TOKENIZER).position == facts["position"]  # a session like any other
+    assert but_times(read("s", iter([text]))) == but_times(expected)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_an_unfinished_reading_is_gone_on_with_or_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with pytest.raises(Killed):
+        read_saving(path, killed_at=6)
+    assert session_facts(path)["unfinished"]["name"] == "text"
+    kept = path.read_bytes()
+    other = Session(MODEL, TOKENIZER)
+    other.read("Something else.")
+    cases = [
+        ("does not begin with the", {"text": "A" + TEXT}),
+        ("does not begin with the", {"text": TEXT[:300]}),
+        ("does not begin with the", {"text": TEXT[:300] + "x" + TEXT[301:]}),
+        ("--no-baseline", {"baseline": False}),
+        ("--no-learning", {"learn": False}),
+        ("--session", {"session": other}),
+        ("--dtype", {"session": Session(MODEL, TOKENIZER, dtype=torch.bfloat16)}),
+        ("another model", {"session": Session(small_model(vocab_size=TOKENIZER.vocab_size), TOKENIZER)}),
+    ]
+    for match, options in cases:
+        with pytest.raises(UserError, match=match):
+            read_saving(path, **options)  # type: ignore[arg-type]
+        assert path.read_bytes() == kept
+    longer = TEXT + TEXT  # it begins with what was read, and that is all that matters
+    expected = read_saving(tmp_path / "whole", longer)
+    assert but_times(read_saving(path, longer)) == but_times(expected)
+
+
+def test_a_finished_session_is_written_over_as_ever(tmp_path: Path) -> None:
+    expected = read_saving(tmp_path / "s")
+    assert but_times(read_saving(tmp_path / "s")) == but_times(expected)
+    read_saving(tmp_path / "s", "Another text.")
+    assert session_facts(tmp_path / "s")["text_bytes"] == len("Another text.")
+
+
+def test_divergence_after_a_save_leaves_a_finished_sound_session(tmp_path: Path) -> None:
+    model = small_model(vocab_size=TOKENIZER.vocab_size, inner_lr=1e30)
+    report = read_saving(tmp_path / "s", session=Session(model, TOKENIZER))
+    assert report.diverged is not None
+    assert session_facts(tmp_path / "s")["position"] == 0 and "unfinished" not in session_facts(tmp_path / "s")
+
+
+def test_a_disk_that_is_full_on_the_way_does_not_end_the_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, save = iter(range(1000)), session_files.save_safetensors
+
+    def full_at_first(*arguments: object) -> None:
+        if next(calls) < 2:
+            raise OSError(28, "No space left on device")
+        save(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(session_files, "save_safetensors", full_at_first)
+    with pytest.warns(UserWarning, match="goes on, but could not be saved on the way: No space left"):
+        report = read_saving(tmp_path / "s")
+    assert report.tokens == len(TOKENIZER.encode(TEXT)) and (tmp_path / "s").exists()
+
+
+def test_what_a_kill_in_the_middle_of_saving_left_is_removed(tmp_path: Path) -> None:
+    for name in (".s.123.part", ".other.123.part"):
+        (tmp_path / name).write_bytes(b"half")
+    read_saving(tmp_path / "s")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.123.part", "s"]
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+def test_seconds_that_are_none(tmp_path: Path, seconds: float) -> None:
+    with pytest.raises(UserError, match="seconds"):
+        read_saving(tmp_path / "s", save_every=seconds)

@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ttt_e2e import session as session_module
+from ttt_e2e import session_files
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
-from ttt_e2e.session import Diverged, Session, load_reader, sample
+from ttt_e2e.session import Diverged, Session, load_reader
+from ttt_e2e.session_files import session_facts
 from ttt_e2e.streaming import forward, start_reading
+from ttt_e2e.text_so_far import token_bytes
 
 TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8
 
@@ -50,6 +53,11 @@ def same_state(one: Session, other: Session) -> bool:
     )
 
 
+def having_read(session: Session, tokens: np.ndarray | str) -> Session:
+    session.read(tokens)
+    return session
+
+
 @pytest.mark.parametrize("learn", [True, False])
 @given(cuts=st.lists(st.integers(0, 93), max_size=8))
 @settings(max_examples=15, deadline=None)
@@ -60,6 +68,11 @@ def test_any_pieces_give_the_same_state_bit_for_bit(learn: bool, cuts: list[int]
     losses = [split.read(piece) for piece in np.split(tokens, sorted(cuts))]
     assert np.array_equal(expected, np.concatenate(losses))
     assert same_state(whole, split)
+    assert whole.info() == split.info()
+    # A digest of the tokens, whoever read them; and of every one of them.
+    assert whole.info().text_digest == having_read(Session(model, learn=not learn), tokens).info().text_digest
+    for i in (0, 50, 92):
+        assert whole.info().text_digest != having_read(Session(model), tokens[:i]).info().text_digest
 
 
 @pytest.mark.parametrize("learn", [True, False])
@@ -100,6 +113,40 @@ def test_a_fork_goes_its_own_way() -> None:
     assert fork.position > session.position
 
 
+def test_info(model: Transformer, tokenizer: Tokenizer) -> None:
+    session = Session(model, tokenizer)
+    fresh = session.info()
+    assert (fresh.tokens, fresh.position, fresh.pending, fresh.text_bytes, fresh.learned_norm) == (1, 0, 0, 0, 0.0)
+    session.read(TEXT)
+    info = session.info()
+    assert info.text_bytes == len(TEXT.encode())
+    assert info.tokens == 1 + len(tokenizer.encode(TEXT)) == info.position + info.pending + 1
+    flat = [
+        torch.cat([w.flatten() for pair in fast for w in pair])
+        for fast in (session._state.loop.fast, model.initial_fast_weights(1))
+    ]
+    assert info.learned_norm == pytest.approx(float((flat[0] - flat[1]).norm()), rel=1e-5) and info.learned_norm > 0
+    caches = 2 * 4 * model.config.layers * model.config.window * model.config.width
+    assert info.memory_bytes == 4 * flat[0].numel() + caches
+    assert having_read(Session(model, tokenizer, learn=False), TEXT).info().learned_norm == 0
+    assert Session(model).info().text_bytes is None
+
+
+@pytest.mark.parametrize("text", ["Straße 雨 🌧️", "<|bos|>", "\x00\x7f\xa0"])
+def test_bytes_of_tokens(text: str, tokenizer: Tokenizer) -> None:
+    sizes = token_bytes(tokenizer)
+    assert sizes is not None and sizes[tokenizer.bos] == 0
+    assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_reset_forgets_everything_but_not_in_forks(model: Transformer, tokenizer: Tokenizer) -> None:
+    session = having_read(Session(model, tokenizer), TEXT)
+    fork = session.fork()
+    session.reset()
+    assert same_state(session, Session(model, tokenizer)) and session.info() == Session(model, tokenizer).info()
+    assert same_state(fork, having_read(session, TEXT))
+
+
 @pytest.mark.parametrize("learn", [True, False])
 @pytest.mark.parametrize("read_before", [0, 3, 47])
 def test_saved_and_loaded_goes_on_as_if_uninterrupted(
@@ -110,9 +157,62 @@ def test_saved_and_loaded_goes_on_as_if_uninterrupted(
     session.read(tokens[:read_before])
     session.save(tmp_path / "a.session")
     loaded = Session.load(tmp_path / "a.session", model, tokenizer)
-    assert loaded.learn == learn
+    assert loaded.learn == learn and loaded.info() == session.info()
+    assert same_state(session, loaded)
     assert np.array_equal(session.read(tokens[read_before:]), loaded.read(tokens[read_before:]))
     assert same_state(session, loaded)
+
+
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e8]))
+@settings(max_examples=10, deadline=None)
+def test_float32_is_kept_bit_for_bit_where_a_difference_would_not_be(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, scale: float
+) -> None:
+    model, path = small_model(), tmp_path_factory.mktemp("s") / "s"
+    session = having_read(Session(model), tokens_of(40))
+    generator = torch.Generator().manual_seed(seed)
+    fast = [type(w)(*(scale * torch.randn(t.shape, generator=generator) for t in w)) for w in session._state.loop.fast]
+    session._state = session._state._replace(loop=session._state.loop._replace(fast=tuple(fast)))
+    start = model.initial_fast_weights(1)[0].w_in_BED.detach()
+    differs = not torch.equal(start + (fast[0].w_in_BED - start), fast[0].w_in_BED)
+    assert differs or scale > 1e6
+    session.save(path)
+    assert same_state(session, Session.load(path, model))
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_half_precision_is_half_the_size_and_nearly_the_same(
+    tmp_path: Path, model: Transformer, tokenizer: Tokenizer, precision: str, rounding: float
+) -> None:
+    session = having_read(Session(model, tokenizer), TEXT)
+    session.save(tmp_path / "whole")
+    session.save(tmp_path / "half", precision)  # type: ignore[arg-type]
+    fast = sum(w.numel() for pair in model.initial_fast_weights(1) for w in pair)
+    assert (tmp_path / "whole").stat().st_size - (tmp_path / "half").stat().st_size == pytest.approx(2 * fast, abs=200)
+    loaded = Session.load(tmp_path / "half", model, tokenizer)
+    assert not same_state(session, loaded)
+    pairs = zip(session._state.loop.fast, loaded._state.loop.fast, model.initial_fast_weights(1), strict=True)
+    for now, back, start in ((w, v, w0) for pair in pairs for w, v, w0 in zip(*pair, strict=True)):
+        # Half a unit of what was learned, and the last bits of float32 and of the smallest halves.
+        assert ((now - back).abs() <= rounding * (now - start).abs() + 3e-7 * now.abs() + 1e-7).all()
+    after, expected = loaded.read(TEXT)[:60], session.read(TEXT)[:60]
+    assert not np.array_equal(after, expected)
+    assert float(after.mean()) == pytest.approx(float(expected.mean()), abs=1e-2)
+    # What was not learned is not rounded either.
+    fresh = Session(model, tokenizer)
+    fresh.save(tmp_path / "fresh", precision)  # type: ignore[arg-type]
+    assert same_state(fresh, Session.load(tmp_path / "fresh", model, tokenizer))
+
+
+def test_precisions_that_do_not_fit(tmp_path: Path) -> None:
+    session = having_read(Session(small_model()), tokens_of(20))
+    with pytest.raises(UserError, match=r"'int8'.*float16"):
+        session.save(tmp_path / "s", "int8")  # type: ignore[arg-type]
+    fast = [type(w)(*(t + 1e6 for t in w)) for w in session._state.loop.fast]
+    session._state = session._state._replace(loop=session._state.loop._replace(fast=tuple(fast)))
+    with pytest.raises(UserError, match="too large for float16"):
+        session.save(tmp_path / "s", "float16")
+    assert not (tmp_path / "s").exists()
 
 
 def test_compiled_saved_and_read_on_plainly(
@@ -173,6 +273,8 @@ def test_refused_session_files(tmp_path: Path, model: Transformer, tokenizer: To
     refused(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:], "altered")
     refused(data.replace(b'position\\": 30', b'position\\": 31'), "altered")
     refused(b"\x80\x04pickle", "no session")
+    refused(data.replace(b'version\\": 2', b'version\\": 1'), "version 1, this program reads 2; read its text anew")
+    refused(data.replace(b'version\\": 2', b'version\\": 3'), "version 3, this program reads 2; update")
     save_file({"x": torch.zeros(3)}, tmp_path / "foreign")
     refused((tmp_path / "foreign").read_bytes(), "no session")
     refused(data, "another model", small_model(seed=1, vocab_size=tokenizer.vocab_size))
@@ -204,7 +306,7 @@ def test_a_full_disk_keeps_the_session_that_was_there(tmp_path: Path, monkeypatc
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(session_module, "save_safetensors", full)
+    monkeypatch.setattr(session_files, "save_safetensors", full)
     with pytest.raises(UserError, match="No space left"):
         session.save(tmp_path / "s")
     assert (tmp_path / "s").read_bytes() == before
@@ -234,7 +336,7 @@ def test_divergence_later_keeps_what_was_learned_before(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="35 to 40"):
         session.read(tokens[36:])
     assert session.position == 30
-    assert same_state(session, good)
+    assert same_state(session, good) and session.info() == good.info()
     session.save(tmp_path / "kept")
     assert np.isfinite(Session.load(tmp_path / "kept", model).read(tokens[31:])).all()
 
@@ -300,13 +402,102 @@ def test_what_was_learned_from_the_text_is_written_with(model: Transformer, toke
         next(Session(model).generate_tokens())
     with pytest.raises(UserError, match="top_p"):
         next(Session(model, tokenizer).generate_tokens("x", top_p=0))
+    with pytest.raises(UserError, match="-1 tokens"):
+        next(Session(model, tokenizer).generate("x", max_tokens=-1))
 
 
-def test_top_p_leaves_out_the_unlikely() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    generator = torch.Generator().manual_seed(0)
-    assert {sample(logits, 1.0, 0.6, generator) for _ in range(200)} == {0, 1}
-    assert {sample(logits, 1.0, 0.5, generator) for _ in range(50)} == {0}
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("read_before", [0, 3, 40])
+def test_what_is_written_becomes_part_of_the_session(
+    model: Transformer, tokenizer: Tokenizer, learn: bool, read_before: int
+) -> None:
+    session = having_read(Session(model, tokenizer, learn=learn), tokens_of(read_before))
+    aside, plain = session.fork(), session.fork()
+    prompt = tokens_of(7, seed=3)
+    got = list(session.generate_tokens(prompt, max_tokens=23, temperature=0, learn_from_writing=True))
+    plain.read([*prompt, *got])
+    assert same_state(session, plain) and session.info() == plain.info()
+    # Each token was the likeliest by all that had been learned until then, its mini-batch included.
+    aside.read(prompt)
+    for token in got:
+        logits, _ = forward(model, aside._state, torch.tensor(aside._pending)[None])
+        assert int(logits[0, -1].argmax()) == token
+        aside.read([token])
+
+
+def test_learning_from_writing_makes_a_difference(model: Transformer, tokenizer: Tokenizer) -> None:
+    def text(**options: bool) -> list[int]:
+        return list(Session(model, tokenizer).generate_tokens("Rain", max_tokens=60, seed=1, **options))
+
+    with_it, without = text(learn_from_writing=True), text()
+    b = model.config.mini_batch
+    assert b is not None and with_it[: b - 5] == without[: b - 5] and with_it != without
+
+
+class Writing(Session):
+    """Writes given tokens, learning from them if it is asked to."""
+
+    ids: np.ndarray
+
+    def generate_tokens(self, *args: object, learn_from_writing: bool = False, **options: object):  # type: ignore
+        for token in self.ids.tolist():
+            if learn_from_writing:
+                self.read([token])
+            yield token
+
+
+@given(
+    text=st.text(st.sampled_from("the end.雨🌧"), max_size=25),
+    stop=st.lists(st.sampled_from(["the end", "d", "en.", "雨🌧", "n the"]), max_size=2),
+    broken=st.integers(0, 3),
+    taken=st.integers(0, 25),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_session_goes_on_with_exactly_the_text_given_out(
+    text: str, stop: list[str], broken: int, taken: int
+) -> None:
+    model, ids = small_model(vocab_size=_TOKENIZER.vocab_size), _TOKENIZER.encode(text)
+    session = Writing(model, _TOKENIZER)
+    session.ids = ids[: len(ids) - broken]
+    pieces = session.generate("In ", stop=stop, learn_from_writing=True)
+    given_out = "".join(piece for _, piece in zip(range(taken), pieces, strict=False))
+    pieces.close()  # type: ignore[attr-defined]
+    if taken:
+        assert same_state(session, having_read(Session(model, _TOKENIZER), "In " + given_out))
+    assert not any(s in given_out for s in stop)
+
+
+def test_stop_strings_and_the_session_as_it_was(model: Transformer, tokenizer: Tokenizer) -> None:
+    session = having_read(Session(model, tokenizer), TEXT)
+    before = session.fork()
+    whole = "".join(session.generate("Rain", max_tokens=40, seed=1))
+    stop = whole[10:14]
+    cut = "".join(session.generate("Rain", max_tokens=40, seed=1, stop=stop))
+    assert cut == whole[: whole.index(stop)]
+    assert same_state(session, before)
+    learned = having_read(before.fork(), "Rain")
+    assert "".join(session.generate("Rain", max_tokens=0, learn_from_writing=True)) == ""
+    assert same_state(session, learned)
+
+
+def test_options_are_refused_before_anything_is_read(model: Transformer, tokenizer: Tokenizer) -> None:
+    session = Session(model, tokenizer)
+    for options in ({"top_k": -1}, {"stop": ""}, {"max_tokens": -1}):
+        with pytest.raises(UserError):
+            next(session.generate("x" * 40, learn_from_writing=True, **options))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="warmth"):
+        next(session.generate("x" * 40, learn_from_writing=True, warmth=1))
+    assert same_state(session, Session(model, tokenizer))
+
+
+def test_divergence_while_writing_leaves_a_sound_session(tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=tokenizer.vocab_size, inner_lr=1e30)
+    session = Session(model, tokenizer)
+    with pytest.raises(Diverged):
+        list(session.generate("Rain", max_tokens=30, learn_from_writing=True))
+    with pytest.raises(Diverged):
+        list(having_read(Session(model, tokenizer), tokens_of(6)).generate(max_tokens=1, temperature=0))
+    assert session.position == 0 and np.isfinite(session.read([1, 2])).all()
 
 
 def test_models_to_read_with(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -334,5 +525,5 @@ def test_a_session_file_is_safetensors(tmp_path: Path, model: Transformer, token
     session.save(tmp_path / "s")
     tensors = load_file(tmp_path / "s")
     assert tensors["fast.0.w_in"].dtype == torch.float32
-    facts = session_module.session_facts(tmp_path / "s")
+    facts = session_facts(tmp_path / "s")
     assert json.dumps(facts) and facts["position"] == session.position

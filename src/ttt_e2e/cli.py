@@ -70,7 +70,8 @@ def _read(arguments: argparse.Namespace) -> int:
     name, pieces, size = _text(arguments.file)
     from ttt_e2e.picture import check_picture_target, reading_picture
     from ttt_e2e.reading import read_document, summary
-    from ttt_e2e.session import Session, check_session_target
+    from ttt_e2e.session import Session
+    from ttt_e2e.session_files import check_session_target
 
     # What could be refused at the end is refused now, before the work.
     picture = arguments.picture or Path(f"{_file_stem(name)}.reading.png")
@@ -94,9 +95,9 @@ def _read(arguments: argparse.Namespace) -> int:
         total_bytes=size,
         baseline=not arguments.no_baseline,
         progress=not arguments.quiet,
+        save=arguments.save,
+        save_every=arguments.save_every,
     )
-    if arguments.save:
-        session.save(arguments.save)
     if arguments.json:
         _print_json(report.to_dict())
     else:
@@ -119,8 +120,13 @@ def _read(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     _require_threads(arguments.threads)
+    if arguments.save and not arguments.learn:
+        raise UserError("Without --learn there is nothing new to --save; add --learn, or leave --save out.")
     from ttt_e2e.session import Session
+    from ttt_e2e.session_files import check_session_target
 
+    if arguments.save:
+        check_session_target(arguments.save)
     model, tokenizer, dtype = _reader(arguments)
     if arguments.session:
         session = Session.load(arguments.session, model, tokenizer)
@@ -129,18 +135,25 @@ def _generate(arguments: argparse.Namespace) -> int:
     pieces = session.generate(
         arguments.prompt,
         max_tokens=arguments.max_tokens,
+        stop=arguments.stop,
+        learn_from_writing=arguments.learn,
         temperature=arguments.temperature,
+        top_k=arguments.top_k,
         top_p=arguments.top_p,
+        min_p=arguments.min_p,
         seed=arguments.seed,
     )
     if arguments.json:
         _print_json({"prompt": arguments.prompt, "text": "".join(pieces)})
-        return 0
-    first = next(pieces, "")  # raises what there is to raise before anything is printed
-    print(arguments.prompt + first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    else:
+        first = next(pieces, "")  # raises what there is to raise before anything is printed
+        print(arguments.prompt + first, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    if arguments.save:
+        session.save(arguments.save)
+        _note(f"session: {arguments.save}")
     return 0
 
 
@@ -310,12 +323,15 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from ttt_e2e.session import DTYPES, session_facts, shipped_model
+    from ttt_e2e.session import shipped_model
+    from ttt_e2e.session_files import session_facts
 
     path = shipped_model() if arguments.path is None else arguments.path
     if path.is_file():
         facts = session_facts(path)
-        assert facts["dtype"] in DTYPES
+        unfinished = facts.pop("unfinished", None)
+        if unfinished:
+            facts["unfinished"] = f"after {unfinished['tokens']:,} tokens of {unfinished['name']}"
         info = {"kind": "session", "path": str(path), "bytes": path.stat().st_size, **facts}
     else:
         from ttt_e2e.config import to_dict

@@ -133,12 +133,20 @@ Losses are in nats per token: the lower, the better the model foresaw the text."
   cat *.txt | ttt-e2e read -              standard input
   ttt-e2e read BOOK.txt --json > report.json
 
-Ctrl-C ends the reading at the next mini-batch; summary, picture and session are still written.""",
+Ctrl-C ends the reading at the next mini-batch; summary, picture and session are still written.
+With --save, the same command goes on where it stopped, after Ctrl-C as after a power cut.""",
     )
     sub.add_argument("file", nargs="?", metavar="FILE", help="a UTF-8 text; - for standard input")
     _model_options(sub)
     sub.add_argument("--session", type=Path, metavar="SESSION", help="go on reading with this saved session")
     sub.add_argument("--save", type=Path, metavar="SESSION", help="keep what was learned in this file")
+    sub.add_argument(
+        "--save-every",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="keep it so often on the way (default: 30)",
+    )
     sub.add_argument("--picture", type=Path, metavar="PATH", help="where to draw (default: NAME.reading.png here)")
     sub.add_argument("--no-picture", action="store_true", help="draw nothing")
     sub.add_argument("--no-baseline", action="store_true", help="do not read a second time without learning: faster")
@@ -151,11 +159,13 @@ Ctrl-C ends the reading at the next mini-batch; summary, picture and session are
         "generate",
         "write on after a prompt, or after what a session has read",
         """Write on. With --session the model has read a text and learned from it (`ttt-e2e read --save`);
-the session file stays as it is. Without, it goes on from the prompt alone.""",
+the session file stays as it is. Without, it goes on from the prompt alone. With --learn it learns from
+prompt and writing too, as from a text that it reads.""",
         """examples:
   ttt-e2e generate "def main("
   ttt-e2e generate --session book.session "The next morning" --max-tokens 400
-  ttt-e2e generate --session book.session --temperature 0""",
+  ttt-e2e generate --session book.session --temperature 0
+  ttt-e2e generate --session book.session "Chapter 2" --learn --save book.session""",
     )
     sub.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="what to go on from")
     _model_options(sub)
@@ -175,7 +185,22 @@ the session file stays as it is. Without, it goes on from the prompt alone.""",
         metavar="P",
         help="draw among the likeliest tokens of that probability together (default: 0.95)",
     )
+    sub.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens; 0: all (default: 0)"
+    )
+    sub.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="draw among tokens at least P times as likely as the likeliest (default: 0)",
+    )
+    sub.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text (default: 0)")
+    sub.add_argument("--learn", action="store_true", help="learn from the prompt and from what is written")
+    sub.add_argument("--save", type=Path, metavar="SESSION", help="with --learn: keep what was learned in this file")
     sub.add_argument("--json", action="store_true", help="print prompt and text as JSON")
 
     sub = command(

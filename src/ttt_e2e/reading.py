@@ -10,53 +10,25 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from ttt_e2e.curve import Curve
+from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.session import Diverged, Session
+from ttt_e2e.unfinished import Chunk, Progress, go_on, save_unfinished
 
-BINS = 512
 _PIECE_CHARS = 1 << 16
 _BARS = "▁▂▃▄▅▆▇█"
-
-
-class Curve:
-    """The losses along a text: sums over bins of `width` tokens. When `bins` are full, neighbours are merged."""
-
-    def __init__(self, bins: int = BINS) -> None:
-        assert bins % 2 == 0
-        self.width = 1
-        self.tokens = 0
-        self._sums = np.zeros(bins)
-
-    def add(self, losses: np.ndarray) -> None:
-        """Append losses [n], one a token."""
-        stop = self.tokens + len(losses)
-        while stop > self.width * len(self._sums):
-            pairs = self._sums.reshape(-1, 2).sum(1)
-            self._sums = np.concatenate((pairs, np.zeros_like(pairs)))
-            self.width *= 2
-        at = np.arange(self.tokens, stop) // self.width
-        self._sums += np.bincount(at, losses.astype(np.float64), len(self._sums))
-        self.tokens = stop
-
-    def total(self, start: float = 0.0, stop: float | None = None) -> float:
-        """The sum of the losses of tokens `start` to `stop` (default: all), within a bin by its mean."""
-        full = -(-self.tokens // self.width)
-        edges = np.minimum(np.arange(full + 1) * self.width, self.tokens)
-        sums = np.concatenate(([0.0], self._sums[:full].cumsum()))
-        first, last = np.interp([start, self.tokens if stop is None else stop], edges, sums)
-        return float(last - first)
-
-    def mean(self, start: float, stop: float) -> float:
-        """The mean loss of tokens `start` to `stop`."""
-        return self.total(start, stop) / (stop - start)
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -118,6 +90,8 @@ def read_document(
     total_bytes: int | None = None,
     baseline: bool = True,
     progress: bool = True,
+    save: Path | None = None,
+    save_every: float = 30.0,
 ) -> ReadingReport:
     """Read a text to its end with `session`, and with a frozen twin of it if `baseline`; returns what came of it.
 
@@ -125,26 +99,36 @@ def read_document(
     session has read something before, the gain is that of all it has learned. It is never compiled. Ctrl-C ends the
     reading at the next mini-batch, and learning that diverges ends it where it does; the report says so and the session
     is sound. Raises UserError for a text that cannot be read.
+
+    save: where to keep the session, at the end and every `save_every` seconds on the way. If that file is an unfinished
+    reading of this text, the session first becomes what it holds and the reading goes on there, to the same end as if
+    it had never stopped; the same after Ctrl-C. Raises UserError if it is unfinished, but of another text or kind.
     """
     tokenizer = session.tokenizer
     if tokenizer is None:
         raise UserError("Reading a text needs a tokenizer; make the session with one.")
+    if not save_every >= 0:
+        raise UserError(f"A reading cannot be saved every {save_every} seconds; give a number from 0 on.")
     twin = None
     if baseline and session.learn:
         twin = Session(session.model, tokenizer, learn=False, dtype=session.dtype)
-    curve, twin_curve = Curve(), Curve()
-    from_before = session.pending  # tokens of an earlier text whose losses are still to come
-    bytes_read, learning_seconds, diverged = 0.0, 0.0, None
-    started = time.perf_counter()
+    began = "" if save is None else session.info().text_digest
+    chunks = _chunks(tokenizer, pieces, 8 * session.mini_batch)
+    resumed = None if save is None else go_on(save, session, twin, chunks, began, name)
+    if resumed is not None and progress:
+        print(f"Going on after {resumed.tokens:,} tokens of {name}, where {save} stopped.", file=sys.stderr)
+    done = resumed or Progress(from_before=session.pending)
+    curve, twin_curve, diverged = done.curve, done.twin_curve, None
+    started = time.perf_counter() - done.seconds
+    saved = time.monotonic()
 
-    def keep(losses: np.ndarray) -> None:
-        nonlocal from_before
-        skipped = min(from_before, len(losses))
-        from_before -= skipped
-        curve.add(losses[skipped:])
+    def keep(target: Path) -> None:
+        done.seconds = time.perf_counter() - started
+        save_unfinished(target, session, twin, done, began, name, total_bytes)
 
     bar = tqdm(
         total=total_bytes,
+        initial=round(done.bytes),
         unit="B",
         unit_scale=True,
         disable=not progress,
@@ -154,52 +138,65 @@ def read_document(
     with _Interrupts() as interrupts, bar:
         if session.compiled:
             bar.set_postfix_str("compiling")
-        for tokens in interrupts.while_waiting(tokenizer.encode_pieces(_small(pieces))):
-            size = len(tokenizer.decode(tokens).encode("utf-8", "replace")) / len(tokens)
-            for start in range(0, len(tokens), _chunk(session)):
-                some = tokens[start : start + _chunk(session)]
-                before = time.perf_counter()
-                try:
-                    for losses in session.steps(some):
-                        keep(losses)
-                except Diverged as error:
-                    diverged = str(error)
-                learning_seconds += time.perf_counter() - before
-                if twin is not None:
-                    twin_curve.add(twin.read(some))
-                bytes_read += size * len(some)
-                bar.update(round(bytes_read) - bar.n)
-                bar.set_postfix_str(_so_far(curve, twin_curve, learning_seconds), refresh=False)
-                if diverged or interrupts.asked:
-                    break
-            if diverged or interrupts.asked:
+        for chunk in interrupts.while_waiting(chunks):
+            before = time.perf_counter()
+            try:
+                for losses in session.steps(chunk.ids):
+                    done.add(losses)
+            except Diverged as error:
+                diverged = str(error)
+            done.learning_seconds += time.perf_counter() - before
+            if twin is not None:
+                twin_curve.add(twin.read(chunk.ids))
+            done.took(chunk)
+            bar.update(round(done.bytes) - bar.n)
+            bar.set_postfix_str(_so_far(curve, twin_curve, done.learning_seconds), refresh=False)
+            if diverged:
                 break
+            if save is not None and time.monotonic() - saved >= save_every:
+                try:
+                    keep(save)
+                except UserError as error:
+                    warnings.warn(f"The reading goes on, but could not be saved on the way: {error}", stacklevel=2)
+                saved = time.monotonic()
+        if save is not None and interrupts.asked and not diverged and done.tokens:
+            keep(save)  # before the rest is scored: who goes on learns from it and scores it then
         if not diverged:
             before = time.perf_counter()
             try:
-                keep(session.score_rest())
+                done.add(session.score_rest())
             except Diverged as error:
                 diverged = str(error)
-            learning_seconds += time.perf_counter() - before
+            done.learning_seconds += time.perf_counter() - before
         if twin is not None:
             twin_curve.add(twin.score_rest())
-    return _report(
+    report = _report(
         session,
         curve,
         twin_curve if twin is not None else None,
         name=name,
         model_name=model_name,
-        bytes_read=bytes_read,
+        bytes_read=done.bytes,
         seconds=time.perf_counter() - started,
-        learning_seconds=learning_seconds,
+        learning_seconds=done.learning_seconds,
         interrupted=interrupts.asked,
         diverged=diverged,
     )
+    if save is not None and (diverged or not interrupts.asked):
+        session.save(save)
+    return report
 
 
-def _chunk(session: Session) -> int:
-    """Tokens between two looks at the progress bar and at Ctrl-C."""
-    return 8 * (session.model.config.mini_batch or 256)
+def _chunks(tokenizer: Tokenizer, pieces: Iterable[str], most: int) -> Iterator[Chunk]:
+    """The text's tokens, `most` at a time: between two of them are looks at the clock, and at Ctrl-C.
+
+    They depend on the text alone, so that a reading that goes on finds the same ones.
+    """
+    for tokens in tokenizer.encode_pieces(_small(pieces)):
+        size = len(tokenizer.decode(tokens).encode("utf-8", "replace")) / len(tokens)
+        for start in range(0, len(tokens), most):
+            ids = tokens[start : start + most]
+            yield Chunk(ids, size * len(ids))
 
 
 def _small(pieces: Iterable[str]) -> Iterator[str]:
@@ -332,7 +329,7 @@ class _Interrupts:
         self._waiting = False
         self._before: Any = None
 
-    def while_waiting(self, items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    def while_waiting(self, items: Iterator[_Item]) -> Iterator[_Item]:
         """The items, until Ctrl-C."""
         while not self.asked:
             self._waiting = True

@@ -6,34 +6,41 @@ window and one mini-batch. It can be copied (`fork`), saved, loaded, and asked t
 """
 
 import copy
-import hashlib
 import importlib.resources
-import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.config import ModelConfig, to_dict
+from ttt_e2e.config import ModelConfig
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path
-from ttt_e2e.inner_loop import PLAIN, State
+from ttt_e2e.inner_loop import PLAIN
 from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import load_model, model_digest, save_safetensors
-from ttt_e2e.ops.fast_mlp import FastWeights
+from ttt_e2e.model_files import load_model
+from ttt_e2e.sampling import SamplingOptions, TextStream, sample
+from ttt_e2e.session_files import (
+    DTYPES,
+    Precision,
+    SessionInfo,
+    learned_norm,
+    memory_bytes,
+    model_fingerprint,
+    read_session_file,
+    state_from_tensors,
+    state_tensors,
+    write_session_file,
+)
 from ttt_e2e.streaming import ReadState, forward, has_fixed_caches, read_mini_batch, start_reading
-
-FORMAT = "ttt-e2e session"
-VERSION = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+from ttt_e2e.text_so_far import TextSoFar, token_bytes
 
 _FROZEN_BATCHES = 8
 _LOGITS = 1 << 26  # at most so many logits at once when nothing is learned: 256 MiB
@@ -79,15 +86,26 @@ class Session:
             others = ", ".join(sorted({*config.mixers} - {"window"}))
             warnings.warn(f"Reading without compilation, which needs a window everywhere, not {others}.", stacklevel=2)
         self._steps = compiled_steps(model.embedding.device) if self.compiled else PLAIN
-        self._state = start_reading(model, 1, dtype)
-        self._before: tuple[ReadState, np.ndarray] | None = None  # one mini-batch ago: its loss was good
-        self._pending = np.array([] if tokenizer is None else [tokenizer.bos], np.int64)
+        self._sizes = None if tokenizer is None else token_bytes(tokenizer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the session is as it was made. Forks of it stay as they are."""
+        self._state = start_reading(self.model, 1, self.dtype)
+        self._text = TextSoFar()  # of the tokens that the state has read
+        self._pending = np.array([] if self.tokenizer is None else [self.tokenizer.bos], np.int64)
+        # One mini-batch ago, when the loss was good.
+        self._before: tuple[ReadState, TextSoFar, np.ndarray] | None = None
+
+    @property
+    def mini_batch(self) -> int:
+        """Tokens of a mini-batch; a standard model, which has none, takes 256."""
+        return self.model.config.mini_batch or 256
 
     @property
     def piece(self) -> int:
         """How many tokens the session takes at once: a mini-batch, or several where nothing is learned."""
-        b = self.model.config.mini_batch or 256
-        return b if self.learn else b * frozen_batches(self.model.config)
+        return self.mini_batch * (1 if self.learn else frozen_batches(self.model.config))
 
     @property
     def position(self) -> int:
@@ -98,6 +116,26 @@ class Session:
     def pending(self) -> int:
         """Tokens after those that have no loss yet; they get it when their mini-batch is full."""
         return max(0, len(self._pending) - 1)
+
+    @cached_property
+    def _model_digest(self) -> str:
+        return model_fingerprint(self.model)
+
+    def info(self) -> SessionInfo:
+        """What the session is at this moment."""
+        text = self._text.add(self._pending, self.mini_batch, self._sizes)
+        return SessionInfo(
+            position=self.position,
+            pending=self.pending,
+            tokens=self.position + len(self._pending),
+            text_bytes=None if self._sizes is None else text.bytes,
+            text_digest=text.digest.hex(),
+            model=self._model_digest,
+            learn=self.learn,
+            dtype=str(self.dtype).removeprefix("torch."),
+            memory_bytes=memory_bytes(self._state),
+            learned_norm=learned_norm(self.model, self._state),
+        )
 
     def read(self, tokens: str | np.ndarray | Iterable[int]) -> np.ndarray:
         """Read on; returns the losses of the tokens that have become part of a whole mini-batch, float32 [n].
@@ -139,86 +177,90 @@ class Session:
         prompt: str | np.ndarray | Iterable[int] = "",
         *,
         max_tokens: int = 200,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        seed: int = 0,
+        learn_from_writing: bool = False,
+        **sampling: Any,
     ) -> Iterator[int]:
         """Write on after what was read and `prompt`; yields token ids, up to BOS (a document's end) or `max_tokens`.
 
-        The session itself stays as it is: a fork reads the prompt, and learns from its whole mini-batches, but not from
-        what it writes. temperature 0 takes the likeliest token; top_p draws among the likeliest tokens that have that
-        much probability together. Raises UserError for numbers out of range and if there is nothing to go on from.
+        sampling: the fields of `SamplingOptions`. The session itself stays as it is: a fork reads the prompt, and
+        learns from its whole mini-batches, but not from what it writes. With `learn_from_writing` the session itself
+        goes on: prompt and written tokens become part of it as if they had been read, each when it is yielded, and
+        nothing else may be read until the writing has ended. Raises UserError for numbers out of range and if there is
+        nothing to go on from, and Diverged.
         """
-        if max_tokens < 0 or temperature < 0 or not 0 < top_p <= 1:
-            raise UserError(
-                f"Cannot write {max_tokens} tokens at temperature {temperature} and top_p {top_p}; "
-                "neither number of tokens nor temperature may be negative, and top_p lies above 0 and at most at 1."
-            )
-        fork = self.fork()
+        options = sampling_options(max_tokens, sampling)
+        writer = self if learn_from_writing else self.fork()
         if not isinstance(prompt, str) or prompt:
-            fork.read(prompt)
-        if len(fork._pending) == 0:
+            writer.read(prompt)
+        if len(writer._pending) == 0:
             raise UserError("There is nothing to go on from; give a prompt.")
-        generator = torch.Generator().manual_seed(seed)
-        state, ids_1T = fork._state, fork._tensor(fork._pending)
+        generator = torch.Generator().manual_seed(options.seed)
+        state, ids_1T = writer._state, writer._tensor(writer._pending)
         for _ in range(max_tokens):
             logits_1TV, state = forward(self.model, state, ids_1T, self.dtype)
-            chosen = sample(logits_1TV[0, -1].float().cpu(), temperature, top_p, generator)
+            logits_V = logits_1TV[0, -1].float().cpu()
+            if not logits_V.isfinite().all():
+                writer._check(np.array([math.nan]), 0.0)
+            chosen = sample(logits_V, options, generator)
             if self.tokenizer is not None and chosen == self.tokenizer.bos:
                 return
+            token = np.array([chosen])
+            if learn_from_writing:
+                for _ in writer.steps(token):
+                    state = writer._state  # a mini-batch was full: on with what was learned, the token alone pending
             yield chosen
-            ids_1T = fork._tensor(np.array([chosen]))
+            ids_1T = writer._tensor(token)
 
     def generate(
         self,
         prompt: str = "",
         *,
         max_tokens: int = 200,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        learn_from_writing: bool = False,
+        **sampling: Any,
     ) -> Iterator[str]:
-        """`generate_tokens` as text, in whole characters: a character whose bytes are not all there yet waits."""
-        tokenizer = self._tokenizer()
-        ids = self.generate_tokens(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        context: list[int] = []  # some tokenizers drop a space where a text begins, so decoding needs what came before
-        held: list[int] = []
-        shown = 0
-        for chosen in ids:
-            held.append(chosen)
-            text = tokenizer.decode(context + held)[len(tokenizer.decode(context)) :]
-            whole = text.removesuffix("\ufffd")  # only the last character can still change
-            if len(whole) > shown:
-                yield whole[shown:]
-                shown = len(whole)
-            if whole == text:
-                context, held, shown = held, [], 0
+        """`generate_tokens` as text, in whole characters: a character whose bytes are not all there yet waits.
 
-    def save(self, path: Path) -> None:
+        stop: strings before which the text ends. With `learn_from_writing` the session goes on with exactly the text
+        that was yielded, whatever was drawn beyond it.
+        """
+        sampling_options(max_tokens, sampling)  # nothing becomes part of the session before all is checked
+        stream = TextStream(self._tokenizer(), stop)
+        reader = self if learn_from_writing else self.fork()
+        if prompt:
+            reader.read(prompt)
+        # The writer runs ahead: a stop string may turn out to have begun some tokens ago.
+        writer, behind = reader.fork(), False
+        written = writer.generate_tokens(max_tokens=max_tokens, learn_from_writing=learn_from_writing, **sampling)
+        try:
+            for token in written:
+                text = stream.add(token)
+                behind = stream.waiting
+                if not behind:
+                    reader._become(writer)
+                if text:
+                    yield text
+                if stream.stopped:
+                    break
+            if text := stream.rest():
+                yield text
+        except Diverged:
+            reader._become(writer)
+            behind = False
+            raise
+        finally:
+            if learn_from_writing and behind:
+                reader.read(np.array(stream.tokens_given(), np.int64))
+
+    def save(self, path: Path, precision: Precision = "float32") -> None:
         """Write the session to one file, whole or not at all: what was learned, what is cached, what is pending.
 
-        Raises UserError if `path` is something other than a session, if the disk is full or the place not writable.
+        precision: "float32" keeps the fast weights bit for bit; "bfloat16" and "float16" keep what they differ from
+        the model's by, rounded, in half the space. Raises UserError if `path` is something other than a session, if
+        the disk is full or the place not writable.
         """
-        path = Path(path)
-        check_session_target(path)
-        state = self._state
-        tensors = {"pending": torch.from_numpy(self._pending.copy())}
-        kinds = {"fast": state.loop.fast, "static": state.static or (), "loop": state.loop.caches}
-        for kind, values in kinds.items():
-            for i, value in enumerate(values):
-                tensors |= dict(zip(_names(kind, i, type(value)), value, strict=True))
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        facts = {
-            "version": VERSION,
-            "position": state.position,
-            "learn": self.learn,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "model": _model_fingerprint(self.model),
-            "tokenizer": None if self.tokenizer is None else self.tokenizer.digest,
-        }
-        facts["sha256"] = _sha256(tensors, facts)
-        with atomic_path(path) as part:
-            save_safetensors(tensors, part, {"format": FORMAT, "session": json.dumps(facts)})
+        write_session_file(path, *self.pack(precision))
 
     @classmethod
     def load(
@@ -228,35 +270,47 @@ class Session:
 
         Raises UserError if it is no session, truncated or altered, or if it belongs to another model or tokenizer.
         """
-        facts, tensors = _read(Path(path))
-        if facts["model"] != _model_fingerprint(model):
-            raise UserError(
-                f"The session {path} belongs to another model than this one; give the model that it was read with."
-            )
-        if facts["tokenizer"] != (None if tokenizer is None else tokenizer.digest):
-            raise UserError(
-                f"The session {path} was read with another tokenizer; give the model folder it was read with."
-            )
-        session = cls(model, tokenizer, learn=facts["learn"], dtype=DTYPES[facts["dtype"]], compile=compile)
-        device = model.embedding.device
-
-        def values(kind: str, types: list[Any]) -> tuple[Any, ...]:
-            names = [_names(kind, i, cls) for i, cls in enumerate(types)]
-            return tuple(cls(*(tensors[n].to(device) for n in row)) for cls, row in zip(types, names, strict=True))
-
-        suffix = model.suffix
-        try:
-            fast = values("fast", [FastWeights] * len(suffix))
-            caches = values("loop", [block.mixer.State for block in suffix[1:]])
-            below = [block.mixer.State for block in (*model.prefix, *suffix[:1])]
-            static = values("static", below) if facts["position"] else None
-        except KeyError as error:
-            raise UserError(f"The session {path} lacks {error}; use an unaltered copy.") from error
-        session._state = ReadState(facts["position"], static, State(fast, caches))
-        session._pending = tensors["pending"].numpy()
+        facts, tensors = read_session_file(Path(path))
+        learn, dtype = facts["learn"], DTYPES[facts["dtype"]]
+        session = cls(model, tokenizer, learn=learn, dtype=dtype, compile=compile)
+        session.unpack(facts, tensors, str(path))
         return session
 
+    def pack(self, precision: Precision = "float32") -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The session as facts, which are plain values, and tensors on the CPU; see `session_files`."""
+        facts = {
+            **asdict(self.info()),
+            "precision": precision,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.digest,
+            "state_digest": self._text.digest.hex(),
+            "state_bytes": self._text.bytes,
+        }
+        tensors = state_tensors(self.model, self._state, self.learn, precision)
+        return facts, {**tensors, "pending": torch.from_numpy(self._pending.copy())}
+
+    def unpack(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "The session") -> None:
+        """Become what was packed, learning or not as this session was made. Raises UserError as `load` does."""
+        if facts["model"] != self._model_digest:
+            raise UserError(
+                f"The session {name} belongs to another model than this one; give the model that it was read with."
+            )
+        if facts["tokenizer"] != (None if self.tokenizer is None else self.tokenizer.digest):
+            raise UserError(
+                f"The session {name} was read with another tokenizer; give the model folder it was read with."
+            )
+        try:
+            state = state_from_tensors(self.model, tensors, facts["position"], facts["learn"], facts["precision"])
+            pending = tensors["pending"].numpy()
+        except KeyError as error:
+            raise UserError(f"The session {name} lacks {error}; use an unaltered copy.") from error
+        text = TextSoFar(bytes.fromhex(facts["state_digest"]), facts["state_bytes"])
+        self._before, self._state, self._text, self._pending = None, state, text, pending
+
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _become(self, other: "Session") -> None:
+        """Stand where another session of the same model stands."""
+        self._before, self._state, self._text, self._pending = other._before, other._state, other._text, other._pending
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -296,8 +350,9 @@ class Session:
         )
         losses = nll_1T[0].float().cpu().numpy()
         self._check(losses, float(norm_1))
-        before = (self._state, self._pending[:1].copy()) if self.learn else None
-        self._before, self._state, self._pending = before, after, self._pending[piece:]
+        before = (self._state, self._text, self._pending[:1].copy()) if self.learn else None
+        text = self._text.add(self._pending[:piece], self.mini_batch, self._sizes)
+        self._before, self._state, self._text, self._pending = before, after, text, self._pending[piece:]
         return losses
 
     def _check(self, losses: np.ndarray, norm: float) -> None:
@@ -322,7 +377,7 @@ class Session:
         else:
             what = f"the loss at tokens {first} to {last} is {loss:.4g} nats per token"
             if self._before is not None:
-                self._state, self._pending = self._before
+                self._state, self._text, self._pending = self._before
         self._before, self._pending = None, self._pending[:1]
         raise Diverged(
             f"Learning diverged: {what}; the session is back at its last good state, after {self.position} tokens. "
@@ -331,24 +386,16 @@ class Session:
         )
 
 
-def _names(kind: str, i: int, cls: Any) -> list[str]:
-    """What the tensors of a state are called in a file; the letters of their shapes are left out."""
-    return [f"{kind}.{i}.{field.rpartition('_')[0]}" for field in cls._fields]
-
-
 def frozen_batches(config: ModelConfig) -> int:
     """How many mini-batches are read at once where nothing is learned: fewer for a large vocabulary."""
     return max(1, min(_FROZEN_BATCHES, _LOGITS // (config.vocab_size * (config.mini_batch or 256))))
 
 
-def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draw a token from logits on the CPU; see `Session.generate_tokens`."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    p_V, order_V = (logits_V.double() / temperature).softmax(-1).sort(descending=True, stable=True)
-    if top_p < 1:
-        p_V = p_V.masked_fill(p_V.cumsum(-1) - p_V >= top_p, 0.0)
-    return int(order_V[torch.multinomial(p_V, 1, generator=generator)])
+def sampling_options(max_tokens: int, sampling: Mapping[str, Any]) -> SamplingOptions:
+    """The options that `sampling` names. Raises UserError for those and a number of tokens out of range."""
+    if max_tokens < 0:
+        raise UserError(f"Cannot write {max_tokens} tokens; give a number from 0 on.")
+    return SamplingOptions(**sampling)
 
 
 # -- models to read with -----------------------------------------------------------------------------------------------
@@ -380,67 +427,3 @@ def load_reader(folder: Path | None = None, device: str | torch.device = "cpu") 
             f"{model.config.vocab_size}; put the tokenizer that made its training tokens there."
         )
     return model, tokenizer
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def check_session_target(path: Path) -> None:
-    """Raise UserError if writing a session to `path` would replace something that is not a session."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file for the session.")
-    if path.exists():
-        try:
-            session_facts(path)
-        except UserError as error:
-            raise UserError(f"{path} exists and is not a session; it is left as it is, choose another name.") from error
-
-
-def session_facts(path: Path) -> dict[str, Any]:
-    """What the file `path` says of its session: version, position, learn, dtype, digests; its tensors are not read.
-
-    Raises UserError if it is no session of this version.
-    """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; give a session file, as `ttt-e2e read --save` writes it.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        facts = json.loads(metadata["session"]) if metadata.get("format") == FORMAT else None
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no session, or a truncated one; give a whole session file.") from error
-    if not isinstance(facts, dict):
-        raise UserError(f"{path} is no session; give a file that `ttt-e2e read --save` has written.")
-    if facts.get("version") != VERSION:
-        raise UserError(
-            f"{path} is a session of version {facts.get('version')}, this program reads {VERSION}; update ttt-e2e."
-        )
-    return facts
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    facts = session_facts(path)
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated; use a whole copy.") from error
-    expected = facts.pop("sha256", None)
-    if expected != _sha256(tensors, facts):
-        raise UserError(f"{path} was altered after it was written: its digest does not fit; use another copy.")
-    return facts, tensors
-
-
-def _sha256(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
-def _model_fingerprint(model: Transformer) -> str:
-    """Equal for models that compute alike: weights and configuration."""
-    config = json.dumps(to_dict(model.config), sort_keys=True)
-    return hashlib.sha256(f"{model_digest(model)} {config}".encode()).hexdigest()

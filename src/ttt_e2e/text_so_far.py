@@ -1,0 +1,39 @@
+"""What is kept of a text that was read, however long it is: a digest of its tokens and its size."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import decoders
+
+from ttt_e2e.data.tokenizer import Tokenizer
+
+
+class TextSoFar(NamedTuple):
+    """A digest of tokens and how many bytes of text they are: a value, to keep and to save.
+
+    The digest is a chain, since no hash object can be saved: SHA-256 of the link before and of the next `link` tokens
+    (int64, little-endian). So what is added must be whole links, except for the last.
+    """
+
+    digest: bytes = b""
+    bytes: int = 0
+
+    def add(self, ids: np.ndarray, link: int, sizes: np.ndarray | None) -> "TextSoFar":
+        """With more tokens, `link` of them hashed together. sizes: their bytes [V], see `token_bytes`; None: 0."""
+        digest = self.digest
+        for start in range(0, len(ids), link):
+            digest = hashlib.sha256(digest + ids[start : start + link].astype("<i8").tobytes()).digest()
+        return TextSoFar(digest, self.bytes + (0 if sizes is None else int(sizes[ids].sum())))
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
+    """How many bytes of text each token is, [V]; None for a tokenizer whose tokens are not made of bytes."""
+    backend = tokenizer.backend
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        return None
+    # Such a tokenizer writes every byte as one character. What was added to it is written as it is, or is no text.
+    sizes = np.array([len(backend.id_to_token(i) or "") for i in range(tokenizer.vocab_size)])
+    for i, added in backend.get_added_tokens_decoder().items():
+        sizes[i] = 0 if added.special else len(added.content.encode())
+    return sizes
