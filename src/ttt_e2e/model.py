@@ -180,15 +180,24 @@ class Transformer(nn.Module):
         """Token embeddings [B, T, D] in the compute dtype."""
         return F.embedding(tokens_BT, self.embedding).to(dtype)
 
-    def place(self, start: int, length: int, dtype: torch.dtype) -> Place:
-        """Positions `start` to `start + length`; their angles are exact at any position a stream can reach."""
+    def place(self, start: int, length: int, dtype: torch.dtype, ahead_B: Tensor | None = None) -> Place:
+        """Positions `start` to `start + length`; their angles are exact at any position a stream can reach.
+
+        ahead_B: how much further each sequence stands, int64; None where all stand at `start`. Caches of sequences that
+        stand apart may begin with empty slots as long as there are more slots than tokens that were read.
+        """
         half = self.config.head_width // 2
         device = self.embedding.device
         # float64: in float32 the angle itself would be off by whole radians after ten million tokens.
         frequency = self.config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
         position = torch.arange(start, start + length, device=device, dtype=torch.float64)
-        angle = position[:, None, None] * frequency
-        return Place(angle.cos().to(wide(dtype)), angle.sin().to(wide(dtype)))
+        read_B = None
+        if ahead_B is not None:
+            position = position[:, None] + ahead_B
+            if start < self.config.window or "full" in self.config.mixers:
+                read_B = start + ahead_B
+        angle = position[..., None, None] * frequency
+        return Place(angle.cos().to(wide(dtype)), angle.sin().to(wide(dtype)), read_B=read_B)
 
     @property
     def head_weight(self) -> Tensor:

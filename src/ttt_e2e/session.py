@@ -356,34 +356,45 @@ class Session:
         return losses
 
     def _check(self, losses: np.ndarray, norm: float) -> None:
-        """Raise Diverged unless the losses are sound; the session then has forgotten what led to them.
-
-        A mini-batch's loss judges the update before it, so the last good state is the one before that update. A
-        gradient that is not finite would only spoil the next state.
-        """
-        first, last = self.position, self.position + len(losses)
-        loss, limit = float(losses.mean()), _ABSURD * math.log(self.model.config.vocab_size)
-        if not math.isfinite(loss) and (self.position == 0 or not self.learn):
-            raise Diverged(
-                f"The model has a loss of {loss} at tokens {first} to {last} although nothing was learned; "
-                "its weights are not fit for use, train or load another model.",
-                self.position,
-            )
+        """Raise Diverged unless the losses are sound; the session then has forgotten what led to them."""
         learned = self.learn and self.position > 0
-        if math.isfinite(loss) and (loss <= limit or not learned):
-            if math.isfinite(norm):
-                return
-            what = f"the gradient at tokens {first} to {last} is {norm}"
-        else:
-            what = f"the loss at tokens {first} to {last} is {loss:.4g} nats per token"
-            if self._before is not None:
-                self._state, self._text, self._pending = self._before
+        found = unsound(losses, norm, self.position, learned, self.model.config.vocab_size)
+        if found is None:
+            return
+        what, update = found
+        if update and self._before is not None:
+            self._state, self._text, self._pending = self._before
         self._before, self._pending = None, self._pending[:1]
+        raise gone_back(what, self.position)
+
+
+def unsound(losses: np.ndarray, norm: float, position: int, learned: bool, vocabulary: int) -> tuple[str, bool] | None:
+    """What is wrong with a mini-batch read at `position`, and whether the update before it is to blame; None: nothing.
+
+    A mini-batch's loss judges the update before it, if one was `learned`: the last good state is then the one before
+    that. A gradient that is not finite would only spoil the next state. Raises Diverged if nothing was learned yet and
+    the loss is not finite: then the weights themselves are to blame.
+    """
+    at = f"at tokens {position} to {position + len(losses)}"
+    loss, limit = float(losses.mean()), _ABSURD * math.log(vocabulary)
+    if not math.isfinite(loss) and not learned:
         raise Diverged(
-            f"Learning diverged: {what}; the session is back at its last good state, after {self.position} tokens. "
-            "Read without learning, or with a model of a smaller inner_lr.",
-            self.position,
+            f"The model has a loss of {loss} {at} although nothing was learned; "
+            "its weights are not fit for use, train or load another model.",
+            position,
         )
+    if learned and not loss <= limit:
+        return f"the loss {at} is {loss:.4g} nats per token", True
+    return None if math.isfinite(norm) else (f"the gradient {at} is {norm}", False)
+
+
+def gone_back(what: str, position: int) -> Diverged:
+    """The error that says so, once a session is back at its last good state, at `position`."""
+    return Diverged(
+        f"Learning diverged: {what}; the session is back at its last good state, after {position} tokens. "
+        "Read without learning, or with a model of a smaller inner_lr.",
+        position,
+    )
 
 
 def frozen_batches(config: ModelConfig) -> int:

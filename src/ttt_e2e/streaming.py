@@ -25,20 +25,27 @@ class ReadState(NamedTuple):
     """All that a text leaves behind in a model, at a border between mini-batches: a value, to keep, copy or save.
 
     position: tokens read so far. static: states of the mixers below the lowest fast weight. loop: the rest.
+    ahead_B: how much further than `position` each text is, int64, where texts at different positions are read together;
+    None where all are at `position`. Their caches may begin with empty slots then, but cannot be learned from.
     """
 
     position: int
     static: tuple[Any, ...] | None
     loop: State
+    ahead_B: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that `map` changes, in its order."""
+        return [t for value in self.static or () for t in value] + self.loop.tensors()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "ReadState":
-        """The same with every tensor changed; their first dimension is the batch."""
+        """The same with every tensor changed but `ahead_B`; their first dimension is the batch."""
 
         def each(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(type(value)(*map(change, value)) for value in values)
 
         static = None if self.static is None else each(self.static)
-        return ReadState(self.position, static, State(each(self.loop.fast), each(self.loop.caches)))
+        return self._replace(static=static, loop=State(each(self.loop.fast), each(self.loop.caches)))
 
 
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
@@ -73,7 +80,7 @@ def read_mini_batch(
     length, window = tokens_Bb.shape[1], model.config.window
     if mask_Bb is None:
         mask_Bb = torch.ones_like(targets_Bb, dtype=wide(dtype))
-    place = model.place(state.position, length, dtype)
+    place = model.place(state.position, length, dtype, state.ahead_B)
     static, loop = state.static, state.loop
     step_size = torch.tensor(lr, dtype=wide(dtype), device=tokens_Bb.device)
     if steps.fixed and has_fixed_caches(model.config) and length == model.config.mini_batch:
@@ -92,7 +99,7 @@ def read_mini_batch(
         static, loop, nll_Bb, norm_B = read_and_learn(
             model, static, loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
         )
-    return ReadState(state.position + length, static, loop), nll_Bb, norm_B
+    return state._replace(position=state.position + length, static=static, loop=loop), nll_Bb, norm_B
 
 
 def has_fixed_caches(config: ModelConfig) -> bool:
@@ -119,10 +126,10 @@ def forward(
 
 
 def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, ReadState]:
-    place = model.place(state.position, tokens_BT.shape[1], dtype)
+    place = model.place(state.position, tokens_BT.shape[1], dtype, state.ahead_B)
     x_BTD, static = model.read_static(tokens_BT, place, state.static, dtype)
     loop = state.loop
     if model.suffix:
         x_BTD, caches, _ = model.read_fast(x_BTD, place, loop.fast, loop.caches, inner=False)
         loop = State(loop.fast, caches)
-    return x_BTD, ReadState(state.position + tokens_BT.shape[1], static, loop)
+    return x_BTD, state._replace(position=state.position + tokens_BT.shape[1], static=static, loop=loop)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.mixers.base import Mixer, Place
-from ttt_e2e.ops.attention import attention, attention_once
+from ttt_e2e.ops.attention import attention, attention_once, visible
 from ttt_e2e.ops.elementwise import Pull, rms_norm, rotate, wide
 from ttt_e2e.ops.linear import linear, pull_linear
 
@@ -74,9 +74,13 @@ class Attention(Mixer):
         own = Cache(k_BGTK, v_BTGK.transpose(1, 2))
         seen = own if cache is None else join([cache, own])
         if inner:
+            assert place.read_B is None, "only what is not learned from can be read with caches of unequal length"
             y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty, place.bias_TS)
         else:
-            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty, place.bias_TS)
+            bias = place.bias_TS
+            if place.read_B is not None and cache is not None:
+                bias = unequal(q_BHTK, cache, window, place.read_B)
+            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty, bias)
         if cache is None or place.empty is None:
             kept = join([seen], window)
             if cache is None and not torch.is_grad_enabled():  # a view would keep the whole text
@@ -95,6 +99,13 @@ class Attention(Mixer):
             return pull_linear(dx_BTJK.flatten(2), self.w_qkv)
 
         return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), kept, pull if inner else None
+
+
+def unequal(q_BHTK: Tensor, cache: Cache, window: int | None, read_B: Tensor) -> Tensor:
+    """What `visible` says, [B, 1, T, S], where the cache's last slots hold the tokens of a text, and the first none."""
+    cached, own = cache.k_BGSK.shape[2], q_BHTK.shape[2]
+    empty_BS = torch.arange(cached + own, device=read_B.device) < cached - read_B[:, None]
+    return visible(own, cached + own, window, q_BHTK).masked_fill(empty_BS[:, None, None], -torch.inf)
 
 
 def join(pieces: list[Cache], window: int | None = None) -> Cache:

@@ -16,14 +16,19 @@ from torch import Tensor, nn
 class Place(NamedTuple):
     """Where tokens stand: the cosines and sines of their rotary angles, [T, 1, K/2] each.
 
+    They are [T, B, 1, K/2] where every sequence has positions of its own; tokens come first either way.
+
     empty: how many of the first slots of every cache of fixed size hold no token yet, a 0-dim int32 tensor; None where
     caches hold tokens only. bias_TS: which keys each token may see, made once for all blocks where that helps.
+    read_B: how many tokens each sequence has read, int64, where caches that hold fewer tokens than others begin with
+    slots that hold none; None where there are no such slots.
     """
 
     cos: Tensor
     sin: Tensor
     empty: Tensor | None = None
     bias_TS: Tensor | None = None
+    read_B: Tensor | None = None
 
     def slice(self, start: int, stop: int) -> "Place":
         """The part for tokens `start` to `stop`."""

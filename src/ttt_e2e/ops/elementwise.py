@@ -241,8 +241,11 @@ class _CrossEntropyBackward(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Pull]:
     """Turn every pair (i, i + K/2) of x [..., K] by an angle, its cosine and sine broadcast to [..., K/2].
 
-    The angles take no gradient.
+    Cosine and sine of four dimensions are every sequence's own, tokens first, [T, B, 1, K/2], for x [B, T, J, K]. The
+    angles take no gradient.
     """
+    if cos.dim() == 4:
+        cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
     if is_compiling():
         return rotate_reference(x, cos, sin)
     return _Rotate.apply(x, cos, sin), lambda g: _Rotate.apply(g, cos, -sin)

@@ -1,0 +1,196 @@
+"""How much faster do many sessions read and write in one batch than one after the other?
+
+    python benchmarks/pool.py                        # the shipped model, 16 sessions
+    python benchmarks/pool.py --threads 1 --out results/pool.json
+
+Every session has read another part of Python's own library, and stands at another position. Then all of them read on
+(and learn), and all of them write, once through a `SessionPool` and once one after the other, by the same functions
+without a pool. The two take turns; the ratio is taken within a round, and the medians are printed. Beside wall time
+stands the process's own time on the processor, which other work on the machine disturbs less.
+
+A CPU does a mini-batch's products with b rows at nearly its full speed already. So beside the ratio of reading stands
+its bound: the ratio if reading together were nothing but its matrix products (without those of PyTorch's fused
+attention), at the speed that products with the rows of all sessions have, measured in the same round.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ttt_e2e.data.text import standard_library
+from ttt_e2e.model import Transformer
+from ttt_e2e.pool import SessionPool, Text
+from ttt_e2e.sampling import SamplingOptions, sample
+from ttt_e2e.session import load_reader
+from ttt_e2e.streaming import forward, read_mini_batch
+
+Times = tuple[float, float]
+
+
+def timed(work: Callable[[], None]) -> Times:
+    """Seconds on the clock and on the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - clock, time.process_time() - processor
+
+
+def read_alone(model: Transformer, texts: list[Text]) -> None:
+    for state, pending in texts:
+        for start in range(0, len(pending) - 1, model.config.mini_batch or 256):
+            ids_1T = torch.from_numpy(pending[start : start + (model.config.mini_batch or 256) + 1])[None]
+            state, nll_1T, _ = read_mini_batch(model, state, ids_1T[:, :-1], ids_1T[:, 1:])
+            nll_1T[0].numpy()
+
+
+def write_alone(model: Transformer, texts: list[Text], count: int) -> None:
+    for seed, (state, pending) in enumerate(texts):
+        options = SamplingOptions(seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        ids_1T = torch.from_numpy(pending[:1])[None]
+        for _ in range(count):
+            logits_1TV, state = forward(model, state, ids_1T)
+            ids_1T = torch.tensor([[sample(logits_1TV[0, -1], options, generator)]])
+
+
+def pool_of(model: Transformer, texts: list[Text]) -> SessionPool:
+    pool = SessionPool(model, max_batch=len(texts))
+    for state, pending in texts:
+        pool.add(Text(state, pending[:1]))
+    return pool
+
+
+def read_together(model: Transformer, texts: list[Text]) -> None:
+    pool = pool_of(model, texts)
+    for id, (_, pending) in enumerate(texts):
+        pool.submit_read(id, pending[1:])
+    while pool.busy:
+        pool.step()
+
+
+def write_together(model: Transformer, texts: list[Text], count: int) -> None:
+    pool = pool_of(model, texts)
+    for id in range(len(texts)):
+        pool.submit_generate(id, max_tokens=count, options=SamplingOptions(seed=id))
+    while pool.busy:
+        pool.step()
+
+
+def products(model: Transformer, rows: int) -> tuple[int, Callable[[], None]]:
+    """The kinds of matrix products that a mini-batch is made of, with so many rows, and their operations."""
+    config = model.config
+    widths = (config.vocab_size, 2 * config.mlp_width, 3 * config.width, config.width)
+    x_ND = torch.randn(rows, config.width)
+    weights = [torch.randn(width, config.width) for width in widths] * 4
+
+    def work() -> None:
+        for weight in weights:
+            x_ND @ weight.T
+
+    return 2 * rows * config.width * 4 * sum(widths), work
+
+
+def operations(model: Transformer, texts: list[Text]) -> int:
+    """Of the matrix products of reading these texts one after the other."""
+    with FlopCounterMode(display=False) as counter:
+        read_alone(model, texts)
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder (default: the shipped model)")
+    parser.add_argument("--sessions", type=int, default=16)
+    parser.add_argument("--mini-batches", type=int, default=4, help="that every session reads in a round")
+    parser.add_argument("--write", type=int, default=32, help="tokens that every session writes in a round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_reader(args.model, torch.device("cpu"))
+    b, window = model.config.mini_batch or 256, model.config.window
+
+    # Sessions with a full window behind them, at positions of their own, and what they are to read next.
+    before = [window + b * (i + 1) for i in range(args.sessions)]
+    wanted = [length + b * args.mini_batches + 1 for length in before]
+    pieces = itertools.chain.from_iterable(document.pieces() for document in standard_library())
+    parts: list[np.ndarray] = []
+    for part in tokenizer.encode_pieces(pieces):
+        parts.append(part)
+        if sum(map(len, parts)) >= sum(wanted):
+            break
+    starts = [0, *itertools.accumulate(wanted)]
+    own = [np.concatenate(parts)[start : start + length] for start, length in zip(starts, wanted, strict=False)]
+    pool = SessionPool(model)
+    for tokens, length in zip(own, before, strict=True):
+        pool.submit_read(pool.add(), tokens[: length + 1])
+    while pool.busy:
+        pool.step()
+    texts = [
+        Text(pool.remove(id).state, tokens[length:])
+        for id, (tokens, length) in enumerate(zip(own, before, strict=True))
+    ]
+    del pool
+
+    work: dict[str, tuple[int, Callable[[], None], Callable[[], None]]] = {
+        "read": (
+            args.sessions * b * args.mini_batches,
+            lambda: read_alone(model, texts),
+            lambda: read_together(model, texts),
+        ),
+        "write": (
+            args.sessions * args.write,
+            lambda: write_alone(model, texts, args.write),
+            lambda: write_together(model, texts, args.write),
+        ),
+    }
+    needed = operations(model, texts)
+    of_product, product = products(model, b * args.sessions)
+    results, bound = {}, 0.0
+    for name, (tokens, alone, together) in work.items():
+        alone(), together()
+        rounds = [(timed(alone), timed(together)) for _ in range(args.rounds)]
+        if name == "read":
+            speeds = [(timed(alone)[0], timed(product)[0]) for _ in range(args.rounds)]
+            bound = statistics.median(a / (needed / of_product * p) for a, p in speeds)
+        results[name] = {
+            "tokens_per_second_alone": tokens / statistics.median(a[0] for a, _ in rounds),
+            "tokens_per_second_together": tokens / statistics.median(t[0] for _, t in rounds),
+            "ratio": statistics.median(a[0] / t[0] for a, t in rounds),
+            "ratio_of_processor_time": statistics.median(a[1] / t[1] for a, t in rounds),
+        }
+
+    result = {
+        "sessions": args.sessions,
+        "model": {"parameters": sum(p.numel() for p in model.parameters()), "b": b, "window": window},
+        **results,
+        "bound_on_the_ratio_of_reading": bound,
+        "rounds": args.rounds,
+        "threads": args.threads,
+        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+    }
+    print(f"| {args.sessions} sessions | one after the other | in one batch | ratio | ratio of processor time |")
+    print("|---|---|---|---|---|")
+    for name, label in (("read", "reading and learning"), ("write", "writing")):
+        r = results[name]
+        print(
+            f"| {label} | {r['tokens_per_second_alone']:,.0f} tokens/s "
+            f"| {r['tokens_per_second_together']:,.0f} tokens/s "
+            f"| {r['ratio']:.2f} | {r['ratio_of_processor_time']:.2f} |"
+        )
+    print(f"\nReading together could not be more than {bound:.2f} times as fast: its products alone take that long.")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

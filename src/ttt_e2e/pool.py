@@ -1,0 +1,467 @@
+"""Many sessions on one model: they read and write together, a row of a batch each, and join and leave at any time.
+
+Each gives what it would give alone, up to rounding: sums run in another order. No row ever sees another's text.
+
+Rows share a call if they take the same number of tokens and their states have the same shapes, wherever they stand:
+all whose window is full do, and all whose mixers are recurrent. Where nothing is learned, in writing, the keys and
+values of a shorter text get empty slots in front. The rows of a call stay stacked in one state after it, and the same
+rows go on from there without a copy; rows are copied only when one comes or goes.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.errors import UserError
+from ttt_e2e.mixers.attention import Cache
+from ttt_e2e.model import Transformer
+from ttt_e2e.sampling import SamplingOptions, sample
+from ttt_e2e.session import Diverged, Session, gone_back, unsound
+from ttt_e2e.streaming import ReadState, forward, read_mini_batch, start_reading
+
+
+class Text(NamedTuple):
+    """A session outside of a pool: its state, and the token ids [n] that are not read yet.
+
+    The first of them is the input to the next prediction; every other one has its loss still to come.
+    """
+
+    state: ReadState
+    pending: np.ndarray
+
+
+class Losses(NamedTuple):
+    """The session `id` has read a mini-batch; its losses in nats, float32 [b]."""
+
+    id: int
+    losses: np.ndarray
+
+
+class Token(NamedTuple):
+    """The session `id` has written a token."""
+
+    id: int
+    token: int
+
+
+class Done(NamedTuple):
+    """What was submitted first to the session `id` is done.
+
+    error: None, or why it failed. What was submitted to the session after it is then dropped.
+    """
+
+    id: int
+    error: UserError | None = None
+
+
+Event = Losses | Token | Done
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Rows that went through a call together.
+
+    positions: those of `state`, row by row, known without asking a GPU. shapes: what states must have in common to be
+    read together. loose: to be written on together.
+    """
+
+    state: ReadState
+    positions: tuple[int, ...]
+    shapes: tuple[Any, ...]
+    loose: tuple[Any, ...]
+
+
+class _Row(NamedTuple):
+    """The state of one text: a row of a stack. A value, as every state is."""
+
+    stack: _Stack
+    at: int
+
+    @property
+    def position(self) -> int:
+        return self.stack.positions[self.at]
+
+
+@dataclass(eq=False)
+class _Run:
+    """A text that goes on: a session's own, or the copy of it that is written on.
+
+    before: one mini-batch ago, a state whose loss was good; what was pending with it.
+    """
+
+    row: _Row
+    pending: np.ndarray
+    before: tuple[_Row, np.ndarray] | None = None
+
+
+class _Read(NamedTuple):
+    tokens: np.ndarray
+
+
+class _Write(NamedTuple):
+    prompt: np.ndarray
+    max_tokens: int
+    options: SamplingOptions
+
+
+@dataclass(eq=False)
+class _Writing:
+    """A `_Write` at work: the copy of the session that it writes on, and the tokens that are still to come."""
+
+    run: _Run
+    left: int
+    options: SamplingOptions
+    generator: torch.Generator
+
+
+@dataclass(eq=False)
+class _Member:
+    """A session. job: what it is at; jobs: what comes then. waiting: the step since which it has not had its turn."""
+
+    id: int
+    own: _Run
+    jobs: deque[_Read | _Write] = field(default_factory=deque)
+    job: _Read | _Writing | None = None
+    waiting: int = 0
+
+    @property
+    def run(self) -> _Run:
+        return self.job.run if isinstance(self.job, _Writing) else self.own
+
+
+class SessionPool:
+    """Sessions that share a model, and calls to it.
+
+    model: as `load_reader` gives it; it is never changed. tokenizer: with one, a fresh text begins with its BOS token,
+    and writing ends there. learn: whether the model learns while it reads (a standard model never does). dtype: of the
+    matrix products. max_batch: rows of a call at most; beyond some 16 a CPU gains nothing.
+
+    Work is submitted and done in `step`. A session does what was submitted to it in that order. A step writes one token
+    for everyone who writes, in as many calls as that takes, and then makes one call of reading, with the session in it
+    that has waited longest. So nobody starves: a reader waits for at most as many steps as there are readers, and a
+    writer for one call of reading between two tokens.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        learn: bool = True,
+        dtype: torch.dtype = torch.float32,
+        max_batch: int = 16,
+    ) -> None:
+        if max_batch < 1:
+            raise UserError(f"A pool needs calls of at least one row, not max_batch={max_batch}; give 1 or more.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.learn = learn and bool(model.suffix) and model.config.inner_lr > 0
+        self.dtype = dtype
+        self.max_batch = max_batch
+        self._members: dict[int, _Member] = {}
+        self._ids = itertools.count()
+        self._steps = 0
+
+    @property
+    def piece(self) -> int:
+        """Tokens that a session reads at once: a mini-batch, learning or not."""
+        return self.model.config.mini_batch or 256
+
+    @property
+    def busy(self) -> bool:
+        """Whether something submitted is not done yet."""
+        return any(member.job is not None or member.jobs for member in self._members.values())
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, text: Text | Session | None = None) -> int:
+        """Let a session join, a fresh one if None; returns its id, which no other session of this pool ever has.
+
+        A `Session` itself stays as it is, and the pool goes on from there. Raises UserError if it has another model or
+        dtype.
+        """
+        if isinstance(text, Session):
+            if text.model is not self.model or text.dtype != self.dtype:
+                raise UserError("A session can only join a pool of its own model and dtype; make both with the same.")
+            text = Text(text._state, text._pending)
+        elif text is None:
+            start = [] if self.tokenizer is None else [self.tokenizer.bos]
+            text = Text(start_reading(self.model, 1, self.dtype), np.array(start, np.int64))
+        row = _Row(_stack(text.state, (text.state.position,)), 0)
+        id = next(self._ids)
+        self._members[id] = _Member(id, _Run(row, text.pending))
+        return id
+
+    def remove(self, id: int) -> Text:
+        """Let a session leave, at any time; returns it as it stands.
+
+        Tokens of the read at work that are not read yet come along as pending. Writing at work ends, and what was
+        submitted after the work at hand is dropped. Raises UserError for an id that is not here.
+        """
+        member = self._member(id)
+        del self._members[id]
+        return Text(_alone(member.own.row).stack.state._replace(ahead_B=None), member.own.pending)
+
+    def submit_read(self, id: int, tokens: np.ndarray | Iterable[int]) -> None:
+        """Have the session read on, as `Session.read` does; the events are `Losses`, one a mini-batch, then `Done`.
+
+        Raises UserError for an id that is not here, and for tokens outside of the vocabulary.
+        """
+        self._submit(id, _Read(self._checked(tokens)))
+
+    def submit_generate(
+        self,
+        id: int,
+        prompt: np.ndarray | Iterable[int] = (),
+        *,
+        max_tokens: int = 200,
+        options: SamplingOptions | None = None,
+    ) -> None:
+        """Have the session written on after `prompt`; the events are `Token`, up to BOS or `max_tokens`, then `Done`.
+
+        The session itself stays as it is: a copy reads the prompt, and learns from its whole mini-batches, but not from
+        what it writes. options: default `SamplingOptions()`. For stop strings, look at the text and `cancel`. Raises
+        UserError for an id that is not here, tokens outside of the vocabulary and a negative number.
+        """
+        if max_tokens < 0:
+            raise UserError(f"Cannot write {max_tokens} tokens; max_tokens must be 0 or more.")
+        self._submit(id, _Write(self._checked(prompt), max_tokens, options or SamplingOptions()))
+
+    def cancel(self, id: int) -> None:
+        """End what the session is at, without a `Done`, and drop what was submitted after it.
+
+        Tokens of a read at work that are not read yet stay pending. Raises UserError for an id that is not here.
+        """
+        member = self._member(id)
+        member.job = None
+        member.jobs.clear()
+
+    def step(self) -> list[Event]:
+        """Advance: one token for everyone who writes, and one mini-batch for as many readers as share a call.
+
+        Returns what happened, nothing if nobody is busy. A row that goes wrong fails alone, with an error in its
+        `Done`. An exception (such as too little memory) leaves everyone as they were before the call that failed.
+        """
+        self._steps += 1
+        events: list[Event] = []
+        for member in self._members.values():
+            self._settle(member, events)
+        busy = [member for member in self._members.values() if member.job is not None]
+        writers = [member for member in busy if len(member.run.pending) <= self.piece]
+        for call in self._calls(writers):
+            self._write(call, events)
+        readers = [member for member in busy if len(member.run.pending) > self.piece]
+        if readers:
+            self._read(min(self._calls(readers), key=lambda call: min(member.waiting for member in call)), events)
+        self._let_go()
+        return events
+
+    # -- work ------------------------------------------------------------------------------------------------------
+
+    def _member(self, id: int) -> _Member:
+        if id not in self._members:
+            raise UserError(f"There is no session {id} in this pool; it was removed, or never added.")
+        return self._members[id]
+
+    def _submit(self, id: int, job: _Read | _Write) -> None:
+        member = self._member(id)
+        if member.job is None and not member.jobs:
+            member.waiting = self._steps
+        member.jobs.append(job)
+
+    def _checked(self, tokens: np.ndarray | Iterable[int]) -> np.ndarray:
+        ids = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+        if ids.size == 0:
+            return np.empty(0, np.int64)
+        vocabulary = self.model.config.vocab_size
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
+            raise UserError(
+                f"Tokens must be a row of whole numbers from 0 to {vocabulary - 1}; "
+                "was the text tokenised with another tokenizer?"
+            )
+        return ids.astype(np.int64)
+
+    def _settle(self, member: _Member, events: list[Event]) -> None:
+        """End jobs that have no work left and begin those that come next, up to one that has work."""
+        while member.job is not None or member.jobs:
+            run = member.own
+            if member.job is None:
+                job = member.jobs.popleft()
+                if isinstance(job, _Read):
+                    member.job = job
+                    run.pending = np.concatenate((run.pending, job.tokens))
+                else:
+                    copy = _Run(run.row, np.concatenate((run.pending, job.prompt)))
+                    generator = torch.Generator().manual_seed(job.options.seed)
+                    member.job = _Writing(copy, job.max_tokens, job.options, generator)
+            if isinstance(member.job, _Writing):
+                if member.job.left > 0 and len(member.job.run.pending) == 0:
+                    self._fail(member, UserError("There is nothing to go on from; give a prompt."), events)
+                    return
+                if member.job.left > 0:
+                    return
+            elif len(run.pending) > self.piece:
+                return
+            member.job = None
+            events.append(Done(member.id))
+
+    def _fail(self, member: _Member, error: UserError, events: list[Event]) -> None:
+        member.job = None
+        member.jobs.clear()
+        events.append(Done(member.id, error))
+
+    def _calls(self, members: list[_Member]) -> list[list[_Member]]:
+        """Members in groups that can share a call of at most `max_batch` rows. Those of one stack stay together."""
+        stacks: dict[Any, list[_Member]] = {}
+        for member in members:
+            tokens = min(len(member.run.pending), self.piece + 1)
+            stacks.setdefault((tokens, member.run.row.stack), []).append(member)
+        calls: dict[Any, list[list[_Member]]] = {}
+        for (tokens, stack), some in stacks.items():
+            some.sort(key=lambda member: member.run.row.at)
+            alike = calls.setdefault((tokens, stack.shapes if tokens > self.piece else stack.loose), [])
+            room = next((call for call in alike if len(call) + len(some) <= self.max_batch), None)
+            if room is None:
+                alike.append(some)
+            else:
+                room += some
+        return [call for alike in calls.values() for call in alike]
+
+    def _read(self, members: list[_Member], events: list[Event]) -> None:
+        """A mini-batch for each of the members; each one's state changes last and at once, or not at all."""
+        piece, runs = self.piece, [member.run for member in members]
+        stack = _gathered([run.row for run in runs])
+        ids_BT = self._tensor([run.pending[: piece + 1] for run in runs])
+        inner_lr = None if self.learn else 0.0
+        after, nll_BT, norm_B = read_mini_batch(
+            self.model, stack.state, ids_BT[:, :-1], ids_BT[:, 1:], inner_lr=inner_lr, dtype=self.dtype
+        )
+        new = _stack(after, tuple(position + piece for position in stack.positions))
+        losses, norms = nll_BT.float().cpu().numpy(), norm_B.tolist()
+        for i, (member, run) in enumerate(zip(members, runs, strict=True)):
+            member.waiting = self._steps
+            error = self._judge(run, losses[i], norms[i])
+            if error is not None:
+                self._fail(member, error, events)
+                continue
+            own = run is member.own
+            run.before = (run.row, run.pending[:1]) if own and self.learn else None
+            run.row, run.pending = _Row(new, i), run.pending[piece:]
+            if own:
+                events.append(Losses(member.id, losses[i]))
+            self._settle(member, events)
+
+    def _judge(self, run: _Run, losses: np.ndarray, norm: float) -> Diverged | None:
+        """What is wrong with a mini-batch, as in `Session`; the run is then back at its last good state."""
+        first = run.row.position
+        try:
+            found = unsound(losses, norm, first, self.learn and first > 0, self.model.config.vocab_size)
+        except Diverged as error:
+            return error
+        if found is None:
+            return None
+        what, update = found
+        if update and run.before is not None:
+            run.row, run.pending = run.before
+        run.before, run.pending = None, run.pending[:1]
+        return gone_back(what, run.row.position)
+
+    def _write(self, members: list[_Member], events: list[Event]) -> None:
+        """A token for each of the members."""
+        runs = [member.run for member in members]
+        stack = _gathered([run.row for run in runs])
+        ids_BT = self._tensor([run.pending for run in runs])
+        logits_BTV, after = forward(self.model, stack.state, ids_BT, self.dtype)
+        new = _stack(after, tuple(position + ids_BT.shape[1] for position in stack.positions))
+        logits_BV = logits_BTV[:, -1].float().cpu()
+        sound = logits_BV.isfinite().all(1).tolist()
+        for i, (member, run) in enumerate(zip(members, runs, strict=True)):
+            assert isinstance(member.job, _Writing)
+            if not sound[i]:
+                message = f"The model's logits after {run.row.position} tokens are not finite; nothing can be written."
+                self._fail(member, UserError(message), events)
+                continue
+            token = sample(logits_BV[i], member.job.options, member.job.generator)
+            if self.tokenizer is not None and token == self.tokenizer.bos:
+                member.job.left = 0
+            else:
+                member.job.left -= 1
+                events.append(Token(member.id, token))
+            run.row, run.pending = _Row(new, i), np.array([token], np.int64)
+            self._settle(member, events)
+
+    def _tensor(self, rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(rows)).to(self.model.embedding.device)
+
+    def _let_go(self) -> None:
+        """Copy rows out of stacks most of whose rows nobody needs any more, so that the rest is freed."""
+        runs = [run for member in self._members.values() for run in {member.own, member.run}]
+        needed: dict[_Stack, set[int]] = {}
+        for run in runs:
+            for row in (run.row, *(run.before or ())[:1]):
+                needed.setdefault(row.stack, set()).add(row.at)
+        alone: dict[_Row, _Row] = {}
+        for stack, indices in needed.items():
+            if 2 * len(indices) < len(stack.positions):
+                alone |= {_Row(stack, i): _alone(_Row(stack, i)) for i in indices}
+        for run in runs:
+            run.row = alone.get(run.row, run.row)
+            if run.before is not None:
+                row, pending = run.before
+                run.before = alone.get(row, row), pending
+
+
+# -- stacks ------------------------------------------------------------------------------------------------------------
+
+
+def _stack(state: ReadState, positions: tuple[int, ...]) -> _Stack:
+    values = (*(state.static or ()), *state.loop.fast, *state.loop.caches)
+    shapes = tuple(tuple(t.shape[1:]) for value in values for t in value)
+    # Caches in a call differ by less than a factor of two: a short text is not written on at the cost of a long one.
+    slots = tuple(value.k_BGSK.shape[2].bit_length() for value in values if isinstance(value, Cache))
+    others = tuple(tuple(t.shape[1:]) for value in values if not isinstance(value, Cache) for t in value)
+    return _Stack(state, positions, shapes, (slots, others))
+
+
+def _alone(row: _Row) -> _Row:
+    """The same row, as the only one of a stack."""
+    stack, at = row
+    if len(stack.positions) == 1:
+        return row
+    ahead_B = None if stack.state.ahead_B is None else torch.zeros_like(stack.state.ahead_B[:1])
+    state = stack.state.map(lambda t: t[at : at + 1].clone())._replace(position=row.position, ahead_B=ahead_B)
+    return _Row(_stack(state, (row.position,)), 0)
+
+
+def _gathered(rows: Sequence[_Row]) -> _Stack:
+    """Rows in one stack, in their order: the stack they are in if they are all of it, else a copy."""
+    first = rows[0].stack
+    if list(rows) == [_Row(first, at) for at in range(len(first.positions))]:
+        return first
+    columns = zip(*(row.stack.state.tensors() for row in rows), strict=True)
+
+    def join(like: Tensor) -> Tensor:
+        parts = [t[row.at : row.at + 1] for row, t in zip(rows, next(columns), strict=True)]
+        if len({part.shape for part in parts}) > 1:  # caches of texts of different lengths
+            slots = max(part.shape[2] for part in parts)
+            parts = [F.pad(part, (0, 0, slots - part.shape[2], 0)) for part in parts]
+        return torch.cat(parts)
+
+    state, ahead_B = first.state.map(join), None
+    positions = tuple(row.position for row in rows)
+    start = min(positions)
+    if max(positions) > start or any(row.stack.state.ahead_B is not None for row in rows):
+        device = first.state.tensors()[0].device
+        ahead_B = torch.tensor([position - start for position in positions], device=device)
+    return _stack(state._replace(position=start, ahead_B=ahead_B), positions)

@@ -1,0 +1,475 @@
+"""Many sessions in one batch: each as if it were alone, whoever comes and goes beside it."""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttt_e2e import pool as pool_module
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.errors import UserError
+from ttt_e2e.model import Transformer
+from ttt_e2e.pool import Done, Event, Losses, SessionPool, Text, Token
+from ttt_e2e.sampling import SamplingOptions, sample
+from ttt_e2e.session import Diverged, Session
+from ttt_e2e.streaming import ReadState, forward, read_mini_batch, start_reading
+
+F64 = torch.float64
+ONE_TOKENIZER = Tokenizer.train([""], 257)
+RECURRENT = dict(suffix_layers=0, pattern=("mamba2", "gated-deltanet", "ttt-kvb", "titans"))
+PATTERNS = {
+    "window": dict(),
+    "full": dict(pattern=("full",)),
+    "recurrent": RECURRENT,
+    "learning over others": dict(pattern=("gated-deltanet", "titans", "window", "window")),
+}
+SMALL = dict(state_width=8, persistent_tokens=3, window=10, mini_batch=5)
+
+
+def model_of(name: str, dtype: torch.dtype = F64) -> Transformer:
+    return small_model(dtype, **{**SMALL, **PATTERNS[name]}).requires_grad_(False)
+
+
+MODELS = {name: model_of(name) for name in PATTERNS}
+
+
+def tokens_of(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 50, length)
+
+
+def read_alone(model: Transformer, text: np.ndarray, dtype: torch.dtype = F64) -> tuple[ReadState, np.ndarray, int]:
+    """The state after the text's whole mini-batches, their losses, and how many tokens those are."""
+    state, losses, b = start_reading(model, 1, dtype), [np.empty(0)], model.config.mini_batch
+    assert b is not None
+    while len(text) > state.position + b:
+        ids = torch.from_numpy(text[state.position : state.position + b + 1])[None]
+        state, nll, _ = read_mini_batch(model, state, ids[:, :-1], ids[:, 1:], dtype=dtype)
+        losses.append(nll[0].numpy())
+    return state, np.concatenate(losses), state.position
+
+
+def write_alone(
+    model: Transformer, text: np.ndarray, count: int, options: SamplingOptions, dtype: torch.dtype = F64
+) -> list[int]:
+    state, _, done = read_alone(model, text, dtype)
+    ids, written = torch.from_numpy(text[done:])[None], []
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(count):
+        logits, state = forward(model, state, ids, dtype)
+        written.append(sample(logits[0, -1].float(), options, generator))
+        ids = torch.tensor([[written[-1]]])
+    return written
+
+
+def assert_same_state(ours: ReadState, alone: ReadState, tolerance: float = 1e-9) -> None:
+    assert ours.position == alone.position and ours.ahead_B is None
+    torch.testing.assert_close(ours.tensors(), alone.tensors(), rtol=tolerance, atol=tolerance)
+
+
+def run(pool: SessionPool) -> list[Event]:
+    events = []
+    for _ in range(1000):
+        if not pool.busy:
+            return events
+        events += pool.step()
+    raise AssertionError("the pool never ends")
+
+
+def of(events: list[Event], id: int) -> tuple[np.ndarray, list[int], list[UserError | None]]:
+    """A session's losses, the tokens it wrote, and how its work ended."""
+    mine = [event for event in events if event.id == id]
+    losses = np.concatenate([np.empty(0), *(event.losses for event in mine if isinstance(event, Losses))])
+    return (
+        losses,
+        [event.token for event in mine if isinstance(event, Token)],
+        [event.error for event in mine if isinstance(event, Done)],
+    )
+
+
+class Check:
+    """A pool beside what each of its sessions must give, found out by sessions that are alone."""
+
+    def __init__(self, model: Transformer, max_batch: int, dtype: torch.dtype, tolerance: float) -> None:
+        self.model, self.dtype, self.tolerance = model, dtype, tolerance
+        self.pool = SessionPool(model, dtype=dtype, max_batch=max_batch)
+        self.jobs: dict[int, list[tuple[np.ndarray, int | None]]] = {}  # of each session: tokens, how many to write
+        self.events: list[Event] = []
+        self.made = 0
+
+    def unique(self, length: int) -> np.ndarray:
+        self.made += 1
+        return tokens_of(length, self.made)
+
+    def add(self) -> None:
+        self.jobs[self.pool.add()] = []
+
+    def read(self, id: int, length: int) -> None:
+        self.jobs[id].append((self.unique(length), None))
+        self.pool.submit_read(id, self.jobs[id][-1][0])
+
+    def write(self, id: int, length: int, count: int) -> None:
+        self.jobs[id].append((self.unique(length), count))
+        options = SamplingOptions(seed=len(self.jobs[id]))
+        self.pool.submit_generate(id, self.jobs[id][-1][0], max_tokens=count, options=options)
+
+    def step(self) -> None:
+        self.events += self.pool.step()
+
+    def remove(self, id: int) -> None:
+        """Take a session out, in the midst of its work maybe, and compare all it gave so far."""
+        text = self.pool.remove(id)
+        losses, written, ends = of(self.events, id)
+        assert ends == [None] * len(ends)
+        jobs = self.jobs.pop(id)
+        begun = np.concatenate([np.empty(0, np.int64), *(tokens for tokens, count in jobs if count is None)])
+        begun = begun[: text.state.position + len(text.pending)]  # reads that were not begun are dropped
+        np.testing.assert_array_equal(text.pending, begun[text.state.position :])
+        upto = begun[: text.state.position + 1] if text.state.position else begun[:0]
+        state, alone, _ = read_alone(self.model, upto, self.dtype)
+        assert_same_state(text.state, state, self.tolerance)
+        np.testing.assert_allclose(losses, alone, atol=self.tolerance)
+        seen = np.empty(0, np.int64)
+        for i, (tokens, count) in enumerate(jobs[: len(ends) + 1]):
+            if count is None:
+                seen = np.concatenate((seen, tokens))
+                continue
+            lonely = write_alone(
+                self.model, np.concatenate((seen, tokens)), count, SamplingOptions(seed=i + 1), self.dtype
+            )
+            expected = lonely if i < len(ends) else lonely[: len(written)]
+            assert written[: len(expected)] == expected
+            written = written[len(expected) :]
+        assert written == []
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("add")),
+    st.tuples(st.just("remove"), st.integers(0, 99)),
+    st.tuples(st.just("read"), st.integers(0, 99), st.integers(1, 30)),
+    st.tuples(st.just("write"), st.integers(0, 99), st.integers(1, 12), st.integers(0, 6)),
+    st.tuples(st.just("step")),
+    st.tuples(st.just("step")),
+)
+
+
+def play(check: Check, actions: list[tuple]) -> None:
+    for _ in range(3):
+        check.add()
+    for name, *numbers in actions:
+        ids = list(check.jobs)
+        if name in ("add", "step"):
+            getattr(check, name)()
+        elif ids:
+            getattr(check, name)(ids[numbers[0] % len(ids)], *numbers[1:])
+    while check.pool.busy:
+        check.step()
+    for id in list(check.jobs):
+        assert len(of(check.events, id)[2]) == len(check.jobs[id])  # all that was submitted was done
+        check.remove(id)
+    assert len(check.pool) == 0
+
+
+@given(actions=st.lists(ACTIONS, min_size=10, max_size=30), max_batch=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_each_session_is_as_if_alone(actions: list[tuple], max_batch: int) -> None:
+    play(Check(MODELS["window"], max_batch, F64, 1e-9), actions)
+
+
+@pytest.mark.parametrize("name", sorted(set(PATTERNS) - {"window"}))
+@given(actions=st.lists(ACTIONS, min_size=10, max_size=25))
+@settings(max_examples=8, deadline=None)
+def test_each_session_is_as_if_alone_with_every_mixer(name: str, actions: list[tuple]) -> None:
+    play(Check(MODELS[name], 4, F64, 1e-9), actions)
+
+
+def test_as_if_alone_in_single_precision() -> None:
+    model = model_of("window", torch.float32)
+    check = Check(model, 4, torch.float32, 1e-5)
+    rng = np.random.default_rng(0)
+    actions: list[tuple] = []
+    for _ in range(60):
+        name = rng.choice(["add", "remove", "read", "read", "write", "step", "step"])
+        numbers = {"remove": [99], "read": [99, 30], "write": [99, 12, 6]}.get(name, [])
+        actions.append((name, *(int(rng.integers(1, top)) for top in numbers)))
+    play(check, actions)
+
+
+# -- calls -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many rows each call had, by the name of the function."""
+    rows: dict[str, list[int]] = defaultdict(list)
+
+    def count(name: str) -> None:
+        plain = getattr(pool_module, name)
+
+        def counted(model: Transformer, state: ReadState, ids: torch.Tensor, *args: object, **more: object) -> object:
+            rows[name].append(len(ids))
+            return plain(model, state, ids, *args, **more)
+
+        monkeypatch.setattr(pool_module, name, counted)
+
+    count("forward")
+    count("read_mini_batch")
+    return rows
+
+
+def pool_at(model: Transformer, lengths: list[int], max_batch: int = 16) -> SessionPool:
+    """A pool whose sessions have read so many tokens."""
+    pool = SessionPool(model, dtype=F64, max_batch=max_batch)
+    for i, length in enumerate(lengths):
+        pool.submit_read(pool.add(), tokens_of(length, i))
+    run(pool)
+    return pool
+
+
+def test_rows_at_different_positions_share_a_call(calls: dict[str, list[int]]) -> None:
+    pool = pool_at(MODELS["window"], [11, 16, 46, 21])  # all with a full window
+    calls.clear()
+    for id in range(4):
+        pool.submit_read(id, tokens_of(10, 10 + id))
+    run(pool)
+    assert calls["read_mini_batch"] == [4, 4]
+    for id in range(4):
+        pool.submit_generate(id, tokens_of(2), max_tokens=6)
+    run(pool)
+    assert calls["forward"] == [4] * 6
+
+
+@pytest.mark.parametrize("name", ["window", "full"])
+def test_texts_of_different_lengths_are_written_on_in_one_call(name: str, calls: dict[str, list[int]]) -> None:
+    pool = SessionPool(MODELS[name], dtype=F64)
+    texts = [tokens_of(length, length) for length in (2, 3, 4)]
+    for text in texts:
+        pool.submit_generate(pool.add(), text, max_tokens=15)  # up to a full window and beyond
+    events = run(pool)
+    assert calls["forward"] == [1, 1, 1] + [2, 1] + [3] * 13  # caches of 4 slots are twice as long as those of 2
+    for id, text in enumerate(texts):
+        assert of(events, id)[1] == write_alone(MODELS[name], text, 15, SamplingOptions())
+
+
+def test_no_call_has_too_many_rows(calls: dict[str, list[int]]) -> None:
+    pool = pool_at(MODELS["window"], [11] * 7, max_batch=3)
+    calls.clear()
+    for id in range(7):
+        pool.submit_generate(id, tokens_of(2, id), max_tokens=2)
+    run(pool)
+    assert calls["forward"] == [3, 3, 1] * 2
+
+
+def test_what_stays_together_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_at(MODELS["window"], [11, 16, 46])
+    copied = []
+    plain = pool_module._gathered
+
+    def gathered(rows: list) -> object:
+        stack = plain(rows)
+        copied.append(all(row.stack is not stack for row in rows))
+        return stack
+
+    monkeypatch.setattr(pool_module, "_gathered", gathered)
+    for id in range(3):
+        pool.submit_read(id, tokens_of(20, id))
+        pool.submit_generate(id, tokens_of(3, id), max_tokens=5)
+    run(pool)
+    assert copied == [True] + [False] * 8
+
+
+def test_readers_take_turns_and_writers_never_wait() -> None:
+    model = MODELS["window"]
+    pool = pool_at(model, [11] * 5 + [6, 1], max_batch=2)  # of three shapes, and more than fit into a call
+    for id in range(6):
+        pool.submit_read(id, tokens_of(50, id))
+    pool.submit_generate(6, tokens_of(2), max_tokens=16)
+    reads: list[set[int]] = []
+    for _ in range(16):
+        events = pool.step()
+        assert [event.id for event in events if isinstance(event, Token)] == [6]
+        reads.append({event.id for event in events if isinstance(event, Losses)})
+    for first in range(10):  # everyone in so many steps as there are readers
+        assert set().union(*reads[first : first + 6]) == set(range(6))
+
+
+def test_rows_that_are_left_behind_keep_little_memory() -> None:
+    pool = pool_at(MODELS["window"], [11] * 8)
+    for id in range(7):
+        pool.remove(id)
+    pool.step()
+    (member,) = pool._members.values()
+    rows = [member.own.row, member.own.before[0]]  # type: ignore[index]
+    assert [len(row.stack.positions) for row in rows] == [1, 1]
+    assert all(len(t.untyped_storage()) == t.nbytes for row in rows for t in row.stack.state.tensors())
+    text = pool.remove(7)
+    state, _, done = read_alone(MODELS["window"], tokens_of(11, 7))
+    assert_same_state(text.state, state)
+    assert text.pending.tolist() == tokens_of(11, 7)[done:].tolist()
+
+
+def test_a_session_comes_back_where_it_left() -> None:
+    model, text = MODELS["window"], tokens_of(60)
+    first, second = SessionPool(model, dtype=F64), SessionPool(model, dtype=F64)
+    one = first.add()
+    first.submit_read(one, text[:33])
+    other = second.add()
+    second.submit_read(other, tokens_of(33, 1))
+    run(first), run(second)
+    moved = second.add(first.remove(one))
+    second.submit_read(moved, text[33:])
+    run(second)
+    state, _, done = read_alone(model, text)
+    left = second.remove(moved)
+    assert_same_state(left.state, state)
+    np.testing.assert_array_equal(left.pending, text[done:])
+
+
+def test_a_session_joins_and_stays_as_it_is() -> None:
+    model, text = MODELS["window"], tokens_of(60)
+    session = Session(model, dtype=F64)
+    session.read(text[:33])
+    pool = SessionPool(model, dtype=F64)
+    id = pool.add(session)
+    pool.submit_read(id, text[33:])
+    losses, _, _ = of(run(pool), id)
+    np.testing.assert_allclose(losses, session.read(text[33:]), atol=1e-6)
+    for other in (Session(model), Session(MODELS["full"], dtype=F64)):
+        with pytest.raises(UserError, match="model and dtype"):
+            pool.add(other)
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def poisoned(text: Text) -> Text:
+    """The same with fast weights that are no numbers."""
+    fast = tuple(type(pair)(*(w * math.nan for w in pair)) for pair in text.state.loop.fast)
+    return Text(text.state._replace(loop=text.state.loop._replace(fast=fast)), text.pending)
+
+
+def test_a_row_that_fails_does_not_spoil_others() -> None:
+    model = MODELS["window"]
+    pool = pool_at(model, [26] * 3)
+    bad = pool.add(poisoned(pool.remove(1)))
+    for id in (0, bad, 2):
+        pool.submit_read(id, tokens_of(15, 20 + id))
+        pool.submit_generate(id, tokens_of(3), max_tokens=4, options=SamplingOptions(seed=id))
+    events = run(pool)
+    losses, written, ends = of(events, bad)
+    assert len(losses) == 0 and written == []
+    assert len(ends) == 1 and isinstance(ends[0], Diverged) and "25 to 30" in str(ends[0])
+    for id in (0, 2):
+        losses, written, ends = of(events, id)
+        text = np.concatenate((tokens_of(26, id), tokens_of(15, 20 + id)))
+        assert ends == [None, None]
+        np.testing.assert_allclose(losses, read_alone(model, text)[1][25:], atol=1e-9)
+        options = SamplingOptions(seed=id)
+        assert written == write_alone(model, np.concatenate((text, tokens_of(3))), 4, options)
+        assert_same_state(pool.remove(id).state, read_alone(model, text)[0])
+
+
+def test_a_row_that_fails_writing_does_not_spoil_others() -> None:
+    model = MODELS["window"]
+    pool = pool_at(model, [26] * 2)
+    bad = pool.add(poisoned(pool.remove(1)))
+    for id in (0, bad):
+        pool.submit_generate(id, max_tokens=4)
+    events = run(pool)
+    assert of(events, 0)[1:] == (write_alone(model, tokens_of(26), 4, SamplingOptions()), [None])
+    _, written, ends = of(events, bad)
+    assert written == [] and len(ends) == 1 and "not finite" in str(ends[0])
+
+
+def test_divergence_goes_back_to_the_last_good_state() -> None:
+    model, text = MODELS["window"], tokens_of(31)
+    pool = pool_at(model, [31, 31])
+    pool.submit_read(0, tokens_of(5, 2))  # the update of this mini-batch turns out bad
+    run(pool)
+    own = pool._members[0].own
+    spoiled = poisoned(Text(pool_module._alone(own.row).stack.state, own.pending))
+    own.row = pool_module._Row(pool_module._stack(spoiled.state, (35,)), 0)
+    for id in (0, 1):
+        pool.submit_read(id, tokens_of(10, 7))
+    events = run(pool)
+    (error,) = of(events, 0)[2]
+    assert isinstance(error, Diverged) and error.position == 30 and "35 to 40" in str(error)
+    assert of(events, 1)[2] == [None]
+    more = tokens_of(20, 8)
+    pool.submit_read(0, more)  # it can be read on from there
+    assert of(run(pool), 0)[2] == [None]
+    assert_same_state(pool.remove(0).state, read_alone(model, np.concatenate((text, more)))[0])
+
+
+def test_a_learning_rate_that_is_too_large_ends_every_session_at_its_start() -> None:
+    model = small_model(inner_lr=1e30).requires_grad_(False)
+    pool = SessionPool(model)
+    for id in (pool.add(), pool.add()):
+        pool.submit_read(id, tokens_of(30, id))
+        pool.submit_read(id, tokens_of(30, id))
+    events = run(pool)
+    for id in range(2):
+        (error,) = of(events, id)[2]
+        assert isinstance(error, Diverged) and error.position == 0
+        text = pool.remove(id)
+        assert text.state.position == 0 and text.pending.tolist() == tokens_of(1, id).tolist()
+
+
+def test_a_pool_can_leave_learning_out() -> None:
+    model, text = MODELS["window"], tokens_of(33)
+    pool = SessionPool(model, learn=False, dtype=F64)
+    pool.submit_read(pool.add(), text)
+    losses, _, _ = of(run(pool), 0)
+    logits, _ = forward(model, start_reading(model, 1, F64), torch.from_numpy(text)[None], F64)
+    alone = torch.nn.functional.cross_entropy(logits[0, :-1], torch.from_numpy(text[1:]), reduction="none")
+    np.testing.assert_allclose(losses, alone[: len(losses)], atol=1e-6)
+    for ours, start in zip(pool.remove(0).state.loop.fast, model.initial_fast_weights(1), strict=True):
+        torch.testing.assert_close(tuple(ours), tuple(start), rtol=0, atol=0)
+
+
+def test_writing_ends_at_a_documents_end_and_text_begins_with_bos() -> None:
+    model = small_model(vocab_size=ONE_TOKENIZER.vocab_size).requires_grad_(False)
+    bos = ONE_TOKENIZER.bos
+    pool = SessionPool(model, ONE_TOKENIZER)
+    id = pool.add()
+    pool.submit_generate(id, max_tokens=2000, options=SamplingOptions(temperature=5.0, top_p=1.0))
+    _, written, ends = of(run(pool), id)
+    assert 0 < len(written) < 2000 and bos not in written and ends == [None]
+    assert pool.remove(id).pending.tolist() == [bos]
+
+
+def test_work_can_be_cancelled() -> None:
+    model, text = MODELS["window"], tokens_of(40)
+    pool = pool_at(model, [1, 1])
+    pool.submit_read(0, text)
+    pool.submit_generate(1, max_tokens=50)
+    pool.step()
+    pool.cancel(0), pool.cancel(1)
+    assert not pool.busy and pool.step() == []
+    left = pool.remove(0)
+    assert left.state.position == 5
+    np.testing.assert_array_equal(left.pending, np.concatenate((tokens_of(1), text))[5:])
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    model = MODELS["window"]
+    pool = SessionPool(model, dtype=F64)
+    id = pool.add()
+    for bad in ([-1], [50], [0.5], [[1, 2]]):
+        with pytest.raises(UserError, match="0 to 49"):
+            pool.submit_read(id, np.array(bad))
+    with pytest.raises(UserError, match="max_tokens"):
+        pool.submit_generate(id, max_tokens=-1)
+    for call in (pool.remove, pool.cancel, lambda id: pool.submit_read(id, [1]), pool.submit_generate):
+        with pytest.raises(UserError, match="no session 7"):
+            call(7)
+    with pytest.raises(UserError, match="max_batch"):
+        SessionPool(model, max_batch=0)
+    pool.submit_generate(id)
+    (done,) = run(pool)
+    assert done.id == id and "nothing to go on from" in str(done.error)
+    assert pool.step() == []
