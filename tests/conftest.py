@@ -1,5 +1,7 @@
 """What several tests share: small models, and the reference numbers of the official implementation."""
 
+import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from ttt_e2e.config import ModelConfig
+from ttt_e2e.data.prepare import prepare
 from ttt_e2e.model import Transformer
 
 # Small tensors: threads would only wait for each other.
@@ -57,3 +60,22 @@ def plain_twins() -> Iterator[None]:
         for module in ("attention", "elementwise"):
             patch.setattr(f"ttt_e2e.ops.{module}.is_compiling", lambda: True)
         yield
+
+
+def made_up_tokens(folder: Path, documents: int) -> Path:
+    """Little documents of made-up sentences, prepared in `folder`; a tenth of them is held out."""
+    choices = random.Random(0)
+    words = ["red", "green", "blue", "fish", "bird", "tree", "sings", "swims", "grows"]
+    lines = [" ".join(choices.choices(words, k=choices.randint(5, 60))) for _ in range(documents)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    prepare([folder / "texts.jsonl"], folder / "tokens", vocab_size=272, val_share=0.1, progress=False)
+    return folder / "tokens"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """So small a model only waits for a second thread, whatever a run has set before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_config, small_model
+from conftest import made_up_tokens, small_config, small_model
 
 from ttt_e2e import cli
 from ttt_e2e.cost import parameters
@@ -35,6 +34,8 @@ from ttt_e2e.reproduce.statistics import difference, mean, standard_error
 from ttt_e2e.reproduce.systems import SYSTEMS, ablations, choose, extending, pretraining
 from ttt_e2e.reproduce.timing import LatencyRow
 from ttt_e2e.training import trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MINUTE = dataclasses.replace(
     SCALES["tiny"],
@@ -61,23 +62,8 @@ ROWS = ["full", "window", "dynamic", "ttt-e2e"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty documents of made-up sentences, some of them shorter than a sequence, prepared."""
-    folder = tmp_path_factory.mktemp("data")
-    choices = random.Random(0)
-    words = ["red", "green", "blue", "fish", "bird", "tree", "sings", "swims", "grows"]
-    lines = [" ".join(choices.choices(words, k=choices.randint(5, 60))) for _ in range(60)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    prepare([folder / "texts.jsonl"], folder / "tokens", vocab_size=272, val_share=0.1, progress=False)
-    return folder / "tokens"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model only waits for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """Sixty documents, some of them shorter than a sequence."""
+    return made_up_tokens(tmp_path_factory.mktemp("data"), 60)
 
 
 def make(out: Path, data: Path, scale: Scale = MINUTE, what: str = "figure1", **options: Any) -> workers.Outcome:

@@ -8,18 +8,16 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import made_up_tokens, small_config
 
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import RunConfig, TrainConfig, override
-from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 from ttt_e2e.model_files import load_model, model_digest
@@ -27,6 +25,8 @@ from ttt_e2e.training import trainer
 from ttt_e2e.training.checkpoint import checkpoints
 from ttt_e2e.training.metrics import read_metrics
 from ttt_e2e.training.trainer import Summary, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = RunConfig(
     small_config(vocab_size=272, init_std=0.05),
@@ -46,23 +46,8 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred little documents of made-up sentences, prepared."""
-    folder = tmp_path_factory.mktemp("data")
-    choose = random.Random(0)
-    words = ["red", "green", "blue", "fish", "bird", "tree", "sings", "swims", "grows"]
-    lines = [" ".join(choose.choices(words, k=choose.randint(5, 60))) for _ in range(100)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    prepare([folder / "texts.jsonl"], folder / "tokens", vocab_size=272, val_share=0.1, progress=False)
-    return folder / "tokens"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model only waits for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """A hundred little documents."""
+    return made_up_tokens(tmp_path_factory.mktemp("data"), 100)
 
 
 def run(data: Path, out: Path, *changes: str, **options: Any) -> Summary:

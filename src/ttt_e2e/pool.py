@@ -26,7 +26,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.mixers.attention import Cache
 from ttt_e2e.model import Transformer
 from ttt_e2e.sampling import SamplingOptions, sample
-from ttt_e2e.session import Diverged, Session, gone_back, unsound
+from ttt_e2e.session import Diverged, Session, gone_back, token_ids, unsound
 from ttt_e2e.streaming import ReadState, forward, read_mini_batch, start_reading
 
 
@@ -218,7 +218,7 @@ class SessionPool:
 
         Raises UserError for an id that is not here, and for tokens outside of the vocabulary.
         """
-        self._submit(id, _Read(self._checked(tokens)))
+        self._submit(id, _Read(token_ids(tokens, self.model.config.vocab_size)))
 
     def submit_generate(
         self,
@@ -236,7 +236,9 @@ class SessionPool:
         """
         if max_tokens < 0:
             raise UserError(f"Cannot write {max_tokens} tokens; max_tokens must be 0 or more.")
-        self._submit(id, _Write(self._checked(prompt), max_tokens, options or SamplingOptions()))
+        self._submit(
+            id, _Write(token_ids(prompt, self.model.config.vocab_size), max_tokens, options or SamplingOptions())
+        )
 
     def cancel(self, id: int) -> None:
         """End what the session is at, without a `Done`, and drop what was submitted after it.
@@ -279,18 +281,6 @@ class SessionPool:
         if member.job is None and not member.jobs:
             member.waiting = self._steps
         member.jobs.append(job)
-
-    def _checked(self, tokens: np.ndarray | Iterable[int]) -> np.ndarray:
-        ids = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
-        if ids.size == 0:
-            return np.empty(0, np.int64)
-        vocabulary = self.model.config.vocab_size
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
-            raise UserError(
-                f"Tokens must be a row of whole numbers from 0 to {vocabulary - 1}; "
-                "was the text tokenised with another tokenizer?"
-            )
-        return ids.astype(np.int64)
 
     def _settle(self, member: _Member, events: list[Event]) -> None:
         """End jobs that have no work left and begin those that come next, up to one that has work."""

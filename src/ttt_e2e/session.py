@@ -320,16 +320,7 @@ class Session:
     def _ids(self, tokens: str | np.ndarray | Iterable[int]) -> np.ndarray:
         if isinstance(tokens, str):
             return self._tokenizer().encode(tokens)
-        ids = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
-        if ids.size == 0:
-            return np.empty(0, np.int64)
-        vocabulary = self.model.config.vocab_size
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
-            raise UserError(
-                f"Tokens must be a row of whole numbers from 0 to {vocabulary - 1}; "
-                "was the text tokenised with another tokenizer?"
-            )
-        return ids.astype(np.int64)
+        return token_ids(tokens, self.model.config.vocab_size)
 
     def _tensor(self, ids: np.ndarray) -> Tensor:
         return torch.tensor(ids, device=self.model.embedding.device)[None]
@@ -366,6 +357,19 @@ class Session:
             self._state, self._text, self._pending = self._before
         self._before, self._pending = None, self._pending[:1]
         raise gone_back(what, self.position)
+
+
+def token_ids(tokens: np.ndarray | Iterable[int], vocabulary: int) -> np.ndarray:
+    """Token ids as int64 [n]. Raises UserError if they are no row of whole numbers below `vocabulary`."""
+    ids = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+    if ids.size == 0:
+        return np.empty(0, np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
+        raise UserError(
+            f"Tokens must be a row of whole numbers from 0 to {vocabulary - 1}; "
+            "was the text tokenised with another tokenizer?"
+        )
+    return ids.astype(np.int64)
 
 
 def unsound(losses: np.ndarray, norm: float, position: int, learned: bool, vocabulary: int) -> tuple[str, bool] | None:
