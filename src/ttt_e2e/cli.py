@@ -85,8 +85,8 @@ def _read(arguments: argparse.Namespace) -> int:
     else:
         learn = not arguments.no_learning
         session = Session(model, tokenizer, learn=learn, dtype=dtype, compile=arguments.compile)
-    if arguments.compile and not session.compiled:
-        _note("Nothing is compiled: that needs a model that learns while it reads, and has a window.")
+    if arguments.compile and not session.learn:  # what else is in the way, the session says itself
+        _note("Nothing is compiled: that needs a model that learns while it reads.")
     report = read_document(
         session,
         pieces,
