@@ -49,7 +49,7 @@ MINUTE = dataclasses.replace(
     extend_tokens=64 * 3,
     tokens_per_step=64,
     piece_tokens=32,
-    sweep=(0.5, 1.0, 2.0),
+    sweep=(0.25, 1.0, 4.0),
     sweep_tokens=64 * 3,
     choose_tokens=64,
     eval_tokens=64,
@@ -109,7 +109,8 @@ def test_everything_is_there(whole: Path) -> None:
         (name, seed, context) for name in ROWS for seed in (0, 1) for context in (8, 32)
     }
     for system in report["systems"].values():
-        assert len(system["sweep"]) == 3
+        rates = [row["lr"] for row in system["sweep"]]
+        assert len(rates) == 5 and rates == sorted(rates)
         best = min(system["sweep"], key=lambda row: row["loss"])
         assert system["lr"] == best["lr"] and system["parameters"] > 0
     for evaluation in report["evaluations"]:
@@ -135,7 +136,7 @@ def test_every_system_reads_the_same_tokens(whole: Path) -> None:
         if "read" in result:
             _, _, stage = folder.split("/", 2)
             by_stage.setdefault("sweep" if "sweep" in stage else stage, []).append((result["read"], result["tokens"]))
-    assert {len(seen) for stage, seen in by_stage.items() if stage != "sweep"} == {3} and len(by_stage["sweep"]) == 9
+    assert {len(seen) for stage, seen in by_stage.items() if stage != "sweep"} == {3} and len(by_stage["sweep"]) == 15
     for seen in by_stage.values():
         assert all(other == seen[0] for other in seen)
     assert by_stage["seed0/pretrain"][0] != by_stage["seed1/pretrain"][0]
@@ -210,8 +211,8 @@ def test_a_dry_run_trains_nothing(data: Path, tmp_path: Path, capsys: pytest.Cap
     assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["estimate", "plan.json"]
     text = capsys.readouterr().out
     assert "To do: about" in text and "of memory" in text
-    # 3 models trained: 9 sweeps of 3 steps, 3 times 8 steps, 3 times 3 steps of 64 tokens.
-    assert all(f"{count:,}" in text for count in (9 * 3 * 64, 3 * 8 * 64, 3 * 3 * 64))
+    # 3 models trained: 15 sweeps of 3 steps, 3 times 8 steps, 3 times 3 steps of 64 tokens.
+    assert all(f"{count:,}" in text for count in (15 * 3 * 64, 3 * 8 * 64, 3 * 3 * 64))
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -220,9 +221,10 @@ def test_a_dry_run_trains_nothing(data: Path, tmp_path: Path, capsys: pytest.Cap
 def test_a_sweep_that_diverges_counts_as_infinitely_bad(data: Path, tmp_path: Path) -> None:
     make(tmp_path, data, dataclasses.replace(MINUTE, sweep=(1.0, 1e30)), systems=["full"], contexts=[8])
     report = numbers(tmp_path)
-    good, bad = report["systems"]["full"]["sweep"]
-    assert good["loss"] and bad["loss"] is None and "has a loss of" in bad["failed"]
-    assert report["systems"]["full"]["lr"] == good["lr"] and len(report["evaluations"]) == 1
+    *good, bad = report["systems"]["full"]["sweep"]
+    assert all(row["loss"] for row in good) and bad["loss"] is None and "has a loss of" in bad["failed"]
+    assert [row["lr"] for row in good] == pytest.approx([0.0015, 0.003, 0.006])
+    assert report["systems"]["full"]["lr"] == min(good, key=lambda row: row["loss"])["lr"] and len(report["evaluations"]) == 1
     assert "diverged" in (tmp_path / "figure1.md").read_text()
 
 
@@ -239,12 +241,13 @@ def test_a_system_that_fails_is_left_out_and_the_rest_goes_on(
     monkeypatch.setattr(job, "train", failing)
     outcome = make(tmp_path, data, systems=["ttt-e2e"])
     assert set(outcome.troubles) == {
-        f"runs/ttt-e2e/seed0/{n}" for n in ("pretrain", "extend-32", "evaluate-8", "evaluate-32")
+        *(f"runs/ttt-e2e/seed0/{n}" for n in ("pretrain", "extend-32", "evaluate-8", "evaluate-32")),
+        *(f"runs/ttt-e2e/sweep/{n}" for n in ("below", "above")),
     }
     assert "Step 2 has a loss of nan" in capsys.readouterr().out
     report = numbers(tmp_path)
     assert not report["finished"] and len(report["evaluations"]) == 2
-    assert "every learning rate of its sweep failed" in report["failed"]["runs/ttt-e2e/seed0/pretrain"]
+    assert "every learning rate of its sweep failed" in report["failed"]["runs/ttt-e2e/sweep/above"]
 
 
 def test_a_full_disk_is_tried_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +273,7 @@ def test_ctrl_c_in_the_middle_and_on(
 
     def interrupting(*arguments: Any, **options: Any) -> Any:
         calls.append(0)
-        if len(calls) == 30:
+        if len(calls) == 33:  # in the pre-training
             os.kill(os.getpid(), signal.SIGINT)
         return step(*arguments, **options)
 

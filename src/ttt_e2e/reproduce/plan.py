@@ -4,7 +4,8 @@ A job is a folder under OUT with job.json (what to do), log.txt (what it printed
 
     estimate/SYSTEM                      a few steps of random tokens, to say beforehand what the whole will take
     runs/SYSTEM/sweep/lr-0.003           pre-training for a short while at one outer learning rate
-    runs/SYSTEM/seed0/pretrain           at the best of them
+    runs/SYSTEM/sweep/below, above       the same at half and at twice the best of those
+    runs/SYSTEM/seed0/pretrain           at the best of all
     runs/SYSTEM/seed0/extend-4096        trained on from there for one context
     runs/SYSTEM/seed0/evaluate-4096      the held-out books at that context
     latency-0123abcd                     time per token by context
@@ -26,6 +27,8 @@ from ttt_e2e.reproduce.systems import SYSTEMS, System, extending, pretraining
 
 FORMAT = "ttt-e2e reproduce"
 RUN, RESULT = "run", "result.json"
+_BESIDE = {"below": 0.5, "above": 2.0}
+"""The second round of a sweep, as factors of the best of the first."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Job:
     """One piece of work. folder: under OUT. needs: folders of jobs that must have ended before.
 
     kind: "sweep", "pretrain", "extend", "evaluate", "estimate" or "latency". system None: all. tokens: to read.
-    lr: of a sweep. context: of its sequences.
+    context: of its sequences.
     """
 
     folder: str
@@ -64,7 +67,6 @@ class Job:
     context: int
     tokens: int
     needs: tuple[str, ...] = ()
-    lr: float | None = None
 
 
 def jobs(plan: Plan) -> list[Job]:
@@ -74,10 +76,10 @@ def jobs(plan: Plan) -> list[Job]:
     for system in plan.systems:
         own = trained(system)
         folders = f"runs/{own.name}"
-        sweeps = []
-        for lr in sweep_rates(scale, own):
-            config = pretraining(scale, own, 0, lr, scale.sweep_tokens)
-            sweeps.append(Job(f"{folders}/sweep/lr-{lr:g}", "sweep", own, 0, *_size(config), lr=lr))
+        size = _size(pretraining(scale, own, 0, tokens=scale.sweep_tokens))
+        first_round = tuple(_first_round(scale, own))
+        sweeps = [Job(folder, "sweep", own, 0, *size) for folder in first_round]
+        sweeps += [Job(f"{folders}/sweep/{name}", "sweep", own, 0, *size, first_round) for name in _BESIDE]
         made |= {job.folder: job for job in sweeps}
         for seed in plan.seeds:
             config = pretraining(scale, own, seed)
@@ -110,15 +112,30 @@ def latency(plan: Plan) -> Job:
     return Job(f"latency-{hashlib.sha256(names.encode()).hexdigest()[:8]}", "latency", None, 0, 0, 0)
 
 
-def sweep_rates(scale: Scale, system: System) -> list[float]:
-    """The outer learning rates to try, from low to high."""
-    return sorted(pretraining(scale, system, 0).train.lr * factor for factor in scale.sweep)
+def sweep_rates(scale: Scale, system: System, results: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+    """The outer learning rates to try, from low to high, by folder: those of the scale, then two beside their best.
+
+    Without a result of the first round, there is no second.
+    """
+    rates = _first_round(scale, system)
+    best = _lowest(rates, results)
+    if best is not None:
+        rates |= {f"runs/{system.name}/sweep/{name}": best * factor for name, factor in _BESIDE.items()}
+    return dict(sorted(rates.items(), key=lambda pair: pair[1]))
 
 
 def best_sweep(scale: Scale, system: System, results: Mapping[str, dict[str, Any]]) -> float | None:
     """The swept learning rate of the lowest loss; one that diverged is never it. None if there is no loss."""
-    folders = {lr: f"runs/{system.name}/sweep/lr-{lr:g}" for lr in sweep_rates(scale, system)}
-    losses = {lr: results[folder]["loss"] for lr, folder in folders.items() if "loss" in results.get(folder, {})}
+    return _lowest(sweep_rates(scale, system, results), results)
+
+
+def _first_round(scale: Scale, system: System) -> dict[str, float]:
+    rates = (pretraining(scale, system, 0).train.lr * factor for factor in scale.sweep)
+    return {f"runs/{system.name}/sweep/lr-{lr:g}": lr for lr in rates}
+
+
+def _lowest(rates: Mapping[str, float], results: Mapping[str, dict[str, Any]]) -> float | None:
+    losses = {rates[folder]: results[folder]["loss"] for folder in rates if "loss" in results.get(folder, {})}
     return min(losses, key=lambda lr: losses[lr]) if losses else None
 
 
@@ -142,7 +159,7 @@ def specification(plan: Plan, job: Job, out: Path, results: Mapping[str, dict[st
     for need in job.needs:
         if need not in results:
             raise UserError(f"{need} could not be done.")
-        if job.kind != "pretrain" and "failed" in results[need]:
+        if job.kind not in ("sweep", "pretrain") and "failed" in results[need]:
             raise UserError(f"{need} failed.")
     if job.kind == "evaluate":
         config = pretraining(scale, system, job.seed)
@@ -165,11 +182,12 @@ def specification(plan: Plan, job: Job, out: Path, results: Mapping[str, dict[st
         start_from = str((out / job.needs[0] / RUN / "model").resolve())
     else:
         data = plan.data
-        lr, tokens = job.lr, scale.sweep_tokens
-        if job.kind == "pretrain":
+        if job.kind == "sweep":
+            lr, tokens = sweep_rates(scale, system, results).get(job.folder), scale.sweep_tokens
+        else:
             lr, tokens = best_sweep(scale, system, results), scale.pretrain_tokens
-            if lr is None:
-                raise UserError("every learning rate of its sweep failed.")
+        if lr is None:
+            raise UserError("every learning rate of its sweep failed.")
         config = pretraining(scale, system, job.seed, lr, tokens)
     return spec | {
         "config": to_dict(config),

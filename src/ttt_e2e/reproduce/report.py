@@ -75,8 +75,8 @@ def _system(
 ) -> dict[str, Any]:
     own = trained(system)
     swept = []
-    for lr in sweep_rates(plan.scale, own):
-        result = results.get(f"runs/{own.name}/sweep/lr-{lr:g}")
+    for folder, lr in sweep_rates(plan.scale, own, results).items():
+        result = results.get(folder)
         if result is not None:
             swept.append({"lr": lr, "loss": result.get("loss"), "failed": result.get("failed")})
     best = best_sweep(plan.scale, own, results)

@@ -14,7 +14,7 @@ class Scale:
         context with that model itself, beyond with one that was trained on for that length with `extend_tokens` at
         `extend_lr`.
     tokens_per_step: of an optimiser step, at every context. piece_tokens: how many of them a process takes at once.
-    sweep: factors of the preset's outer learning rate, each tried for `sweep_tokens`.
+    sweep: factors of the preset's outer learning rate, each tried for `sweep_tokens`; then half and twice the best.
     inner_lrs: what a model that was trained without meta-learning may learn with at test time; the best is chosen on
         `choose_tokens` of the training text.
     eval_tokens: of each held-out book, from its start. eval_batch_tokens: how many of them are read at once.
@@ -65,8 +65,8 @@ SCALES = {
             extend_lr=1e-3,
             tokens_per_step=4096,
             piece_tokens=4096,
-            sweep=(2.0, 4.0, 8.0, 16.0),
-            sweep_tokens=819_200,
+            sweep=(1.0, 4.0, 16.0),
+            sweep_tokens=491_520,
             inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             choose_tokens=32_768,
             eval_tokens=16_384,
@@ -89,8 +89,8 @@ SCALES = {
             extend_lr=4e-4,
             tokens_per_step=131_072,
             piece_tokens=32_768,
-            sweep=(0.5, 1.0, 2.0),
-            sweep_tokens=26_214_400,
+            sweep=(0.25, 1.0, 4.0),
+            sweep_tokens=15_728_640,
             inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             choose_tokens=262_144,
             eval_tokens=65_536,
@@ -114,8 +114,8 @@ SCALES = {
             extend_lr=4e-4,
             tokens_per_step=128 * 8192,
             piece_tokens=8192,
-            sweep=(0.5, 1.0, 2.0),
-            sweep_tokens=1300 * 128 * 8192,
+            sweep=(0.25, 1.0, 4.0),
+            sweep_tokens=780 * 128 * 8192,
             inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             choose_tokens=1_048_576,
             eval_tokens=131_072,
