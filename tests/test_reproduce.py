@@ -224,7 +224,8 @@ def test_a_sweep_that_diverges_counts_as_infinitely_bad(data: Path, tmp_path: Pa
     *good, bad = report["systems"]["full"]["sweep"]
     assert all(row["loss"] for row in good) and bad["loss"] is None and "has a loss of" in bad["failed"]
     assert [row["lr"] for row in good] == pytest.approx([0.0015, 0.003, 0.006])
-    assert report["systems"]["full"]["lr"] == min(good, key=lambda row: row["loss"])["lr"] and len(report["evaluations"]) == 1
+    assert report["systems"]["full"]["lr"] == min(good, key=lambda row: row["loss"])["lr"]
+    assert len(report["evaluations"]) == 1
     assert "diverged" in (tmp_path / "figure1.md").read_text()
 
 
