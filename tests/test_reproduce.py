@@ -48,6 +48,7 @@ MINUTE = dataclasses.replace(
     contexts=(8, 32),
     extend_tokens=64 * 3,
     tokens_per_step=64,
+    extend_tokens_per_step=64,
     piece_tokens=32,
     sweep=(0.25, 1.0, 4.0),
     sweep_tokens=64 * 3,

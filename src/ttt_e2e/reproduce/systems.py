@@ -109,19 +109,21 @@ def pretraining(
         config = dataclasses.replace(config, model=with_parameters(config.model, count, 8))
     if lr is not None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=lr))
-    return _stage(scale, config, scale.pretrain_context, tokens or scale.pretrain_tokens, seed)
+    tokens = tokens or scale.pretrain_tokens
+    return _stage(scale, config, scale.pretrain_context, tokens, scale.tokens_per_step, seed)
 
 
 def extending(scale: Scale, system: System, seed: int, context: int) -> RunConfig:
     """How the pre-trained model is trained on for a longer `context`, by the paper's recipe."""
     config = pretraining(scale, system, seed)
     train = dataclasses.replace(config.train, lr=scale.extend_lr, inner_warmup_steps=0)
-    return _stage(scale, RunConfig(at_context(config.model, context), train), context, scale.extend_tokens, seed)
+    config = RunConfig(at_context(config.model, context), train)
+    return _stage(scale, config, context, scale.extend_tokens, scale.extend_tokens_per_step, seed)
 
 
-def _stage(scale: Scale, config: RunConfig, context: int, tokens: int, seed: int) -> RunConfig:
-    """`config` for a stage of `tokens` tokens in sequences of `context`: the same batches for every system."""
-    batch = max(1, scale.tokens_per_step // context)
+def _stage(scale: Scale, config: RunConfig, context: int, tokens: int, step: int, seed: int) -> RunConfig:
+    """`config` for a stage of `tokens` tokens, `step` a step, in sequences of `context`: alike for every system."""
+    batch = max(1, step // context)
     piece = max(1, scale.piece_tokens // context)
     accumulate = next(
         n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or batch // n <= piece * scale.processes)
