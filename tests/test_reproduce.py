@@ -427,8 +427,10 @@ def test_the_scales_fit_together(scale: Scale, what: str, tmp_path: Path) -> Non
     assert scale.pretrain_context in scale.contexts and scale.window <= scale.pretrain_context
     base = parameters(pretraining(scale, choose(what, scale, None)[0], 0).model)
     for system in chosen:
-        for config in (pretraining(scale, system, 0), *(extending(scale, system, 0, t) for t in scale.contexts)):
-            assert config.train.batch * config.train.context == scale.tokens_per_step
+        stages = [(pretraining(scale, system, 0), scale.tokens_per_step)]
+        stages += [(extending(scale, system, 0, t), scale.extend_tokens_per_step) for t in scale.contexts]
+        for config, step in stages:
+            assert config.train.batch * config.train.context == step
             assert config.train.batch % (scale.processes * config.train.accumulate) == 0
             assert config.model.vocab_size == scale.vocab_size
             assert abs(parameters(config.model) / base - 1) < 0.03
