@@ -59,7 +59,9 @@ class HarnessModel(TemplateLM):
             batch_size = 16
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size must be a number from 1 on, not {batch_size!r}.")
-        self._device = choose_device(device or "auto")
+        # The harness's command line asks for cuda:0 unless it is told otherwise.
+        absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
+        self._device = choose_device("auto" if absent else str(device))
         self.model, self.texts = load_reader(None if pretrained is None else Path(pretrained), self._device)
         self.fresh = Session(self.model, self.texts, learn=str(learn).lower() == "true", dtype=DTYPES[dtype])
         self.batch_size, self.max_gen_toks = int(batch_size), max_gen_toks
@@ -85,7 +87,9 @@ class HarnessModel(TemplateLM):
         scores: list[Score] = [(0.0, True)] * len(requests)
         # Requests of one context stand together, and those of about the same length.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i][1]), requests[i][1], len(requests[i][2])))
-        short = [i for i in order if len(requests[i][1]) + len(requests[i][2]) <= self.fresh.mini_batch]
+        longest = self.fresh.mini_batch
+        short = [i for i in order if len(requests[i][1]) + len(requests[i][2]) <= longest]
+        long = [i for i in order if len(requests[i][1]) + len(requests[i][2]) > longest]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as bar:
             for start in range(0, len(short), self.batch_size):
                 some = short[start : start + self.batch_size]
@@ -93,15 +97,16 @@ class HarnessModel(TemplateLM):
                 for i, score in zip(some, found, strict=True):
                     scores[i] = score
                 bar.update(len(some))
-            context, read = None, self.fresh
-            for i in sorted(set(order) - set(short), key=order.index):
+            context: list[int] | None = None
+            session = self.fresh
+            for i in long:
                 if requests[i][1] != context:
-                    context, read = requests[i][1], self.fresh.fork()
-                    read.read(np.array(self._body(context), np.int64))
-                scores[i] = self._score(read, requests[i][2])
+                    context, session = requests[i][1], self.fresh.fork()
+                    session.read(np.array(self._body(context), np.int64))
+                scores[i] = self._score(session, requests[i][2])
                 bar.update(1)
-        for (request, _, _), score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request, score)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
