@@ -105,8 +105,8 @@ class HarnessModel(TemplateLM):
                     session.read(np.array(self._body(context), np.int64))
                 scores[i] = self._score(session, requests[i][2])
                 bar.update(1)
-        for (texts, _, _), score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, score)
+        for request, score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], score)
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
