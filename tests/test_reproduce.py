@@ -104,7 +104,9 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
 def test_everything_is_there(whole: Path) -> None:
     report = numbers(whole)
     assert report["finished"] and not report["failed"] and report["hours"] > 0
-    assert report["plan"]["seeds"] == [0, 1] and report["machine"]["torch"] == torch.__version__
+    assert (
+        report["plan"]["comparisons"]["figure1"]["seeds"] == [0, 1] and report["machine"]["torch"] == torch.__version__
+    )
     assert list(report["systems"]) == ROWS
     assert {(e["system"], e["seed"], e["context"]) for e in report["evaluations"]} == {
         (name, seed, context) for name in ROWS for seed in (0, 1) for context in (8, 32)
@@ -124,7 +126,7 @@ def test_everything_is_there(whole: Path) -> None:
             assert row["difference"]["mean"] == 0
     assert report["along"]["context"] == 32 and len(report["along"]["rows"]) == 4
     assert len(report["latency"]) == 2 * len(ROWS)
-    for name in ("figure1.png", "along.png"):
+    for name in ("figure1.png", "figure1-along.png"):
         assert (whole / name).read_bytes().startswith(b"\x89PNG")
     text = (whole / "figure1.md").read_text()
     assert "All of it is done." in text and text.count("| TTT-E2E |") == 6 and "(seeds " in text
@@ -182,8 +184,6 @@ def test_another_plan_is_refused(data: Path, whole: Path, tmp_path: Path) -> Non
     before = (whole / "plan.json").read_bytes()
     with pytest.raises(UserError, match=r"scale.pretrain_tokens = 512, not 640; give the same"):
         make(whole, data, dataclasses.replace(MINUTE, pretrain_tokens=640))
-    with pytest.raises(UserError, match="what = figure1, not ablations"):
-        make(whole, data, what="ablations", systems=None)
     (tmp_path / "text.txt").write_text("green fish and blue trees " * 100)
     (tmp_path / "held.txt").write_text("blue fish and green trees " * 100)
     options: dict[str, Any] = {"tokenizer": str(data / "tokenizer.json"), "progress": False}
@@ -191,6 +191,19 @@ def test_another_plan_is_refused(data: Path, whole: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"data in .*, not those in"):
         make(whole, tmp_path / "tokens")
     assert (whole / "plan.json").read_bytes() == before
+
+
+def test_two_comparisons_share_what_they_have_in_common(data: Path, tmp_path: Path) -> None:
+    make(tmp_path, data, systems=["ttt-e2e"], contexts=[8])
+    shared = {folder: result for folder, result in results(tmp_path).items() if folder.startswith("runs/ttt-e2e")}
+    first = numbers(tmp_path)
+    make(tmp_path, data, what="ablations", systems=["no-meta"], contexts=[8])
+    assert {folder: results(tmp_path)[folder] for folder in shared} == shared
+    report = json.loads((tmp_path / "ablations.json").read_text())
+    assert report["finished"] and list(report["systems"]) == ["ttt-e2e", "no-meta"]
+    assert numbers(tmp_path) == first and set(report["plan"]["comparisons"]) == {"figure1", "ablations"}
+    make(tmp_path, data, systems=["ttt-e2e"], contexts=[8])
+    assert list(numbers(tmp_path)["systems"]) == ["full", "ttt-e2e"]
 
 
 def test_what_does_not_fit_is_said(data: Path, tmp_path: Path) -> None:

@@ -150,9 +150,9 @@ def _models_of(comparison: Path) -> dict[str, Path]:
     """The models of a comparison's first seed, for its longest context."""
     from ttt_e2e.model_files import read_json
 
-    plan = read_json(comparison / "plan.json")
-    folders = {name: comparison / "runs" / name / f"seed{plan['seeds'][0]}" for name in plan["systems"]}
-    stage = f"extend-{max(plan['contexts'])}"
+    named = read_json(comparison / "plan.json")["comparisons"].get("figure1", {})
+    folders = {name: comparison / "runs" / name / f"seed{named['seeds'][0]}" for name in named.get("systems", [])}
+    stage = f"extend-{max(named.get('contexts', [0]))}"
     found = {name: folder / stage / "run" / "model" for name, folder in folders.items()}
     found = {name: folder for name, folder in found.items() if folder.is_dir()}
     if not found:

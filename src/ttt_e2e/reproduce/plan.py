@@ -201,29 +201,29 @@ def specification(plan: Plan, job: Job, out: Path, results: Mapping[str, dict[st
 
 
 def keep(plan: Plan, out: Path) -> dict[str, list]:
-    """Write the plan to OUT/plan.json, or check that it is the one that stands there.
+    """Write the plan to OUT/plan.json, or check that it fits the one that stands there.
 
-    A second call may name other systems, seeds and contexts; returns all that any call named, by "systems", "seeds" and
-    "contexts". Raises UserError if anything else differs.
+    Several comparisons can stand in one folder and share what they have in common; a later call may name other systems,
+    seeds and contexts. Returns all that any call named of this comparison, by "systems", "seeds" and "contexts". Raises
+    UserError if anything else differs.
     """
     path = out / "plan.json"
+    named: dict[str, list] = {"systems": [s.name for s in plan.systems]}
+    named |= {"seeds": list(plan.seeds), "contexts": list(plan.contexts)}
     now: dict[str, Any] = {
         "format": FORMAT,
-        "version": 1,
-        "what": plan.what,
+        "version": 2,
         "scale": asdict(plan.scale),
         "data": {"where": str(plan.data), "digest": plan.data_digest},
         "books": {"where": str(plan.books), "digest": plan.books_digest},
         "device": plan.device,
         "configs": {s.name: to_dict(pretraining(plan.scale, s, 0)) for s in plan.systems},
-        "systems": [s.name for s in plan.systems],
-        "seeds": list(plan.seeds),
-        "contexts": list(plan.contexts),
+        "comparisons": {plan.what: named},
     }
     now = json.loads(json.dumps(now))
     if path.exists():
         before = read_json(path)
-        for key in ("format", "version", "what", "scale", "device"):
+        for key in ("format", "version", "scale", "device"):
             if before.get(key) != now[key]:
                 _refuse(out, _difference(key, before.get(key), now[key]))
         for key in ("data", "books"):
@@ -232,10 +232,11 @@ def keep(plan: Plan, out: Path) -> dict[str, list]:
         for name, config in before["configs"].items():
             if now["configs"].setdefault(name, config) != config:
                 _refuse(out, f"other settings of {name} (this version of ttt-e2e has changed them)")
-        for key in ("systems", "seeds", "contexts"):
-            now[key] = [*before[key], *(value for value in now[key] if value not in before[key])]
+        for key, values in before["comparisons"].get(plan.what, {}).items():
+            named[key] = [*values, *(value for value in named[key] if value not in values)]
+        now["comparisons"] = before["comparisons"] | {plan.what: named}
     write_text(path, json.dumps(now, indent=2) + "\n")
-    return {key: now[key] for key in ("systems", "seeds", "contexts")}
+    return named
 
 
 def _refuse(out: Path, what: str) -> None:

@@ -16,7 +16,7 @@ from ttt_e2e.reproduce.workers import result_of
 
 
 def write(plan: Plan, out: Path, troubles: Mapping[str, str]) -> dict[str, Any]:
-    """Write OUT/WHAT.json, OUT/WHAT.md, OUT/WHAT.png and OUT/along.png from the results that stand in OUT.
+    """Write OUT/WHAT.json, OUT/WHAT.md, OUT/WHAT.png and OUT/WHAT-along.png from the results that stand in OUT.
 
     troubles: by job folder, why a job could not be done. Returns what the JSON file says.
     """
@@ -27,7 +27,7 @@ def write(plan: Plan, out: Path, troubles: Mapping[str, str]) -> dict[str, Any]:
     write_text(out / f"{plan.what}.md", tables(report))
     if report["comparison"]:
         comparison(report, out / f"{plan.what}.png")
-        along(report, out / "along.png")
+        along(report, out / f"{plan.what}-along.png")
     return report
 
 

@@ -36,11 +36,11 @@ def reproduce(
 ) -> workers.Outcome:
     """Make the comparison `what` ("figure1" or "ablations") at a scale, in the folder `out` that `plan` describes.
 
-    What is done there already is not done again, and what was interrupted goes on. data: prepared tokens (default:
-    Python's library, prepared in OUT/tokens). books: those to train on for longer contexts and to evaluate on (default:
-    `data`). systems, seeds, contexts: only these (default: all; seed 0). worker_count: jobs at a time (default: one a
-    core, on a GPU one; 0: in this process, one after the other). dry_run: only say what would be done. Raises UserError
-    for what does not fit.
+    What is done there already, by another comparison too, is not done again, and what was interrupted goes on. data:
+    prepared tokens (default: Python's library, prepared in OUT/tokens). books: those to train on for longer contexts
+    and to evaluate on (default: `data`). systems, seeds, contexts: only these (default: all; seed 0). worker_count:
+    jobs at a time (default: one a core, on a GPU one; 0: in this process, one after the other). dry_run: only say what
+    would be done. Raises UserError for what does not fit.
     """
     if worker_count is not None and worker_count < 0:
         raise UserError(f"--workers must not be negative, it is {worker_count}.")
@@ -103,7 +103,7 @@ def reproduce(
         report.write(union, out, outcome.troubles)
         if outcome.interrupted:
             return _stopped(outcome, out)
-        print(f"{out / what}.md, {out / what}.png, {out / 'along.png'}; all numbers in {out / what}.json")
+        print(f"{out / what}.md, {out / what}.png, {out / what}-along.png; all numbers in {out / what}.json")
         return outcome
 
 
