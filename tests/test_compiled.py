@@ -19,6 +19,16 @@ SHAPES = {
     "full attention": {"pattern": ("full",)},
     "one suffix block": {"suffix_layers": 1},
     "standard": {"suffix_layers": 0},
+    "parallel MLPs, biases, YaRN": {
+        "parallel_mlp": True,
+        "suffix_mlp_width": 10,
+        "qkv_bias": True,
+        "out_bias": True,
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_context": 16,
+        "rope_attention": 1.1,
+    },
     "nothing kept": {"heads": 4, "kv_heads": 2, "window": 7},
 }
 

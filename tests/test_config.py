@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import ttt_e2e
 from ttt_e2e.config import ModelConfig, RunConfig, TrainConfig, from_dict, override, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import Transformer
@@ -106,11 +108,41 @@ def test_override() -> None:
         ("tied_head=1", "tied_head must be true or false"),
         ("inner_clip=0", "inner_clip must be positive"),
         ("inner_lr=-1", "inner_lr must not be negative"),
+        ("head_size=5", "need an even head width, not 5"),
+        ("fast_mlp_width=0", "fast_mlp_width must be at least 1"),
+        ("rope_factor=2", "rope_factor needs a rope_scaling"),
+        ("rope_scaling=yarn", "set rope_context"),
+        ("rope_scaling=ntk", "rope_scaling must be 'none' or 'linear'"),
+        ("rope_attention=0", "rope_attention must be positive"),
     ],
 )
 def test_refused_settings(assignment: str, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         override(preset("tiny"), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "sentence"),
+    [
+        (["parallel_mlp=true", "static_mlp=false"], "it needs static_mlp=true"),
+        (["rope_scaling=llama3", "rope_context=64", "rope_slow=4"], "below rope_fast = 4.0"),
+        (["pattern=mamba2,window", "qkv_bias=true"], "for attentions alone, not for mamba2"),
+    ],
+)
+def test_settings_that_do_not_fit_together(assignments: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        override(preset("tiny"), assignments)
+
+
+def test_later_fields_are_written_where_they_are_set() -> None:
+    """So that what was written before there were any is still recognised."""
+    shipped = json.loads((Path(ttt_e2e.__file__).parent / "shipped/config.json").read_text())["model"]
+    assert to_dict(from_dict(ModelConfig, shipped)) == shipped
+    plain = to_dict(preset("tiny"))["model"]
+    assert list(plain)[-1] == "kernels" and "head_size" not in plain
+    config = override(preset("tiny"), ["head_size=16", "rope_scaling=linear", "rope_factor=2"]).model
+    assert to_dict(config) == {**plain, "head_size": 16, "rope_scaling": "linear", "rope_factor": 2.0}
+    assert from_dict(ModelConfig, to_dict(config)) == config
 
 
 def test_unknown_preset_names_a_near_one() -> None:

@@ -37,6 +37,11 @@ SUFFIXES = {
     "no static MLP": {"static_mlp": False},
     "window no multiple of b": {"window": 7},
     "full below": {"pattern": ("full", "full", "full", "window"), "suffix_layers": 1},
+    "wide heads and biases": {"head_size": 6, "qkv_bias": True, "out_bias": True},
+    "widths of their own": {"fast_mlp_width": 10, "suffix_mlp_width": 14},
+    "fast width alone": {"fast_mlp_width": 10, "static_mlp": False},
+    "parallel MLPs": {"parallel_mlp": True, "fast_mlp_width": 10, "suffix_mlp_width": 14},
+    "one parallel block": {"parallel_mlp": True, "suffix_layers": 1, "suffix_mlp_width": 14},
 }
 STANDARDS: dict[str, dict] = {
     "standard": {"suffix_layers": 0, "mini_batch": None},
@@ -145,6 +150,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     names = draw(st.lists(st.sampled_from(MIXERS), min_size=layers, max_size=layers))
     names = [name if i <= layers - suffix else inside for i, name in enumerate(names)]
     b = draw(st.integers(1, 4))
+    attentions, static = {"full", "window"} >= {*names}, draw(st.booleans())
     return ModelConfig(
         vocab_size=draw(st.integers(1, 60)),
         width=heads * head_width,
@@ -154,7 +160,13 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         mlp_width=draw(st.integers(1, 20)),
         suffix_layers=suffix,
         pattern=tuple(names),
-        static_mlp=draw(st.booleans()),
+        static_mlp=static,
+        parallel_mlp=static and draw(st.booleans()),
+        fast_mlp_width=draw(st.sampled_from([None, 7])),
+        suffix_mlp_width=draw(st.sampled_from([None, 5])),
+        head_size=draw(st.sampled_from([None, 6])) if attentions else None,
+        qkv_bias=attentions and draw(st.booleans()),
+        out_bias=attentions and draw(st.booleans()),
         window=b * draw(st.integers(1, 4)),
         mini_batch=b,
         qk_norm=draw(st.booleans()),

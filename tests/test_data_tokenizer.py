@@ -106,6 +106,13 @@ def test_existing_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.encode("a b a b").tolist() == [0, 1, 0, 1]
 
 
+def test_a_special_token_begins_documents_even_where_an_ordinary_one_is_spelled_so() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    assert Tokenizer(backend).bos == 0
+    backend.add_special_tokens(["<|endoftext|>"])
+    assert Tokenizer(backend).bos == 3
+
+
 def test_bad_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="does not exist"):
         Tokenizer.load(tmp_path)

@@ -32,6 +32,19 @@ SHAPES = {
     "all suffix": {"suffix_layers": 4},
     "window no multiple of b": {"window": 7},
     "small clip": {"inner_clip": 0.05},
+    "wide heads and biases": {"head_size": 6, "kv_heads": 1, "qkv_bias": True, "out_bias": True},
+    "widths of their own": {"fast_mlp_width": 10, "suffix_mlp_width": 14},
+    "parallel MLPs": {"parallel_mlp": True, "fast_mlp_width": 10, "suffix_mlp_width": 14},
+    "parallel MLPs as in Llama 3": {
+        "parallel_mlp": True,
+        "qk_norm": False,
+        "post_norm": False,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_context": 16,
+        "rope_theta": 100.0,
+    },
+    "YaRN": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_context": 16, "rope_fast": 32.0, "rope_attention": 1.1},
 }
 
 

@@ -162,3 +162,15 @@ def test_a_missing_extra_is_said(mixer: str, extra: str) -> None:
     config = ModelConfig(**{**SMALL, "layers": 1, "mlp_width": 8}, kernels="fused")
     with pytest.raises(UserError, match=rf"pip install 'ttt-e2e\[{extra}\]'"):
         make_mixer(mixer, config)
+
+
+def test_biases_start_at_zero_and_norms_at_one() -> None:
+    mixer = make_mixer("window", small_config(head_size=6, qkv_bias=True, out_bias=True))
+    mixer.reset_parameters(0.02)
+    vectors = {name: weight for name, weight in mixer.named_parameters() if weight.dim() == 1}
+    assert {name: weight.unique().item() for name, weight in vectors.items()} == {
+        "b_qkv": 0,
+        "b_out": 0,
+        "q_norm": 1,
+        "k_norm": 1,
+    }

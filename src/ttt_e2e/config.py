@@ -15,9 +15,12 @@ from ttt_e2e.errors import UserError
 
 Recompute = Literal["none", "mini-batch", "sqrt"]
 Kernels = Literal["auto", "torch", "fused"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 
 ATTENTIONS = ("full", "window")
 MIXERS = (*ATTENTIONS, "mamba2", "gated-deltanet", "ttt-kvb", "titans")
+
+_LATER = {"later": True}  # marks fields that came when models had been written already: see `to_dict`
 
 
 def _require(condition: bool, message: str) -> None:
@@ -32,7 +35,7 @@ class ModelConfig:
     vocab_size: tokens in the vocabulary (V).
     width: of the residual stream (D).
     layers, heads, kv_heads: blocks, query heads (H) and key/value heads (None: as many as query heads).
-    mlp_width: hidden width (F) of every MLP, static and fast alike.
+    mlp_width: hidden width (F) of every MLP, static and fast alike; but see fast_mlp_width.
     pattern: the blocks' sequence mixers by name (see `MIXERS`), repeated until there is one for every block.
     suffix_layers: how many of the last blocks have a fast MLP (the paper: a quarter of all).
     static_mlp: whether those blocks keep a static MLP beside the fast one.
@@ -52,6 +55,16 @@ class ModelConfig:
     persistent_tokens: learned keys and values that Titans' attention always sees.
     kernels: of Mamba 2 and Gated DeltaNet: "torch" is PyTorch everywhere; "fused" demands a CUDA library's; "auto"
         takes those on a GPU for 16-bit numbers if they are installed, outside of compiled code.
+
+    The rest is what pretrained Transformers have and the paper's do not (see `convert.from_hf`):
+    head_size: width of an attention head (K); None: width / heads.
+    qkv_bias, out_bias: whether attention adds a bias to queries, keys and values, and to its output.
+    fast_mlp_width, suffix_mlp_width: hidden width of the fast MLPs, and of the static ones beside them.
+    parallel_mlp: whether fast and static MLP of a block are one layer: x += post_norm(fast(norm(x)) + mlp(norm(x))).
+    rope_scaling: how rotary angles are slowed down for a longer context; see `rope`. "linear" divides all of them by
+        rope_factor. "llama3" and "yarn" do so for the pairs that turn fewer than rope_slow times in `rope_context`
+        tokens, leave those as they are that turn more than rope_fast times, and go from one to the other between.
+    rope_attention: what queries and keys are multiplied by beside their rotation, YaRN's attention factor.
 
     Raises UserError if the values do not fit together.
     """
@@ -84,6 +97,18 @@ class ModelConfig:
     memory_lr: float = 1.0
     persistent_tokens: int = 16
     kernels: Kernels = "auto"
+    head_size: int | None = field(default=None, metadata=_LATER)
+    qkv_bias: bool = field(default=False, metadata=_LATER)
+    out_bias: bool = field(default=False, metadata=_LATER)
+    fast_mlp_width: int | None = field(default=None, metadata=_LATER)
+    suffix_mlp_width: int | None = field(default=None, metadata=_LATER)
+    parallel_mlp: bool = field(default=False, metadata=_LATER)
+    rope_scaling: RopeScaling = field(default="none", metadata=_LATER)
+    rope_factor: float = field(default=1.0, metadata=_LATER)
+    rope_context: int | None = field(default=None, metadata=_LATER)
+    rope_slow: float = field(default=1.0, metadata=_LATER)
+    rope_fast: float = field(default=4.0, metadata=_LATER)
+    rope_attention: float = field(default=1.0, metadata=_LATER)
 
     def __post_init__(self) -> None:
         for name in (
@@ -100,10 +125,17 @@ class ModelConfig:
             "state_groups",
             "conv_width",
             "memory_mlp_width",
+            "head_size",
+            "fast_mlp_width",
+            "suffix_mlp_width",
+            "rope_context",
         ):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
-        _require(self.width % self.heads == 0, f"width {self.width} does not divide into {self.heads} heads.")
+        _require(
+            self.head_size is not None or self.width % self.heads == 0,
+            f"width {self.width} does not divide into {self.heads} heads.",
+        )
         _require(self.head_width % 2 == 0, f"Rotary positions need an even head width, not {self.head_width}.")
         _require(
             self.heads % self.kv_head_count == 0,
@@ -125,6 +157,26 @@ class ModelConfig:
         )
         _require(self.inner_lr >= 0, f"inner_lr must not be negative, it is {self.inner_lr}.")
         _require(self.inner_clip > 0, f"inner_clip must be positive, it is {self.inner_clip}.")
+        _require(
+            self.static_mlp or not self.parallel_mlp,
+            "parallel_mlp sets a static MLP beside every fast one; it needs static_mlp=true.",
+        )
+        self._check_rotation()
+
+    def _check_rotation(self) -> None:
+        for name in ("rope_factor", "rope_attention"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, it is {getattr(self, name)}.")
+        if self.rope_scaling == "none":
+            _require(self.rope_factor == 1, "rope_factor needs a rope_scaling: linear, llama3 or yarn.")
+        elif self.rope_scaling != "linear":
+            _require(
+                self.rope_context is not None,
+                f"rope_scaling {self.rope_scaling} starts from a shorter context's angles; set rope_context to it.",
+            )
+            _require(
+                0 < self.rope_slow < self.rope_fast,
+                f"rope_slow = {self.rope_slow} must be positive and below rope_fast = {self.rope_fast}.",
+            )
 
     def _check_mixers(self) -> None:
         _require(bool(self.pattern), "pattern names no mixer; write one at least, such as pattern=window.")
@@ -132,6 +184,10 @@ class ModelConfig:
             near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             _require(name in MIXERS, f"There is no mixer {name!r}.{hint} There are: {', '.join(MIXERS)}.")
+        others = sorted(set(self.mixers) - set(ATTENTIONS))
+        if others:
+            plain = self.head_size is None and not (self.qkv_bias or self.out_bias)
+            _require(plain, f"head_size, qkv_bias and out_bias are for attentions alone, not for {', '.join(others)}.")
         inside = set(self.mixers[self.prefix_layers + 1 :])
         _require(
             inside <= {"full"} or inside <= {"window"},
@@ -179,7 +235,17 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """Width of one attention head (K)."""
-        return self.width // self.heads
+        return self.width // self.heads if self.head_size is None else self.head_size
+
+    @property
+    def fast_width(self) -> int:
+        """Hidden width of the fast MLPs."""
+        return self.mlp_width if self.fast_mlp_width is None else self.fast_mlp_width
+
+    @property
+    def suffix_width(self) -> int:
+        """Hidden width of the static MLPs in the suffix."""
+        return self.mlp_width if self.suffix_mlp_width is None else self.suffix_mlp_width
 
     @property
     def kv_head_count(self) -> int:
@@ -297,8 +363,17 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values, equal to what comes back from JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A configuration as plain values, equal to what comes back from JSON.
+
+    Fields that were added later are left out at their defaults, so that what does not use them is written as it was
+    before there were any: sessions and runs know their model by these values.
+    """
+    values = {
+        f.name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != f.default or "later" not in f.metadata
+    }
+    return json.loads(json.dumps(values))
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration") -> C:

@@ -71,10 +71,12 @@ def cost(config: ModelConfig, context: int, dtype_bytes: int = 4, meta: bool = T
 def parameters(config: ModelConfig) -> int:
     """How many parameters the model has, fast weights at their start included."""
     width, norms = config.width, config.pre_norm + config.post_norm
-    mlp = 3 * width * config.mlp_width + norms * width
-    mixers = sum(_mixer(config, name, 1).parameters + norms * width for name in config.mixers)
+    mixers = sum(_mixer(config, name, 1).parameters for name in config.mixers)
     embeddings = (1 if config.tied_head else 2) * config.vocab_size * width
-    return embeddings + mixers + (config.suffix_layers + _static_mlps(config)) * mlp + width
+    # Mixers, static MLPs and fast ones are sub-layers with norms of their own, but not two MLPs in parallel.
+    layers = config.layers + (config.layers if config.static_mlp else config.prefix_layers)
+    layers += 0 if config.parallel_mlp else config.suffix_layers
+    return embeddings + mixers + 3 * width * _hidden(config) + layers * norms * width + width
 
 
 def state_bytes(config: ModelConfig, context: int, dtype_bytes: int = 4) -> int:
@@ -87,7 +89,7 @@ def state_bytes(config: ModelConfig, context: int, dtype_bytes: int = 4) -> int:
     """
     _require_tokens(context)
     mixers = [_mixer(config, name, context) for name in config.mixers]
-    fast = config.suffix_layers * 3 * config.width * config.mlp_width
+    fast = config.suffix_layers * 3 * config.width * config.fast_width
     return dtype_bytes * sum(m.cached for m in mixers) + 4 * (fast + sum(m.wide for m in mixers))
 
 
@@ -98,8 +100,7 @@ def operations(config: ModelConfig, context: int, meta: bool = True) -> Operatio
     """
     _require_tokens(context)
     mixers = [_mixer(config, name, context) for name in config.mixers]
-    mlps = (config.suffix_layers + _static_mlps(config)) * _mlp(config, 1)
-    dense = mlps + _head(config, 1)
+    dense = _mlp(config, 1, _hidden(config)) + _head(config, 1)
     forward = sum(m.text for m in mixers) + context * dense
     training = sum(m.training for m in mixers) + 3 * context * dense
     prefill, recomputed = forward, training
@@ -173,35 +174,43 @@ def _product(tokens: int, inputs: int, outputs: int) -> int:
     return 2 * tokens * inputs * outputs
 
 
-def _mlp(config: ModelConfig, tokens: int) -> int:
-    return _product(tokens, config.width, 3 * config.mlp_width)
+def _mlp(config: ModelConfig, tokens: int, hidden: int) -> int:
+    return _product(tokens, config.width, 3 * hidden)
 
 
 def _head(config: ModelConfig, tokens: int) -> int:
     return _product(tokens, config.width, config.vocab_size)
 
 
-def _static_mlps(config: ModelConfig) -> int:
-    return config.layers if config.static_mlp else config.prefix_layers
+def _hidden(config: ModelConfig) -> int:
+    """Hidden units of all MLPs together, static and fast."""
+    return config.prefix_layers * config.mlp_width + config.suffix_layers * (_beside(config) + config.fast_width)
+
+
+def _beside(config: ModelConfig) -> int:
+    """Hidden units of the static MLP beside a fast one."""
+    return config.suffix_width if config.static_mlp else 0
 
 
 def _loop_forward(config: ModelConfig, tokens: int) -> int:
     """What stands inside the loop, over the first `tokens` of a text: all above the first suffix block's mixer."""
     suffix = config.suffix_layers
-    mlps = suffix + (suffix if config.static_mlp else 0)
     attentions = (suffix - 1) * _attention(config, config.loop_window, tokens).text
-    return mlps * _mlp(config, tokens) + attentions + _head(config, tokens)
+    mlps = suffix * _mlp(config, tokens, _beside(config) + config.fast_width)
+    return mlps + attentions + _head(config, tokens)
 
 
 def _inner_gradient(config: ModelConfig, tokens: int) -> int:
     """The inner gradients of the first `tokens` of a text, which are whole mini-batches: the chain of the pulls.
 
     A static layer's pull is one product for the gradient of its input; a fast MLP's has a second one for the gradient
-    of its weights. Of the lowest fast MLP the input's gradient is not wanted. Cached keys and values are constants.
+    of its weights. Of the lowest fast MLP the input's gradient is not wanted, nor that of the static MLP in parallel to
+    it. Cached keys and values are constants.
     """
     suffix, b = config.suffix_layers, config.mini_batch or 1
-    static = (suffix if config.static_mlp else 0) * _mlp(config, tokens)
-    fast = 2 * suffix * _mlp(config, tokens) - _product(tokens, config.width, 2 * config.mlp_width)
+    static = (suffix - config.parallel_mlp) * _mlp(config, tokens, _beside(config))
+    fast = 2 * suffix * _mlp(config, tokens, config.fast_width)
+    fast -= _product(tokens, config.width, 2 * config.fast_width)
     # Gradients of scores and of queries go over all pairs; those of keys and values over the mini-batch's own.
     pairs = 2 * (_pairs(tokens, config.loop_window) + tokens // b * _pairs(b, config.loop_window))
     attention = _projections(config, tokens) + _product(pairs, config.heads, config.head_width)
@@ -258,8 +267,10 @@ def _attention(config: ModelConfig, window: int | None, context: int) -> _Mixer:
     kept = context if window is None else min(window, context)
     seen = context + 1 if window is None else min(window, context + 1)
     text = _projections(config, context) + _scores(config, _pairs(context, window))
+    biases = config.qkv_bias * (config.heads + 2 * config.kv_head_count) * config.head_width
+    biases += config.out_bias * config.width
     return _Mixer(
-        parameters=_projections(config, 1) // 2 + (2 * config.head_width if config.qk_norm else 0),
+        parameters=_projections(config, 1) // 2 + biases + (2 * config.head_width if config.qk_norm else 0),
         cached=2 * config.kv_head_count * config.head_width * kept,
         wide=0,
         text=text,

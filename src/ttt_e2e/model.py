@@ -1,9 +1,9 @@
 """The Transformer: embedding, blocks, head. One class for every architecture of this project.
 
 A block is a sequence mixer (attention, or what the configuration's pattern names), then (in the suffix only) the fast
-MLP, then the static MLP, each a residual sub-layer with RMSNorm before and after: x += post_norm(layer(norm(x))). The
-fast MLPs' weights that stand here are where every sequence starts; `inner_loop` gives each sequence its own copy and
-trains it.
+MLP, then the static MLP, each a residual sub-layer with RMSNorm before and after: x += post_norm(layer(norm(x))). With
+`parallel_mlp` the two MLPs are one sub-layer, of which a part is fast. The fast MLPs' weights that stand here are where
+every sequence starts; `inner_loop` gives each sequence its own copy and trains it.
 
 Every layer of the suffix returns its output and its pull, the function that takes a gradient of the output back to one
 of the input (and, for a fast MLP, of its weights). The inner gradient is the chain of these pulls; see
@@ -30,6 +30,7 @@ from ttt_e2e.ops.elementwise import Pull, cross_entropy, rms_norm, swiglu, wide
 from ttt_e2e.ops.fast_mlp import FastPull, FastWeights, fast_mlp
 from ttt_e2e.ops.linear import linear, pull_linear
 from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
+from ttt_e2e.rope import frequencies
 
 # Up to this many logits (tokens x vocabulary) the head keeps them, 64 MiB in float32; beyond, it makes them in pieces.
 KEPT_LOGITS = 2**24
@@ -63,10 +64,10 @@ def _norm(config: ModelConfig, wanted: bool) -> nn.Module:
 class MLP(nn.Module):
     """SwiGLU without biases: w_out (silu(gate) * value), gate and value from one matrix w_in."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.w_in = nn.Parameter(torch.empty(2 * config.mlp_width, config.width))
-        self.w_out = nn.Parameter(torch.empty(config.width, config.mlp_width))
+        self.w_in = nn.Parameter(torch.empty(2 * hidden, width))
+        self.w_out = nn.Parameter(torch.empty(width, hidden))
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Pull]:
         """The static MLP: the same weights for every sequence."""
@@ -88,14 +89,15 @@ class Block(nn.Module):
         self.mixer_norm = _norm(config, config.pre_norm)
         self.mixer = make_mixer(mixer, config)
         self.mixer_post_norm = _norm(config, config.post_norm)
-        if fast:
-            self.fast_norm = _norm(config, config.pre_norm)
-            self.fast = MLP(config)
-            self.fast_post_norm = _norm(config, config.post_norm)
+        self.parallel = config.parallel_mlp and fast
+        if fast:  # in parallel, the norms of the static MLP serve both
+            self.fast_norm = _norm(config, config.pre_norm and not self.parallel)
+            self.fast = MLP(config.width, config.fast_width)
+            self.fast_post_norm = _norm(config, config.post_norm and not self.parallel)
         self.static = config.static_mlp or not fast
         if self.static:
             self.mlp_norm = _norm(config, config.pre_norm)
-            self.mlp = MLP(config)
+            self.mlp = MLP(config.width, config.suffix_width if fast else config.mlp_width)
             self.mlp_post_norm = _norm(config, config.post_norm)
 
     def mix(self, x_BTD: Tensor, place: Place, state: Any | None) -> tuple[Tensor, Any]:
@@ -112,14 +114,31 @@ class Block(nn.Module):
         return x_BTD + z_BTD, cache, lambda g: g + pull_norm(pull_layer(pull_post(g)))
 
     def feed_fast(self, x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastPull]:
-        """The fast MLP's sub-layer, with the given weights."""
+        """Both MLPs of a suffix block, the fast one with the given weights; in turn, or in parallel."""
+        if self.parallel:
+            return self._feed_parallel(x_BTD, fast)
         n_BTD, pull_norm = self.fast_norm(x_BTD)
         y_BTD, pull_layer = fast_mlp(n_BTD, fast)
         z_BTD, pull_post = self.fast_post_norm(y_BTD)
+        out_BTD, pull_static = self.feed(x_BTD + z_BTD)
 
         def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, FastWeights]:
+            g_BTD = pull_static(g_BTD)
             dn_BTD, gradient = pull_layer(pull_post(g_BTD), below)
             return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD), gradient
+
+        return out_BTD, pull
+
+    def _feed_parallel(self, x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastPull]:
+        n_BTD, pull_norm = self.mlp_norm(x_BTD)
+        fast_BTD, pull_fast = fast_mlp(n_BTD, fast)
+        static_BTD, pull_static = self.mlp(n_BTD)
+        z_BTD, pull_post = self.mlp_post_norm(fast_BTD + static_BTD)
+
+        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, FastWeights]:
+            dy_BTD = pull_post(g_BTD)
+            dn_BTD, gradient = pull_fast(dy_BTD, below)
+            return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD + pull_static(dy_BTD)), gradient
 
         return x_BTD + z_BTD, pull
 
@@ -183,21 +202,21 @@ class Transformer(nn.Module):
     def place(self, start: int, length: int, dtype: torch.dtype, ahead_B: Tensor | None = None) -> Place:
         """Positions `start` to `start + length`; their angles are exact at any position a stream can reach.
 
+        Cosines and sines come multiplied by `rope_attention`.
+
         ahead_B: how much further each sequence stands, int64; None where all stand at `start`. Caches of sequences that
         stand apart may begin with empty slots as long as there are more slots than tokens that were read.
         """
-        half = self.config.head_width // 2
-        device = self.embedding.device
+        device, scale = self.embedding.device, self.config.rope_attention
         # float64: in float32 the angle itself would be off by whole radians after ten million tokens.
-        frequency = self.config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
         position = torch.arange(start, start + length, device=device, dtype=torch.float64)
         read_B = None
         if ahead_B is not None:
             position = position[:, None] + ahead_B
             if start < self.config.window or "full" in self.config.mixers:
                 read_B = start + ahead_B
-        angle = position[..., None, None] * frequency
-        return Place(angle.cos().to(wide(dtype)), angle.sin().to(wide(dtype)), read_B=read_B)
+        angle = position[..., None, None] * frequencies(self.config, device)
+        return Place((scale * angle.cos()).to(wide(dtype)), (scale * angle.sin()).to(wide(dtype)), read_B=read_B)
 
     @property
     def head_weight(self) -> Tensor:
@@ -271,14 +290,13 @@ class Transformer(nn.Module):
                 else:
                     x_BTD, cache = block.mix(x_BTD, place, next(old))
                 new.append(cache)
-            x_BTD, feed_fast = block.feed_fast(x_BTD, weights)
-            x_BTD, feed = block.feed(x_BTD)
-            pulls.append((pull_mixer, feed_fast, feed))
+            x_BTD, pull_feed = block.feed_fast(x_BTD, weights)
+            pulls.append((pull_mixer, pull_feed))
 
         def pull(g_BTD: Tensor) -> tuple[FastWeights, ...]:
             gradients = []
-            for pull_mixer, feed_fast, feed in reversed(pulls):
-                below_BTD, gradient = feed_fast(feed(g_BTD), pull_mixer is not None)
+            for pull_mixer, pull_feed in reversed(pulls):
+                below_BTD, gradient = pull_feed(g_BTD, pull_mixer is not None)
                 gradients.append(gradient)
                 if pull_mixer is not None:  # else this is the lowest fast MLP, and nothing below it is wanted
                     assert below_BTD is not None

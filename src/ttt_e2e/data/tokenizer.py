@@ -20,6 +20,7 @@ _BOS_NAMES = (
     BOS,
     "<|begin_of_text|>",
     "<|startoftext|>",
+    "<｜begin▁of▁sentence｜>",
     "<s>",
     "<bos>",
     "[BOS]",
@@ -76,7 +77,10 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        bos = next((token for token in map(backend.token_to_id, _BOS_NAMES) if token is not None), None)
+        # A large vocabulary may spell such a name as an ordinary token.
+        special = {added.content: token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+        ids = [*map(special.get, _BOS_NAMES), *map(backend.token_to_id, _BOS_NAMES)]
+        bos = next((token for token in ids if token is not None), None)
         if bos is None:
             raise UserError(f"{name} has no token that begins a document; add one of {', '.join(_BOS_NAMES)}.")
         self.backend = backend

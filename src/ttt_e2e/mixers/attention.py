@@ -4,7 +4,7 @@ The loop of `inner_loop` goes back through it at test time, so beside the mixer'
 which also returns the pull: the function that takes a gradient of the output back to one of the input.
 
 Shapes: B sequences, T tokens, S keys (cached ones first), D width, H query heads, G key/value heads, K head width,
-J = H + G.
+J = H + G, E = (H + 2 G) K.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 class Attention(Mixer):
     """Multi-head attention over the last `window` tokens (None: all), the query's own included.
 
-    With grouped key/value heads, RMSNorm on queries and keys per head, and rotary positions.
+    With grouped key/value heads, biases, RMSNorm on queries and keys per head, and rotary positions.
     """
 
     State = Cache
@@ -41,9 +41,21 @@ class Attention(Mixer):
         rows = (self.heads + 2 * self.kv_heads) * config.head_width
         self.w_qkv = nn.Parameter(torch.empty(rows, config.width))
         self.w_out = nn.Parameter(torch.empty(config.width, config.heads * config.head_width))
+        if config.qkv_bias:
+            self.b_qkv = nn.Parameter(torch.zeros(rows))
+        if config.out_bias:
+            self.b_out = nn.Parameter(torch.zeros(config.width))
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(config.head_width))
             self.k_norm = nn.Parameter(torch.ones(config.head_width))
+
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw every matrix from N(0, std^2), set norms to one and biases to zero."""
+        super().reset_parameters(std, generator)
+        with torch.no_grad():
+            for name in ("b_qkv", "b_out"):
+                if hasattr(self, name):
+                    getattr(self, name).zero_()
 
     def forward(self, x_BTD: Tensor, place: Place, state: Cache | None) -> tuple[Tensor, Cache]:
         """Attend from x to the cached tokens and to x itself; the output, and the cache for what follows.
@@ -63,7 +75,10 @@ class Attention(Mixer):
         self, x_BTD: Tensor, place: Place, cache: Cache | None, inner: bool
     ) -> tuple[Tensor, Cache, Pull | None]:
         heads, kv_heads, window = self.heads, self.kv_heads, self.window
-        x_BTJK = linear(x_BTD, self.w_qkv).unflatten(-1, (heads + 2 * kv_heads, -1))
+        x_BTE = linear(x_BTD, self.w_qkv)
+        if self.config.qkv_bias:
+            x_BTE = x_BTE + self.b_qkv.to(x_BTD.dtype)
+        x_BTJK = x_BTE.unflatten(-1, (heads + 2 * kv_heads, -1))
         qk_BTJK, v_BTGK = x_BTJK.split((heads + kv_heads, kv_heads), 2)
         qk_BTJK = qk_BTJK.to(wide(x_BTD.dtype))
         if self.config.qk_norm:
@@ -98,7 +113,10 @@ class Attention(Mixer):
             dx_BTJK = torch.cat((dqk_BTJK.to(g_BTD.dtype), dv_BGTK.transpose(1, 2)), 2)
             return pull_linear(dx_BTJK.flatten(2), self.w_qkv)
 
-        return linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out), kept, pull if inner else None
+        out_BTD = linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out)
+        if self.config.out_bias:
+            out_BTD = out_BTD + self.b_out.to(x_BTD.dtype)
+        return out_BTD, kept, pull if inner else None
 
 
 def unequal(q_BHTK: Tensor, cache: Cache, window: int | None, read_B: Tensor) -> Tensor:

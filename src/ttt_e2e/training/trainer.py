@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -57,7 +57,8 @@ MODEL = "model"
 # What may change when a run is resumed: it decides what is written down, not what is learned.
 _CADENCE = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints")
 # What may change when a trained model is trained further: neither a weight's shape nor what a token sees.
-_FREE = ("mini_batch", "inner_lr", "inner_clip", "rope_theta", "norm_eps", "init_std", "memory_lr", "kernels")
+_FREE = ("mini_batch", "inner_lr", "inner_clip", "norm_eps", "init_std", "memory_lr", "kernels", "rope_theta")
+_FREE += ("rope_scaling", "rope_factor", "rope_context", "rope_slow", "rope_fast", "rope_attention")
 
 
 @dataclass(frozen=True)
@@ -289,8 +290,9 @@ def _check_run(
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     for section in ("model", "train"):
-        for name, value in now[section].items():
-            old = before.get(section, {}).get(name)
+        saved = before.get(section, {})
+        for name in {**saved, **now[section]}:  # either may leave out a field that came later
+            old, value = saved.get(name), now[section].get(name)
             if old != value and name not in _CADENCE:
                 raise UserError(
                     f"The run in {out} has {section}.{name} = {old}, not {value}; resume it with the same "
@@ -306,7 +308,7 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> Non
 
 def _read_start(model: Transformer, folder: Path, tokenizer_digest: str) -> None:
     """Fill `model` from the model in `folder`, if that has its shape and the data's tokenizer."""
-    theirs, ours = to_dict(load_config(folder)), to_dict(model.config)
+    theirs, ours = asdict(load_config(folder)), asdict(model.config)  # all fields, those at their defaults too
     for name, value in ours.items():
         if theirs[name] != value and name not in _FREE:
             raise UserError(
