@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e.data.text import standard_library
 from ttt_e2e.model import Transformer
-from ttt_e2e.pool import SessionPool, Text
+from ttt_e2e.pool import SessionPool
 from ttt_e2e.sampling import SamplingOptions, sample
-from ttt_e2e.session import load_reader
+from ttt_e2e.session import Session, Standing, load_reader
 from ttt_e2e.streaming import forward, read_mini_batch
 
 Times = tuple[float, float]
@@ -43,16 +43,16 @@ def timed(work: Callable[[], None]) -> Times:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def read_alone(model: Transformer, texts: list[Text]) -> None:
-    for state, pending in texts:
+def read_alone(model: Transformer, texts: list[Standing]) -> None:
+    for state, _, pending in texts:
         for start in range(0, len(pending) - 1, model.config.mini_batch or 256):
             ids_1T = torch.from_numpy(pending[start : start + (model.config.mini_batch or 256) + 1])[None]
             state, nll_1T, _ = read_mini_batch(model, state, ids_1T[:, :-1], ids_1T[:, 1:])
             nll_1T[0].numpy()
 
 
-def write_alone(model: Transformer, texts: list[Text], count: int) -> None:
-    for seed, (state, pending) in enumerate(texts):
+def write_alone(model: Transformer, texts: list[Standing], count: int) -> None:
+    for seed, (state, _, pending) in enumerate(texts):
         options = SamplingOptions(seed=seed)
         generator = torch.Generator().manual_seed(seed)
         ids_1T = torch.from_numpy(pending[:1])[None]
@@ -61,22 +61,23 @@ def write_alone(model: Transformer, texts: list[Text], count: int) -> None:
             ids_1T = torch.tensor([[sample(logits_1TV[0, -1], options, generator)]])
 
 
-def pool_of(model: Transformer, texts: list[Text]) -> SessionPool:
-    pool = SessionPool(model, max_batch=len(texts))
-    for state, pending in texts:
-        pool.add(Text(state, pending[:1]))
+def pool_of(model: Transformer, texts: list[Standing]) -> SessionPool:
+    fresh = Session(model)
+    pool = SessionPool(fresh, max_batch=len(texts))
+    for text in texts:
+        pool.add(fresh.standing_at(text._replace(pending=text.pending[:1])))
     return pool
 
 
-def read_together(model: Transformer, texts: list[Text]) -> None:
+def read_together(model: Transformer, texts: list[Standing]) -> None:
     pool = pool_of(model, texts)
-    for id, (_, pending) in enumerate(texts):
-        pool.submit_read(id, pending[1:])
+    for id, text in enumerate(texts):
+        pool.submit_read(id, text.pending[1:])
     while pool.busy:
         pool.step()
 
 
-def write_together(model: Transformer, texts: list[Text], count: int) -> None:
+def write_together(model: Transformer, texts: list[Standing], count: int) -> None:
     pool = pool_of(model, texts)
     for id in range(len(texts)):
         pool.submit_generate(id, max_tokens=count, options=SamplingOptions(seed=id))
@@ -98,7 +99,7 @@ def products(model: Transformer, rows: int) -> tuple[int, Callable[[], None]]:
     return 2 * rows * config.width * 4 * sum(widths), work
 
 
-def operations(model: Transformer, texts: list[Text]) -> int:
+def operations(model: Transformer, texts: list[Standing]) -> int:
     """Of the matrix products of reading these texts one after the other."""
     with FlopCounterMode(display=False) as counter:
         read_alone(model, texts)
@@ -130,13 +131,13 @@ def main() -> None:
             break
     starts = [0, *itertools.accumulate(wanted)]
     own = [np.concatenate(parts)[start : start + length] for start, length in zip(starts, wanted, strict=False)]
-    pool = SessionPool(model)
+    pool = SessionPool(Session(model))
     for tokens, length in zip(own, before, strict=True):
         pool.submit_read(pool.add(), tokens[: length + 1])
     while pool.busy:
         pool.step()
     texts = [
-        Text(pool.remove(id).state, tokens[length:])
+        pool.remove(id).standing()._replace(pending=tokens[length:])
         for id, (tokens, length) in enumerate(zip(own, before, strict=True))
     ]
     del pool

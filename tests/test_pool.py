@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from ttt_e2e import pool as pool_module
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import Transformer
-from ttt_e2e.pool import Done, Event, Losses, SessionPool, Text, Token
+from ttt_e2e.pool import Done, Event, Losses, SessionPool, Token
 from ttt_e2e.sampling import SamplingOptions, sample
 from ttt_e2e.session import Diverged, Session
 from ttt_e2e.streaming import ReadState, forward, read_mini_batch, start_reading
+from ttt_e2e.text_so_far import TextSoFar
 
 F64 = torch.float64
 ONE_TOKENIZER = Tokenizer.train([""], 257)
@@ -96,8 +98,9 @@ class Check:
 
     def __init__(self, model: Transformer, max_batch: int, dtype: torch.dtype, tolerance: float) -> None:
         self.model, self.dtype, self.tolerance = model, dtype, tolerance
-        self.pool = SessionPool(model, dtype=dtype, max_batch=max_batch)
-        self.jobs: dict[int, list[tuple[np.ndarray, int | None]]] = {}  # of each session: tokens, how many to write
+        self.pool = SessionPool(Session(model, dtype=dtype), max_batch=max_batch)
+        # Of each session: tokens, how many to write, whether to learn from those.
+        self.jobs: dict[int, list[tuple[np.ndarray, int | None, bool]]] = {}
         self.events: list[Event] = []
         self.made = 0
 
@@ -109,38 +112,44 @@ class Check:
         self.jobs[self.pool.add()] = []
 
     def read(self, id: int, length: int) -> None:
-        self.jobs[id].append((self.unique(length), None))
+        self.jobs[id].append((self.unique(length), None, False))
         self.pool.submit_read(id, self.jobs[id][-1][0])
 
-    def write(self, id: int, length: int, count: int) -> None:
-        self.jobs[id].append((self.unique(length), count))
+    def write(self, id: int, length: int, count: int, learn: bool) -> None:
+        self.jobs[id].append((self.unique(length), count, learn))
         options = SamplingOptions(seed=len(self.jobs[id]))
-        self.pool.submit_generate(id, self.jobs[id][-1][0], max_tokens=count, options=options)
+        prompt = self.jobs[id][-1][0]
+        self.pool.submit_generate(id, prompt, max_tokens=count, options=options, learn_from_writing=learn)
 
     def step(self) -> None:
         self.events += self.pool.step()
 
     def remove(self, id: int) -> None:
         """Take a session out, in the midst of its work maybe, and compare all it gave so far."""
-        text = self.pool.remove(id)
+        peeked, text = self.pool.peek(id).standing(), self.pool.remove(id).standing()
+        assert_same_state(peeked.state, text.state, 0)
         losses, written, ends = of(self.events, id)
         assert ends == [None] * len(ends)
         jobs = self.jobs.pop(id)
-        begun = np.concatenate([np.empty(0, np.int64), *(tokens for tokens, count in jobs if count is None)])
+        begun = np.concatenate([np.empty(0, np.int64), *(tokens for tokens, count, _ in jobs if count is None)])
         begun = begun[: text.state.position + len(text.pending)]  # reads that were not begun are dropped
         np.testing.assert_array_equal(text.pending, begun[text.state.position :])
+        assert text.text == TextSoFar().add(begun[: text.state.position], self.pool.piece, None)
         upto = begun[: text.state.position + 1] if text.state.position else begun[:0]
         state, alone, _ = read_alone(self.model, upto, self.dtype)
         assert_same_state(text.state, state, self.tolerance)
         np.testing.assert_allclose(losses, alone, atol=self.tolerance)
         seen = np.empty(0, np.int64)
-        for i, (tokens, count) in enumerate(jobs[: len(ends) + 1]):
+        for i, (tokens, count, learn) in enumerate(jobs[: len(ends) + 1]):
             if count is None:
                 seen = np.concatenate((seen, tokens))
                 continue
-            lonely = write_alone(
-                self.model, np.concatenate((seen, tokens)), count, SamplingOptions(seed=i + 1), self.dtype
-            )
+            text_so_far, options = np.concatenate((seen, tokens)), SamplingOptions(seed=i + 1)
+            if learn:
+                session = Session(self.model, dtype=self.dtype)
+                lonely = [*session.generate_tokens(text_so_far, max_tokens=count, learn_from_writing=True, seed=i + 1)]
+            else:
+                lonely = write_alone(self.model, text_so_far, count, options, self.dtype)
             expected = lonely if i < len(ends) else lonely[: len(written)]
             assert written[: len(expected)] == expected
             written = written[len(expected) :]
@@ -151,7 +160,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("add")),
     st.tuples(st.just("remove"), st.integers(0, 99)),
     st.tuples(st.just("read"), st.integers(0, 99), st.integers(1, 30)),
-    st.tuples(st.just("write"), st.integers(0, 99), st.integers(1, 12), st.integers(0, 6)),
+    st.tuples(st.just("write"), st.integers(0, 99), st.integers(1, 12), st.integers(0, 14), st.booleans()),
     st.tuples(st.just("step")),
     st.tuples(st.just("step")),
 )
@@ -194,7 +203,7 @@ def test_as_if_alone_in_single_precision() -> None:
     actions: list[tuple] = []
     for _ in range(60):
         name = rng.choice(["add", "remove", "read", "read", "write", "step", "step"])
-        numbers = {"remove": [99], "read": [99, 30], "write": [99, 12, 6]}.get(name, [])
+        numbers = {"remove": [99], "read": [99, 30], "write": [99, 12, 14, 2]}.get(name, [])
         actions.append((name, *(int(rng.integers(1, top)) for top in numbers)))
     play(check, actions)
 
@@ -223,7 +232,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
 def pool_at(model: Transformer, lengths: list[int], max_batch: int = 16) -> SessionPool:
     """A pool whose sessions have read so many tokens."""
-    pool = SessionPool(model, dtype=F64, max_batch=max_batch)
+    pool = SessionPool(Session(model, dtype=F64), max_batch=max_batch)
     for i, length in enumerate(lengths):
         pool.submit_read(pool.add(), tokens_of(length, i))
     run(pool)
@@ -245,7 +254,7 @@ def test_rows_at_different_positions_share_a_call(calls: dict[str, list[int]]) -
 
 @pytest.mark.parametrize("name", ["window", "full"])
 def test_texts_of_different_lengths_are_written_on_in_one_call(name: str, calls: dict[str, list[int]]) -> None:
-    pool = SessionPool(MODELS[name], dtype=F64)
+    pool = SessionPool(Session(MODELS[name], dtype=F64))
     texts = [tokens_of(length, length) for length in (2, 3, 4)]
     for text in texts:
         pool.submit_generate(pool.add(), text, max_tokens=15)  # up to a full window and beyond
@@ -306,7 +315,7 @@ def test_rows_that_are_left_behind_keep_little_memory() -> None:
     rows = [member.own.row, member.own.before[0]]  # type: ignore[index]
     assert [len(row.stack.positions) for row in rows] == [1, 1]
     assert all(len(t.untyped_storage()) == t.nbytes for row in rows for t in row.stack.state.tensors())
-    text = pool.remove(7)
+    text = pool.remove(7).standing()
     state, _, done = read_alone(MODELS["window"], tokens_of(11, 7))
     assert_same_state(text.state, state)
     assert text.pending.tolist() == tokens_of(11, 7)[done:].tolist()
@@ -314,7 +323,7 @@ def test_rows_that_are_left_behind_keep_little_memory() -> None:
 
 def test_a_session_comes_back_where_it_left() -> None:
     model, text = MODELS["window"], tokens_of(60)
-    first, second = SessionPool(model, dtype=F64), SessionPool(model, dtype=F64)
+    first, second = SessionPool(Session(model, dtype=F64)), SessionPool(Session(model, dtype=F64))
     one = first.add()
     first.submit_read(one, text[:33])
     other = second.add()
@@ -324,7 +333,7 @@ def test_a_session_comes_back_where_it_left() -> None:
     second.submit_read(moved, text[33:])
     run(second)
     state, _, done = read_alone(model, text)
-    left = second.remove(moved)
+    left = second.remove(moved).standing()
     assert_same_state(left.state, state)
     np.testing.assert_array_equal(left.pending, text[done:])
 
@@ -333,23 +342,58 @@ def test_a_session_joins_and_stays_as_it_is() -> None:
     model, text = MODELS["window"], tokens_of(60)
     session = Session(model, dtype=F64)
     session.read(text[:33])
-    pool = SessionPool(model, dtype=F64)
+    pool = SessionPool(Session(model, dtype=F64))
     id = pool.add(session)
     pool.submit_read(id, text[33:])
     losses, _, _ = of(run(pool), id)
     np.testing.assert_allclose(losses, session.read(text[33:]), atol=1e-6)
-    for other in (Session(model), Session(MODELS["full"], dtype=F64)):
-        with pytest.raises(UserError, match="model and dtype"):
+    for other, what in (
+        (Session(model), "dtype"),
+        (Session(MODELS["full"], dtype=F64), "model"),
+        (Session(model, ONE_TOKENIZER, dtype=F64), "tokenizer"),
+        (Session(model, learn=False, dtype=F64), "learn"),
+    ):
+        with pytest.raises(UserError, match=f"its own {what}"):
             pool.add(other)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("read_before", [0, 3, 47])
+def test_a_session_that_went_through_a_pool_is_like_any_other(tmp_path: Path, learn: bool, read_before: int) -> None:
+    model = small_model(F64, vocab_size=ONE_TOKENIZER.vocab_size, window=10).requires_grad_(False)
+    alone = Session(model, ONE_TOKENIZER, learn=learn, dtype=F64)
+    assert not learn or alone.piece == 5 < Session(model, learn=False).piece
+    text = ONE_TOKENIZER.encode("Straße, 雨が降った. " * 6)
+    alone.read(text[:read_before])
+    pool = SessionPool(Session(model, ONE_TOKENIZER, learn=learn, dtype=F64))
+    id, beside = pool.add(alone), pool.add()
+    for other in (id, beside):
+        pool.submit_read(other, text[read_before:])
+    run(pool)
+    alone.read(text[read_before:])
+    ours, info = pool.remove(id), alone.info()
+    if learn:  # without learning, one alone reads several mini-batches at once, and more is pending
+        assert_same_state(ours.standing().state, alone.standing().state)
+    ours.save(tmp_path / "s")
+    loaded = Session.load(tmp_path / "s", model, ONE_TOKENIZER)
+    for session in (ours, loaded):
+        mine = session.info()
+        assert (mine.tokens, mine.text_bytes, mine.text_digest) == (info.tokens, info.text_bytes, info.text_digest)
+        assert mine.learned_norm == pytest.approx(info.learned_norm) and mine.learn == learn
+    losses = [np.concatenate((session.read(text), session.score_rest()))[-len(text) :] for session in (alone, loaded)]
+    np.testing.assert_allclose(*losses, atol=1e-6)
+    assert alone.info().text_digest == loaded.info().text_digest
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
-def poisoned(text: Text) -> Text:
+def poisoned(session: Session) -> Session:
     """The same with fast weights that are no numbers."""
-    fast = tuple(type(pair)(*(w * math.nan for w in pair)) for pair in text.state.loop.fast)
-    return Text(text.state._replace(loop=text.state.loop._replace(fast=fast)), text.pending)
+    standing = session.standing()
+    loop = standing.state.loop
+    fast = tuple(type(pair)(*(w * math.nan for w in pair)) for pair in loop.fast)
+    return session.standing_at(standing._replace(state=standing.state._replace(loop=loop._replace(fast=fast))))
 
 
 def test_a_row_that_fails_does_not_spoil_others() -> None:
@@ -370,7 +414,7 @@ def test_a_row_that_fails_does_not_spoil_others() -> None:
         np.testing.assert_allclose(losses, read_alone(model, text)[1][25:], atol=1e-9)
         options = SamplingOptions(seed=id)
         assert written == write_alone(model, np.concatenate((text, tokens_of(3))), 4, options)
-        assert_same_state(pool.remove(id).state, read_alone(model, text)[0])
+        assert_same_state(pool.remove(id).standing().state, read_alone(model, text)[0])
 
 
 def test_a_row_that_fails_writing_does_not_spoil_others() -> None:
@@ -391,8 +435,7 @@ def test_divergence_goes_back_to_the_last_good_state() -> None:
     pool.submit_read(0, tokens_of(5, 2))  # the update of this mini-batch turns out bad
     run(pool)
     own = pool._members[0].own
-    spoiled = poisoned(Text(pool_module._alone(own.row).stack.state, own.pending))
-    own.row = pool_module._Row(pool_module._stack(spoiled.state, (35,)), 0)
+    own.row = pool_module._Row(pool_module._stack(poisoned(pool.peek(0)).standing().state, (35,)), 0)
     for id in (0, 1):
         pool.submit_read(id, tokens_of(10, 7))
     events = run(pool)
@@ -402,12 +445,12 @@ def test_divergence_goes_back_to_the_last_good_state() -> None:
     more = tokens_of(20, 8)
     pool.submit_read(0, more)  # it can be read on from there
     assert of(run(pool), 0)[2] == [None]
-    assert_same_state(pool.remove(0).state, read_alone(model, np.concatenate((text, more)))[0])
+    assert_same_state(pool.remove(0).standing().state, read_alone(model, np.concatenate((text, more)))[0])
 
 
 def test_a_learning_rate_that_is_too_large_ends_every_session_at_its_start() -> None:
     model = small_model(inner_lr=1e30).requires_grad_(False)
-    pool = SessionPool(model)
+    pool = SessionPool(Session(model))
     for id in (pool.add(), pool.add()):
         pool.submit_read(id, tokens_of(30, id))
         pool.submit_read(id, tokens_of(30, id))
@@ -415,31 +458,31 @@ def test_a_learning_rate_that_is_too_large_ends_every_session_at_its_start() -> 
     for id in range(2):
         (error,) = of(events, id)[2]
         assert isinstance(error, Diverged) and error.position == 0
-        text = pool.remove(id)
+        text = pool.remove(id).standing()
         assert text.state.position == 0 and text.pending.tolist() == tokens_of(1, id).tolist()
 
 
 def test_a_pool_can_leave_learning_out() -> None:
     model, text = MODELS["window"], tokens_of(33)
-    pool = SessionPool(model, learn=False, dtype=F64)
+    pool = SessionPool(Session(model, learn=False, dtype=F64))
     pool.submit_read(pool.add(), text)
     losses, _, _ = of(run(pool), 0)
     logits, _ = forward(model, start_reading(model, 1, F64), torch.from_numpy(text)[None], F64)
     alone = torch.nn.functional.cross_entropy(logits[0, :-1], torch.from_numpy(text[1:]), reduction="none")
     np.testing.assert_allclose(losses, alone[: len(losses)], atol=1e-6)
-    for ours, start in zip(pool.remove(0).state.loop.fast, model.initial_fast_weights(1), strict=True):
+    for ours, start in zip(pool.remove(0).standing().state.loop.fast, model.initial_fast_weights(1), strict=True):
         torch.testing.assert_close(tuple(ours), tuple(start), rtol=0, atol=0)
 
 
 def test_writing_ends_at_a_documents_end_and_text_begins_with_bos() -> None:
     model = small_model(vocab_size=ONE_TOKENIZER.vocab_size).requires_grad_(False)
     bos = ONE_TOKENIZER.bos
-    pool = SessionPool(model, ONE_TOKENIZER)
+    pool = SessionPool(Session(model, ONE_TOKENIZER))
     id = pool.add()
     pool.submit_generate(id, max_tokens=2000, options=SamplingOptions(temperature=5.0, top_p=1.0))
     _, written, ends = of(run(pool), id)
     assert 0 < len(written) < 2000 and bos not in written and ends == [None]
-    assert pool.remove(id).pending.tolist() == [bos]
+    assert pool.remove(id).standing().pending.tolist() == [bos]
 
 
 def test_work_can_be_cancelled() -> None:
@@ -450,14 +493,14 @@ def test_work_can_be_cancelled() -> None:
     pool.step()
     pool.cancel(0), pool.cancel(1)
     assert not pool.busy and pool.step() == []
-    left = pool.remove(0)
+    left = pool.remove(0).standing()
     assert left.state.position == 5
     np.testing.assert_array_equal(left.pending, np.concatenate((tokens_of(1), text))[5:])
 
 
 def test_what_cannot_be_done_is_said() -> None:
     model = MODELS["window"]
-    pool = SessionPool(model, dtype=F64)
+    pool = SessionPool(Session(model, dtype=F64))
     id = pool.add()
     for bad in ([-1], [50], [0.5], [[1, 2]]):
         with pytest.raises(UserError, match="0 to 49"):
@@ -468,7 +511,7 @@ def test_what_cannot_be_done_is_said() -> None:
         with pytest.raises(UserError, match="no session 7"):
             call(7)
     with pytest.raises(UserError, match="max_batch"):
-        SessionPool(model, max_batch=0)
+        SessionPool(Session(model), max_batch=0)
     pool.submit_generate(id)
     (done,) = run(pool)
     assert done.id == id and "nothing to go on from" in str(done.error)

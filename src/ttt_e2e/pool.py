@@ -21,23 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.mixers.attention import Cache
-from ttt_e2e.model import Transformer
 from ttt_e2e.sampling import SamplingOptions, sample
-from ttt_e2e.session import Diverged, Session, gone_back, token_ids, unsound
-from ttt_e2e.streaming import ReadState, forward, read_mini_batch, start_reading
-
-
-class Text(NamedTuple):
-    """A session outside of a pool: its state, and the token ids [n] that are not read yet.
-
-    The first of them is the input to the next prediction; every other one has its loss still to come.
-    """
-
-    state: ReadState
-    pending: np.ndarray
+from ttt_e2e.session import Diverged, Session, Standing, gone_back, token_ids, unsound
+from ttt_e2e.streaming import ReadState, forward, read_mini_batch
+from ttt_e2e.text_so_far import TextSoFar
 
 
 class Losses(NamedTuple):
@@ -94,44 +83,44 @@ class _Row(NamedTuple):
 
 @dataclass(eq=False)
 class _Run:
-    """A text that goes on: a session's own, or the copy of it that is written on.
-
-    before: one mini-batch ago, a state whose loss was good; what was pending with it.
-    """
+    """A text that goes on, a session's own or the copy that is written on; before: when the loss was last good."""
 
     row: _Row
+    text: TextSoFar
     pending: np.ndarray
-    before: tuple[_Row, np.ndarray] | None = None
-
-
-class _Read(NamedTuple):
-    tokens: np.ndarray
+    before: tuple[_Row, TextSoFar, np.ndarray] | None = None
 
 
 class _Write(NamedTuple):
     prompt: np.ndarray
     max_tokens: int
     options: SamplingOptions
+    learn: bool
 
 
 @dataclass(eq=False)
 class _Writing:
-    """A `_Write` at work: the copy of the session that it writes on, and the tokens that are still to come."""
+    """A `_Write` at work: the copy of the session that it writes on, and how many tokens are still to come.
 
+    border: where it learns from what it writes, the copy after the last whole mini-batch, with all tokens since then
+    pending; None where `run` stands there itself.
+    """
+
+    work: _Write
     run: _Run
     left: int
-    options: SamplingOptions
     generator: torch.Generator
+    border: _Run | None = None
 
 
 @dataclass(eq=False)
 class _Member:
-    """A session. job: what it is at; jobs: what comes then. waiting: the step since which it has not had its turn."""
+    """A session. job: what it is at (a read is its tokens); jobs: what comes then. waiting: since that step."""
 
     id: int
     own: _Run
-    jobs: deque[_Read | _Write] = field(default_factory=deque)
-    job: _Read | _Writing | None = None
+    jobs: deque[np.ndarray | _Write] = field(default_factory=deque)
+    job: np.ndarray | _Writing | None = None
     waiting: int = 0
 
     @property
@@ -142,9 +131,8 @@ class _Member:
 class SessionPool:
     """Sessions that share a model, and calls to it.
 
-    model: as `load_reader` gives it; it is never changed. tokenizer: with one, a fresh text begins with its BOS token,
-    and writing ends there. learn: whether the model learns while it reads (a standard model never does). dtype: of the
-    matrix products. max_batch: rows of a call at most; beyond some 16 a CPU gains nothing.
+    fresh: what a new session begins as; it stays as it is. All have its model, tokenizer, dtype and kind of learning,
+    and none is compiled. max_batch: rows of a call at most, 1 or more; beyond some 16 a CPU gains nothing.
 
     Work is submitted and done in `step`. A session does what was submitted to it in that order. A step writes one token
     for everyone who writes, in as many calls as that takes, and then makes one call of reading, with the session in it
@@ -152,21 +140,10 @@ class SessionPool:
     writer for one call of reading between two tokens.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer | None = None,
-        *,
-        learn: bool = True,
-        dtype: torch.dtype = torch.float32,
-        max_batch: int = 16,
-    ) -> None:
+    def __init__(self, fresh: Session, *, max_batch: int = 16) -> None:
         if max_batch < 1:
             raise UserError(f"A pool needs calls of at least one row, not max_batch={max_batch}; give 1 or more.")
-        self.model = model
-        self.tokenizer = tokenizer
-        self.learn = learn and bool(model.suffix) and model.config.inner_lr > 0
-        self.dtype = dtype
+        self.fresh = fresh.fork()
         self.max_batch = max_batch
         self._members: dict[int, _Member] = {}
         self._ids = itertools.count()
@@ -174,8 +151,8 @@ class SessionPool:
 
     @property
     def piece(self) -> int:
-        """Tokens that a session reads at once: a mini-batch, learning or not."""
-        return self.model.config.mini_batch or 256
+        """Tokens that a session reads at once: a mini-batch. Where nothing is learned, one alone takes several."""
+        return self.fresh.mini_batch
 
     @property
     def busy(self) -> bool:
@@ -185,40 +162,46 @@ class SessionPool:
     def __len__(self) -> int:
         return len(self._members)
 
-    def add(self, text: Text | Session | None = None) -> int:
+    def add(self, session: Session | None = None) -> int:
         """Let a session join, a fresh one if None; returns its id, which no other session of this pool ever has.
 
-        A `Session` itself stays as it is, and the pool goes on from there. Raises UserError if it has another model or
-        dtype.
+        The given one stays as it is. Raises UserError if it has another model, tokenizer, dtype or kind of learning.
         """
-        if isinstance(text, Session):
-            if text.model is not self.model or text.dtype != self.dtype:
-                raise UserError("A session can only join a pool of its own model and dtype; make both with the same.")
-            text = Text(text._state, text._pending)
-        elif text is None:
-            start = [] if self.tokenizer is None else [self.tokenizer.bos]
-            text = Text(start_reading(self.model, 1, self.dtype), np.array(start, np.int64))
-        row = _Row(_stack(text.state, (text.state.position,)), 0)
+        session = session or self.fresh
+        for name in ("model", "tokenizer", "dtype", "learn"):
+            if getattr(session, name) is not getattr(self.fresh, name):
+                raise UserError(f"A session can only join a pool of its own {name}; make both with the same.")
+        state, text, pending = session.standing()
         id = next(self._ids)
-        self._members[id] = _Member(id, _Run(row, text.pending))
+        self._members[id] = _Member(id, _Run(_Row(_stack(state, (state.position,)), 0), text, pending))
         return id
 
-    def remove(self, id: int) -> Text:
+    def remove(self, id: int) -> Session:
         """Let a session leave, at any time; returns it as it stands.
 
         Tokens of the read at work that are not read yet come along as pending. Writing at work ends, and what was
         submitted after the work at hand is dropped. Raises UserError for an id that is not here.
         """
-        member = self._member(id)
-        del self._members[id]
-        return Text(_alone(member.own.row).stack.state._replace(ahead_B=None), member.own.pending)
+        session = self.peek(id)
+        self.drop(id)
+        return session
+
+    def peek(self, id: int) -> Session:
+        """The session as it stands now, as `remove` gives it, with the same error; the one in the pool goes on."""
+        run = self._member(id).own
+        state = _alone(run.row).stack.state._replace(ahead_B=None)
+        return self.fresh.standing_at(Standing(state, run.text, run.pending))
+
+    def drop(self, id: int) -> None:
+        """Let a session leave that nobody needs any more. Raises UserError for an id that is not here."""
+        del self._members[self._member(id).id]
 
     def submit_read(self, id: int, tokens: np.ndarray | Iterable[int]) -> None:
         """Have the session read on, as `Session.read` does; the events are `Losses`, one a mini-batch, then `Done`.
 
         Raises UserError for an id that is not here, and for tokens outside of the vocabulary.
         """
-        self._submit(id, _Read(token_ids(tokens, self.model.config.vocab_size)))
+        self._submit(id, token_ids(tokens, self.fresh.model.config.vocab_size))
 
     def submit_generate(
         self,
@@ -227,18 +210,19 @@ class SessionPool:
         *,
         max_tokens: int = 200,
         options: SamplingOptions | None = None,
+        learn_from_writing: bool = False,
     ) -> None:
         """Have the session written on after `prompt`; the events are `Token`, up to BOS or `max_tokens`, then `Done`.
 
         The session itself stays as it is: a copy reads the prompt, and learns from its whole mini-batches, but not from
-        what it writes. options: default `SamplingOptions()`. For stop strings, look at the text and `cancel`. Raises
-        UserError for an id that is not here, tokens outside of the vocabulary and a negative number.
+        what it writes unless `learn_from_writing`. To keep what was written, submit it as a read. options: default
+        `SamplingOptions()`. For stop strings, look at the text and `cancel`. Raises UserError for an id that is not
+        here, tokens outside of the vocabulary and a negative number.
         """
         if max_tokens < 0:
             raise UserError(f"Cannot write {max_tokens} tokens; max_tokens must be 0 or more.")
-        self._submit(
-            id, _Write(token_ids(prompt, self.model.config.vocab_size), max_tokens, options or SamplingOptions())
-        )
+        ids, learn = token_ids(prompt, self.fresh.model.config.vocab_size), learn_from_writing and self.fresh.learn
+        self._submit(id, _Write(ids, max_tokens, options or SamplingOptions(), learn))
 
     def cancel(self, id: int) -> None:
         """End what the session is at, without a `Done`, and drop what was submitted after it.
@@ -276,7 +260,7 @@ class SessionPool:
             raise UserError(f"There is no session {id} in this pool; it was removed, or never added.")
         return self._members[id]
 
-    def _submit(self, id: int, job: _Read | _Write) -> None:
+    def _submit(self, id: int, job: np.ndarray | _Write) -> None:
         member = self._member(id)
         if member.job is None and not member.jobs:
             member.waiting = self._steps
@@ -288,18 +272,17 @@ class SessionPool:
             run = member.own
             if member.job is None:
                 job = member.jobs.popleft()
-                if isinstance(job, _Read):
+                if isinstance(job, np.ndarray):
                     member.job = job
-                    run.pending = np.concatenate((run.pending, job.tokens))
+                    run.pending = np.concatenate((run.pending, job))
                 else:
-                    copy = _Run(run.row, np.concatenate((run.pending, job.prompt)))
+                    copy = _Run(run.row, run.text, np.concatenate((run.pending, job.prompt)))
                     generator = torch.Generator().manual_seed(job.options.seed)
-                    member.job = _Writing(copy, job.max_tokens, job.options, generator)
+                    member.job = _Writing(job, copy, job.max_tokens, generator)
             if isinstance(member.job, _Writing):
-                if member.job.left > 0 and len(member.job.run.pending) == 0:
-                    self._fail(member, UserError("There is nothing to go on from; give a prompt."), events)
-                    return
                 if member.job.left > 0:
+                    if len(member.job.run.pending) == 0:
+                        self._fail(member, UserError("There is nothing to go on from; give a prompt."), events)
                     return
             elif len(run.pending) > self.piece:
                 return
@@ -330,12 +313,12 @@ class SessionPool:
 
     def _read(self, members: list[_Member], events: list[Event]) -> None:
         """A mini-batch for each of the members; each one's state changes last and at once, or not at all."""
-        piece, runs = self.piece, [member.run for member in members]
+        fresh, piece, runs = self.fresh, self.piece, [member.run for member in members]
         stack = _gathered([run.row for run in runs])
         ids_BT = self._tensor([run.pending[: piece + 1] for run in runs])
-        inner_lr = None if self.learn else 0.0
+        lr = None if fresh.learn else 0.0
         after, nll_BT, norm_B = read_mini_batch(
-            self.model, stack.state, ids_BT[:, :-1], ids_BT[:, 1:], inner_lr=inner_lr, dtype=self.dtype
+            fresh.model, stack.state, ids_BT[:, :-1], ids_BT[:, 1:], inner_lr=lr, dtype=fresh.dtype
         )
         new = _stack(after, tuple(position + piece for position in stack.positions))
         losses, norms = nll_BT.float().cpu().numpy(), norm_B.tolist()
@@ -346,7 +329,8 @@ class SessionPool:
                 self._fail(member, error, events)
                 continue
             own = run is member.own
-            run.before = (run.row, run.pending[:1]) if own and self.learn else None
+            run.before = (run.row, run.text, run.pending[:1]) if own and fresh.learn else None
+            run.text = run.text.add(run.pending[:piece], piece, fresh.token_sizes)
             run.row, run.pending = _Row(new, i), run.pending[piece:]
             if own:
                 events.append(Losses(member.id, losses[i]))
@@ -356,47 +340,55 @@ class SessionPool:
         """What is wrong with a mini-batch, as in `Session`; the run is then back at its last good state."""
         first = run.row.position
         try:
-            found = unsound(losses, norm, first, self.learn and first > 0, self.model.config.vocab_size)
+            found = unsound(losses, norm, first, self.fresh.learn and first > 0, self.fresh.model.config.vocab_size)
         except Diverged as error:
             return error
         if found is None:
             return None
         what, update = found
         if update and run.before is not None:
-            run.row, run.pending = run.before
+            run.row, run.text, run.pending = run.before
         run.before, run.pending = None, run.pending[:1]
         return gone_back(what, run.row.position)
 
     def _write(self, members: list[_Member], events: list[Event]) -> None:
         """A token for each of the members."""
-        runs = [member.run for member in members]
+        tokenizer, runs = self.fresh.tokenizer, [member.run for member in members]
         stack = _gathered([run.row for run in runs])
         ids_BT = self._tensor([run.pending for run in runs])
-        logits_BTV, after = forward(self.model, stack.state, ids_BT, self.dtype)
+        logits_BTV, after = forward(self.fresh.model, stack.state, ids_BT, self.fresh.dtype)
         new = _stack(after, tuple(position + ids_BT.shape[1] for position in stack.positions))
         logits_BV = logits_BTV[:, -1].float().cpu()
         sound = logits_BV.isfinite().all(1).tolist()
         for i, (member, run) in enumerate(zip(members, runs, strict=True)):
-            assert isinstance(member.job, _Writing)
+            job = member.job
+            assert isinstance(job, _Writing)
             if not sound[i]:
                 message = f"The model's logits after {run.row.position} tokens are not finite; nothing can be written."
                 self._fail(member, UserError(message), events)
                 continue
-            token = sample(logits_BV[i], member.job.options, member.job.generator)
-            if self.tokenizer is not None and token == self.tokenizer.bos:
-                member.job.left = 0
+            token = sample(logits_BV[i], job.work.options, job.generator)
+            if tokenizer is not None and token == tokenizer.bos:
+                job.left = 0
             else:
-                member.job.left -= 1
+                job.left -= 1
                 events.append(Token(member.id, token))
-            run.row, run.pending = _Row(new, i), np.array([token], np.int64)
+            written = np.array([token], np.int64)
+            job.run = _Run(_Row(new, i), run.text, written)
+            if job.work.learn:
+                job.border = job.border or run
+                job.border.pending = np.concatenate((job.border.pending, written))
+                if len(job.border.pending) > self.piece:  # a whole mini-batch: to be read, with the token left over
+                    job.run, job.border = job.border, None
             self._settle(member, events)
 
     def _tensor(self, rows: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(rows)).to(self.model.embedding.device)
+        return torch.from_numpy(np.stack(rows)).to(self.fresh.model.embedding.device)
 
     def _let_go(self) -> None:
         """Copy rows out of stacks most of whose rows nobody needs any more, so that the rest is freed."""
-        runs = [run for member in self._members.values() for run in {member.own, member.run}]
+        members = self._members.values()
+        runs = {run for m in members for run in (m.own, m.run, getattr(m.job, "border", None)) if run is not None}
         needed: dict[_Stack, set[int]] = {}
         for run in runs:
             for row in (run.row, *(run.before or ())[:1]):
@@ -408,8 +400,8 @@ class SessionPool:
         for run in runs:
             run.row = alone.get(run.row, run.row)
             if run.before is not None:
-                row, pending = run.before
-                run.before = alone.get(row, row), pending
+                row, text, pending = run.before
+                run.before = alone.get(row, row), text, pending
 
 
 # -- stacks ------------------------------------------------------------------------------------------------------------

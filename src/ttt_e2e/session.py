@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +55,19 @@ class Diverged(UserError):  # noqa: N818 - it is a state of affairs, as Keyboard
         self.position = position
 
 
+class Standing(NamedTuple):
+    """Where a session stands in its text: a value.
+
+    state: what the tokens have left that were read, in whole mini-batches; text: their digest and size. pending: the
+    token ids [n] after them, int64. The first is the input to the next prediction; every other one has its loss still
+    to come.
+    """
+
+    state: ReadState
+    text: TextSoFar
+    pending: np.ndarray
+
+
 class Session:
     """One text, as a model reads it.
 
@@ -65,6 +78,7 @@ class Session:
     is of the same form either way.
 
     Positions count tokens with BOS. Every token but the first gets a loss, in nats, before anything is learned of it.
+    token_sizes: how many bytes of text each token is, [V]; None without a tokenizer that works on bytes.
     """
 
     def __init__(
@@ -86,16 +100,20 @@ class Session:
             others = ", ".join(sorted({*config.mixers} - {"window"}))
             warnings.warn(f"Reading without compilation, which needs a window everywhere, not {others}.", stacklevel=2)
         self._steps = compiled_steps(model.embedding.device) if self.compiled else PLAIN
-        self._sizes = None if tokenizer is None else token_bytes(tokenizer)
+        self.token_sizes = None if tokenizer is None else token_bytes(tokenizer)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: the session is as it was made. Forks of it stay as they are."""
-        self._state = start_reading(self.model, 1, self.dtype)
-        self._text = TextSoFar()  # of the tokens that the state has read
-        self._pending = np.array([] if self.tokenizer is None else [self.tokenizer.bos], np.int64)
-        # One mini-batch ago, when the loss was good.
-        self._before: tuple[ReadState, TextSoFar, np.ndarray] | None = None
+        begin = np.array([] if self.tokenizer is None else [self.tokenizer.bos], np.int64)
+        self._stand(Standing(start_reading(self.model, 1, self.dtype), TextSoFar(), begin))
+
+    def _stand(self, standing: Standing, before: Standing | None = None) -> None:
+        """Go to where a session of the same model stood; before: one mini-batch ago, when the loss was good."""
+        self._state = standing.state
+        self._text = standing.text  # of the tokens that the state has read
+        self._pending = standing.pending
+        self._before = before
 
     @property
     def mini_batch(self) -> int:
@@ -123,12 +141,12 @@ class Session:
 
     def info(self) -> SessionInfo:
         """What the session is at this moment."""
-        text = self._text.add(self._pending, self.mini_batch, self._sizes)
+        text = self._text.add(self._pending, self.mini_batch, self.token_sizes)
         return SessionInfo(
             position=self.position,
             pending=self.pending,
             tokens=self.position + len(self._pending),
-            text_bytes=None if self._sizes is None else text.bytes,
+            text_bytes=None if self.token_sizes is None else text.bytes,
             text_digest=text.digest.hex(),
             model=self._model_digest,
             learn=self.learn,
@@ -171,6 +189,16 @@ class Session:
     def fork(self) -> "Session":
         """A session that goes on from here by itself. It costs nothing: states are values."""
         return copy.copy(self)
+
+    def standing(self) -> Standing:
+        """Where the session stands: all that reading has changed in it."""
+        return Standing(self._state, self._text, self._pending)
+
+    def standing_at(self, standing: Standing) -> "Session":
+        """A session made as this one was, that goes on from where another one of the same model stood."""
+        other = self.fork()
+        other._stand(standing)
+        return other
 
     def generate_tokens(
         self,
@@ -304,13 +332,12 @@ class Session:
         except KeyError as error:
             raise UserError(f"The session {name} lacks {error}; use an unaltered copy.") from error
         text = TextSoFar(bytes.fromhex(facts["state_digest"]), facts["state_bytes"])
-        self._before, self._state, self._text, self._pending = None, state, text, pending
+        self._stand(Standing(state, text, pending))
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _become(self, other: "Session") -> None:
-        """Stand where another session of the same model stands."""
-        self._before, self._state, self._text, self._pending = other._before, other._state, other._text, other._pending
+        self._stand(other.standing(), other._before)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -341,9 +368,9 @@ class Session:
         )
         losses = nll_1T[0].float().cpu().numpy()
         self._check(losses, float(norm_1))
-        before = (self._state, self._text, self._pending[:1].copy()) if self.learn else None
-        text = self._text.add(self._pending[:piece], self.mini_batch, self._sizes)
-        self._before, self._state, self._text, self._pending = before, after, text, self._pending[piece:]
+        before = Standing(self._state, self._text, self._pending[:1].copy()) if self.learn else None
+        text = self._text.add(self._pending[:piece], self.mini_batch, self.token_sizes)
+        self._stand(Standing(after, text, self._pending[piece:]), before)
         return losses
 
     def _check(self, losses: np.ndarray, norm: float) -> None:
@@ -354,7 +381,7 @@ class Session:
             return
         what, update = found
         if update and self._before is not None:
-            self._state, self._text, self._pending = self._before
+            self._stand(self._before)
         self._before, self._pending = None, self._pending[:1]
         raise gone_back(what, self.position)
 
