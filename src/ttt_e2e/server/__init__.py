@@ -1,0 +1,1 @@
+"""Sessions as a service: memory that outlives a request, over HTTP."""

@@ -1,0 +1,109 @@
+"""Sessions on disk: a folder with two files a session, which a `kill -9` at any moment leaves whole.
+
+`ID.json` says whose the session is; it is written once. `ID.session` is the session itself, as `Session.save` writes
+it; a fresh session has none yet. Where both are made, the record comes last, and where both go, it goes first: so a
+session without a record is a leftover, and what has a record is whole.
+
+All of this works on files and blocks; it knows no event loop.
+"""
+
+import fcntl
+import json
+import logging
+import re
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import write_text
+from ttt_e2e.session import Session
+
+_ID = re.compile(r"sess-[0-9a-f]{32}")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written down once of a session. id: "sess-" and 32 hex digits. created: Unix time."""
+
+    id: str
+    owner: str
+    created: float
+
+
+class Store:
+    """The sessions in `folder`, which is made if it is not there, for its owner's eyes only.
+
+    One process has a store at a time, until `close` or its end. Opening it removes what killed processes left behind.
+    Raises UserError if another process has it, or if it cannot be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("ab")
+        except OSError as error:
+            raise UserError(f"Cannot keep sessions in {self.folder}: {error.strerror}; name another folder.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise UserError(f"The sessions in {self.folder} are in use by another process; end it first.") from error
+        for left in self.folder.glob(".sess-*.part"):  # by a process that was killed while it wrote beside the place
+            left.unlink()
+        for path in self.folder.glob("*.session"):
+            if _ID.fullmatch(path.stem) and not path.with_suffix(".json").exists():
+                path.unlink()
+
+    def records(self) -> list[Record]:
+        """What is there, the oldest first. A record that cannot be read is left out with a warning, and kept."""
+        records = []
+        for path in self.folder.glob("*.json"):
+            if not _ID.fullmatch(path.stem):
+                continue
+            try:
+                record = Record(**json.loads(path.read_text(encoding="utf-8")))
+                if record.id != path.stem or not isinstance(record.owner, str):
+                    raise ValueError("it is the record of another session")
+                records.append(Record(record.id, record.owner, float(record.created)))
+            except (OSError, ValueError, TypeError) as error:
+                _log.warning("The record %s is damaged (%s); its session is left where it is.", path, error)
+        return sorted(records, key=lambda record: (record.created, record.id))
+
+    def path(self, id: str) -> Path:
+        """Where the session of a record is; a fresh one has no file."""
+        return self.folder / f"{id}.session"
+
+    def add(self, owner: str, session: Session | None = None) -> Record:
+        """Keep a new session, a fresh one if None. Raises UserError if the disk is full or not writable."""
+        record = Record(f"sess-{secrets.token_hex(16)}", owner, time.time())
+        if session is not None:
+            session.save(self.path(record.id))
+        try:
+            write_text(self.folder / f"{record.id}.json", json.dumps(asdict(record)) + "\n")
+        except BaseException:
+            self.path(record.id).unlink(missing_ok=True)
+            raise
+        return record
+
+    def save(self, id: str, session: Session) -> None:
+        """Keep what became of a session, or all as it was. Raises UserError if the disk is full or not writable."""
+        session.save(self.path(id))
+
+    def delete(self, id: str) -> None:
+        """Forget a session. Raises UserError if the folder is not writable; the session is then as it was."""
+        try:
+            (self.folder / f"{id}.json").unlink()
+        except OSError as error:
+            raise UserError(f"Cannot delete the session {id}: {error.strerror}.") from error
+        try:
+            self.path(id).unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("The file of the deleted session %s could not be removed: %s", id, error)
+
+    def close(self) -> None:
+        """Let another process have the store."""
+        self._lock.close()
