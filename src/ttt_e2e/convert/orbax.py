@@ -1,0 +1,173 @@
+"""Checkpoints as orbax writes them, read without JAX: array by array, layer by layer, by tensorstore.
+
+A step is a folder named by its number, with `_CHECKPOINT_METADATA`, which says when it was committed, and a folder for
+every item that was saved. An item has `_METADATA`, the names of its arrays, and a database of zarr arrays, whose root
+is `manifest.ocdbt`. What is still being written has ".orbax-checkpoint-tmp" in its name; where folders cannot be
+renamed, as in object stores, it lacks the time of the commit instead.
+
+Source: orbax-checkpoint 0.11.13, `path/step.py` and the checkpoints that it writes.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.model_files import read_json
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_COMMITTED = "commit_success.txt"
+_STEP, _ITEM, _ROOT = "_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"
+_DTYPES = ("float32", "bfloat16", "float16")
+_SLACK = 1 << 24  # bytes; what would only just fit is not kept
+
+
+class StoredArray(NamedTuple):
+    """An array of a checkpoint; nothing of it is read yet. chunk: the shape of the pieces that it is stored in."""
+
+    spec: dict[str, Any]
+    where: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+
+    def open(self) -> Callable[[int | None], Tensor]:
+        """A function that reads one layer, an index of the first axis, or everything (None).
+
+        It remembers the pieces that hold several layers, so that each is unpacked once; letting go of the function
+        frees them. It raises UserError where the data are missing or damaged.
+        """
+        layers = self.chunk[0] if len(self.shape) > 2 else 1
+        kept = 4 * layers * math.prod(self.shape[1:]) + _SLACK if layers > 1 else 0
+        store = _open(self.spec, kept, self.where)
+
+        def read(layer: int | None) -> Tensor:
+            try:
+                values = (store if layer is None else store[layer]).read().result()
+            except ValueError as error:
+                raise _damaged(self.where, error) from error
+            if self.dtype == "bfloat16":  # which NumPy does not know
+                return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(values)
+
+        return read
+
+
+def find_step(folder: Path, item: str, step: int | None = None) -> Path:
+    """The folder of a complete step: `folder` itself, or one inside it, the last complete one unless `step` names it.
+
+    item: what must have been saved with it. Warns of later steps that are incomplete. Raises UserError if there is no
+    such step, or if it is incomplete.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; give the folder of an official checkpoint.")
+    if _UNFINISHED in folder.name or any((folder / name).exists() for name in (_STEP, item)):
+        if step is not None:
+            raise UserError(f"{folder} is one step already; leave the number {step} out, or give the folder above it.")
+        _require_complete(folder, item)
+        return folder
+    steps = {int(path.name): path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()}
+    if step is not None:
+        if step not in steps:
+            there = ", ".join(map(str, sorted(steps))) or "none that is finished"
+            raise UserError(f"{folder} has no step {step}; there are: {there}.")
+        _require_complete(steps[step], item)
+        return steps[step]
+    if not steps:
+        what = "only steps that were never finished" if list(folder.glob(f"*{_UNFINISHED}*")) else "no checkpoint"
+        raise UserError(
+            f"{folder} holds {what}; give a step's folder (it has {item} in it), or the folder with the steps."
+        )
+    left_out: list[str] = []
+    for number in sorted(steps, reverse=True):
+        reason = incomplete(steps[number], item)
+        if reason is None:
+            for sentence in left_out:
+                warnings.warn(sentence, stacklevel=2)
+            return steps[number]
+        left_out.append(f"Step {number} is left out, {reason}.")
+    raise UserError(f"{folder} has no complete step. {left_out[0]} Use a complete copy.")
+
+
+def incomplete(folder: Path, item: str) -> str | None:
+    """Why the step in `folder` cannot be read; None if it can."""
+    if _UNFINISHED in folder.name:
+        return "it was never finished"
+    if (folder / _STEP).is_file():
+        metadata = read_json(folder / _STEP)
+        committed = metadata.get("commit_timestamp_nsecs") or (folder / _COMMITTED).exists()
+        if metadata.get("init_timestamp_nsecs") and not committed:
+            return "it was never committed"
+    if not (folder / item).is_dir():
+        unfinished = any(folder.glob(f"{item}{_UNFINISHED}*"))
+        return f"its {item} was never finished" if unfinished else f"it has no {item}"
+    missing = [name for name in (_ITEM, _ROOT) if not (folder / item / name).is_file()]
+    return f"its {item} has no {missing[0]}" if missing else None
+
+
+def _require_complete(folder: Path, item: str) -> None:
+    reason = incomplete(folder, item)
+    if reason is not None:
+        raise UserError(f"The checkpoint {folder} is incomplete: {reason}; use a complete copy, or another step.")
+
+
+def stored_arrays(folder: Path) -> dict[str, StoredArray]:
+    """The arrays of an item by name, the keys of its tree joined by dots. `folder` is that of the item.
+
+    Raises UserError if tensorstore is not installed, if an array is missing, damaged or not of floating point.
+    """
+    metadata = read_json(folder / _ITEM)
+    arrays = {}
+    for name in _names(metadata, folder / _ITEM):
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}},
+            "path": name,
+            "fill_missing_data_reads": False,
+            # The folder does not change while it is read.
+            "recheck_cached_metadata": False,
+            "recheck_cached_data": False,
+        }
+        where = f"{name!r} in {folder}"
+        store = _open(spec, 0, where)
+        if store.dtype.name not in _DTYPES:
+            raise UserError(f"{where} is {store.dtype.name}; weights are {', '.join(_DTYPES)}.")
+        arrays[name] = StoredArray(spec, where, store.shape, store.dtype.name, store.chunk_layout.read_chunk.shape)
+    return arrays
+
+
+def _names(metadata: dict[str, Any], path: Path) -> list[str]:
+    """The names of the arrays that `metadata`, read from `path`, lists; a tree's leaves without a value are none."""
+    names = []
+    try:
+        for entry in metadata["tree_metadata"].values():
+            value = entry["value_metadata"]
+            if not value.get("skip_deserialize") and value["value_type"] != "None":
+                names.append(".".join(str(part["key"]) for part in entry["key_metadata"]))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is altered, it does not list arrays as orbax does; use a complete copy.") from error
+    return names
+
+
+def _open(spec: dict[str, Any], kept: int, where: str) -> Any:
+    """The array that `spec` describes, with a memory of `kept` bytes for what was unpacked."""
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise UserError('Reading official checkpoints needs tensorstore: pip install "ttt-e2e[official]".') from error
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": kept}})
+    try:
+        return tensorstore.open(spec, context=context, open=True, read=True).result()
+    except ValueError as error:
+        raise _damaged(where, error) from error
+
+
+def _damaged(where: str, error: ValueError) -> UserError:
+    return UserError(f"{where} is missing or damaged ({str(error).partition(':')[0]}); use a complete copy.")
