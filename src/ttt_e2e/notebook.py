@@ -72,6 +72,7 @@ class Notebook:
         try:
             self._lock()
             self.size = self._settings(size)
+            self._open()
             self._resume()
         except OSError as error:
             self.close()
@@ -147,6 +148,39 @@ class Notebook:
                     known -= len(same)
                     self.add(piece[len(same) :])
                     yield piece
+        if self._files:
+            os.fsync(self._text.fileno())  # a whole text is safe from a power cut, too
+
+    def cut(self, characters: int) -> None:
+        """Forget what was noted after the first so many characters, as if it had never been.
+
+        Raises UserError if the notebook is closed or was altered, and if it cannot be written to.
+        """
+        if not self._files:
+            raise UserError(f"The notebook {self.folder} is closed; open it again.")
+        if characters >= self.characters:
+            return
+        last, end = Place(0, 0, 0, 0, ""), 0
+        with (self.folder / "passages.jsonl").open("rb") as lines:
+            for line in lines:
+                place = self._parse(line)
+                if place.start + 2 * self.size > characters:
+                    break  # it was not full yet, see `Unfilled.add`
+                last, end = place, end + len(line)
+        try:
+            self._reader.seek(last.stop_byte)
+            rest = self._reader.read(8 * self.size).decode(errors="replace")[: characters - last.stop]
+            # The text comes last: a process that is killed in between leaves passages that are made up for.
+            self._lines.truncate(end)
+            self._text.truncate(last.stop_byte + len(rest.encode()))
+            self._resume()
+        except OSError as error:
+            self.close()
+            raise UserError(f"Cannot write to {self.folder}: {error.strerror}; choose another.") from error
+        except BaseException:
+            self.close()
+            raise
+        self._index = None
 
     def search(self, query: str, count: int = 3) -> list[Passage]:
         """The passages that fit `query` best, the best first; none that shares no word with it, unless `embed` is used.
@@ -204,19 +238,21 @@ class Notebook:
             raise UserError(f"{path} was truncated or altered; use another copy of the notebook.") from error
         raise UserError(f"{path} is not of a notebook of version {VERSION}; update ttt-e2e, or begin a new one.")
 
-    def _resume(self) -> None:
-        """Find out where noting stopped, drop a half-written line or character, and cut what no process came to cut."""
+    def _open(self) -> None:
         lines_path, text_path = self.folder / "passages.jsonl", self.folder / "text.txt"
         self._lines, self._text = lines_path.open("ab", buffering=0), text_path.open("ab", buffering=0)
-        self._reader = text_path.open("rb")
+        self._reader = text_path.open("rb", buffering=0)  # a buffer would still hold what was cut
         self._files += [self._lines, self._text, self._reader]
-        lines, end = _last_lines(lines_path)
+
+    def _resume(self) -> None:
+        """Find out where noting stopped, drop a half-written line or character, and cut what no process came to cut."""
+        lines, end = _last_lines(self.folder / "passages.jsonl")
         self._lines.truncate(end)
         self._unfilled, size = Unfilled(), self._reader.seek(0, os.SEEK_END)
         if places := [self._parse(line) for line in lines]:
             last = places[-1]
             if size < last.stop_byte:
-                raise UserError(f"{text_path} is truncated; use another copy of the notebook.")
+                raise UserError(f"{self.folder / 'text.txt'} is truncated; use another copy of the notebook.")
             before = places[0].digest if len(places) == 2 else ""
             self._unfilled = Unfilled.after(last, self._text_at(last, before), self.size)
         decoder = codecs.getincrementaldecoder("utf-8")()

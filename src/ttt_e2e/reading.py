@@ -92,6 +92,7 @@ def read_document(
     progress: bool = True,
     save: Path | None = None,
     save_every: float = 30.0,
+    begin: int | None = None,
 ) -> ReadingReport:
     """Read a text to its end with `session`, and with a frozen twin of it if `baseline`; returns what came of it.
 
@@ -103,6 +104,9 @@ def read_document(
     save: where to keep the session, at the end and every `save_every` seconds on the way. If that file is an unfinished
     reading of this text, the session first becomes what it holds and the reading goes on there, to the same end as if
     it had never stopped; the same after Ctrl-C. Raises UserError if it is unfinished, but of another text or kind.
+
+    begin: the character of a notebook at which the text begins, where `pieces` are noted in one (see `noting`). The
+    file keeps it; so it is written before the first piece is asked for, unless the reading goes on.
     """
     tokenizer = session.tokenizer
     if tokenizer is None:
@@ -114,10 +118,10 @@ def read_document(
         twin = Session(session.model, tokenizer, learn=False, dtype=session.dtype)
     began = "" if save is None else session.info().text_digest
     chunks = _chunks(tokenizer, pieces, 8 * session.mini_batch)
-    resumed = None if save is None else go_on(save, session, twin, chunks, began, name)
+    resumed = None if save is None else go_on(save, session, twin, chunks, began, name, begin)
     if resumed is not None and progress:
         print(f"Going on after {resumed.tokens:,} tokens of {name}, where {save} stopped.", file=sys.stderr)
-    done = resumed or Progress(from_before=session.pending)
+    done = resumed or Progress(from_before=session.pending, begin=begin)
     curve, twin_curve, diverged = done.curve, done.twin_curve, None
     started = time.perf_counter() - done.seconds
     saved = time.monotonic()
@@ -126,6 +130,8 @@ def read_document(
         done.seconds = time.perf_counter() - started
         save_unfinished(target, session, twin, done, began, name, total_bytes)
 
+    if save is not None and begin is not None and resumed is None:
+        keep(save)
     bar = tqdm(
         total=total_bytes,
         initial=round(done.bytes),

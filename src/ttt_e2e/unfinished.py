@@ -2,11 +2,12 @@
 
 The file is a session like any other, with more in it: what was being read and how far, the frozen twin and the curves.
 All are written together, so they belong together. That it is unfinished, and a digest of the text so far, tell it apart
-from an older session of the same text, and from a text that was changed meanwhile.
+from an older session of the same text, and from a text that was changed meanwhile. One that has read nothing yet is
+begun again as if it were not there; it is written where a notebook must know where the text begins in it.
 """
 
-import glob
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ class Progress:
 
     from_before: so many losses that are still to come belong to an earlier text. tokens, bytes: of the text, so far.
     seconds: in all; learning_seconds: of the learning reader. hash: SHA-256 of the tokens.
+    begin: the character of the session's notebook at which the text begins, None where it is not noted.
     """
 
     from_before: int = 0
@@ -44,6 +46,7 @@ class Progress:
     curve: Curve = field(default_factory=Curve)
     twin_curve: Curve = field(default_factory=Curve)
     hash: Any = field(default_factory=hashlib.sha256)
+    begin: int | None = None
 
     def add(self, losses: np.ndarray) -> None:
         """Add losses [n] of the learning reader to its curve, without those of an earlier text."""
@@ -82,6 +85,7 @@ def save_unfinished(
         "size": size,
         "began": began,
         "digest": progress.hash.hexdigest(),
+        "begin": progress.begin,
         **{number: getattr(progress, number) for number in _NUMBERS},
         "curves": {key: {"width": curve.width, "tokens": curve.tokens} for key, curve in curves.items()},
         "twin": twin_facts,
@@ -89,19 +93,41 @@ def save_unfinished(
     write_session_file(path, facts, tensors)
 
 
+def unfinished_reading(path: Path) -> dict[str, Any] | None:
+    """What the session file `path` says of the unfinished reading that it holds.
+
+    None if there is no file, if it is no unfinished reading, and if nothing was read yet. Raises UserError for a file
+    that is no session.
+    """
+    unfinished: dict[str, Any] | None = session_facts(path).get("unfinished") if path.exists() else None
+    return unfinished if unfinished and unfinished["tokens"] else None
+
+
+def leftovers(target: Path) -> list[Path]:
+    """What processes left that were killed while they wrote `target` by `files.atomic_path`."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9]+\.(part|old)")
+    return [path for path in target.parent.glob(".*") if name.fullmatch(path.name)]
+
+
 def go_on(
-    path: Path, session: Session, twin: Session | None, chunks: Iterator[Chunk], began: str, name: str
+    path: Path,
+    session: Session,
+    twin: Session | None,
+    chunks: Iterator[Chunk],
+    began: str,
+    name: str,
+    begin: int | None = None,
 ) -> Progress | None:
     """Go on where the unfinished reading in `path` stopped: session and twin become what they were then.
 
-    chunks: the text; it advances to where the reading stopped. began, name: as for `save_unfinished`. None if there is
-    no file, or a session that is no unfinished reading: then nothing changes. Raises UserError if the reading is of
-    another text or kind than this one, or the file is not sound.
+    chunks: the text; it advances to where the reading stopped. began, name: as for `save_unfinished`. begin: as in
+    `Progress`. None if there is no file, or a session that is no unfinished reading, or one of nothing: then nothing
+    changes. Raises UserError if the reading is of another text or kind than this one, or the file is not sound.
     """
     check_session_target(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a `kill -9` in the middle of saving
+    for left in leftovers(path):
         left.unlink()
-    if not path.exists() or not session_facts(path).get("unfinished"):
+    if not unfinished_reading(path):
         return None
     facts, tensors = read_session_file(path)
     unfinished = facts["unfinished"]
@@ -111,6 +137,7 @@ def go_on(
         "--no-baseline": (unfinished["twin"] is None) == (twin is None),
         # It began with the same session, or it is itself the session to go on with.
         "--session": began in (unfinished["began"], facts["text_digest"]),
+        "--notebook": unfinished.get("begin") == begin,
     }
     others = [option for option, same in kind.items() if not same]
     if others:
@@ -118,7 +145,7 @@ def go_on(
             f"{path} holds an unfinished reading of {unfinished['name']} by a command with other options "
             f"({', '.join(others)}); repeat that command to finish it, or save to another file."
         )
-    progress = Progress(**{number: unfinished[number] for number in _NUMBERS})
+    progress = Progress(**{number: unfinished[number] for number in _NUMBERS}, begin=begin)
     tokens = 0
     while tokens < progress.tokens and (chunk := next(chunks, None)):
         tokens += len(chunk.ids)
