@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ttt_e2e import notebook_command
 from ttt_e2e.command_line import parse, warnings_in_one_line
 from ttt_e2e.config import RunConfig, override
+from ttt_e2e.convert import command as convert_command
 from ttt_e2e.errors import UserError
 from ttt_e2e.presets import PRESETS, at_context, extension, preset
+from ttt_e2e.server import command as serve_command
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizer import Tokenizer
@@ -67,6 +70,7 @@ def _read(arguments: argparse.Namespace) -> int:
         raise UserError("--picture and --no-picture contradict each other; leave one of them out.")
     if arguments.session and arguments.no_learning:
         raise UserError("A session goes on as it began; leave --no-learning or --session out.")
+    notebook_command.check_reading(arguments)
     name, pieces, size = _text(arguments.file)
     from ttt_e2e.picture import check_picture_target, reading_picture
     from ttt_e2e.reading import read_document, summary
@@ -87,6 +91,7 @@ def _read(arguments: argparse.Namespace) -> int:
         session = Session(model, tokenizer, learn=learn, dtype=dtype, compile=arguments.compile)
     if arguments.compile and not session.learn:  # what else is in the way, the session says itself
         _note("Nothing is compiled: that needs a model that learns while it reads.")
+    pieces, noting = notebook_command.noted_pieces(arguments, pieces, model.config.window)
     report = read_document(
         session,
         pieces,
@@ -97,6 +102,7 @@ def _read(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
         save=arguments.save,
         save_every=arguments.save_every,
+        begin=noting.begin if noting else None,
     )
     if arguments.json:
         _print_json(report.to_dict())
@@ -105,6 +111,8 @@ def _read(arguments: argparse.Namespace) -> int:
     say = _note if arguments.json else print
     if arguments.save:
         say(f"session: {arguments.save}")
+    if noting:
+        say(f"notebook: {noting.folder}")
     if not arguments.no_picture:
         try:
             reading_picture(report, picture)
@@ -122,6 +130,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     _require_threads(arguments.threads)
     if arguments.save and not arguments.learn:
         raise UserError("Without --learn there is nothing new to --save; add --learn, or leave --save out.")
+    notebook_command.check_writing(arguments)
     from ttt_e2e.session import Session
     from ttt_e2e.session_files import check_session_target
 
@@ -132,28 +141,37 @@ def _generate(arguments: argparse.Namespace) -> int:
         session = Session.load(arguments.session, model, tokenizer)
     else:
         session = Session(model, tokenizer, dtype=dtype)
-    pieces = session.generate(
-        arguments.prompt,
-        max_tokens=arguments.max_tokens,
-        stop=arguments.stop,
-        learn_from_writing=arguments.learn,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        seed=arguments.seed,
-    )
+    options = {
+        "max_tokens": arguments.max_tokens,
+        "stop": arguments.stop,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "min_p": arguments.min_p,
+        "seed": arguments.seed,
+    }
+    if arguments.notebook:
+        pieces, sources = notebook_command.write_with_notebook(session, arguments, options)
+    else:
+        pieces = session.generate(arguments.prompt, learn_from_writing=arguments.learn, **options)
     if arguments.json:
-        _print_json({"prompt": arguments.prompt, "text": "".join(pieces)})
+        written: dict[str, Any] = {"prompt": arguments.prompt, "text": "".join(pieces)}
+        if arguments.notebook:
+            written["sources"] = notebook_command.as_json(sources)
+        _print_json(written)
     else:
         first = next(pieces, "")  # raises what there is to raise before anything is printed
         print(arguments.prompt + first, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
-        print()
+        print(flush=True)
+        if arguments.notebook:
+            notebook_command.print_sources(sources)
     if arguments.save:
         session.save(arguments.save)
         _note(f"session: {arguments.save}")
+        if arguments.notebook:
+            notebook_command.say_where_it_lies(arguments)
     return 0
 
 
@@ -419,6 +437,9 @@ _FUNCTIONS = {
     "evaluate": _evaluate,
     "presets": _presets,
     "cost": _cost,
+    "notebook": notebook_command.run,
+    "serve": serve_command.run,
+    "convert": convert_command.run,
     "reproduce": _reproduce,
     "info": _info,
 }

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from ttt_e2e import __version__
-from ttt_e2e.reproduce.command import DESCRIPTION, EPILOG, add_actions
+from ttt_e2e import __version__, notebook_command
+from ttt_e2e.convert import command as convert_command
+from ttt_e2e.reproduce import command as reproduce_command
+from ttt_e2e.server import command as serve_command
 
 _WIDTH = 100
 # Commands that take a list of arguments: its name and its type.
@@ -19,6 +21,8 @@ _LISTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "train": ("settings", str),
     "cost": ("settings", str),
     "evaluate": ("files", Path),
+    "notebook": ("words", str),
+    "convert": ("settings", str),
 }
 Run = Callable[[argparse.Namespace], int]
 
@@ -52,9 +56,9 @@ def parse(argv: list[str], functions: Mapping[str, Run]) -> argparse.Namespace:
     if first is not None and first not in names:
         parser.error(f"there is no command {first!r}{_near(first, names)}; there are: {', '.join(names)}")
     arguments, extra = parser.parse_known_args(argv)
-    if arguments.command in _LISTS and not any(word.startswith("-") for word in extra):
+    name, kind = _LISTS.get(arguments.command, ("", str))
+    if hasattr(arguments, name) and not any(word.startswith("-") for word in extra):
         # argparse takes a list only where it stands in one piece; what follows an option goes to its end.
-        name, kind = _LISTS[arguments.command]
         setattr(arguments, name, [*getattr(arguments, name), *map(kind, extra)])
         extra = []
     if extra:
@@ -147,6 +151,7 @@ With --save, the same command goes on where it stopped, after Ctrl-C as after a 
         metavar="SECONDS",
         help="keep it so often on the way (default: 30)",
     )
+    notebook_command.add_reading_options(sub)
     sub.add_argument("--picture", type=Path, metavar="PATH", help="where to draw (default: NAME.reading.png here)")
     sub.add_argument("--no-picture", action="store_true", help="draw nothing")
     sub.add_argument("--no-baseline", action="store_true", help="do not read a second time without learning: faster")
@@ -165,7 +170,8 @@ prompt and writing too, as from a text that it reads.""",
   ttt-e2e generate "def main("
   ttt-e2e generate --session book.session "The next morning" --max-tokens 400
   ttt-e2e generate --session book.session --temperature 0
-  ttt-e2e generate --session book.session "Chapter 2" --learn --save book.session""",
+  ttt-e2e generate --session book.session "Chapter 2" --learn --save book.session
+  ttt-e2e generate --session book.session "The white whale" --notebook""",
     )
     sub.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="what to go on from")
     _model_options(sub)
@@ -201,7 +207,16 @@ prompt and writing too, as from a text that it reads.""",
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text (default: 0)")
     sub.add_argument("--learn", action="store_true", help="learn from the prompt and from what is written")
     sub.add_argument("--save", type=Path, metavar="SESSION", help="with --learn: keep what was learned in this file")
+    notebook_command.add_writing_options(sub)
     sub.add_argument("--json", action="store_true", help="print prompt and text as JSON")
+
+    sub = command(
+        "notebook",
+        "find passages of what a session has read",
+        notebook_command.DESCRIPTION,
+        notebook_command.EPILOG,
+    )
+    of_notebook = notebook_command.add_actions(sub)
 
     sub = command(
         "prepare",
@@ -340,8 +355,21 @@ Operations are those of matrix products, a product and its sum as two; attention
     )
     sub.add_argument("--json", action="store_true", help="print it as JSON")
 
-    sub = command("reproduce", "repeat the paper's comparison with other systems", DESCRIPTION, EPILOG)
-    actions = add_actions(sub, _tokens)
+    sub = command(
+        "convert", "models of other programs, in and out", convert_command.DESCRIPTION, convert_command.EPILOG
+    )
+    of_convert = convert_command.add_actions(sub)
+
+    sub = command("serve", "serve a model over HTTP, with memory", serve_command.DESCRIPTION, serve_command.EPILOG)
+    serve_command.add_arguments(sub)
+
+    sub = command(
+        "reproduce",
+        "repeat the paper's comparison with other systems",
+        reproduce_command.DESCRIPTION,
+        reproduce_command.EPILOG,
+    )
+    of_reproduce = reproduce_command.add_actions(sub, _tokens)
 
     sub = command(
         "info",
@@ -354,7 +382,10 @@ Operations are those of matrix products, a product and its sum as two; attention
     )
     sub.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder or a session file")
     sub.add_argument("--json", action="store_true", help="print it as JSON")
-    return parser, {**commands.choices, **{f"reproduce {name}": action for name, action in actions.items()}}
+    actions = {f"reproduce {name}": action for name, action in of_reproduce.items()}
+    actions |= {f"notebook {name}": action for name, action in of_notebook.items()}
+    actions |= {f"convert {name}": action for name, action in of_convert.items()}
+    return parser, {**commands.choices, **actions}
 
 
 def _tokens(text: str) -> int:

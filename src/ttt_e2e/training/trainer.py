@@ -57,8 +57,10 @@ MODEL = "model"
 # What may change when a run is resumed: it decides what is written down, not what is learned.
 _CADENCE = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints")
 # What may change when a trained model is trained further: neither a weight's shape nor what a token sees.
-_FREE = ("mini_batch", "inner_lr", "inner_clip", "norm_eps", "init_std", "memory_lr", "kernels", "rope_theta")
-_FREE += ("rope_scaling", "rope_factor", "rope_context", "rope_slow", "rope_fast", "rope_attention")
+_FREE = (
+    *("mini_batch", "inner_lr", "inner_clip", "norm_eps", "init_std", "memory_lr", "kernels", "rope_theta"),
+    *("rope_scaling", "rope_factor", "rope_context", "rope_slow", "rope_fast", "rope_attention"),
+)
 
 
 @dataclass(frozen=True)
