@@ -1,0 +1,277 @@
+"""Many sessions at once through the service, under load, and killed in the middle of it.
+
+    python benchmarks/service.py VAL.parquet --minutes 10            # 64 sessions read and write at the same time
+    python benchmarks/service.py VAL.parquet --kills 20              # kill -9 at random moments, and what is left
+
+It starts `ttt-e2e serve` with the shipped model. Every session has a text of its own, a stretch of a book, and reads it
+on and on, a part a request, with a streamed writing after each part. At the end:
+
+- no request may have failed;
+- every session must have read its own text alone: its digest is that of a session that read the same parts without the
+  service, and its fast weights are the same, but for rounding;
+- every session must be better at the continuation of its own text than eight others are, in nats per token.
+
+With `--kills`, the service is killed again and again. After each start all sessions must be what their last answer
+said, or what the request says that was under way and was not answered any more.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow.parquet
+import torch
+from tqdm import tqdm
+
+from ttt_e2e.session import Session, load_reader
+
+PLAIN = {"content-type": "text/plain; charset=utf-8"}
+_JUDGED = 256  # tokens of a continuation
+_OTHERS = 8  # sessions that a continuation is tried with beside its own
+
+
+@dataclass
+class Client:
+    """What a client knows of its session. parts: of its text. acknowledged: the session after so many parts."""
+
+    text: str
+    id: str = ""
+    parts: int = 0
+    acknowledged: dict[str, Any] = field(default_factory=dict)
+    read_seconds: list[float] = field(default_factory=list)
+    first_token: list[float] = field(default_factory=list)
+    between_tokens: list[float] = field(default_factory=list)
+
+
+class Service:
+    """`ttt-e2e serve` as a process, on a free port."""
+
+    def __init__(self, data: Path, threads: int) -> None:
+        self.data, self.threads = data, threads
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = (data.parent / "service.log").open("ab")
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "ttt_e2e", "serve", "--data", str(self.data), "--port", str(self.port)]
+        command += ["--rate", "1000000", "--max-sessions", "1000", "--threads", str(self.threads)]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"The service did not start; see {self.log.name}.")
+            time.sleep(0.05)
+
+    def end(self, number: int) -> None:
+        self.process.send_signal(number)
+        self.process.wait()
+
+
+async def live(client: Client, http: httpx.AsyncClient, part: int, write: int, until: float) -> None:
+    """Read and write in turn."""
+    if not client.id:
+        client.acknowledged = (await http.post("/v1/sessions")).raise_for_status().json()
+        client.id = client.acknowledged["id"]
+    while time.monotonic() < until:
+        text = client.text[client.parts * part : (client.parts + 1) * part]
+        started = time.perf_counter()
+        answer = await http.post(f"/v1/sessions/{client.id}/read", content=text.encode(), headers=PLAIN)
+        client.acknowledged = answer.raise_for_status().json()["session"]
+        client.parts += 1
+        client.read_seconds.append(time.perf_counter() - started)
+        if write:
+            await listen(client, http, write)
+
+
+async def listen(client: Client, http: httpx.AsyncClient, write: int) -> None:
+    """Have something written, and note when its tokens come."""
+    ask = {"prompt": "", "max_tokens": write, "stream": True, "seed": client.parts}
+    last = time.perf_counter()
+    times = client.first_token
+    async with http.stream("POST", f"/v1/sessions/{client.id}/completions", json=ask) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(event["error"]["message"])
+            now = time.perf_counter()
+            times.append(now - last)
+            times, last = client.between_tokens, now
+
+
+def alone(client: Client, part: int, fresh: Session) -> Session:
+    """The same text, read without the service."""
+    session = fresh.fork()
+    for i in range(client.parts):
+        for _ in session.read_pieces([client.text[i * part : (i + 1) * part]]):
+            pass
+    return session
+
+
+def fast_weights(session: Session) -> torch.Tensor:
+    return torch.cat([w.flatten() for pair in session.standing().state.loop.fast for w in pair])
+
+
+def judge(clients: list[Client], service: Service, part: int, folder: Path) -> dict[str, Any]:
+    """Compare every session with one that read the same text without the service."""
+    model, tokenizer = load_reader()
+    torch.set_num_threads(os.cpu_count() or 1)
+    fresh = Session(model, tokenizer)
+    digests, differences, sessions = [], [], []
+    start = fast_weights(fresh)
+    for i, client in enumerate(tqdm(clients, desc="reading alone")):
+        file = folder / f"{i}.session"
+        file.write_bytes(httpx.get(f"{service.url}/v1/sessions/{client.id}/export", timeout=600).content)
+        theirs, ours = Session.load(file, model, tokenizer), alone(client, part, fresh)
+        digests.append(theirs.info().text_digest == ours.info().text_digest)
+        ours_w, theirs_w = fast_weights(ours), fast_weights(theirs)
+        differences.append(
+            (float((ours_w - theirs_w).abs().max()), float((ours_w - theirs_w).norm() / (ours_w - start).norm()))
+        )
+        sessions.append(theirs)
+    texts = [tokenizer.encode(c.text[c.parts * part : (c.parts + 2) * part])[:_JUDGED] for c in clients]
+    choices, better, gains = random.Random(0), 0, []
+    for i, ids in enumerate(tqdm(texts, desc="continuations")):
+        others = choices.sample([j for j in range(len(clients)) if j != i], min(_OTHERS, len(clients) - 1))
+        losses = []
+        for session in (sessions[i], *(sessions[j] for j in others)):
+            reader = session.fork()
+            losses.append(float(np.concatenate([reader.read(ids), reader.score_rest()])[-len(ids) :].mean()))
+        better += losses[0] < min(losses[1:])
+        gains.append(statistics.fmean(losses[1:]) - losses[0])
+    return {
+        "digests_equal": sum(digests),
+        "fast_weights_differ_by_at_most": max(a for a, _ in differences),
+        "relative_to_what_was_learned": max(b for _, b in differences),
+        "best_at_their_own_continuation": better,
+        "better_at_it_than_others_by": statistics.fmean(gains),
+    }
+
+
+async def load(clients: list[Client], service: Service, part: int, write: int, seconds: float) -> list[BaseException]:
+    """All clients at once; returns what went wrong."""
+    limits = httpx.Limits(max_connections=len(clients))
+    async with httpx.AsyncClient(base_url=service.url, timeout=600, limits=limits) as http:
+        until = time.monotonic() + seconds
+        done = await asyncio.gather(*(live(c, http, part, write, until) for c in clients), return_exceptions=True)
+    return [error for error in done if isinstance(error, BaseException)]
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    cut = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50_ms": 1e3 * cut[49], "p99_ms": 1e3 * cut[98], "count": len(values)}
+
+
+def under_load(clients: list[Client], service: Service, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    service.start()
+    started = time.perf_counter()
+    errors = asyncio.run(load(clients, service, args.part, args.write, 60 * args.minutes))
+    seconds = time.perf_counter() - started
+    metrics = httpx.get(f"{service.url}/metrics").text
+    result = {
+        "sessions": len(clients),
+        "minutes": seconds / 60,
+        "errors": [repr(error) for error in errors],
+        "tokens_read": sum(c.acknowledged["tokens"] for c in clients),
+        "tokens_written": sum(len(c.first_token) + len(c.between_tokens) for c in clients),
+        "read_request": percentiles([s for c in clients for s in c.read_seconds]),
+        "first_token": percentiles([s for c in clients for s in c.first_token]),
+        "between_tokens": percentiles([s for c in clients for s in c.between_tokens]),
+        "server_errors": [line for line in metrics.splitlines() if "requests_total" in line and 'status="5' in line],
+    }
+    result |= judge(clients, service, args.part, folder)
+    service.end(signal.SIGTERM)
+    return result
+
+
+def killed(clients: list[Client], service: Service, args: argparse.Namespace) -> dict[str, Any]:
+    choices, wrong, checked, further = random.Random(args.seed), [], 0, 0
+    _, tokenizer = load_reader()
+    service.start()
+    for _ in tqdm(range(args.kills), desc="kills"):
+
+        async def until_killed(moment: float = choices.uniform(0.5, args.kill_seconds)) -> None:
+            work = asyncio.create_task(load(clients, service, args.part, 0, 1e9))
+            await asyncio.sleep(moment)
+            service.end(signal.SIGKILL)
+            await work
+
+        asyncio.run(until_killed())
+        service.start()
+        for client in clients:
+            if not client.id:
+                continue
+            found = httpx.get(f"{service.url}/v1/sessions/{client.id}").json()
+            file = httpx.get(f"{service.url}/v1/sessions/{client.id}/export")
+            checked += 1
+            same = found.get("text_digest") == client.acknowledged["text_digest"]
+            if not same:  # the request that was under way may have been done, and not answered any more
+                text = client.text[client.parts * args.part : (client.parts + 1) * args.part]
+                count = client.acknowledged["tokens"] + len(tokenizer.encode(text))
+                if found.get("tokens") == count:
+                    client.parts += 1
+                    client.acknowledged = found
+                    further += 1
+                    same = True
+            if not same or found["error"] or file.status_code != 200:
+                wrong.append(client.id)
+    return {"kills": args.kills, "sessions": len(clients), "checked": checked, "further": further, "wrong": wrong}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("books", type=Path, metavar="PARQUET", help="a parquet file with a column text")
+    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--kills", type=int, help="kill the service so often instead")
+    parser.add_argument("--kill-seconds", type=float, default=5.0, help="at most, between a start and a kill")
+    parser.add_argument("--part", type=int, default=1500, help="characters of a reading request")
+    parser.add_argument("--write", type=int, default=32, help="tokens of a writing request")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args()
+    whole = [text for text in pyarrow.parquet.read_table(args.books, columns=["text"])["text"].to_pylist() if text]
+    total, length = sum(map(len, whole)), sum(map(len, whole)) // args.sessions
+    joined = "\n\n".join(whole)[:total]
+    clients = [Client(joined[i * length : (i + 1) * length]) for i in range(args.sessions)]
+    with tempfile.TemporaryDirectory() as folder:
+        service = Service(Path(folder) / "sessions", args.threads)
+        if args.kills:
+            result = killed(clients, service, args)
+            result |= judge(clients, service, args.part, Path(folder))
+            service.end(signal.SIGTERM)
+        else:
+            result = under_load(clients, service, args, Path(folder))
+    result |= {"seed": args.seed, "part": args.part, "threads": args.threads, "cores": os.cpu_count()}
+    result["machine"] = {"processor": platform.machine(), "torch": torch.__version__}
+    print(json.dumps(result, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
