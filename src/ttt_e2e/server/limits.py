@@ -1,0 +1,151 @@
+"""The gate before every request: key, origin, requests a minute, size of the body."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ttt_e2e.server import errors
+from ttt_e2e.server.errors import Refused
+from ttt_e2e.server.keys import Keys, is_loopback
+
+OPEN = ("/", "/health", "/openapi.json")  # for everyone: nothing here is anybody's
+_UPLOADS = ("/read", "/import")
+_JSON_BYTES = 4 << 20  # JSON is held in memory; a longer text is read into a session
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask for.
+
+    body: bytes of a text or a session file that is sent. rate: requests a minute of a key. generations: that a key has
+    running at once; further ones wait for their turn.
+    """
+
+    body: int = 64 << 20
+    rate: int = 600
+    generations: int = 32
+
+
+@dataclass
+class Bucket:
+    """A token bucket: `rate` requests a minute, as many at once as a minute has. clock: seconds, going on evenly."""
+
+    rate: int
+    clock: Callable[[], float] = time.monotonic
+    _left: float = field(init=False)
+    _at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._left, self._at = float(self.rate), self.clock()
+
+    def take(self) -> float:
+        """Take one request out; returns 0, or in how many seconds there will be one."""
+        now = self.clock()
+        self._left = min(self.rate, self._left + (now - self._at) * self.rate / 60)
+        self._at = now
+        if self._left < 1:
+            return (1 - self._left) * 60 / self.rate
+        self._left -= 1
+        return 0.0
+
+
+class Turns:
+    """How many generations of a key run at once."""
+
+    def __init__(self, generations: int) -> None:
+        self._generations = generations
+        self._of: dict[str, asyncio.Semaphore] = {}
+
+    def of(self, owner: str) -> asyncio.Semaphore:
+        """What a generation of `owner` holds while it runs."""
+        return self._of.setdefault(owner, asyncio.Semaphore(self._generations))
+
+
+class Gate:
+    """ASGI middleware that lets a request through if it may come in, and counts its body while it comes in."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits) -> None:
+        self.app = app
+        self.keys = keys
+        self.limits = limits
+        self.buckets: dict[str, Bucket] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request, or say why not."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            counted = self._let_in(scope, receive)
+        except Refused as error:
+            await errors.response(error)(scope, receive, send)
+            return
+        await self.app(scope, counted, send)
+
+    def _let_in(self, scope: Scope, receive: Receive) -> Receive:
+        headers, path = Headers(scope=scope), scope["path"]
+        self._check_site(headers)
+        if path not in OPEN:
+            caller = self.keys.caller(headers.get("authorization", ""))
+            if caller is None:
+                raise Refused(
+                    401,
+                    "The API key is missing or wrong; send Authorization: Bearer KEY.",
+                    "invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+            scope["state"]["caller"] = caller
+            scope["state"]["entry"].key = caller.name
+            if path.startswith("/v1/"):
+                wait = self.buckets.setdefault(caller.owner, Bucket(self.limits.rate)).take()
+                if wait:
+                    raise Refused(
+                        429,
+                        f"More than {self.limits.rate} requests a minute; go on in {math.ceil(wait)} s.",
+                        "rate_limit_exceeded",
+                        headers={"retry-after": str(math.ceil(wait))},
+                    )
+        most = self.limits.body if path.endswith(_UPLOADS) else min(_JSON_BYTES, self.limits.body)
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > most:
+            _too_large(most)
+        return _counted(receive, most)
+
+    def _check_site(self, headers: Headers) -> None:
+        """Keep other sites out, whose pages a browser on this machine may show: they have no business here."""
+        host = headers.get("host", "")
+        if not self.keys and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            raise Refused(403, "Without keys this service answers under the names of this machine only.", "wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise Refused(403, "This service does not answer the pages of other sites.", "wrong_origin")
+
+
+def _counted(receive: Receive, most: int) -> Receive:
+    got = 0
+
+    async def count() -> Message:
+        nonlocal got
+        message = await receive()
+        got += len(message.get("body", b""))
+        if got > most:
+            _too_large(most)
+        return message
+
+    return count
+
+
+def _too_large(most: int) -> NoReturn:
+    raise Refused(
+        413,
+        f"The body has more than {most:,} bytes; send a long text to /v1/sessions/ID/read, in parts if need be.",
+        "too_large",
+        headers={"connection": "close"},
+    )

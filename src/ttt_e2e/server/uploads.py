@@ -1,0 +1,91 @@
+"""Bodies that are too large for memory: they go to temporary files, which are gone when nobody needs them any more."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.message import Message
+from pathlib import Path
+from typing import IO
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from ttt_e2e.data.text import text_pieces
+from ttt_e2e.server.errors import Refused
+
+_FORM = "multipart/form-data"
+
+
+async def text_body(request: Request) -> IO[bytes]:
+    """The text that a request brings, in a nameless temporary file, checked from end to end to be UTF-8.
+
+    It is the body itself as text/plain, or the one file of a multipart/form-data body. Raises Refused for other types,
+    and UserError for what is no text.
+    """
+    kind = Message()
+    kind["content-type"] = request.headers.get("content-type", "")
+    if kind.get_content_type() == _FORM and request.headers.get("content-type"):
+        file = await _file_of_form(request)
+    elif request.headers.get("content-type") and kind.get_content_type() == "text/plain":
+        charset = str(kind.get_param("charset", "utf-8")).lower()
+        if charset not in ("utf-8", "utf8", "us-ascii"):
+            raise Refused(415, "The text must be UTF-8; convert it, or say so in Content-Type.", "wrong_charset")
+        file = _nameless()
+        await _save_body(request, file)
+    else:
+        raise Refused(
+            415, f"The text must come with Content-Type: text/plain, or as a file in {_FORM}.", "wrong_content_type"
+        )
+    await asyncio.to_thread(_check_text, file)
+    return file
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is there inside the block."""
+    with tempfile.TemporaryDirectory(prefix="ttt-e2e-") as folder:
+        yield Path(folder)
+
+
+async def save_body(request: Request, target: Path) -> None:
+    """Write a request's body to the file `target`."""
+    with target.open("wb", buffering=0) as file:
+        await _save_body(request, file)
+
+
+async def _save_body(request: Request, file: IO[bytes]) -> None:
+    async for chunk in request.stream():
+        await asyncio.to_thread(file.write, chunk)
+
+
+async def _file_of_form(request: Request) -> IO[bytes]:
+    wrong = Refused(400, f"There must be one file, and nothing else, in a sound {_FORM}.", "no_file", "file")
+    try:
+        async with request.form(max_files=1, max_fields=0) as form:
+            parts = [part for _, part in form.multi_items()]
+            if len(parts) != 1 or not isinstance(parts[0], UploadFile):
+                raise wrong
+            file = _nameless()
+            await asyncio.to_thread(shutil.copyfileobj, parts[0].file, file)
+    except Refused:
+        raise  # also the gate's, for a body that is too large
+    except HTTPException as error:  # the parser's
+        raise wrong from error
+    return file
+
+
+def _nameless() -> IO[bytes]:
+    """A temporary file that nothing can leave behind. Errors about its content call it the text."""
+    file = tempfile.TemporaryFile(prefix="ttt-e2e-", buffering=0)  # noqa: SIM115 - closed when it is forgotten
+    file.name = "The text"
+    return file
+
+
+def _check_text(file: IO[bytes]) -> None:
+    file.seek(0)
+    for _ in text_pieces(file):
+        pass
+    file.seek(0)
