@@ -8,6 +8,7 @@ from ttt_e2e.errors import UserError
 DESCRIPTION = "Make a model folder of a model that another program wrote, or one for another program of ours."
 EPILOG = """examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
+  ttt-e2e convert from-standard run/model model
   ttt-e2e convert from-official checkpoints/pretrain-125m-e2e model --preset 125m --tokenizer NAME
   ttt-e2e convert to-hf model hf-model
   ttt-e2e convert ACTION --help"""
@@ -18,6 +19,13 @@ What comes out is to be trained further: ttt-e2e train PRESET --from OUT."""
 _FROM_HF_EPILOG = """examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
   ttt-e2e convert from-hf checkpoints/llama model --window 4096 --fast split --fast-share 0.5"""
+
+_FROM_STANDARD = """Make a model that can learn while it reads of a standard one that was trained here, such as
+small-full or small-window. Where the window covers the text, its predictions are the original's until its first update.
+What comes out is to be trained further: ttt-e2e train PRESET --from OUT."""
+_FROM_STANDARD_EPILOG = """examples:
+  ttt-e2e convert from-standard run/model model --window 1024 --fast split
+  ttt-e2e train small --data tokens --out warm --from model"""
 
 _FROM_OFFICIAL = """Make a model folder of a checkpoint that the trainer of the official JAX implementation wrote.
 JAX is not needed, but tensorstore is: pip install "ttt-e2e[official]". The weights keep their values; the
@@ -52,32 +60,21 @@ def add_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     )
     sub.add_argument("source", metavar="PATH_OR_NAME", help="the folder of a checkpoint, or its name on Hugging Face")
     sub.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
-    sub.add_argument(
-        "--window", type=int, metavar="K", help="tokens attention sees (default: 8192, or as many as the original)"
-    )
-    sub.add_argument(
-        "--suffix", type=float, default=0.25, metavar="SHARE", help="of the blocks that learn (default: 0.25)"
-    )
-    sub.add_argument(
-        "--mini-batch", type=int, metavar="B", help="tokens per update (default: an eighth of the window, at most 1024)"
-    )
-    sub.add_argument(
-        "--fast",
-        choices=("new", "split"),
-        default="new",
-        help="the fast MLP: a new one that adds nothing yet, or a part of the pretrained one (default: new)",
-    )
-    sub.add_argument(
-        "--fast-share",
-        type=float,
-        default=0.25,
-        metavar="SHARE",
-        help="its width, by the pretrained MLP's (default: 0.25)",
-    )
+    _learning_options(sub)
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights in the file (default: as they are)"
     )
     _quiet_option(sub)
+
+    sub = actions.add_parser(
+        "from-standard",
+        help="a standard Transformer that was trained here",
+        description=_FROM_STANDARD,
+        epilog=_FROM_STANDARD_EPILOG,
+    )
+    sub.add_argument("source", type=Path, metavar="MODEL", help="a model folder")
+    sub.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
+    _learning_options(sub)
 
     sub = actions.add_parser(
         "from-official",
@@ -120,6 +117,19 @@ def run(arguments: argparse.Namespace) -> int:
             progress=not arguments.quiet,
         )
         print(f"{arguments.out}: {'; '.join(describe(model))}")
+    elif arguments.action == "from-standard":
+        from ttt_e2e.convert.standard import convert_from_standard
+
+        config = convert_from_standard(
+            arguments.source,
+            arguments.out,
+            window=arguments.window,
+            suffix=arguments.suffix,
+            mini_batch=arguments.mini_batch,
+            fast=arguments.fast,
+            fast_share=arguments.fast_share,
+        )
+        print(f"{arguments.out}: {config.suffix_layers} of {config.layers} blocks learn; window {config.window}")
     elif arguments.action == "from-official":
         from ttt_e2e.convert.official import convert_from_official
 
@@ -140,6 +150,31 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError('Writing for transformers needs that library: pip install "ttt-e2e[hf]".') from error
         print(f"{arguments.out}: {convert_to_hf(arguments.source, arguments.out):,} parameters, for transformers")
     return 0
+
+
+def _learning_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--window", type=int, metavar="K", help="tokens attention sees (default: 8192, or as many as the original)"
+    )
+    sub.add_argument(
+        "--suffix", type=float, default=0.25, metavar="SHARE", help="of the blocks that learn (default: 0.25)"
+    )
+    sub.add_argument(
+        "--mini-batch", type=int, metavar="B", help="tokens per update (default: an eighth of the window, at most 1024)"
+    )
+    sub.add_argument(
+        "--fast",
+        choices=("new", "split"),
+        default="new",
+        help="the fast MLP: a new one that adds nothing yet, or a part of the pretrained one (default: new)",
+    )
+    sub.add_argument(
+        "--fast-share",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="its width, by the pretrained MLP's (default: 0.25)",
+    )
 
 
 def _quiet_option(parser: argparse.ArgumentParser) -> None:
