@@ -26,12 +26,12 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.presets import preset
 from ttt_e2e.reproduce import job, workers
-from ttt_e2e.reproduce.evaluate import as_dynamic, books, choose_inner_lr, position_edges, read_books
+from ttt_e2e.reproduce.evaluate import books, changed, choose_inner_lr, position_edges, read_books
 from ttt_e2e.reproduce.plan import Plan, jobs
 from ttt_e2e.reproduce.run import reproduce
 from ttt_e2e.reproduce.scales import SCALES, Scale
 from ttt_e2e.reproduce.statistics import difference, mean, standard_error
-from ttt_e2e.reproduce.systems import SYSTEMS, ablations, choose, extending, pretraining
+from ttt_e2e.reproduce.systems import SYSTEMS, WARM_STARTS, ablations, choose, extending, pretraining
 from ttt_e2e.reproduce.timing import LatencyRow
 from ttt_e2e.training import trainer
 
@@ -47,6 +47,7 @@ MINUTE = dataclasses.replace(
     pretrain_tokens=64 * 8,
     contexts=(8, 32),
     extend_tokens=64 * 3,
+    warm_tokens=64 * 2,
     tokens_per_step=64,
     extend_tokens_per_step=64,
     piece_tokens=32,
@@ -204,6 +205,32 @@ def test_two_comparisons_share_what_they_have_in_common(data: Path, tmp_path: Pa
     assert numbers(tmp_path) == first and set(report["plan"]["comparisons"]) == {"figure1", "ablations"}
     make(tmp_path, data, systems=["ttt-e2e"], contexts=[8])
     assert list(numbers(tmp_path)["systems"]) == ["full", "ttt-e2e"]
+
+
+def test_warm_starts(data: Path, tmp_path: Path) -> None:
+    outcome = make(tmp_path, data, what="warmstart", systems=None)
+    report = json.loads((tmp_path / "warmstart.json").read_text())
+    assert report["finished"] and not outcome.troubles
+    made = results(tmp_path)
+    rows = [row.name for row in WARM_STARTS]
+    assert [name for name in report["systems"] if not name.endswith("-first")] == rows
+    assert {(e["system"], e["context"]) for e in report["evaluations"]} == {(n, c) for n in rows for c in (8, 32)}
+    for name in rows:
+        folder = f"runs/{name}/seed0/pretrain"
+        if name == "switch":
+            assert folder not in made
+            continue
+        assert made[folder]["tokens"] == 128 and len(report["systems"][name]["sweep"]) == 5
+        assert not (tmp_path / folder / "start").exists()
+        # All go on from a first stage, and read what the others read.
+        assert made[folder]["read"] == made["runs/full-on/seed0/pretrain"]["read"]
+        assert made[folder]["read"]["seed"] == 1
+    # What a window covers, it does not change: the switch costs nothing at a context of one window.
+    losses = {(row["system"], row["context"]): row["loss"]["mean"] for row in report["comparison"]}
+    assert losses["switch", 8] == pytest.approx(losses["full-on", 8], abs=1e-6)
+    assert losses["switch", 32] != pytest.approx(losses["full-on", 32], abs=1e-6)
+    text = (tmp_path / "warmstart.md").read_text()
+    assert "full attention, first stage" in text and "Microseconds" not in text
 
 
 def test_what_does_not_fit_is_said(data: Path, tmp_path: Path) -> None:
@@ -381,7 +408,7 @@ def test_statistics_by_hand() -> None:
 def test_dynamic_weights_compute_what_the_window_model_computes() -> None:
     window = small_model(torch.float64, suffix_layers=0, mini_batch=None)
     config = small_config(suffix_layers=2, static_mlp=False)
-    dynamic = as_dynamic(window, config)
+    dynamic = changed(window, config)
     tokens_BT1 = torch.randint(50, (2, 31), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = sequence_loss(dynamic, tokens_BT1, inner_lr=0.0, dtype=torch.float64).nll_BT

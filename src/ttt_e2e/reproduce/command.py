@@ -22,6 +22,9 @@ scales:
   small  one GPU with 80 GB of memory, and a billion tokens of long texts or more (--data)
   paper  the published 3B models: eight GPUs or more with 80 GB each, on which every training runs by torchrun, for
          months; --data must be 54.5 billion tokens of the Llama 3 vocabulary, --books long texts in the same tokens"""
+_WARM_START = """Train full attention, a sliding window and TTT-E2E, and go on for a tenth as long: each as it is, full
+attention also with a window, and as TTT-E2E with fast MLPs that are new or split off; then for each context. Learning
+rates are chosen by a sweep in both stages. Read held-out books with what comes out."""
 _SYSTEMS = "full, window, hybrid, mamba2, gated-deltanet, ttt-kvb, titans, dynamic, ttt-e2e, full-prefix"
 
 Tokens = Callable[[str], int]
@@ -51,6 +54,15 @@ def add_actions(parser: argparse.ArgumentParser, tokens: Tokens) -> dict[str, ar
         """The rows: window k, mini-batch b, how many blocks are updated, no static MLP beside the fast one, no
 meta-learning. They have as many parameters as TTT-E2E, which they are compared with. A plan of them:
   ttt-e2e reproduce ablations --scale tiny --out ablations --contexts 256,2K --dry-run""",
+    )
+    _comparison_options(sub, tokens)
+    sub = action(
+        "warmstart",
+        "TTT-E2E that starts from a Transformer with full attention",
+        _WARM_START + _COMPARISON.partition("them.")[2],
+        """The rows: window-on, full-on, switch, switch-on, ttt-on, warm-new, warm-split. All have read the same number
+of tokens; `switch` is full-on with a window that it was not trained with. A plan of them:
+  ttt-e2e reproduce warmstart --scale tiny --out warmstart --contexts 512,2K --dry-run""",
     )
     _comparison_options(sub, tokens)
 
@@ -96,7 +108,7 @@ meta-learning. They have as many parameters as TTT-E2E, which they are compared 
 
 def run(arguments: argparse.Namespace) -> bool:
     """Do what the command line says; returns whether it was interrupted."""
-    if arguments.action in ("figure1", "ablations"):
+    if arguments.action in ("figure1", "ablations", "warmstart"):
         from ttt_e2e.reproduce.run import reproduce
         from ttt_e2e.reproduce.scales import scale
 

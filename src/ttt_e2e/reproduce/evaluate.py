@@ -136,20 +136,20 @@ def _losses(
     return torch.cat(losses), torch.cat(masks)
 
 
-def as_dynamic(model: Transformer, config: ModelConfig) -> Transformer:
-    """`model`, a standard one, as a model of shape `config` that updates the MLPs of its last blocks at test time.
+def changed(model: Transformer, config: ModelConfig) -> Transformer:
+    """`model`, a standard one, as it is changed at test time: `config` is its own but for windows, or for a suffix.
 
-    At an inner learning rate of 0 the two compute the same. config: the same but for its suffix, without static MLPs
-    there.
+    A suffix, without static MLPs there, makes the MLPs of the last blocks fast: dynamic evaluation. At an inner
+    learning rate of 0 the two compute the same.
     """
     theirs = dict(model.named_parameters())
-    dynamic = Transformer(config).to(model.embedding)
+    new = Transformer(config).to(model.embedding)
     with torch.no_grad():
-        for name, weight in dynamic.named_parameters():
+        for name, weight in new.named_parameters():
             for fast, static in ((".fast.", ".mlp."), (".fast_norm.", ".mlp_norm."), (".fast_post_", ".mlp_post_")):
                 name = name.replace(fast, static)
             weight.copy_(theirs[name])
-    return dynamic
+    return new
 
 
 def evaluate(

@@ -4,6 +4,7 @@ Exit codes: 0, result.json stands (it may say that the job "failed": then it wou
 next call goes on; anything else, the machine was in the way (no disk, no memory), and the next call tries again.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 
 from ttt_e2e.config import ModelConfig, RunConfig, from_dict
+from ttt_e2e.convert.standard import warm_start
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import load_model, read_json
+from ttt_e2e.model_files import TOKENIZER, load_config, load_model, read_json, save_model
 from ttt_e2e.reproduce import evaluate
 from ttt_e2e.reproduce.plan import RESULT, RUN
 from ttt_e2e.training.checkpoint import TRAINER, checkpoints
@@ -32,6 +34,7 @@ from ttt_e2e.training.trainer import MODEL, train
 
 INTERRUPTED = 130
 JOB = "job.json"
+_START = "start"
 _TAIL = 4  # a training loss is the mean over the last one in so many steps
 _MEASURE_SECONDS = 1.0
 _WARM_UP = 128
@@ -75,7 +78,7 @@ def end_with_parent() -> None:
 def _train(folder: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
     run = folder / RUN
     config = from_dict(RunConfig, spec["config"], str(folder / JOB))
-    start_from = None if spec["start_from"] is None else Path(spec["start_from"])
+    start_from = None if spec["start_from"] is None else _start(folder, Path(spec["start_from"]), config)
     summary = train(
         config,
         Path(spec["data"]),
@@ -100,8 +103,20 @@ def _train(folder: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def _start(folder: Path, model: Path, config: RunConfig) -> Path:
+    """The model to start from, in the shape that is to be trained: itself if it has it, else a copy that gets it."""
+    theirs = load_config(model)
+    if dataclasses.replace(theirs, rope_theta=config.model.rope_theta) == config.model:
+        return model
+    converted = folder / _START
+    if not converted.is_dir():
+        save_model(warm_start(load_model(model), config.model), converted, model / TOKENIZER)
+    return converted
+
+
 def _clean(folder: Path, kind: str) -> None:
-    """Remove what nothing will ask for again: checkpoints, and the models of a sweep."""
+    """Remove what nothing will ask for again: checkpoints, converted models, and those of a sweep."""
+    shutil.rmtree(folder / _START, ignore_errors=True)
     shutil.rmtree(folder / RUN / "checkpoints", ignore_errors=True)
     if kind == "sweep":
         shutil.rmtree(folder / RUN / MODEL, ignore_errors=True)
@@ -111,7 +126,8 @@ def _evaluate(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     device = choose_device(spec["device"])
     model = load_model(Path(spec["model"]), device)
     if spec["becomes"] is not None:
-        model = evaluate.as_dynamic(model, from_dict(ModelConfig, spec["becomes"], str(folder / JOB)))
+        becomes = from_dict(ModelConfig, spec["becomes"], str(folder / JOB))
+        model = evaluate.changed(model, dataclasses.replace(becomes, rope_theta=model.config.rope_theta))
     return evaluate.evaluate(model, Path(spec["books"]), spec, getattr(torch, spec["dtype"]))
 
 

@@ -14,8 +14,9 @@ from ttt_e2e.files import atomic_path
 
 
 def comparison(report: dict[str, Any], path: Path) -> None:
-    """Left: each system's loss minus the baseline's by context. Right: time to read a token by context."""
-    figure, axes = _figure(2)
+    """Each system's loss minus the baseline's by context; in figure 1 also, right, the time to read a token."""
+    timed = report["what"] == "figure1"
+    figure, axes = _figure(1 + timed)
     systems = report["systems"]
     contexts = sorted({row["context"] for row in report["comparison"]})
     for name in systems:
@@ -29,22 +30,28 @@ def comparison(report: dict[str, Any], path: Path) -> None:
                 capsize=2,
                 elinewidth=0.8,
             )
-        rows = [r for r in report["latency"] if r["system"] == name and r["prefill_us"] is not None]
-        if rows:
-            axes[1].plot([row["context"] for row in rows], [row["prefill_us"] for row in rows], **_style(report, name))
     axes[0].set_ylabel(f"loss minus that of {systems[report['baseline']]['label']} (nats per token)")
-    axes[1].set_ylabel("time to read a token (microseconds)")
     _by_tokens(axes[0], contexts, "context (tokens)")
-    _by_tokens(axes[1], sorted({row["context"] for row in report["latency"]}), "context (tokens)")
-    if report["latency"]:
-        axes[1].set_yscale("log")
-        for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
-            ticks(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    else:
-        axes[1].text(0.5, 0.5, "not measured yet", ha="center", transform=axes[1].transAxes, color="#667085")
+    if timed:
+        _latency(report, axes[1])
     axes[0].set_title(f"{report['what']}, scale {report['plan']['scale']['name']}", loc="left", fontsize=11)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=9)
     _save(figure, path)
+
+
+def _latency(report: dict[str, Any], axes: Axes) -> None:
+    for name in report["systems"]:
+        rows = [r for r in report["latency"] if r["system"] == name and r["prefill_us"] is not None]
+        if rows:
+            axes.plot([row["context"] for row in rows], [row["prefill_us"] for row in rows], **_style(report, name))
+    axes.set_ylabel("time to read a token (microseconds)")
+    _by_tokens(axes, sorted({row["context"] for row in report["latency"]}), "context (tokens)")
+    if report["latency"]:
+        axes.set_yscale("log")
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    else:
+        axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes, color="#667085")
 
 
 def along(report: dict[str, Any], path: Path) -> None:
@@ -74,9 +81,9 @@ def along(report: dict[str, Any], path: Path) -> None:
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.5 * columns, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.5 * columns if columns > 1 else 8, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, columns))
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for axis in axes:
         axis.grid(axis="y", color="#e4e7ec", linewidth=0.8)
         axis.set_axisbelow(True)

@@ -5,7 +5,7 @@ A job is a folder under OUT with job.json (what to do), log.txt (what it printed
     estimate/SYSTEM                      a few steps of random tokens, to say beforehand what the whole will take
     runs/SYSTEM/sweep/lr-0.003           pre-training for a short while at one outer learning rate
     runs/SYSTEM/sweep/below, above       the same at half and at twice the best of those
-    runs/SYSTEM/seed0/pretrain           at the best of all
+    runs/SYSTEM/seed0/pretrain           at the best of all; for some from another system's, and short
     runs/SYSTEM/seed0/extend-4096        trained on from there for one context
     runs/SYSTEM/seed0/evaluate-4096      the held-out books at that context
     latency-0123abcd                     time per token by context
@@ -23,7 +23,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.model_files import read_json
 from ttt_e2e.reproduce.scales import Scale
-from ttt_e2e.reproduce.systems import SYSTEMS, System, extending, pretraining
+from ttt_e2e.reproduce.systems import System, extending, named, pretraining
 
 FORMAT = "ttt-e2e reproduce"
 RUN, RESULT = "run", "result.json"
@@ -33,7 +33,7 @@ _BESIDE = {"below": 0.5, "above": 2.0}
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison: `what` is "figure1" or "ablations"; data, books: prepared tokens to train first on, and further.
+    """A comparison: `what` is a key of `systems.BASELINE`; data, books: prepared tokens to train first on, and further.
 
     The held-out books are the "val" documents of `books`. data_digest, books_digest: of the tokens. device: "cpu" or
     "cuda". book_tokens: how many tokens of all books together are evaluated.
@@ -75,22 +75,15 @@ def jobs(plan: Plan) -> list[Job]:
     made: dict[str, Job] = {}
     for system in plan.systems:
         own = trained(system)
-        folders = f"runs/{own.name}"
-        size = _size(pretraining(scale, own, 0, tokens=scale.sweep_tokens))
-        first_round = tuple(_first_round(scale, own))
-        sweeps = [Job(folder, "sweep", own, 0, *size) for folder in first_round]
-        sweeps += [Job(f"{folders}/sweep/{name}", "sweep", own, 0, *size, first_round) for name in _BESIDE]
-        made |= {job.folder: job for job in sweeps}
         for seed in plan.seeds:
-            config = pretraining(scale, own, seed)
-            needs = tuple(job.folder for job in sweeps)
-            first = Job(f"{folders}/seed{seed}/pretrain", "pretrain", own, seed, *_size(config), needs)
-            made[first.folder] = first
+            if own.starts_from is not None:
+                _first_stage(plan, named(own.starts_from), seed, made)
+            first = _first_stage(plan, own, seed, made)
             for context in plan.contexts:
                 model = first
                 if context > scale.pretrain_context:
                     config = extending(scale, own, seed, context)
-                    name = f"{folders}/seed{seed}/extend-{context}"
+                    name = f"runs/{own.name}/seed{seed}/extend-{context}"
                     model = Job(name, "extend", own, seed, *_size(config), (first.folder,))
                     made[model.folder] = model
                 name = f"runs/{system.name}/seed{seed}/evaluate-{context}"
@@ -100,10 +93,34 @@ def jobs(plan: Plan) -> list[Job]:
     return list(made.values())
 
 
+def _first_stage(plan: Plan, system: System, seed: int, made: dict[str, Job]) -> Job:
+    """Add the sweep and the training of a system, which may start from another one's; returns the training."""
+    scale = plan.scale
+    size = _size(pretraining(scale, system, 0, tokens=_sweep_tokens(scale, system)))
+    start = f"runs/{system.starts_from}/seed{{}}/pretrain"
+    before = () if system.starts_from is None else (start.format(plan.seeds[0]),)
+    first_round = tuple(_first_round(scale, system))
+    sweeps = [Job(folder, "sweep", system, 0, *size, before) for folder in first_round]
+    for name in _BESIDE:
+        sweeps.append(Job(f"runs/{system.name}/sweep/{name}", "sweep", system, 0, *size, (*before, *first_round)))
+    made |= {job.folder: job for job in sweeps}
+    needs = tuple(job.folder for job in sweeps)
+    if before:
+        needs = (start.format(seed), *needs)
+    folder = f"runs/{system.name}/seed{seed}/pretrain"
+    made[folder] = Job(folder, "pretrain", system, seed, *_size(pretraining(scale, system, seed)), needs)
+    return made[folder]
+
+
 def estimates(plan: Plan) -> list[Job]:
     """The jobs that measure how fast every system is here."""
-    systems = {s.name: s for system in plan.systems for s in (trained(system), system)}
+    systems = {s.name: s for system in plan.systems for s in (*first_stages(plan), trained(system), system)}
     return [Job(f"estimate/{name}", "estimate", system, 0, 0, 0) for name, system in systems.items()]
+
+
+def timed(plan: Plan) -> bool:
+    """Whether the comparison measures time per token."""
+    return plan.what == "figure1" and bool(plan.scale.latency_contexts)
 
 
 def latency(plan: Plan) -> Job:
@@ -159,7 +176,7 @@ def specification(plan: Plan, job: Job, out: Path, results: Mapping[str, dict[st
     for need in job.needs:
         if need not in results:
             raise UserError(f"{need} could not be done.")
-        if job.kind not in ("sweep", "pretrain") and "failed" in results[need]:
+        if "/sweep/" not in need and "failed" in results[need]:
             raise UserError(f"{need} failed.")
     if job.kind == "evaluate":
         config = pretraining(scale, system, job.seed)
@@ -176,16 +193,16 @@ def specification(plan: Plan, job: Job, out: Path, results: Mapping[str, dict[st
             "seed": job.seed,
             "dtype": config.train.dtype,
         }
-    start_from = None
+    start_from = None if system.starts_from is None else str((out / job.needs[0] / RUN / "model").resolve())
     if job.kind == "extend":
         config, data = extending(scale, system, job.seed, job.context), plan.books
         start_from = str((out / job.needs[0] / RUN / "model").resolve())
     else:
         data = plan.data
         if job.kind == "sweep":
-            lr, tokens = sweep_rates(scale, system, results).get(job.folder), scale.sweep_tokens
+            lr, tokens = sweep_rates(scale, system, results).get(job.folder), _sweep_tokens(scale, system)
         else:
-            lr, tokens = best_sweep(scale, system, results), scale.pretrain_tokens
+            lr, tokens = best_sweep(scale, system, results), None
         if lr is None:
             raise UserError("every learning rate of its sweep failed.")
         config = pretraining(scale, system, job.seed, lr, tokens)
@@ -255,8 +272,19 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 
 def trained(system: System) -> System:
-    """The system whose training is this one's: itself, except for dynamic evaluation."""
-    return system if system.trained_as is None else next(s for s in SYSTEMS if s.name == system.trained_as)
+    """The system whose training is this one's: itself, unless it is another one that was changed at test time."""
+    return system if system.trained_as is None else named(system.trained_as)
+
+
+def first_stages(plan: Plan) -> list[System]:
+    """The systems that others of the plan start from."""
+    names = {trained(system).starts_from for system in plan.systems}
+    return [named(name) for name in sorted(name for name in names if name is not None)]
+
+
+def _sweep_tokens(scale: Scale, system: System) -> int:
+    """For how long a learning rate is tried; a short stage is tried whole."""
+    return scale.sweep_tokens if system.starts_from is None else scale.warm_tokens
 
 
 def _size(config: RunConfig) -> tuple[int, int]:

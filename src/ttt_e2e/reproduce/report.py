@@ -9,7 +9,17 @@ from ttt_e2e import __version__
 from ttt_e2e.cost import in_tokens
 from ttt_e2e.files import write_text
 from ttt_e2e.reproduce.latency import machine
-from ttt_e2e.reproduce.plan import Plan, best_sweep, estimates, jobs, latency, sweep_rates, trained
+from ttt_e2e.reproduce.plan import (
+    Plan,
+    best_sweep,
+    estimates,
+    first_stages,
+    jobs,
+    latency,
+    sweep_rates,
+    timed,
+    trained,
+)
 from ttt_e2e.reproduce.statistics import Losses, Mean, difference, mean
 from ttt_e2e.reproduce.systems import BASELINE, System
 from ttt_e2e.reproduce.workers import result_of
@@ -34,10 +44,10 @@ def write(plan: Plan, out: Path, troubles: Mapping[str, str]) -> dict[str, Any]:
 def collect(plan: Plan, out: Path, troubles: Mapping[str, str]) -> dict[str, Any]:
     """Everything that is known, as plain values.
 
-    systems: label, colour, parameters, the sweep of each. evaluations: every finished one, book by book and by
-    position. comparison: for each system and context the mean loss and its difference to the baseline. along: the same
-    by position, at the longest context that the baseline has reached. latency: rows in microseconds per token.
-    failed: what went wrong, by job.
+    systems: label, colour, parameters, the sweep of each, those that others start from among them. evaluations: every
+    finished one, book by book and by position. comparison: for each system and context the mean loss and its difference
+    to the baseline. along: the same by position, at the longest context that the baseline has reached. latency: rows in
+    microseconds per token. failed: what went wrong, by job.
     """
     all_jobs = jobs(plan)
     results = {job.folder: r for job in all_jobs if (r := result_of(out / job.folder)) is not None}
@@ -57,11 +67,11 @@ def collect(plan: Plan, out: Path, troubles: Mapping[str, str]) -> dict[str, Any
         "version": __version__,
         "plan": json.loads((out / "plan.json").read_text(encoding="utf-8")),
         "machine": machine(plan.device),
-        "finished": len(results) == len(all_jobs)
-        and not failed
-        and (bool(measured) or not plan.scale.latency_contexts),
+        "finished": len(results) == len(all_jobs) and not failed and (bool(measured) or not timed(plan)),
         "hours": sum(result["seconds"] for result in [*results.values(), measured, *spent] if result) / 3600,
-        "systems": {system.name: _system(plan, system, results, evaluations) for system in plan.systems},
+        "systems": {
+            system.name: _system(plan, system, results, evaluations) for system in (*first_stages(plan), *plan.systems)
+        },
         "evaluations": evaluations,
         "comparison": _comparison(plan, evaluations),
         "along": _along(plan, evaluations),
@@ -187,6 +197,14 @@ def tables(report: dict[str, Any]) -> str:
     by_context(f"Loss minus that of {baseline}, by context", "difference", "+.4f")
     by_context("Loss by context, nats per token", "loss", ".4f")
     by_context("Loss of the same weights with nothing learned while reading", "frozen_loss", ".4f")
+    if report["what"] == "warmstart":
+        rows = []
+        for name, system in systems.items():
+            shares = [_share(cells, name, context) for context in contexts]
+            if any(share is not None for share in shares):
+                rows.append([system["label"], *("-" if share is None else f"{share:.0%}" for share in shares)])
+        title = "Share of the gain over the sliding window that TTT-E2E from the start has"
+        table(title, ["system", *map(in_tokens, contexts)], rows)
     lines += [
         "After ± stands the standard error over books, in a difference paired by book; after seeds the one over seeds.",
         "",
@@ -229,6 +247,12 @@ def tables(report: dict[str, Any]) -> str:
     table("Microseconds per token", ["system", "context", "prefill", "decode", "train"], times)
     table("What went wrong", ["job", "why"], [[job, why.replace("|", "/")] for job, why in report["failed"].items()])
     return "\n".join(lines)
+
+
+def _share(cells: Mapping[tuple[str, int], dict[str, Any]], name: str, context: int) -> float | None:
+    """What a warm start has of the gain of TTT-E2E from the start; None where there is no such gain."""
+    own, whole = ((cells.get((n, context)) or {}).get("difference") for n in (name, "ttt-on"))
+    return None if not own or not whole or whole["mean"] >= 0 else own["mean"] / whole["mean"]
 
 
 def _edge(there: bool) -> str:

@@ -13,7 +13,7 @@ from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 from ttt_e2e.reproduce import report, workers
 from ttt_e2e.reproduce.evaluate import books as cut_books
-from ttt_e2e.reproduce.plan import Job, Plan, estimates, jobs, keep, latency, specification
+from ttt_e2e.reproduce.plan import Job, Plan, estimates, jobs, keep, latency, specification, timed
 from ttt_e2e.reproduce.scales import Scale
 from ttt_e2e.reproduce.systems import choose
 from ttt_e2e.training.distributed import choose_device
@@ -34,7 +34,7 @@ def reproduce(
     dry_run: bool = False,
     progress: bool = True,
 ) -> workers.Outcome:
-    """Make the comparison `what` ("figure1" or "ablations") at a scale, in the folder `out` that `plan` describes.
+    """Make the comparison `what`, a key of `systems.BASELINE`, at a scale, in the folder `out` that `plan` describes.
 
     What is done there already, by another comparison too, is not done again, and what was interrupted goes on. data:
     prepared tokens (default: Python's library, prepared in OUT/tokens). books: those to train on for longer contexts
@@ -87,7 +87,7 @@ def reproduce(
             done=tell,
             progress=progress,
         )
-        if scale.latency_contexts and not outcome.interrupted:
+        if timed(union) and not outcome.interrupted:
             # Alone: other work would be in its way. Of all systems, so that they can be compared.
             timing = workers.run(
                 [latency(union)],
@@ -199,7 +199,7 @@ def _described(
     lines += [
         "",
         f"To do: about {left / max(1, count):.1f} hours with {max(1, count)} at a time on {plan.device}, and up to "
-        f"{in_bytes(sum(memory))} of memory. (Then the latency of all systems, in a few minutes.)",
+        f"{in_bytes(sum(memory))} of memory.{' (Then the latency of all systems, in a few minutes.)' * timed(plan)}",
     ]
     unknown = [f"{folder}: {why}" for folder, why in measured.troubles.items()]
     unknown += [f"{folder}: {result['failed']}" for folder, result in measured.results.items() if "failed" in result]

@@ -13,6 +13,8 @@ class Scale:
     pretrain_context, pretrain_tokens: of the first stage. contexts: lengths to evaluate at; up to the pre-training's
         context with that model itself, beyond with one that was trained on for that length with `extend_tokens` at
         `extend_lr`.
+    warm_tokens: of a second stage at pretrain_context, where one model starts from another; its rates to try are
+        factors of extend_lr.
     tokens_per_step, extend_tokens_per_step: of an optimiser step, in the first stage and at every longer context.
     piece_tokens: how many of them a process takes at once.
     sweep: factors of the preset's outer learning rate, each tried for `sweep_tokens`; then half and twice the best.
@@ -32,6 +34,7 @@ class Scale:
     pretrain_tokens: int
     contexts: tuple[int, ...]
     extend_tokens: int
+    warm_tokens: int
     extend_lr: float
     tokens_per_step: int
     extend_tokens_per_step: int
@@ -64,6 +67,7 @@ SCALES = {
             pretrain_tokens=2_621_440,
             contexts=(256, 512, 1024, 2048, 4096),
             extend_tokens=327_680,
+            warm_tokens=262_144,
             extend_lr=1e-3,
             # Two sequences a step: with eight, 500,000 tokens do not lead beyond the words' frequencies.
             tokens_per_step=1024,
@@ -90,6 +94,7 @@ SCALES = {
             pretrain_tokens=524_288_000,
             contexts=(1024, 2048, 4096, 8192, 16_384, 32_768),
             extend_tokens=26_214_400,
+            warm_tokens=52_428_800,
             extend_lr=4e-4,
             tokens_per_step=131_072,
             extend_tokens_per_step=131_072,
@@ -116,6 +121,7 @@ SCALES = {
             pretrain_tokens=52_000 * 128 * 8192,
             contexts=(8192, 16_384, 32_768, 65_536, 131_072),
             extend_tokens=1300 * 128 * 8192,
+            warm_tokens=5200 * 128 * 8192,
             extend_lr=4e-4,
             tokens_per_step=128 * 8192,
             extend_tokens_per_step=128 * 8192,

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from ttt_e2e.config import RunConfig, override
+from ttt_e2e.convert.hf_config import Fast
+from ttt_e2e.convert.standard import learning_config
 from ttt_e2e.cost import parameters
 from ttt_e2e.errors import UserError
 from ttt_e2e.presets import at_context, preset, with_parameters
@@ -19,6 +21,8 @@ class System:
     changes: settings as NAME=VALUE, after those of the scale.
     same_size: whether the MLPs' width makes up for parameters that `changes` add or take away.
     trained_as: the system whose trained weights this one takes, because its own training would be the same.
+    starts_from: the system whose first stage comes before this one's, which is then short: `warm_tokens` of the scale.
+    fast, fast_share: how it then gets its fast MLPs, see `convert.standard`; None: not at all, or it has them.
     """
 
     name: str
@@ -28,6 +32,9 @@ class System:
     changes: tuple[str, ...] = ()
     same_size: bool = False
     trained_as: str | None = None
+    starts_from: str | None = None
+    fast: Fast | None = None
+    fast_share: float = 1.0
 
 
 SYSTEMS = (
@@ -42,14 +49,37 @@ SYSTEMS = (
     System("ttt-e2e", "TTT-E2E", "#1565c0", ""),
     System("full-prefix", "TTT-E2E over full attention", "#64b5f6", "-full-prefix"),
 )
-BASELINE = {"figure1": "full", "ablations": "ttt-e2e"}
+# No norms after the sub-layers, as in most pretrained Transformers: with them, a new fast MLP cannot start small.
+_PLAIN = ("post_norm=false",)
+WARM_STARTS = (
+    System("window-on", "sliding window", "#98a2b3", "-window", _PLAIN, starts_from="window-first"),
+    System("full-on", "full attention", "#101828", "-full", _PLAIN, starts_from="full-first"),
+    System("switch", "full attention, then a window, untrained", "#d9822b", "-window", _PLAIN, trained_as="full-on"),
+    System("switch-on", "full attention, then a window", "#8e24aa", "-window", _PLAIN, starts_from="full-first"),
+    System("ttt-on", "TTT-E2E", "#1565c0", "", _PLAIN, starts_from="ttt-first"),
+    System("warm-new", "full, then TTT-E2E, MLPs new", "#00897b", "", _PLAIN, False, None, "full-first", "new", 1.0),
+    System("warm-split", "full, then TTT-E2E, split", "#64b5f6", "", _PLAIN, False, None, "full-first", "split", 0.5),
+)
+_FIRST = (
+    System("window-first", "sliding window, first stage", "#98a2b3", "-window", _PLAIN),
+    System("full-first", "full attention, first stage", "#101828", "-full", _PLAIN),
+    System("ttt-first", "TTT-E2E, first stage", "#1565c0", "", _PLAIN),
+)
+BASELINE = {"figure1": "full", "ablations": "ttt-e2e", "warmstart": "window-on"}
 """What the others' losses are compared with."""
 _EXTRA = "full-prefix"  # not in the paper's figure: only where it is named
 
 
 def rows(what: str, scale: Scale) -> tuple[System, ...]:
-    """The systems that `what` ("figure1" or "ablations") can compare at this scale, the baseline among them."""
-    return SYSTEMS if what == "figure1" else ablations(scale)
+    """The systems that `what`, a key of `BASELINE`, can compare at this scale, the baseline among them."""
+    if what == "ablations":
+        return ablations(scale)
+    return SYSTEMS if what == "figure1" else WARM_STARTS
+
+
+def named(name: str) -> System:
+    """The system that another one is `trained_as` or `starts_from`."""
+    return next(system for system in (*SYSTEMS, *WARM_STARTS, *_FIRST) if system.name == name)
 
 
 def default_rows(what: str, scale: Scale) -> tuple[str, ...]:
@@ -95,7 +125,10 @@ def choose(what: str, scale: Scale, names: list[str] | None) -> tuple[System, ..
 def pretraining(
     scale: Scale, system: System, seed: int, lr: float | None = None, tokens: int | None = None
 ) -> RunConfig:
-    """How `system` is trained first. lr: the outer learning rate. None: the preset's rate, the scale's tokens."""
+    """How `system` is trained first. lr: the outer learning rate. None: the preset's rate, the scale's tokens.
+
+    A system that starts from another one goes on like an extension, but in the first stage's context.
+    """
     config = preset(scale.size + system.preset)
     # A standard model has no mini-batches, at any scale.
     mini_batch = None if config.model.mini_batch is None else scale.mini_batch
@@ -107,10 +140,24 @@ def pretraining(
     config = override(config, list(system.changes))
     if system.same_size:
         config = dataclasses.replace(config, model=with_parameters(config.model, count, 8))
-    if lr is not None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=lr))
-    tokens = tokens or scale.pretrain_tokens
-    return _stage(scale, config, scale.pretrain_context, tokens, scale.tokens_per_step, seed)
+    stage_tokens, stage_lr = scale.pretrain_tokens, config.train.lr
+    if system.starts_from is not None:
+        stage_tokens, stage_lr = scale.warm_tokens, scale.extend_lr
+        seed += 1  # other tokens than in the first stage
+    if system.fast is not None:
+        assert system.starts_from is not None
+        standard = pretraining(scale, named(system.starts_from), 0).model
+        model = learning_config(
+            standard,
+            window=scale.window,
+            suffix=config.model.suffix_layers / config.model.layers,
+            mini_batch=scale.mini_batch,
+            fast=system.fast,
+            fast_share=system.fast_share,
+        )
+        config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=stage_lr if lr is None else lr))
+    return _stage(scale, config, scale.pretrain_context, tokens or stage_tokens, scale.tokens_per_step, seed)
 
 
 def extending(scale: Scale, system: System, seed: int, context: int) -> RunConfig:
