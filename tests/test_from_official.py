@@ -405,7 +405,7 @@ def test_memory_does_not_grow_with_the_model(tensorstore: Any, tmp_path: Path) -
 
 def test_the_command(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    assert list(command.add_actions(parser)) == ["from-hf", "from-official", "to-hf"]
+    assert list(command.add_actions(parser)) == ["from-hf", "from-standard", "from-official", "to-hf"]
     words = ["from-official", str(checkpoint.parent), str(tmp_path / "model"), *SETTINGS, "--step", "100", "--quiet"]
     assert command.run(parser.parse_args(words)) == 0
     count = sum(weight.numel() for weight in small_model().parameters())

@@ -19,6 +19,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from ttt_e2e.evaluation.harness import HarnessModel  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ["red", "green", "blue", "fish", "bird", "tree", "sings", "swims", "grows"]
 
 
