@@ -43,12 +43,12 @@ def small_config(**changes: object) -> ModelConfig:
 
 
 def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Transformer:
-    """`small_config` as a model, its norms' weights moved off one so that a test sees them."""
+    """`small_config` as a model; norms are moved off one, additions of low rank off zero, so that a test sees them."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(small_config(**changes), generator).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or ".fast.up_" in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
     return model
 

@@ -29,6 +29,7 @@ SHAPES = {
         "rope_context": 16,
         "rope_attention": 1.1,
     },
+    "low rank": {"fast_rank": 3},
     "nothing kept": {"heads": 4, "kv_heads": 2, "window": 7},
 }
 

@@ -42,6 +42,9 @@ SUFFIXES = {
     "fast width alone": {"fast_mlp_width": 10, "static_mlp": False},
     "parallel MLPs": {"parallel_mlp": True, "fast_mlp_width": 10, "suffix_mlp_width": 14},
     "one parallel block": {"parallel_mlp": True, "suffix_layers": 1, "suffix_mlp_width": 14},
+    "low rank": {"fast_rank": 3},
+    "low rank, no static MLP": {"fast_rank": 3, "fast_mlp_width": 10, "static_mlp": False, "suffix_layers": 1},
+    "low rank, parallel MLPs": {"fast_rank": 2, "parallel_mlp": True, "fast_mlp_width": 10, "suffix_mlp_width": 14},
 }
 STANDARDS: dict[str, dict] = {
     "standard": {"suffix_layers": 0, "mini_batch": None},
@@ -164,6 +167,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         parallel_mlp=static and draw(st.booleans()),
         fast_mlp_width=draw(st.sampled_from([None, 7])),
         suffix_mlp_width=draw(st.sampled_from([None, 5])),
+        fast_rank=draw(st.sampled_from([None, 1, 3])),
         head_size=draw(st.sampled_from([None, 6])) if attentions else None,
         qkv_bias=attentions and draw(st.booleans()),
         out_bias=attentions and draw(st.booleans()),

@@ -45,6 +45,9 @@ SHAPES = {
         "rope_theta": 100.0,
     },
     "YaRN": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_context": 16, "rope_fast": 32.0, "rope_attention": 1.1},
+    "low rank": {"fast_rank": 3},
+    "low rank, one suffix block": {"fast_rank": 1, "suffix_layers": 1, "inner_clip": 0.05},
+    "low rank, parallel MLPs": {"fast_rank": 2, "parallel_mlp": True, "fast_mlp_width": 10, "suffix_mlp_width": 14},
 }
 
 

@@ -60,6 +60,8 @@ class ModelConfig:
     head_size: width of an attention head (K); None: width / heads.
     qkv_bias, out_bias: whether attention adds a bias to queries, keys and values, and to its output.
     fast_mlp_width, suffix_mlp_width: hidden width of the fast MLPs, and of the static ones beside them.
+    fast_rank: what a sequence learns of a fast matrix. None: the matrix. A number (R): only the two factors of an
+        addition of rank R to it, up @ down, while the matrix itself is the same for all sequences.
     parallel_mlp: whether fast and static MLP of a block are one layer: x += post_norm(fast(norm(x)) + mlp(norm(x))).
     rope_scaling: how rotary angles are slowed down for a longer context; see `rope`. "linear" divides all of them by
         rope_factor. "llama3" and "yarn" do so for the pairs that turn fewer than rope_slow times in `rope_context`
@@ -102,6 +104,7 @@ class ModelConfig:
     out_bias: bool = field(default=False, metadata=_LATER)
     fast_mlp_width: int | None = field(default=None, metadata=_LATER)
     suffix_mlp_width: int | None = field(default=None, metadata=_LATER)
+    fast_rank: int | None = field(default=None, metadata=_LATER)
     parallel_mlp: bool = field(default=False, metadata=_LATER)
     rope_scaling: RopeScaling = field(default="none", metadata=_LATER)
     rope_factor: float = field(default=1.0, metadata=_LATER)
@@ -128,6 +131,7 @@ class ModelConfig:
             "head_size",
             "fast_mlp_width",
             "suffix_mlp_width",
+            "fast_rank",
             "rope_context",
         ):
             value = getattr(self, name)

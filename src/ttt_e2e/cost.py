@@ -76,7 +76,8 @@ def parameters(config: ModelConfig) -> int:
     # Mixers, static MLPs and fast ones are sub-layers with norms of their own, but not two MLPs in parallel.
     layers = config.layers + (config.layers if config.static_mlp else config.prefix_layers)
     layers += 0 if config.parallel_mlp else config.suffix_layers
-    return embeddings + mixers + 3 * width * _hidden(config) + layers * norms * width + width
+    factors = config.suffix_layers * _factors(config)
+    return embeddings + mixers + 3 * width * _hidden(config) + factors + layers * norms * width + width
 
 
 def state_bytes(config: ModelConfig, context: int, dtype_bytes: int = 4) -> int:
@@ -89,8 +90,13 @@ def state_bytes(config: ModelConfig, context: int, dtype_bytes: int = 4) -> int:
     """
     _require_tokens(context)
     mixers = [_mixer(config, name, context) for name in config.mixers]
-    fast = config.suffix_layers * 3 * config.width * config.fast_width
-    return dtype_bytes * sum(m.cached for m in mixers) + 4 * (fast + sum(m.wide for m in mixers))
+    return dtype_bytes * sum(m.cached for m in mixers) + 4 * (fast_weights(config) + sum(m.wide for m in mixers))
+
+
+def fast_weights(config: ModelConfig) -> int:
+    """How many numbers a sequence has of its own in the fast MLPs; each takes four bytes."""
+    whole = 3 * config.width * config.fast_width
+    return config.suffix_layers * (whole if config.fast_rank is None else _factors(config))
 
 
 def operations(config: ModelConfig, context: int, meta: bool = True) -> Operations:
@@ -100,7 +106,7 @@ def operations(config: ModelConfig, context: int, meta: bool = True) -> Operatio
     """
     _require_tokens(context)
     mixers = [_mixer(config, name, context) for name in config.mixers]
-    dense = _mlp(config, 1, _hidden(config)) + _head(config, 1)
+    dense = _mlp(config, 1, _hidden(config)) + config.suffix_layers * _additions(config, 1) + _head(config, 1)
     forward = sum(m.text for m in mixers) + context * dense
     training = sum(m.training for m in mixers) + 3 * context * dense
     prefill, recomputed = forward, training
@@ -178,6 +184,16 @@ def _mlp(config: ModelConfig, tokens: int, hidden: int) -> int:
     return _product(tokens, config.width, 3 * hidden)
 
 
+def _factors(config: ModelConfig) -> int:
+    """Numbers in the factors of what is added to one fast MLP: up [2 F, R] and down [R, D], up [D, R], down [R, F]."""
+    return (config.fast_rank or 0) * (3 * config.fast_width + 2 * config.width)
+
+
+def _additions(config: ModelConfig, tokens: int) -> int:
+    """What is added to one fast MLP: one product for every factor."""
+    return _product(tokens, 1, _factors(config))
+
+
 def _head(config: ModelConfig, tokens: int) -> int:
     return _product(tokens, config.width, config.vocab_size)
 
@@ -196,7 +212,7 @@ def _loop_forward(config: ModelConfig, tokens: int) -> int:
     """What stands inside the loop, over the first `tokens` of a text: all above the first suffix block's mixer."""
     suffix = config.suffix_layers
     attentions = (suffix - 1) * _attention(config, config.loop_window, tokens).text
-    mlps = suffix * _mlp(config, tokens, _beside(config) + config.fast_width)
+    mlps = suffix * (_mlp(config, tokens, _beside(config) + config.fast_width) + _additions(config, tokens))
     return mlps + attentions + _head(config, tokens)
 
 
@@ -204,13 +220,15 @@ def _inner_gradient(config: ModelConfig, tokens: int) -> int:
     """The inner gradients of the first `tokens` of a text, which are whole mini-batches: the chain of the pulls.
 
     A static layer's pull is one product for the gradient of its input; a fast MLP's has a second one for the gradient
-    of its weights. Of the lowest fast MLP the input's gradient is not wanted, nor that of the static MLP in parallel to
-    it. Cached keys and values are constants.
+    of its weights: of its matrices or, with a rank, of the factors, where the matrices are static. Of the lowest fast
+    MLP the input's gradient is not wanted, nor that of the static MLP in parallel to it. Cached keys and values are
+    constants.
     """
     suffix, b = config.suffix_layers, config.mini_batch or 1
     static = (suffix - config.parallel_mlp) * _mlp(config, tokens, _beside(config))
-    fast = 2 * suffix * _mlp(config, tokens, config.fast_width)
-    fast -= _product(tokens, config.width, 2 * config.fast_width)
+    rank = config.fast_rank or 0
+    fast = suffix * (_mlp(config, tokens, config.fast_width) * (1 if rank else 2) + 2 * _additions(config, tokens))
+    fast -= _product(tokens, config.width, 2 * config.fast_width + rank)
     # Gradients of scores and of queries go over all pairs; those of keys and values over the mini-batch's own.
     pairs = 2 * (_pairs(tokens, config.loop_window) + tokens // b * _pairs(b, config.loop_window))
     attention = _projections(config, tokens) + _product(pairs, config.heads, config.head_width)

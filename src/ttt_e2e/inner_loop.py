@@ -32,7 +32,7 @@ from ttt_e2e.mixers.base import Place
 from ttt_e2e.model import Transformer
 from ttt_e2e.ops.attention import visible
 from ttt_e2e.ops.elementwise import clipped_step, wide
-from ttt_e2e.ops.fast_mlp import FastWeights
+from ttt_e2e.ops.fast_mlp import Weights
 
 # Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph.
 KEPT_GRAPHS = 2
@@ -41,12 +41,17 @@ KEPT_GRAPHS = 2
 class State(NamedTuple):
     """What one mini-batch hands to the next: the fast weights, and the caches of the attentions inside the loop."""
 
-    fast: tuple[FastWeights, ...]
+    fast: tuple[Weights, ...]
     caches: tuple[Cache, ...]
 
     def tensors(self) -> list[Tensor]:
         """All tensors in a fixed order."""
-        return [t for pair in (*self.fast, *self.caches) for t in pair]
+        return [t for value in (*self.fast, *self.caches) for t in value]
+
+
+def changed(values: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """Fast weights or mixers' states with every tensor changed."""
+    return tuple(type(value)(*map(change, value)) for value in values)
 
 
 class MiniBatch(NamedTuple):
@@ -62,7 +67,7 @@ class Scored(NamedTuple):
     """nll_Bb: every token's loss. gradient: of their masked mean, before the clip. caches: for the next mini-batch."""
 
     nll_Bb: Tensor
-    gradient: tuple[FastWeights, ...]
+    gradient: tuple[Weights, ...]
     caches: tuple[Cache, ...]
 
 
@@ -95,13 +100,13 @@ def inner_gradient(model: Transformer, state: State, batch: MiniBatch) -> Scored
 
 def inner_gradient_reference(model: Transformer, state: State, batch: MiniBatch) -> Scored:
     """The plain twin of `inner_gradient`: autograd's own gradient, through which the outer one can pass."""
-    fast = tuple(FastWeights(*(w if w.requires_grad else w.detach().requires_grad_() for w in p)) for p in state.fast)
+    fast = changed(state.fast, lambda w: w if w.requires_grad else w.detach().requires_grad_())
     with torch.enable_grad():
         x_BbD, caches, _ = model.read_fast(batch.x_BbD, batch.place, fast, state.caches, inner=True)
         nll_Bb, _ = model.losses(x_BbD, batch.targets_Bb)
         loss = masked_mean(nll_Bb, batch.mask_Bb).sum()  # a sum over sequences: each has fast weights of its own
-        gradients = torch.autograd.grad(loss, [w for pair in fast for w in pair], create_graph=True)
-    return Scored(nll_Bb, _by_block(gradients), caches)
+        gradients = torch.autograd.grad(loss, [w for value in fast for w in value], create_graph=True)
+    return Scored(nll_Bb, _by_block(model, gradients), caches)
 
 
 def inner_step(
@@ -113,14 +118,16 @@ def inner_step(
 ) -> tuple[State, Tensor, Tensor]:
     """Score one mini-batch, then learn from it; returns the next state, the losses [B, b], the gradient's norms [B]."""
     scored = gradient(model, state, batch)
-    weights, gradients = ([w for pair in pairs for w in pair] for pairs in (state.fast, scored.gradient))
+    weights, gradients = ([w for value in values for w in value] for values in (state.fast, scored.gradient))
     new, norm_B = clipped_step(weights, gradients, lr, model.config.inner_clip)
-    return State(_by_block(new), scored.caches), scored.nll_Bb, norm_B
+    return State(_by_block(model, new), scored.caches), scored.nll_Bb, norm_B
 
 
-def _by_block(tensors: Sequence[Tensor]) -> tuple[FastWeights, ...]:
-    """Tensors in the order of the blocks, w_in before w_out, as one pair a block."""
-    return tuple(FastWeights(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True))
+def _by_block(model: Transformer, tensors: Sequence[Tensor]) -> tuple[Weights, ...]:
+    """Tensors in the order of the blocks, and of their names within one, as fast weights, one value a block."""
+    kind = model.fast_kind
+    count = len(kind._fields)
+    return tuple(kind(*tensors[i : i + count]) for i in range(0, len(tensors), count))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -266,7 +273,7 @@ def initial_state(model: Transformer, batch: int, dtype: torch.dtype, slots: int
     """The state at the start of every text: the learned fast weights and caches of `slots` empty slots."""
     fast = model.initial_fast_weights(batch)
     if slots:
-        fast = tuple(FastWeights(*(w.contiguous() for w in pair)) for pair in fast)
+        fast = changed(fast, Tensor.contiguous)
     return State(fast, empty_caches(model, len(model.suffix) - 1, batch, dtype, slots))
 
 
@@ -284,10 +291,13 @@ def empty_caches(model: Transformer, count: int, batch: int, dtype: torch.dtype,
 
 
 def loop_parameters(model: Transformer) -> list[Tensor]:
-    """The static weights that the loop itself uses: the suffix above its first attention, the last norm, the head."""
+    """The static weights that the loop itself uses: the suffix above its first attention, the last norm, the head.
+
+    Of the fast MLPs too: those that only start a sequence get no gradient this way, but through the first state.
+    """
     modules: list[torch.nn.Module] = [model.final_norm]
     for i, block in enumerate(model.suffix):
-        modules += [block.fast_norm, block.fast_post_norm]
+        modules += [block.fast_norm, block.fast, block.fast_post_norm]
         if block.static:
             modules += [block.mlp_norm, block.mlp, block.mlp_post_norm]
         if i > 0:
@@ -439,5 +449,8 @@ def _go_back(
 
 def _leaves(state: State) -> State:
     """The same values cut from their graph, ready for gradients."""
-    fast = tuple(FastWeights(*(w.detach().requires_grad_() for w in pair)) for pair in state.fast)
-    return State(fast, tuple(Cache(*(t.detach().requires_grad_() for t in pair)) for pair in state.caches))
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_()
+
+    return State(changed(state.fast, leaf), changed(state.caches, leaf))

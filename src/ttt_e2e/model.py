@@ -3,7 +3,8 @@
 A block is a sequence mixer (attention, or what the configuration's pattern names), then (in the suffix only) the fast
 MLP, then the static MLP, each a residual sub-layer with RMSNorm before and after: x += post_norm(layer(norm(x))). With
 `parallel_mlp` the two MLPs are one sub-layer, of which a part is fast. The fast MLPs' weights that stand here are where
-every sequence starts; `inner_loop` gives each sequence its own copy and trains it.
+every sequence starts; `inner_loop` gives each sequence its own copy and trains it. With a `fast_rank` that copy is not
+of the two matrices but of the factors of an addition to them.
 
 Every layer of the suffix returns its output and its pull, the function that takes a gradient of the output back to one
 of the input (and, for a fast MLP, of its weights). The inner gradient is the chain of these pulls; see
@@ -27,7 +28,7 @@ from ttt_e2e.mixers import make_mixer
 from ttt_e2e.mixers.attention import Attention, Cache
 from ttt_e2e.mixers.base import Mixer, Place
 from ttt_e2e.ops.elementwise import Pull, cross_entropy, rms_norm, swiglu, wide
-from ttt_e2e.ops.fast_mlp import FastPull, FastWeights, fast_mlp
+from ttt_e2e.ops.fast_mlp import FastPull, FastWeights, LowRankWeights, Weights, fast_mlp, low_rank_mlp
 from ttt_e2e.ops.linear import linear, pull_linear
 from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
 from ttt_e2e.rope import frequencies
@@ -79,6 +80,48 @@ class MLP(nn.Module):
         return linear(y_BTF, self.w_out), pull
 
 
+class FastMLP(nn.Module):
+    """SwiGLU with weights that every sequence learns for itself; those that stand here are where all of them start.
+
+    With a rank a sequence learns the factors up and down alone, and w_in and w_out stay as they are while it reads.
+    """
+
+    def __init__(self, width: int, hidden: int, rank: int | None):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(2 * hidden, width))
+        self.w_out = nn.Parameter(torch.empty(width, hidden))
+        self.rank = rank
+        if rank is not None:
+            self.up_in = nn.Parameter(torch.empty(2 * hidden, rank))
+            self.down_in = nn.Parameter(torch.empty(rank, width))
+            self.up_out = nn.Parameter(torch.empty(width, rank))
+            self.down_out = nn.Parameter(torch.empty(rank, hidden))
+
+    def forward(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
+        """The MLP with the given weights in place of those that stand here."""
+        if isinstance(fast, LowRankWeights):
+            return low_rank_mlp(x_BTD, fast, self.w_in, self.w_out)
+        return fast_mlp(x_BTD, fast)
+
+    def start(self) -> Weights:
+        """The learned start of the fast weights, without a batch."""
+        if self.rank is None:
+            return FastWeights(self.w_in, self.w_out)
+        return LowRankWeights(self.up_in, self.down_in, self.up_out, self.down_out)
+
+    def reset_factors(self, generator: torch.Generator | None = None) -> None:
+        """Set up to zero, so that nothing is added yet, and draw down so that its rows have a length of about one.
+
+        The first step on up is then the step that the whole matrix would take, as far as down's rows reach.
+        """
+        if self.rank is None:
+            return
+        with torch.no_grad():
+            for up, down in ((self.up_in, self.down_in), (self.up_out, self.down_out)):
+                up.zero_()
+                down.normal_(0.0, down.shape[1] ** -0.5, generator=generator)
+
+
 class Block(nn.Module):
     """The mixer, the fast MLP if `fast`, the static MLP: residual sub-layers, each a method."""
 
@@ -92,7 +135,7 @@ class Block(nn.Module):
         self.parallel = config.parallel_mlp and fast
         if fast:  # in parallel, the norms of the static MLP serve both
             self.fast_norm = _norm(config, config.pre_norm and not self.parallel)
-            self.fast = MLP(config.width, config.fast_width)
+            self.fast = FastMLP(config.width, config.fast_width, config.fast_rank)
             self.fast_post_norm = _norm(config, config.post_norm and not self.parallel)
         self.static = config.static_mlp or not fast
         if self.static:
@@ -113,29 +156,29 @@ class Block(nn.Module):
         z_BTD, pull_post = self.mixer_post_norm(y_BTD)
         return x_BTD + z_BTD, cache, lambda g: g + pull_norm(pull_layer(pull_post(g)))
 
-    def feed_fast(self, x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastPull]:
+    def feed_fast(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
         """Both MLPs of a suffix block, the fast one with the given weights; in turn, or in parallel."""
         if self.parallel:
             return self._feed_parallel(x_BTD, fast)
         n_BTD, pull_norm = self.fast_norm(x_BTD)
-        y_BTD, pull_layer = fast_mlp(n_BTD, fast)
+        y_BTD, pull_layer = self.fast(n_BTD, fast)
         z_BTD, pull_post = self.fast_post_norm(y_BTD)
         out_BTD, pull_static = self.feed(x_BTD + z_BTD)
 
-        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, FastWeights]:
+        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, Weights]:
             g_BTD = pull_static(g_BTD)
             dn_BTD, gradient = pull_layer(pull_post(g_BTD), below)
             return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD), gradient
 
         return out_BTD, pull
 
-    def _feed_parallel(self, x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastPull]:
+    def _feed_parallel(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
         n_BTD, pull_norm = self.mlp_norm(x_BTD)
-        fast_BTD, pull_fast = fast_mlp(n_BTD, fast)
+        fast_BTD, pull_fast = self.fast(n_BTD, fast)
         static_BTD, pull_static = self.mlp(n_BTD)
         z_BTD, pull_post = self.mlp_post_norm(fast_BTD + static_BTD)
 
-        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, FastWeights]:
+        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, Weights]:
             dy_BTD = pull_post(g_BTD)
             dn_BTD, gradient = pull_fast(dy_BTD, below)
             return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD + pull_static(dy_BTD)), gradient
@@ -171,9 +214,11 @@ class Transformer(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every matrix anew, set every norm to one, and mixers as they want it."""
+        """Draw every matrix anew, set every norm to one, and mixers and fast factors as they want it."""
         mixers = [block.mixer for block in (*self.prefix, *self.suffix)]
         theirs = {id(parameter) for mixer in mixers for parameter in mixer.parameters()}
+        if self.config.fast_rank is not None:
+            theirs |= {id(factor) for block in self.suffix for factor in block.fast.start()}
         with torch.no_grad():
             for parameter in self.parameters():
                 if id(parameter) in theirs:
@@ -184,6 +229,8 @@ class Transformer(nn.Module):
                     parameter.normal_(0.0, self.config.init_std, generator=generator)
         for mixer in mixers:
             mixer.reset_parameters(self.config.init_std, generator)
+        for block in self.suffix:
+            block.fast.reset_factors(generator)
 
     @property
     def prefix(self) -> list[Block]:
@@ -271,11 +318,11 @@ class Transformer(nn.Module):
         self,
         x_BTD: Tensor,
         place: Place,
-        fast: tuple[FastWeights, ...],
+        fast: tuple[Weights, ...],
         caches: tuple[Cache, ...] | None,
         inner: bool,
-    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], tuple[FastWeights, ...]]]:
-        """The rest of the suffix with the given fast weights, one pair a block, and one cache a block but the first.
+    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], tuple[Weights, ...]]]:
+        """The rest of the suffix with the given fast weights, one value a block, and one cache a block but the first.
 
         Goes on from `read_static`. Returns the residual stream [B, T, D], the caches, and (if `inner`) the pull from
         the residual stream to the fast weights.
@@ -293,7 +340,7 @@ class Transformer(nn.Module):
             x_BTD, pull_feed = block.feed_fast(x_BTD, weights)
             pulls.append((pull_mixer, pull_feed))
 
-        def pull(g_BTD: Tensor) -> tuple[FastWeights, ...]:
+        def pull(g_BTD: Tensor) -> tuple[Weights, ...]:
             gradients = []
             for pull_mixer, pull_feed in reversed(pulls):
                 below_BTD, gradient = pull_feed(g_BTD, pull_mixer is not None)
@@ -305,9 +352,12 @@ class Transformer(nn.Module):
 
         return x_BTD, tuple(new), pull
 
-    def initial_fast_weights(self, batch: int) -> tuple[FastWeights, ...]:
+    @property
+    def fast_kind(self) -> type[Weights]:
+        """What every block's fast weights are: whole matrices, or with a `fast_rank` the factors of an addition."""
+        return FastWeights if self.config.fast_rank is None else LowRankWeights
+
+    def initial_fast_weights(self, batch: int) -> tuple[Weights, ...]:
         """The learned start of the fast weights, the same for every sequence of the batch."""
-        return tuple(
-            FastWeights(block.fast.w_in.expand(batch, -1, -1), block.fast.w_out.expand(batch, -1, -1))
-            for block in self.suffix
-        )
+        starts = (block.fast.start() for block in self.suffix)
+        return tuple(self.fast_kind(*(w.expand(batch, -1, -1) for w in start)) for start in starts)

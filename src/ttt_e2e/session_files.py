@@ -21,10 +21,9 @@ from torch import Tensor
 from ttt_e2e.config import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
-from ttt_e2e.inner_loop import State
+from ttt_e2e.inner_loop import State, changed
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import model_digest, save_safetensors
-from ttt_e2e.ops.fast_mlp import FastWeights
 from ttt_e2e.streaming import ReadState
 
 VERSION = 2
@@ -79,9 +78,9 @@ def state_tensors(
         if not learned:
             break
         if precision == "float32":
-            tensors |= dict(zip(_names("fast", i, FastWeights), now, strict=True))
+            tensors |= dict(zip(_names("fast", i, model.fast_kind), now, strict=True))
             continue
-        for name, w, w0 in zip(_names("learned", i, FastWeights), now, start, strict=True):
+        for name, w, w0 in zip(_names("learned", i, model.fast_kind), now, start, strict=True):
             tensors[name] = (w - w0).to(_HALVES[precision])
             if not tensors[name].isfinite().all():
                 raise UserError(f"What was learned is too large for {precision}; save the session in float32.")
@@ -98,13 +97,14 @@ def state_from_tensors(
         rows = [_names(kind, i, cls) for i, cls in enumerate(types)]
         return tuple(cls(*(tensors[name].to(device) for name in row)) for cls, row in zip(types, rows, strict=True))
 
-    kinds = [FastWeights] * len(suffix)
-    fast = tuple(FastWeights(*(w.detach() for w in pair)) for pair in model.initial_fast_weights(1))
+    kind: Any = model.fast_kind
+    kinds = [kind] * len(suffix)
+    fast = changed(model.initial_fast_weights(1), Tensor.detach)
     if learned and precision == "float32":
         fast = values("fast", kinds)
     elif learned:
         learned_of = zip(fast, values("learned", kinds), strict=True)
-        fast = tuple(FastWeights(*(w0 + d.to(w0.dtype) for w0, d in zip(*pair, strict=True))) for pair in learned_of)
+        fast = tuple(kind(*(w0 + d.to(w0.dtype) for w0, d in zip(*pair, strict=True))) for pair in learned_of)
     below = [block.mixer.State for block in (*model.prefix, *suffix[:1])]
     static = values("static", below) if position else None
     return ReadState(position, static, State(fast, values("loop", [block.mixer.State for block in suffix[1:]])))

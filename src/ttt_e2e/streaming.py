@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.config import ModelConfig
-from ttt_e2e.inner_loop import PLAIN, State, Steps, empty_caches, initial_state, read_and_learn, with_empty
+from ttt_e2e.inner_loop import PLAIN, State, Steps, changed, empty_caches, initial_state, read_and_learn, with_empty
 from ttt_e2e.mixers.attention import Cache
 from ttt_e2e.model import Transformer
 from ttt_e2e.ops.elementwise import wide
-from ttt_e2e.ops.fast_mlp import FastWeights
 
 
 class ReadState(NamedTuple):
@@ -40,19 +39,15 @@ class ReadState(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "ReadState":
         """The same with every tensor changed but `ahead_B`; their first dimension is the batch."""
-
-        def each(values: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(type(value)(*map(change, value)) for value in values)
-
-        static = None if self.static is None else each(self.static)
-        return self._replace(static=static, loop=State(each(self.loop.fast), each(self.loop.caches)))
+        static = None if self.static is None else changed(self.static, change)
+        loop = State(changed(self.loop.fast, change), changed(self.loop.caches, change))
+        return self._replace(static=static, loop=loop)
 
 
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
     """The state before the first token of `batch` texts."""
     state = initial_state(model, batch, dtype)
-    fast = tuple(FastWeights(*(w.detach() for w in pair)) for pair in state.fast)
-    return ReadState(0, None, State(fast, state.caches))
+    return ReadState(0, None, State(changed(state.fast, Tensor.detach), state.caches))
 
 
 @torch.no_grad()
@@ -89,8 +84,7 @@ def read_mini_batch(
         place = with_empty(place, empty, window, window)
         if static is None:
             static = empty_caches(model, model.config.prefix_layers + 1, len(tokens_Bb), dtype)
-        fast = tuple(FastWeights(*(w.contiguous() for w in pair)) for pair in loop.fast)
-        loop = State(fast, _last_slots(loop.caches, window))
+        loop = State(changed(loop.fast, Tensor.contiguous), _last_slots(loop.caches, window))
         static, loop, nll_Bb, norm_B = steps.read_and_learn(
             model, _last_slots(static, window), loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
         )
