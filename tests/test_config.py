@@ -110,6 +110,7 @@ def test_override() -> None:
         ("inner_lr=-1", "inner_lr must not be negative"),
         ("head_size=5", "need an even head width, not 5"),
         ("fast_mlp_width=0", "fast_mlp_width must be at least 1"),
+        ("fast_rank=0", "fast_rank must be at least 1"),
         ("rope_factor=2", "rope_factor needs a rope_scaling"),
         ("rope_scaling=yarn", "set rope_context"),
         ("rope_scaling=ntk", "rope_scaling must be 'none' or 'linear'"),
@@ -140,8 +141,8 @@ def test_later_fields_are_written_where_they_are_set() -> None:
     assert to_dict(from_dict(ModelConfig, shipped)) == shipped
     plain = to_dict(preset("tiny"))["model"]
     assert list(plain)[-1] == "kernels" and "head_size" not in plain
-    config = override(preset("tiny"), ["head_size=16", "rope_scaling=linear", "rope_factor=2"]).model
-    assert to_dict(config) == {**plain, "head_size": 16, "rope_scaling": "linear", "rope_factor": 2.0}
+    config = override(preset("tiny"), ["head_size=16", "fast_rank=8", "rope_scaling=linear", "rope_factor=2"]).model
+    assert to_dict(config) == {**plain, "head_size": 16, "fast_rank": 8, "rope_scaling": "linear", "rope_factor": 2.0}
     assert from_dict(ModelConfig, to_dict(config)) == config
 
 

@@ -159,10 +159,13 @@ def convert(folder: Path, tmp_path: Path, **options: Any) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("fast", ["new", "split"])
-def test_nothing_changes_before_the_first_update(pretrained: Pretrained, tmp_path: Path, fast: str) -> None:
+def test_nothing_changes_before_the_first_update(
+    pretrained: Pretrained, tmp_path: Path, fast: str, rank: int | None
+) -> None:
     theirs, folder = pretrained("qwen3, biases, yarn")
-    model = load_model(convert(folder, tmp_path, fast=fast))
+    model = load_model(convert(folder, tmp_path, fast=fast, fast_rank=rank))
     learning, frozen = (sequence_loss(model, tokens(), inner_lr=lr).nll_BT for lr in (None, 0.0))
     torch.testing.assert_close(learning[:, :5], frozen[:, :5], rtol=0, atol=0)
     assert (learning[:, 5:] - frozen[:, 5:]).abs().mean() > 1e-4
@@ -199,8 +202,32 @@ def test_split_takes_the_first_hidden_units(pretrained: Pretrained, tmp_path: Pa
 
 
 @pytest.mark.parametrize("fast", ["new", "split"])
-def test_it_can_be_trained_further(pretrained: Pretrained, tmp_path: Path, fast: str) -> None:
-    model = load_model(convert(pretrained("qwen2, tied")[1], tmp_path, fast=fast))
+def test_additions_of_low_rank_to_the_same_weights(pretrained: Pretrained, tmp_path: Path, fast: Any) -> None:
+    """They come on top of the weights of a conversion without them, and begin as those of a model that is made anew."""
+    folder = pretrained("llama")[1]
+    done = convert_from_hf(folder, tmp_path / "low", window=60, mini_batch=5, fast=fast, fast_rank=3)
+    whole, low = (
+        dict(load_model(path).named_parameters()) for path in (convert(folder, tmp_path, fast=fast), tmp_path / "low")
+    )
+    assert all(torch.equal(low[name], whole[name]) for name in whole)
+    added = {name.rpartition(".")[2]: low[name] for name in set(low) - set(whole)}
+    assert {name: tuple(factor.shape) for name, factor in added.items()} == {
+        "up_in": (24, 3),
+        "down_in": (3, 32),
+        "up_out": (32, 3),
+        "down_out": (3, 12),
+    }
+    assert added["up_in"].abs().max() == added["up_out"].abs().max() == 0
+    for name in ("down_in", "down_out"):
+        assert float(added[name].detach().norm(dim=1).mean()) == pytest.approx(1, abs=0.35)
+    assert done.parameters == parameters(done.config) == sum(weight.numel() for weight in low.values())
+    assert "additions of rank 3" in " ".join(describe(done))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("fast", ["new", "split"])
+def test_it_can_be_trained_further(pretrained: Pretrained, tmp_path: Path, fast: str, rank: int | None) -> None:
+    model = load_model(convert(pretrained("qwen2, tied")[1], tmp_path, fast=fast, fast_rank=rank))
     sequence_loss(model, tokens()).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name

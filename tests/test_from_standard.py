@@ -35,9 +35,13 @@ def losses(model: Transformer, tokens_BT: torch.Tensor, inner_lr: float | None) 
         ("split", {"pattern": ("window",), "kv_heads": 1}),
     ],
 )
-def test_predictions_are_the_original_s_until_the_first_update(fast: Any, changes: dict) -> None:
+@pytest.mark.parametrize("rank", [None, 3])
+def test_predictions_are_the_original_s_until_the_first_update(fast: Any, changes: dict, rank: int | None) -> None:
     model = standard(**changes)
-    config = learning_config(model.config, window=12, mini_batch=4, suffix=0.5, fast=fast, fast_share=0.5)
+    config = learning_config(
+        model.config, window=12, mini_batch=4, suffix=0.5, fast=fast, fast_share=0.5, fast_rank=rank
+    )
+    assert config.fast_rank == rank
     learner = warm_start(model, config)
     assert config.suffix_layers == 2 and config.window == 12 and set(config.mixers) == {"window"}
     tokens = torch.randint(50, (3, 13), generator=torch.Generator().manual_seed(1))
@@ -70,10 +74,10 @@ def test_what_cannot_be_converted(model: Any, options: dict, sentence: str) -> N
 def test_a_folder_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(standard().float(), tmp_path / "standard", None)
     command = ["convert", "from-standard", str(tmp_path / "standard"), str(tmp_path / "out"), "--window", "12"]
-    assert cli.main([*command, "--mini-batch", "4", "--fast", "split"]) == 0
+    assert cli.main([*command, "--mini-batch", "4", "--fast", "split", "--fast-rank", "2"]) == 0
     assert "1 of 4 blocks learn" in capsys.readouterr().out
     model = load_model(tmp_path / "out")
-    assert model.config.fast_width == 6 and model.config.suffix_width == 18
+    assert model.config.fast_width == 6 and model.config.suffix_width == 18 and model.config.fast_rank == 2
     assert cli.main(command) == 1 and "exists" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing"):
         convert_from_standard(tmp_path / "nothing", tmp_path / "other")

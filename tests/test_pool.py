@@ -28,6 +28,7 @@ PATTERNS = {
     "window": dict(),
     "full": dict(pattern=("full",)),
     "recurrent": RECURRENT,
+    "low rank": dict(fast_rank=2),
     "learning over others": dict(pattern=("gated-deltanet", "titans", "window", "window")),
 }
 SMALL = dict(state_width=8, persistent_tokens=3, window=10, mini_batch=5)

@@ -80,6 +80,7 @@ def test_greedy_in_a_batch_is_what_every_row_writes_alone(learn_from_writing: bo
         {"pattern": ("mamba2", "gated-deltanet", "window", "window"), "state_width": 8, "state_groups": 2},
         {"pattern": ("ttt-kvb", "titans", "window", "window"), "window": 10, "memory_lr": 0.1},
         {"suffix_layers": 4},
+        {"fast_rank": 2},
     ],
 )
 @pytest.mark.parametrize("learn", [True, False])

@@ -119,6 +119,19 @@ def test_compiled_and_resumed_it_is_the_same_run(data: Path, tmp_path: Path, mon
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
+def test_fast_weights_of_low_rank(data: Path, tmp_path: Path) -> None:
+    """They train like all others, in either way of the outer gradient; another rank is another model."""
+    run(data, tmp_path / "run", "fast_rank=2")
+    run(data, tmp_path / "again", "fast_rank=2", "recompute=none")
+    lines, again = ([line for line in measured(tmp_path / name) if "loss" in line] for name in ("run", "again"))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in lines], abs=1e-4)
+    model = load_model(tmp_path / "run/model")
+    assert all(block.fast.up_in.abs().max() > 1e-4 for block in model.suffix)
+    with pytest.raises(UserError, match="fast_rank = 2, not 3"):
+        run(data, tmp_path / "other", "fast_rank=3", start_from=tmp_path / "run/model")
+
+
 def test_trains_on_zarr_arrays_as_they_are(data: Path, tmp_path: Path) -> None:
     zarr = pytest.importorskip("zarr")
     group = zarr.open_group(str(tmp_path / "arrays"), mode="w")

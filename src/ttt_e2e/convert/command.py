@@ -113,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
             mini_batch=arguments.mini_batch,
             fast=arguments.fast,
             fast_share=arguments.fast_share,
+            fast_rank=arguments.fast_rank,
             dtype=arguments.dtype,
             progress=not arguments.quiet,
         )
@@ -128,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
             mini_batch=arguments.mini_batch,
             fast=arguments.fast,
             fast_share=arguments.fast_share,
+            fast_rank=arguments.fast_rank,
         )
         print(f"{arguments.out}: {config.suffix_layers} of {config.layers} blocks learn; window {config.window}")
     elif arguments.action == "from-official":
@@ -174,6 +176,12 @@ def _learning_options(sub: argparse.ArgumentParser) -> None:
         default=0.25,
         metavar="SHARE",
         help="its width, by the pretrained MLP's (default: 0.25)",
+    )
+    sub.add_argument(
+        "--fast-rank",
+        type=int,
+        metavar="R",
+        help="learn an addition of rank R to it alone, for smaller sessions (default: all of it)",
     )
 
 

@@ -9,6 +9,8 @@ a prediction before the first update:
 - "split": the first hidden units of the pretrained MLP, which stay beside the others. Any of the units would do: their
   order means nothing.
 
+With a `fast_rank`, what learns is an addition to these, whose second factor begins at zero.
+
 Tensors are read a part at a time and written at once, so that memory does not grow with the model.
 """
 
@@ -29,6 +31,7 @@ from ttt_e2e.convert.model_folder import Put, model_folder, parameter_shapes
 from ttt_e2e.cost import parameters
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.model import FastMLP
 from ttt_e2e.model_files import TOKENIZER, read_json
 
 # What is copied as it is, for other programs: ours reads the tokenizer alone.
@@ -72,15 +75,16 @@ def convert_from_hf(
     mini_batch: int | None = None,
     fast: Fast = "new",
     fast_share: float = 0.25,
+    fast_rank: int | None = None,
     dtype: str | None = None,
     progress: bool = False,
 ) -> Converted:
     """Write the model folder `out` from a checkpoint: its folder, or its name on Hugging Face.
 
-    window, suffix, mini_batch, fast, fast_share: as in `hf_config.model_config`. dtype: of the weights in the file,
-    "float32" or "bfloat16"; None: bfloat16 if all of the checkpoint is, else float32. What the checkpoint has of
-    `tokenizer.json` and `CARRIED` is copied. Raises UserError if `out` exists, or for a checkpoint that is missing, not
-    whole, not supported, or of other shapes than its configuration says; `out` is then not there.
+    window to fast_rank: as in `hf_config.model_config`. dtype: of the weights in the file, "float32" or "bfloat16";
+    None: bfloat16 if all of the checkpoint is, else float32. What the checkpoint has of `tokenizer.json` and `CARRIED`
+    is copied. Raises UserError if `out` exists, or for a checkpoint that is missing, not whole, not supported, or of
+    other shapes than its configuration says; `out` is then not there.
     """
     out = Path(out)
     if out.exists():
@@ -93,7 +97,15 @@ def convert_from_hf(
     words = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     unnamed = _unnamed(words, source.shape["vocab_size"], folder)
     source.shape["vocab_size"] -= unnamed
-    config = model_config(source, window=window, suffix=suffix, mini_batch=mini_batch, fast=fast, fast_share=fast_share)
+    config = model_config(
+        source,
+        window=window,
+        suffix=suffix,
+        mini_batch=mini_batch,
+        fast=fast,
+        fast_share=fast_share,
+        fast_rank=fast_rank,
+    )
     stored = stored_tensors(folder)
     parts = list(_parts(config))
     _check(stored, config, unnamed, folder)
@@ -111,6 +123,8 @@ def convert_from_hf(
                 put(part.target, row, rows)
         if fast == "new":
             _put_new(config, put)
+        if config.fast_rank is not None:
+            _put_factors(config, put)
         for name in (TOKENIZER, *CARRIED):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, part_folder / name)
@@ -133,7 +147,7 @@ def _unnamed(words: Tokenizer | None, vocab_size: int, folder: Path) -> int:
 
 
 def _parts(config: ModelConfig) -> Iterator[Part]:
-    """Where every number of ours comes from, but for the fast MLPs that are new."""
+    """Where every number of ours comes from, but for what is new in the fast MLPs."""
     everything = slice(None)
     yield Part("embedding", 0, "model.embed_tokens.weight", slice(config.vocab_size))
     yield Part("final_norm.weight", 0, "model.norm.weight", everything)
@@ -254,12 +268,24 @@ def _put_new(config: ModelConfig, put: Put) -> None:
                 put(name, row, values.normal_(0.0, config.init_std, generator=generator) if "w_in" in name else values)
 
 
+def _put_factors(config: ModelConfig, put: Put) -> None:
+    """Additions to the fast MLPs, as a model begins with them."""
+    generator = torch.Generator().manual_seed(_SEED)
+    for i in range(config.prefix_layers, config.layers):
+        mlp = FastMLP(config.width, config.fast_width, config.fast_rank)  # the matrices in it are not touched
+        mlp.reset_factors(generator)
+        for name, factor in mlp.named_parameters():
+            if name not in ("w_in", "w_out"):
+                put(f"blocks.{i}.fast.{name}", 0, factor.detach())
+
+
 def describe(done: Converted) -> list[str]:
     """What there is to say about a conversion, a sentence a line."""
     config = done.config
+    rank = "" if config.fast_rank is None else f", additions of rank {config.fast_rank}"
     lines = [
         f"{done.family}: {config.layers} blocks, {done.parameters:,} parameters in {done.dtype}",
-        f"learns in its last {config.suffix_layers}, with {config.fast_width} hidden units each",
+        f"learns in its last {config.suffix_layers}, with {config.fast_width} hidden units each{rank}",
         f"window {config.window}, mini-batch {config.mini_batch}",
     ]
     if done.unnamed:

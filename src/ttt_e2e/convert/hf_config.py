@@ -81,13 +81,15 @@ def model_config(
     mini_batch: int | None = None,
     fast: Fast = "new",
     fast_share: float = 0.25,
+    fast_rank: int | None = None,
 ) -> ModelConfig:
     """The model of ours that a pretrained one becomes.
 
     window: tokens that attention sees; None: 8192, or as many as the original can see. suffix: the share of the blocks
     that get a fast MLP, at least one. mini_batch: tokens per inner step; None: an eighth of the window, at most 1024.
     fast: "new" puts a new fast MLP in front of the static one; "split" makes it of a part of the pretrained one.
-    fast_share: how wide the fast MLP is, as a share of the pretrained one. Raises UserError for what does not fit.
+    fast_share: how wide the fast MLP is, as a share of the pretrained one. fast_rank: None lets a sequence learn all of
+    it, a number only an addition of that rank. Raises UserError for what does not fit.
     """
     if window is not None and window > source.reach:
         raise UserError(
@@ -99,7 +101,7 @@ def model_config(
     if not 0 < fast_share <= 1:
         raise UserError(f"The fast MLP's share of the pretrained one is above 0 and up to 1, not {fast_share}.")
     fast_width = max(1, round(fast_share * source.mlp_width))
-    widths: dict[str, Any] = dict(fast_mlp_width=fast_width)
+    widths: dict[str, Any] = dict(fast_mlp_width=fast_width, fast_rank=fast_rank)
     if fast == "split":
         if fast_width >= source.mlp_width:
             raise UserError(f"A share of {fast_share} leaves nothing of {source.mlp_width} hidden units; take less.")

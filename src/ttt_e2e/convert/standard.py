@@ -17,7 +17,7 @@ from ttt_e2e.model_files import TOKENIZER, load_config, load_model, save_model
 # What a model that learns has otherwise than the standard one that it was.
 _DECIDED = (
     *("window", "mini_batch", "suffix_layers", "pattern", "static_mlp"),
-    *("fast_mlp_width", "suffix_mlp_width", "parallel_mlp"),
+    *("fast_mlp_width", "suffix_mlp_width", "parallel_mlp", "fast_rank"),
 )
 
 
@@ -29,6 +29,7 @@ def learning_config(
     mini_batch: int | None = None,
     fast: Fast = "new",
     fast_share: float = 0.25,
+    fast_rank: int | None = None,
 ) -> ModelConfig:
     """What a standard model of this `config` becomes; the rest as for `hf_config.model_config`.
 
@@ -49,13 +50,21 @@ def learning_config(
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _DECIDED}
     own = None if "full" in config.mixers else config.window
     source = Source("ttt-e2e", shape, config.layers, config.mlp_width, own or 2**62, "the window it was trained with")
-    return model_config(source, window=window, suffix=suffix, mini_batch=mini_batch, fast=fast, fast_share=fast_share)
+    return model_config(
+        source,
+        window=window,
+        suffix=suffix,
+        mini_batch=mini_batch,
+        fast=fast,
+        fast_share=fast_share,
+        fast_rank=fast_rank,
+    )
 
 
 def warm_start(model: Transformer, config: ModelConfig, seed: int = 0) -> Transformer:
     """The standard `model` in the shape of `config`, which may see less and may learn, see `learning_config`.
 
-    Where a window covers the text, it predicts the same, until the first update. seed: of new fast MLPs.
+    Where a window covers the text, it predicts the same, until the first update. seed: of new fast MLPs and factors.
     """
     trained = dict(model.named_parameters())
     new = Transformer(config, torch.Generator().manual_seed(seed)).to(model.embedding)
@@ -63,6 +72,8 @@ def warm_start(model: Transformer, config: ModelConfig, seed: int = 0) -> Transf
     with torch.no_grad():
         for name, weight in new.named_parameters():
             block, _, layer = name.rpartition(".mlp.")
+            if ".fast.up_" in name or ".fast.down_" in name:
+                continue  # an addition that begins at zero
             if ".fast" in name and not config.parallel_mlp:
                 if name.endswith("fast_norm.weight"):
                     weight.copy_(trained[name.replace("fast_norm", "mlp_norm")])
@@ -86,6 +97,7 @@ def convert_from_standard(
     mini_batch: int | None = None,
     fast: Fast = "new",
     fast_share: float = 0.25,
+    fast_rank: int | None = None,
 ) -> ModelConfig:
     """Write the model folder `out` from that of a standard Transformer; returns its configuration.
 
@@ -94,7 +106,13 @@ def convert_from_standard(
     if out.exists():
         raise UserError(f"{out} exists; name another folder for the model, or remove it first.")
     config = learning_config(
-        load_config(folder), window=window, suffix=suffix, mini_batch=mini_batch, fast=fast, fast_share=fast_share
+        load_config(folder),
+        window=window,
+        suffix=suffix,
+        mini_batch=mini_batch,
+        fast=fast,
+        fast_share=fast_share,
+        fast_rank=fast_rank,
     )
     tokenizer = folder / TOKENIZER
     notes = {"source": str(folder), "fast": fast}
