@@ -189,6 +189,25 @@ def test_a_new_fast_mlp_learns_its_second_matrix_first(pretrained: Pretrained, t
     assert not torch.equal(w_out[1], w_out[0]) and not torch.equal(w_out[2], w_out[1])
 
 
+def test_factors_of_low_rank_move_one_after_another(pretrained: Pretrained, tmp_path: Path) -> None:
+    expected = {
+        "new": [{"up_out"}, {"up_in", "up_out", "down_out"}, {"up_in", "down_in", "up_out", "down_out"}],
+        "split": [{"up_in", "up_out"}, *[{"up_in", "down_in", "up_out", "down_out"}] * 2],
+    }
+    for fast, moved in expected.items():
+        convert_from_hf(pretrained("llama")[1], tmp_path / fast, window=60, mini_batch=5, fast=fast, fast_rank=3)  # type: ignore[arg-type]
+        model, text = load_model(tmp_path / fast), tokens()
+        state = start_reading(model, 2)
+        for i in range(3):
+            before = state.loop.fast[0]
+            state, _, _ = read_mini_batch(model, state, text[:, 5 * i : 5 * i + 5], text[:, 5 * i + 1 : 5 * i + 6])
+            now = state.loop.fast[0]._asdict()
+            names = {
+                name[: name.rindex("_")] for name, old in before._asdict().items() if not torch.equal(old, now[name])
+            }
+            assert names == moved[i], (fast, i)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_split_takes_the_first_hidden_units(pretrained: Pretrained, tmp_path: Path, share: float) -> None:
     theirs, folder = pretrained("llama")
