@@ -129,6 +129,7 @@ def test_everything_is_there(whole: Path) -> None:
     assert len(report["latency"]) == 2 * len(ROWS)
     for name in ("figure1.png", "figure1-along.png"):
         assert (whole / name).read_bytes().startswith(b"\x89PNG")
+    assert str(whole.parent) not in (whole / "figure1.json").read_text()  # not a word of where it was made
     text = (whole / "figure1.md").read_text()
     assert "All of it is done." in text and text.count("| TTT-E2E |") == 6 and "(seeds " in text
     assert not [path for path in whole.rglob("*") if path.name in ("checkpoints",)]
