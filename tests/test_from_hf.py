@@ -20,6 +20,7 @@ from torch import Tensor
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.convert.from_hf import convert_from_hf, describe
 from ttt_e2e.convert.hf_config import read_source
+from ttt_e2e.convert.start import Start
 from ttt_e2e.cost import parameters
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
@@ -128,7 +129,7 @@ def change(folder: Path, **values: object) -> None:
 def test_the_logits_are_those_of_transformers(pretrained: Pretrained, tmp_path: Path, name: str, fast: Any) -> None:
     theirs, folder = pretrained(name)
     window = CASES[name][1].get("sliding_window") or 60
-    done = convert_from_hf(folder, tmp_path / "out", window=window, mini_batch=5, fast=fast)
+    done = convert_from_hf(folder, tmp_path / "out", Start(window=window, mini_batch=5, fast=fast))
     model = load_model(tmp_path / "out")
     assert done.parameters == parameters(model.config) == sum(p.numel() for p in model.parameters())
     with torch.no_grad():
@@ -154,8 +155,8 @@ def test_a_rope_scaling_would_be_missed(pretrained: Pretrained, tmp_path: Path, 
         assert (logits(model, tokens()) - expected).abs().max() > 1e-2
 
 
-def convert(folder: Path, tmp_path: Path, **options: Any) -> Path:
-    convert_from_hf(folder, tmp_path / "out", **{"window": 60, "mini_batch": 5, **options})
+def convert(folder: Path, tmp_path: Path, dtype: str | None = None, **options: Any) -> Path:
+    convert_from_hf(folder, tmp_path / "out", Start(**{"window": 60, "mini_batch": 5, **options}), dtype=dtype)
     return tmp_path / "out"
 
 
@@ -195,7 +196,7 @@ def test_factors_of_low_rank_move_one_after_another(pretrained: Pretrained, tmp_
         "split": [{"up_in", "up_out"}, *[{"up_in", "down_in", "up_out", "down_out"}] * 2],
     }
     for fast, moved in expected.items():
-        convert_from_hf(pretrained("llama")[1], tmp_path / fast, window=60, mini_batch=5, fast=fast, fast_rank=3)  # type: ignore[arg-type]
+        convert_from_hf(pretrained("llama")[1], tmp_path / fast, Start(60, mini_batch=5, fast=fast, fast_rank=3))  # type: ignore[arg-type]
         model, text = load_model(tmp_path / fast), tokens()
         state = start_reading(model, 2)
         for i in range(3):
@@ -224,7 +225,7 @@ def test_split_takes_the_first_hidden_units(pretrained: Pretrained, tmp_path: Pa
 def test_additions_of_low_rank_to_the_same_weights(pretrained: Pretrained, tmp_path: Path, fast: Any) -> None:
     """They come on top of the weights of a conversion without them, and begin as those of a model that is made anew."""
     folder = pretrained("llama")[1]
-    done = convert_from_hf(folder, tmp_path / "low", window=60, mini_batch=5, fast=fast, fast_rank=3)
+    done = convert_from_hf(folder, tmp_path / "low", Start(window=60, mini_batch=5, fast=fast, fast_rank=3))
     whole, low = (
         dict(load_model(path).named_parameters()) for path in (convert(folder, tmp_path, fast=fast), tmp_path / "low")
     )
@@ -328,7 +329,7 @@ def test_the_window_is_what_the_original_can_see(
     assert (config.window, config.mini_batch) == (window, min(1024, window // 8))
     assert load_config(tmp_path / "out") == config
     with pytest.raises(UserError, match=rf"window of {10**6} tokens is longer than"):
-        convert_from_hf(folder, tmp_path / "other", window=10**6)
+        convert_from_hf(folder, tmp_path / "other", Start(window=10**6))
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -385,12 +386,13 @@ def test_memory_is_that_of_a_part(pretrained: Pretrained, tmp_path: Path) -> Non
     script = (
         "import sys\n"
         "from ttt_e2e.convert.from_hf import convert_from_hf\n"
+        "from ttt_e2e.convert.start import Start\n"
         "def kib(name):\n"
         "    return int(next(line for line in open('/proc/self/status') if line.startswith(name)).split()[1])\n"
-        "convert_from_hf(sys.argv[1], sys.argv[2] + '0', window=64)\n"  # what is imported and made at the first time
+        "convert_from_hf(sys.argv[1], sys.argv[2] + '0', Start(window=64))\n"  # imports, once and for all
         "before = kib('VmRSS')\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"  # forget the peak so far
-        "convert_from_hf(sys.argv[3], sys.argv[2], window=64)\n"
+        "convert_from_hf(sys.argv[3], sys.argv[2], Start(window=64))\n"
         "print(1024 * (kib('VmHWM') - before))\n"
     )
     folders = (pretrained("llama")[1], tmp_path / "out", tmp_path / "big")
@@ -447,7 +449,7 @@ def test_texts_are_read_and_written(
     backend.save(str(folder / "tokenizer.json"))
     settings = {"chat_template": "{{ messages[0]['content'] }}", "bos_token": None}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    done = convert_from_hf(folder, tmp_path / "out", window=64, mini_batch=8)
+    done = convert_from_hf(folder, tmp_path / "out", Start(window=64, mini_batch=8))
     assert done.tokenizer and done.unnamed == 13 and "13 ids" in " ".join(describe(done))
     for carried in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / carried).read_bytes() == (folder / carried).read_bytes()

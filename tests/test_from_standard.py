@@ -9,6 +9,7 @@ from conftest import small_model
 
 from ttt_e2e import cli
 from ttt_e2e.convert.standard import convert_from_standard, learning_config, warm_start
+from ttt_e2e.convert.start import Start
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
@@ -38,9 +39,8 @@ def losses(model: Transformer, tokens_BT: torch.Tensor, inner_lr: float | None) 
 @pytest.mark.parametrize("rank", [None, 3])
 def test_predictions_are_the_original_s_until_the_first_update(fast: Any, changes: dict, rank: int | None) -> None:
     model = standard(**changes)
-    config = learning_config(
-        model.config, window=12, mini_batch=4, suffix=0.5, fast=fast, fast_share=0.5, fast_rank=rank
-    )
+    start = Start(window=12, mini_batch=4, suffix=0.5, fast=fast, fast_share=0.5, fast_rank=rank)
+    config = learning_config(model.config, start)
     assert config.fast_rank == rank
     learner = warm_start(model, config)
     assert config.suffix_layers == 2 and config.window == 12 and set(config.mixers) == {"window"}
@@ -68,7 +68,7 @@ def test_predictions_are_the_original_s_until_the_first_update(fast: Any, change
 )
 def test_what_cannot_be_converted(model: Any, options: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        learning_config(model().config, **options)
+        learning_config(model().config, Start(**options))
 
 
 def test_a_folder_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,4 +80,4 @@ def test_a_folder_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert model.config.fast_width == 6 and model.config.suffix_width == 18 and model.config.fast_rank == 2
     assert cli.main(command) == 1 and "exists" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing"):
-        convert_from_standard(tmp_path / "nothing", tmp_path / "other")
+        convert_from_standard(tmp_path / "nothing", tmp_path / "other", Start())

@@ -1,9 +1,14 @@
 """What `ttt-e2e convert` looks like on the command line. PyTorch is imported only when there is work to do."""
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ttt_e2e.errors import UserError
+
+if TYPE_CHECKING:
+    from ttt_e2e.convert.start import Start
 
 DESCRIPTION = "Make a model folder of a model that another program wrote, or one for another program of ours."
 EPILOG = """examples:
@@ -105,32 +110,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "from-hf":
         from ttt_e2e.convert.from_hf import convert_from_hf, describe
 
-        model = convert_from_hf(
-            arguments.source,
-            arguments.out,
-            window=arguments.window,
-            suffix=arguments.suffix,
-            mini_batch=arguments.mini_batch,
-            fast=arguments.fast,
-            fast_share=arguments.fast_share,
-            fast_rank=arguments.fast_rank,
-            dtype=arguments.dtype,
-            progress=not arguments.quiet,
-        )
+        start, progress = _start(arguments), not arguments.quiet
+        model = convert_from_hf(arguments.source, arguments.out, start, dtype=arguments.dtype, progress=progress)
         print(f"{arguments.out}: {'; '.join(describe(model))}")
     elif arguments.action == "from-standard":
         from ttt_e2e.convert.standard import convert_from_standard
 
-        config = convert_from_standard(
-            arguments.source,
-            arguments.out,
-            window=arguments.window,
-            suffix=arguments.suffix,
-            mini_batch=arguments.mini_batch,
-            fast=arguments.fast,
-            fast_share=arguments.fast_share,
-            fast_rank=arguments.fast_rank,
-        )
+        config = convert_from_standard(arguments.source, arguments.out, _start(arguments))
         print(f"{arguments.out}: {config.suffix_layers} of {config.layers} blocks learn; window {config.window}")
     elif arguments.action == "from-official":
         from ttt_e2e.convert.official import convert_from_official
@@ -152,6 +138,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError('Writing for transformers needs that library: pip install "ttt-e2e[hf]".') from error
         print(f"{arguments.out}: {convert_to_hf(arguments.source, arguments.out):,} parameters, for transformers")
     return 0
+
+
+def _start(arguments: argparse.Namespace) -> "Start":
+    from ttt_e2e.convert.start import Start
+
+    return Start(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Start)})
 
 
 def _learning_options(sub: argparse.ArgumentParser) -> None:

@@ -25,9 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ttt_e2e.config import ModelConfig
-from ttt_e2e.convert.hf_config import Fast, model_config, read_source
+from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.hf_files import CONFIG, StoredTensor, find_checkpoint, stored_tensors
 from ttt_e2e.convert.model_folder import Put, model_folder, parameter_shapes
+from ttt_e2e.convert.start import Start, model_config
 from ttt_e2e.cost import parameters
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -69,22 +70,17 @@ class Converted(NamedTuple):
 def convert_from_hf(
     path_or_name: str | Path,
     out: Path,
+    start: Start = Start(),  # noqa: B008 - a value
     *,
-    window: int | None = None,
-    suffix: float = 0.25,
-    mini_batch: int | None = None,
-    fast: Fast = "new",
-    fast_share: float = 0.25,
-    fast_rank: int | None = None,
     dtype: str | None = None,
     progress: bool = False,
 ) -> Converted:
     """Write the model folder `out` from a checkpoint: its folder, or its name on Hugging Face.
 
-    window to fast_rank: as in `hf_config.model_config`. dtype: of the weights in the file, "float32" or "bfloat16";
-    None: bfloat16 if all of the checkpoint is, else float32. What the checkpoint has of `tokenizer.json` and `CARRIED`
-    is copied. Raises UserError if `out` exists, or for a checkpoint that is missing, not whole, not supported, or of
-    other shapes than its configuration says; `out` is then not there.
+    start: how it comes to learn. dtype: of the weights in the file, "float32" or "bfloat16"; None: bfloat16 if all of
+    the checkpoint is, else float32. What the checkpoint has of `tokenizer.json` and `CARRIED` is copied. Raises
+    UserError if `out` exists, or for a checkpoint that is missing, not whole, not supported, or of other shapes than
+    its configuration says; `out` is then not there.
     """
     out = Path(out)
     if out.exists():
@@ -97,15 +93,7 @@ def convert_from_hf(
     words = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     unnamed = _unnamed(words, source.shape["vocab_size"], folder)
     source.shape["vocab_size"] -= unnamed
-    config = model_config(
-        source,
-        window=window,
-        suffix=suffix,
-        mini_batch=mini_batch,
-        fast=fast,
-        fast_share=fast_share,
-        fast_rank=fast_rank,
-    )
+    config = model_config(source, start)
     stored = stored_tensors(folder)
     parts = list(_parts(config))
     _check(stored, config, unnamed, folder)
@@ -115,13 +103,13 @@ def convert_from_hf(
         "source": str(path_or_name),
         "source_family": source.family,
         "source_config_sha256": hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest(),
-        "fast": fast,
+        "fast": start.fast,
     }
     with model_folder(out, config, _DTYPES[dtype], notes) as (part_folder, put):
         for part in tqdm(parts, "converting", disable=not progress, leave=False):
             for row, rows in _blocks(stored[part.source], part):
                 put(part.target, row, rows)
-        if fast == "new":
+        if start.fast == "new":
             _put_new(config, put)
         if config.fast_rank is not None:
             _put_factors(config, put)

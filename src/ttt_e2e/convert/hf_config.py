@@ -8,32 +8,15 @@ keys, the width of heads, and how rotary angles are stretched. Source: the confi
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.convert.start import Source
 from ttt_e2e.errors import UserError
 
-Fast = Literal["new", "split"]
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-WINDOW, MINI_BATCH = 8192, 1024  # the published ones, where they fit
 _REQUIRED = object()
-
-
-class Source(NamedTuple):
-    """What a configuration says of a model, and how far it can see at all.
-
-    shape: the fields of `ModelConfig` that follow from it. layers, mlp_width: of the original. reach: the tokens that a
-    window may have, and why.
-    """
-
-    family: str
-    shape: dict[str, Any]
-    layers: int
-    mlp_width: int
-    reach: int
-    reason: str
 
 
 def read_source(config: Mapping[str, Any], where: Path) -> Source:
@@ -71,48 +54,6 @@ def read_source(config: Mapping[str, Any], where: Path) -> Source:
         **rotation,
     )
     return Source(family, shape, layers, mlp_width, reach, reason)
-
-
-def model_config(
-    source: Source,
-    *,
-    window: int | None = None,
-    suffix: float = 0.25,
-    mini_batch: int | None = None,
-    fast: Fast = "new",
-    fast_share: float = 0.25,
-    fast_rank: int | None = None,
-) -> ModelConfig:
-    """The model of ours that a pretrained one becomes.
-
-    window: tokens that attention sees; None: 8192, or as many as the original can see. suffix: the share of the blocks
-    that get a fast MLP, at least one. mini_batch: tokens per inner step; None: an eighth of the window, at most 1024.
-    fast: "new" puts a new fast MLP in front of the static one; "split" makes it of a part of the pretrained one.
-    fast_share: how wide the fast MLP is, as a share of the pretrained one. fast_rank: None lets a sequence learn all of
-    it, a number only an addition of that rank. Raises UserError for what does not fit.
-    """
-    if window is not None and window > source.reach:
-        raise UserError(
-            f"The window of {window} tokens is longer than {source.reach}, {source.reason}; choose a window up to that."
-        )
-    window = min(WINDOW, source.reach) if window is None else window
-    if not 0 < suffix <= 1:
-        raise UserError(f"The suffix is a share of the blocks, above 0 and up to 1, not {suffix}.")
-    if not 0 < fast_share <= 1:
-        raise UserError(f"The fast MLP's share of the pretrained one is above 0 and up to 1, not {fast_share}.")
-    fast_width = max(1, round(fast_share * source.mlp_width))
-    widths: dict[str, Any] = dict(fast_mlp_width=fast_width, fast_rank=fast_rank)
-    if fast == "split":
-        if fast_width >= source.mlp_width:
-            raise UserError(f"A share of {fast_share} leaves nothing of {source.mlp_width} hidden units; take less.")
-        widths |= dict(suffix_mlp_width=source.mlp_width - fast_width, parallel_mlp=True)
-    return ModelConfig(
-        **source.shape,
-        **widths,
-        suffix_layers=max(1, round(suffix * source.layers)),
-        window=window,
-        mini_batch=min(MINI_BATCH, max(1, window // 8)) if mini_batch is None else mini_batch,
-    )
 
 
 def _family(values: "_Values") -> str:

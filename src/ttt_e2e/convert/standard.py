@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ttt_e2e.config import ATTENTIONS, ModelConfig
-from ttt_e2e.convert.hf_config import Fast, Source, model_config
+from ttt_e2e.convert.start import Source, Start, model_config
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import TOKENIZER, load_config, load_model, save_model
@@ -21,28 +21,19 @@ _DECIDED = (
 )
 
 
-def learning_config(
-    config: ModelConfig,
-    *,
-    window: int | None = None,
-    suffix: float = 0.25,
-    mini_batch: int | None = None,
-    fast: Fast = "new",
-    fast_share: float = 0.25,
-    fast_rank: int | None = None,
-) -> ModelConfig:
-    """What a standard model of this `config` becomes; the rest as for `hf_config.model_config`.
+def learning_config(config: ModelConfig, start: Start) -> ModelConfig:
+    """What a standard model of this `config` becomes.
 
-    window: None is the model's own, or 8192 over full attention. Raises UserError for a model that learns already, for
-    one with other mixers than attentions, and for "new" where a norm after the MLP would make much of the little that
-    it adds at first.
+    Without a window in `start` it is the model's own, or 8192 over full attention. Raises UserError for a model that
+    learns already, for one with other mixers than attentions, and for "new" where a norm after the MLP would make much
+    of the little that it adds at first.
     """
     if config.suffix_layers:
         raise UserError("This model has fast MLPs already; train it further with `ttt-e2e train --from`.")
     others = sorted(set(config.mixers) - set(ATTENTIONS))
     if others:
         raise UserError(f"Only a Transformer of attentions can be converted, not one with {', '.join(others)}.")
-    if config.post_norm and fast == "new":
+    if config.post_norm and start.fast == "new":
         raise UserError(
             "After its MLPs this model has norms (post_norm), which would blow up what a new fast MLP adds at first; "
             "split the MLPs instead (--fast split)."
@@ -50,15 +41,7 @@ def learning_config(
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _DECIDED}
     own = None if "full" in config.mixers else config.window
     source = Source("ttt-e2e", shape, config.layers, config.mlp_width, own or 2**62, "the window it was trained with")
-    return model_config(
-        source,
-        window=window,
-        suffix=suffix,
-        mini_batch=mini_batch,
-        fast=fast,
-        fast_share=fast_share,
-        fast_rank=fast_rank,
-    )
+    return model_config(source, start)
 
 
 def warm_start(model: Transformer, config: ModelConfig, seed: int = 0) -> Transformer:
@@ -88,34 +71,16 @@ def warm_start(model: Transformer, config: ModelConfig, seed: int = 0) -> Transf
     return new
 
 
-def convert_from_standard(
-    folder: Path,
-    out: Path,
-    *,
-    window: int | None = None,
-    suffix: float = 0.25,
-    mini_batch: int | None = None,
-    fast: Fast = "new",
-    fast_share: float = 0.25,
-    fast_rank: int | None = None,
-) -> ModelConfig:
+def convert_from_standard(folder: Path, out: Path, start: Start) -> ModelConfig:
     """Write the model folder `out` from that of a standard Transformer; returns its configuration.
 
-    The rest as for `learning_config`. Raises UserError as that does, and if `out` exists or `folder` is no model.
+    Raises UserError as `learning_config` does, and if `out` exists or `folder` is no model.
     """
     if out.exists():
         raise UserError(f"{out} exists; name another folder for the model, or remove it first.")
-    config = learning_config(
-        load_config(folder),
-        window=window,
-        suffix=suffix,
-        mini_batch=mini_batch,
-        fast=fast,
-        fast_share=fast_share,
-        fast_rank=fast_rank,
-    )
+    config = learning_config(load_config(folder), start)
     tokenizer = folder / TOKENIZER
-    notes = {"source": str(folder), "fast": fast}
+    notes = {"source": str(folder), "fast": start.fast}
     save_model(warm_start(load_model(folder), config), out, tokenizer if tokenizer.is_file() else None, notes=notes)
     return config
 

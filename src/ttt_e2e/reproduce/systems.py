@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from ttt_e2e.config import RunConfig, override
-from ttt_e2e.convert.hf_config import Fast
 from ttt_e2e.convert.standard import learning_config
+from ttt_e2e.convert.start import Fast, Start
 from ttt_e2e.cost import parameters
 from ttt_e2e.errors import UserError
 from ttt_e2e.presets import at_context, preset, with_parameters
@@ -147,15 +147,9 @@ def pretraining(
     if system.fast is not None:
         assert system.starts_from is not None
         standard = pretraining(scale, named(system.starts_from), 0).model
-        model = learning_config(
-            standard,
-            window=scale.window,
-            suffix=config.model.suffix_layers / config.model.layers,
-            mini_batch=scale.mini_batch,
-            fast=system.fast,
-            fast_share=system.fast_share,
-        )
-        config = dataclasses.replace(config, model=model)
+        suffix = config.model.suffix_layers / config.model.layers
+        start = Start(scale.window, suffix, scale.mini_batch, system.fast, system.fast_share)
+        config = dataclasses.replace(config, model=learning_config(standard, start))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=stage_lr if lr is None else lr))
     return _stage(scale, config, scale.pretrain_context, tokens or stage_tokens, scale.tokens_per_step, seed)
 
