@@ -18,6 +18,7 @@ import torch
 from conftest import made_up_tokens, small_config, small_model
 
 from ttt_e2e import cli
+from ttt_e2e.convert.standard import warm_start
 from ttt_e2e.cost import parameters
 from ttt_e2e.data.loader import SequenceLoader
 from ttt_e2e.data.prepare import prepare
@@ -26,7 +27,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.presets import preset
 from ttt_e2e.reproduce import job, workers
-from ttt_e2e.reproduce.evaluate import books, changed, choose_inner_lr, position_edges, read_books
+from ttt_e2e.reproduce.evaluate import books, choose_inner_lr, position_edges, read_books
 from ttt_e2e.reproduce.plan import Plan, jobs
 from ttt_e2e.reproduce.run import reproduce
 from ttt_e2e.reproduce.scales import SCALES, Scale
@@ -409,7 +410,7 @@ def test_statistics_by_hand() -> None:
 def test_dynamic_weights_compute_what_the_window_model_computes() -> None:
     window = small_model(torch.float64, suffix_layers=0, mini_batch=None)
     config = small_config(suffix_layers=2, static_mlp=False)
-    dynamic = changed(window, config)
+    dynamic = warm_start(window, config)
     tokens_BT1 = torch.randint(50, (2, 31), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = sequence_loss(dynamic, tokens_BT1, inner_lr=0.0, dtype=torch.float64).nll_BT

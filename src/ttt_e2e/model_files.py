@@ -53,13 +53,7 @@ def write_model_files(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """The files of `save_model`, straight into an existing `folder`: for a caller that makes it atomic."""
-    config = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": to_dict(model.config),
-        "notes": dict(notes or {}),
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(model.config, folder, notes)
     tensors = {
         name: weight.detach().to("cpu", dtype or weight.dtype).contiguous() for name, weight in model.named_parameters()
     }
@@ -67,6 +61,12 @@ def write_model_files(
     save_safetensors(tensors, folder / WEIGHTS, {"digest": _digest(tensors)})
     if tokenizer_json is not None:
         shutil.copyfile(tokenizer_json, folder / TOKENIZER)
+
+
+def write_config(config: ModelConfig, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
+    """The file that says what the model in `folder` is."""
+    content = {"format": FORMAT, "version": VERSION, "model": to_dict(config), "notes": dict(notes or {})}
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> Transformer:

@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.mixers.attention import Cache
 from ttt_e2e.sampling import SamplingOptions, sample
 from ttt_e2e.session import Diverged, Session, Standing, gone_back, token_ids, unsound
-from ttt_e2e.streaming import ReadState, forward, read_mini_batch
+from ttt_e2e.streaming import ReadState, forward, read_mini_batch, stacked
 from ttt_e2e.text_so_far import TextSoFar
 
 
@@ -431,19 +430,5 @@ def _gathered(rows: Sequence[_Row]) -> _Stack:
     first = rows[0].stack
     if list(rows) == [_Row(first, at) for at in range(len(first.positions))]:
         return first
-    columns = zip(*(row.stack.state.tensors() for row in rows), strict=True)
-
-    def join(like: Tensor) -> Tensor:
-        parts = [t[row.at : row.at + 1] for row, t in zip(rows, next(columns), strict=True)]
-        if len({part.shape for part in parts}) > 1:  # caches of texts of different lengths
-            slots = max(part.shape[2] for part in parts)
-            parts = [F.pad(part, (0, 0, slots - part.shape[2], 0)) for part in parts]
-        return torch.cat(parts)
-
-    state, ahead_B = first.state.map(join), None
     positions = tuple(row.position for row in rows)
-    start = min(positions)
-    if max(positions) > start or any(row.stack.state.ahead_B is not None for row in rows):
-        device = first.state.tensors()[0].device
-        ahead_B = torch.tensor([position - start for position in positions], device=device)
-    return _stack(state._replace(position=start, ahead_B=ahead_B), positions)
+    return _stack(stacked([row.stack.state for row in rows], [row.at for row in rows], positions), positions)

@@ -6,7 +6,7 @@ people use.
 Shapes: B sequences, T tokens, b tokens of a mini-batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,27 @@ class ReadState(NamedTuple):
         static = None if self.static is None else changed(self.static, change)
         loop = State(changed(self.loop.fast, change), changed(self.loop.caches, change))
         return self._replace(static=static, loop=loop)
+
+
+def stacked(states: Sequence[ReadState], rows: Sequence[int], positions: Sequence[int]) -> ReadState:
+    """Texts in one state, in their order: row `rows[i]` of `states[i]`, which has read `positions[i]` tokens; a copy.
+
+    Their states have the same shapes, but for the number of slots of their caches.
+    """
+    columns = zip(*(state.tensors() for state in states), strict=True)
+
+    def join(like: Tensor) -> Tensor:
+        parts = [t[row : row + 1] for row, t in zip(rows, next(columns), strict=True)]
+        if len({part.shape for part in parts}) > 1:  # caches of texts of different lengths
+            slots = max(part.shape[2] for part in parts)
+            parts = [F.pad(part, (0, 0, slots - part.shape[2], 0)) for part in parts]
+        return torch.cat(parts)
+
+    state, ahead_B, start = states[0].map(join), None, min(positions)
+    if max(positions) > start or any(state.ahead_B is not None for state in states):
+        device = states[0].tensors()[0].device
+        ahead_B = torch.tensor([position - start for position in positions], device=device)
+    return state._replace(position=start, ahead_B=ahead_B)
 
 
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_e2e.config import ModelConfig, to_dict
+from ttt_e2e.config import ModelConfig
 from ttt_e2e.files import atomic_path
 from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import CONFIG, FORMAT, VERSION, WEIGHTS
+from ttt_e2e.model_files import WEIGHTS, write_config
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK = 1 << 22  # numbers that are hashed at once
@@ -43,10 +43,9 @@ def model_folder(
     writes rows of a parameter, from its row `row` on. dtype: of the weights in the file, float32 or bfloat16. All rows
     of all parameters must have been put when the block ends. Raises UserError as `files.atomic_path` does.
     """
-    content = {"format": FORMAT, "version": VERSION, "model": to_dict(config), "notes": dict(notes)}
     with atomic_path(out) as part:
         part.mkdir()
-        (part / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_config(config, part, notes)
         with (part / WEIGHTS).open("w+b") as file:
             weights = _Weights(file, parameter_shapes(config), dtype)
             yield part, weights.put

@@ -47,7 +47,8 @@ def learning_config(config: ModelConfig, start: Start) -> ModelConfig:
 def warm_start(model: Transformer, config: ModelConfig, seed: int = 0) -> Transformer:
     """The standard `model` in the shape of `config`, which may see less and may learn, see `learning_config`.
 
-    Where a window covers the text, it predicts the same, until the first update. seed: of new fast MLPs and factors.
+    Without static MLPs in the suffix, those of the model become the fast ones: dynamic evaluation. Where a window
+    covers the text, it predicts the same, until the first update. seed: of new fast MLPs and factors.
     """
     trained = dict(model.named_parameters())
     new = Transformer(config, torch.Generator().manual_seed(seed)).to(model.embedding)
@@ -57,13 +58,16 @@ def warm_start(model: Transformer, config: ModelConfig, seed: int = 0) -> Transf
             block, _, layer = name.rpartition(".mlp.")
             if ".fast.up_" in name or ".fast.down_" in name:
                 continue  # an addition that begins at zero
-            if ".fast" in name and not config.parallel_mlp:
+            static = name.replace(".fast", ".mlp")
+            if ".fast" in name and not config.static_mlp:
+                weight.copy_(trained[static])
+            elif ".fast" in name and not config.parallel_mlp:
                 if name.endswith("fast_norm.weight"):
-                    weight.copy_(trained[name.replace("fast_norm", "mlp_norm")])
+                    weight.copy_(trained[static])
                 elif name.endswith("w_out"):
                     weight.zero_()
             elif ".fast." in name:
-                weight.copy_(_units(trained[name.replace(".fast.", ".mlp.")], slice(fast_units), name))
+                weight.copy_(_units(trained[static], slice(fast_units), name))
             elif block and weight.shape != trained[name].shape:
                 weight.copy_(_units(trained[name], slice(fast_units, None), layer))
             else:

@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM):
             logits_1TV, _ = forward(self.model, state, inputs_1T, session.dtype)
             nll_1T, greedy_1T = _judged(logits_1TV, targets_1T)
             yield nll_1T[0], greedy_1T[0]
-            if len(left) > size:
+            if len(left) > size + 1:  # else nothing would read what is learned
                 state, _, _ = read_mini_batch(
                     self.model, state, inputs_1T, targets_1T, inner_lr=inner_lr, dtype=session.dtype
                 )

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 
@@ -24,7 +23,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.mixers.attention import Cache
 from ttt_e2e.model import Transformer
 from ttt_e2e.session import frozen_batches, token_ids, unsound
-from ttt_e2e.streaming import ReadState, forward, read_mini_batch, start_reading
+from ttt_e2e.streaming import ReadState, forward, read_mini_batch, stacked, start_reading
 
 
 class _Place(NamedTuple):
@@ -280,18 +279,4 @@ def _together(places: Sequence[_Place]) -> ReadState:
     whole = not tensors or len(tensors[0]) == len(places)
     if whole and all(place.state is first and place.row == row for row, place in enumerate(places)):
         return first
-    columns = zip(*(place.state.tensors() for place in places), strict=True)
-
-    def join(like: Tensor) -> Tensor:
-        parts = [t[place.row : place.row + 1] for place, t in zip(places, next(columns), strict=True)]
-        if len({part.shape for part in parts}) > 1:  # caches of texts of different lengths
-            slots = max(part.shape[2] for part in parts)
-            parts = [F.pad(part, (0, 0, slots - part.shape[2], 0)) for part in parts]
-        return torch.cat(parts)
-
-    state, ahead_B = first.map(join), None
-    positions = [place.position for place in places]
-    start = min(positions)
-    if max(positions) > start or any(place.state.ahead_B is not None for place in places):
-        ahead_B = torch.tensor([position - start for position in positions], device=tensors[0].device)
-    return state._replace(position=start, ahead_B=ahead_B)
+    return stacked([p.state for p in places], [p.row for p in places], [p.position for p in places])

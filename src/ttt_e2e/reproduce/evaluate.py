@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ttt_e2e.config import ModelConfig
 from ttt_e2e.data.loader import SequenceLoader
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
@@ -134,22 +133,6 @@ def _losses(
             losses.append(result.nll_BT.double().cpu())
             masks.append(result.mask_BT.double().cpu())
     return torch.cat(losses), torch.cat(masks)
-
-
-def changed(model: Transformer, config: ModelConfig) -> Transformer:
-    """`model`, a standard one, as it is changed at test time: `config` is its own but for windows, or for a suffix.
-
-    A suffix, without static MLPs there, makes the MLPs of the last blocks fast: dynamic evaluation. At an inner
-    learning rate of 0 the two compute the same.
-    """
-    theirs = dict(model.named_parameters())
-    new = Transformer(config).to(model.embedding)
-    with torch.no_grad():
-        for name, weight in new.named_parameters():
-            for fast, static in ((".fast.", ".mlp."), (".fast_norm.", ".mlp_norm."), (".fast_post_", ".mlp_post_")):
-                name = name.replace(fast, static)
-            weight.copy_(theirs[name])
-    return new
 
 
 def evaluate(

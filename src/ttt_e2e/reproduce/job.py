@@ -127,7 +127,7 @@ def _evaluate(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     model = load_model(Path(spec["model"]), device)
     if spec["becomes"] is not None:
         becomes = from_dict(ModelConfig, spec["becomes"], str(folder / JOB))
-        model = evaluate.changed(model, dataclasses.replace(becomes, rope_theta=model.config.rope_theta))
+        model = warm_start(model, dataclasses.replace(becomes, rope_theta=model.config.rope_theta))
     return evaluate.evaluate(model, Path(spec["books"]), spec, getattr(torch, spec["dtype"]))
 
 

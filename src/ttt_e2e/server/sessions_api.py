@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import IO, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -45,18 +46,7 @@ class SessionBody(BaseModel):
     @classmethod
     def of(cls, record: SessionRecord) -> "SessionBody":
         """The engine's record, as it is sent."""
-        return cls(
-            id=record.id,
-            object="session",
-            created=int(record.created),
-            tokens=record.tokens,
-            text_bytes=record.text_bytes,
-            text_digest=record.text_digest,
-            memory_bytes=record.memory_bytes,
-            learn=record.learn,
-            in_memory=record.in_memory,
-            error=record.error,
-        )
+        return cls(object="session", **asdict(record) | {"created": int(record.created)})
 
 
 class SessionList(BaseModel):
