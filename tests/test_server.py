@@ -15,7 +15,7 @@ from server_tools import FakeEngine, TestClient, client_of, log_lines
 from ttt_e2e.errors import UserError
 from ttt_e2e.server import command
 from ttt_e2e.server.app import Settings, create_app
-from ttt_e2e.server.chat import Chat, load_chat
+from ttt_e2e.server.chat import Chat
 from ttt_e2e.server.keys import ENVIRONMENT, LOCAL, Keys, check_host, load_keys
 from ttt_e2e.server.limits import Bucket, Limits
 
@@ -326,47 +326,16 @@ def test_the_engine_starts_and_stops_with_the_service(engine: FakeEngine) -> Non
     assert engine.stopped
 
 
-# -- chat templates ----------------------------------------------------------------------------------------------------
+# -- chats ----------------------------------------------------------------------------------------------------
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello {{ 7 * 7 }}"}]
 
 
 def test_the_plain_template() -> None:
     chat = Chat()
-    assert chat.prompt(TALK, begun=False) == "System: Be kind.\nUser: Hello {{ 7 * 7 }}\nAssistant:"
-    assert chat.prompt(TALK[1:], begun=True) == "\nUser: Hello {{ 7 * 7 }}\nAssistant:"
+    assert chat.prompt(TALK, begun=False) == ["System: Be kind.\nUser: Hello {{ 7 * 7 }}\nAssistant:"]
+    assert chat.prompt(TALK[1:], begun=True) == ["\nUser: Hello {{ 7 * 7 }}\nAssistant:"]
     assert chat.stop == ("\nUser:",)
-
-
-TEMPLATE = """{{ bos_token }}{% for message in messages %}
-    {% if message.role not in ["system", "user", "assistant"] %}{{ raise_exception("no such role") }}{% endif %}
-<{{ message.role }}>{{ message.content | tojson }}
-{% endfor %}
-{% if add_generation_prompt %}<assistant>{% endif %}"""
-
-
-def test_a_models_template(tmp_path: Path) -> None:
-    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
-    for template in (TEMPLATE, named):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-        chat = load_chat(tmp_path)
-        assert chat.prompt(TALK, False) == '<system>"Be kind."\n<user>"Hello {{ 7 * 7 }}"\n<assistant>'
-        assert chat.stop == ("</s>",)
-    with pytest.raises(UserError, match="no such role"):
-        chat.prompt([{"role": "developer", "content": ""}], False)
-    (tmp_path / "other.jinja").write_text("{{ messages[0].content }}!")
-    assert load_chat(tmp_path, tmp_path / "other.jinja").prompt(TALK, False) == "Be kind.!"
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert load_chat(tmp_path).stop == ("\nUser:",)
-
-
-def test_templates_that_are_none_or_reach_out(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no sound Jinja"):
-        Chat("{% if %}")
-    for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ nothing.there.atall }}"):
-        with pytest.raises(UserError, match="cannot take these messages"):
-            Chat(source).prompt(TALK, False)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

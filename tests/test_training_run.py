@@ -258,7 +258,9 @@ def test_a_device_that_is_not_there(data: Path, tmp_path: Path) -> None:
 def test_extension_starts_from_the_weights_at_another_context(data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     changes = ("context=40", "batch=2", "steps=2", "inner_warmup_steps=0", "rope_theta=1e6")
+    (whole / "model/chat_template.jinja").write_text("{{ messages }}")
     run(data, out, *changes, start_from=whole / "model")
+    assert (out / "model/chat_template.jinja").read_text() == "{{ messages }}"
     first, fresh = measured(out)[0]["loss"], measured(whole)[0]["loss"]
     assert first < fresh - 0.5
     assert json.loads((out / "config.json").read_text())["start_from"] == str((whole / "model").resolve())

@@ -25,6 +25,9 @@ from ttt_e2e.model import Transformer
 FORMAT = "ttt-e2e model"
 VERSION = 2
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+GENERATION, WORDS, CHAT_TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
+CARRIED = (GENERATION, WORDS, CHAT_TEMPLATE, "special_tokens_map.json")
+"""What a pretrained model may have beside its tokenizer, and keeps wherever that is copied to; see `carried`."""
 
 
 def save_model(
@@ -34,7 +37,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model` to `folder`, whole or not at all; `tokenizer_json` is a file to copy beside it.
+    """Write `model` to `folder`, whole or not at all; `tokenizer_json` is a file to copy beside it, with its `CARRIED`.
 
     dtype: what the weights are rounded to in the file; None keeps them as they are. notes: plain values for
     people, such as where the model comes from. Raises UserError if the disk is full or the place is not
@@ -61,6 +64,14 @@ def write_model_files(
     save_safetensors(tensors, folder / WEIGHTS, {"digest": _digest(tensors)})
     if tokenizer_json is not None:
         shutil.copyfile(tokenizer_json, folder / TOKENIZER)
+        copy_carried(Path(tokenizer_json).parent, folder)
+
+
+def copy_carried(source: Path, target: Path) -> None:
+    """Copy what the folder `source` has of `CARRIED` to the folder `target`."""
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def write_config(config: ModelConfig, folder: Path, notes: Mapping[str, Any] | None = None) -> None:

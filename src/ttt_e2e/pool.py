@@ -211,12 +211,13 @@ class SessionPool:
         options: SamplingOptions | None = None,
         learn_from_writing: bool = False,
     ) -> None:
-        """Have the session written on after `prompt`; the events are `Token`, up to BOS or `max_tokens`, then `Done`.
+        """Have the session written on after `prompt`; the events are `Token`, one at a time, then `Done`.
 
-        The session itself stays as it is: a copy reads the prompt, and learns from its whole mini-batches, but not from
-        what it writes unless `learn_from_writing`. To keep what was written, submit it as a read. options: default
-        `SamplingOptions()`. For stop strings, look at the text and `cancel`. Raises UserError for an id that is not
-        here, tokens outside of the vocabulary and a negative number.
+        It ends after `max_tokens`, or with a token that ends a text. The session itself stays as it is: a copy reads
+        the prompt, and learns from its whole mini-batches, but not from what it writes unless `learn_from_writing`. To
+        keep what was written, submit it as a read. options: default `SamplingOptions()`. For stop strings, look at the
+        text and `cancel`. Raises UserError for an id that is not here, tokens outside of the vocabulary and a negative
+        number.
         """
         if max_tokens < 0:
             raise UserError(f"Cannot write {max_tokens} tokens; max_tokens must be 0 or more.")
@@ -367,7 +368,7 @@ class SessionPool:
                 self._fail(member, UserError(message), events)
                 continue
             token = sample(logits_BV[i], job.work.options, job.generator)
-            if tokenizer is not None and token == tokenizer.bos:
+            if tokenizer is not None and token in tokenizer.ends:
                 job.left = 0
             else:
                 job.left -= 1

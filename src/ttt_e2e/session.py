@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ttt_e2e.carried import end_tokens
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -208,7 +209,7 @@ class Session:
         learn_from_writing: bool = False,
         **sampling: Any,
     ) -> Iterator[int]:
-        """Write on after what was read and `prompt`; yields token ids, up to BOS (a document's end) or `max_tokens`.
+        """Write on after what was read and `prompt`; yields token ids, up to one that ends the text or `max_tokens`.
 
         sampling: the fields of `SamplingOptions`. The session itself stays as it is: a fork reads the prompt, and
         learns from its whole mini-batches, but not from what it writes. With `learn_from_writing` the session itself
@@ -230,7 +231,7 @@ class Session:
             if not logits_V.isfinite().all():
                 writer._check(np.array([math.nan]), 0.0)
             chosen = sample(logits_V, options, generator)
-            if self.tokenizer is not None and chosen == self.tokenizer.bos:
+            if self.tokenizer is not None and chosen in self.tokenizer.ends:
                 return
             token = np.array([chosen])
             if learn_from_writing:
@@ -468,4 +469,5 @@ def load_reader(folder: Path | None = None, device: str | torch.device = "cpu") 
             f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but its model has a vocabulary of "
             f"{model.config.vocab_size}; put the tokenizer that made its training tokens there."
         )
+    tokenizer.ends = end_tokens(folder, tokenizer)
     return model, tokenizer

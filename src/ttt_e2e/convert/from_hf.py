@@ -33,10 +33,7 @@ from ttt_e2e.cost import parameters
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import FastMLP
-from ttt_e2e.model_files import TOKENIZER, read_json
-
-# What is copied as it is, for other programs: ours reads the tokenizer alone.
-CARRIED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+from ttt_e2e.model_files import TOKENIZER, copy_carried, read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 23  # numbers that are read at once
@@ -113,9 +110,9 @@ def convert_from_hf(
             _put_new(config, put)
         if config.fast_rank is not None:
             _put_factors(config, put)
-        for name in (TOKENIZER, *CARRIED):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, part_folder / name)
+        if words is not None:
+            shutil.copyfile(folder / TOKENIZER, part_folder / TOKENIZER)
+        copy_carried(folder, part_folder)
     return Converted(config, source.family, parameters(config), dtype, words is not None, unnamed)
 
 

@@ -1,5 +1,6 @@
 """A model folder of ours as one of the transformers library, which loads it once `ttt_e2e.hf` is imported."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -7,16 +8,15 @@ import torch
 from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from ttt_e2e.carried import chat_template
 from ttt_e2e.config import to_dict
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 from ttt_e2e.hf import TTTE2EConfig, TTTE2EForCausalLM
 from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import TOKENIZER, read_json
+from ttt_e2e.model_files import TOKENIZER
 from ttt_e2e.session import load_reader
-
-_SETTINGS = "tokenizer_config.json"  # what a model that came from there has brought along
 
 
 def convert_to_hf(folder: Path, out: Path) -> int:
@@ -30,20 +30,24 @@ def convert_to_hf(folder: Path, out: Path) -> int:
         raise UserError(f"{out} exists already; name a folder that does not.")
     model, tokenizer = load_reader(folder)
     with atomic_path(out) as part:
-        hf_model(model, tokenizer.bos).save_pretrained(part)
+        hf_model(model, tokenizer.bos, tokenizer.ends).save_pretrained(part)
         hf_tokenizer(folder, tokenizer).save_pretrained(part)
         for weights in part.glob("*.safetensors"):  # which are made for their owner alone
             weights.chmod((part / "config.json").stat().st_mode)
     return sum(weight.numel() for weight in model.parameters())
 
 
-def hf_model(model: Transformer, bos: int | None = None) -> TTTE2EForCausalLM:
-    """`model` with the interface of transformers; it shares the weights. bos: what begins and ends documents."""
+def hf_model(model: Transformer, bos: int | None = None, ends: Iterable[int] = ()) -> TTTE2EForCausalLM:
+    """`model` with the interface of transformers; it shares the weights.
+
+    bos: what begins and ends documents, and pads. ends: all tokens that end a text which is written, `bos` among them.
+    """
     config = TTTE2EConfig(to_dict(model.config), bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
     with torch.device("meta"):  # no weights are made, only to be replaced
         wrapped = TTTE2EForCausalLM(config)
     wrapped.model = model
-    wrapped.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
+    eos = sorted(ends) if len({*ends}) > 1 else bos
+    wrapped.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=bos)
     return wrapped.eval()
 
 
@@ -60,8 +64,7 @@ def hf_tokenizer(folder: Path, tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         )
         before = [] if backend.post_processor is None else [backend.post_processor]
         backend.post_processor = processors.Sequence([*before, begin])
-    settings = Path(folder) / _SETTINGS
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    template = chat_template(Path(folder))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,
@@ -69,5 +72,5 @@ def hf_tokenizer(folder: Path, tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         pad_token=bos,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        **({} if template is None else {"chat_template": template}),
+        **({} if template is None else {"chat_template": template.source}),
     )

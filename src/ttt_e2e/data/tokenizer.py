@@ -70,7 +70,8 @@ class Tokenizer:
     """Text to token ids and back. Text never becomes a special token, even where it spells one.
 
     With a byte-level tokenizer, every one that is trained here included, `decode(encode(text)) == text`.
-    bos: id of the token that begins every document. vocab_size: one more than the largest id.
+    bos: id of the token that begins every document. ends: ids that end a text which a model writes; `bos` alone, unless
+    the model has others. special: ids of the special tokens, by spelling. vocab_size: one more than the largest id.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str = "The tokenizer") -> None:
@@ -78,13 +79,15 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = True
         # A large vocabulary may spell such a name as an ordinary token.
-        special = {added.content: token for token, added in backend.get_added_tokens_decoder().items() if added.special}
-        ids = [*map(special.get, _BOS_NAMES), *map(backend.token_to_id, _BOS_NAMES)]
+        added = backend.get_added_tokens_decoder()
+        self.special: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
+        ids = [*map(self.special.get, _BOS_NAMES), *map(backend.token_to_id, _BOS_NAMES)]
         bos = next((token for token in ids if token is not None), None)
         if bos is None:
             raise UserError(f"{name} has no token that begins a document; add one of {', '.join(_BOS_NAMES)}.")
         self.backend = backend
         self.bos: int = bos
+        self.ends = frozenset({bos})
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
 
     @classmethod

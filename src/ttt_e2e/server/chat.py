@@ -1,68 +1,80 @@
 """A conversation as one prompt: by a model's own chat template, or a plain one."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ttt_e2e.carried import ChatTemplate, chat_template
 from ttt_e2e.data.text import read_text
+from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model_files import read_json
 
 _NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+_MARK = "\ufdd0"  # no character, and in no text that means anything
 
 
 class Chat:
     """How messages become a prompt, and what ends an answer.
 
-    source: a Jinja template as Hugging Face models have it; None: lines such as "User: ...", up to "Assistant:".
-    bos, eos: how the template's special tokens are written. The tokenizer never reads a special token out of a text,
-    so a template that is made of them gives the model their spelling. Raises UserError for a template that is none.
+    template: None: lines such as "User: ...", up to "Assistant:". special: ids of the tokenizer's special tokens, by
+    spelling. Where the template spells one it is that token; where a message does, it is text, so that nobody can end
+    his own message and begin another's. stop: strings before which an answer ends. Raises UserError for a template
+    that is none.
     """
 
-    def __init__(self, source: str | None = None, bos: str = "", eos: str = "") -> None:
-        self._bos, self._eos = bos, eos
-        self._template = None if source is None else _template(source)
-        ends = "\nUser:" if source is None else eos
+    def __init__(self, template: ChatTemplate | None = None, special: Mapping[str, int] | None = None) -> None:
+        self._special = dict(special or {})
+        spellings = sorted(self._special, key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
+        self._bos, self._eos = ("", "") if template is None else (template.bos, template.eos)
+        self._template = None if template is None else _template(template.source)
+        ends = "\nUser:" if template is None else "" if self._eos in self._special else self._eos
         self.stop: tuple[str, ...] = (ends,) if ends else ()
 
-    def prompt(self, messages: list[dict[str, str]], begun: bool) -> str:
-        """The text after which the model answers `messages`. begun: it follows on something that was read.
+    def prompt(self, messages: list[dict[str, str]], begun: bool) -> list[str | int]:
+        """Texts, and the ids of special tokens between them, after which the model answers `messages`.
 
-        Raises UserError if the template cannot take these messages.
+        begun: they follow on something that was read. Raises UserError if the template cannot take these messages.
         """
         if self._template is None:
             lines = [f"{_NAMES[message['role']]}: {message['content']}" for message in messages]
-            return "\n" * begun + "\n".join([*lines, "Assistant:"])
+            return ["\n" * begun + "\n".join([*lines, "Assistant:"])]
         from jinja2 import TemplateError
 
         try:
             text: str = self._template.render(
-                messages=messages, add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos, tools=None
+                messages=[message | {"content": self._as_text(message["content"])} for message in messages],
+                add_generation_prompt=True,
+                bos_token=self._bos,
+                eos_token=self._eos,
+                tools=None,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"The chat template cannot take these messages ({error}); send others.") from error
-        return text.removeprefix(self._bos)  # a session begins with that token already
+        parts: list[str | int] = []
+        text, at = text.removeprefix(self._bos), 0  # a session begins with that token already
+        for found in self._spelled.finditer(text):
+            parts += [text[at : found.start()].replace(_MARK, ""), self._special[found[0]]]
+            at = found.end()
+        parts.append(text[at:].replace(_MARK, ""))
+        return [part for part in parts if part != ""]
+
+    def _as_text(self, content: str) -> str:
+        """`content` with a mark inside of whatever spells a special token."""
+        return self._spelled.sub(lambda found: found[0][:1] + _MARK + found[0][1:], content.replace(_MARK, ""))
 
 
-def load_chat(model: Path, file: Path | None = None) -> Chat:
-    """The chat template in `file`, or else the model folder's own, or else the plain one.
+def load_chat(model: Path, tokenizer: Tokenizer, file: Path | None = None) -> Chat:
+    """The chat template in `file`, or else that of the model in the folder `model`, or else the plain one.
 
     Raises UserError if what is there is no template.
     """
-    path = model / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    source = config.get("chat_template") if file is None else read_text(file)
-    if isinstance(source, list):  # several, by name
-        named = {one["name"]: one["template"] for one in source}
-        source = named.get("default")
-    if source is None:
-        return Chat()
-    return Chat(source, _token(config.get("bos_token")), _token(config.get("eos_token")))
-
-
-def _token(value: Any) -> str:
-    """A special token in a tokenizer_config.json: a string, or an object that holds it."""
-    return str(value.get("content", "") if isinstance(value, dict) else value or "")
+    template = chat_template(model)
+    if file is not None:
+        template = (template or ChatTemplate("", "", ""))._replace(source=read_text(file))
+    return Chat(template, tokenizer.special)
 
 
 def _template(source: str) -> Any:

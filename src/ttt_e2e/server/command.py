@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
             model="ttt-e2e" if arguments.model is None else folder.resolve().name,
             keys=keys,
             limits=Limits(body=arguments.max_body, rate=arguments.rate),
-            chat=load_chat(folder, arguments.chat_template),
+            chat=load_chat(folder, tokenizer, arguments.chat_template),
         )
         logs.configure()
         app = create_app(engine, settings)

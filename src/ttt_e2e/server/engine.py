@@ -18,7 +18,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.model import Transformer
 from ttt_e2e.pool import Done, Losses, Token
 from ttt_e2e.sampling import SamplingOptions, TextStream
-from ttt_e2e.server.records import NoSession, Piece, Progress, SessionRecord, Stopping, TooMuch
+from ttt_e2e.server.records import NoSession, Piece, Progress, Prompt, SessionRecord, Stopping, TooMuch
 from ttt_e2e.server.shelf import Entry, Shelf
 from ttt_e2e.server.store import Store
 from ttt_e2e.server.worker import Job, Worker
@@ -169,7 +169,7 @@ class Engine:
         self,
         owner: str,
         id: str | None,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_tokens: int = 200,
         stop: Sequence[str] = (),
@@ -180,8 +180,9 @@ class Engine:
 
         The session stays as it is. With `learn`, the model learns from what it writes, and prompt and written text
         become part of the session, saved before the last Piece comes; if it does not come, nothing has changed. Such a
-        writing waits as a reading does. stop: strings before which the text ends. Raises UserError for numbers out of
-        range, TooMuch if prompt and `max_tokens` do not fit into a session, and Diverged.
+        writing waits as a reading does. stop: strings before which the text ends; it also ends with a token that ends
+        texts. Raises UserError for numbers out of range, TooMuch if prompt and `max_tokens` do not fit into a session,
+        and Diverged.
         """
         entry = None if id is None else self._shelf.entry(owner, id)
         stream = TextStream(self._tokenizer, stop)
@@ -190,7 +191,7 @@ class Engine:
         with self._at_work():
             async with entry.turn if entry and learn else nullcontext():
                 value = self._fresh if entry is None else await self._shelf.value(entry, settled=learn)
-                ids = await asyncio.to_thread(self._tokenizer.encode, prompt)
+                ids = await asyncio.to_thread(self._encoded, prompt)
                 self._check_length(_tokens(value) + len(ids) + max_tokens)
                 asked = len(ids)
                 if learn:
@@ -256,6 +257,11 @@ class Engine:
                 pass
             _raise(event)
             return await job.leave()
+
+    def _encoded(self, prompt: Prompt) -> np.ndarray:
+        parts = [prompt] if isinstance(prompt, str) else prompt
+        ids = [self._tokenizer.encode(part) if isinstance(part, str) else np.array([part], np.int64) for part in parts]
+        return np.concatenate([np.empty(0, np.int64), *ids])
 
     def _chunks(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """The tokens of a text, a few mini-batches at a time."""

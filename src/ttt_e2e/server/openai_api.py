@@ -5,7 +5,7 @@ Beyond it there are the fields `session`, `learn`, `top_k` and `min_p`.
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -31,7 +31,7 @@ from ttt_e2e.server.fields import (
 from ttt_e2e.server.keys import Caller
 from ttt_e2e.server.limits import Turns
 from ttt_e2e.server.metrics import Metrics
-from ttt_e2e.server.records import Piece
+from ttt_e2e.server.records import Piece, Prompt
 from ttt_e2e.server.streams import EVENTS, event_stream, first_and_rest, together, unless_gone
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Writer:
         self,
         request: Request,
         body: Writing,
-        prompts: list[str],
+        prompts: Sequence[Prompt],
         session: str | None,
         form: _Form,
         stop: tuple[str, ...] = (),
@@ -124,7 +124,7 @@ class Writer:
         return JSONResponse(await unless_gone(request.receive, self._whole(parts, form, n, len(prompts))))
 
     async def _parts(
-        self, request: Request, body: Writing, prompts: list[str], session: str | None, stop: tuple[str, ...]
+        self, request: Request, body: Writing, prompts: Sequence[Prompt], session: str | None, stop: tuple[str, ...]
     ) -> AsyncGenerator[_Part, None]:
         """All choices as they come, those of the first prompt first; counts tokens and looks at the clock."""
         n = body.n or 1

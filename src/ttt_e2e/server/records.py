@@ -1,8 +1,12 @@
 """What the engine tells: of sessions, of reading, of writing, and of what it refuses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ttt_e2e.errors import UserError
+
+Prompt = str | Sequence[str | int]
+"""A text, or texts with token ids between them."""
 
 
 class NoSession(UserError):  # noqa: N818 - it is a state of affairs, as KeyboardInterrupt is

@@ -32,7 +32,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.inner_loop import PLAIN, sequence_loss
 from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import CONFIG, TOKENIZER, load_config, read_json, read_weights, save_model
+from ttt_e2e.model_files import CONFIG, TOKENIZER, copy_carried, load_config, read_json, read_weights, save_model
 from ttt_e2e.training.checkpoint import (
     Progress,
     checkpoints,
@@ -143,6 +143,8 @@ def train(
             remove_leftovers(out)
             write_text(out / CONFIG, json.dumps(record, indent=2) + "\n")
             words.save(out / TOKENIZER)
+            if record["start_from"] is not None and checkpoint is None:
+                copy_carried(Path(record["start_from"]), out)
             metrics = stack.enter_context(Metrics(out, done.step, to_dict(config), tensorboard, wandb))
         hidden = not (progress and peers.leads)
         bar = stack.enter_context(tqdm(total=plan.steps, initial=done.step, unit="step", disable=hidden))

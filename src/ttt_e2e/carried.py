@@ -1,0 +1,53 @@
+"""What a pretrained model has beside its tokenizer: how it ends a text, and how a conversation is put to it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ttt_e2e.data.text import read_text
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.model_files import CHAT_TEMPLATE, GENERATION, WORDS, read_json
+
+
+class ChatTemplate(NamedTuple):
+    """A Jinja template as Hugging Face models have it, and how the special tokens are spelled that it may name."""
+
+    source: str
+    bos: str
+    eos: str
+
+
+def chat_template(folder: Path) -> ChatTemplate | None:
+    """The chat template of the model in `folder`, the default one of several; None if there is none.
+
+    Raises UserError for a file that cannot be read.
+    """
+    settings = _settings(folder / WORDS)
+    source = settings.get("chat_template")
+    if (folder / CHAT_TEMPLATE).is_file():
+        source = read_text(folder / CHAT_TEMPLATE)
+    elif isinstance(source, list):  # several, by name
+        source = {one["name"]: one["template"] for one in source}.get("default")
+    if source is None:
+        return None
+    return ChatTemplate(source, _spelling(settings.get("bos_token")), _spelling(settings.get("eos_token")))
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids after which a text that the model in `folder` writes has ended.
+
+    BOS, which begins the next document, and what the model's own settings name, such as the end of an answer. Ids that
+    the tokenizer does not have end nothing. Raises UserError for a file that cannot be read.
+    """
+    ends = _settings(folder / GENERATION).get("eos_token_id")
+    named = ends if isinstance(ends, list) else [ends]
+    named.append(tokenizer.special.get(_spelling(_settings(folder / WORDS).get("eos_token"))))
+    return frozenset({tokenizer.bos, *(i for i in named if isinstance(i, int) and 0 <= i < tokenizer.vocab_size)})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _spelling(token: Any) -> str:
+    """A special token in a tokenizer_config.json: a string, or an object that holds it."""
+    return str(token.get("content", "") if isinstance(token, dict) else token or "")
