@@ -12,7 +12,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,6 @@ from ttt_e2e import cli, session_files
 from ttt_e2e import session as session_module
 from ttt_e2e.command_line import warnings_in_one_line
 from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.config import override
-from ttt_e2e.cost import cost, parameters
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inner_loop import Steps
@@ -310,21 +307,6 @@ def test_info_and_presets(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("presets") == 0
     out = capsys.readouterr().out
     assert all(re.search(rf"^{name}\b", out, re.M) for name in PRESETS)
-
-
-def test_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("cost", "tiny", "--context", "8K", "2M", 1000) == 0
-    out = capsys.readouterr().out
-    assert all(re.search(rf"^{context} .*\(", out, re.M) for context in ("8K", "2M", "1000"))
-    assert f"{parameters(PRESETS['tiny'].model):,} parameters" in out
-    assert run("cost", "tiny-full") == 0
-    assert "(" not in capsys.readouterr().out.split("\n\n")[1]  # nothing to hold it against
-    assert run("cost", "tiny", "--json", "layers=4", "train.dtype=bfloat16") == 0
-    report = json.loads(capsys.readouterr().out)
-    model = override(PRESETS["tiny"], ["layers=4"]).model
-    assert report["bytes"]["bfloat16"] == 2 * parameters(model)
-    assert report["costs"]["tiny"] == [asdict(cost(model, context, 2)) for context in (4096, 16384, 65536)]
-    assert set(report["costs"]) == {"tiny", "tiny-full"}
 
 
 @pytest.mark.parametrize("command", ["", "read", "generate", "prepare", "train", "evaluate", "presets", "cost", "info"])

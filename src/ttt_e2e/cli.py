@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ttt_e2e import notebook_command
+from ttt_e2e import cost_command, notebook_command
 from ttt_e2e.command_line import parse, warnings_in_one_line
 from ttt_e2e.config import RunConfig, override
 from ttt_e2e.convert import command as convert_command
@@ -307,33 +307,6 @@ def _runs(names: tuple[str, ...]) -> list[tuple[str, int]]:
     return [(name, len(list(group))) for name, group in groupby(names)]
 
 
-def _cost(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from ttt_e2e.cost import cost, in_bytes, parameters, table
-
-    config = override(preset(arguments.preset), arguments.settings)
-    contexts = arguments.context or [config.train.context * times for times in (1, 4, 16)]
-    dtype = config.train.dtype
-    full = f"{arguments.preset.split('-')[0]}-full"
-    configs = {arguments.preset: config}
-    if arguments.preset != full:
-        configs[full] = PRESETS[full]
-    size = 2 if dtype == "bfloat16" else 4
-    costs = [[cost(c.model, context, size, c.train.meta) for context in contexts] for c in configs.values()]
-    count = parameters(config.model)
-    if arguments.json:
-        found = {name: [asdict(at) for at in row] for name, row in zip(configs, costs, strict=True)}
-        _print_json({"dtype": dtype, "bytes": {"float32": 4 * count, "bfloat16": 2 * count}, "costs": found})
-        return 0
-    weights = f"{in_bytes(4 * count)} in float32, {in_bytes(2 * count)} in bfloat16"
-    print(f"{arguments.preset}: {count:,} parameters, {weights}")
-    beside = f"; in brackets: as a multiple of {full}" if len(costs) > 1 else ""
-    print(f"State of one text (caches in {dtype}), and operations per token{beside}\n")
-    print(table(*costs))
-    return 0
-
-
 def _reproduce(arguments: argparse.Namespace) -> int:
     from ttt_e2e.reproduce.command import run
 
@@ -436,7 +409,7 @@ _FUNCTIONS = {
     "train": _train,
     "evaluate": _evaluate,
     "presets": _presets,
-    "cost": _cost,
+    "cost": cost_command.run,
     "notebook": notebook_command.run,
     "serve": serve_command.run,
     "convert": convert_command.run,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from ttt_e2e import __version__, notebook_command
+from ttt_e2e import __version__, cost_command, notebook_command
 from ttt_e2e.convert import command as convert_command
 from ttt_e2e.reproduce import command as reproduce_command
 from ttt_e2e.server import command as serve_command
@@ -332,28 +332,8 @@ example:
     )
     sub.add_argument("--json", action="store_true", help="print all their settings as JSON")
 
-    sub = command(
-        "cost",
-        "count what a model costs, without running it",
-        """Count a preset's parameters and, for texts of several lengths, what one of them leaves behind in the
-model, and the operations per token: reading (learning included), writing one token more, training,
-and training with recompute=mini-batch. In brackets: as a multiple of full attention of that size.
-Operations are those of matrix products, a product and its sum as two; attention by the pairs it needs.""",
-        """examples:
-  ttt-e2e cost 3b
-  ttt-e2e cost 3b --context 8K 128K 2M
-  ttt-e2e cost tiny window=1024 mini_batch=128 --json""",
-    )
-    sub.add_argument("preset", metavar="PRESET", help="see `ttt-e2e presets`")
-    sub.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the preset")
-    sub.add_argument(
-        "--context",
-        nargs="+",
-        type=_tokens,
-        metavar="TOKENS",
-        help="lengths of the text, such as 8192, 128K or 2M (default: the preset's, 4 and 16 times that)",
-    )
-    sub.add_argument("--json", action="store_true", help="print it as JSON")
+    sub = command("cost", "count what a model costs, without running it", cost_command.DESCRIPTION, cost_command.EPILOG)
+    cost_command.add_arguments(sub, _tokens)
 
     sub = command(
         "convert", "models of other programs, in and out", convert_command.DESCRIPTION, convert_command.EPILOG

@@ -99,6 +99,16 @@ def fast_weights(config: ModelConfig) -> int:
     return config.suffix_layers * (whole if config.fast_rank is None else _factors(config))
 
 
+def training_bytes(config: ModelConfig) -> int:
+    """Bytes that training holds besides activations: weights, gradients and two moments of AdamW, all float32."""
+    return 16 * parameters(config)
+
+
+def hours(operations: float, tokens: int, rate: float) -> float:
+    """Hours for so many tokens at `operations` each, on a machine that does `rate` of them a second."""
+    return operations * tokens / rate / 3600
+
+
 def operations(config: ModelConfig, context: int, meta: bool = True) -> Operations:
     """Operations per token at `context` tokens. meta: as in `TrainConfig`; without it nothing is learned in training.
 

@@ -65,7 +65,7 @@ def add_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     )
     sub.add_argument("source", metavar="PATH_OR_NAME", help="the folder of a checkpoint, or its name on Hugging Face")
     sub.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
-    _learning_options(sub)
+    learning_options(sub)
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights in the file (default: as they are)"
     )
@@ -79,7 +79,7 @@ def add_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     )
     sub.add_argument("source", type=Path, metavar="MODEL", help="a model folder")
     sub.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
-    _learning_options(sub)
+    learning_options(sub)
 
     sub = actions.add_parser(
         "from-official",
@@ -110,13 +110,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "from-hf":
         from ttt_e2e.convert.from_hf import convert_from_hf, describe
 
-        start, progress = _start(arguments), not arguments.quiet
-        model = convert_from_hf(arguments.source, arguments.out, start, dtype=arguments.dtype, progress=progress)
+        model = convert_from_hf(
+            arguments.source, arguments.out, start(arguments), dtype=arguments.dtype, progress=not arguments.quiet
+        )
         print(f"{arguments.out}: {'; '.join(describe(model))}")
     elif arguments.action == "from-standard":
         from ttt_e2e.convert.standard import convert_from_standard
 
-        config = convert_from_standard(arguments.source, arguments.out, _start(arguments))
+        config = convert_from_standard(arguments.source, arguments.out, start(arguments))
         print(f"{arguments.out}: {config.suffix_layers} of {config.layers} blocks learn; window {config.window}")
     elif arguments.action == "from-official":
         from ttt_e2e.convert.official import convert_from_official
@@ -140,13 +141,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _start(arguments: argparse.Namespace) -> "Start":
+def start(arguments: argparse.Namespace) -> "Start":
+    """What the options of `learning_options` say."""
     from ttt_e2e.convert.start import Start
 
     return Start(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Start)})
 
 
-def _learning_options(sub: argparse.ArgumentParser) -> None:
+def learning_options(sub: argparse._ActionsContainer) -> None:
+    """Give a parser or a group of one the options that say how a model is to learn; `start` reads them."""
     sub.add_argument(
         "--window", type=int, metavar="K", help="tokens attention sees (default: 8192, or as many as the original)"
     )

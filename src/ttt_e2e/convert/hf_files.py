@@ -15,7 +15,7 @@ from ttt_e2e.model_files import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Some repositories hold the same weights once more in another format, in a folder or beside.
 _WANTED, _UNWANTED = ["*.json", "*.safetensors", "*.jinja"], ["*/*", "consolidated*"]
@@ -61,11 +61,34 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:  # the library's own, those of its HTTP client, and the system's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{name} is no folder here, is not whole in the Hugging Face cache and could not be downloaded ({reason}); "
-            "check the name and the connection."
-        ) from error
+        raise _not_there(name, error) from error
+
+
+def _not_there(name: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{name} is no folder here, is not whole in the Hugging Face cache and could not be downloaded ({reason}); "
+        "check the name and the connection."
+    )
+
+
+def find_config(path_or_name: str | Path) -> Path:
+    """The config.json of a checkpoint: the file itself, in its folder, or by its name on Hugging Face.
+
+    Raises UserError if there is none, or if it cannot be downloaded.
+    """
+    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    file = path / CONFIG if path.is_dir() else path
+    if file.is_file():
+        return file
+    if path.exists() or not _NAME.fullmatch(name):
+        raise UserError(f"There is no {file}; give a checkpoint's folder or its {CONFIG}, or its name: owner/model.")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, CONFIG))
+    except Exception as error:  # as above
+        raise _not_there(name, error) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -45,6 +45,11 @@ class Source(NamedTuple):
     reason: str
 
 
+def full_attention(source: Source) -> ModelConfig:
+    """The original itself, with full attention."""
+    return ModelConfig(**source.shape, pattern=("full",), mini_batch=None)
+
+
 def model_config(source: Source, start: Start) -> ModelConfig:
     """The model of ours that a pretrained one becomes. Raises UserError for what does not fit."""
     window = min(WINDOW, source.reach) if start.window is None else start.window
