@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\nHours to train on {arguments.train:,} tokens, at {rate}\n")
         print(f"{'context':<8}{'training':>18}{'recomputing':>18}")
         for at in costs[name]:
-            print(f"{in_tokens(at.context):<8}" + "".join(f"{h:>18.1f}" for h in _hours(at, arguments).values()))
+            cells = [f"{_in_hours(number):>18}" for number in _hours(at, arguments).values()]
+            print(f"{in_tokens(at.context):<8}" + "".join(cells))
     return 0
 
 
@@ -140,6 +141,10 @@ def _hours(at: Cost, arguments: argparse.Namespace) -> dict[str, float]:
         "training": hours(operations.training, arguments.train, arguments.flops),
         "training_recomputed": hours(operations.training_recomputed, arguments.train, arguments.flops),
     }
+
+
+def _in_hours(number: float) -> str:
+    return f"{number:,.1f}" if number >= 10 else f"{number:.2g}"
 
 
 def _rate(text: str) -> float:
