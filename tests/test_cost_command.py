@@ -64,7 +64,7 @@ def test_of_a_pretrained_transformer(checkpoint: Path, capsys: pytest.CaptureFix
     options = ("--window", 128, "--fast", "split", "--fast-rank", 4, "--suffix", 0.5)
     expected = model_config(source, Start(window=128, fast="split", fast_rank=4, suffix=0.5))
     for where in (checkpoint, checkpoint / "config.json"):
-        assert run("cost", where, *options, "--context", 300, "--train", 1000, "--flops", "2.5G", "--json") == 0
+        assert run("cost", where, *options, "--context", 300, "--train", 1000, "--flops", "25G", "--json") == 0
         report = json.loads(capsys.readouterr().out)
         assert report["costs"] == {
             "Qwen3-0.00006B": [asdict(cost(expected, 300, 2))],
@@ -72,7 +72,7 @@ def test_of_a_pretrained_transformer(checkpoint: Path, capsys: pytest.CaptureFix
         }
         assert report["bytes"]["training"] == 16 * parameters(expected)
         training = report["costs"]["Qwen3-0.00006B"][0]["operations"]["training"]
-        assert report["training"]["hours"][0]["training"] == pytest.approx(training * 1000 / 2.5e9 / 3600)
+        assert report["training"]["hours"][0]["training"] == pytest.approx(training * 1000 / 25e9 / 3600)
     assert run("cost", checkpoint, "--train", "1K") == 0
     out = capsys.readouterr().out
     assert "at 400 T operations a second" in out and re.search(r"^2K +[\d.e-]+ +[\d.e-]+$", out, re.M)

@@ -333,7 +333,7 @@ example:
     sub.add_argument("--json", action="store_true", help="print all their settings as JSON")
 
     sub = command("cost", "count what a model costs, without running it", cost_command.DESCRIPTION, cost_command.EPILOG)
-    cost_command.add_arguments(sub, _tokens)
+    cost_command.add_arguments(sub)
 
     sub = command(
         "convert", "models of other programs, in and out", convert_command.DESCRIPTION, convert_command.EPILOG
@@ -349,7 +349,7 @@ example:
         reproduce_command.DESCRIPTION,
         reproduce_command.EPILOG,
     )
-    of_reproduce = reproduce_command.add_actions(sub, _tokens)
+    of_reproduce = reproduce_command.add_actions(sub)
 
     sub = command(
         "info",
@@ -366,15 +366,6 @@ example:
     actions |= {f"notebook {name}": action for name, action in of_notebook.items()}
     actions |= {f"convert {name}": action for name, action in of_convert.items()}
     return parser, {**commands.choices, **actions}
-
-
-def _tokens(text: str) -> int:
-    """A number of tokens, such as 8192, 128K (times 1024) or 2M (times 1024 x 1024)."""
-    unit = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
-    digits = text if unit == 1 else text[:-1]
-    if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write one such as 8192, 128K or 2M")
-    return int(digits) * unit
 
 
 def _compile_option(parser: argparse.ArgumentParser, when: str) -> None:

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import re
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from ttt_e2e.convert.start import Start, full_attention, model_config
 from ttt_e2e.cost import Cost, cost, hours, in_bytes, in_tokens, parameters, table, training_bytes
 from ttt_e2e.errors import UserError
 from ttt_e2e.presets import PRESETS, preset
+from ttt_e2e.quantities import rate, tokens
 
 DESCRIPTION = """Count a model's parameters and, for texts of several lengths, what one of them leaves behind in it, and
 the operations per token: reading (learning included), writing one token more, training, and training with
@@ -28,12 +27,11 @@ EPILOG = """examples:
   ttt-e2e cost tiny window=1024 mini_batch=128 --json
   ttt-e2e cost Qwen/Qwen3-8B --fast split --fast-rank 16 --train 1000M"""
 
-_FLOPS = 4e14
-_UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_FLOPS = 400 * 10**12
 
 
-def add_arguments(parser: argparse.ArgumentParser, tokens: Callable[[str], int]) -> None:
-    """Give `parser` the options. tokens: parses a number of tokens."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options."""
     parser.add_argument("model", metavar="MODEL", help="a preset, see `ttt-e2e presets`, or a folder, file or name")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the model")
     parser.add_argument(
@@ -46,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, tokens: Callable[[str], int])
     parser.add_argument("--train", type=tokens, metavar="TOKENS", help="say how long training on so many takes")
     parser.add_argument(
         "--flops",
-        type=_rate,
+        type=rate,
         default=_FLOPS,
         metavar="RATE",
         help="operations a second that the machine keeps up, such as 400T (the default; two fifths of what NVIDIA "
@@ -82,8 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"State of one text (caches in {dtype}), and operations per token{beside}\n")
     print(table(*costs.values()))
     if arguments.train:
-        rate = f"{arguments.flops / 1e12:g} T operations a second"
-        print(f"\nHours to train on {arguments.train:,} tokens, at {rate}\n")
+        speed = f"{arguments.flops / 1e12:g} T operations a second"
+        print(f"\nHours to train on {arguments.train:,} tokens, at {speed}\n")
         print(f"{'context':<8}{'training':>18}{'recomputing':>18}")
         for at in costs[name]:
             cells = [f"{_in_hours(number):>18}" for number in _hours(at, arguments).values()]
@@ -145,11 +143,3 @@ def _hours(at: Cost, arguments: argparse.Namespace) -> dict[str, float]:
 
 def _in_hours(number: float) -> str:
     return f"{number:,.1f}" if number >= 10 else f"{number:.2g}"
-
-
-def _rate(text: str) -> float:
-    """Operations a second, such as 400T."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTP]?)", text.upper())
-    if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of operations a second; write one such as 400T")
-    return float(found[1]) * _UNITS.get(found[2], 1.0)

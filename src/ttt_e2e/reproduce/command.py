@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.quantities import tokens
 
 DESCRIPTION = """Repeat the paper's comparison of systems: for each the same tokens in the same order, as many
 parameters and the same schedule, its learning rate chosen by a sweep; held-out books read at every context."""
@@ -27,11 +28,9 @@ attention also with a window, and as TTT-E2E with fast MLPs that are new or spli
 rates are chosen by a sweep in both stages. Read held-out books with what comes out."""
 _SYSTEMS = "full, window, hybrid, mamba2, gated-deltanet, ttt-kvb, titans, dynamic, ttt-e2e, full-prefix"
 
-Tokens = Callable[[str], int]
 
-
-def add_actions(parser: argparse.ArgumentParser, tokens: Tokens) -> dict[str, argparse.ArgumentParser]:
-    """Give `parser` the actions of `reproduce`; returns their parsers by name. tokens: reads a number such as 128K."""
+def add_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Give `parser` the actions of `reproduce`; returns their parsers by name."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def action(name: str, short: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -46,7 +45,7 @@ def add_actions(parser: argparse.ArgumentParser, tokens: Tokens) -> dict[str, ar
   ttt-e2e reproduce figure1 --scale tiny --data tokens --out figure1 --systems window,ttt-e2e --contexts 256,1K
   ttt-e2e reproduce figure1 --scale tiny --data tokens --out figure1 --seeds 0,1,2""",
     )
-    _comparison_options(sub, tokens)
+    _comparison_options(sub)
     sub = action(
         "ablations",
         "TTT-E2E with one choice made otherwise",
@@ -55,7 +54,7 @@ def add_actions(parser: argparse.ArgumentParser, tokens: Tokens) -> dict[str, ar
 meta-learning. They have as many parameters as TTT-E2E, which they are compared with. A plan of them:
   ttt-e2e reproduce ablations --scale tiny --out ablations --contexts 256,2K --dry-run""",
     )
-    _comparison_options(sub, tokens)
+    _comparison_options(sub)
     sub = action(
         "warmstart",
         "TTT-E2E that starts from a Transformer with full attention",
@@ -64,7 +63,7 @@ meta-learning. They have as many parameters as TTT-E2E, which they are compared 
 of tokens; `switch` is full-on with a window that it was not trained with. A plan of them:
   ttt-e2e reproduce warmstart --scale tiny --out warmstart --contexts 512,2K --dry-run""",
     )
-    _comparison_options(sub, tokens)
+    _comparison_options(sub)
 
     sub = action(
         "latency",
@@ -174,7 +173,7 @@ def _models_of(comparison: Path) -> dict[str, Path]:
     return found
 
 
-def _comparison_options(parser: argparse.ArgumentParser, tokens: Tokens) -> None:
+def _comparison_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", default="tiny", metavar="NAME", help="tiny, small or paper (default: tiny)")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="what `prepare` has written (default: Python's library, in OUT/tokens)"

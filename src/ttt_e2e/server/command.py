@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.quantities import size
 
 DESCRIPTION = """Serve a model over HTTP: OpenAI's API, and sessions, a memory that outlives a request. A page for
 browsers is at /. Without keys it is for this machine only."""
@@ -18,7 +19,6 @@ EPILOG = """examples:
   ttt-e2e serve --host 0.0.0.0 --keys keys.txt        lines of keys.txt: a name and a key
 
 Ctrl-C or SIGTERM ends it; what has been acknowledged is on the disk."""
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template", type=Path, metavar="FILE", help="a Jinja template (default: the model's, or a plain one)"
     )
     parser.add_argument(
-        "--memory", type=_size, default=2 << 30, metavar="BYTES", help="of sessions in memory (default: 2G)"
+        "--memory", type=size, default=2 << 30, metavar="BYTES", help="of sessions in memory (default: 2G)"
     )
     parser.add_argument("--max-sessions", type=_count, default=100, metavar="N", help="of a key (default: 100)")
     parser.add_argument(
         "--max-session-tokens", type=_count, default=10_000_000, metavar="N", help="of a session (default: 10000000)"
     )
     parser.add_argument(
-        "--max-body", type=_size, default=64 << 20, metavar="BYTES", help="of a text or session file (default: 64M)"
+        "--max-body", type=size, default=64 << 20, metavar="BYTES", help="of a text or session file (default: 64M)"
     )
     parser.add_argument("--max-batch", type=_count, default=16, metavar="N", help="texts in one call (default: 16)")
     parser.add_argument(
@@ -177,12 +177,3 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 2**16):
         raise argparse.ArgumentTypeError(f"{text!r} is no port, a number from 0 to 65535")
     return int(text)
-
-
-def _size(text: str) -> int:
-    """A number of bytes, such as 512M or 2G."""
-    unit = _UNITS.get(text[-1:].upper(), 1)
-    digits = text if unit == 1 else text[:-1]
-    if not (digits.isascii() and digits.isdigit() and 0 < int(digits) * unit < 2**53):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write one such as 512M or 2G")
-    return int(digits) * unit
