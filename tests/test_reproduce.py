@@ -501,6 +501,12 @@ def test_ablations_change_one_thing_each(data: Path, tmp_path: Path) -> None:
     assert [row["system"] for row in report["comparison"]] == ["ttt-e2e", "no-static-mlp", "no-meta"]
     assert report["finished"] and report["comparison"][0]["difference"]["mean"] == 0
     assert [e["system"] for e in report["evaluations"] if "inner_lr" in e] == ["no-meta"]
+    # They take the learning rate of TTT-E2E, which alone is swept.
+    assert {name for name, system in report["systems"].items() if system["sweep"]} == {"ttt-e2e"}
+    assert len({system["lr"] for system in report["systems"].values()}) == 1
+    trained = json.loads((tmp_path / "runs/no-meta/seed0/pretrain/job.json").read_text())
+    assert trained["config"]["train"]["lr"] == report["systems"]["ttt-e2e"]["lr"]
+    assert not (tmp_path / "runs/no-meta/sweep").exists()
 
 
 def test_a_comparison_s_models_are_asked_for_needles(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

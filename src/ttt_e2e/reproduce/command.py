@@ -23,6 +23,8 @@ scales:
   small  one GPU with 80 GB of memory, and a billion tokens of long texts or more (--data)
   paper  the published 3B models: eight GPUs or more with 80 GB each, on which every training runs by torchrun, for
          months; --data must be 54.5 billion tokens of the Llama 3 vocabulary, --books long texts in the same tokens"""
+_ABLATIONS = """Find TTT-E2E's learning rate by short trainings at several; train it and its variations with that
+rate from the start, and on from there for each context. Read held-out books with what comes out."""
 _WARM_START = """Train full attention, a sliding window and TTT-E2E, and go on for a tenth as long: each as it is, full
 attention also with a window, and as TTT-E2E with fast MLPs that are new or split off; then for each context. Learning
 rates are chosen by a sweep in both stages. Read held-out books with what comes out."""
@@ -49,7 +51,7 @@ def add_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     sub = action(
         "ablations",
         "TTT-E2E with one choice made otherwise",
-        _COMPARISON.replace("every system", "TTT-E2E and its variations", 1),
+        _ABLATIONS + _COMPARISON.partition("with what comes out.")[2],
         """The rows: window k, mini-batch b, how many blocks are updated, no static MLP beside the fast one, no
 meta-learning. They have as many parameters as TTT-E2E, which they are compared with. A plan of them:
   ttt-e2e reproduce ablations --scale tiny --out ablations --contexts 256,2K --dry-run""",

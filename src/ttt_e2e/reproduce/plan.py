@@ -3,7 +3,7 @@
 A job is a folder under OUT with job.json (what to do), log.txt (what it printed) and, once it is done, result.json:
 
     estimate/SYSTEM                      a few steps of random tokens, to say beforehand what the whole will take
-    runs/SYSTEM/sweep/lr-0.003           pre-training for a short while at one outer learning rate
+    runs/SYSTEM/sweep/lr-0.003           pre-training for a short while at one outer learning rate; some take another's
     runs/SYSTEM/sweep/below, above       the same at half and at twice the best of those
     runs/SYSTEM/seed0/pretrain           at the best of all; for some from another system's, and short
     runs/SYSTEM/seed0/extend-4096        trained on from there for one context
@@ -95,14 +95,14 @@ def jobs(plan: Plan) -> list[Job]:
 
 def _first_stage(plan: Plan, system: System, seed: int, made: dict[str, Job]) -> Job:
     """Add the sweep and the training of a system, which may start from another one's; returns the training."""
-    scale = plan.scale
-    size = _size(pretraining(scale, system, 0, tokens=_sweep_tokens(scale, system)))
+    scale, swept = plan.scale, _swept(system)
+    size = _size(pretraining(scale, swept, 0, tokens=_sweep_tokens(scale, swept)))
     start = f"runs/{system.starts_from}/seed{{}}/pretrain"
     before = () if system.starts_from is None else (start.format(plan.seeds[0]),)
-    first_round = tuple(_first_round(scale, system))
-    sweeps = [Job(folder, "sweep", system, 0, *size, before) for folder in first_round]
+    first_round = tuple(_first_round(scale, swept))
+    sweeps = [Job(folder, "sweep", swept, 0, *size, before) for folder in first_round]
     for name in _BESIDE:
-        sweeps.append(Job(f"runs/{system.name}/sweep/{name}", "sweep", system, 0, *size, (*before, *first_round)))
+        sweeps.append(Job(f"runs/{swept.name}/sweep/{name}", "sweep", swept, 0, *size, (*before, *first_round)))
     made |= {job.folder: job for job in sweeps}
     needs = tuple(job.folder for job in sweeps)
     if before:
@@ -132,8 +132,10 @@ def latency(plan: Plan) -> Job:
 def sweep_rates(scale: Scale, system: System, results: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     """The outer learning rates to try, from low to high, by folder: those of the scale, then two beside their best.
 
-    Without a result of the first round, there is no second.
+    They are those of the system that it has its rate from, if that is another one. Without a result of the first round,
+    there is no second.
     """
+    system = _swept(system)
     rates = _first_round(scale, system)
     best = _lowest(rates, results)
     if best is not None:
@@ -144,6 +146,11 @@ def sweep_rates(scale: Scale, system: System, results: Mapping[str, dict[str, An
 def best_sweep(scale: Scale, system: System, results: Mapping[str, dict[str, Any]]) -> float | None:
     """The swept learning rate of the lowest loss; one that diverged is never it. None if there is no loss."""
     return _lowest(sweep_rates(scale, system, results), results)
+
+
+def _swept(system: System) -> System:
+    """The system whose sweep finds the learning rate."""
+    return system if system.rate_of is None else named(system.rate_of)
 
 
 def _first_round(scale: Scale, system: System) -> dict[str, float]:

@@ -93,7 +93,7 @@ def _system(
 ) -> dict[str, Any]:
     own = trained(system)
     swept = []
-    for folder, lr in sweep_rates(plan.scale, own, results).items():
+    for folder, lr in sweep_rates(plan.scale, own, results).items() if own.rate_of is None else ():
         result = results.get(folder)
         if result is not None:
             swept.append({"lr": lr, "loss": result.get("loss"), "failed": result.get("failed")})
@@ -106,6 +106,7 @@ def _system(
         "parameters": parameters[0] if parameters else None,
         "trained_as": system.trained_as,
         "sweep": swept,
+        "rate_of": own.rate_of,
         "lr": best,
         "lr_at_edge": len(done) > 1 and best in (swept[0]["lr"], swept[-1]["lr"]),
     }

@@ -22,6 +22,7 @@ class System:
     same_size: whether the MLPs' width makes up for parameters that `changes` add or take away.
     trained_as: the system whose trained weights this one takes, because its own training would be the same.
     starts_from: the system whose first stage comes before this one's, which is then short: `warm_tokens` of the scale.
+    rate_of: the system whose sweep finds the outer learning rate for this one, too; None: its own does.
     fast, fast_share: how it then gets its fast MLPs, see `convert.standard`; None: not at all, or it has them.
     """
 
@@ -35,6 +36,7 @@ class System:
     starts_from: str | None = None
     fast: Fast | None = None
     fast_share: float = 1.0
+    rate_of: str | None = None
 
 
 SYSTEMS = (
@@ -78,7 +80,7 @@ def rows(what: str, scale: Scale) -> tuple[System, ...]:
 
 
 def named(name: str) -> System:
-    """The system that another one is `trained_as` or `starts_from`."""
+    """The system that another one is `trained_as` or `starts_from`, or has its rate from."""
     return next(system for system in (*SYSTEMS, *WARM_STARTS, *_FIRST) if system.name == name)
 
 
@@ -88,7 +90,7 @@ def default_rows(what: str, scale: Scale) -> tuple[str, ...]:
 
 
 def ablations(scale: Scale) -> tuple[System, ...]:
-    """TTT-E2E and what becomes of it when one choice is made otherwise, at the same number of parameters."""
+    """TTT-E2E and what becomes of it when one choice is made otherwise, with as many parameters and the same rate."""
     model = override(preset(scale.size), list(scale.settings)).model
     rows = [System("ttt-e2e", "TTT-E2E", "#1565c0", "")]
     for window in (scale.window // 2, scale.window * 2):
@@ -104,7 +106,8 @@ def ablations(scale: Scale) -> tuple[System, ...]:
         System("no-static-mlp", "no static MLP beside the fast one", "#c2185b", "", ("static_mlp=false",), True)
     )
     rows.append(System("no-meta", "without meta-learning", "#d9822b", "", ("meta=false",)))
-    return tuple(rows)
+    # One choice is made otherwise, and the learning rate is not that choice.
+    return rows[0], *(dataclasses.replace(row, rate_of="ttt-e2e") for row in rows[1:])
 
 
 def choose(what: str, scale: Scale, names: list[str] | None) -> tuple[System, ...]:
