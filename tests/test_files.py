@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,23 @@ def test_replaces_a_file_and_a_folder(tmp_path: Path) -> None:
             (part / text).write_text(text)
     assert [f.name for f in (tmp_path / "folder").iterdir()] == ["two"]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "folder"]
+
+
+def test_a_power_cut_finds_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was written is on the disk before the rename is, and that before the block has ended."""
+    done: list[str] = []
+    synced = os.fsync
+
+    def fsync(number: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        synced(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_path(tmp_path / "folder") as part:
+        part.mkdir()
+        (part / "file").write_text("new")
+        assert done == []
+    assert done == [part.name, "file", tmp_path.name]
 
 
 @pytest.mark.parametrize(

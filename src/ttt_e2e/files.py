@@ -30,6 +30,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             part.replace(target)
+        sync(target.parent)  # a power cut may otherwise undo the rename
     except OSError as error:
         _remove(part)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -51,9 +52,17 @@ def write_text(target: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    for part in (path, *path.rglob("*")):
+        sync(part)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk and not in memory alone."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _remove(path: Path) -> None:

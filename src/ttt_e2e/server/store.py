@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import write_text
+from ttt_e2e.files import sync, write_text
 from ttt_e2e.session import Session
 
 _ID = re.compile(r"sess-[0-9a-f]{32}")
@@ -101,6 +101,7 @@ class Store:
             raise UserError(f"Cannot delete the session {id}: {error.strerror}.") from error
         try:
             self.path(id).unlink(missing_ok=True)
+            sync(self.folder)  # so that no power cut brings it back
         except OSError as error:
             _log.warning("The file of the deleted session %s could not be removed: %s", id, error)
 
