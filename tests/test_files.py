@@ -28,7 +28,7 @@ def test_a_power_cut_finds_the_old_or_the_new(tmp_path: Path, monkeypatch: pytes
     synced = os.fsync
 
     def fsync(number: int) -> None:
-        done.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        done.append(Path(f"/proc/self/fd/{number}").readlink().name)
         synced(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
