@@ -74,6 +74,11 @@ def test_a_models_template(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages[1].content }}?")  # where newer ones have it
     assert load_chat(tmp_path, words()).prompt(TALK, False) == ["Hello {{ 7 * 7 }}?"]
     (tmp_path / "chat_template.jinja").unlink()
+    write(tmp_path, tokenizer_config={"chat_template": {"default": "x"}})
+    with pytest.raises(UserError, match="is no text"):
+        chat_template(tmp_path)
+    write(tmp_path, tokenizer_config={"chat_template": ["x", {}, {"name": "rag", "template": "y"}]})
+    assert chat_template(tmp_path) is None
     (tmp_path / "tokenizer_config.json").unlink()
     assert chat_template(tmp_path) is None
     assert load_chat(tmp_path, words()).stop == ("\nUser:",)

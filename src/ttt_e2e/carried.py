@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.errors import UserError
 from ttt_e2e.model_files import CHAT_TEMPLATE, GENERATION, WORDS, read_json
 
 
@@ -19,16 +20,19 @@ class ChatTemplate(NamedTuple):
 def chat_template(folder: Path) -> ChatTemplate | None:
     """The chat template of the model in `folder`, the default one of several; None if there is none.
 
-    Raises UserError for a file that cannot be read.
+    Raises UserError for a file that cannot be read, and a template that is no text.
     """
     settings = _settings(folder / WORDS)
     source = settings.get("chat_template")
     if (folder / CHAT_TEMPLATE).is_file():
         source = read_text(folder / CHAT_TEMPLATE)
     elif isinstance(source, list):  # several, by name
-        source = {one["name"]: one["template"] for one in source}.get("default")
+        named = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
+        source = named[0].get("template") if named else None
     if source is None:
         return None
+    if not isinstance(source, str):
+        raise UserError(f"The chat_template in {folder / WORDS} is no text; remove it, or use an unaltered copy.")
     return ChatTemplate(source, _spelling(settings.get("bos_token")), _spelling(settings.get("eos_token")))
 
 
