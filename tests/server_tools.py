@@ -23,7 +23,7 @@ with warnings.catch_warnings():
 from ttt_e2e.errors import UserError
 from ttt_e2e.sampling import SamplingOptions
 from ttt_e2e.server.app import Settings, create_app
-from ttt_e2e.server.records import NoSession, Piece, Progress, SessionRecord, TooMuch
+from ttt_e2e.server.records import NoSession, Piece, Progress, Prompt, SessionRecord, TooMuch
 
 
 @dataclass
@@ -119,7 +119,7 @@ class FakeEngine:
         self,
         owner: str,
         id: str | None,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_tokens: int = 200,
         stop: Sequence[str] = (),
@@ -127,8 +127,9 @@ class FakeEngine:
         learn: bool = False,
     ) -> AsyncIterator[Piece]:
         one = None if id is None else self._of(owner, id)
-        self.asked.append(dict(prompt=prompt, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
-        read, text = len(prompt.split()), ""
+        words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
+        self.asked.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
+        read, text = len(words.split()), ""
         with self._at_work():
             for count in range(1, max_tokens + 1):
                 await self._step(count)
@@ -139,7 +140,7 @@ class FakeEngine:
                 if any(end in text for end in stop):
                     break
             if learn and one is not None:
-                one.text += prompt + text
+                one.text += words + text
             yield Piece("", "length" if count == max_tokens else "stop", read, count)
 
     @contextmanager
