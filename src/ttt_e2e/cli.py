@@ -342,8 +342,9 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(info)
     else:
+        width = max(map(len, info)) + 2
         for key, value in info.items():
-            print(f"{key:<16}{f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")
+            print(f"{key:<{width}}{f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")
     return 0
 
 
