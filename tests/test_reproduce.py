@@ -54,7 +54,6 @@ MINUTE = dataclasses.replace(
     piece_tokens=32,
     sweep=(0.25, 1.0, 4.0),
     sweep_tokens=64 * 3,
-    first_sweep_tokens=64 * 4,
     choose_tokens=64,
     eval_tokens=64,
     eval_batch_tokens=64,
@@ -228,9 +227,6 @@ def test_warm_starts(data: Path, tmp_path: Path) -> None:
         # All go on from a first stage, and read what the others read.
         assert made[folder]["read"] == made["runs/full-on/seed0/pretrain"]["read"]
         assert made[folder]["read"]["seed"] == 1
-    # A first stage, which others start from, has its rates tried for longer.
-    sweeps = {name: made[f"runs/{name}/sweep/below"]["tokens"] for name in ("full-first", "ttt-first", "full-on")}
-    assert sweeps == {"full-first": 64 * 4, "ttt-first": 64 * 4, "full-on": 128}
     # What a window covers, it does not change: the switch costs nothing at a context of one window.
     losses = {(row["system"], row["context"]): row["loss"]["mean"] for row in report["comparison"]}
     assert losses["switch", 8] == pytest.approx(losses["full-on", 8], abs=1e-6)

@@ -23,7 +23,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.model_files import read_json
 from ttt_e2e.reproduce.scales import Scale
-from ttt_e2e.reproduce.systems import System, extending, is_first_stage, named, pretraining
+from ttt_e2e.reproduce.systems import System, extending, named, pretraining
 
 FORMAT = "ttt-e2e reproduce"
 RUN, RESULT = "run", "result.json"
@@ -291,9 +291,7 @@ def first_stages(plan: Plan) -> list[System]:
 
 def _sweep_tokens(scale: Scale, system: System) -> int:
     """For how long a learning rate is tried; a short stage is tried whole."""
-    if system.starts_from is not None:
-        return scale.warm_tokens
-    return scale.first_sweep_tokens if is_first_stage(system) else scale.sweep_tokens
+    return scale.sweep_tokens if system.starts_from is None else scale.warm_tokens
 
 
 def _size(config: RunConfig) -> tuple[int, int]:

@@ -18,8 +18,6 @@ class Scale:
     tokens_per_step, extend_tokens_per_step: of an optimiser step, in the first stage and at every longer context.
     piece_tokens: how many of them a process takes at once.
     sweep: factors of the preset's outer learning rate, each tried for `sweep_tokens`; then half and twice the best.
-    first_sweep_tokens: the same for a first stage that others start from. Without norms after its sub-layers, a model
-        of scale tiny predicts little but the words' frequencies after `sweep_tokens`, at any rate.
     inner_lrs: what a model that was trained without meta-learning may learn with at test time; the best is chosen on
         `choose_tokens` of the training text.
     eval_tokens: of each held-out book, from its start. eval_batch_tokens: how many of them are read at once.
@@ -43,7 +41,6 @@ class Scale:
     piece_tokens: int
     sweep: tuple[float, ...]
     sweep_tokens: int
-    first_sweep_tokens: int
     inner_lrs: tuple[float, ...]
     choose_tokens: int
     eval_tokens: int
@@ -78,7 +75,6 @@ SCALES = {
             piece_tokens=4096,
             sweep=(0.5, 2.0, 8.0),
             sweep_tokens=409_600,
-            first_sweep_tokens=983_040,
             inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             choose_tokens=32_768,
             eval_tokens=16_384,
@@ -105,7 +101,6 @@ SCALES = {
             piece_tokens=32_768,
             sweep=(0.25, 1.0, 4.0),
             sweep_tokens=15_728_640,
-            first_sweep_tokens=15_728_640,
             inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             choose_tokens=262_144,
             eval_tokens=65_536,
@@ -133,7 +128,6 @@ SCALES = {
             piece_tokens=8192,
             sweep=(0.25, 1.0, 4.0),
             sweep_tokens=780 * 128 * 8192,
-            first_sweep_tokens=780 * 128 * 8192,
             inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             choose_tokens=1_048_576,
             eval_tokens=131_072,

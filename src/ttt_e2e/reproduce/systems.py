@@ -84,11 +84,6 @@ def named(name: str) -> System:
     return next(system for system in (*SYSTEMS, *WARM_STARTS, *_FIRST) if system.name == name)
 
 
-def is_first_stage(system: System) -> bool:
-    """Whether it is only there for others to start from."""
-    return system in _FIRST
-
-
 def default_rows(what: str, scale: Scale) -> tuple[str, ...]:
     """The names of those that it compares unless told otherwise."""
     return tuple(system.name for system in rows(what, scale) if system.name != _EXTRA)
