@@ -53,14 +53,25 @@ SYSTEMS = (
 )
 # No norms after the sub-layers, as in most pretrained Transformers: with them, a new fast MLP cannot start small.
 _PLAIN = ("post_norm=false",)
+
+
+def _warm(name: str, label: str, colour: str, fast: Fast, share: float, *changes: str) -> System:
+    """TTT-E2E that starts from full attention."""
+    changes = (*_PLAIN, *changes)
+    label = f"full, then TTT-E2E, {label}"
+    return System(name, label, colour, "", changes, starts_from="full-first", fast=fast, fast_share=share)
+
+
 WARM_STARTS = (
     System("window-on", "sliding window", "#98a2b3", "-window", _PLAIN, starts_from="window-first"),
     System("full-on", "full attention", "#101828", "-full", _PLAIN, starts_from="full-first"),
     System("switch", "full attention, then a window, untrained", "#d9822b", "-window", _PLAIN, trained_as="full-on"),
     System("switch-on", "full attention, then a window", "#8e24aa", "-window", _PLAIN, starts_from="full-first"),
     System("ttt-on", "TTT-E2E", "#1565c0", "", _PLAIN, starts_from="ttt-first"),
-    System("warm-new", "full, then TTT-E2E, MLPs new", "#00897b", "", _PLAIN, False, None, "full-first", "new", 1.0),
-    System("warm-split", "full, then TTT-E2E, split", "#64b5f6", "", _PLAIN, False, None, "full-first", "split", 0.5),
+    _warm("warm-new", "MLPs new", "#00897b", "new", 1.0),
+    _warm("warm-new-3", "MLPs new, inner rate 3", "#2e7d32", "new", 1.0, "inner_lr=3"),
+    _warm("warm-split", "split", "#64b5f6", "split", 0.5),
+    _warm("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_lr=3"),
 )
 _FIRST = (
     System("window-first", "sliding window, first stage", "#98a2b3", "-window", _PLAIN),
@@ -152,7 +163,8 @@ def pretraining(
         standard = pretraining(scale, named(system.starts_from), 0).model
         suffix = config.model.suffix_layers / config.model.layers
         start = Start(scale.window, suffix, scale.mini_batch, system.fast, system.fast_share)
-        config = dataclasses.replace(config, model=learning_config(standard, start))
+        model = dataclasses.replace(learning_config(standard, start), inner_lr=config.model.inner_lr)
+        config = dataclasses.replace(config, model=model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=stage_lr if lr is None else lr))
     return _stage(scale, config, scale.pretrain_context, tokens or stage_tokens, scale.tokens_per_step, seed)
 
