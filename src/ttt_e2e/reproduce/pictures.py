@@ -35,7 +35,7 @@ def comparison(report: dict[str, Any], path: Path) -> None:
     if timed:
         _latency(report, axes[1])
     axes[0].set_title(f"{report['what']}, scale {report['plan']['scale']['name']}", loc="left", fontsize=11)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=9)
+    _legend(figure, axes[0])
     _save(figure, path)
 
 
@@ -76,7 +76,7 @@ def along(report: dict[str, Any], path: Path) -> None:
     for axis in axes:
         _by_tokens(axis, ticks, "position in the sequence (token)")
     axes[0].set_title(f"Loss along a context of {in_tokens(report['along']['context'])}", loc="left", fontsize=11)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=9)
+    _legend(figure, axes[0])
     _save(figure, path)
 
 
@@ -111,6 +111,14 @@ def _by_tokens(axis: Axes, ticks: list[int], label: str) -> None:
         axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_tokens(int(value))))
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """All labels below the pictures, in as many columns as the longest leaves room for."""
+    lines, labels = axis.get_legend_handles_labels()
+    widest = 0.6 + 0.07 * max(map(len, labels))  # inches, with letters of this size
+    columns = max(1, min(4, int(figure.get_figwidth() / widest)))
+    figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def _save(figure: Figure, path: Path) -> None:
