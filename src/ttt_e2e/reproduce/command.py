@@ -61,9 +61,9 @@ meta-learning. They have as many parameters as TTT-E2E, which they are compared 
         "warmstart",
         "TTT-E2E that starts from a Transformer with full attention",
         _WARM_START + _COMPARISON.partition("with what comes out.")[2],
-        """The rows: window-on, full-on, switch, switch-on, ttt-on, warm-new, warm-split, and those two with an inner rate
-of 3, warm-new-3 and warm-split-3. All have read the same number of tokens; `switch` is full-on with a window that it was
-not trained with. A plan of them:
+        """The rows: window-on, full-on, switch, switch-on, ttt-on, warm-new, warm-split; warm-new-3 and
+warm-split-3 with an inner rate of 3. All have read the same number of tokens; `switch` is full-on with a window that it
+was not trained with. A plan of them:
   ttt-e2e reproduce warmstart --scale tiny --out warmstart --contexts 512,2K --dry-run""",
     )
     _comparison_options(sub)
