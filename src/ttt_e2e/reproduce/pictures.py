@@ -116,7 +116,7 @@ def _by_tokens(axis: Axes, ticks: list[int], label: str) -> None:
 def _legend(figure: Figure, axis: Axes) -> None:
     """All labels below the pictures, in as many columns as the longest leaves room for."""
     lines, labels = axis.get_legend_handles_labels()
-    widest = 0.6 + 0.07 * max(map(len, labels))  # inches, with letters of this size
+    widest = 0.6 + 0.07 * max(map(len, labels), default=0)  # inches, with letters of this size
     columns = max(1, min(4, int(figure.get_figwidth() / widest)))
     figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=columns, fontsize=9)
 
