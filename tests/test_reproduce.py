@@ -352,7 +352,8 @@ def start(out: Path, data: Path, count: int) -> subprocess.Popen[bytes]:
 
 
 def wait_for(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None and len(list(out.glob("runs/**/result.json"))) < count:
+    """Wait until `process` has written `count` results; os.walk bears folders that vanish meanwhile, glob does not."""
+    while process.poll() is None and sum("result.json" in files for *_, files in os.walk(out / "runs")) < count:
         time.sleep(0.005)
 
 

@@ -184,7 +184,7 @@ def test_completions_of_a_session(client: TestClient, engine: FakeEngine, sessio
 def test_a_client_that_leaves_in_a_reading_leaves_nothing(stream: bool) -> None:
     engine = FakeEngine(pause=0.01)
     app = create_app(engine, Settings("tiny"))  # type: ignore[arg-type]
-    with served(app) as address, httpx.Client(base_url=address, timeout=0.5) as client:
+    with served(app) as address, httpx.Client(base_url=address, timeout=20) as client:
         session = client.post("/v1/sessions").json()["id"]
         at, long = f"/v1/sessions/{session}/read", "word " * 50_000
         if stream:
@@ -194,7 +194,7 @@ def test_a_client_that_leaves_in_a_reading_leaves_nothing(stream: bool) -> None:
                 assert engine.running == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
-                client.post(at, content=long, headers=PLAIN)
+                client.post(at, content=long, headers=PLAIN, timeout=0.5)
         until(lambda: engine.running == 0)
         assert engine.all[session].text == ""
 
