@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from ttt_e2e.cost import in_tokens
 from ttt_e2e.files import atomic_path
@@ -48,8 +48,9 @@ def _latency(report: dict[str, Any], axes: Axes) -> None:
     _by_tokens(axes, sorted({row["context"] for row in report["latency"]}), "context (tokens)")
     if report["latency"]:
         axes.set_yscale("log")
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     else:
         axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes, color="#667085")
 
