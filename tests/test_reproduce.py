@@ -294,6 +294,23 @@ def test_a_system_that_fails_is_left_out_and_the_rest_goes_on(
     assert "every learning rate of its sweep failed" in report["failed"]["runs/ttt-e2e/sweep/above"]
 
 
+def test_every_training_is_compiled_where_that_is_asked_for(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, asked = job.train, []
+
+    def plain(*arguments: Any, compile: bool, **options: Any) -> Any:
+        asked.append(compile)
+        return train(*arguments, **options)  # the compiler itself has tests of its own
+
+    monkeypatch.setattr(job, "train", plain)
+    make(tmp_path, data, systems=["ttt-e2e"], contexts=[8], compile=True)
+    assert asked == [True] * len(asked) and len(asked) == 2 * (5 + 1)
+    make(tmp_path, data, systems=["ttt-e2e"])  # the same folder goes on without
+    assert asked[12:] == [False] * 2
+    assert numbers(tmp_path)["comparison"][-1]["loss"] is not None
+
+
 def test_a_full_disk_is_tried_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         try:
@@ -531,12 +548,14 @@ def test_the_command_line(
 
     monkeypatch.setattr("ttt_e2e.reproduce.run.reproduce", kept)
     words = (
-        "reproduce figure1 --scale small --systems window,titans --seeds 0,1 --contexts 512,2K --workers 3 --dry-run"
+        "reproduce figure1 --scale small --systems window,titans --seeds 0,1 --contexts 512,2K --workers 3 "
+        "--compile --dry-run"
     )
     assert cli.main([*words.split(), "--out", str(tmp_path)]) == cli.INTERRUPTED
     assert given["arguments"] == ("figure1", SCALES["small"], tmp_path)
     assert (given["systems"], given["seeds"], given["contexts"]) == (["window", "titans"], [0, 1], [512, 2048])
     assert (given["worker_count"], given["dry_run"], given["data"], given["progress"]) == (3, True, None, True)
+    assert given["compile"] is True
     for line, said in (
         ("reproduce figure1 --out x --scale huge", "there are: tiny, small, paper"),
         ("reproduce figure1 --out x --sytems full", "did you mean --systems?"),

@@ -124,6 +124,7 @@ def run(arguments: argparse.Namespace) -> bool:
             seeds=arguments.seeds,
             contexts=arguments.contexts,
             worker_count=arguments.workers,
+            compile=arguments.compile,
             device=arguments.device,
             dry_run=arguments.dry_run,
             progress=not arguments.quiet,
@@ -195,6 +196,9 @@ def _comparison_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="jobs at a time (default: one a CPU core, one on a GPU)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="train compiled: faster after a minute or two for each system and stage"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be done and what it takes; train nothing"

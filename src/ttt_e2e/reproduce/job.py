@@ -88,6 +88,7 @@ def _train(folder: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
         device=spec["device"],
         progress=False,
         threads=spec["threads"],
+        compile=spec["compile"],
     )
     if summary.interrupted:
         return None

@@ -36,7 +36,7 @@ class Plan:
     """A comparison: `what` is a key of `systems.BASELINE`; data, books: prepared tokens to train first on, and further.
 
     The held-out books are the "val" documents of `books`. data_digest, books_digest: of the tokens. device: "cpu" or
-    "cuda". book_tokens: how many tokens of all books together are evaluated.
+    "cuda". book_tokens: how many tokens of all books together are evaluated. compile: whether to train compiled.
     """
 
     what: str
@@ -50,6 +50,7 @@ class Plan:
     books_digest: str
     device: str
     book_tokens: int
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def specification(plan: Plan, job: Job, out: Path, results: Mapping[str, dict[st
         "config": to_dict(config),
         "data": str(data.resolve()),
         "start_from": start_from,
+        "compile": plan.compile,
         "processes": scale.processes,
     }
 
@@ -265,8 +267,8 @@ def keep(plan: Plan, out: Path) -> dict[str, list]:
 
 def _refuse(out: Path, what: str) -> None:
     raise UserError(
-        f"{out} holds a comparison with {what}; give the same choices (only --systems, --seeds, --contexts and "
-        "--workers may differ), or another folder."
+        f"{out} holds a comparison with {what}; give the same choices (only --systems, --seeds, --contexts, "
+        "--workers and --compile may differ), or another folder."
     )
 
 

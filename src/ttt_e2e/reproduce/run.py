@@ -30,6 +30,7 @@ def reproduce(
     seeds: list[int] | None = None,
     contexts: list[int] | None = None,
     worker_count: int | None = None,
+    compile: bool = False,
     device: str = "auto",
     dry_run: bool = False,
     progress: bool = True,
@@ -39,13 +40,14 @@ def reproduce(
     What is done there already, by another comparison too, is not done again, and what was interrupted goes on. data:
     prepared tokens (default: Python's library, prepared in OUT/tokens). books: those to train on for longer contexts
     and to evaluate on (default: `data`). systems, seeds, contexts: only these (default: all; seed 0). worker_count:
-    jobs at a time (default: one a core, on a GPU one; 0: in this process, one after the other). dry_run: only say what
-    would be done. Raises UserError for what does not fit.
+    jobs at a time (default: one a core, on a GPU one; 0: in this process, one after the other). compile: train
+    compiled; it may differ from call to call. dry_run: only say what would be done. Raises UserError for what does not
+    fit.
     """
     if worker_count is not None and worker_count < 0:
         raise UserError(f"--workers must not be negative, it is {worker_count}.")
     with workers.locked(out) as lock:
-        plan = _plan(what, scale, out, data, books, systems, seeds, contexts, device, progress)
+        plan = _plan(what, scale, out, data, books, systems, seeds, contexts, device, compile, progress)
         whole = keep(plan, out)
         count = worker_count
         if count is None:
@@ -117,6 +119,7 @@ def _plan(
     seeds: list[int] | None,
     contexts: list[int] | None,
     device: str,
+    compile: bool,
     progress: bool,
 ) -> Plan:
     chosen = choose(what, scale, systems)
@@ -150,6 +153,7 @@ def _plan(
         held.digest,
         place,
         sum(len(book.tokens) - 1 for book in read),
+        compile,
     )
 
 
