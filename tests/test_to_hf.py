@@ -21,6 +21,7 @@ from ttt_e2e.convert import command
 from ttt_e2e.convert.to_hf import convert_to_hf, hf_model
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.hf.cache import NAME
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import save_model
@@ -103,14 +104,14 @@ def test_going_on_with_the_cache_is_going_on_with_the_session() -> None:
     more = torch.tensor(np.stack(prompts((9,) * len(rows), seed=1)))
     ids = torch.cat((first.sequences, more), 1)
     mask = torch.cat((mask, torch.ones(len(rows), 8 + 9, dtype=mask.dtype)), 1)
-    kept = copy.copy(first.past_key_values)
-    second = wrapped.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **options)
+    kept = copy.copy(first[NAME])
+    second = wrapped.generate(ids, attention_mask=mask, **{NAME: first[NAME]}, **options)
     for i, row in enumerate(rows):
         session = Session(model)
         session.read(row)
         session.read([*session.generate_tokens(max_tokens=8, temperature=0), *more[i].tolist()])
         assert second[i, ids.shape[1] :].tolist() == list(session.generate_tokens(max_tokens=8, temperature=0))
-    again = wrapped.generate(ids, attention_mask=mask, past_key_values=kept, **options)  # the copy stayed as it was
+    again = wrapped.generate(ids, attention_mask=mask, **{NAME: kept}, **options)  # the copy stayed as it was
     assert torch.equal(again, second)
 
 
@@ -118,13 +119,13 @@ def test_what_a_row_wrote_after_its_end_is_forgotten_where_it_is_masked() -> Non
     model = reader()
     wrapped, rows = hf_model(model), prompts((7, 12))
     ids, mask = padded(rows)
-    cache = wrapped(ids, attention_mask=mask).past_key_values
+    cache = wrapped(ids, attention_mask=mask)[NAME]
     wrote = torch.tensor([[3, 0, 0], [4, 5, 6]])  # the first row has ended after one token
     for column in wrote.split(1, 1):
-        cache = wrapped(column, past_key_values=cache, writing=True).past_key_values
+        cache = wrapped(column, cache=cache, writing=True)[NAME]
     mask = torch.cat((mask, torch.tensor([[1, 0, 0], [1, 1, 1]]), torch.ones(2, 2, dtype=mask.dtype)), 1)
     more = torch.tensor([[8, 9], [8, 9]])
-    logits = wrapped(more, attention_mask=mask, past_key_values=cache).logits[:, -1]
+    logits = wrapped(more, attention_mask=mask, cache=cache).logits[:, -1]
     for i, text in enumerate(([*rows[0], 3, 8, 9], [*rows[1], 4, 5, 6, 8, 9])):
         torch.testing.assert_close(logits[i], last_logits(model, np.array(text)), atol=1e-5, rtol=1e-5)
 
@@ -161,7 +162,7 @@ def test_beams_are_those_of_a_plain_search() -> None:
 def test_a_row_that_stays_behind_does_not_hold_the_memory_of_the_others() -> None:
     wrapped = hf_model(reader())
     ids, mask = padded(prompts((6, 31, 31, 31)))
-    texts = wrapped(ids, attention_mask=mask).past_key_values._texts
+    texts = wrapped(ids, attention_mask=mask)[NAME]._texts
     assert [text.border.position for text in texts] == [5, 30, 30, 30]
     assert [len(text.border.state.tensors()[0]) for text in texts] == [1, 3, 3, 3]
 
@@ -176,8 +177,8 @@ def test_logits_are_those_of_the_losses(dtype: torch.dtype) -> None:
     whole = wrapped(ids, attention_mask=mask).logits
     cache, pieces = None, []
     for first, stop in ((0, 1), (1, 4), (4, 20), (20, 26), (26, 33)):
-        out = wrapped(ids[:, first:stop], attention_mask=mask[:, :stop], past_key_values=cache)
-        cache, pieces = out.past_key_values, [*pieces, out.logits]
+        out = wrapped(ids[:, first:stop], attention_mask=mask[:, :stop], cache=cache)
+        cache, pieces = out[NAME], [*pieces, out.logits]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-4)
     last = wrapped(ids, attention_mask=mask, logits_to_keep=3).logits
     torch.testing.assert_close(last, whole[:, -3:], atol=1e-4, rtol=1e-4)
@@ -298,27 +299,27 @@ def test_refused(folder: Path, converted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cache of its own"):
         wrapped.generate(ids, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(UserError, match="give a ReadingCache"):
-        wrapped(ids, past_key_values=DynamicCache())
+        wrapped(ids, cache=DynamicCache())
     with pytest.raises(UserError, match="cache is of 1 texts, the input of 2"):
-        wrapped(ids.repeat(2, 1), past_key_values=wrapped(ids).past_key_values)
+        wrapped(ids.repeat(2, 1), cache=wrapped(ids)[NAME])
     with pytest.raises(UserError, match=r"mask has shape \[1, 3\]; give one of \[1, 8\], or of \[1, 8\]"):
         wrapped(ids, attention_mask=torch.ones(1, 3))
     with pytest.raises(UserError, match="whole numbers from 0 to 49"):
         wrapped(ids + 45)
     with pytest.raises(UserError, match="cannot be taken back"):
-        wrapped(ids).past_key_values.crop(-1)
+        wrapped(ids)[NAME].crop(-1)
     with pytest.raises(ValueError, match="not supported with stateful models"):
         wrapped.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=2)
 
 
 def test_divergence_is_said_and_leaves_the_cache_alone() -> None:
     wrapped = hf_model(reader(inner_lr=1e30))
-    cache = wrapped(torch.arange(1, 4)[None]).past_key_values
+    cache = wrapped(torch.arange(1, 4)[None])[NAME]
     with pytest.raises(UserError, match=r"Learning diverged in row 0 of the batch: the loss at tokens 5 to 10 is"):
-        wrapped(torch.arange(4, 30)[None], past_key_values=cache)
+        wrapped(torch.arange(4, 30)[None], cache=cache)
     assert cache.get_seq_length() == 3
     wrapped.config.learn_while_reading = False
-    assert wrapped(torch.arange(4, 30)[None], past_key_values=cache).logits.isfinite().all()
+    assert wrapped(torch.arange(4, 30)[None], cache=cache).logits.isfinite().all()
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

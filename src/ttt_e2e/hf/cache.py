@@ -1,4 +1,4 @@
-"""What a batch of texts has left behind in the model: the `past_key_values` of the transformers library.
+"""What a batch of texts has left behind in the model: the cache of the transformers library.
 
 A text is read as a `Session` reads it. It learns at the borders of its own mini-batches, counted from its own first
 token, and only once the token after them is known. Tokens since the last border are kept, so that they can be learned
@@ -18,12 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.mixers.attention import Cache
 from ttt_e2e.model import Transformer
 from ttt_e2e.session import frozen_batches, token_ids, unsound
 from ttt_e2e.streaming import ReadState, forward, read_mini_batch, stacked, start_reading
+
+NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What the library calls a cache, in arguments and in outputs: past_key_values in its older versions."""
 
 
 class _Place(NamedTuple):
@@ -110,6 +114,7 @@ class ReadingCache(TransformersCache):
 
     is_compileable = False
     is_croppable = False
+    is_linear = [False]  # noqa: RUF012 - so that `generate` gives it only what it has not read yet, of ids from the start
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the input so far, padding included; they are the same for every layer."""

@@ -18,7 +18,7 @@ class TTTE2EConfig(PreTrainedConfig):
     """
 
     model_type = "ttt-e2e"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.hf.cache import ReadingCache
+from ttt_e2e.hf.cache import NAME, ReadingCache
 from ttt_e2e.hf.configuration import TTTE2EConfig
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
@@ -55,20 +55,22 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: ReadingCache | None = None,
+        cache: ReadingCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         writing: bool = False,
+        past_key_values: ReadingCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Read `input_ids` [B, T], going on from `past_key_values`, or score them with `labels`.
+        """Read `input_ids` [B, T], going on from `cache`, or score them with `labels`.
 
         attention_mask: 0 where a token is none of the text, which begins with its first real one; of the input, or of
         all input so far. The logits [B, T, V] are those after each token (zeros where it is masked), before anything is
         learned of its mini-batch; logits_to_keep: only after the last so many columns; 0: all. They carry no gradient.
         writing: whether the model wrote these tokens itself; `generate` says so. The cache is changed in place; a
-        `copy.copy` of it stays.
+        `copy.copy` of it stays. past_key_values: what the library's older versions call the cache, here and in what is
+        returned.
 
         labels: the input ids, with -100 where a token is no target: BOS, and padding at the end. The loss is that of
         `inner_loop.sequence_loss`, and there are neither logits nor a cache. Raises UserError for other labels, for
@@ -78,11 +80,10 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError("A model that learns from tokens reads tokens: give input_ids, not inputs_embeds.")
         if labels is not None:
             return CausalLMOutputWithPast(loss=self._loss(input_ids, attention_mask, labels))
-        cache = ReadingCache() if past_key_values is None else past_key_values
+        if cache is None:
+            cache = ReadingCache() if past_key_values is None else past_key_values
         if not isinstance(cache, ReadingCache):
-            raise UserError(
-                f"past_key_values is a {type(cache).__name__}; give a ReadingCache that this model returned."
-            )
+            raise UserError(f"The cache is a {type(cache).__name__}; give a ReadingCache that this model returned.")
         logits_BTV = cache.read(
             self.model,
             input_ids,
@@ -92,7 +93,8 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             later=self.learns,
             dtype=self.compute_dtype,
         )
-        return CausalLMOutputWithPast(logits=logits_BTV, past_key_values=None if use_cache is False else cache)
+        left_behind: dict[str, Any] = {} if use_cache is False else {NAME: cache}
+        return CausalLMOutputWithPast(logits=logits_BTV, **left_behind)
 
     def _loss(self, ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor) -> Tensor:
         bos = self.config.bos_token_id
@@ -115,7 +117,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
 
     # -- for `generate` ------------------------------------------------------------------------------------------------
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """What `forward` is given: the prompt is read, what comes after it is written."""
@@ -135,7 +137,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError("Writing goes on from what was read, which is in the cache; leave use_cache=True.")
         if generation_config.cache_implementation is not None:
             raise UserError("This model has a cache of its own; leave cache_implementation out.")
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = ReadingCache()
+        if model_kwargs.get(NAME) is None:
+            model_kwargs[NAME] = ReadingCache()
         else:
-            model_kwargs["past_key_values"]._is_user_defined = True  # as the library marks it
+            model_kwargs[NAME]._is_user_defined = True  # as the library marks it
