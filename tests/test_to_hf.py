@@ -298,8 +298,9 @@ def test_refused(folder: Path, converted: Path, tmp_path: Path) -> None:
         wrapped.generate(ids, use_cache=False, max_new_tokens=2)
     with pytest.raises(UserError, match="cache of its own"):
         wrapped.generate(ids, cache_implementation="static", max_new_tokens=2)
-    with pytest.raises(UserError, match="give a ReadingCache"):
-        wrapped(ids, cache=DynamicCache())
+    for name in ("cache", "past_key_values"):  # under the library's older name, too
+        with pytest.raises(UserError, match="give a ReadingCache"):
+            wrapped(ids, **{name: DynamicCache()})
     with pytest.raises(UserError, match="cache is of 1 texts, the input of 2"):
         wrapped(ids.repeat(2, 1), cache=wrapped(ids)[NAME])
     with pytest.raises(UserError, match=r"mask has shape \[1, 3\]; give one of \[1, 8\], or of \[1, 8\]"):

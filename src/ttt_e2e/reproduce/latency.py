@@ -131,7 +131,7 @@ def latency_table(rows: Iterable[LatencyRow], facts: dict[str, Any]) -> str:
                 row = at.get((system, context))
                 value = None if row is None else getattr(row, field)
                 mark = "~" if row is not None and what == "prefill" and not row.whole else ""
-                cells.append("-" if value is None else f"{mark}{value:.4g}")
+                cells.append("-" if value is None else f"{mark}{value:,.1f}")
             lines.append(f"| {_label(system)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
