@@ -198,7 +198,9 @@ def _comparison_options(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", help="jobs at a time (default: one a CPU core, one on a GPU)"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="train compiled: faster after a minute or two for each system and stage"
+        "--compile",
+        action="store_true",
+        help="train compiled: faster after a minute or two for each system and stage (the estimate is without)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be done and what it takes; train nothing"
