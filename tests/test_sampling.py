@@ -4,9 +4,11 @@ import math
 from collections import Counter
 
 import pytest
+import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -170,6 +172,31 @@ def test_what_may_be_the_beginning_of_a_stop_string_waits() -> None:
     stream = TextStream(BYTES, "end")
     assert [stream.add(token) for token in BYTES.encode("tene").tolist()] == ["t", "", "", "en"]
     assert stream.waiting and stream.rest() == "e" and not stream.stopped
+
+
+def sentencepiece_like() -> Tokenizer:
+    """As Llama 2 and Mistral have it: words begin with a bar, what is not in the vocabulary is spelled in bytes."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", ".", "▁a", "▁b"]
+    backend = tokenizers.Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [("▁", "a"), ("▁", "b")], byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend)
+
+
+@given(before=st.text("ab. 雨🌧", min_size=1, max_size=8), text=st.text("ab. 雨🌧", max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_text_of_a_tokenizer_that_falls_back_on_bytes(before: str, text: str) -> None:
+    tokenizer = sentencepiece_like()
+    begun, ids = tokenizer.encode(before).tolist(), tokenizer.encode(before + text).tolist()
+    assume(ids[: len(begun)] == begun)
+    stream = TextStream(tokenizer, before=begun)
+    pieces = [stream.add(token) for token in ids[len(begun) :]]
+    assert tokenizer.decode(begun) + "".join(pieces) + stream.rest() == tokenizer.decode(ids) == before + text
 
 
 def test_an_empty_stop_string_is_refused() -> None:

@@ -8,7 +8,7 @@ Shapes: V tokens of the vocabulary, from the likeliest on where they are probabi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 
 _BROKEN = "\ufffd"  # what a tokenizer gives for a character whose bytes are not all there
+_CONTEXT = 16  # tokens: more than a character has bytes
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,17 @@ class TextStream:
     """Tokens as text, given out in whole characters as soon as it is sure, up to the first stop string.
 
     A character waits until all its bytes are there, and what may be the beginning of a stop string until it turns out
-    not to be. stop: one string or several; the text ends before the one that is complete first. Raises UserError for an
-    empty one.
+    not to be. stop: one string or several; the text ends before the one that is complete first. before: tokens that the
+    text goes on from; the last few are enough. Raises UserError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), before: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self._stop:
             raise UserError("A stop string is empty, so there would be no text at all; leave it out.")
         # Some tokenizers drop a space where a text begins, so decoding needs what came before.
-        self._context: list[int] = []
+        self._context = [*before][-_CONTEXT:]
         self._tokens: list[int] = []
         self._text = ""  # of those tokens
         self._given = 0  # so many of its characters have been given out
@@ -117,14 +118,14 @@ class TextStream:
             self._context, self._tokens, self._given = self._tokens or self._context, [], 0
         self._tokens.append(token)
         self._text = self._decode(self._tokens)
-        whole = self._text.removesuffix(_BROKEN)  # only the last character can still change
+        whole = self._text.rstrip(_BROKEN)  # some tokenizers give one for every byte of a character begun
         found = [(at + len(stop), at) for stop in self._stop if (at := whole.find(stop, self._given)) >= 0]
         self.stopped = bool(found)
         return self._give(min(found)[1] if found else len(whole) - begun(whole, self._stop))
 
     def rest(self) -> str:
         """What still waits when no more tokens come; a character that was never finished is left out."""
-        return "" if self.stopped else self._give(len(self._text.removesuffix(_BROKEN)))
+        return "" if self.stopped else self._give(len(self._text.rstrip(_BROKEN)))
 
     def tokens_given(self) -> list[int]:
         """Tokens of exactly the text given out, since last nothing was waiting; a token that was cut is made anew."""

@@ -255,10 +255,10 @@ class Session:
         that was yielded, whatever was drawn beyond it.
         """
         sampling_options(max_tokens, sampling)  # nothing becomes part of the session before all is checked
-        stream = TextStream(self._tokenizer(), stop)
+        ids = self._tokenizer().encode(prompt)
+        stream = TextStream(self._tokenizer(), stop, before=np.concatenate((self._pending, ids)).tolist())
         reader = self if learn_from_writing else self.fork()
-        if prompt:
-            reader.read(prompt)
+        reader.read(ids)
         # The writer runs ahead: a stop string may turn out to have begun some tokens ago.
         writer, behind = reader.fork(), False
         written = writer.generate_tokens(max_tokens=max_tokens, learn_from_writing=learn_from_writing, **sampling)

@@ -185,7 +185,6 @@ class Engine:
         and Diverged.
         """
         entry = None if id is None else self._shelf.entry(owner, id)
-        stream = TextStream(self._tokenizer, stop)
         if max_tokens < 0:
             raise UserError(f"Cannot write {max_tokens} tokens; max_tokens must be 0 or more.")
         with self._at_work():
@@ -193,6 +192,7 @@ class Engine:
                 value = self._fresh if entry is None else await self._shelf.value(entry, settled=learn)
                 ids = await asyncio.to_thread(self._encoded, prompt)
                 self._check_length(_tokens(value) + len(ids) + max_tokens)
+                stream = TextStream(self._tokenizer, stop, before=[*value.standing().pending, *ids])
                 asked = len(ids)
                 if learn:
                     value, ids = await self._after(entry, value, ids), ids[:0]
