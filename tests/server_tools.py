@@ -125,6 +125,7 @@ class FakeEngine:
         stop: Sequence[str] = (),
         options: SamplingOptions,
         learn: bool = False,
+        closing: Prompt = "",
     ) -> AsyncIterator[Piece]:
         one = None if id is None else self._of(owner, id)
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
@@ -140,7 +141,7 @@ class FakeEngine:
                 if any(end in text for end in stop):
                     break
             if learn and one is not None:
-                one.text += words + text
+                one.text += words + text + "".join(str(part) for part in closing)
             yield Piece("", "length" if count == max_tokens else "stop", read, count)
 
     @contextmanager

@@ -276,7 +276,7 @@ def test_a_reading_that_does_not_end_changes_nothing(tmp_path: Path, monkeypatch
             await anext_to_end(engine.read("me", id, cut_short()))
 
     async def diverged(engine: Engine, id: str) -> None:
-        with diverging(monkeypatch, alone.position + 10), pytest.raises(Diverged, match=r"made up.*Nothing of this"):
+        with diverging(monkeypatch, alone.position + 10), pytest.raises(Diverged, match=r"made up.*as it was"):
             await read(engine, "me", id, second)
 
     async def on_a_full_disk(engine: Engine, id: str) -> None:
@@ -301,6 +301,37 @@ def test_a_reading_that_does_not_end_changes_nothing(tmp_path: Path, monkeypatch
             assert_same(file, alone)
         await read(engine, "me", record.id, second)
         assert_same(await exported(engine, "me", record.id, tmp_path), having_read(first, second))
+
+    served(tmp_path / "data", work)
+
+
+def test_what_is_learned_last_is_judged_before_it_is_kept(tmp_path: Path) -> None:
+    model = small_model(F64, vocab_size=TOKENIZER.vocab_size, inner_lr=1e308, inner_clip=1e300).requires_grad_(False)
+    fresh = Session(model, TOKENIZER, dtype=F64)
+    ids = TOKENIZER.encode(text_of(1))
+    text = TOKENIZER.decode(ids[: fresh.mini_batch + 2])  # with a second mini-batch to come
+    few = TOKENIZER.decode(ids[:2])
+
+    async def work(engine: Engine) -> None:
+        record = await engine.create("me")
+        with pytest.raises(Diverged, match=r"diverged.*as it was"):
+            await read(engine, "me", record.id, text)
+        assert await engine.session("me", record.id) == record
+        assert (await read(engine, "me", record.id, few)).saved is not None
+
+    served(tmp_path / "data", work, fresh)
+
+
+def test_a_chats_turn_is_closed_where_it_is_learned(tmp_path: Path) -> None:
+    bos = TOKENIZER.bos
+
+    async def work(engine: Engine) -> None:
+        record = await engine.create("me")
+        text, _ = await written(engine, "me", record.id, "Rain", max_tokens=5, learn=True, closing=[bos, "\n"])
+        alone = FRESH.fork()
+        assert "".join(alone.generate("Rain", max_tokens=5, learn_from_writing=True)) == text
+        alone.read(np.array([bos, *TOKENIZER.encode("\n")]))
+        assert_same(await exported(engine, "me", record.id, tmp_path), alone)
 
     served(tmp_path / "data", work)
 

@@ -22,6 +22,15 @@ def test_replaces_a_file_and_a_folder(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "folder"]
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    left = tmp_path / f".folder.{os.getpid()}.part"
+    left.mkdir()
+    (left / "half").write_text("x")
+    with atomic_path(tmp_path / "folder") as part:
+        part.mkdir()
+    assert [*tmp_path.iterdir()] == [tmp_path / "folder"] and not [*(tmp_path / "folder").iterdir()]
+
+
 def test_a_power_cut_finds_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that was written is on the disk before the rename is, and that before the block has ended."""
     done: list[str] = []

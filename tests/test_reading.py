@@ -244,6 +244,21 @@ def test_ctrl_c_and_the_same_again(tmp_path: Path) -> None:
     assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+def test_ctrl_c_while_the_rest_is_scored_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Session.score_rest
+
+    def score_rest(self: Session) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(self)
+
+    expected = read_saving(tmp_path / "expected.session", baseline=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "score_rest", score_rest)
+        report = read_saving(tmp_path / "s.session", baseline=False)
+    assert not report.interrupted and report.tokens == expected.tokens
+    assert (tmp_path / "s.session").read_bytes() == (tmp_path / "expected.session").read_bytes()
+
+
 def test_an_unfinished_reading_is_gone_on_with_or_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with pytest.raises(Killed):

@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from server_tools import FakeEngine, TestClient, client_of, log_lines
+from server_tools import FakeEngine, TestClient, client_of, log_lines, until
 
+from ttt_e2e.carried import ChatTemplate
 from ttt_e2e.errors import UserError
-from ttt_e2e.server import command
+from ttt_e2e.server import command, uploads
 from ttt_e2e.server.app import Settings, create_app
 from ttt_e2e.server.chat import Chat
 from ttt_e2e.server.keys import ENVIRONMENT, LOCAL, Keys, check_host, load_keys
@@ -272,6 +274,67 @@ def test_bodies_have_a_limit(engine: FakeEngine, chunked: bool) -> None:
         error_of(client.post(f"/v1/sessions/{session}/read", files=form), 413)
 
 
+def test_a_session_file_may_be_larger_than_a_text(engine: FakeEngine) -> None:
+    with client_of(engine, limits=Limits(body=1000, file=3000)) as client:
+        at, kind = "/v1/sessions/import", {"content-type": "application/octet-stream"}
+        assert client.post(at, content=b"session:" + b"a " * 1000, headers=kind).status_code == 201
+        answer = client.post(at, content=b"session:" + b"a " * 2000, headers=kind)
+        assert "--max-body" in answer.json()["error"]["message"]
+        error_of(answer, 413)
+
+
+def test_a_key_has_so_many_requests_open_and_no_more(engine: FakeEngine) -> None:
+    engine.pause = 0.3
+    with client_of(engine, keys=KEYS, limits=Limits(open=2)) as client, ThreadPoolExecutor(2) as pool:
+        ask = {"prompt": "x", "max_tokens": 4}
+        answers = [pool.submit(client.post, "/v1/completions", json=ask, headers=as_(ANNA)) for _ in range(2)]
+        until(lambda: engine.running == 2)
+        error_of(client.get("/v1/models", headers=as_(ANNA)), 429)
+        assert client.get("/v1/models", headers=as_(BERT)).status_code == 200
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert client.get("/v1/models", headers=as_(ANNA)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "["}, 403),
+        ({"origin": "http://["}, 403),
+        ({"content-type": "text/plain; charset*=utf-8''x; charset*0=y"}, 415),
+    ],
+)
+def test_headers_that_are_none(engine: FakeEngine, headers: dict[str, str], status: int) -> None:
+    with client_of(engine) as client:
+        session = client.post("/v1/sessions").json()["id"]
+        answer = client.post(
+            f"/v1/sessions/{session}/read", content=b"a", headers={"content-type": "text/plain", **headers}
+        )
+        error_of(answer, status)
+
+
+def test_a_disk_that_is_full_while_a_text_comes_in(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nearly_full(file: Any, chunk: bytes) -> None:
+        raise UserError("No more.") from OSError(28, "No space left on device")
+
+    class Little:
+        def __init__(self) -> None:
+            self.kept = b""
+
+        def write(self, chunk: bytes) -> int:
+            self.kept += chunk[:3]
+            return len(chunk[:3])
+
+    little = Little()
+    uploads._write(little, b"all of it is kept")  # type: ignore[arg-type]
+    assert little.kept == b"all of it is kept"
+    monkeypatch.setattr(uploads, "_write", nearly_full)
+    with client_of(engine) as client:
+        session = client.post("/v1/sessions").json()["id"]
+        answer = client.post(f"/v1/sessions/{session}/read", content=b"a", headers={"content-type": "text/plain"})
+        error_of(answer, 503)
+        assert engine.all[session].text == ""
+
+
 # -- logs and metrics --------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +399,14 @@ def test_the_plain_template() -> None:
     assert chat.prompt(TALK, begun=False) == ["System: Be kind.\nUser: Hello {{ 7 * 7 }}\nAssistant:"]
     assert chat.prompt(TALK[1:], begun=True) == ["\nUser: Hello {{ 7 * 7 }}\nAssistant:"]
     assert chat.stop == ("\nUser:",)
+
+
+def test_what_a_template_has_after_an_answer() -> None:
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    chat = Chat(ChatTemplate(source, "", ""), {"<|im_start|>": 7, "<|im_end|>": 8})
+    assert chat.closing(TALK) == [8, "\n"] and Chat().closing(TALK) == []
+    assert Chat(ChatTemplate("{{ messages[0].content }}", "", "")).closing(TALK) == []
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -390,8 +390,7 @@ def test_text_comes_in_whole_characters(seed: int) -> None:
             return iter(ids.tolist())
 
     pieces = list(Written(small_model(vocab_size=tokenizer.vocab_size), tokenizer).generate())
-    expected = tokenizer.decode(ids)
-    assert "".join(pieces) in (expected, expected.removesuffix("\ufffd"))
+    assert "".join(pieces) == tokenizer.decode(ids).rstrip("\ufffd")  # what was never finished is left out
 
 
 _TOKENIZER = Tokenizer.train([""], 257)  # every byte is a token: most characters come in parts

@@ -53,17 +53,18 @@ def test_sessions_are_found_again(tmp_path: Path) -> None:
         again.delete(read.id)
 
 
-def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path)
     kept = store.add("me", having_read())
     store.close()
     stranger = "sess-" + 32 * "0"
-    leftovers = [f".{kept.id}.session.77.part", f".{stranger}.json.77.part", f"{stranger}.session"]
-    others = ["notes.txt", "my.session", ".mine.part", "sess-other.json"]
+    leftovers = [f".{kept.id}.session.77.part", f".{stranger}.json.77.part"]
+    leftovers += [f"{stranger}.session", f"{stranger}.changing", f"{kept.id}.changing"]
+    others = ["notes.txt", "my.session", ".mine.part", "sess-other.json", f"sess-{32 * '1'}.session"]
     for name in (*leftovers, *others):
         (tmp_path / name).write_text("x")
     again = Store(tmp_path)
-    assert again.records() == [kept]
+    assert again.records() == [kept] and "belongs to nobody" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [*others, "lock", f"{kept.id}.json", f"{kept.id}.session"]
     )

@@ -21,6 +21,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)  # of a process of the same number that was killed, as in a container
         yield part
         _sync(part)
         if target.is_dir():

@@ -165,7 +165,8 @@ def read_document(
                 except UserError as error:
                     warnings.warn(f"The reading goes on, but could not be saved on the way: {error}", stacklevel=2)
                 saved = time.monotonic()
-        if save is not None and interrupts.asked and not diverged and done.tokens:
+        stopped = interrupts.asked  # a Ctrl-C from here on comes too late to leave anything unread
+        if save is not None and stopped and not diverged and done.tokens:
             keep(save)  # before the rest is scored: who goes on learns from it and scores it then
         if not diverged:
             before = time.perf_counter()
@@ -185,10 +186,10 @@ def read_document(
         bytes_read=done.bytes,
         seconds=time.perf_counter() - started,
         learning_seconds=done.learning_seconds,
-        interrupted=interrupts.asked,
+        interrupted=stopped,
         diverged=diverged,
     )
-    if save is not None and (diverged or not interrupts.asked):
+    if save is not None and (diverged or not stopped):
         session.save(save)
     return report
 

@@ -49,11 +49,15 @@ _ABSURD = 10.0  # a mean loss of so many times ln(vocabulary), the loss of a uni
 
 
 class Diverged(UserError):  # noqa: N818 - it is a state of affairs, as KeyboardInterrupt is
-    """Inner learning went wrong, and the session is back at its last good state, at token `position`."""
+    """Inner learning went wrong, and the session is back at its last good state, at token `position`.
 
-    def __init__(self, message: str, position: int) -> None:
+    what: the loss, or the gradient, that showed it.
+    """
+
+    def __init__(self, message: str, position: int, what: str = "") -> None:
         super().__init__(message)
         self.position = position
+        self.what = what
 
 
 class Standing(NamedTuple):
@@ -410,10 +414,11 @@ def unsound(losses: np.ndarray, norm: float, position: int, learned: bool, vocab
     at = f"at tokens {position} to {position + len(losses)}"
     loss, limit = float(losses.mean()), _ABSURD * math.log(vocabulary)
     if not math.isfinite(loss) and not learned:
+        what = f"the loss {at} is {loss} although nothing was learned"
         raise Diverged(
-            f"The model has a loss of {loss} {at} although nothing was learned; "
-            "its weights are not fit for use, train or load another model.",
+            f"The model is not fit for use: {what}. Train or load another model.",
             position,
+            what,
         )
     if learned and not loss <= limit:
         return f"the loss {at} is {loss:.4g} nats per token", True
@@ -426,6 +431,7 @@ def gone_back(what: str, position: int) -> Diverged:
         f"Learning diverged: {what}; the session is back at its last good state, after {position} tokens. "
         "Read without learning, or with a model of a smaller inner_lr.",
         position,
+        what,
     )
 
 

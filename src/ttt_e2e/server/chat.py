@@ -12,7 +12,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 
 _NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
-_MARK = "\ufdd0"  # no character, and in no text that means anything
+_MARK, _ANSWER = "\ufdd0", "\ufdd1"  # no characters, and in no text that means anything
 
 
 class Chat:
@@ -29,7 +29,7 @@ class Chat:
         spellings = sorted(self._special, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
         self._bos, self._eos = ("", "") if template is None else (template.bos, template.eos)
-        self._template = None if template is None else _template(template.source)
+        self._template: Any = None if template is None else _template(template.source)
         ends = "\nUser:" if template is None else "" if self._eos in self._special else self._eos
         self.stop: tuple[str, ...] = (ends,) if ends else ()
 
@@ -39,22 +39,37 @@ class Chat:
         begun: they follow on something that was read. Raises UserError if the template cannot take these messages.
         """
         if self._template is None:
-            lines = [f"{_NAMES[message['role']]}: {message['content']}" for message in messages]
+            # An answer begins with the space after "Assistant:", and comes back with it.
+            lines = [f"{_NAMES[message['role']]}: {message['content'].removeprefix(' ')}" for message in messages]
             return ["\n" * begun + "\n".join([*lines, "Assistant:"])]
+        text = self._rendered(messages, True)
+        return self._parts(text.removeprefix(self._bos))  # a session begins with that token already
+
+    def closing(self, messages: list[dict[str, str]]) -> list[str | int]:
+        """Texts and ids that the template has after an answer to `messages`, before the next message."""
+        if self._template is None:
+            return []  # a next prompt begins with the line's end
+        text = self._rendered([*messages, {"role": "assistant", "content": _ANSWER}], False)
+        return self._parts(text.rpartition(_ANSWER)[2]) if _ANSWER in text else []
+
+    def _rendered(self, messages: list[dict[str, str]], ask: bool) -> str:
         from jinja2 import TemplateError
 
         try:
             text: str = self._template.render(
                 messages=[message | {"content": self._as_text(message["content"])} for message in messages],
-                add_generation_prompt=True,
+                add_generation_prompt=ask,
                 bos_token=self._bos,
                 eos_token=self._eos,
                 tools=None,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"The chat template cannot take these messages ({error}); send others.") from error
+        return text
+
+    def _parts(self, text: str) -> list[str | int]:
         parts: list[str | int] = []
-        text, at = text.removeprefix(self._bos), 0  # a session begins with that token already
+        at = 0
         for found in self._spelled.finditer(text):
             parts += [text[at : found.start()].replace(_MARK, ""), self._special[found[0]]]
             at = found.end()

@@ -20,6 +20,8 @@ EPILOG = """examples:
 
 Ctrl-C or SIGTERM ends it; what has been acknowledged is on the disk."""
 
+_FILE = 4 << 30  # bytes: a session of full attention may grow beyond any
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options of `serve`."""
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-session-tokens", type=_count, default=10_000_000, metavar="N", help="of a session (default: 10000000)"
     )
     parser.add_argument(
-        "--max-body", type=size, default=64 << 20, metavar="BYTES", help="of a text or session file (default: 64M)"
+        "--max-body", type=size, default=64 << 20, metavar="BYTES", help="of a text that is sent (default: 64M)"
     )
     parser.add_argument("--max-batch", type=_count, default=16, metavar="N", help="texts in one call (default: 16)")
     parser.add_argument(
@@ -112,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings = Settings(
             model="ttt-e2e" if arguments.model is None else folder.resolve().name,
             keys=keys,
-            limits=Limits(body=arguments.max_body, rate=arguments.rate),
+            limits=Limits(arguments.max_body, file=min(engine.file_bytes, _FILE), rate=arguments.rate),
             chat=load_chat(folder, tokenizer, arguments.chat_template),
         )
         logs.configure()

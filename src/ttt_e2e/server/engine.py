@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ttt_e2e.cost import state_bytes
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import Transformer
@@ -26,6 +27,7 @@ from ttt_e2e.session import Diverged, Session
 
 __all__ = ["Engine", "NoSession", "Piece", "Progress", "SessionRecord", "Stopping", "TooMuch"]
 
+_HEADER = 1 << 20  # bytes, more than a session file's has
 _CHUNK = 4  # mini-batches that a text is handed to the pool in
 _AHEAD = 2  # chunks that are there at most: one is read while the next is tokenised
 _PIECE_CHARS = 1 << 16
@@ -89,6 +91,12 @@ class Engine:
             "tokens_written": self._worker.tokens_written,
             "steps": self._worker.steps,
         }
+
+    @property
+    def file_bytes(self) -> int:
+        """How large the file of a session can become."""
+        size = self._fresh.dtype.itemsize
+        return state_bytes(self._fresh.model.config, self._max_tokens, size) + 8 * self._fresh.piece + _HEADER
 
     # -- sessions --------------------------------------------------------------------------------------------------
 
@@ -161,7 +169,7 @@ class Engine:
                             unread -= 1
                         elif isinstance(event, Losses) and (progress := count.add(event.losses)):
                             yield progress
-                    value = await job.leave()
+                    value = await _left(job)
                 record = await self._shelf.keep(entry, value)
                 yield count.end(record)
 
@@ -175,14 +183,15 @@ class Engine:
         stop: Sequence[str] = (),
         options: SamplingOptions,
         learn: bool = False,
+        closing: Prompt = "",
     ) -> AsyncIterator[Piece]:
         """Write on after what a session has read and `prompt`; without an id, after the prompt alone.
 
         The session stays as it is. With `learn`, the model learns from what it writes, and prompt and written text
         become part of the session, saved before the last Piece comes; if it does not come, nothing has changed. Such a
         writing waits as a reading does. stop: strings before which the text ends; it also ends with a token that ends
-        texts. Raises UserError for numbers out of range, TooMuch if prompt and `max_tokens` do not fit into a session,
-        and Diverged.
+        texts. closing: what the session reads after that, where it learns. Raises UserError for numbers out of range,
+        TooMuch if prompt and `max_tokens` do not fit into a session, and Diverged.
         """
         entry = None if id is None else self._shelf.entry(owner, id)
         if max_tokens < 0:
@@ -191,7 +200,8 @@ class Engine:
             async with entry.turn if entry and learn else nullcontext():
                 value = self._fresh if entry is None else await self._shelf.value(entry, settled=learn)
                 ids = await asyncio.to_thread(self._encoded, prompt)
-                self._check_length(_tokens(value) + len(ids) + max_tokens)
+                after = self._encoded(closing)
+                self._check_length(_tokens(value) + len(ids) + max_tokens + len(after))
                 stream = TextStream(self._tokenizer, stop, before=[*value.standing().pending, *ids])
                 asked = len(ids)
                 if learn:
@@ -215,7 +225,7 @@ class Engine:
                             yield Piece(text, None, asked, len(tokens))
                 rest = stream.rest()
                 if learn and entry:
-                    given = tokens[:sure] + (stream.tokens_given() if sure < len(tokens) else [])
+                    given = [*tokens[:sure], *(stream.tokens_given() if sure < len(tokens) else []), *after]
                     value = await self._after(entry, value, np.array(given, np.int64))
                     await self._shelf.keep(entry, value)
                 yield Piece(rest, reason, asked, len(tokens))
@@ -256,7 +266,7 @@ class Engine:
             while not isinstance(event := await job.next(), Done):
                 pass
             _raise(event)
-            return await job.leave()
+            return await _left(job)
 
     def _encoded(self, prompt: Prompt) -> np.ndarray:
         parts = [prompt] if isinstance(prompt, str) else prompt
@@ -302,8 +312,26 @@ def _tokens(value: Session) -> int:
 
 
 def _raise(done: Done) -> None:
-    """Raise what went wrong, if something did, told of a session of which only a copy went wrong."""
+    """Raise what went wrong, if something did."""
     if isinstance(done.error, Diverged):
-        raise Diverged(f"{done.error} Nothing of this was kept.", done.error.position)
+        raise _kept(done.error)
     if done.error is not None:
         raise done.error
+
+
+async def _left(job: Job) -> Session:
+    """The session that was at work, if what it learned last is sound, too."""
+    try:
+        return await job.leave()
+    except Diverged as error:
+        raise _kept(error) from None
+
+
+def _kept(error: Diverged) -> Diverged:
+    """The same, told of a session of which only a copy went wrong."""
+    return Diverged(
+        f"Learning diverged: {error.what}. The session is as it was; send another text, or have the service run with "
+        "a model of a smaller inner_lr.",
+        error.position,
+        error.what,
+    )

@@ -3,9 +3,9 @@
 import asyncio
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NoReturn
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -16,7 +16,7 @@ from ttt_e2e.server.errors import Refused
 from ttt_e2e.server.keys import Keys, is_loopback
 
 OPEN = ("/", "/health", "/openapi.json")  # for everyone: nothing here is anybody's
-_UPLOADS = ("/read", "/import")
+_IMPORT = "/v1/sessions/import"
 _JSON_BYTES = 4 << 20  # JSON is held in memory; a longer text is read into a session
 
 
@@ -24,13 +24,16 @@ _JSON_BYTES = 4 << 20  # JSON is held in memory; a longer text is read into a se
 class Limits:
     """What one client may ask for.
 
-    body: bytes of a text or a session file that is sent. rate: requests a minute of a key. generations: that a key has
-    running at once; further ones wait for their turn.
+    body: bytes of a text that is sent, and of a session file unless `file` is more. rate: requests a minute of a key.
+    generations: that a key has running at once; further ones wait for their turn. open: requests that a key has open at
+    once; further ones are refused.
     """
 
     body: int = 64 << 20
+    file: int = 0
     rate: int = 600
     generations: int = 32
+    open: int = 128
 
 
 @dataclass
@@ -76,6 +79,7 @@ class Gate:
         self.keys = keys
         self.limits = limits
         self.buckets: dict[str, Bucket] = {}
+        self.opened: defaultdict[str, int] = defaultdict(int)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request, or say why not."""
@@ -87,7 +91,12 @@ class Gate:
         except Refused as error:
             await errors.response(error)(scope, receive, send)
             return
-        await self.app(scope, counted, send)
+        owner = scope["state"]["caller"].owner if "caller" in scope["state"] else ""
+        self.opened[owner] += 1
+        try:
+            await self.app(scope, counted, send)
+        finally:
+            self.opened[owner] -= 1
 
     def _let_in(self, scope: Scope, receive: Receive) -> Receive:
         headers, path = Headers(scope=scope), scope["path"]
@@ -112,23 +121,45 @@ class Gate:
                         "rate_limit_exceeded",
                         headers={"retry-after": str(math.ceil(wait))},
                     )
-        most = self.limits.body if path.endswith(_UPLOADS) else min(_JSON_BYTES, self.limits.body)
+                if self.opened[caller.owner] >= self.limits.open:
+                    raise Refused(
+                        429,
+                        f"This key has {self.limits.open} requests open; wait until one of them has been answered.",
+                        "too_many_requests",
+                        headers={"retry-after": "1"},
+                    )
+        most, instead = self._most(path)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > most:
-            _too_large(most)
-        return _counted(receive, most)
+            raise _too_large(most, instead)
+        return _counted(receive, most, instead)
+
+    def _most(self, path: str) -> tuple[int, str]:
+        """How many bytes a body may have at this address, and what to do where it has more."""
+        if path == _IMPORT:
+            return max(self.limits.file, self.limits.body), "whoever runs the service can raise --max-body"
+        if path.endswith("/read"):
+            return self.limits.body, "send the text in parts"
+        return min(_JSON_BYTES, self.limits.body), "send a long text to /v1/sessions/ID/read"
 
     def _check_site(self, headers: Headers) -> None:
         """Keep other sites out, whose pages a browser on this machine may show: they have no business here."""
         host = headers.get("host", "")
-        if not self.keys and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if not self.keys and not is_loopback(_host(f"//{host}")):
             raise Refused(403, "Without keys this service answers under the names of this machine only.", "wrong_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise Refused(403, "This service does not answer the pages of other sites.", "wrong_origin")
 
 
-def _counted(receive: Receive, most: int) -> Receive:
+def _host(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:  # half an IPv6 address
+        return ""
+
+
+def _counted(receive: Receive, most: int, instead: str) -> Receive:
     got = 0
 
     async def count() -> Message:
@@ -136,16 +167,13 @@ def _counted(receive: Receive, most: int) -> Receive:
         message = await receive()
         got += len(message.get("body", b""))
         if got > most:
-            _too_large(most)
+            raise _too_large(most, instead)
         return message
 
     return count
 
 
-def _too_large(most: int) -> NoReturn:
-    raise Refused(
-        413,
-        f"The body has more than {most:,} bytes; send a long text to /v1/sessions/ID/read, in parts if need be.",
-        "too_large",
-        headers={"connection": "close"},
+def _too_large(most: int, instead: str) -> Refused:
+    return Refused(
+        413, f"The body has more than {most:,} bytes; {instead}.", "too_large", headers={"connection": "close"}
     )

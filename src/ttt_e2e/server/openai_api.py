@@ -7,8 +7,8 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -56,18 +56,23 @@ class _Part(NamedTuple):
 class _Form:
     """The form of an answer: OpenAI has one for texts and one for chats.
 
-    id: of the answer. names: what an object of it is called, at once and in a stream.
+    id: of the answer. names: what an object of it is called, at once and in a stream. closing: what the session reads
+    after an answer that it learns. created: Unix time.
     """
 
     id: str
     names: tuple[str, str]
     chat: bool
+    closing: Prompt = ""
+    created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(cls, kind: Literal["text", "chat"]) -> "_Form":
-        if kind == "text":
-            return cls(f"cmpl-{secrets.token_hex(12)}", ("text_completion", "text_completion"), False)
-        return cls(f"chatcmpl-{secrets.token_hex(12)}", ("chat.completion", "chat.completion.chunk"), True)
+    def of_text(cls) -> "_Form":
+        return cls(f"cmpl-{secrets.token_hex(12)}", ("text_completion", "text_completion"), False)
+
+    @classmethod
+    def of_chat(cls, closing: Prompt) -> "_Form":
+        return cls(f"chatcmpl-{secrets.token_hex(12)}", ("chat.completion", "chat.completion.chunk"), True, closing)
 
     def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
         rest = {"logprobs": None, "finish_reason": finish}
@@ -117,14 +122,20 @@ class Writer:
             raise Refused(
                 400, "A session learns from one text at a time; ask for one choice of one prompt.", "one_text"
             )
-        parts = self._parts(request, body, prompts, session, stop)
+        parts = self._parts(request, body, prompts, session, stop, form.closing)
         if body.stream:
             parts = await first_and_rest(request.receive, parts)
             return event_stream(request, self._events(parts, body, form, n))
         return JSONResponse(await unless_gone(request.receive, self._whole(parts, form, n, len(prompts))))
 
     async def _parts(
-        self, request: Request, body: Writing, prompts: Sequence[Prompt], session: str | None, stop: tuple[str, ...]
+        self,
+        request: Request,
+        body: Writing,
+        prompts: Sequence[Prompt],
+        session: str | None,
+        stop: tuple[str, ...],
+        closing: Prompt,
     ) -> AsyncGenerator[_Part, None]:
         """All choices as they come, those of the first prompt first; counts tokens and looks at the clock."""
         n = body.n or 1
@@ -141,6 +152,7 @@ class Writer:
                 stop=(*body.stops, *stop),
                 options=SamplingOptions(**given, seed=(seed + again) % 2**63),
                 learn=bool(body.learn),
+                closing=closing,
             )
             for prompt in prompts
             for again in range(n)
@@ -185,8 +197,8 @@ class Writer:
             yield self._answer(form, form.names[1], []) | {"usage": _usage(last, n)}
 
     def _answer(self, form: _Form, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        created = int(time.time())
-        return {"id": form.id, "object": name, "created": created, "model": self.settings.model, "choices": choices}
+        facts = {"id": form.id, "object": name, "created": form.created, "model": self.settings.model}
+        return facts | {"choices": choices}
 
 
 def _usage(last: dict[int, Piece], n: int) -> dict[str, int]:
@@ -216,7 +228,7 @@ def routes(writer: Writer) -> APIRouter:
     @router.post("/completions", response_model=Completion, responses=STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Write on after a text; with `session`, after what the session has read and then the text."""
-        return await writer.answer(request, body, body.prompts, body.session, _Form.of("text"))
+        return await writer.answer(request, body, body.prompts, body.session, _Form.of_text())
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -225,12 +237,14 @@ def routes(writer: Writer) -> APIRouter:
         if body.session is not None:
             record = await writer.engine.session(request.state.caller.owner, body.session)
             begun = record.tokens > 1  # more than the token that begins every text
-        prompt = settings.chat.prompt([message.plain() for message in body.messages], begun)
-        return await writer.answer(request, body, [prompt], body.session, _Form.of("chat"), settings.chat.stop)
+        messages = [message.plain() for message in body.messages]
+        prompt, closing = settings.chat.prompt(messages, begun), settings.chat.closing(messages) if body.learn else ""
+        form = _Form.of_chat(closing)
+        return await writer.answer(request, body, [prompt], body.session, form, settings.chat.stop)
 
     return router
 
 
 async def complete_session(writer: Writer, request: Request, session: str, body: SessionCompletionRequest) -> Response:
     """Write on in a session, as /v1/completions does."""
-    return await writer.answer(request, body, body.prompts, session, _Form.of("text"))
+    return await writer.answer(request, body, body.prompts, session, _Form.of_text())

@@ -1,8 +1,9 @@
 """Sessions on disk: a folder with two files a session, which a `kill -9` at any moment leaves whole.
 
 `ID.json` says whose the session is; it is written once. `ID.session` is the session itself, as `Session.save` writes
-it; a fresh session has none yet. Where both are made, the record comes last, and where both go, it goes first: so a
-session without a record is a leftover, and what has a record is whole.
+it; a fresh session has none yet. Where both are made, the record comes last, and where both go, it goes first: so what
+has a record is whole. While that is done there is a third file, `ID.changing`; a session beside it without a record is
+a leftover. Other files are nobody's business, a session file that somebody has put here included.
 
 All of this works on files and blocks; it knows no event loop.
 """
@@ -13,6 +14,8 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,9 +57,13 @@ class Store:
             raise UserError(f"The sessions in {self.folder} are in use by another process; end it first.") from error
         for left in self.folder.glob(".sess-*.part"):  # by a process that was killed while it wrote beside the place
             left.unlink()
+        for marker in self.folder.glob("sess-*.changing"):
+            if not marker.with_suffix(".json").exists():
+                self.path(marker.stem).unlink(missing_ok=True)
+            marker.unlink()
         for path in self.folder.glob("*.session"):
             if _ID.fullmatch(path.stem) and not path.with_suffix(".json").exists():
-                path.unlink()
+                _log.warning("%s has no record and belongs to nobody; it is left where it is, import it.", path)
 
     def records(self) -> list[Record]:
         """What is there, the oldest first. A record that cannot be read is left out with a warning, and kept."""
@@ -80,13 +87,14 @@ class Store:
     def add(self, owner: str, session: Session | None = None) -> Record:
         """Keep a new session, a fresh one if None. Raises UserError if the disk is full or not writable."""
         record = Record(f"sess-{secrets.token_hex(16)}", owner, time.time())
-        if session is not None:
-            session.save(self.path(record.id))
-        try:
-            write_text(self.folder / f"{record.id}.json", json.dumps(asdict(record)) + "\n")
-        except BaseException:
-            self.path(record.id).unlink(missing_ok=True)
-            raise
+        with self._changing(record.id):
+            if session is not None:
+                session.save(self.path(record.id))
+            try:
+                write_text(self.folder / f"{record.id}.json", json.dumps(asdict(record)) + "\n")
+            except BaseException:
+                self.path(record.id).unlink(missing_ok=True)
+                raise
         return record
 
     def save(self, id: str, session: Session) -> None:
@@ -95,15 +103,29 @@ class Store:
 
     def delete(self, id: str) -> None:
         """Forget a session. Raises UserError if the folder is not writable; the session is then as it was."""
+        with self._changing(id):
+            try:
+                (self.folder / f"{id}.json").unlink()
+            except OSError as error:
+                raise UserError(f"Cannot delete the session {id}: {error.strerror}.") from error
+            try:
+                self.path(id).unlink(missing_ok=True)
+                sync(self.folder)  # so that no power cut brings it back
+            except OSError as error:
+                _log.warning("The file of the deleted session %s could not be removed: %s", id, error)
+
+    @contextmanager
+    def _changing(self, id: str) -> Iterator[None]:
+        """While a session comes or goes."""
+        marker = self.folder / f"{id}.changing"
         try:
-            (self.folder / f"{id}.json").unlink()
+            marker.touch(mode=0o600)
         except OSError as error:
-            raise UserError(f"Cannot delete the session {id}: {error.strerror}.") from error
+            raise UserError(f"Cannot change what is in {self.folder}: {error.strerror}.") from error
         try:
-            self.path(id).unlink(missing_ok=True)
-            sync(self.folder)  # so that no power cut brings it back
-        except OSError as error:
-            _log.warning("The file of the deleted session %s could not be removed: %s", id, error)
+            yield
+        finally:
+            marker.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let another process have the store."""

@@ -1,7 +1,6 @@
 """Bodies that are too large for memory: they go to temporary files, which are gone when nobody needs them any more."""
 
 import asyncio
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from ttt_e2e.data.text import text_pieces
+from ttt_e2e.errors import UserError
 from ttt_e2e.server.errors import Refused
 
 _FORM = "multipart/form-data"
@@ -30,8 +30,7 @@ async def text_body(request: Request) -> IO[bytes]:
     if kind.get_content_type() == _FORM and request.headers.get("content-type"):
         file = await _file_of_form(request)
     elif request.headers.get("content-type") and kind.get_content_type() == "text/plain":
-        charset = str(kind.get_param("charset", "utf-8")).lower()
-        if charset not in ("utf-8", "utf8", "us-ascii"):
+        if _charset(kind) not in ("utf-8", "utf8", "us-ascii"):
             raise Refused(415, "The text must be UTF-8; convert it, or say so in Content-Type.", "wrong_charset")
         file = _nameless()
         await _save_body(request, file)
@@ -58,7 +57,23 @@ async def save_body(request: Request, target: Path) -> None:
 
 async def _save_body(request: Request, file: IO[bytes]) -> None:
     async for chunk in request.stream():
-        await asyncio.to_thread(file.write, chunk)
+        await asyncio.to_thread(_write, file, chunk)
+
+
+def _write(file: IO[bytes], chunk: bytes) -> None:
+    """Write all of it: a raw file may take less where the disk is nearly full."""
+    try:
+        while chunk:
+            chunk = chunk[file.write(chunk) :]
+    except OSError as error:
+        raise UserError(f"A body could not be kept while it came in: {error.strerror}.") from error
+
+
+def _charset(kind: Message) -> str:
+    try:
+        return str(kind.get_param("charset", "utf-8")).lower()
+    except Exception:  # the parser trips over some headers that are none
+        return ""
 
 
 async def _file_of_form(request: Request) -> IO[bytes]:
@@ -69,7 +84,8 @@ async def _file_of_form(request: Request) -> IO[bytes]:
             if len(parts) != 1 or not isinstance(parts[0], UploadFile):
                 raise wrong
             file = _nameless()
-            await asyncio.to_thread(shutil.copyfileobj, parts[0].file, file)
+            while chunk := await parts[0].read(1 << 20):
+                await asyncio.to_thread(_write, file, chunk)
     except Refused:
         raise  # also the gate's, for a body that is too large
     except HTTPException as error:  # the parser's

@@ -150,14 +150,14 @@ class Job:
         return event
 
     async def leave(self) -> Session:
-        """Leave the pool, with the session as it stands."""
+        """Leave the pool, with the session as it stands. Raises Diverged if what it learned last has spoiled it."""
         if self._error:
             raise self._error
         sessions: list[Session] = []
         left: Future[None] = Future()
 
         def take() -> None:
-            self._worker._order(self, lambda pool, id: sessions.append(pool.peek(id)))
+            self._worker._order(self, lambda pool, id: sessions.append(_judged(pool.peek(id))))
             self._worker._drop(self)
             if left.set_running_or_notify_cancel():
                 left.set_result(None)
@@ -184,6 +184,14 @@ class Job:
         if self._error:
             raise self._error
         self._worker._tell(lambda: self._worker._order(self, order))
+
+
+def _judged(session: Session) -> Session:
+    """The same. A mini-batch's loss judges the update before it; the last one's judge would come in the next request,
+    when there is no way back any more.
+    """
+    session.fork().score_rest()
+    return session
 
 
 def _hand_out(events: list[tuple[Job, Event]]) -> None:
