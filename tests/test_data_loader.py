@@ -124,11 +124,19 @@ def test_too_few_tokens() -> None:
         SequenceLoader(token_set([11]), 10, 0, seed=0)
 
 
+def test_tokens_outside_of_the_vocabulary() -> None:
+    tokens = token_set([11])
+    tokens.ids_below = int(tokens.document(0).max())
+    with pytest.raises(UserError, match="outside of the vocabulary"):
+        next(SequenceLoader(tokens, 10, 1, seed=0))
+
+
 def test_held_out() -> None:
     tokens = token_set([25, 1, 8])
     found = [(int(sequence[0]), len(sequence)) for sequence in held_out(tokens, 10, 1000)]
     assert found == [(0, 11), (26, 8), (10, 11), (20, 5)]
-    assert [len(sequence) for sequence in held_out(tokens, 10, 19)] == [11, 8]
-    assert held_out(tokens, 10, 11)[0].dtype == np.int64
+    assert [len(sequence) for sequence in held_out(tokens, 10, 17)] == [11, 8]  # 10 and 7 targets
+    assert [len(sequence) for sequence in held_out(tokens, 10, 9)] == [8]  # the first is too long
+    assert held_out(tokens, 10, 10)[0].dtype == np.int64
     with pytest.raises(UserError, match="no sequence to evaluate on within 5 tokens"):
         held_out(tokens, 10, 5)

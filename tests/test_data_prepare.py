@@ -177,6 +177,11 @@ def test_held_out_documents(sources: list[Path], tmp_path: Path) -> None:
     assert none.documents["val"] == 0
     with pytest.raises(UserError, match="no 'val' documents"):
         TokenSet.open(tmp_path / "none", "val")
+    both = run(sources, tmp_path / "both", val=sources[:1])  # what is held out is not trained on
+    assert both.documents == {**given.documents, "val": 1}
+    assert "0.txt" not in TokenSet.open(tmp_path / "both").names
+    with pytest.raises(UserError, match="no text to train on"):
+        run(sources[:1], tmp_path / "nothing", val=sources[:1])
     few = run(sources[:2], tmp_path / "few", val_share=0.01)
     assert few.documents == {"train": 1, "val": 1}
     one = run(sources[:1], tmp_path / "one")

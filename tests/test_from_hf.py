@@ -332,6 +332,16 @@ def test_the_window_is_what_the_original_can_see(
         convert_from_hf(folder, tmp_path / "other", Start(window=10**6))
 
 
+def test_a_window_that_mistral_does_not_say_is_the_librarys(pretrained: Pretrained, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pretrained("mistral, wide heads")[1], tmp_path / "checkpoint"))
+    change(folder, max_position_embeddings=1 << 17)
+    assert convert_from_hf(folder, tmp_path / "none").config.window == 8192  # null: it sees everything
+    said = json.loads((folder / "config.json").read_text())
+    del said["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(said))
+    assert convert_from_hf(folder, tmp_path / "out").config.window == 4096
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

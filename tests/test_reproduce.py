@@ -23,7 +23,7 @@ from ttt_e2e.cost import parameters
 from ttt_e2e.data.loader import SequenceLoader
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.presets import preset
 from ttt_e2e.reproduce import job, workers
@@ -279,7 +279,7 @@ def test_a_system_that_fails_is_left_out_and_the_rest_goes_on(
 
     def failing(config: Any, *arguments: Any, **options: Any) -> Any:
         if config.model.suffix_layers and config.train.context == 8:
-            raise UserError("Step 2 has a loss of nan.")
+            raise Divergence("Step 2 has a loss of nan.")
         return train(config, *arguments, **options)
 
     monkeypatch.setattr(job, "train", failing)

@@ -59,6 +59,17 @@ def test_an_update_after_loading_is_the_update_that_would_have_been(tmp_path: Pa
     assert saved_config(folder) == CONFIG
 
 
+def test_a_weight_that_no_loss_has_depended_on_yet(tmp_path: Path) -> None:
+    model, optimizer = trained(updates=0)
+    for weight in [*model.parameters()][1:]:
+        weight.grad = torch.ones_like(weight)
+    optimizer_step(model, optimizer, lr=1e-2, clip=1.0)
+    folder = save(tmp_path, (model, optimizer), 1)
+    other, other_optimizer = trained(seed=1, updates=0)
+    load_checkpoint(folder, other, other_optimizer)
+    assert model_digest(other) == model_digest(model)
+
+
 def test_only_the_latest_are_kept(tmp_path: Path) -> None:
     pair = trained()
     for step in (1, 2, 30, 4000):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,7 +266,9 @@ def test_extension_starts_from_the_weights_at_another_context(data: Path, whole:
     assert first < fresh - 0.5
     assert json.loads((out / "config.json").read_text())["start_from"] == str((whole / "model").resolve())
     with pytest.raises(UserError, match=r"started from .*/model, not from"):
-        run(data, out, *changes, resume=True, start_from=checkpoints(whole)[0])
+        run(data, out, *changes, resume=True, start_from=checkpoints(whole)[-1])
+    shutil.copytree(whole / "model", tmp_path / "moved")
+    assert run(data, out, *changes, resume=True, start_from=tmp_path / "moved").step == 2
 
 
 def test_extension_of_a_model_that_does_not_fit(data: Path, whole: Path, tmp_path: Path) -> None:

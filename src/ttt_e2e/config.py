@@ -160,6 +160,7 @@ class ModelConfig:
             "tokens between updates would be forgotten. Choose b <= k.",
         )
         _require(self.inner_lr >= 0, f"inner_lr must not be negative, it is {self.inner_lr}.")
+        _require(self.init_std >= 0, f"init_std must not be negative, it is {self.init_std}.")
         _require(self.inner_clip > 0, f"inner_clip must be positive, it is {self.inner_clip}.")
         _require(
             self.static_mlp or not self.parallel_mlp,
@@ -309,8 +310,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("context", "batch", "accumulate", "steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("log_every", "eval_every", "checkpoint_every", "lr", "weight_decay", "eval_tokens"):
+        for name in (
+            *("log_every", "eval_every", "checkpoint_every", "eval_tokens", "seed"),
+            *("lr", "lr_init", "lr_end", "inner_lr_init", "weight_decay", "adam_eps"),
+        ):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, it is {getattr(self, name)}.")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be from 0 to below 1, it is {getattr(self, name)}.")
+        _require(self.clip > 0, f"clip must be above 0, it is {self.clip}; a very large one clips nothing.")
         _require(
             self.batch % self.accumulate == 0,
             f"A batch of {self.batch} sequences does not split into {self.accumulate} equal pieces.",

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something that the user can mend: the message says what was wrong, where, and how to mend it."""
+
+
+class Divergence(UserError):  # noqa: N818 - it is a state of affairs
+    """Training, or learning while reading, left all bounds: done again in the same way, it would again."""

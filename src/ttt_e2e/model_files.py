@@ -133,6 +133,15 @@ def model_digest(model: nn.Module) -> str:
     return _digest(dict(model.named_parameters()))
 
 
+def stored_digest(folder: Path) -> str | None:
+    """The digest that the model in `folder` was written with, of its weights; None if there is none to be read."""
+    try:
+        with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+            return (file.metadata() or {}).get("digest")
+    except (OSError, SafetensorError):
+        return None
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

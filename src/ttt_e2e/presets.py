@@ -119,6 +119,7 @@ def extension(train: TrainConfig, context: int, pretrain_steps: int) -> TrainCon
         steps=max(1, pretrain_steps // 40),
         warmup_steps=None,
         inner_warmup_steps=0,
+        eval_tokens=max(train.eval_tokens, 8 * context),
     )
 
 

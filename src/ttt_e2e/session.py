@@ -23,7 +23,7 @@ from ttt_e2e.carried import end_tokens
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.inner_loop import PLAIN
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import load_model
@@ -48,7 +48,7 @@ _LOGITS = 1 << 26  # at most so many logits at once when nothing is learned: 256
 _ABSURD = 10.0  # a mean loss of so many times ln(vocabulary), the loss of a uniform guess, is divergence
 
 
-class Diverged(UserError):  # noqa: N818 - it is a state of affairs, as KeyboardInterrupt is
+class Diverged(Divergence):
     """Inner learning went wrong, and the session is back at its last good state, at token `position`.
 
     what: the loss, or the gradient, that showed it.

@@ -276,5 +276,5 @@ def describe(done: Converted) -> list[str]:
     if done.unnamed:
         lines.append(f"{done.unnamed} ids that no token of the tokenizer has were left out of the vocabulary")
     if not done.tokenizer:
-        lines.append("the checkpoint has no tokenizer.json: put one into the folder to read texts")
+        lines.append("the checkpoint has no tokenizer.json: to read texts, put one beside it and convert again")
     return lines

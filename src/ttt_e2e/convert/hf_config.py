@@ -17,6 +17,7 @@ FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mi
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _REQUIRED = object()
+_MISTRAL_WINDOW = 4096
 
 
 def read_source(config: Mapping[str, Any], where: Path) -> Source:
@@ -133,6 +134,8 @@ def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:
 
     Qwen's layers have one from the layer `max_window_layers` on, and only if `use_sliding_window` says so.
     """
+    if family == "mistral" and "sliding_window" not in values.content:
+        return _MISTRAL_WINDOW  # null is none, but what is not said is transformers' default
     if values.get("sliding_window", None) is None or family == "llama":
         return None
     if family in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):

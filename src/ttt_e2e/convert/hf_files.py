@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.model_files import read_json
+from ttt_e2e.model_files import TOKENIZER, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -52,15 +52,20 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    whole = None  # what is in the cache, if that is all but perhaps the tokenizer, which not every checkpoint has
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
         if (cached / CONFIG).is_file() and all(file.is_file() for file in weight_files(cached)):
-            return cached
+            whole = cached
     except (LocalEntryNotFoundError, UserError):
         pass
+    if whole is not None and (whole / TOKENIZER).is_file():
+        return whole
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:  # the library's own, those of its HTTP client, and the system's
+        if whole is not None:
+            return whole
         raise _not_there(name, error) from error
 
 

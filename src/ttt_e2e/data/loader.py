@@ -51,6 +51,11 @@ class SequenceLoader:
         self._advance(self.rank * self.batch)
         for sequence in sequences:
             self._read(int(self._order[self._index]), sequence)
+            if self.tokens.ids_below is not None and sequence.max() >= self.tokens.ids_below:
+                raise UserError(
+                    f"{self.tokens.where} holds token {sequence.max()}, outside of the vocabulary of "
+                    f"{self.tokens.ids_below}; was it altered? Make it anew."
+                )
             self._advance(1)
         self._advance((self.world - 1 - self.rank) * self.batch)
         return torch.from_numpy(sequences)
@@ -125,28 +130,25 @@ class SequenceLoader:
 def held_out(tokens: TokenSet, context: int, limit_tokens: int) -> list[np.ndarray]:
     """Return the sequences to evaluate on: int64 arrays of 2 to `context + 1` tokens, always the same ones.
 
-    First the beginning of every document, then the next `context` tokens of every document that has more, and
-    so on, until the next sequence would bring them to more than `limit_tokens` tokens in all. Raises
-    UserError if there is none.
+    First the beginning of every document, then the next `context` tokens of every document that has more, and so on, as
+    far as they have at most `limit_tokens` targets in all. Raises UserError if there is none.
     """
     sequences: list[np.ndarray] = []
     total = 0
     start = 0
     documents = np.arange(len(tokens))
-    while len(documents := documents[tokens.lengths[documents] > start + 1]):
+    before = -1
+    while len(documents := documents[tokens.lengths[documents] > start + 1]) and len(sequences) > before:
+        before = len(sequences)
         for document in documents:
             size = min(context + 1, int(tokens.lengths[document]) - start)
-            if total + size > limit_tokens:
-                break
-            sequences.append(tokens.document(int(document), start, start + size).astype(np.int64))
-            total += size
-        else:
-            start += context
-            continue
-        break
+            if total + size - 1 <= limit_tokens:
+                sequences.append(tokens.document(int(document), start, start + size).astype(np.int64))
+                total += size - 1
+        start += context
     if not sequences:
         raise UserError(
             f"{tokens.where} has no sequence to evaluate on within {limit_tokens} tokens; "
-            "raise the limit, shorten the context or hold out more text."
+            "raise train.eval_tokens, or set train.eval_every=0 to go without."
         )
     return sequences

@@ -61,9 +61,9 @@ def prepare(
     tokenizer: a `tokenizer.json`, a folder with one or a Hugging Face name; None trains one of `vocab_size`
         tokens on a uniform sample of at most `sample_chars` characters of the documents that are not held
         out.
-    val: sources of the held-out documents. None holds out whole documents of `sources`: in an order drawn by
-        `seed`, each that still fits into `val_share` of all characters; the shortest one if none fits and
-        there are several.
+    val: sources of the held-out documents; where they are among `sources`, they are left out there. None holds out
+        whole documents of `sources`: in an order drawn by `seed`, each that still fits into `val_share` of all
+        characters; the shortest one if none fits and there are several.
     shard_tokens: a shard ends with the document that brings it to so many tokens.
 
     If it is interrupted, the same call continues after the last finished shard and the result is, byte for
@@ -89,7 +89,8 @@ def prepare(
         return _summary(out, state)
 
     def texts(skipped: list[str] | None = None) -> Iterator[tuple[bool, Document]]:
-        own = standard_library() if sources is None else documents(sources, text_column, skipped)
+        held = [path for _, path, _ in source_files(val or [])]
+        own = standard_library() if sources is None else documents(sources, text_column, skipped, without=held)
         held_out = documents(val or [], text_column, skipped)
         return chain(((False, document) for document in own), ((True, document) for document in held_out))
 

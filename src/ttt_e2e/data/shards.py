@@ -71,9 +71,9 @@ class ShardWriter:
 class TokenSet:
     """The documents of one split: `len()` of them, each an array of token ids on disk, read where it is sliced.
 
-    names: one per document. lengths: int64 array, tokens per document. total: tokens in all. bos: the token
-    that begins documents. vocab_size: None where it is not known (zarr). digest: changes with the tokens or
-    their tokenizer.
+    names: one per document. lengths: int64 array, tokens per document. total: tokens in all. bos: the token that begins
+    documents. vocab_size: None where it is not known (zarr). ids_below: what all ids must be below, if that is known;
+    the loader sees to it. digest: changes with the tokens or their tokenizer.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class TokenSet:
         self.total = int(self.lengths.sum())
         self.bos = bos
         self.vocab_size = vocab_size
+        self.ids_below = vocab_size
         self.digest = digest
         self.where = where
         self._folder = folder
@@ -208,7 +209,7 @@ class TokenSet:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError unless these tokens have a vocabulary of `vocab_size`.
 
-        Where it is not known (zarr), the first million tokens must fit into it.
+        Where it is not known (zarr), the first million tokens must fit into it, and the loader looks at the rest.
         """
         if self.vocab_size is None:
             largest = max(int(self.document(0, 0, _ZARR_SAMPLE).max()), self.bos)
@@ -217,6 +218,7 @@ class TokenSet:
                     f"{self.where} holds token {largest}, but the model has a vocabulary of {vocab_size}; "
                     "set vocab_size to that of the tokenizer that made the tokens."
                 )
+            self.ids_below = vocab_size
         elif self.vocab_size != vocab_size:
             raise UserError(
                 f"{self.where} was made with a vocabulary of {self.vocab_size}, but the model has "

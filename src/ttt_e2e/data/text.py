@@ -109,16 +109,24 @@ def source_files(paths: Iterable[Path]) -> Iterator[tuple[str, Path, bool]]:
                     yield file.relative_to(path).as_posix(), file, True
 
 
-def documents(paths: Iterable[Path], text_column: str = "text", skipped: list[str] | None = None) -> Iterator[Document]:
+def documents(
+    paths: Iterable[Path],
+    text_column: str = "text",
+    skipped: list[str] | None = None,
+    without: Iterable[Path] = (),
+) -> Iterator[Document]:
     """Yield the documents of text files, JSONL (.jsonl, .ndjson), parquet (.parquet) and folders of them.
 
     A text file is one document, whatever its suffix; a row of JSONL or parquet is one, its text in
     `text_column` and its name in `title` where there is one. Rows without text, and files inside a folder
-    that are no text, are left out; `skipped` gets a sentence for each. Raises UserError for everything else
-    that cannot be read.
+    that are no text, are left out; `skipped` gets a sentence for each. So are the files of `without`. Raises UserError
+    for everything else that cannot be read.
     """
     skipped = [] if skipped is None else skipped
+    others = {path.resolve() for path in without}
     for name, path, in_folder in source_files(paths):
+        if path.resolve() in others:
+            continue
         if path.suffix.lower() in _JSONL:
             yield from _jsonl_documents(name, path, text_column, skipped)
         elif path.suffix.lower() == ".parquet":

@@ -165,9 +165,12 @@ def _models_of(comparison: Path) -> dict[str, Path]:
     """The models of a comparison's first seed, for its longest context."""
     from ttt_e2e.model_files import read_json
 
-    named = read_json(comparison / "plan.json")["comparisons"].get("figure1", {})
+    plan = read_json(comparison / "plan.json")
+    named = plan["comparisons"].get("figure1", {})
     folders = {name: comparison / "runs" / name / f"seed{named['seeds'][0]}" for name in named.get("systems", [])}
-    stage = f"extend-{max(named.get('contexts', [0]))}"
+    # Contexts up to that of the pretraining have no stage of their own.
+    longest = max(named.get("contexts", [0]))
+    stage = f"extend-{longest}" if longest > plan["scale"]["pretrain_context"] else "pretrain"
     found = {name: folder / stage / "run" / "model" for name, folder in folders.items()}
     found = {name: folder for name, folder in found.items() if folder.is_dir()}
     if not found:

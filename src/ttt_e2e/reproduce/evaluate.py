@@ -16,7 +16,7 @@ import torch
 
 from ttt_e2e.data.loader import SequenceLoader
 from ttt_e2e.data.shards import TokenSet
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
 
@@ -61,7 +61,7 @@ def read_books(
 ) -> list[dict[str, Any]]:
     """Each book's loss at `context`, and by position in the sequence: the means of the bins of `position_edges`.
 
-    inner_lr: as for `sequence_loss`. Raises UserError if a loss is not finite.
+    inner_lr: as for `sequence_loss`. Raises Divergence if a loss is not finite.
     """
     results = []
     for book in texts:
@@ -70,7 +70,7 @@ def read_books(
         nll_BT, mask_BT = _losses(model, sequences, bos, batch_tokens, inner_lr, dtype)
         loss = float((nll_BT * mask_BT).sum() / mask_BT.sum())
         if not math.isfinite(loss):
-            raise UserError(f"Reading {book.name} in sequences of {context} tokens diverged: its loss is {loss}.")
+            raise Divergence(f"Reading {book.name} in sequences of {context} tokens diverged: its loss is {loss}.")
         edges = position_edges(context)
         sums = [float((nll_BT * mask_BT)[:, a:b].sum()) for a, b in pairwise(edges)]
         counts = [float(mask_BT[:, a:b].sum()) for a, b in pairwise(edges)]
@@ -102,7 +102,7 @@ def choose_inner_lr(
 ) -> dict[float, float | None]:
     """The losses at several inner learning rates on about `count` tokens of training text; None where one diverges.
 
-    Raises UserError if all do.
+    Raises Divergence if all do.
     """
     loader = SequenceLoader(tokens, context, max(1, count // context), seed)
     sequences = next(loader)
@@ -112,7 +112,7 @@ def choose_inner_lr(
         loss = float((nll_BT * mask_BT).sum() / mask_BT.sum())
         losses[lr] = loss if math.isfinite(loss) else None
     if all(loss is None for loss in losses.values()):
-        raise UserError(f"Every inner learning rate diverged at a context of {context}: {inner_lrs}.")
+        raise Divergence(f"Every inner learning rate diverged at a context of {context}: {inner_lrs}.")
     return losses
 
 

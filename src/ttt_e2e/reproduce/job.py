@@ -1,7 +1,7 @@
 """One job in a process of its own: `python -m ttt_e2e.reproduce.job FOLDER` does what FOLDER/job.json says.
 
-Exit codes: 0, result.json stands (it may say that the job "failed": then it would fail again); 130, interrupted, the
-next call goes on; anything else, the machine was in the way (no disk, no memory), and the next call tries again.
+Exit codes: 0, result.json stands (it may say that the job "failed": it diverged, and would again); 130, interrupted,
+the next call goes on; anything else, something was in the way (no disk, no memory), and the next call tries again.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import torch
 
 from ttt_e2e.config import ModelConfig, RunConfig, from_dict
 from ttt_e2e.convert.standard import warm_start
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
@@ -50,11 +50,11 @@ def main(folder: Path) -> int:
     result: dict[str, Any] | None
     try:
         result = _KINDS[spec["kind"]](folder, spec)
-    except UserError as error:
-        if isinstance(error.__cause__, OSError):
-            print(error, file=sys.stderr)
-            return 1
+    except Divergence as error:
         result = {"failed": " ".join(str(error).split())}
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
     if result is None:
         return INTERRUPTED
     if os.environ.get("RANK", "0") == "0":
@@ -110,6 +110,9 @@ def _start(folder: Path, model: Path, config: RunConfig) -> Path:
     if dataclasses.replace(theirs, rope_theta=config.model.rope_theta) == config.model:
         return model
     converted = folder / _START
+    if os.environ.get("RANK", "0") != "0":
+        while not converted.is_dir():  # the first process makes it
+            time.sleep(0.2)
     if not converted.is_dir():
         save_model(warm_start(load_model(model), config.model), converted, model / TOKENIZER)
     return converted

@@ -29,9 +29,10 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, write_text
 from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import model_digest, read_json
+from ttt_e2e.model_files import read_json
 from ttt_e2e.reproduce.latency import machine
 from ttt_e2e.session import DTYPES, Diverged, Session, load_reader
+from ttt_e2e.session_files import model_fingerprint
 from ttt_e2e.training.distributed import choose_device
 
 TASKS = {1: "a number in sentences that repeat", 2: "a number in a text", 3: "a UUID in a text"}
@@ -310,7 +311,7 @@ def run_needles(
 def _load(name: str, folder: Path, device: str, facts: dict[str, Any]) -> tuple[Transformer, Tokenizer]:
     """A model to ask; its digest is noted. Raises UserError if the results are another's of this name."""
     model, tokenizer = load_reader(Path(folder), choose_device(device))
-    digest = model_digest(model)
+    digest = model_fingerprint(model)
     if facts["models"].setdefault(name, digest) != digest:
         raise UserError(f"The results there are of another model called {name!r}; give {folder} another name.")
     return model, tokenizer

@@ -1,6 +1,7 @@
 """`ttt-e2e reproduce figure1` and `ablations`: from prepared tokens to tables and pictures."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -139,7 +140,7 @@ def _plan(
     first, held = TokenSet.open(data, "train"), TokenSet.open(books, "val")
     first.check_vocabulary(scale.vocab_size)
     held.check_vocabulary(scale.vocab_size)
-    TokenSet.open(books, "train")
+    more = TokenSet.open(books, "train")
     read = cut_books(held, max(scale.contexts), scale.eval_tokens)
     return Plan(
         what,
@@ -150,7 +151,7 @@ def _plan(
         data,
         books,
         first.digest,
-        held.digest,
+        hashlib.sha256(f"{more.digest} {held.digest}".encode()).hexdigest(),
         place,
         sum(len(book.tokens) - 1 for book in read),
         compile,

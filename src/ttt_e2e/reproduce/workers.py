@@ -212,7 +212,9 @@ class _Running:
         command = [sys.executable, "-m"]
         if processes > 1 and self._steps:
             command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        threads = {} if spec["threads"] is None else {"OMP_NUM_THREADS": str(spec["threads"])}
+        settings = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}  # seconds to finish a step and write a checkpoint
+        if spec["threads"] is not None:
+            settings["OMP_NUM_THREADS"] = str(spec["threads"])
         # A session of its own: Ctrl-C in the terminal is for us, who pass it on. Its standard input is a pipe that ends
         # when we do.
         self._process = subprocess.Popen(
@@ -220,7 +222,7 @@ class _Running:
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env=os.environ | threads,
+            env=os.environ | settings,
             pass_fds=(lock,),
             start_new_session=True,
         )

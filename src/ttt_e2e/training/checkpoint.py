@@ -61,7 +61,8 @@ def save_checkpoint(
         part.mkdir()
         write_model_files(model, part, tokenizer_json, notes={"step": progress.step, "tokens": progress.tokens})
         moments = {
-            f"{moment}.{name}": optimizer.state[weight][moment].to("cpu")
+            # A weight that no loss has depended on yet has none: a memory's step in texts of one mini-batch.
+            f"{moment}.{name}": optimizer.state[weight].get(moment, torch.zeros_like(weight)).to("cpu")
             for name, weight in model.named_parameters()
             for moment in _MOMENTS
         }

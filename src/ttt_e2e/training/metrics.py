@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -91,4 +92,8 @@ def _wandb(run: Path, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("Weights & Biases is not installed; run: pip install 'ttt-e2e[wandb]'.") from error
-    return wandb.init(project="ttt-e2e", name=run.name, id=run.name, resume="allow", dir=run, config=dict(config))
+    path = run / "wandb-id"  # of this folder alone: many a folder is called "run"
+    if not path.exists():
+        write_text(path, secrets.token_hex(8))
+    id = path.read_text(encoding="utf-8")
+    return wandb.init(project="ttt-e2e", name=run.name, id=id, resume="allow", dir=run, config=dict(config))

@@ -28,11 +28,20 @@ from ttt_e2e.config import RunConfig, TrainConfig, to_dict
 from ttt_e2e.data.loader import SequenceLoader, held_out
 from ttt_e2e.data.shards import TokenSet, open_tokens
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.inner_loop import PLAIN, sequence_loss
 from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import CONFIG, TOKENIZER, copy_carried, load_config, read_json, read_weights, save_model
+from ttt_e2e.model_files import (
+    CONFIG,
+    TOKENIZER,
+    copy_carried,
+    load_config,
+    read_json,
+    read_weights,
+    save_model,
+    stored_digest,
+)
 from ttt_e2e.training.checkpoint import (
     Progress,
     checkpoints,
@@ -103,7 +112,7 @@ def train(
     threads: of PyTorch on a CPU. compile: run the steps compiled, the same numbers up to rounding; a run may be
     resumed with another choice. Under `torchrun` the batch is shared among the processes. SIGINT and SIGTERM finish
     the step, write a checkpoint and return a Summary that is `interrupted`. Raises UserError for whatever does not fit
-    together, for a full disk and for a loss that is not finite; the last checkpoint is then still there.
+    together and for a full disk, Divergence for a loss that is not finite; the last checkpoint is then still there.
     """
     data, out = Path(data), Path(out)
     plan, model_config = config.train, config.model
@@ -180,7 +189,7 @@ def train(
 
             loss = float(total)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(
+                raise Divergence(
                     f"Step {step + 1} has a loss of {loss} and a gradient norm of {norm}. {_kept(out)} "
                     f"Begin another run with a lower train.lr (it is {plan.lr}), a longer train.warmup_steps "
                     f"(it is {plan.warmup}) or a lower model.inner_lr (it is {model_config.inner_lr})."
@@ -276,6 +285,7 @@ def _check_run(
         "data": tokens.where,
         "data_digest": tokens.digest,
         "start_from": None if start_from is None else str(Path(start_from).resolve()),
+        "start_digest": None if start_from is None else stored_digest(start_from),
     }
     found = out / CONFIG
     if resume and found.exists():
@@ -283,7 +293,8 @@ def _check_run(
         if before.get("format") != FORMAT:
             raise UserError(f"{out} is not a training run: {found} is something else; choose another folder.")
         _require_same(before, saved, out)
-        saved["start_from"] = before.get("start_from")
+        for name in ("start_from", "start_digest"):
+            saved[name] = saved[name] or before.get(name)
     elif peers.leads and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose a folder with --out.")
     elif peers.leads and out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
@@ -306,7 +317,8 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> Non
         raise UserError(
             f"{now['data']} is not the data that the run in {out} reads ({before.get('data')}); give the same data."
         )
-    if now["start_from"] is not None and before.get("start_from") != now["start_from"]:
+    moved = now["start_digest"] is not None and now["start_digest"] == before.get("start_digest")
+    if now["start_from"] not in (None, before.get("start_from")) and not moved:
         raise UserError(f"The run in {out} started from {before.get('start_from')}, not from {now['start_from']}.")
 
 
