@@ -15,7 +15,6 @@ nothing is learned from those. Differences are taken within each question, and t
 import argparse
 import itertools
 import json
-import platform
 import re
 import statistics
 import sys
@@ -30,6 +29,7 @@ import pyarrow.parquet
 import torch
 
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.machine import machine
 from ttt_e2e.notebook import Notebook, passage_size, prompt_with_passages
 from ttt_e2e.reproduce.statistics import standard_error
 from ttt_e2e.session import Session, load_reader
@@ -171,7 +171,7 @@ def main() -> None:
         "options": {k: getattr(args, k) for k in ("tokens", "questions", "rare", "count", "seed", "threads")}
         | {"room": room, "size": size},
         "seconds": time.perf_counter() - started,
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
     }
     print(table(result))
     if args.out:

@@ -35,6 +35,7 @@ if platform.libc_ver()[0] == "glibc":
 
 from ttt_e2e.config import ModelConfig, TrainConfig
 from ttt_e2e.inner_loop import PLAIN, State, sequence_loss
+from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
@@ -169,7 +170,7 @@ def main() -> None:
     result = {
         "config": {"tokens": args.tokens, "dtype": "float32", "threads": args.threads, **SHAPE},
         "parameters": {n: sum(p.numel() for p in Transformer(c).parameters()) for n, (c, _) in VARIANTS.items()},
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
         "seed": 0,
         "rows": rows,
     }

@@ -41,6 +41,7 @@ if platform.libc_ver()[0] == "glibc":
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import ModelConfig, TrainConfig
 from ttt_e2e.inner_loop import PLAIN, sequence_loss
+from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
@@ -114,6 +115,7 @@ def main() -> None:
     peak = {}
     for name in () if args.compile else VARIANTS:  # a compiler's own memory would drown it
         command = [sys.executable, __file__, "--peak-of", name, "--context", str(args.context)]
+        command += ["--threads", str(args.threads)]
         peak[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     torch._dynamo.config.recompile_limit = 64  # the variants' models share the functions that are compiled
     steps = {name: make_step(name, args.context, args.compile) for name in VARIANTS}
@@ -125,6 +127,7 @@ def main() -> None:
             times[name].append(seconds(step))
 
     rows = []
+    official = OFFICIAL if (args.context, args.threads) == (2048, 2) else {}
     for name in VARIANTS:
         ratios = [t / s for t, s in zip(times[name], times["standard"], strict=True)]
         rows.append(
@@ -133,8 +136,8 @@ def main() -> None:
                 "seconds": statistics.median(times[name]),
                 "time_ratio": statistics.median(ratios),
                 "time_asked": ASKED[args.compile].get(name),
-                "official_jax_seconds": OFFICIAL.get(name),
-                "times_official": OFFICIAL[name] / statistics.median(times[name]) if name in OFFICIAL else None,
+                "official_jax_seconds": official.get(name),
+                "times_official": official[name] / statistics.median(times[name]) if name in official else None,
                 "peak_mib": peak.get(name),
                 "peak_ratio": peak[name] / peak["standard"] if peak else None,
             }
@@ -143,7 +146,7 @@ def main() -> None:
         "config": {"context": args.context, "batch": 1, "dtype": "float32", "threads": args.threads, **SHAPE},
         "compiled": args.compile,
         "parameters": {n: sum(p.numel() for p in Transformer(VARIANTS[n][0]).parameters()) for n in VARIANTS},
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
         "rounds": args.rounds,
         "seed": 0,
         "rows": rows,

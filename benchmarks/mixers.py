@@ -19,7 +19,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "active")
 # transformers says that its layers are slow without their CUDA libraries, which is what is measured here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextCon
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from ttt_e2e.config import ModelConfig
+from ttt_e2e.machine import machine
 from ttt_e2e.mixers.base import Place
 from ttt_e2e.mixers.gated_deltanet import GatedDeltaNet
 from ttt_e2e.mixers.mamba2 import Mamba2
@@ -183,10 +183,8 @@ def main() -> None:
         "threads": args.threads,
         "rounds": args.rounds,
         "machine": {
-            "processor": platform.machine(),
-            "torch": torch.__version__,
+            **machine(),
             "transformers": transformers.__version__,
-            "python": platform.python_version(),
         },
         "seed": 0,
         "rows": rows,

@@ -16,7 +16,6 @@ attention), at the speed that products with the rows of all sessions have, measu
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e.data.text import standard_library
+from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
 from ttt_e2e.pool import SessionPool
 from ttt_e2e.sampling import SamplingOptions, sample
@@ -177,7 +177,7 @@ def main() -> None:
         "bound_on_the_ratio_of_reading": bound,
         "rounds": args.rounds,
         "threads": args.threads,
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
     }
     print(f"| {args.sessions} sessions | one after the other | in one batch | ratio | ratio of processor time |")
     print("|---|---|---|---|---|")

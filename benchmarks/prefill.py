@@ -40,6 +40,7 @@ if platform.libc_ver()[0] == "glibc":
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.inner_loop import PLAIN, Steps, sequence_loss
+from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
 from ttt_e2e.streaming import read_mini_batch, start_reading
 
@@ -130,7 +131,7 @@ def main() -> None:
         "parameters": {
             n: sum(p.numel() for p in Transformer(c).parameters()) for n, c in (("full", FULL), ("ttt", TTT))
         },
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
         "seed": 0,
         "rows": rows,
     }

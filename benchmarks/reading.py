@@ -13,7 +13,6 @@ times is printed.
 import argparse
 import itertools
 import json
-import platform
 import resource
 import statistics
 import time
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from ttt_e2e.data.text import documents, standard_library
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.machine import machine
 from ttt_e2e.session import Session, load_reader
 
 
@@ -151,7 +151,7 @@ def main() -> None:
         "rounds": args.rounds,
         "threads": args.threads,
         "along": rows,
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
     }
     print(f"| | after {args.early:,} | after {total:,} | ratio | asked |\n|---|---|---|---|---|")
     a, b = result["microseconds_per_token"].values()

@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import random
 import signal
 import socket
@@ -39,6 +38,7 @@ import pyarrow.parquet
 import torch
 from tqdm import tqdm
 
+from ttt_e2e.machine import machine
 from ttt_e2e.session import Session, load_reader
 
 PLAIN = {"content-type": "text/plain; charset=utf-8"}
@@ -117,6 +117,8 @@ async def listen(client: Client, http: httpx.AsyncClient, write: int) -> None:
             event = json.loads(line[6:])
             if "error" in event:
                 raise RuntimeError(event["error"]["message"])
+            if not event["choices"][0]["text"]:
+                continue  # it only says why the text ended
             now = time.perf_counter()
             times.append(now - last)
             times, last = client.between_tokens, now
@@ -196,7 +198,7 @@ def under_load(clients: list[Client], service: Service, args: argparse.Namespace
         "minutes": seconds / 60,
         "errors": [repr(error) for error in errors],
         "tokens_read": sum(c.acknowledged["tokens"] for c in clients),
-        "tokens_written": sum(len(c.first_token) + len(c.between_tokens) for c in clients),
+        "tokens_written": float(metrics.split("\nttt_e2e_tokens_written_total ")[1].split()[0]),
         "read_request": percentiles([s for c in clients for s in c.read_seconds]),
         "first_token": percentiles([s for c in clients for s in c.first_token]),
         "between_tokens": percentiles([s for c in clients for s in c.between_tokens]),
@@ -267,7 +269,7 @@ def main() -> None:
         else:
             result = under_load(clients, service, args, Path(folder))
     result |= {"seed": args.seed, "part": args.part, "threads": args.threads, "cores": os.cpu_count()}
-    result["machine"] = {"processor": platform.machine(), "torch": torch.__version__}
+    result["machine"] = machine()
     print(json.dumps(result, indent=2))
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")

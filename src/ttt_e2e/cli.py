@@ -280,12 +280,13 @@ def _presets(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({name: {"parameters": counts[name], **to_dict(config)} for name, config in PRESETS.items()})
         return 0
-    columns = ("parameters", "blocks", "suffix", "width", "window k", "b", "context", "steps")
+    columns = ("parameters", "vocabulary", "blocks", "suffix", "width", "window k", "b", "context", "steps")
     print(f"{'preset':<22}" + "".join(f"{column:>12}" for column in columns) + "  mixers")
     for name, config in PRESETS.items():
         model, plan = config.model, config.train
         values = (
             f"{counts[name] / 1e6:,.1f} M",
+            f"{model.vocab_size:,}",
             model.layers,
             model.suffix_layers or "-",
             model.width,
@@ -297,6 +298,7 @@ def _presets(arguments: argparse.Namespace) -> int:
         mixers = ", ".join(mixer if n == 1 else f"{n} x {mixer}" for mixer, n in _runs(model.pattern))
         print(("" if "-" in name else "\n") + f"{name:<22}" + "".join(f"{v!s:>12}" for v in values) + f"  {mixers}")
     print("\nTrain one with: ttt-e2e train PRESET --data DIR --out RUN [NAME=VALUE ...]")
+    print("on tokens of its vocabulary: ttt-e2e prepare --vocab-size N, or --tokenizer NAME; or set vocab_size.")
     return 0
 
 

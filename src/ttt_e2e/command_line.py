@@ -137,7 +137,7 @@ Losses are in nats per token: the lower, the better the model foresaw the text."
   cat *.txt | ttt-e2e read -              standard input
   ttt-e2e read BOOK.txt --json > report.json
 
-Ctrl-C ends the reading at the next mini-batch; summary, picture and session are still written.
+Ctrl-C ends the reading within eight mini-batches; summary, picture and session are still written.
 With --save, the same command goes on where it stopped, after Ctrl-C as after a power cut.""",
     )
     sub.add_argument("file", nargs="?", metavar="FILE", help="a UTF-8 text; - for standard input")
@@ -271,7 +271,11 @@ the same command with --resume goes on from the last one as if nothing had happe
   ttt-e2e train tiny --data tokens --out run --resume
   ttt-e2e train tiny-window --data tokens --out window train.steps=2000
   ttt-e2e train tiny --data tokens --out long --from run/model --extend 8192
-  torchrun --nproc-per-node 8 -m ttt_e2e train 125m --data tokens --out run""",
+  torchrun --nproc-per-node 8 -m ttt_e2e train 125m --data tokens --out run
+
+Tokens must have the preset's vocabulary: 4,096 for tiny, which is what `prepare` makes, 8,192 for small, and that of
+Llama 3's tokenizer for the published sizes; or set vocab_size. `ttt-e2e presets --json` lists all settings; what each
+means stands in ttt_e2e/config.py.""",
     )
     sub.add_argument("preset", metavar="PRESET", help="see `ttt-e2e presets`")
     sub.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the preset")
@@ -324,7 +328,8 @@ and print a line for each, their mean with its standard error, and the loss by p
     sub = command(
         "presets",
         "list the models that can be trained",
-        "List the presets: the published sizes (125m to 3b) and two for a laptop, with their baselines.",
+        """List the presets: the published sizes (125m to 3b), tiny for a laptop and small for a single GPU, with
+their baselines.""",
         """NAME is the method, NAME-full the same size with full attention, NAME-window with a sliding window.
 
 example:

@@ -98,8 +98,8 @@ def read_document(
 
     pieces: the text, split in any way. total_bytes: its size, for the progress bar. The twin starts afresh: where the
     session has read something before, the gain is that of all it has learned. It is never compiled. Ctrl-C ends the
-    reading at the next mini-batch, and learning that diverges ends it where it does; the report says so and the session
-    is sound. Raises UserError for a text that cannot be read.
+    reading within eight mini-batches, and learning that diverges ends it where it does; the report says so and the
+    session is sound. Raises UserError for a text that cannot be read.
 
     save: where to keep the session, at the end and every `save_every` seconds on the way. If that file is an unfinished
     reading of this text, the session first becomes what it holds and the reading goes on there, to the same end as if

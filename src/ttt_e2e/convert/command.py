@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Make a model folder of a model that another program wrote, or one for another program of ours."
 EPILOG = """examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
-  ttt-e2e convert from-standard run/model model
+  ttt-e2e convert from-standard run/model model --window 1024 --fast split
   ttt-e2e convert from-official checkpoints/pretrain-125m-e2e model --preset 125m --tokenizer NAME
   ttt-e2e convert to-hf model hf-model
   ttt-e2e convert ACTION --help"""

@@ -38,7 +38,7 @@ _START = "start"
 _TAIL = 4  # a training loss is the mean over the last one in so many steps
 _MEASURE_SECONDS = 1.0
 _WARM_UP = 128
-_LATENCY = ("system", "context", "prefill_us", "decode_us", "train_us")
+_LATENCY = ("system", "context", "prefill_us", "decode_us", "train_us", "whole")
 
 
 def main(folder: Path) -> int:

@@ -1,8 +1,6 @@
 """`ttt-e2e reproduce latency`: time per token of every system by context, as numbers, a table and a picture."""
 
 import json
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from ttt_e2e.config import to_dict
 from ttt_e2e.cost import in_tokens
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, write_text
+from ttt_e2e.machine import machine
 from ttt_e2e.reproduce.scales import scale as scale_called
 from ttt_e2e.reproduce.systems import SYSTEMS, System, default_rows, pretraining
 from ttt_e2e.reproduce.timing import SEED, LatencyRow, measure
@@ -54,7 +53,7 @@ def run_latency(
         "batch": 1,
         "dtype": "bfloat16" if kind == "cuda" else "float32",
         "seconds": figures.latency_seconds if seconds is None else seconds,
-        "machine": machine(device),
+        "machine": machine(choose_device(device)),
         "configs": {name: to_dict(config) for name, config in configs.items()},
     }
     rows: list[LatencyRow] = []
@@ -85,21 +84,6 @@ def _as_trained(row: LatencyRow, rows: list[LatencyRow], known: dict[str, System
         return row
     times = [r.train_us for r in rows if r.system == other and r.context == row.context]
     return row._replace(train_us=times[0] if times else None)
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    chosen = choose_device(device)
-    known: dict[str, Any] = {
-        "device": chosen.type,
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if chosen.type == "cuda":
-        known |= {"gpu": torch.cuda.get_device_name(chosen), "cuda": torch.version.cuda}
-    return known
 
 
 _PANELS = {"prefill": "prefill_us", "decode": "decode_us", "train": "train_us"}

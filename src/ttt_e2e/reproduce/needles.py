@@ -28,9 +28,9 @@ from ttt_e2e.data.text import read_text, standard_library_document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, write_text
+from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import read_json
-from ttt_e2e.reproduce.latency import machine
 from ttt_e2e.session import DTYPES, Diverged, Session, load_reader
 from ttt_e2e.session_files import model_fingerprint
 from ttt_e2e.training.distributed import choose_device
@@ -279,7 +279,7 @@ def run_needles(
     plan = {"seed": seed, "dtype": dtype, "haystack": hashlib.sha256(text.encode()).hexdigest()}
     out = Path(out)
     facts, results = _results(out, plan)
-    facts["machine"] = machine(device)
+    facts["machine"] = machine(choose_device(device))
     done = {result[:5] for result in results}
     asked = [(s, t, c, d) for s in range(samples) for t in tasks for c in contexts for d in depths]
     for name, folder in models.items():  # what could be refused in the middle is refused now

@@ -43,7 +43,11 @@ def _latency(report: dict[str, Any], axes: Axes) -> None:
     for name in report["systems"]:
         rows = [r for r in report["latency"] if r["system"] == name and r["prefill_us"] is not None]
         if rows:
-            axes.plot([row["context"] for row in rows], [row["prefill_us"] for row in rows], **_style(report, name))
+            style = _style(report, name)
+            axes.plot([row["context"] for row in rows], [row["prefill_us"] for row in rows], **style)
+            some = [row for row in rows if not row["whole"]]  # interpolated from stretches: with a white middle
+            places = [row["context"] for row in some], [row["prefill_us"] for row in some]
+            axes.plot(*places, **style | dict(linestyle="", markerfacecolor="white", label="_"))
     axes.set_ylabel("time to read a token (microseconds)")
     _by_tokens(axes, sorted({row["context"] for row in report["latency"]}), "context (tokens)")
     if report["latency"]:

@@ -8,7 +8,7 @@ from typing import Any
 from ttt_e2e import __version__
 from ttt_e2e.cost import in_tokens
 from ttt_e2e.files import write_text
-from ttt_e2e.reproduce.latency import machine
+from ttt_e2e.machine import machine
 from ttt_e2e.reproduce.plan import (
     Plan,
     best_sweep,
@@ -248,12 +248,19 @@ def tables(report: dict[str, Any]) -> str:
         [
             systems[row["system"]]["label"],
             in_tokens(row["context"]),
-            *("-" if row[key] is None else f"{row[key]:,.1f}" for key in ("prefill_us", "decode_us", "train_us")),
+            *(
+                "-" if row[key] is None else f"{'~' * (key == 'prefill_us' and not row['whole'])}{row[key]:,.1f}"
+                for key in ("prefill_us", "decode_us", "train_us")
+            ),
         ]
         for row in report["latency"]
         if row["system"] in systems
     ]
-    table("Microseconds per token", ["system", "context", "prefill", "decode", "train"], times)
+    table(
+        "Microseconds per token (~: interpolated from stretches of the text)",
+        ["system", "context", "prefill", "decode", "train"],
+        times,
+    )
     table("What went wrong", ["job", "why"], [[job, why.replace("|", "/")] for job, why in report["failed"].items()])
     return "\n".join(lines)
 

@@ -11,8 +11,8 @@ more memory than there is, some stretches of the text are read instead: its star
 states of their true size (a cache of all tokens is filled with random keys and values). A stretch is a window, or some
 thousand tokens where there is none. Between them time is taken to grow linearly, which is what attention over all
 tokens does; where the state stays as large, it does not grow. A stretch of a standard model is one piece of a longer
-text, which costs attention on a CPU up to twice what it costs in one call: there the interpolated figures of full
-attention are above those that are not.
+text, which costs attention on a CPU two to three times what it costs in one call: there the interpolated figures of
+full attention are above those that are not, and no ratio should be taken between the two kinds.
 
 Decoding is one token after the text. Nothing is learned from it, but a memory (TTT-KVB, Titans) trains at the end of
 every mini-batch that it writes; that is left out. Spread over the tokens, it is less than prefill takes for one.
@@ -95,10 +95,10 @@ def measure(
 ) -> list[LatencyRow]:
     """A row for every system (a name and its configuration) at every context.
 
-    seconds: how long a reading of the whole text may take, and for how long each figure is timed again. threads: of the
-    CPU; None leaves them as they are. train: whether training is timed. What needs more memory than is free is left out
-    (on a GPU it is tried, alone). Raises UserError for values out of range, unknown dtypes and devices that are not
-    there.
+    seconds: for how long each figure is timed again; ten times that is what a reading of the whole text may take.
+    threads: of the CPU; None leaves them as they are. train: whether training is timed. What needs more memory than is
+    free is left out (on a GPU it is tried, alone). Raises UserError for values out of range, unknown dtypes and devices
+    that are not there.
     """
     if not configs or not contexts or min(contexts) < 1 or seconds <= 0 or (threads is not None and threads < 1):
         raise UserError(
@@ -364,7 +364,7 @@ def _reading(config: ModelConfig, context: int, setting: Setting) -> dict[str, T
     else:
         after = reader.read(reader.start(), reader.stretch, reader.piece if reader.learns else reader.stretch)
         at_end = reader.state_at(after, context)
-        if reader.whole_fits and reader.sampled(after) * context <= setting.seconds:
+        if reader.whole_fits and reader.sampled(after) * context <= PATIENCE * setting.seconds:
             prefill = {"prefill": reader.whole}
         else:
             prefill = {"sampled": lambda: reader.sampled(after)}
