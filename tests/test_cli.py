@@ -1,5 +1,6 @@
 """The command line from end to end, with a tiny random model: what it prints, and how it refuses."""
 
+import errno
 import io
 import json
 import os
@@ -422,6 +423,24 @@ def test_settings_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]
 def test_refused_in_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], argv: str) -> None:
     refused(capsys, *argv.split())
     assert (here / "geese.txt").read_text() == TEXT
+
+
+def test_names_that_cannot_be_used(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "File name too long" in refused(capsys, "read", "a whole paragraph in place of a name " * 20)
+
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    assert "geese.txt: Permission denied" in refused(capsys, "read", "geese.txt")
+
+
+def test_a_session_goes_on_in_its_dtype(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("read", "geese.txt", "--save", "s", "--dtype", "bfloat16", "--no-picture", "--quiet") == 0
+    assert "goes on in bfloat16" in refused(capsys, "generate", "x", "--session", "s", "--dtype", "float32")
+    assert run("generate", "x", "--session", "s", "--max-tokens", "2") == 0
 
 
 def test_checkpoints_that_are_not_whole(here: Path, capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:

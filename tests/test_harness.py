@@ -83,6 +83,25 @@ def test_what_is_written_greedily_is_scored_as_greedy(folder: Path) -> None:
     assert [greedy for _, greedy in scores] == [True, False] and scores[0][0] > scores[1][0]
 
 
+def test_a_repeated_request_is_another_draw(folder: Path) -> None:
+    lm = HarnessModel(str(folder))
+    request = Instance(
+        "generate_until", {}, ("red fish", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.0}), 0
+    )
+    one, two, three = lm.generate_until([request] * 3, True)
+    assert len({one, two, three}) == 3
+    assert lm.generate_until([request], True) == [one]
+
+
+def test_few_logits_at_once_are_the_same_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = HarnessModel(str(folder))
+    requests = [Instance("loglikelihood", {}, ("red", f" {word}"), i) for i, word in enumerate(WORDS[:5])]
+    expected = lm.loglikelihood(requests, disable_tqdm=True)
+    monkeypatch.setattr("ttt_e2e.evaluation.harness.LOGITS", 1)
+    for found, whole in zip(lm.loglikelihood(requests, disable_tqdm=True), expected, strict=True):
+        assert found[0] == pytest.approx(whole[0], abs=1e-5) and found[1] == whole[1]
+
+
 def test_stop_strings_end_the_writing(folder: Path) -> None:
     lm = HarnessModel(str(folder))
     whole = lm.generate_until([Instance("generate_until", {}, ("red fish", {"max_gen_toks": 40}), 0)], True)[0]

@@ -136,6 +136,7 @@ def test_summary_and_picture(tmp_path: Path) -> None:
     reading_picture(report, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     reading_picture(report_of("Hi"), tmp_path / "short.pdf")
+    reading_picture(report_of(name=os.fsdecode(b"caf\xe9.txt")), tmp_path / "latin.png")
     with pytest.raises(UserError, match=r"\.png"):
         reading_picture(report, tmp_path / "p.docx")
     with pytest.raises(UserError, match="folder"):

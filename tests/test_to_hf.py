@@ -26,7 +26,7 @@ from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import save_model
 from ttt_e2e.session import Session, load_reader
-from ttt_e2e.streaming import forward
+from ttt_e2e.streaming import forward, read_mini_batch, start_reading
 
 LENGTHS = (3, 17, 33, 6, 33)  # of mini-batches of 5 tokens, and a window of 12
 TEXT = "The street was still wet; the rain had stopped. A bird sang in the tree, and another answered. " * 4
@@ -115,9 +115,11 @@ def test_going_on_with_the_cache_is_going_on_with_the_session() -> None:
     assert torch.equal(again, second)
 
 
-def test_what_a_row_wrote_after_its_end_is_forgotten_where_it_is_masked() -> None:
+@pytest.mark.parametrize("learn", [True, False])
+def test_what_a_row_wrote_after_its_end_is_forgotten_where_it_is_masked(learn: bool) -> None:
     model = reader()
     wrapped, rows = hf_model(model), prompts((7, 12))
+    wrapped.config.learn_while_reading = learn
     ids, mask = padded(rows)
     cache = wrapped(ids, attention_mask=mask)[NAME]
     wrote = torch.tensor([[3, 0, 0], [4, 5, 6]])  # the first row has ended after one token
@@ -127,12 +129,34 @@ def test_what_a_row_wrote_after_its_end_is_forgotten_where_it_is_masked() -> Non
     more = torch.tensor([[8, 9], [8, 9]])
     logits = wrapped(more, attention_mask=mask, cache=cache).logits[:, -1]
     for i, text in enumerate(([*rows[0], 3, 8, 9], [*rows[1], 4, 5, 6, 8, 9])):
-        torch.testing.assert_close(logits[i], last_logits(model, np.array(text)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[i], last_logits(model, np.array(text), learn), atol=1e-5, rtol=1e-5)
 
 
-def last_logits(model: Transformer, text: np.ndarray) -> torch.Tensor:
+def test_learning_may_begin_where_it_was_off_before() -> None:
+    model = reader(suffix_layers=3)
+    wrapped, rows = hf_model(model), prompts((7, 12))
+    wrapped.config.learn_while_reading = False
+    ids, mask = padded(rows)
+    cache = wrapped(ids, attention_mask=mask)[NAME]
+    cache = wrapped(torch.tensor([[3], [4]]), cache=cache)[NAME]  # rows at different positions, read together
+    wrapped.config.learn_while_reading = True
+    more = torch.tensor(np.stack(prompts((30, 30), seed=2)))
+    logits = wrapped(more, cache=cache).logits[:, -1]
+    b = model.config.mini_batch
+    assert b is not None
+    for i, row in enumerate(rows):
+        read = torch.tensor(np.concatenate((row, [3 + i])))[None]
+        _, state = forward(model, start_reading(model, 1), read)
+        left = more[i : i + 1]
+        while left.shape[1] > b:
+            state, _, _ = read_mini_batch(model, state, left[:, :b], left[:, 1 : b + 1])
+            left = left[:, b:]
+        torch.testing.assert_close(logits[i], forward(model, state, left)[0][0, -1], atol=1e-5, rtol=1e-5)
+
+
+def last_logits(model: Transformer, text: np.ndarray, learn: bool = True) -> torch.Tensor:
     """The logits after `text`, as a session has them that has read it."""
-    session = Session(model)
+    session = Session(model, learn=learn)
     session.read(text)
     state, _, pending = session.standing()
     return forward(model, state, torch.from_numpy(pending)[None])[0][0, -1]
@@ -359,7 +383,8 @@ def test_padding_at_the_end_is_no_target() -> None:
             wrapped(ids, labels=labels)
 
 
-def test_the_trainer_lowers_the_loss(converted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_trainer_lowers_the_loss(converted: Path, tmp_path: Path, bf16: bool) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -377,6 +402,7 @@ def test_the_trainer_lowers_the_loss(converted: Path, tmp_path: Path) -> None:
         save_strategy="no",
         report_to=[],
         use_cpu=True,
+        bf16=bf16,
         disable_tqdm=True,
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ttt_e2e.model import Transformer
 
 INTERRUPTED = 130
+_NAME = 200  # characters of a file's name in an error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""
             return _fail(f"No space left on the disk{where}; make room and run the command again.")
-        raise
+        if error.filename is None:
+            raise
+        name = f"{str(error.filename)[:_NAME]}{'...' * (len(str(error.filename)) > _NAME)}"
+        return _fail(f"Cannot use {name}: {error.strerror}; check the name and who may use it.")
 
 
 def _fail(sentence: str) -> int:
@@ -85,7 +89,7 @@ def _read(arguments: argparse.Namespace) -> int:
         check_session_target(arguments.save)
     model, tokenizer, dtype = _reader(arguments)
     if arguments.session:
-        session = Session.load(arguments.session, model, tokenizer, compile=arguments.compile)
+        session = _saved_session(arguments, model, tokenizer, compile=arguments.compile)
     else:
         learn = not arguments.no_learning
         session = Session(model, tokenizer, learn=learn, dtype=dtype, compile=arguments.compile)
@@ -138,9 +142,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         check_session_target(arguments.save)
     model, tokenizer, dtype = _reader(arguments)
     if arguments.session:
-        session = Session.load(arguments.session, model, tokenizer)
+        session = _saved_session(arguments, model, tokenizer)
     else:
         session = Session(model, tokenizer, dtype=dtype)
+    if arguments.learn and not session.learn:
+        _note(
+            "Nothing is learned: the session, or its model, does not. What is written becomes part of it all the same."
+        )
     options = {
         "max_tokens": arguments.max_tokens,
         "stop": arguments.stop,
@@ -363,7 +371,18 @@ def _reader(arguments: argparse.Namespace) -> "tuple[Transformer, Tokenizer, Any
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     model, tokenizer = load_reader(arguments.model, choose_device(arguments.device))
-    return model, tokenizer, DTYPES[arguments.dtype]
+    return model, tokenizer, DTYPES[arguments.dtype or "float32"]
+
+
+def _saved_session(arguments: argparse.Namespace, model: "Transformer", tokenizer: "Tokenizer", **more: Any) -> Any:
+    """The session that `--session` names. Raises UserError if it began in another dtype than is asked for."""
+    from ttt_e2e.session import DTYPES, Session
+
+    session = Session.load(arguments.session, model, tokenizer, **more)
+    if arguments.dtype and session.dtype != DTYPES[arguments.dtype]:
+        began = next(name for name, dtype in DTYPES.items() if dtype == session.dtype)
+        raise UserError(f"The session {arguments.session} goes on in {began}, as it began; leave --dtype out.")
+    return session
 
 
 def _text(file: str | None) -> tuple[str, Iterator[str], int | None]:

@@ -390,7 +390,6 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the matrix products (default: float32)",
+        help="of the matrix products (default: float32, or the session's)",
     )
     _device_options(parser)

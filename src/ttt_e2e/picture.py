@@ -73,6 +73,7 @@ def reading_picture(report: ReadingReport, path: Path) -> None:
     title = f"Reading {report.name}: {report.tokens:,} tokens with {report.model}"
     if report.gain is not None and report.gain_percent is not None:
         title += f"\nlearning gains {report.gain:+.3f} nats per token ({report.gain_percent:+.1f} %)"
+    title = title.encode("utf-8", "replace").decode()  # a file's name may be no text
     # A name is not mathematics, whatever it contains.
     axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)
     with atomic_path(path) as part_path:

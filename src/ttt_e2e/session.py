@@ -44,7 +44,7 @@ from ttt_e2e.streaming import ReadState, forward, has_fixed_caches, read_mini_ba
 from ttt_e2e.text_so_far import TextSoFar, token_bytes
 
 _FROZEN_BATCHES = 8
-_LOGITS = 1 << 26  # at most so many logits at once when nothing is learned: 256 MiB
+LOGITS = 1 << 26  # at most so many at once when nothing is learned: 256 MiB
 _ABSURD = 10.0  # a mean loss of so many times ln(vocabulary), the loss of a uniform guess, is divergence
 
 
@@ -437,7 +437,7 @@ def gone_back(what: str, position: int) -> Diverged:
 
 def frozen_batches(config: ModelConfig) -> int:
     """How many mini-batches are read at once where nothing is learned: fewer for a large vocabulary."""
-    return max(1, min(_FROZEN_BATCHES, _LOGITS // (config.vocab_size * (config.mini_batch or 256))))
+    return max(1, min(_FROZEN_BATCHES, LOGITS // (config.vocab_size * (config.mini_batch or 256))))
 
 
 def sampling_options(max_tokens: int, sampling: Mapping[str, Any]) -> SamplingOptions:

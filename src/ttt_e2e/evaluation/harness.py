@@ -9,6 +9,7 @@ from each whole mini-batch of it, and then scores or writes what the request ask
 Shapes: B requests, T tokens, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.session import DTYPES, Session, load_reader
+from ttt_e2e.session import DTYPES, LOGITS, Session, load_reader
 from ttt_e2e.streaming import forward, read_mini_batch, start_reading
 from ttt_e2e.training.distributed import choose_device
 
@@ -122,13 +123,16 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What is written after each context, up to the first stop string of the request, or its number of tokens."""
         texts = []
+        asked: Counter[str] = Counter()  # the harness repeats a request to have another text
         for request in tqdm(requests, disable=disable_tqdm, desc="writing"):
             context, options = request.args
+            again = asked[repr(request.args)]
+            asked[repr(request.args)] += 1
             wanted = dict(normalize_gen_kwargs(options, self.max_gen_toks))
             names = ("temperature", "top_p", "top_k", "min_p")
             sampling = {"temperature": 0.0} | {name: wanted[name] for name in names if name in wanted}
             stop = [text for text in wanted["until"] if text]
-            pieces = self.fresh.generate(context, max_tokens=wanted["max_gen_toks"], stop=stop, **sampling)
+            pieces = self.fresh.generate(context, max_tokens=wanted["max_gen_toks"], stop=stop, seed=again, **sampling)
             texts.append("".join(pieces))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
@@ -146,9 +150,13 @@ class HarnessModel(TemplateLM):
         for row, ids in zip(ids_BT, rows, strict=True):
             row[: len(ids)] = ids  # what stands behind is never seen: every mixer is causal
         tokens_BT = torch.from_numpy(ids_BT).to(self._device)
-        state = start_reading(self.model, len(rows), self.fresh.dtype)
-        logits_BTV, _ = forward(self.model, state, tokens_BT[:, :-1], self.fresh.dtype)
-        nll_BT, greedy_BT = _judged(logits_BTV, tokens_BT[:, 1:])
+        at_once = max(1, LOGITS // (ids_BT.shape[1] * self.model.config.vocab_size))
+        judged = []
+        for some_BT in tokens_BT.split(at_once):
+            state = start_reading(self.model, len(some_BT), self.fresh.dtype)
+            logits_BTV, _ = forward(self.model, state, some_BT[:, :-1], self.fresh.dtype)
+            judged.append(_judged(logits_BTV, some_BT[:, 1:]))
+        nll_BT, greedy_BT = (np.concatenate(parts) for parts in zip(*judged, strict=True))
         spans = [slice(len(ids) - 1 - len(pair[1]), len(ids) - 1) for ids, pair in zip(rows, pairs, strict=True)]
         return [
             (-float(nll[span].sum()), bool(greedy[span].all()))

@@ -12,7 +12,7 @@ Shapes: B texts, T tokens of a call, V vocabulary.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,7 +78,8 @@ class ReadingCache(TransformersCache):
 
         mask [B, T], or [B, width + T] for everything from the start: 0 where a token is none of the text. Tokens since
         the last border are forgotten if the mask now leaves them out. learn: from all mini-batches that are whole.
-        later: whether anything is to be learned from these tokens later, if not now. dtype: of the matrix products.
+        later: whether these tokens may have to be read again: to learn from them, if that is not now, or without those
+        that a later mask leaves out. dtype: of the matrix products.
         Raises UserError if the batch has another size than before, for ids outside of the vocabulary, and if learning
         diverged; all is as before then.
         """
@@ -169,7 +170,7 @@ class _Call:
         assert b is not None
         while ready := [i for i, pending in enumerate(self.pending) if len(pending) > b]:
             for rows in _groups(ready, lambda i: self.borders[i].position):
-                state = _together([self.borders[i] for i in rows])
+                state = _settled(_together([self.borders[i] for i in rows]), self.borders[rows[0]].position)
                 ids_BT = self._tensor([self.pending[i][: b + 1] for i in rows])
                 wanted = [self.wanted[i] + b - len(self.pending[i]) for i in rows]
                 if max(wanted) > 0:
@@ -275,6 +276,21 @@ def _kind(state: ReadState) -> Hashable:
 
     values = (*(state.static or ()), *state.loop.caches)
     return tuple(Cache if isinstance(value, Cache) else tuple(tuple(t.shape[1:]) for t in value) for value in values)
+
+
+def _settled(state: ReadState, position: int) -> ReadState:
+    """The state of texts at `position`, less the slots that are empty where they were read beside others further on."""
+    if state.ahead_B is None:
+        return state
+
+    def cut(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            Cache(*(t[:, :, max(0, t.shape[2] - position) :] for t in value)) if isinstance(value, Cache) else value
+            for value in values
+        )
+
+    loop = state.loop._replace(caches=cut(state.loop.caches))
+    return ReadState(position, None if state.static is None else cut(state.static), loop)
 
 
 def _together(places: Sequence[_Place]) -> ReadState:

@@ -27,7 +27,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
     """A `Transformer` with the interface of the transformers library; it is the attribute `model`.
 
     The weights are float32 always. The dtype that `from_pretrained` is given, or config.json, is that of the matrix
-    products.
+    products; under autocast it is autocast's.
     """
 
     config_class = TTTE2EConfig
@@ -78,25 +78,30 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise UserError("A model that learns from tokens reads tokens: give input_ids, not inputs_embeds.")
+        # What is mixed in precision here is decided here: autocast would leave no gradient of a gradient.
+        device = input_ids.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.compute_dtype
         if labels is not None:
-            return CausalLMOutputWithPast(loss=self._loss(input_ids, attention_mask, labels))
+            with torch.autocast(device, enabled=False):
+                return CausalLMOutputWithPast(loss=self._loss(input_ids, attention_mask, labels, dtype))
         if cache is None:
             cache = ReadingCache() if past_key_values is None else past_key_values
         if not isinstance(cache, ReadingCache):
             raise UserError(f"The cache is a {type(cache).__name__}; give a ReadingCache that this model returned.")
-        logits_BTV = cache.read(
-            self.model,
-            input_ids,
-            attention_mask,
-            min(logits_to_keep or input_ids.shape[1], input_ids.shape[1]),
-            learn=self.learns and (self.config.learn_from_writing or not writing),
-            later=self.learns,
-            dtype=self.compute_dtype,
-        )
+        with torch.autocast(device, enabled=False):
+            logits_BTV = cache.read(
+                self.model,
+                input_ids,
+                attention_mask,
+                min(logits_to_keep or input_ids.shape[1], input_ids.shape[1]),
+                learn=self.learns and (self.config.learn_from_writing or not writing),
+                later=self.learns or writing,
+                dtype=dtype,
+            )
         left_behind: dict[str, Any] = {} if use_cache is False else {NAME: cache}
         return CausalLMOutputWithPast(logits=logits_BTV, **left_behind)
 
-    def _loss(self, ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor) -> Tensor:
+    def _loss(self, ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor, dtype: torch.dtype) -> Tensor:
         bos = self.config.bos_token_id
         tokens_BT = ids_BT
         if mask_BT is not None and not (mask_BT != 0).all():
@@ -112,7 +117,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             )
         inner_lr = None if self.config.learn_while_reading else 0.0
         return sequence_loss(
-            self.model, tokens_BT, bos=bos, inner_lr=inner_lr, recompute="mini-batch", dtype=self.compute_dtype
+            self.model, tokens_BT, bos=bos, inner_lr=inner_lr, recompute="mini-batch", dtype=dtype
         ).loss
 
     # -- for `generate` ------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ttt_e2e.ops.windowed_attention import attention_backward, attention_forward
 # Up to this many scores (B H T S) `attention` keeps them, by the kind of device: 64 MiB in float32. Nothing is then
 # computed again. On a GPU memory traffic costs more than products.
 KEPT_SCORES = {"cpu": 2**24}
+_FEW_SCORES = 2**26  # in bfloat16: 128 MiB
 
 AttentionPull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -180,6 +181,8 @@ def attention_once(
         # PyTorch's kernel knows no window, and reads a mask from memory.
         return attention_forward(q_BHTK, k_BGSK, v_BGSK, window, empty, "auto")[0]
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
+    if whole and grouped and q_BHTK.is_cuda and q_BHTK.dtype.itemsize > 2:
+        k_BGSK, v_BGSK, grouped = *_every_head(q_BHTK, k_BGSK, v_BGSK), False
     if whole:
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
     if queries == keys and window is not None and keys > 2 * window:
@@ -190,14 +193,26 @@ def attention_once(
 def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> Tensor:
     """Attention with `bias`, broadcast to [B, H, T, S], added to the scores."""
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
-    if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16:
+    scores = q_BHTK.shape[:3].numel() * k_BGSK.shape[2]
+    if groups > 1 and q_BHTK.is_cuda:
+        k_BGSK, v_BGSK, groups = *_every_head(q_BHTK, k_BGSK, v_BGSK), 1
+    if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and scores <= _FEW_SCORES:
         # Measured on a CPU with bfloat16 instructions, forward and backward: 2.5 to 2.9 times faster than the kernel,
         # which does its matrix products there without them.
         if groups > 1:
-            k_BGSK, v_BGSK = (x.repeat_interleave(groups, 1) for x in (k_BGSK, v_BGSK))
-        scores = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
-        return (scores + bias.to(scores.dtype)).softmax(-1) @ v_BGSK
+            k_BGSK, v_BGSK = _every_head(q_BHTK, k_BGSK, v_BGSK)
+        scores_BHTS = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
+        return (scores_BHTS + bias.to(scores_BHTS.dtype)).softmax(-1) @ v_BGSK
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=bias, enable_gqa=groups > 1)
+
+
+def _every_head(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for every query head: PyTorch's fused CUDA kernels know grouped ones in 16 bits, unmasked, only.
+
+    (pytorch/pytorch#181528.) Otherwise it would hold all scores.
+    """
+    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
+    return k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
 
 
 def visible(queries: int, keys: int, window: int | None, like: Tensor, empty: Tensor | None = None) -> Tensor:
