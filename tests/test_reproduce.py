@@ -479,7 +479,7 @@ def test_an_inner_learning_rate_that_diverges_is_not_chosen(data: Path) -> None:
 def test_the_scales_fit_together(scale: Scale, what: str, tmp_path: Path) -> None:
     chosen = choose(what, scale, None)
     where = tmp_path / "tokens"
-    plan = Plan(what, scale, chosen, (0, 1), scale.contexts, where, where, "", "", "cpu", 1_000_000)
+    plan = Plan(what, scale, chosen, (0, 1), scale.contexts, where, where, "", "", "", "cpu", 1_000_000)
     folders: set[str] = set()
     for one in jobs(plan):
         assert set(one.needs) <= folders and one.folder not in folders and one.tokens > 0

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import tokenizers
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
@@ -189,6 +189,7 @@ def sentencepiece_like() -> Tokenizer:
 
 
 @given(before=st.text("ab. 雨🌧", min_size=1, max_size=8), text=st.text("ab. 雨🌧", max_size=12))
+@example(before="雨" * 6, text="雨雨a")  # more bytes than are looked at, and no whole number of characters
 @settings(max_examples=100, deadline=None)
 def test_text_of_a_tokenizer_that_falls_back_on_bytes(before: str, text: str) -> None:
     tokenizer = sentencepiece_like()

@@ -324,9 +324,16 @@ def test_a_disk_that_is_full_while_a_text_comes_in(engine: FakeEngine, monkeypat
             self.kept += chunk[:3]
             return len(chunk[:3])
 
+        def full(self, chunk: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
     little = Little()
     uploads._write(little, b"all of it is kept")  # type: ignore[arg-type]
     assert little.kept == b"all of it is kept"
+    monkeypatch.setattr(Little, "write", Little.full)
+    with pytest.raises(UserError, match="No space left") as caught:
+        uploads._write(little, b"x")  # type: ignore[arg-type]
+    assert isinstance(caught.value.__cause__, OSError)
     monkeypatch.setattr(uploads, "_write", nearly_full)
     with client_of(engine) as client:
         session = client.post("/v1/sessions").json()["id"]

@@ -18,7 +18,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 
 _BROKEN = "\ufffd"  # what a tokenizer gives for a character whose bytes are not all there
-_CONTEXT = 16  # tokens: more than a character has bytes
+CONTEXT = 16  # tokens before a text that are looked at to decode it: more than a character has bytes
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ class TextStream:
         if "" in self._stop:
             raise UserError("A stop string is empty, so there would be no text at all; leave it out.")
         # Some tokenizers drop a space where a text begins, so decoding needs what came before.
-        self._context = [*before][-_CONTEXT:]
+        self._context = [*before][-CONTEXT:]
+        while self._context and tokenizer.decode(self._context).startswith(_BROKEN):
+            del self._context[0]  # it is the end of a character
         self._tokens: list[int] = []
         self._text = ""  # of those tokens
         self._given = 0  # so many of its characters have been given out

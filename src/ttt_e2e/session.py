@@ -27,7 +27,7 @@ from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.inner_loop import PLAIN
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import load_model
-from ttt_e2e.sampling import SamplingOptions, TextStream, sample
+from ttt_e2e.sampling import CONTEXT, SamplingOptions, TextStream, sample
 from ttt_e2e.session_files import (
     DTYPES,
     Precision,
@@ -51,7 +51,7 @@ _ABSURD = 10.0  # a mean loss of so many times ln(vocabulary), the loss of a uni
 class Diverged(Divergence):
     """Inner learning went wrong, and the session is back at its last good state, at token `position`.
 
-    what: the loss, or the gradient, that showed it.
+    what: the loss, or the gradient, that showed it; empty if it was no learning that went wrong.
     """
 
     def __init__(self, message: str, position: int, what: str = "") -> None:
@@ -260,7 +260,7 @@ class Session:
         """
         sampling_options(max_tokens, sampling)  # nothing becomes part of the session before all is checked
         ids = self._tokenizer().encode(prompt)
-        stream = TextStream(self._tokenizer(), stop, before=np.concatenate((self._pending, ids)).tolist())
+        stream = TextStream(self._tokenizer(), stop, before=np.concatenate((self._pending, ids))[-CONTEXT:].tolist())
         reader = self if learn_from_writing else self.fork()
         reader.read(ids)
         # The writer runs ahead: a stop string may turn out to have begun some tokens ago.
@@ -414,11 +414,10 @@ def unsound(losses: np.ndarray, norm: float, position: int, learned: bool, vocab
     at = f"at tokens {position} to {position + len(losses)}"
     loss, limit = float(losses.mean()), _ABSURD * math.log(vocabulary)
     if not math.isfinite(loss) and not learned:
-        what = f"the loss {at} is {loss} although nothing was learned"
         raise Diverged(
-            f"The model is not fit for use: {what}. Train or load another model.",
+            f"The model has a loss of {loss} {at} although nothing was learned; "
+            "its weights are not fit for use, train or load another model.",
             position,
-            what,
         )
     if learned and not loss <= limit:
         return f"the loss {at} is {loss:.4g} nats per token", True

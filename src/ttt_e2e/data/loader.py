@@ -51,11 +51,7 @@ class SequenceLoader:
         self._advance(self.rank * self.batch)
         for sequence in sequences:
             self._read(int(self._order[self._index]), sequence)
-            if self.tokens.ids_below is not None and sequence.max() >= self.tokens.ids_below:
-                raise UserError(
-                    f"{self.tokens.where} holds token {sequence.max()}, outside of the vocabulary of "
-                    f"{self.tokens.ids_below}; was it altered? Make it anew."
-                )
+            self.tokens.sound(sequence)
             self._advance(1)
         self._advance((self.world - 1 - self.rank) * self.batch)
         return torch.from_numpy(sequences)
@@ -143,7 +139,7 @@ def held_out(tokens: TokenSet, context: int, limit_tokens: int) -> list[np.ndarr
         for document in documents:
             size = min(context + 1, int(tokens.lengths[document]) - start)
             if total + size - 1 <= limit_tokens:
-                sequences.append(tokens.document(int(document), start, start + size).astype(np.int64))
+                sequences.append(tokens.sound(tokens.document(int(document), start, start + size)).astype(np.int64))
                 total += size - 1
         start += context
     if not sequences:

@@ -72,8 +72,8 @@ class TokenSet:
     """The documents of one split: `len()` of them, each an array of token ids on disk, read where it is sliced.
 
     names: one per document. lengths: int64 array, tokens per document. total: tokens in all. bos: the token that begins
-    documents. vocab_size: None where it is not known (zarr). ids_below: what all ids must be below, if that is known;
-    the loader sees to it. digest: changes with the tokens or their tokenizer.
+    documents. vocab_size: None where it is not known (zarr). ids_below: what all ids must be below, if that is known,
+    which `sound` sees to. digest: changes with the tokens or their tokenizer.
     """
 
     def __init__(
@@ -194,6 +194,15 @@ class TokenSet:
         first = int(self._starts[index])
         return self._arrays[self._shard[index]][first + start : first + stop]
 
+    def sound(self, ids: np.ndarray) -> np.ndarray:
+        """The same ids, which a model is to read. Raises UserError if one is outside of the vocabulary."""
+        if self.ids_below is not None and ids.max() >= self.ids_below:
+            raise UserError(
+                f"{self.where} holds token {ids.max()}, outside of the vocabulary of {self.ids_below}; was it altered? "
+                "Make it anew."
+            )
+        return ids
+
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer of these tokens; raises UserError if there is none or it is another one."""
         if self._folder is None:
@@ -209,7 +218,7 @@ class TokenSet:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError unless these tokens have a vocabulary of `vocab_size`.
 
-        Where it is not known (zarr), the first million tokens must fit into it, and the loader looks at the rest.
+        Where it is not known (zarr), the first million tokens must fit into it, and `sound` looks at the rest.
         """
         if self.vocab_size is None:
             largest = max(int(self.document(0, 0, _ZARR_SAMPLE).max()), self.bos)

@@ -40,7 +40,9 @@ def books(tokens: TokenSet, longest: int, most: int) -> list[Book]:
     for i, length in enumerate(tokens.lengths):
         count = min(most, int(length) - 1) // longest * longest
         if count:
-            chosen.append(Book(f"{i} {tokens.names[i]}", tokens.document(i, 0, count + 1).astype(np.int64)))
+            chosen.append(
+                Book(f"{i} {tokens.names[i]}", tokens.sound(tokens.document(i, 0, count + 1)).astype(np.int64))
+            )
     if not chosen:
         raise UserError(
             f"{tokens.where} holds out no document of more than {longest} tokens, too few for one sequence; "

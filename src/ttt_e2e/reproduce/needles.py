@@ -30,7 +30,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, write_text
 from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import read_json
+from ttt_e2e.model_files import model_digest, read_json
 from ttt_e2e.session import DTYPES, Diverged, Session, load_reader
 from ttt_e2e.session_files import model_fingerprint
 from ttt_e2e.training.distributed import choose_device
@@ -312,8 +312,9 @@ def _load(name: str, folder: Path, device: str, facts: dict[str, Any]) -> tuple[
     """A model to ask; its digest is noted. Raises UserError if the results are another's of this name."""
     model, tokenizer = load_reader(Path(folder), choose_device(device))
     digest = model_fingerprint(model)
-    if facts["models"].setdefault(name, digest) != digest:
+    if facts["models"].get(name, digest) not in (digest, model_digest(model)):  # of weights alone: results of before
         raise UserError(f"The results there are of another model called {name!r}; give {folder} another name.")
+    facts["models"][name] = digest
     return model, tokenizer
 
 

@@ -35,8 +35,8 @@ _BESIDE = {"below": 0.5, "above": 2.0}
 class Plan:
     """A comparison: `what` is a key of `systems.BASELINE`; data, books: prepared tokens to train first on, and further.
 
-    The held-out books are the "val" documents of `books`. data_digest, books_digest: of the tokens. device: "cpu" or
-    "cuda". book_tokens: how many tokens of all books together are evaluated. compile: whether to train compiled.
+    The held-out books are the "val" documents of `books`. data_digest, books_digest: of the tokens; more_digest: of
+    those of `books` to train on. device: "cpu" or "cuda". book_tokens: how many tokens of all books together are evaluated. compile: whether to train compiled.
     """
 
     what: str
@@ -48,6 +48,7 @@ class Plan:
     books: Path
     data_digest: str
     books_digest: str
+    more_digest: str
     device: str
     book_tokens: int
     compile: bool = False
@@ -241,7 +242,7 @@ def keep(plan: Plan, out: Path) -> dict[str, list]:
         "version": 2,
         "scale": asdict(plan.scale),
         "data": {"where": str(plan.data), "digest": plan.data_digest},
-        "books": {"where": str(plan.books), "digest": plan.books_digest},
+        "books": {"where": str(plan.books), "digest": plan.books_digest, "more": plan.more_digest},
         "device": plan.device,
         "configs": {s.name: to_dict(pretraining(plan.scale, s, 0)) for s in plan.systems},
         "comparisons": {plan.what: named},
@@ -253,7 +254,8 @@ def keep(plan: Plan, out: Path) -> dict[str, list]:
             if before.get(key) != now[key]:
                 _refuse(out, _difference(key, before.get(key), now[key]))
         for key in ("data", "books"):
-            if before[key]["digest"] != now[key]["digest"]:
+            # Plans of before know nothing of "more".
+            if any(before[key].get(part, digest) != digest for part, digest in now[key].items() if part != "where"):
                 _refuse(out, f"{key} in {before[key]['where']}, not those in {now[key]['where']}")
         for name, config in before["configs"].items():
             if now["configs"].setdefault(name, config) != config:

@@ -249,7 +249,9 @@ def tables(report: dict[str, Any]) -> str:
             systems[row["system"]]["label"],
             in_tokens(row["context"]),
             *(
-                "-" if row[key] is None else f"{'~' * (key == 'prefill_us' and not row['whole'])}{row[key]:,.1f}"
+                "-"
+                if row[key] is None
+                else f"{'~' * (key == 'prefill_us' and not row.get('whole', True))}{row[key]:,.1f}"
                 for key in ("prefill_us", "decode_us", "train_us")
             ),
         ]

@@ -49,7 +49,10 @@ class Chat:
         """Texts and ids that the template has after an answer to `messages`, before the next message."""
         if self._template is None:
             return []  # a next prompt begins with the line's end
-        text = self._rendered([*messages, {"role": "assistant", "content": _ANSWER}], False)
+        try:
+            text = self._rendered([*messages, {"role": "assistant", "content": _ANSWER}], False)
+        except UserError:
+            return []  # some templates want users and assistants in turn
         return self._parts(text.rpartition(_ANSWER)[2]) if _ANSWER in text else []
 
     def _rendered(self, messages: list[dict[str, str]], ask: bool) -> str:

@@ -18,7 +18,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import Transformer
 from ttt_e2e.pool import Done, Losses, Token
-from ttt_e2e.sampling import SamplingOptions, TextStream
+from ttt_e2e.sampling import CONTEXT, SamplingOptions, TextStream
 from ttt_e2e.server.records import NoSession, Piece, Progress, Prompt, SessionRecord, Stopping, TooMuch
 from ttt_e2e.server.shelf import Entry, Shelf
 from ttt_e2e.server.store import Store
@@ -202,7 +202,9 @@ class Engine:
                 ids = await asyncio.to_thread(self._encoded, prompt)
                 after = self._encoded(closing)
                 self._check_length(_tokens(value) + len(ids) + max_tokens + len(after))
-                stream = TextStream(self._tokenizer, stop, before=[*value.standing().pending, *ids])
+                stream = TextStream(
+                    self._tokenizer, stop, before=np.concatenate((value.standing().pending, ids))[-CONTEXT:].tolist()
+                )
                 asked = len(ids)
                 if learn:
                     value, ids = await self._after(entry, value, ids), ids[:0]
@@ -329,6 +331,8 @@ async def _left(job: Job) -> Session:
 
 def _kept(error: Diverged) -> Diverged:
     """The same, told of a session of which only a copy went wrong."""
+    if not error.what:
+        return error
     return Diverged(
         f"Learning diverged: {error.what}. The session is as it was; send another text, or have the service run with "
         "a model of a smaller inner_lr.",

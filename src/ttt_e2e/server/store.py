@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -118,14 +118,13 @@ class Store:
     def _changing(self, id: str) -> Iterator[None]:
         """While a session comes or goes."""
         marker = self.folder / f"{id}.changing"
-        try:
+        with suppress(OSError):  # where not even that can be written, a deletion must still be possible
             marker.touch(mode=0o600)
-        except OSError as error:
-            raise UserError(f"Cannot change what is in {self.folder}: {error.strerror}.") from error
         try:
             yield
         finally:
-            marker.unlink(missing_ok=True)
+            if self.path(id).exists() <= (self.folder / f"{id}.json").exists():  # else the next start has to see to it
+                marker.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let another process have the store."""

@@ -190,7 +190,12 @@ def _judged(session: Session) -> Session:
     """The same. A mini-batch's loss judges the update before it; the last one's judge would come in the next request,
     when there is no way back any more.
     """
-    session.fork().score_rest()
+    if session.learn and session.position:
+        look = session.fork()
+        if look.pending:
+            look.score_rest()
+        else:  # there is no loss to be had, but it can be seen whether it would be a number
+            next(look.generate_tokens(max_tokens=1, temperature=0), None)
     return session
 
 

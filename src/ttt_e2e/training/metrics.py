@@ -94,6 +94,7 @@ def _wandb(run: Path, config: Mapping[str, Any]) -> Any:
         raise UserError("Weights & Biases is not installed; run: pip install 'ttt-e2e[wandb]'.") from error
     path = run / "wandb-id"  # of this folder alone: many a folder is called "run"
     if not path.exists():
-        write_text(path, secrets.token_hex(8))
+        begun = (run / FILE).exists()  # before runs had ids of their own
+        write_text(path, run.name if begun else secrets.token_hex(8))
     id = path.read_text(encoding="utf-8")
     return wandb.init(project="ttt-e2e", name=run.name, id=id, resume="allow", dir=run, config=dict(config))
