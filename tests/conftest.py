@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.model import Transformer
+
+settings.register_profile("ours", deadline=None)  # a busy machine is no failure
+settings.load_profile("ours")
 
 # Small tensors: threads would only wait for each other.
 torch.set_num_threads(1)

@@ -318,6 +318,7 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_and_version_need_no_torch() -> None:
     script = "import sys; from ttt_e2e.cli import main; main(['read', '--help']); main(['cost', 'tiny']); "
+    script += "main(['--version']); "
     script += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
@@ -400,7 +401,6 @@ def test_settings_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]
         "read geese.txt --model .",
         "read geese.txt --session geese.txt",
         "read geese.txt --session missing",
-        "read geese.txt --session s --no-learning",
         "read geese.txt --save geese.txt",
         "read geese.txt --save .",
         "read geese.txt --picture p.docx",
@@ -435,6 +435,11 @@ def test_names_that_cannot_be_used(
 
     monkeypatch.setattr(Path, "is_dir", forbidden)
     assert "geese.txt: Permission denied" in refused(capsys, "read", "geese.txt")
+
+
+def test_a_session_goes_on_learning_or_not(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("read", "geese.txt", "--save", "s", "--no-picture", "--quiet") == 0
+    assert "goes on as it began" in refused(capsys, "read", "geese.txt", "--session", "s", "--no-learning")
 
 
 def test_a_session_goes_on_in_its_dtype(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

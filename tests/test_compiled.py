@@ -1,5 +1,6 @@
 """The compiled path computes what the plain one does, is compiled once, and steps aside where that cannot be done."""
 
+import shutil
 import warnings
 
 import pytest
@@ -12,6 +13,10 @@ from ttt_e2e.inner_loop import PLAIN, Steps, sequence_loss
 from ttt_e2e.model import Transformer
 from ttt_e2e.streaming import read_mini_batch, start_reading
 
+# A compilation that fails, or is done again, would leave nothing but the plain path to be compared with itself.
+pytestmark = pytest.mark.filterwarnings("error:Going on without compilation")
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 F64 = torch.float64
 SHAPES = {
     "plain": {},
@@ -66,6 +71,7 @@ def test_losses_and_outer_gradient(shape: str, recompute: str, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@COMPILER
 def test_generated_code() -> None:
     model, text = small_model(F64), tokens(28)
     expected = gradient(model, text, PLAIN, bos=3)

@@ -36,6 +36,10 @@ def test_equals_sessions_one_by_one(batch: int) -> None:
         quarter = len(learned) // 4
         expected = (frozen - learned)[-quarter:].mean() if quarter else None
         assert result.last_quarter == pytest.approx(expected, abs=1e-5)
+        expected = (frozen - learned)[:quarter].mean() if quarter else None
+        assert result.first_quarter == pytest.approx(expected, abs=1e-5)
+        for bits, losses in ((result.bits_per_byte, learned), (result.bits_per_byte_without, frozen)):
+            assert bits == pytest.approx(losses.sum() / np.log(2) / result.bytes, rel=1e-5)
         gains.append((frozen - learned).mean())
     assert report.gain == pytest.approx(np.mean(gains), abs=1e-5)
     assert report.gain_error == pytest.approx(np.std(gains, ddof=1) / len(gains) ** 0.5, abs=1e-5)
@@ -45,6 +49,12 @@ def test_equals_sessions_one_by_one(batch: int) -> None:
     expected = np.mean([alone(document, False)[:5].mean() for document in DOCUMENTS])
     assert first.loss_without == pytest.approx(expected, abs=1e-5)
     assert [bin_.stop for bin_ in report.positions[:3]] == [5, 10, 20]
+    read = [(alone(document, True), alone(document, False)) for document in DOCUMENTS]
+    for bin_ in report.positions:
+        reaching = [(a[bin_.start : bin_.stop], b[bin_.start : bin_.stop]) for a, b in read if len(a) >= bin_.stop]
+        assert bin_.documents == len(reaching)
+        means = [np.mean([part.mean() for part in parts]) for parts in zip(*reaching, strict=True)]
+        assert (bin_.loss, bin_.loss_without) == pytest.approx(means, abs=1e-5)
 
 
 def test_max_tokens() -> None:

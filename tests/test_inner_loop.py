@@ -18,6 +18,7 @@ from ttt_e2e.inner_loop import (
     sequence_loss,
 )
 from ttt_e2e.model import Transformer
+from ttt_e2e.session import Session
 from ttt_e2e.streaming import forward, read_mini_batch, start_reading
 
 F64 = torch.float64
@@ -265,6 +266,36 @@ def test_the_recomputed_loop_goes_back_once(recompute: str) -> None:
     out.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="goes back once only"):
         out.loss.backward()
+
+
+def test_the_meta_gradient_in_bfloat16_is_near() -> None:
+    """Nearer by far than one that leaves out what the updates bring."""
+    model = Transformer(small_config(width=64, init_std=0.1, inner_lr=0.3), torch.Generator().manual_seed(0))
+
+    def gradients(dtype: torch.dtype, inner_lr: float | None = None) -> dict[str, Tensor]:
+        model.zero_grad()
+        sequence_loss(model, tokens(50), dtype=dtype, inner_lr=inner_lr).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def distance(a: dict[str, Tensor], name: str) -> float:
+        return float((a[name] - exact[name]).norm() / exact[name].norm())
+
+    exact, rounded, frozen = gradients(torch.float32), gradients(torch.bfloat16), gradients(torch.float32, 0.0)
+    for name in exact:
+        assert distance(rounded, name) < 0.1, name
+    names = [name for name in exact if ".fast." in name]
+    assert names and min(distance(frozen, name) for name in names) > 0.3
+
+
+def test_fast_weights_are_float32_whatever_the_products_are() -> None:
+    """Steps far below what bfloat16 can hold beside the weights do not get lost."""
+    norms = []
+    for dtype in (torch.float32, torch.bfloat16):
+        session = Session(small_model(inner_lr=1e-4), dtype=dtype)
+        session.read(tokens(100, 1)[0].tolist())
+        assert {w.dtype for pair in session.standing().state.loop.fast for w in pair} == {torch.float32}
+        norms.append(session.info().learned_norm)
+    assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
 def test_bfloat16_is_near(seed: int = 0) -> None:

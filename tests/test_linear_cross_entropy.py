@@ -1,5 +1,7 @@
 """Cross-entropy from hidden states against PyTorch's own, with first and second derivatives."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +123,8 @@ def test_explicit_backward() -> None:
     assert empty.numel() == 0 and empty.dtype == weight.dtype
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_compiled() -> None:
     x, weight, targets = draw(7, 4, 19)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)

@@ -5,9 +5,11 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
@@ -450,6 +452,38 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"uvicorn; install it with: pip install \"ttt-e2e\[serve\]\""):
         serve()
+
+
+def test_options_reach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reached(Exception):
+        pass
+
+    given: dict[str, Any] = {}
+
+    def engine(*_: Any, **options: Any) -> Any:
+        given.update(options)
+        return SimpleNamespace(file_bytes=5000)
+
+    def app(_: Any, settings: Settings) -> None:
+        given.update(settings=settings)
+        raise Reached
+
+    monkeypatch.setattr("ttt_e2e.server.engine.Engine", engine)
+    monkeypatch.setattr("ttt_e2e.server.app.create_app", app)
+    monkeypatch.setattr("ttt_e2e.server.logs.configure", lambda: None)
+    options = "--memory 3M --max-sessions 7 --max-session-tokens 900 --max-batch 5 --dtype bfloat16 --rate 11"
+    with pytest.raises(Reached):
+        serve(*options.split(), "--max-body", "2K", "--port", "0", "--data", str(tmp_path / "sessions"))
+    settings = given.pop("settings")
+    assert given == dict(
+        memory_bytes=3 << 20, max_sessions=7, max_session_tokens=900, max_batch=5, dtype=torch.bfloat16
+    )
+    assert settings.limits == Limits(body=2048, file=5000, rate=11) and settings.model == "ttt-e2e"
+
+
+def test_the_page_runs_nothing_but_its_own(client: TestClient) -> None:
+    policy = client.get("/").headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,7 @@ def test_a_client_that_leaves_in_a_reading_leaves_nothing(stream: bool) -> None:
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(at, content=long, headers=PLAIN, timeout=0.5)
+            assert engine.most_running == 1
         until(lambda: engine.running == 0)
         assert engine.all[session].text == ""
 

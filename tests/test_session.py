@@ -1,8 +1,10 @@
 """One text being read: split, saved, forked, diverging, and written on."""
 
+import gc
 import json
 import math
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e import session as session_module
 from ttt_e2e import session_files
@@ -20,6 +23,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
+from ttt_e2e.pool import SessionPool
 from ttt_e2e.session import Diverged, Session, load_reader
 from ttt_e2e.session_files import session_facts
 from ttt_e2e.streaming import forward, start_reading
@@ -396,13 +400,35 @@ def test_text_comes_in_whole_characters(seed: int) -> None:
 _TOKENIZER = Tokenizer.train([""], 257)  # every byte is a token: most characters come in parts
 
 
-def test_what_was_learned_from_the_text_is_written_with(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_writing_that_cannot_be(model: Transformer, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="nothing to go on from"):
         next(Session(model).generate_tokens())
     with pytest.raises(UserError, match="top_p"):
         next(Session(model, tokenizer).generate_tokens("x", top_p=0))
     with pytest.raises(UserError, match="-1 tokens"):
         next(Session(model, tokenizer).generate("x", max_tokens=-1))
+
+
+def test_a_session_holds_no_more_than_it_says_and_costs_the_same_all_along(model: Transformer) -> None:
+    session, ids = Session(model), np.random.default_rng(0).integers(0, model.config.vocab_size, 5000)
+    session.read(ids[:100])
+    before = weakref.ref(session.standing().state.loop.fast[0][0])
+    operations = []
+    for part in (ids[100:200], ids[200:4800], ids[4800:4900]):
+        with FlopCounterMode(display=False) as counter:
+            session.read(part)
+        operations.append(counter.get_total_flops())
+    gc.collect()
+    assert before() is None and operations[0] == operations[2]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in session.standing().state.tensors()}
+    b, window = session.mini_batch, model.config.window
+    # A cache is cut from one that has room for a mini-batch more.
+    assert sum(held.values()) <= session.info().memory_bytes * (window + b) / window
+    assert session.standing().pending.base is None
+    pool = SessionPool(session)
+    taken = pool.peek(pool.add(session)).standing()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in taken.state.tensors()}
+    assert sum(held.values()) == session.info().memory_bytes and taken.pending.base is None
 
 
 @pytest.mark.parametrize("learn", [True, False])

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,8 +282,40 @@ def test_extension_of_a_model_that_does_not_fit(data: Path, whole: Path, tmp_pat
 
 def test_tensorboard(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    run(data, tmp_path / "run", "steps=1", tensorboard=True)
-    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(data, tmp_path / "run", "steps=2", tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    expected = [(line["step"], line["loss"]) for line in measured(tmp_path / "run") if "loss" in line]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(v, rel=1e-6)) for s, v in expected]
+
+
+def test_weights_and_biases(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[dict[str, Any]] = []
+    logged: list[tuple[str, int]] = []
+
+    class Run:
+        def __init__(self, id: str) -> None:
+            self.id = id
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((self.id, step))
+
+        def finish(self) -> None:
+            logged.append((self.id, -1))
+
+    def init(**options: Any) -> Run:
+        begun.append(options)
+        return Run(options["id"])
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder in ("a/run", "b/run"):
+        run(data, tmp_path / folder, "steps=2", wandb=True)
+    run(data, tmp_path / "a/run", "steps=2", wandb=True, resume=True)
+    ids = [options["id"] for options in begun]
+    assert ids[0] != ids[1] and ids[2] == ids[0] and all(options["resume"] == "allow" for options in begun)
+    assert [step for id, step in logged if id == ids[1]][-1] == -1 and {1, 2} <= {s for i, s in logged if i == ids[0]}
 
 
 # -- in processes of their own -----------------------------------------------------------------------------------------

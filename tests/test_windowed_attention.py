@@ -1,6 +1,7 @@
 """Twice differentiable windowed attention against attention built from PyTorch's own differentiable operations."""
 
 import itertools
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ttt_e2e.ops import attention_tiled
+from ttt_e2e.ops.attention import attention_once
 from ttt_e2e.ops.windowed_attention import (
     attention_backward,
     attention_double_backward,
@@ -19,6 +21,7 @@ from ttt_e2e.ops.windowed_attention import (
     windowed_attention,
 )
 
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -288,7 +291,7 @@ def test_functorch() -> None:
         assert_same(*results, 1e-12)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, COMPILER])])
 def test_compile(backend: str) -> None:
     q, k, v, do = inputs(1, (2, 1), 7, 11, 4)
     compiled = torch.compile(lambda q, k, v: windowed_attention(q, k, v, 4).sin(), fullgraph=True, backend=backend)
@@ -364,6 +367,23 @@ class Largest(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
         return out
+
+
+@pytest.mark.parametrize("few", [2**26, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_over_a_whole_text_is_linear(few: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttt_e2e.ops.attention._FEW_SCORES", few)
+    seen = []
+    for length in (1000, 2000):
+        q, k, v, _ = (x.detach() for x in inputs(1, (4, 2), length, length, 16, dtype=dtype))
+        with Largest() as largest:
+            ours = attention_once(q, k, v, 64)
+        seen.append(largest.elements)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03
+        torch.testing.assert_close(
+            ours.double(), reference(*(x.double() for x in (q, k, v)), 64), rtol=tolerance, atol=tolerance
+        )
+    assert seen[1] <= 2.1 * seen[0]
 
 
 @pytest.mark.parametrize(("queries", "keys", "window"), [(4096, 4096, 256), (512, 16384, None)])

@@ -188,8 +188,8 @@ class SessionPool:
     def peek(self, id: int) -> Session:
         """The session as it stands now, as `remove` gives it, with the same error; the one in the pool goes on."""
         run = self._member(id).own
-        state = _alone(run.row).stack.state._replace(ahead_B=None)
-        return self.fresh.standing_at(Standing(state, run.text, run.pending))
+        state = _alone(run.row).stack.state._replace(ahead_B=None).map(_own)
+        return self.fresh.standing_at(Standing(state, run.text, run.pending.copy()))
 
     def drop(self, id: int) -> None:
         """Let a session leave that nobody needs any more. Raises UserError for an id that is not here."""
@@ -414,6 +414,11 @@ def _stack(state: ReadState, positions: tuple[int, ...]) -> _Stack:
     slots = tuple(value.k_BGSK.shape[2].bit_length() for value in values if isinstance(value, Cache))
     others = tuple(tuple(t.shape[1:]) for value in values if not isinstance(value, Cache) for t in value)
     return _Stack(state, positions, shapes, (slots, others))
+
+
+def _own(t: Tensor) -> Tensor:
+    """The same numbers, without what else lies in memory with them: a cache is cut from one of more slots."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def _alone(row: _Row) -> _Row:

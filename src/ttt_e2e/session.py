@@ -179,6 +179,7 @@ class Session:
         self._pending = np.concatenate((self._pending, ids))
         while len(self._pending) > self.piece:
             yield self._step()
+        self._pending = self._pending.copy()  # a view would keep all the ids
 
     def score_rest(self) -> np.ndarray:
         """The losses of the pending tokens, float32 [pending]; nothing is learned and the session stays as it is."""

@@ -36,7 +36,8 @@ class Plan:
     """A comparison: `what` is a key of `systems.BASELINE`; data, books: prepared tokens to train first on, and further.
 
     The held-out books are the "val" documents of `books`. data_digest, books_digest: of the tokens; more_digest: of
-    those of `books` to train on. device: "cpu" or "cuda". book_tokens: how many tokens of all books together are evaluated. compile: whether to train compiled.
+    those of `books` to train on. device: "cpu" or "cuda". book_tokens: how many tokens of all books together are
+    evaluated. compile: whether to train compiled.
     """
 
     what: str
