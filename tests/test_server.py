@@ -455,7 +455,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options_reach_what_they_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Reached(Exception):
+    class Reached(Exception):  # noqa: N818 - no error
         pass
 
     given: dict[str, Any] = {}
