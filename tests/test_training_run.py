@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import made_up_tokens, small_config
@@ -199,6 +200,7 @@ def test_a_signal_finishes_the_step_and_the_rest_comes_out_the_same(
         calls.append(0)
         if len(calls) == 9:  # in the middle of the fifth step
             os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # under torchrun one Ctrl-C arrives twice
         return sequence_loss(*args, **options)
 
     with monkeypatch.context() as patch:
@@ -367,6 +369,24 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
         else:
             assert two["eval"]["tokens"] == one["eval"]["tokens"]
             assert two["eval"]["loss"] == pytest.approx(one["eval"]["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_and_on(data: Path, tmp_path: Path) -> None:
+    """Only one of the two hears it; both stop after the same step, and what comes after is as if nothing had been."""
+    changes = ("steps=40", "accumulate=1", "checkpoint_every=0", "eval_every=0")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, *command(data, tmp_path / "whole", *changes)[1:]], check=True)
+    out = tmp_path / "run"
+    process = subprocess.Popen([*launcher, *command(data, out, *changes)[1:]], stdout=subprocess.PIPE, text=True)
+    wait_for_line(out, 5, process)
+    worker = next(p for p in psutil.Process(process.pid).children() if str(out) in p.cmdline())
+    worker.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "Stopped after step" in told
+    assert 5 <= len(measured(out)) < 40
+    subprocess.run([*launcher, *command(data, out, *changes)[1:]], check=True)
+    assert measured(out) == measured(tmp_path / "whole")
 
 
 if __name__ == "__main__":
