@@ -32,7 +32,6 @@ kept for the outer gradient (no recomputation); then, each alone and not compile
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -51,6 +50,7 @@ from torch import Tensor
 from ttt_e2e.compiled import compiled_steps
 from ttt_e2e.config import ModelConfig, TrainConfig
 from ttt_e2e.inner_loop import PLAIN, Steps, sequence_loss
+from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
 from ttt_e2e.ops import attention as model_attention
 from ttt_e2e.ops import windowed_attention as operators
@@ -98,14 +98,13 @@ def card() -> dict[str, str]:
     return dict(zip(fields.split(","), (x.strip() for x in text.split(",")), strict=False))
 
 
-def machine(device: str) -> dict[str, Any]:
-    known = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine()}
+def machine_and_card(device: str) -> dict[str, Any]:
+    known = machine(device)
     if device == "cuda":
         import triton
 
-        properties = torch.cuda.get_device_properties(0)
-        known |= {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-        known |= {"cuda": torch.version.cuda, "triton": triton.__version__, "card": card()}
+        memory = torch.cuda.get_device_properties(0).total_memory
+        known |= {"memory_gib": round(memory / 2**30, 1), "triton": triton.__version__, "card": card()}
     return known
 
 
@@ -464,7 +463,7 @@ def main() -> None:
         started = time.perf_counter()
         rows = special[group](args) if group in special else size_rows(group, args)
         result["groups"][group] = {
-            "machine": machine(args.device),
+            "machine": machine_and_card(args.device),
             "wall_seconds": time.perf_counter() - started,
             **rows,
         }

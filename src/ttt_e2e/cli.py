@@ -376,11 +376,11 @@ def _reader(arguments: argparse.Namespace) -> "tuple[Transformer, Tokenizer, Any
 
 def _saved_session(arguments: argparse.Namespace, model: "Transformer", tokenizer: "Tokenizer", **more: Any) -> Any:
     """The session that `--session` names. Raises UserError if it began in another dtype than is asked for."""
-    from ttt_e2e.session import DTYPES, Session
+    from ttt_e2e.session import Session
 
     session = Session.load(arguments.session, model, tokenizer, **more)
-    if arguments.dtype and session.dtype != DTYPES[arguments.dtype]:
-        began = next(name for name, dtype in DTYPES.items() if dtype == session.dtype)
+    began = str(session.dtype).removeprefix("torch.")
+    if arguments.dtype not in (None, began):
         raise UserError(f"The session {arguments.session} goes on in {began}, as it began; leave --dtype out.")
     return session
 

@@ -312,7 +312,8 @@ def _load(name: str, folder: Path, device: str, facts: dict[str, Any]) -> tuple[
     """A model to ask; its digest is noted. Raises UserError if the results are another's of this name."""
     model, tokenizer = load_reader(Path(folder), choose_device(device))
     digest = model_fingerprint(model)
-    if facts["models"].get(name, digest) not in (digest, model_digest(model)):  # of weights alone: results of before
+    before = facts["models"].get(name, digest)
+    if before != digest and before != model_digest(model):  # of weights alone: results of before
         raise UserError(f"The results there are of another model called {name!r}; give {folder} another name.")
     facts["models"][name] = digest
     return model, tokenizer

@@ -45,9 +45,8 @@ def _latency(report: dict[str, Any], axes: Axes) -> None:
         if rows:
             style = _style(report, name)
             axes.plot([row["context"] for row in rows], [row["prefill_us"] for row in rows], **style)
-            some = [
-                row for row in rows if not row.get("whole", True)
-            ]  # interpolated from stretches: with a white middle
+            # What is interpolated from stretches has a white middle.
+            some = [row for row in rows if not row.get("whole", True)]
             places = [row["context"] for row in some], [row["prefill_us"] for row in some]
             axes.plot(*places, **style | dict(linestyle="", markerfacecolor="white", label="_"))
     axes.set_ylabel("time to read a token (microseconds)")

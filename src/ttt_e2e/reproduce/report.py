@@ -173,6 +173,11 @@ def _plain(value: Mean | None) -> dict[str, Any] | None:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
+def _time(row: dict[str, Any], figure: str) -> str:
+    mark = "~" if figure == "prefill_us" and not row.get("whole", True) else ""
+    return "-" if row[figure] is None else f"{mark}{row[figure]:,.1f}"
+
+
 def tables(report: dict[str, Any]) -> str:
     """The report as markdown."""
     systems, contexts = report["systems"], sorted({row["context"] for row in report["comparison"]})
@@ -248,12 +253,7 @@ def tables(report: dict[str, Any]) -> str:
         [
             systems[row["system"]]["label"],
             in_tokens(row["context"]),
-            *(
-                "-"
-                if row[key] is None
-                else f"{'~' * (key == 'prefill_us' and not row.get('whole', True))}{row[key]:,.1f}"
-                for key in ("prefill_us", "decode_us", "train_us")
-            ),
+            *(_time(row, figure) for figure in ("prefill_us", "decode_us", "train_us")),
         ]
         for row in report["latency"]
         if row["system"] in systems
