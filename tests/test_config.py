@@ -183,3 +183,12 @@ def test_patterns() -> None:
     assert preset("tiny-full-prefix").model.mixers == ("full",) * 6 + ("window",) * 2
     with pytest.raises(UserError, match="no mixer 'mamba3'"):
         override(preset("tiny"), ["pattern=mamba3"])
+
+
+def test_every_setting_is_explained() -> None:
+    """docs/training.md has a row for each, and none that there is not."""
+    text = (Path(__file__).parents[1] / "docs/training.md").read_text().split("## Settings")[1]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    fields = [field.name for kind in (ModelConfig, TrainConfig) for field in dataclasses.fields(kind)]
+    assert sorted(named) == sorted(fields)
