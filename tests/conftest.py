@@ -5,10 +5,13 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from ttt_e2e.config import ModelConfig
 from ttt_e2e.data.prepare import prepare
@@ -83,3 +86,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def with_fact(path: Path, name: str, value: Any) -> None:
+    """Alter what a session file says of itself, as somebody who means harm might."""
+    with safe_open(path, "np") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        facts = json.loads(file.metadata()["session"])
+    save_file(tensors, path, {"session": json.dumps(facts | {name: value})})

@@ -4,11 +4,12 @@ import asyncio
 import hashlib
 import logging
 import secrets
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class FakeEngine:
         self.running = self.most_running = self.read_tokens = self.written_tokens = 0
         self.asked: list[dict[str, Any]] = []
         self.started = self.stopped = False
+        self.ready = True
 
     async def start(self) -> None:
         self.started = True
@@ -88,6 +90,11 @@ class FakeEngine:
         self._of(owner, id)
         del self.all[id]
 
+    @contextmanager
+    def temporary_folder(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
     async def export(self, owner: str, id: str, target: Path) -> None:
         target.write_bytes(b"session:" + self._of(owner, id).text.encode())
 
@@ -119,30 +126,34 @@ class FakeEngine:
         self,
         owner: str,
         id: str | None,
-        prompt: Prompt,
+        prompt: Prompt | Callable[[bool], Prompt],
         *,
         max_tokens: int = 200,
         stop: Sequence[str] = (),
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
+        turns: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[Piece]:
         one = None if id is None else self._of(owner, id)
+        if callable(prompt):
+            prompt = prompt(one is not None and bool(one.text))
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
         self.asked.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
         read, text = len(words.split()), ""
-        with self._at_work():
-            for count in range(1, max_tokens + 1):
-                await self._step(count)
-                word = f" w{count}ä"
-                text += word
-                self.written_tokens += 1
-                yield Piece(word, None, read, count)
-                if any(end in text for end in stop):
-                    break
-            if learn and one is not None:
-                one.text += words + text + "".join(str(part) for part in closing)
-            yield Piece("", "length" if count == max_tokens else "stop", read, count)
+        async with turns or nullcontext():
+            with self._at_work():
+                for count in range(1, max_tokens + 1):
+                    await self._step(count)
+                    word = f" w{count}ä"
+                    text += word
+                    self.written_tokens += 1
+                    yield Piece(word, None, read, count)
+                    if any(end in text for end in stop):
+                        break
+                if learn and one is not None:
+                    one.text += words + text + "".join(str(part) for part in closing)
+                yield Piece("", "length" if count == max_tokens else "stop", read, count)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

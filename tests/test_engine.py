@@ -28,6 +28,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.sampling import SamplingOptions
 from ttt_e2e.server.engine import Engine, NoSession, Progress, SessionRecord, Stopping, Store, TooMuch
 from ttt_e2e.session import Diverged, Session
+from ttt_e2e.session_files import model_fingerprint
 
 F64 = torch.float64
 STORY = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n"
@@ -352,13 +353,16 @@ def test_a_saving_under_way_is_done_to_its_end(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(Store, "save", slow)
         task = asyncio.create_task(read(engine, "me", record.id, first))
         await asyncio.to_thread(saving.wait)
-        assert (await engine.session("me", record.id)).tokens == 1  # it becomes the session only then
+        assert (await engine.sessions("me"))[0].tokens == 1  # it becomes the session only then
+        asked = asyncio.create_task(engine.session("me", record.id))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         after = asyncio.create_task(read(engine, "me", record.id, second))
         await asyncio.sleep(0.01)
+        assert not asked.done()  # whoever has left and asks is told what became of it
         go_on.set()
+        assert (await asked).tokens == having_read(first).info().tokens
         await after
         assert_same(await exported(engine, "me", record.id, tmp_path), having_read(first, second))
 
@@ -377,6 +381,11 @@ def test_a_step_that_fails_as_a_whole_ends_what_was_at_work(tmp_path: Path, monk
             for task in tasks:
                 with pytest.raises(MemoryError):
                     await task
+            assert engine.ready
+            for _ in range(3):
+                with pytest.raises(MemoryError):
+                    await read(engine, "me", records[0].id, text_of(1))
+            assert not engine.ready  # whoever runs the service should look into it
         for record in records:
             await read(engine, "me", record.id, text_of(1))
             assert_same(await exported(engine, "me", record.id, tmp_path), having_read(text_of(1)))
@@ -486,6 +495,60 @@ def test_nobody_sees_or_touches_what_is_anothers(tmp_path: Path) -> None:
     served(tmp_path / "data", work)
 
 
+def test_the_model_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[object] = []
+
+    def counted(model: Any) -> str:
+        hashed.append(model)
+        return model_fingerprint(model)
+
+    async def work(engine: Engine) -> None:
+        first, second = [await engine.create("me") for _ in range(2)]
+        await read(engine, "me", first.id, text_of(1))
+        await read(engine, "me", second.id, text_of(2))
+        await written(engine, "me", first.id, "And", max_tokens=3, learn=True)
+        await engine.fork("me", first.id)
+
+    monkeypatch.setattr("ttt_e2e.session.model_fingerprint", counted)
+    served(tmp_path / "data", work)
+    assert len(hashed) == 1
+
+
+def test_a_writing_that_waits_for_its_session_takes_no_turn(tmp_path: Path) -> None:
+    gate, turns = Gate(text_of(1)), asyncio.Semaphore(1)
+
+    async def work(engine: Engine) -> None:
+        record = await engine.create("me")
+        reading = asyncio.create_task(anext(aiter(engine.read("me", record.id, gate)), None))
+        await asyncio.to_thread(gate.reached.wait)
+        waiting = asyncio.create_task(written(engine, "me", record.id, "And", max_tokens=2, learn=True, turns=turns))
+        await asyncio.sleep(0.05)
+        assert (await written(engine, "me", None, "And", max_tokens=2, turns=turns))[1] == "length"
+        assert not waiting.done()
+        gate.opened.set()
+        await reading
+        waiting.cancel()
+
+    served(tmp_path / "data", work)
+
+
+def test_a_session_whose_file_is_gone_says_so(tmp_path: Path) -> None:
+    async def lose(engine: Engine) -> str:
+        record = await engine.create("me")
+        await read(engine, "me", record.id, text_of(1))
+        return record.id
+
+    async def work(engine: Engine) -> None:
+        (record,) = await engine.sessions("me")
+        assert record.error and "does not exist" in record.error
+        with pytest.raises(UserError, match="does not exist"):
+            await read(engine, "me", record.id, text_of(2))
+
+    lost = served(tmp_path / "data", lose)
+    (tmp_path / "data" / f"{lost}.session").unlink()
+    served(tmp_path / "data", work)
+
+
 def test_limits(tmp_path: Path) -> None:
     text = text_of(1)
     tokens = having_read(text).info().tokens
@@ -495,9 +558,10 @@ def test_limits(tmp_path: Path) -> None:
         await read(engine, "me", record.id, text)  # as much as fits
         with pytest.raises(TooMuch, match=f"{tokens:,} tokens"):
             await read(engine, "me", record.id, ".")
-        for id, prompt, learn in ((record.id, "", True), (record.id, ".", False), (None, text, False)):
+        for id, prompt, learn in ((record.id, "", True), (record.id, text, False), (None, text, False)):
             with pytest.raises(TooMuch):
-                await written(engine, "me", id, prompt, max_tokens=1, learn=learn)
+                await written(engine, "me", id, prompt, max_tokens=3, learn=learn)
+        assert (await written(engine, "me", record.id, "Who?", max_tokens=3))[0]  # it can be asked all the same
         assert_same(await exported(engine, "me", record.id, tmp_path), having_read(text))
         having_read(text, ".").save(tmp_path / "long")
         with pytest.raises(TooMuch):

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import starlette.formparsers
 import torch
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from server_tools import FakeEngine, TestClient, client_of, log_lines, until
+from server_tools import FakeEngine, TestClient, client_of, log_lines, served, until
 
 from ttt_e2e.carried import ChatTemplate
 from ttt_e2e.errors import UserError
@@ -336,12 +337,37 @@ def test_a_disk_that_is_full_while_a_text_comes_in(engine: FakeEngine, monkeypat
     with pytest.raises(UserError, match="No space left") as caught:
         uploads._write(little, b"x")  # type: ignore[arg-type]
     assert isinstance(caught.value.__cause__, OSError)
-    monkeypatch.setattr(uploads, "_write", nearly_full)
     with client_of(engine) as client:
         session = client.post("/v1/sessions").json()["id"]
-        answer = client.post(f"/v1/sessions/{session}/read", content=b"a", headers={"content-type": "text/plain"})
-        error_of(answer, 503)
+        at = f"/v1/sessions/{session}/read"
+        with monkeypatch.context() as patch:
+            patch.setattr(uploads, "_write", nearly_full)
+            error_of(client.post(at, content=b"a", headers={"content-type": "text/plain"}), 503)
+        with monkeypatch.context() as patch:  # a form's file is kept by the parser first
+            patch.setattr(starlette.formparsers.SpooledTemporaryFile, "write", Little.full)
+            error_of(client.post(at, files={"file": ("x.txt", b"a")}), 503)
         assert engine.all[session].text == ""
+
+
+def test_who_sends_too_much_is_told_so_over_a_socket(engine: FakeEngine) -> None:
+    body = b"a " * 2_000_000
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    with served(create_app(engine, Settings("tiny", limits=Limits(body=1000)))) as address:  # type: ignore[arg-type]
+        host, port = address.removeprefix("http://").split(":")
+        for _ in range(5):
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                connection.sendall(head + body)
+                answer = b""
+                while part := connection.recv(1 << 16):
+                    answer += part
+            assert b"413" in answer.splitlines()[0] and b"more than 1,000 bytes" in answer
+
+
+def test_health_says_no_where_the_model_is_of_no_use(engine: FakeEngine) -> None:
+    with client_of(engine) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        engine.ready = False
+        error_of(client.get("/health"), 503)
 
 
 # -- logs and metrics --------------------------------------------------------------------------------------------------

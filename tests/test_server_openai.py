@@ -143,6 +143,19 @@ def test_official_sessions(shared: FakeEngine, official: Any) -> None:
     assert not shared.asked[-1]["learn"]
 
 
+def test_a_stream_that_waits_says_that_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttt_e2e.server.streams.WAITING", 0.02)
+    ask = {"model": "tiny", "prompt": "Once", "max_tokens": 3}
+    with served(create_app(FakeEngine(pause=0.2), Settings("tiny"))) as address:  # type: ignore[arg-type]
+        text = httpx.post(f"{address}/v1/completions", json={**ask, "stream": True}).text
+        parts = text.split("\n\n")
+        assert parts[0] == ": waiting" and parts.count(": waiting") > 5
+        assert [part[:6] for part in parts if part and part != ": waiting"] == ["data: "] * 5
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            written = client.completions.create(**ask, stream=True)
+            assert "".join(part.choices[0].text for part in written) == words(3)
+
+
 # -- fields ------------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +172,13 @@ def test_what_is_asked_for_reaches_the_engine(client: TestClient, engine: FakeEn
     first, second = (asked["options"] for asked in engine.asked)
     assert (first.temperature, first.top_p) == (0.8, 0.95)
     assert first.seed != second.seed
+    client.post("/v1/completions", json={"prompt": None})
+    assert engine.asked[-1]["prompt"] == ""
+    refused = {"role": "assistant", "content": None, "refusal": "No."}  # as OpenAI's answer has it
+    client.post("/v1/chat/completions", json={"messages": [*HELLO, refused, *HELLO], "max_tokens": 1})
+    assert engine.asked[-1]["prompt"] == "User: Hello\nAssistant: No.\nUser: Hello\nAssistant:"
+    for message in ({"role": "user", "content": None}, {"role": "assistant"}):
+        assert client.post("/v1/chat/completions", json={"messages": [message]}).status_code == 400
     client.post("/v1/completions", json={})
     assert engine.asked[-1]["max_tokens"] == 200 and engine.asked[-1]["prompt"] == ""
 

@@ -114,6 +114,32 @@ def test_a_text_that_is_dropped_and_one_that_is_none(browser: Any) -> None:
         assert session.text == "one two three"
 
 
+def test_a_text_goes_where_it_was_said_to_go(browser: Any, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    files = [tmp_path / f"{word}.txt" for word in ("one", "two", "three")]
+    for file in files:
+        file.write_text(file.stem)
+    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+        page = Watched(browser, address).page
+
+        def read(file: Path) -> list[str]:
+            before = sum(len(one.text) for one in engine.all.values())
+            page.set_input_files("#file", file)
+            until(lambda: sum(len(one.text) for one in engine.all.values()) > before)
+            sync_api.expect(page.locator("#file")).to_be_enabled()
+            return [one.text for one in engine.all.values()]
+
+        assert read(files[0]) == ["one"]
+        page.select_option("#into", "")  # a new session, whatever else is done before the text comes
+        page.fill("#prompt", "And")
+        page.fill("#most", "2")
+        page.click("#send")
+        sync_api.expect(page.locator("#text")).to_contain_text("w2")
+        sync_api.expect(page.locator("#send")).to_be_enabled()
+        assert read(files[1]) == ["one", "two"]
+        assert read(files[2]) == ["one", "twothree"]
+
+
 def test_the_page_asks_for_a_key_and_takes_it(browser: Any) -> None:
     engine = FakeEngine()
     with served(create_app(engine, Settings("tiny", Keys({"me": KEY})))) as address:  # type: ignore[arg-type]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 import httpx
-from conftest import small_model
+from conftest import small_model, with_fact
 from server_tools import TestClient, client_of, served, until
 
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -102,7 +103,8 @@ def test_reading_as_a_stream_tells_how_the_loss_falls(client: TestClient, monkey
 def test_damaged_sessions_say_so_and_others_go_on(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     store = tmp_path / "sessions"
     with client_of(Engine(model, tokenizer, Store(store))) as client:
-        sound, damaged, short = (read(client, TEXT)["id"] for _ in range(3))
+        sound, damaged, short, odd = (read(client, TEXT)["id"] for _ in range(4))
+    with_fact(store / f"{odd}.session", "memory_bytes", 153.5)
     for session in (damaged, short):
         content = bytearray((store / f"{session}.session").read_bytes())
         content[-20] ^= 1
@@ -115,7 +117,8 @@ def test_damaged_sessions_say_so_and_others_go_on(model: Transformer, tokenizer:
         for answer in answers:
             assert answer.status_code == 400 and "/" not in answer.json()["error"]["message"]
         listed = {one["id"]: one["error"] for one in client.get("/v1/sessions").json()["data"]}
-        assert listed[sound] is None and listed[short] is not None
+        assert listed[sound] is None and listed[short] is not None and "does not hold" in listed[odd]
+        assert client.get(f"/v1/sessions/{odd}").status_code == 400
         ask = {"prompt": "x", "session": sound, "max_tokens": 2}
         assert client.post("/v1/completions", json=ask).status_code == 200
         assert client.delete(f"/v1/sessions/{damaged}").status_code == 200
@@ -216,3 +219,16 @@ def test_what_was_acknowledged_outlives_a_kill(model: Transformer, tokenizer: To
             json.loads(line)
     left = {path.name for path in (tmp_path / "data").iterdir()}
     assert left == {"lock", f"{made['id']}.json", f"{made['id']}.session"}
+
+
+@pytest.mark.slow
+def test_a_model_that_is_of_no_use_ends_in_a_sentence(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    broken = small_model(vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        broken.final_norm.weight.fill_(float("nan"))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    save_model(broken, tmp_path / "broken", tmp_path / "tokenizer.json")
+    options = ["--model", str(tmp_path / "broken"), "--data", str(tmp_path / "data"), "--port", "0"]
+    ended = subprocess.run([sys.executable, "-m", "ttt_e2e", "serve", *options], capture_output=True, text=True)
+    assert ended.returncode in (1, 2) and "Traceback" not in ended.stderr
+    assert "not fit for use" in ended.stderr.splitlines()[-1]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
+from conftest import small_model, with_fact
 from safetensors.torch import save_file
 
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.server.loading import Loader
 from ttt_e2e.server.store import Store
 from ttt_e2e.session import Diverged, Session
-from ttt_e2e.session_files import read_session_file, write_session_file
+from ttt_e2e.session_files import read_session_file, session_facts, write_session_file
 
 TOKENIZER = Tokenizer.train([""], 257)
 MODEL = small_model(vocab_size=257).requires_grad_(False)
@@ -38,13 +38,13 @@ def having_read(text: str = TEXT, fresh: Session = FRESH) -> Session:
 def test_sessions_are_found_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "deep" / "data")
     assert store.records() == [] and (tmp_path / "deep" / "data").stat().st_mode & 0o777 == 0o700
-    fresh, read = store.add("me"), store.add("you", having_read())
+    fresh, read = store.add("me", FRESH), store.add("you", having_read())
     assert len({fresh.id, read.id}) == 2 and all(len(r.id) == 37 and r.id[:5] == "sess-" for r in (fresh, read))
     store.save(read.id, having_read(TEXT * 2))
     store.close()
     again = Store(tmp_path / "deep" / "data")
     assert again.records() == [fresh, read]
-    assert not again.path(fresh.id).exists()
+    assert Session.load(again.path(fresh.id), MODEL, TOKENIZER).info() == FRESH.info()
     loaded = Session.load(again.path(read.id), MODEL, TOKENIZER)
     assert loaded.info() == having_read(TEXT * 2).info()
     again.delete(read.id)
@@ -59,6 +59,8 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path, caplog: pytest.L
     store.close()
     stranger = "sess-" + 32 * "0"
     leftovers = [f".{kept.id}.session.77.part", f".{stranger}.json.77.part"]
+    (tmp_path / ".tmp-x").mkdir()
+    (tmp_path / ".tmp-x/export.session").write_text("somebody's text")
     leftovers += [f"{stranger}.session", f"{stranger}.changing", f"{kept.id}.changing"]
     others = ["notes.txt", "my.session", ".mine.part", "sess-other.json", f"sess-{32 * '1'}.session"]
     for name in (*leftovers, *others):
@@ -70,11 +72,15 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path, caplog: pytest.L
     )
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": 1}', '{"id": "sess-x", "owner": "me", "created": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"id": 1}', '{"id": "sess-x", "owner": "me", "created": 1}']
+    + [f'{{"id": "ID", "owner": "me", "created": {when}}}' for when in ("NaN", "Infinity", "-1", "1" + "0" * 400)],
+)
 def test_a_damaged_record_is_left_where_it_is(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path)
-    good, bad = store.add("me"), store.add("me", having_read())
-    (tmp_path / f"{bad.id}.json").write_text(content)
+    good, bad = store.add("me", FRESH), store.add("me", having_read())
+    (tmp_path / f"{bad.id}.json").write_text(content.replace("ID", bad.id))
     store.close()
     again = Store(tmp_path)
     assert again.records() == [good] and again.path(bad.id).exists()
@@ -122,6 +128,40 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recurrent": dict(suffix_layers=0, pattern=("mamba2", "gated-deltanet", "ttt-kvb", "titans"), state_width=8),
     "learning over others": dict(pattern=("ttt-kvb", "titans", "window", "window"), state_width=8, persistent_tokens=3),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("memory_bytes", value) for value in (153.5, -1, 10**400, "9", None)),
+        *(("text_digest", value) for value in (64 * "\ud800", "", 5)),
+        *(("pending", True), ("learn", 1), ("dtype", 5), ("text_bytes", -1), ("learned_norm", "x")),
+    ],
+)
+def test_a_file_that_says_what_cannot_be(tmp_path: Path, name: str, value: Any) -> None:
+    path = tmp_path / "x.session"
+    having_read().save(path)
+    loader = Loader(FRESH)
+    assert loader.info_of(path, "It") == having_read().info()
+    with_fact(path, name, value)
+    with pytest.raises(UserError, match=r"^It does not hold"):
+        loader.info_of(path, "It")
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.session"
+    having_read().save(path)
+    replaced: list[bool] = []
+
+    def slow(path: Path) -> dict[str, Any]:
+        facts = session_facts(path)
+        if not replaced:  # what the file holds is read later than what it says of itself
+            replaced.append(True)
+            having_read(TEXT * 2).save(path)
+        return facts
+
+    monkeypatch.setattr("ttt_e2e.session_files.session_facts", slow)
+    assert Session.load(path, MODEL, TOKENIZER).info() == having_read(TEXT * 2).info()
 
 
 @pytest.mark.parametrize("learn", [True, False])

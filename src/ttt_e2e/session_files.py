@@ -154,11 +154,15 @@ def write_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[st
 def read_session_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Facts and tensors of the session in `path`. Raises UserError if it is none, truncated, altered or older."""
     facts = session_facts(path)
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} is truncated, or is being written at this moment; use a whole copy.") from error
+    while True:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(f"{path} is truncated, or is being written at this moment; use a whole copy.") from error
+        before, facts = facts, session_facts(path)
+        if facts == before:  # else the session was saved anew in between
+            break
     if facts.get("sha256") != _sha256(tensors, {name: fact for name, fact in facts.items() if name != "sha256"}):
         raise UserError(f"{path} was altered after it was written: its digest does not fit; use another copy.")
     return facts, tensors

@@ -14,11 +14,10 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from ttt_e2e import __version__
-from ttt_e2e.errors import UserError
 from ttt_e2e.server import errors, openai_api, sessions_api
 from ttt_e2e.server.chat import Chat
 from ttt_e2e.server.engine import Engine
-from ttt_e2e.server.errors import ErrorBody
+from ttt_e2e.server.errors import ErrorBody, Refused
 from ttt_e2e.server.keys import Keys
 from ttt_e2e.server.limits import Gate, Limits
 from ttt_e2e.server.logs import RequestLog
@@ -36,7 +35,7 @@ class Settings:
 
 
 class Health(BaseModel):
-    """The service answers: the model is loaded, and it is not about to stop."""
+    """The service answers: the model is loaded and works, and the service is not about to stop."""
 
     status: str
 
@@ -48,7 +47,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     async def running(app: FastAPI) -> AsyncIterator[None]:
         try:
             await engine.start()
-        except UserError as error:
+        except Exception as error:
             app.state.failure = error
             raise
         try:
@@ -75,7 +74,9 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @app.get("/health", tags=["service"])
     async def health() -> Health:
-        """Whether the service is up and ready."""
+        """Whether the service is up and ready; 503 where it is not."""
+        if not engine.ready:
+            raise Refused(503, "The service is about to stop, or its model fails at every step.", "not_ready")
         return Health(status="ok")
 
     # The gate asks for the key, before the body comes in; this only describes it.

@@ -1,6 +1,7 @@
 """What `ttt-e2e serve` looks like on the command line. The service and PyTorch are imported only when it runs."""
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -140,8 +141,9 @@ def run(arguments: argparse.Namespace) -> int:
                 await super().shutdown(sockets)
                 await stopping
 
-        server = Server(config)
-        server.run(sockets=[listener])
+        # Where the engine cannot be started uvicorn ends the process, some versions with an exit and some without.
+        with contextlib.suppress(SystemExit):
+            Server(config).run(sockets=[listener])
         if hasattr(app.state, "failure"):
             raise app.state.failure
     return 0

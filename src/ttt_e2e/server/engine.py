@@ -6,8 +6,8 @@ the value as it is and holds nobody up.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,8 @@ class Engine:
     ) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_session_tokens
         self._fresh = Session(model, tokenizer, learn=learn, dtype=dtype)
+        self._fresh.info()  # hashes the model, once: all sessions are copies of this one, and know the digest then
+        self._store = store
         self._shelf = Shelf(self._fresh, store, memory_bytes, max_sessions)
         self._worker = Worker(self._fresh, max_batch)
         self._running = 0
@@ -93,6 +95,11 @@ class Engine:
         }
 
     @property
+    def ready(self) -> bool:
+        """Whether it serves: it is not about to stop, and the model does not fail at every step."""
+        return not self._stopping and self._worker.sound
+
+    @property
     def file_bytes(self) -> int:
         """How large the file of a session can become."""
         size = self._fresh.dtype.itemsize
@@ -105,11 +112,14 @@ class Engine:
         return (await self._shelf.add(owner)).told()
 
     async def session(self, owner: str, id: str) -> SessionRecord:
-        """What there is to know of a session."""
+        """What there is to know of a session, once a change that is being saved is done."""
         entry = self._shelf.entry(owner, id)
-        if entry.error:
-            raise UserError(entry.error)
-        return entry.told()
+        async with entry.disk:
+            if entry.deleted:
+                raise NoSession
+            if entry.error:
+                raise UserError(entry.error)
+            return entry.told()
 
     async def sessions(self, owner: str) -> list[SessionRecord]:
         """All of an owner, the oldest first; a damaged one has an `error`."""
@@ -123,6 +133,10 @@ class Engine:
     async def delete(self, owner: str, id: str) -> None:
         """Forget a session; what is at work on it fails."""
         await self._shelf.delete(self._shelf.entry(owner, id))
+
+    def temporary_folder(self) -> AbstractContextManager[Path]:
+        """A folder beside the sessions, for files that come or go; nothing outlives it, not even after a kill."""
+        return self._store.temporary_folder()
 
     async def export(self, owner: str, id: str, target: Path) -> None:
         """Write a session to the file `target`, which is not there yet, whole or not at all."""
@@ -177,31 +191,37 @@ class Engine:
         self,
         owner: str,
         id: str | None,
-        prompt: Prompt,
+        prompt: Prompt | Callable[[bool], Prompt],
         *,
         max_tokens: int = 200,
         stop: Sequence[str] = (),
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
+        turns: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[Piece]:
         """Write on after what a session has read and `prompt`; without an id, after the prompt alone.
+
+        prompt: may depend on whether something has been read. turns: held while the model writes, not while this waits
+        for other changes of the session.
 
         The session stays as it is. With `learn`, the model learns from what it writes, and prompt and written text
         become part of the session, saved before the last Piece comes; if it does not come, nothing has changed. Such a
         writing waits as a reading does. stop: strings before which the text ends; it also ends with a token that ends
         texts. closing: what the session reads after that, where it learns. Raises UserError for numbers out of range,
-        TooMuch if prompt and `max_tokens` do not fit into a session, and Diverged.
+        TooMuch if prompt and `max_tokens` (with `learn`, what was read, too) do not fit into a session, and Diverged.
         """
         entry = None if id is None else self._shelf.entry(owner, id)
         if max_tokens < 0:
             raise UserError(f"Cannot write {max_tokens} tokens; max_tokens must be 0 or more.")
         with self._at_work():
-            async with entry.turn if entry and learn else nullcontext():
+            async with entry.turn if entry and learn else nullcontext(), turns or nullcontext():
                 value = self._fresh if entry is None else await self._shelf.value(entry, settled=learn)
+                if callable(prompt):
+                    prompt = prompt(_tokens(value) > 1)  # more than the token that begins every text
                 ids = await asyncio.to_thread(self._encoded, prompt)
                 after = self._encoded(closing)
-                self._check_length(_tokens(value) + len(ids) + max_tokens + len(after))
+                self._check_length((_tokens(value) if learn else 0) + len(ids) + max_tokens + len(after))
                 stream = TextStream(
                     self._tokenizer, stop, before=np.concatenate((value.standing().pending, ids))[-CONTEXT:].tolist()
                 )

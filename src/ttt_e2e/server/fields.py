@@ -88,7 +88,7 @@ class Writing(_Strict):
 class SessionCompletionRequest(Writing):
     """Write on after `prompt`, which follows on what the session has read."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=PROMPTS)] = ""
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=PROMPTS)] | None = None
     logprobs: _only() = None  # type: ignore[valid-type]
     echo: _only(False) = None  # type: ignore[valid-type]
     best_of: _only(1) = None  # type: ignore[valid-type]
@@ -97,7 +97,7 @@ class SessionCompletionRequest(Writing):
     @property
     def prompts(self) -> list[str]:
         """The prompts; each is written on by itself."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return self.prompt if isinstance(self.prompt, list) else [self.prompt or ""]
 
 
 class CompletionRequest(SessionCompletionRequest):
@@ -117,18 +117,25 @@ class Message(_Strict):
     """What somebody said."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+    refusal: str | None = None
     # What comes with an answer of OpenAI's, and back with the conversation.
     name: _only() = None  # type: ignore[valid-type]
-    refusal: _only() = None  # type: ignore[valid-type]
     audio: _only() = None  # type: ignore[valid-type]
     annotations: _only([]) = None  # type: ignore[valid-type]
     tool_calls: _only([]) = None  # type: ignore[valid-type]
     function_call: _only() = None  # type: ignore[valid-type]
 
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and (self.role != "assistant" or self.refusal is None):
+            raise ValueError("a message needs content; only an assistant's refusal has none.")
+        return self
+
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates take them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content or self.refusal or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         return {"role": self.role, "content": text}
 
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from ttt_e2e.server.keys import Keys, is_loopback
 
 OPEN = ("/", "/health", "/openapi.json")  # for everyone: nothing here is anybody's
 _IMPORT = "/v1/sessions/import"
+_DRAIN = 1.0  # seconds
 _JSON_BYTES = 4 << 20  # JSON is held in memory; a longer text is read into a session
 
 
@@ -89,6 +91,7 @@ class Gate:
         try:
             counted = self._let_in(scope, receive)
         except Refused as error:
+            await _drained(receive)
             await errors.response(error)(scope, receive, send)
             return
         owner = scope["state"]["caller"].owner if "caller" in scope["state"] else ""
@@ -139,7 +142,7 @@ class Gate:
         if path == _IMPORT:
             return max(self.limits.file, self.limits.body), "whoever runs the service can raise --max-body"
         if path.endswith("/read"):
-            return self.limits.body, "send the text in parts"
+            return self.limits.body, "send the text in parts, cut before lines that are not indented"
         return min(_JSON_BYTES, self.limits.body), "send a long text to /v1/sessions/ID/read"
 
     def _check_site(self, headers: Headers) -> None:
@@ -150,6 +153,19 @@ class Gate:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise Refused(403, "This service does not answer the pages of other sites.", "wrong_origin")
+
+
+async def _drained(receive: Receive) -> None:
+    """Take in a body for nothing, for a moment: a connection that is closed with a part of it unread is reset, and
+    the client may never see the answer.
+    """
+
+    async def drain() -> None:
+        while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+            pass
+
+    with suppress(TimeoutError):
+        await asyncio.wait_for(drain(), _DRAIN)
 
 
 def _host(address: str) -> str:

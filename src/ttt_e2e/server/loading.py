@@ -4,6 +4,7 @@ A file's digest shows that it was not altered by accident; anybody can compute o
 is known, so everything else is refused: a tensor of another shape would end the call in which others are read too.
 """
 
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ttt_e2e.config import from_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.mixers.attention import Attention
 from ttt_e2e.mixers.titans import Titans
 from ttt_e2e.session import Session, token_ids
 from ttt_e2e.session_files import SessionInfo, read_session_file, session_facts, state_tensors
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FARTHEST = 1 << 53  # a position beyond is no whole number any more where angles are computed
 
 
@@ -38,11 +41,16 @@ class Loader:
         """What the file says of its session; its tensors are not read. Raises UserError as `load` does."""
         try:
             facts = session_facts(path)
-            return SessionInfo(**{field.name: facts[field.name] for field in fields(SessionInfo)})
         except UserError as error:
             raise _renamed(error, path, name) from error
-        except KeyError as error:
+        try:
+            info = from_dict(SessionInfo, {field.name: facts[field.name] for field in fields(SessionInfo)})
+        except (UserError, KeyError) as error:
             raise _unsound(name) from error
+        numbers = (info.position, info.pending, info.tokens, info.text_bytes or 0, info.memory_bytes)
+        if not all(0 <= number < _FARTHEST for number in numbers) or not _DIGEST.fullmatch(info.text_digest):
+            raise _unsound(name)
+        return info
 
     def load(self, path: Path, name: str) -> Session:
         """The session in the file `path`. name: what it is called in errors, in place of the path.

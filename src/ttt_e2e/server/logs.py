@@ -110,6 +110,8 @@ def configure() -> None:
     _log.propagate = False
     others = logging.StreamHandler(sys.stderr)
     others.setFormatter(_OneLine())
+    # Why the service cannot start is said by whoever started it, in a sentence.
+    others.addFilter(lambda record: not record.getMessage().startswith("Traceback "))
     for name in ("ttt_e2e", "uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers = [others]

@@ -3,9 +3,10 @@
 Beyond it there are the fields `session`, `learn`, `top_k` and `min_p`.
 """
 
+import functools
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -105,7 +106,7 @@ class Writer:
         self,
         request: Request,
         body: Writing,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Callable[[bool], Prompt]],
         session: str | None,
         form: _Form,
         stop: tuple[str, ...] = (),
@@ -124,15 +125,15 @@ class Writer:
             )
         parts = self._parts(request, body, prompts, session, stop, form.closing)
         if body.stream:
-            parts = await first_and_rest(request.receive, parts)
-            return event_stream(request, self._events(parts, body, form, n))
+            events = self._events(parts, body, form, n)
+            return event_stream(request, await first_and_rest(request.receive, events))
         return JSONResponse(await unless_gone(request.receive, self._whole(parts, form, n, len(prompts))))
 
     async def _parts(
         self,
         request: Request,
         body: Writing,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Callable[[bool], Prompt]],
         session: str | None,
         stop: tuple[str, ...],
         closing: Prompt,
@@ -153,13 +154,14 @@ class Writer:
                 options=SamplingOptions(**given, seed=(seed + again) % 2**63),
                 learn=bool(body.learn),
                 closing=closing,
+                turns=self.turns.of(caller.owner),
             )
             for prompt in prompts
             for again in range(n)
         ]
         line = logs.entry(request)
         before: dict[int, tuple[float, int]] = {}  # when a choice's last piece came, and its tokens with that
-        async with aclosing(together(generations, self.turns.of(caller.owner))) as pieces:
+        async with aclosing(together(generations)) as pieces:
             async for choice, piece in pieces:
                 now = time.perf_counter()
                 if choice not in before:
@@ -233,13 +235,9 @@ def routes(writer: Writer) -> APIRouter:
     @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation; with `session`, one that goes on from what the session has read."""
-        begun = False
-        if body.session is not None:
-            record = await writer.engine.session(request.state.caller.owner, body.session)
-            begun = record.tokens > 1  # more than the token that begins every text
         messages = [message.plain() for message in body.messages]
-        prompt, closing = settings.chat.prompt(messages, begun), settings.chat.closing(messages) if body.learn else ""
-        form = _Form.of_chat(closing)
+        form = _Form.of_chat(settings.chat.closing(messages) if body.learn else "")
+        prompt = functools.partial(settings.chat.prompt, messages)
         return await writer.answer(request, body, [prompt], body.session, form, settings.chat.stop)
 
     return router

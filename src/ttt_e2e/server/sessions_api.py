@@ -18,7 +18,7 @@ from ttt_e2e.server.fields import Completion, SessionCompletionRequest
 from ttt_e2e.server.openai_api import STREAM, Writer, complete_session
 from ttt_e2e.server.records import Progress, SessionRecord
 from ttt_e2e.server.streams import EVENTS, Stream, event_stream, first_and_rest, unless_gone
-from ttt_e2e.server.uploads import save_body, temporary_folder, text_body
+from ttt_e2e.server.uploads import save_body, text_body
 
 _EVENT_SECONDS = 0.1  # between two events of a reading, at least
 _CHUNK = 1 << 18
@@ -113,7 +113,7 @@ def routes(engine: Engine, writer: Writer) -> APIRouter:
     @router.post("/import", status_code=201, openapi_extra=_body({_BINARY: {"type": "string", "format": "binary"}}))
     async def import_(request: Request) -> SessionBody:
         """A new session from a session file, such as export gives or `ttt-e2e read --save` writes."""
-        with temporary_folder() as folder:
+        with engine.temporary_folder() as folder:
             file = folder / "import.session"
             await save_body(request, file)
             return SessionBody.of(await engine.take_in(_owner(request), file))
@@ -150,7 +150,7 @@ def routes(engine: Engine, writer: Writer) -> APIRouter:
         file = await text_body(request)
         progress = _noted(request, engine.read(_owner(request), session, text_pieces(file)))
         if EVENTS in request.headers.get("accept", ""):
-            return event_stream(request, _events(await first_and_rest(request.receive, progress)))
+            return event_stream(request, await first_and_rest(request.receive, _events(progress)))
         return JSONResponse(await unless_gone(request.receive, _last(progress)))
 
     @router.post("/{session}/completions", response_model=Completion, responses=STREAM)
@@ -161,7 +161,7 @@ def routes(engine: Engine, writer: Writer) -> APIRouter:
     @router.get("/{session}/export", response_class=Response, responses=_FILE)
     async def export(session: str, request: Request) -> Response:
         """The session as a file, for import or the command line."""
-        with temporary_folder() as folder:
+        with engine.temporary_folder() as folder:
             target = folder / "export.session"
             await engine.export(_owner(request), session, target)
             size, file = target.stat().st_size, target.open("rb")

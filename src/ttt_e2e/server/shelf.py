@@ -137,8 +137,8 @@ class Shelf:
         """A new session, a fresh one if None. Raises TooMuch if the owner has as many as can be."""
 
         def make() -> Entry:
-            record = self.store.add(owner, value)
-            return Entry(record, (value or self.fresh).info(), value or self.fresh)
+            session = value or self.fresh
+            return Entry(self.store.add(owner, session), session.info(), session)
 
         async def add() -> Entry:
             async with self._making[owner]:
@@ -188,19 +188,13 @@ class Shelf:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _found(self, record: Record) -> Entry:
-        path = self.store.path(record.id)
-        if not path.exists():
-            return Entry(record, self._loader.info)
         try:
-            return Entry(record, self._loader.info_of(path, f"The session {record.id}"))
+            return Entry(record, self._loader.info_of(self.store.path(record.id), f"The session {record.id}"))
         except UserError as error:
             return Entry(record, None, error=str(error))
 
     def _loaded(self, entry: Entry) -> Session:
-        path = self.store.path(entry.record.id)
-        if entry.info == self._loader.info and not path.exists():
-            return self.fresh
-        return self._loader.load(path, f"The session {entry.record.id}")
+        return self._loader.load(self.store.path(entry.record.id), f"The session {entry.record.id}")
 
     def _use(self, entry: Entry) -> None:
         """Mark a session in memory as the one used last, and let go of others as far as memory demands."""

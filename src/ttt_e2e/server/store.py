@@ -1,7 +1,7 @@
 """Sessions on disk: a folder with two files a session, which a `kill -9` at any moment leaves whole.
 
 `ID.json` says whose the session is; it is written once. `ID.session` is the session itself, as `Session.save` writes
-it; a fresh session has none yet. Where both are made, the record comes last, and where both go, it goes first: so what
+it. Where both are made, the record comes last, and where both go, it goes first: so what
 has a record is whole. While that is done there is a third file, `ID.changing`; a session beside it without a record is
 a leftover. Other files are nobody's business, a session file that somebody has put here included.
 
@@ -13,6 +13,8 @@ import json
 import logging
 import re
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import sync, write_text
 from ttt_e2e.session import Session
 
+_TEMPORARY = ".tmp-"
 _ID = re.compile(r"sess-[0-9a-f]{32}")
 _log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class Store:
             raise UserError(f"The sessions in {self.folder} are in use by another process; end it first.") from error
         for left in self.folder.glob(".sess-*.part"):  # by a process that was killed while it wrote beside the place
             left.unlink()
+        for left in self.folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
         for marker in self.folder.glob("sess-*.changing"):
             if not marker.with_suffix(".json").exists():
                 self.path(marker.stem).unlink(missing_ok=True)
@@ -75,21 +80,23 @@ class Store:
                 record = Record(**json.loads(path.read_text(encoding="utf-8")))
                 if record.id != path.stem or not isinstance(record.owner, str):
                     raise ValueError("it is the record of another session")
-                records.append(Record(record.id, record.owner, float(record.created)))
-            except (OSError, ValueError, TypeError) as error:
+                created = float(record.created)
+                if not 0 <= created < 1 << 40:
+                    raise ValueError(f"it was not made at {created}")
+                records.append(Record(record.id, record.owner, created))
+            except (OSError, ValueError, TypeError, OverflowError) as error:
                 _log.warning("The record %s is damaged (%s); its session is left where it is.", path, error)
         return sorted(records, key=lambda record: (record.created, record.id))
 
     def path(self, id: str) -> Path:
-        """Where the session of a record is; a fresh one has no file."""
+        """Where the session of a record is."""
         return self.folder / f"{id}.session"
 
-    def add(self, owner: str, session: Session | None = None) -> Record:
-        """Keep a new session, a fresh one if None. Raises UserError if the disk is full or not writable."""
+    def add(self, owner: str, session: Session) -> Record:
+        """Keep a new session. Raises UserError if the disk is full or not writable."""
         record = Record(f"sess-{secrets.token_hex(16)}", owner, time.time())
         with self._changing(record.id):
-            if session is not None:
-                session.save(self.path(record.id))
+            session.save(self.path(record.id))
             try:
                 write_text(self.folder / f"{record.id}.json", json.dumps(asdict(record)) + "\n")
             except BaseException:
@@ -113,6 +120,16 @@ class Store:
                 sync(self.folder)  # so that no power cut brings it back
             except OSError as error:
                 _log.warning("The file of the deleted session %s could not be removed: %s", id, error)
+
+    @contextmanager
+    def temporary_folder(self) -> Iterator[Path]:
+        """A folder that is there inside the block; of a process that is killed, the next one removes it."""
+        try:
+            folder = tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self.folder)
+        except OSError as error:
+            raise UserError(f"Cannot write to {self.folder}: {error.strerror}.") from error
+        with folder as path:
+            yield Path(path)
 
     @contextmanager
     def _changing(self, id: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from ttt_e2e.server.errors import described, is_expected
 
 EVENTS = "text/event-stream"
+WAITING = 15.0  # seconds without a word, after which proxies begin to think that nobody is there
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -69,27 +70,51 @@ class Stream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def first_and_rest(receive: Receive, items: AsyncGenerator[_Item, None]) -> AsyncGenerator[_Item, None]:
-    """The same items, the first of which is there: an error before it can still be an answer with a status."""
-    first = await unless_gone(receive, anext(items))
+async def first_and_rest(receive: Receive, items: AsyncGenerator[_Item, None]) -> AsyncGenerator[_Item | None, None]:
+    """The same items, the first of which is there: an error before it can still be an answer with a status.
 
-    async def rest() -> AsyncGenerator[_Item, None]:
-        async with aclosing(items):
+    Whatever takes longer than `WAITING` seconds, be it the first, has a None before it.
+    """
+    waiting = patient(items)
+    first = await unless_gone(receive, anext(waiting))
+
+    async def rest() -> AsyncGenerator[_Item | None, None]:
+        async with aclosing(waiting):
             yield first
-            async for item in items:
+            async for item in waiting:
                 yield item
 
     return rest()
 
 
-def event_stream(request: Request, events: AsyncGenerator[dict[str, Any], None]) -> Stream:
-    """Server-sent events, one a dictionary, with [DONE] at the end; an error on the way is the last event."""
+async def patient(items: AsyncGenerator[_Item, None]) -> AsyncGenerator[_Item | None, None]:
+    """The same items, and a None whenever none has come for `WAITING` seconds."""
+    async with aclosing(items):
+        while True:
+            coming = asyncio.ensure_future(anext(items))
+            try:
+                while not (await asyncio.wait((coming,), timeout=WAITING))[0]:
+                    yield None
+                item = coming.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+            yield item
+
+
+def event_stream(request: Request, events: AsyncGenerator[dict[str, Any] | None, None]) -> Stream:
+    """Server-sent events, one a dictionary, with [DONE] at the end; an error on the way is the last event.
+
+    A None is a comment, which clients skip: it tells whoever stands between that the connection is in use.
+    """
 
     async def parts() -> AsyncGenerator[bytes, None]:
         async with aclosing(events):
             try:
                 async for event in events:
-                    yield _event(event)
+                    yield b": waiting\n\n" if event is None else _event(event)
             except Exception as error:
                 if not is_expected(error):
                     request.state.entry.failed(error)
@@ -105,10 +130,8 @@ def _event(value: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()
 
 
-async def together(
-    sources: Sequence[AsyncIterator[_Item]], turns: asyncio.Semaphore
-) -> AsyncGenerator[tuple[int, _Item], None]:
-    """The items of all `sources` as they come, each with the number of its source, which holds a turn while it runs.
+async def together(sources: Sequence[AsyncIterator[_Item]]) -> AsyncGenerator[tuple[int, _Item], None]:
+    """The items of all `sources` as they come, each with the number of its source.
 
     An error of one ends all. All are closed at the end, and when this generator is.
     """
@@ -116,7 +139,7 @@ async def together(
 
     async def run(number: int, source: AsyncIterator[_Item]) -> None:
         try:
-            async with turns, aclosing(source):  # type: ignore[type-var]
+            async with aclosing(source):  # type: ignore[type-var]
                 async for item in source:
                     await queue.put((number, item))
             await queue.put((number, None))

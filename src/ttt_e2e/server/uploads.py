@@ -2,8 +2,6 @@
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import IO
@@ -40,13 +38,6 @@ async def text_body(request: Request) -> IO[bytes]:
         )
     await asyncio.to_thread(_check_text, file)
     return file
-
-
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that is there inside the block."""
-    with tempfile.TemporaryDirectory(prefix="ttt-e2e-") as folder:
-        yield Path(folder)
 
 
 async def save_body(request: Request, target: Path) -> None:
@@ -90,6 +81,8 @@ async def _file_of_form(request: Request) -> IO[bytes]:
         raise  # also the gate's, for a body that is too large
     except HTTPException as error:  # the parser's
         raise wrong from error
+    except OSError as error:  # the parser keeps the file, too
+        raise UserError(f"A body could not be kept while it came in: {error.strerror}.") from error
     return file
 
 

@@ -18,22 +18,30 @@ from ttt_e2e.sampling import SamplingOptions
 from ttt_e2e.server.records import Stopping
 from ttt_e2e.session import Session
 
+_FAILED = 3  # steps one after the other: not one too large for memory, but a device that is lost
 _log = logging.getLogger(__name__)
 
 
 class Worker:
     """A thread with a pool. fresh, max_batch: as for `SessionPool`. All methods are for the loop that called `start`.
 
-    steps, tokens_read, tokens_written: what was done so far. Where a step of the pool fails as a whole, all jobs do.
+    steps, tokens_read, tokens_written: what was done so far. Where a step of the pool fails as a whole, all jobs do;
+    sound: whether the last few steps did not all fail so.
     """
 
     def __init__(self, fresh: Session, max_batch: int) -> None:
         self.steps = self.tokens_read = self.tokens_written = 0
+        self._failed = 0  # steps, since the last one that went well
         self._pool = SessionPool(fresh, max_batch=max_batch)
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._jobs: dict[int, Job] = {}  # those in the pool, by their ids there; only the thread looks at them
         self._thread = threading.Thread(target=self._work, name="ttt-e2e-worker", daemon=True)
         self._open = False
+
+    @property
+    def sound(self) -> bool:
+        """Whether there is a point in giving it more to do."""
+        return self._failed < _FAILED
 
     def start(self) -> None:
         """Begin to work."""
@@ -83,10 +91,12 @@ class Worker:
         try:
             events = self._pool.step()
         except Exception as error:  # too little memory, for instance; whose fault it is cannot be told
+            self._failed += 1
             _log.exception("A step of the model failed; what was at work is given up.")
             for job in list(self._jobs.values()):
                 self._lose(job, error)
             return
+        self._failed = 0
         self.steps += 1
         for event in events:
             if isinstance(event, Losses):
