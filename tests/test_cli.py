@@ -87,6 +87,19 @@ def test_read_save_and_generate(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["tokens"] > 0
 
 
+def test_a_session_in_half_the_space(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--no-picture", "--quiet")
+    assert run("read", "geese.txt", "--save", "exact", *options) == 0
+    assert run("read", "geese.txt", "--save", "small", "--precision", "bfloat16", *options) == 0
+    exact, small = (session_facts(here / name) for name in ("exact", "small"))
+    assert (exact["precision"], small["precision"]) == ("float32", "bfloat16")
+    assert small["text_digest"] == exact["text_digest"]
+    assert (here / "small").stat().st_size < (here / "exact").stat().st_size
+    learned = ("--session", "small", "--learn", "--save", "more", "--precision", "float16")
+    assert run("generate", "The geese", "--max-tokens", 3, *learned) == 0
+    assert session_facts(here / "more")["precision"] == "float16"
+
+
 def test_read_json_prints_json_only(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("read", "geese.txt", "--json", "--picture", "p.svg") == 0
     report = json.loads(capsys.readouterr().out)

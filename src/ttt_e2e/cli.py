@@ -106,6 +106,7 @@ def _read(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
         save=arguments.save,
         save_every=arguments.save_every,
+        precision=arguments.precision,
         begin=noting.begin if noting else None,
     )
     if arguments.json:
@@ -176,7 +177,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if arguments.notebook:
             notebook_command.print_sources(sources)
     if arguments.save:
-        session.save(arguments.save)
+        session.save(arguments.save, arguments.precision)
         _note(f"session: {arguments.save}")
         if arguments.notebook:
             notebook_command.say_where_it_lies(arguments)

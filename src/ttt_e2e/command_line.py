@@ -151,6 +151,7 @@ With --save, the same command goes on where it stopped, after Ctrl-C as after a 
         metavar="SECONDS",
         help="keep it so often on the way (default: 30)",
     )
+    _precision(sub)
     notebook_command.add_reading_options(sub)
     sub.add_argument("--picture", type=Path, metavar="PATH", help="where to draw (default: NAME.reading.png here)")
     sub.add_argument("--no-picture", action="store_true", help="draw nothing")
@@ -207,6 +208,7 @@ prompt and writing too, as from a text that it reads.""",
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text (default: 0)")
     sub.add_argument("--learn", action="store_true", help="learn from the prompt and from what is written")
     sub.add_argument("--save", type=Path, metavar="SESSION", help="with --learn: keep what was learned in this file")
+    _precision(sub)
     notebook_command.add_writing_options(sub)
     sub.add_argument("--json", action="store_true", help="print prompt and text as JSON")
 
@@ -383,6 +385,15 @@ def _device_options(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: a GPU if there is one)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as cores)")
+
+
+def _precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of what --save keeps of it: float32 is exact, the others take half the space (default: float32)",
+    )
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

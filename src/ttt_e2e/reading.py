@@ -24,6 +24,7 @@ from ttt_e2e.curve import Curve
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.session import Diverged, Session
+from ttt_e2e.session_files import Precision
 from ttt_e2e.unfinished import Chunk, Progress, go_on, save_unfinished
 
 _PIECE_CHARS = 1 << 16
@@ -92,6 +93,7 @@ def read_document(
     progress: bool = True,
     save: Path | None = None,
     save_every: float = 30.0,
+    precision: Precision = "float32",
     begin: int | None = None,
 ) -> ReadingReport:
     """Read a text to its end with `session`, and with a frozen twin of it if `baseline`; returns what came of it.
@@ -104,6 +106,7 @@ def read_document(
     save: where to keep the session, at the end and every `save_every` seconds on the way. If that file is an unfinished
     reading of this text, the session first becomes what it holds and the reading goes on there, to the same end as if
     it had never stopped; the same after Ctrl-C. Raises UserError if it is unfinished, but of another text or kind.
+    precision: of what is kept at the end, as for `Session.save`; on the way nothing is rounded.
 
     begin: the character of a notebook at which the text begins, where `pieces` are noted in one (see `noting`). The
     file keeps it; so it is written before the first piece is asked for, unless the reading goes on.
@@ -190,7 +193,7 @@ def read_document(
         diverged=diverged,
     )
     if save is not None and (diverged or not stopped):
-        session.save(save)
+        session.save(save, precision)
     return report
 
 
