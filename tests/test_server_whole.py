@@ -87,6 +87,30 @@ def test_a_session_is_what_it_would_be_without_the_service(
     assert client.get(f"/v1/sessions/{back['id']}").json() == back
 
 
+def test_openais_client_over_a_real_engine(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    openai = pytest.importorskip("openai", reason="the client of OpenAI is not installed")
+    ask: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "temperature": 0}
+    with served(create_app(Engine(model, tokenizer, Store(tmp_path / "s")), Settings("tiny"))) as address:
+        with httpx.Client(base_url=address) as client:
+            memory = {"session": read(client, TEXT)["id"]}
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as official:
+            fresh = official.completions.create(prompt="The", **ask)
+            assert fresh.choices[0].text == "".join(
+                Session(model, tokenizer).generate("The", max_tokens=9, temperature=0)
+            )
+            assert fresh.usage.completion_tokens == 9
+            expected = "".join(alone(model, tokenizer, TEXT).generate("The", max_tokens=9, temperature=0))
+            parts = official.completions.create(prompt="The", **ask, stream=True, extra_body=memory)
+            assert "".join(part.choices[0].text for part in parts) == expected
+            messages = [{"role": "user", "content": "Who?"}]
+            whole = official.chat.completions.create(messages=messages, **ask, extra_body=memory)
+            parts = official.chat.completions.create(messages=messages, **ask, stream=True, extra_body=memory)
+            assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+            with pytest.raises(openai.NotFoundError) as caught:
+                official.completions.create(prompt="The", **ask, extra_body={"session": "sess-" + 32 * "0"})
+            assert caught.value.code == "session_not_found"
+
+
 def test_reading_as_a_stream_tells_how_the_loss_falls(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttt_e2e.server.sessions_api._EVENT_SECONDS", 0.0)
     session = client.post("/v1/sessions").json()["id"]
