@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import threading
 from pathlib import Path
 
 import pyarrow
@@ -32,6 +34,18 @@ def write_parquet(path: Path, **columns: list[object]) -> Path:
 @given(text=st.text(min_size=1).filter(lambda text: "\0" not in text), size=st.integers(1, 9))
 def test_pieces_join_to_the_text(text: str, size: int) -> None:
     assert "".join(text_pieces(io.BytesIO(text.encode()), size)) == text
+
+
+def test_a_pipe_that_goes_on_gives_what_there_is() -> None:
+    source, sink = os.pipe()
+    too_late = threading.Timer(20, os.close, [sink])
+    too_late.start()
+    with os.fdopen(source, "rb") as stream:
+        os.write(sink, b"What came first.")
+        assert next(text_pieces(stream)) == "What came first."
+        assert too_late.is_alive()
+        too_late.cancel()
+        os.close(sink)
 
 
 def test_line_ends_are_kept(tmp_path: Path) -> None:

@@ -22,6 +22,19 @@ def test_replaces_a_file_and_a_folder(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "folder"]
 
 
+def test_a_link_is_replaced_and_what_it_leads_to_is_left_alone(tmp_path: Path) -> None:
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    (there / "kept").write_text("x")
+    (tmp_path / "target").symlink_to(there)
+    with atomic_path(tmp_path / "target") as part:
+        part.mkdir()
+        (part / "new").write_text("y")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
+    assert (there / "kept").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "target"]
+
+
 def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
     left = tmp_path / f".folder.{os.getpid()}.part"
     left.mkdir()

@@ -116,6 +116,12 @@ def test_learning_that_diverges_is_reported_and_the_session_is_sound() -> None:
     assert len(list(session.generate_tokens(max_tokens=3))) == 3
 
 
+def test_a_text_of_nothing() -> None:
+    for pieces in ([], [""]):
+        with pytest.raises(UserError, match="nothing to read in text"):
+            read_document(Session(MODEL, TOKENIZER), pieces, progress=False)
+
+
 def test_short_texts() -> None:
     report = report_of("Hi")
     assert report.tokens == len(TOKENIZER.encode("Hi")) and report.gain == pytest.approx(0)

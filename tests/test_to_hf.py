@@ -132,6 +132,23 @@ def test_what_a_row_wrote_after_its_end_is_forgotten_where_it_is_masked(learn: b
         torch.testing.assert_close(logits[i], last_logits(model, np.array(text), learn), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"suffix_layers": 0, "pattern": ("full", "window"), "mini_batch": None}])
+def test_a_row_that_is_left_of_a_batch_at_different_positions(changes: dict[str, Any]) -> None:
+    model = reader(**changes)
+    wrapped, rows = hf_model(model), prompts((3, 4, 5, 6, 7))
+    wrapped.config.learn_while_reading = False
+    ids, mask = padded(rows)
+    cache = wrapped(ids, attention_mask=mask)[NAME]
+    cache = wrapped(torch.full((5, 1), 3), cache=cache)[NAME]
+    cache.batch_select_indices(torch.tensor([0]))
+    for token in (4, 5, 6):  # where it wrote, and what it wrote is masked later
+        cache = wrapped(torch.tensor([[token]]), cache=cache, writing=True)[NAME]
+    mask = torch.cat((mask[:1], torch.tensor([[1, 1, 0, 0, 1, 1]])), 1)
+    logits = wrapped(torch.tensor([[8, 9]]), attention_mask=mask, cache=cache).logits[0, -1]
+    expected = last_logits(model, np.array([*rows[0], 3, 4, 8, 9]), learn=False)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_learning_may_begin_where_it_was_off_before() -> None:
     model = reader(suffix_layers=3)
     wrapped, rows = hf_model(model), prompts((7, 12))

@@ -13,15 +13,15 @@ from ttt_e2e import cost_command, notebook_command
 from ttt_e2e.command_line import parse, warnings_in_one_line
 from ttt_e2e.config import RunConfig, override
 from ttt_e2e.convert import command as convert_command
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.presets import PRESETS, at_context, extension, preset
+from ttt_e2e.reproduce import command as reproduce_command
 from ttt_e2e.server import command as serve_command
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizer import Tokenizer
     from ttt_e2e.model import Transformer
 
-INTERRUPTED = 130
 _NAME = 200  # characters of a file's name in an error
 
 
@@ -318,12 +318,6 @@ def _runs(names: tuple[str, ...]) -> list[tuple[str, int]]:
     return [(name, len(list(group))) for name, group in groupby(names)]
 
 
-def _reproduce(arguments: argparse.Namespace) -> int:
-    from ttt_e2e.reproduce.command import run
-
-    return INTERRUPTED if run(arguments) else 0
-
-
 def _info(arguments: argparse.Namespace) -> int:
     from ttt_e2e.session import shipped_model
     from ttt_e2e.session_files import session_facts
@@ -436,10 +430,6 @@ _FUNCTIONS = {
     "notebook": notebook_command.run,
     "serve": serve_command.run,
     "convert": convert_command.run,
-    "reproduce": _reproduce,
+    "reproduce": reproduce_command.run,
     "info": _info,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -121,7 +121,7 @@ def _is_ours(path: Path) -> bool:
 
 def _run_config(model: ModelConfig, settings: list[str]) -> RunConfig:
     """As it would be trained in bfloat16, with its window as context."""
-    train = replace(PRESETS["3b"].train, context=model.window or 8192)
+    train = replace(PRESETS["3b"].train, context=model.window)
     return override(RunConfig(model, train), settings)
 
 

@@ -1,5 +1,7 @@
 """The one exception that is meant for people: the command line prints it as one sentence, without a traceback."""
 
+INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
+
 
 class UserError(Exception):
     """Something that the user can mend: the message says what was wrong, where, and how to mend it."""

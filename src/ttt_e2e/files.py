@@ -28,7 +28,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(old)
             part.rename(target)
-            shutil.rmtree(old)
+            _remove(old)
         else:
             part.replace(target)
         sync(target.parent)  # a power cut may otherwise undo the rename
@@ -67,7 +67,7 @@ def sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    elif path.exists():
+    elif path.is_symlink() or path.exists():
         path.unlink()

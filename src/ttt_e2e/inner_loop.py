@@ -215,10 +215,8 @@ def sequence_loss(
         start = initial_state(model, batch, dtype, slots)
         step_size = torch.tensor(lr, dtype=wide(dtype), device=x_BTD.device)
         loop = _Loop(model, start, batches, step_size, recompute == "mini-batch", loop_parameters(model), steps)
-        if not torch.is_grad_enabled():
-            nll_BT = torch.cat(loop.forget(start, 0, len(batches), keep=False)[1], 1)
-        elif recompute == "none":
-            nll_BT = torch.cat(loop.walk(), 1)
+        if recompute == "none" or not torch.is_grad_enabled():
+            nll_BT = torch.cat(loop.walk(start, 0, len(batches))[1], 1)
         else:
             x_NBbD = [batch.x_BbD for batch in batches]
             nll_BT = _RecomputedLoop.apply(loop, *x_NBbD, *start.tensors(), *loop.parameters)
@@ -324,21 +322,13 @@ class _Loop(NamedTuple):
         after, nll_Bb, _ = self.steps.inner_step(self.model, state, batch, self.lr)
         return after, nll_Bb
 
-    def walk(self) -> list[Tensor]:
-        """The loop, plainly, for autograd to go back through. Returns the losses, N x [B, b]."""
-        state: State | None = self.start
-        losses = []
-        for i in range(len(self.batches)):
-            assert state is not None
-            state, nll_Bb = self.step(i, state)
-            losses.append(nll_Bb)
-        return losses
+    def walk(
+        self, state: State, first: int, stop: int, *, keep: bool = False, x_NBbD: Sequence[Tensor] | None = None
+    ) -> tuple[list[State], list[Tensor], State | None]:
+        """Walk mini-batches `first` to `stop`, on their own x or on `x_NBbD`.
 
-    @torch.no_grad()
-    def forget(self, state: State, first: int, stop: int, keep: bool) -> tuple[list[State], list[Tensor], State | None]:
-        """Walk mini-batches `first` to `stop` without a graph.
-
-        Returns the states before each (if not `keep`, before the first only), the losses of each, the state after all.
+        Returns the states before each (if not `keep`, before the first only), the losses of each, N x [B, b], and the
+        state after all.
         """
         states: list[State] = []
         losses = []
@@ -347,7 +337,7 @@ class _Loop(NamedTuple):
             assert after is not None
             if keep or not states:
                 states.append(after)
-            after, nll_Bb = self.step(i, after)
+            after, nll_Bb = self.step(i, after, None if x_NBbD is None else x_NBbD[i - first])
             losses.append(nll_Bb)
         return states, losses, after
 
@@ -381,7 +371,7 @@ class _RecomputedLoop(torch.autograd.Function):
         for first, stop in ctx.segments:
             assert state is not None
             # The last segment goes first in the backward pass: its states need not be walked to again.
-            states, nll_Bb, state = loop.forget(state, first, stop, keep=stop == count)
+            states, nll_Bb, state = loop.walk(state, first, stop, keep=stop == count)
             ctx.boundaries.append(states)
             losses += nll_Bb
         assert state is not None
@@ -400,7 +390,8 @@ class _RecomputedLoop(torch.autograd.Function):
         for first, stop in reversed(ctx.segments):
             states = ctx.boundaries.pop()
             if len(states) < stop - first:
-                states, _, _ = loop.forget(states[0], first, stop, keep=True)
+                with torch.no_grad():
+                    states, _, _ = loop.walk(states[0], first, stop, keep=True)
             for i in reversed(range(first, stop)):
                 graph = _graph(loop, i, i + 1, states.pop())
                 more, grad_state = _go_back(loop, graph, grad_nll, grad_state, totals)
@@ -412,13 +403,8 @@ def _graph(loop: _Loop, first: int, stop: int, state: State) -> _Graph:
     """Walk mini-batches `first` to `stop` with a graph of their own."""
     state = _leaves(state)
     x_NBbD = [loop.batches[i].x_BbD.detach().requires_grad_() for i in range(first, stop)]
-    losses = []
-    after: State | None = state
     with torch.enable_grad():
-        for i, x_BbD in enumerate(x_NBbD, first):
-            assert after is not None
-            after, nll_Bb = loop.step(i, after, x_BbD)
-            losses.append(nll_Bb)
+        _, losses, after = loop.walk(state, first, stop, x_NBbD=x_NBbD)
     return _Graph(first, state, x_NBbD, losses, after)
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -34,7 +33,6 @@ def reading_picture(report: ReadingReport, path: Path) -> None:
     check_picture_target(path)
     compared = report.gain is not None
     figure = Figure(figsize=(9, 5.6 if compared else 3.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     rows = figure.subplots(2 if compared else 1, 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + compared])
     axes = rows[:, 0]
     tokens = np.array([(part.start + part.stop) / 2 for part in report.curve])

@@ -72,7 +72,7 @@ class ReadingReport:
     learning_seconds: float
     tokens_per_second: float
     mini_batch: int | None
-    window: int | None
+    window: int
     interrupted: bool = False
     diverged: str | None = None
     note: str | None = None
@@ -203,7 +203,7 @@ def _chunks(tokenizer: Tokenizer, pieces: Iterable[str], most: int) -> Iterator[
     They depend on the text alone, so that a reading that goes on finds the same ones.
     """
     for tokens in tokenizer.encode_pieces(_small(pieces)):
-        size = len(tokenizer.decode(tokens).encode("utf-8", "replace")) / len(tokens)
+        size = len(tokenizer.decode(tokens).encode("utf-8", "replace")) / max(1, len(tokens))
         for start in range(0, len(tokens), most):
             ids = tokens[start : start + most]
             yield Chunk(ids, size * len(ids))
@@ -239,7 +239,9 @@ def _report(
     if tokens == 0:
         if diverged:
             raise UserError(diverged)
-        raise KeyboardInterrupt
+        if interrupted:
+            raise KeyboardInterrupt
+        raise UserError(f"There is nothing to read in {name}: it has no tokens.")
     # Readers that were stopped apart are compared as far as the slower one has come.
     reached = max(curve.tokens, twin.tokens if twin is not None else 0)
     size = bytes_read * tokens / reached

@@ -112,8 +112,7 @@ def state_from_tensors(
 
 def memory_bytes(state: ReadState) -> int:
     """How much memory `state` takes: fast weights and mixers' states."""
-    values = (*(state.static or ()), *state.loop.caches, *state.loop.fast)
-    return sum(tensor.numel() * tensor.element_size() for value in values for tensor in value)
+    return sum(tensor.nbytes for tensor in state.tensors())
 
 
 def learned_norm(model: Transformer, state: ReadState) -> float:

@@ -63,7 +63,9 @@ def _decode(stream: IO[bytes], name: str, piece_bytes: int) -> Iterator[str]:
     name = "standard input" if name == "<stdin>" else name
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
-    while chunk := stream.read(piece_bytes):
+    # What there is, from a pipe that goes on: `read` would wait for all of it, and Ctrl-C lose what had come.
+    read = getattr(stream, "read1", stream.read)
+    while chunk := read(piece_bytes):
         if (zero := chunk.find(0)) >= 0:
             raise UserError(f"{name} looks binary: byte {offset + zero} is zero; give a UTF-8 text.")
         yield _decode_chunk(decoder, chunk, offset, name)

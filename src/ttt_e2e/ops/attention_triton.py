@@ -81,13 +81,11 @@ FLOAT32 = {
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, empty: Tensor | None = None, config: Config | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, window: int, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     o, lse = torch.empty_like(q), _statistic(q)
-    config = config or _config(FORWARD, q)
+    config = _config(FORWARD, q)
     _launch(_forward_kernel, _row_grid(q, config), config, q, k, 0, window, empty, (q, k, v, o, lse))
     return o, lse
 
@@ -102,14 +100,13 @@ def backward(
     own: int,
     window: int,
     empty: Tensor | None = None,
-    configs: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq [B, H, T, K] and dk, dv [B, G, own, K]; `configs` are those of the row and the column programs."""
+    """Gradients dq [B, H, T, K] and dk, dv [B, G, own, K]."""
     q, k, v, o, lse, do = (x.contiguous() for x in (q, k, v, o, lse, do))
     dq, delta = torch.empty_like(q), _statistic(q)
     dk, dv = (k.new_empty(*k.shape[:2], own, k.shape[3]) for _ in range(2))
     cached = k.shape[2] - own
-    rows, columns = configs or (_config(BACKWARD_ROWS, q), _config(BACKWARD_COLUMNS, q))
+    rows, columns = _config(BACKWARD_ROWS, q), _config(BACKWARD_COLUMNS, q)
     sizes = (q, k, cached, window, empty)
     _launch(_backward_row_kernel, _row_grid(q, rows), rows, *sizes, (q, k, v, o, lse, do, delta, dq))
     grid = (triton.cdiv(own, columns.block_s), k.shape[0] * k.shape[1])
@@ -130,14 +127,13 @@ def double_backward(
     own: int,
     window: int,
     empty: Tensor | None = None,
-    configs: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]; `configs` as in `backward`."""
+    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
     q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (q, k, v, o, lse, do, a, b_own, c_own))
     gq, gdo, gk, gv = (torch.empty_like(x) for x in (q, q, k, v))
     delta, mean, w = (_statistic(q) for _ in range(3))
     cached = k.shape[2] - own
-    rows, columns = configs or (_config(DOUBLE_BACKWARD_ROWS, q), _config(DOUBLE_BACKWARD_COLUMNS, q))
+    rows, columns = _config(DOUBLE_BACKWARD_ROWS, q), _config(DOUBLE_BACKWARD_COLUMNS, q)
     sizes = (q, k, cached, window, empty)
     row_tensors = (q, k, v, o, lse, do, a, b, c, delta, mean, w, gq, gdo)
     _launch(_double_backward_row_kernel, _row_grid(q, rows), rows, *sizes, row_tensors)

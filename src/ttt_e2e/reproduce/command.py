@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.quantities import tokens
 
 DESCRIPTION = """Repeat the paper's comparison of systems: for each the same tokens in the same order, as many
@@ -15,8 +15,9 @@ EPILOG = """examples:
   ttt-e2e reproduce ACTION --help"""
 
 _COMPARISON = """Train every system for a short while at several learning rates, then from the start at the best of
-them, and on from there for each context; read held-out books with what comes out. Tables, pictures and all numbers are
-in OUT, renewed after each evaluation. Everything that is done stays done, whatever interrupts it.
+them, and on from there for each context; read held-out books with what comes out."""
+_WRITTEN = """Tables, pictures and all numbers are in OUT, renewed after each evaluation. Everything
+that is done stays done, whatever interrupts it.
 
 scales:
   tiny   any computer; hours on a few CPU cores
@@ -41,7 +42,7 @@ def add_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     sub = action(
         "figure1",
         "loss and time per token by context, of every system",
-        _COMPARISON,
+        f"{_COMPARISON} {_WRITTEN}",
         f"systems: {_SYSTEMS}\n(full-prefix only where it is named; full always, the others are compared with it)\n\n"
         """examples:
   ttt-e2e reproduce figure1 --scale tiny --data tokens --out figure1 --systems window,ttt-e2e --contexts 256,1K
@@ -51,7 +52,7 @@ def add_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     sub = action(
         "ablations",
         "TTT-E2E with one choice made otherwise",
-        _ABLATIONS + _COMPARISON.partition("with what comes out.")[2],
+        f"{_ABLATIONS} {_WRITTEN}",
         """The rows: window k, mini-batch b, how many blocks are updated, no static MLP beside the fast one, no
 meta-learning. They have as many parameters as TTT-E2E, which they are compared with. A plan of them:
   ttt-e2e reproduce ablations --scale tiny --out ablations --contexts 256,2K --dry-run""",
@@ -60,7 +61,7 @@ meta-learning. They have as many parameters as TTT-E2E, which they are compared 
     sub = action(
         "warmstart",
         "TTT-E2E that starts from a Transformer with full attention",
-        _WARM_START + _COMPARISON.partition("with what comes out.")[2],
+        f"{_WARM_START} {_WRITTEN}",
         """The rows: window-on, full-on, switch, switch-on, ttt-on, warm-new, warm-split; warm-new-3 and
 warm-split-3 with an inner rate of 3. All have read the same number of tokens; `switch` is full-on with a window that it
 was not trained with. A plan of them:
@@ -108,8 +109,8 @@ was not trained with. A plan of them:
     return dict(actions.choices)
 
 
-def run(arguments: argparse.Namespace) -> bool:
-    """Do what the command line says; returns whether it was interrupted."""
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code."""
     if arguments.action in ("figure1", "ablations", "warmstart"):
         from ttt_e2e.reproduce.run import reproduce
         from ttt_e2e.reproduce.scales import scale
@@ -129,7 +130,7 @@ def run(arguments: argparse.Namespace) -> bool:
             dry_run=arguments.dry_run,
             progress=not arguments.quiet,
         )
-        return outcome.interrupted
+        return INTERRUPTED if outcome.interrupted else 0
     common = {"contexts": arguments.contexts, "device": arguments.device, "progress": not arguments.quiet}
     if arguments.action == "latency":
         from ttt_e2e.reproduce.latency import run_latency
@@ -142,7 +143,7 @@ def run(arguments: argparse.Namespace) -> bool:
             seconds=arguments.seconds,
             **common,
         )
-        return False
+        return 0
     from ttt_e2e.reproduce.needles import run_needles
 
     models = dict(arguments.models) | ({} if arguments.comparison is None else _models_of(arguments.comparison))
@@ -158,7 +159,7 @@ def run(arguments: argparse.Namespace) -> bool:
         haystack=arguments.haystack,
         **common,
     )
-    return False
+    return 0
 
 
 def _models_of(comparison: Path) -> dict[str, Path]:

@@ -137,9 +137,7 @@ def _losses(
     return torch.cat(losses), torch.cat(masks)
 
 
-def evaluate(
-    model: Transformer, folder: Path, spec: dict[str, Any], dtype: torch.dtype, choose_on: TokenSet | None = None
-) -> dict[str, Any]:
+def evaluate(model: Transformer, folder: Path, spec: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """What an evaluation job records: see `specification` in `plan`, and `report`."""
     held = TokenSet.open(folder, "val")
     texts = books(held, spec["longest"], spec["book_tokens"])

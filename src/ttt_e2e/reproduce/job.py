@@ -20,7 +20,7 @@ import torch
 
 from ttt_e2e.config import ModelConfig, RunConfig, from_dict
 from ttt_e2e.convert.standard import warm_start
-from ttt_e2e.errors import Divergence, UserError
+from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.model import Transformer
@@ -32,13 +32,11 @@ from ttt_e2e.training.distributed import choose_device
 from ttt_e2e.training.metrics import read_metrics
 from ttt_e2e.training.trainer import MODEL, train
 
-INTERRUPTED = 130
 JOB = "job.json"
 _START = "start"
 _TAIL = 4  # a training loss is the mean over the last one in so many steps
 _MEASURE_SECONDS = 1.0
 _WARM_UP = 128
-_LATENCY = ("system", "context", "prefill_us", "decode_us", "train_us", "whole")
 
 
 def main(folder: Path) -> int:
@@ -196,7 +194,7 @@ def _latency(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
         train=False,
         progress=False,
     )
-    return {"rows": [{field: getattr(row, field) for field in _LATENCY} for row in rows]}
+    return {"rows": [row._asdict() for row in rows]}
 
 
 _KINDS = {

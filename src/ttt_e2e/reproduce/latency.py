@@ -122,14 +122,12 @@ def latency_table(rows: Iterable[LatencyRow], facts: dict[str, Any]) -> str:
 
 def latency_picture(rows: Iterable[LatencyRow], path: Path) -> None:
     """Draw time per token by context, a line for each system and a panel for each kind of work."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     rows = list(rows)
     shown = [what for what, field in _PANELS.items() if any(getattr(row, field) is not None for row in rows)]
     figure = Figure(figsize=(4.6 * max(1, len(shown)), 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
     contexts = sorted({row.context for row in rows})
     colours = {system.name: system.colour for system in SYSTEMS}

@@ -393,7 +393,6 @@ def _in_words(cell: Cell, between: str) -> str:
 
 def needles_picture(results: Sequence[Result], path: Path) -> None:
     """Draw a heat map for every model (a column) and task (a row): percent found by context and depth, and the loss."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     at = cells(results)
@@ -402,7 +401,6 @@ def needles_picture(results: Sequence[Result], path: Path) -> None:
     contexts, depths = sorted({key[2] for key in at}), sorted({key[3] for key in at})
     size = (2.0 + (1.0 + 0.75 * len(contexts)) * len(models), 0.8 + (0.9 + 0.42 * len(depths)) * len(tasks))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(tasks), len(models), squeeze=False)
     for row, task in enumerate(tasks):
         for column, name in enumerate(models):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -88,7 +87,6 @@ def along(report: dict[str, Any], path: Path) -> None:
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(5.5 * columns if columns > 1 else 8, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for axis in axes:
         axis.grid(axis="y", color="#e4e7ec", linewidth=0.8)

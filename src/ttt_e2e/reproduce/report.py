@@ -253,14 +253,14 @@ def tables(report: dict[str, Any]) -> str:
         [
             systems[row["system"]]["label"],
             in_tokens(row["context"]),
-            *(_time(row, figure) for figure in ("prefill_us", "decode_us", "train_us")),
+            *(_time(row, figure) for figure in ("prefill_us", "decode_us")),
         ]
         for row in report["latency"]
         if row["system"] in systems
     ]
     table(
         "Microseconds per token (~: interpolated from stretches of the text)",
-        ["system", "context", "prefill", "decode", "train"],
+        ["system", "context", "prefill", "decode"],
         times,
     )
     table("What went wrong", ["job", "why"], [[job, why.replace("|", "/")] for job, why in report["failed"].items()])

@@ -1,4 +1,4 @@
-"""`ttt-e2e reproduce figure1` and `ablations`: from prepared tokens to tables and pictures."""
+"""`ttt-e2e reproduce figure1`, `ablations` and `warmstart`: from prepared tokens to tables and pictures."""
 
 import dataclasses
 import os
@@ -84,7 +84,6 @@ def reproduce(
             told,
             lock=lock,
             workers=count,
-            processes=scale.processes,
             seconds=seconds,
             done=tell,
             progress=progress,

@@ -1,4 +1,7 @@
-"""What is compared: the systems of figure 1, and the rows of the ablations, each a preset and what it changes."""
+"""What is compared: the systems of figure 1, the rows of the ablations and the warm starts.
+
+Each is a preset and what it changes.
+"""
 
 import dataclasses
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ttt_e2e.config import ModelConfig
-from ttt_e2e.cost import in_tokens, parameters, state_bytes
+from ttt_e2e.cost import fast_weights, in_tokens, parameters, state_bytes
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import State, sequence_loss
 from ttt_e2e.mixers.attention import Attention, Cache
@@ -240,10 +240,9 @@ def reading_bytes(config: ModelConfig, context: int, setting: Setting, at_once: 
     item, tokens = setting.dtype.itemsize, at_once or min(stretch(config, setting.device), context)
     seen = context if "full" in config.mixers else 2 * config.window
     mask = 0 if setting.device.type == "cuda" or tokens >= context else 2 * item * tokens * min(seen, context)
-    fast = 3 * config.width * config.mlp_width * config.suffix_layers
     return (
         item * (parameters(config) + tokens * (12 * config.width + 4 * config.mlp_width))
-        + 12 * fast
+        + 12 * fast_weights(config)
         + 3 * state_bytes(config, context, item)
         + mask
     )

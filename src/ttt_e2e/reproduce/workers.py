@@ -19,11 +19,11 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.model_files import read_json
 from ttt_e2e.reproduce import job as one_job
-from ttt_e2e.reproduce.job import INTERRUPTED, JOB
+from ttt_e2e.reproduce.job import JOB
 from ttt_e2e.reproduce.plan import RESULT, RUN, Job
 from ttt_e2e.training.metrics import FILE as METRICS
 
@@ -76,7 +76,6 @@ def run(
     *,
     lock: int,
     workers: int,
-    processes: int = 1,
     seconds: Mapping[str, float] | None = None,
     done: Callable[[Job, dict[str, Any]], None] | None = None,
     progress: bool = True,
@@ -84,7 +83,7 @@ def run(
     """Do all of `jobs` that have no result yet, `workers` at a time, the longest of those that can begin first.
 
     specification: what job.json is to say when the job's needs have ended; its UserError means that they gave nothing.
-    lock: see `locked`. workers: 0 is one after the other in this very process. processes: of a training job. seconds:
+    lock: see `locked`. workers: 0 is one after the other in this very process. seconds:
     what each is expected to take, by folder. done: is called with every new result. Ctrl-C lets the processes write
     their checkpoints; a second one kills them.
     """
@@ -124,7 +123,7 @@ def run(
                         continue
                     write_text(out / job.folder / JOB, json.dumps(spec, indent=1) + "\n")
                     if workers:
-                        running[job.folder] = _Running(job, out / job.folder, spec, lock, processes)
+                        running[job.folder] = _Running(job, out / job.folder, spec, lock)
                     else:
                         ended(job, *_here(out / job.folder))
                 if time.monotonic() - shown > _SHOW_SECONDS:
@@ -205,13 +204,13 @@ def _here(folder: Path) -> tuple[dict[str, Any] | None, str]:
 class _Running:
     """A job's process."""
 
-    def __init__(self, job: Job, folder: Path, spec: dict[str, Any], lock: int, processes: int) -> None:
+    def __init__(self, job: Job, folder: Path, spec: dict[str, Any], lock: int) -> None:
         self.job, self.folder = job, folder
         self._steps = spec["config"]["train"]["steps"] if "start_from" in spec else 0
         self._log: IO[bytes] = (folder / _LOG).open("ab")
         command = [sys.executable, "-m"]
-        if processes > 1 and self._steps:
-            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        if self._steps and spec["processes"] > 1:
+            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(spec["processes"]), "-m"]
         settings = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}  # seconds to finish a step and write a checkpoint
         if spec["threads"] is not None:
             settings["OMP_NUM_THREADS"] = str(spec["threads"])

@@ -61,18 +61,6 @@ class Bucket:
         return 0.0
 
 
-class Turns:
-    """How many generations of a key run at once."""
-
-    def __init__(self, generations: int) -> None:
-        self._generations = generations
-        self._of: dict[str, asyncio.Semaphore] = {}
-
-    def of(self, owner: str) -> asyncio.Semaphore:
-        """What a generation of `owner` holds while it runs."""
-        return self._of.setdefault(owner, asyncio.Semaphore(self._generations))
-
-
 class Gate:
     """ASGI middleware that lets a request through if it may come in, and counts its body while it comes in."""
 

@@ -36,6 +36,7 @@ class Loader:
         self.info = fresh.info()
         self._begun = fresh.fork()
         self._begun.read(np.zeros(fresh.piece, np.int64))
+        self._shapes: dict[tuple[bool, Any], dict[str, tuple[list[int], torch.dtype]]] = {}
 
     def info_of(self, path: Path, name: str) -> SessionInfo:
         """What the file says of its session; its tensors are not read. Raises UserError as `load` does."""
@@ -97,17 +98,20 @@ class Loader:
 
     def _expected(self, position: int, precision: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of the tensors in the file of a session that stands at `position`."""
-        model, session = self.fresh.model, self._begun if position else self.fresh
-        state = session.standing().state
+        model, kind = self.fresh.model, (position > 0, precision)
+        if kind not in self._shapes:
+            state = (self._begun if position else self.fresh).standing().state
+            tensors = state_tensors(model, state, self.fresh.learn, precision)
+            self._shapes[kind] = {key: (list(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
         mixers = [block.mixer for block in (*model.prefix, *model.suffix)]
         first = {"static": 0, "loop": len(model.prefix) + 1}
         expected = {}
-        for key, tensor in state_tensors(model, state, self.fresh.learn, precision).items():
-            kind, i, part = key.split(".")
-            shape = list(tensor.shape)
+        for key, (shape, dtype) in self._shapes[kind].items():
+            place, i, part = key.split(".")
             if part in ("k", "v"):  # all that grows with the text
-                shape[2] = _slots(mixers[first[kind] + int(i)], model.config.window, position)
-            expected[key] = tuple(shape), tensor.dtype
+                slots = _slots(mixers[first[place] + int(i)], model.config.window, position)
+                shape = [*shape[:2], slots, *shape[3:]]
+            expected[key] = tuple(shape), dtype
         return expected
 
 

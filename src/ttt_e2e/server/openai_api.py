@@ -3,9 +3,11 @@
 Beyond it there are the fields `session`, `learn`, `top_k` and `min_p`.
 """
 
+import asyncio
 import functools
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -30,7 +32,6 @@ from ttt_e2e.server.fields import (
     Writing,
 )
 from ttt_e2e.server.keys import Caller
-from ttt_e2e.server.limits import Turns
 from ttt_e2e.server.metrics import Metrics
 from ttt_e2e.server.records import Piece, Prompt
 from ttt_e2e.server.streams import EVENTS, event_stream, first_and_rest, together, unless_gone
@@ -100,7 +101,8 @@ class Writer:
         self.engine = engine
         self.settings = settings
         self.metrics = metrics
-        self.turns = Turns(settings.limits.generations)
+        # What a generation holds while it runs, by owner.
+        self.turns = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(settings.limits.generations))
 
     async def answer(
         self,
@@ -154,7 +156,7 @@ class Writer:
                 options=SamplingOptions(**given, seed=(seed + again) % 2**63),
                 learn=bool(body.learn),
                 closing=closing,
-                turns=self.turns.of(caller.owner),
+                turns=self.turns[caller.owner],
             )
             for prompt in prompts
             for again in range(n)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ttt_e2e.config import RunConfig, from_dict, to_dict
+from ttt_e2e.config import RunConfig, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 from ttt_e2e.model import Transformer
@@ -98,11 +98,6 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
             **{moment: moments[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS},
         }
     return progress
-
-
-def saved_config(folder: Path) -> RunConfig:
-    """The configuration of the run that wrote the checkpoint `folder`."""
-    return from_dict(RunConfig, read_json(folder / TRAINER)["config"], str(folder / TRAINER))
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

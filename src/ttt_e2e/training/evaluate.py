@@ -18,7 +18,7 @@ QUARTERS = 4
 def evaluate(
     model: Transformer,
     sequences: Sequence[np.ndarray],
-    bos: int | None,
+    bos: int,
     config: TrainConfig,
     peers: Processes,
 ) -> dict[str, Any]:
@@ -63,13 +63,8 @@ def evaluate(
     return measured
 
 
-def _batches(sequences: Sequence[np.ndarray], size: int, bos: int | None) -> Iterator[Tensor]:
-    """Batches of up to `size` sequences of about one length, padded with `bos`, which is masked as a target.
-
-    Without a `bos` nothing can be masked, and only sequences of the same length share a batch.
-    """
+def _batches(sequences: Sequence[np.ndarray], size: int, bos: int) -> Iterator[Tensor]:
+    """Batches of up to `size` sequences of about one length, padded with `bos`, which is masked as a target."""
     ordered = sorted((torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences), key=len, reverse=True)
-    while ordered:
-        batch = [s for s in ordered[:size] if bos is not None or len(s) == len(ordered[0])]
-        ordered = ordered[len(batch) :]
-        yield torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=bos or 0)
+    for at in range(0, len(ordered), size):
+        yield torch.nn.utils.rnn.pad_sequence(ordered[at : at + size], batch_first=True, padding_value=bos)
