@@ -28,7 +28,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(old)
             part.rename(target)
-            _remove(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
         else:
             part.replace(target)
         sync(target.parent)  # a power cut may otherwise undo the rename
