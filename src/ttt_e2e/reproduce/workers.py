@@ -83,9 +83,9 @@ def run(
     """Do all of `jobs` that have no result yet, `workers` at a time, the longest of those that can begin first.
 
     specification: what job.json is to say when the job's needs have ended; its UserError means that they gave nothing.
-    lock: see `locked`. workers: 0 is one after the other in this very process. seconds:
-    what each is expected to take, by folder. done: is called with every new result. Ctrl-C lets the processes write
-    their checkpoints; a second one kills them.
+    lock: see `locked`. workers: 0 is one after the other in this very process. seconds: what each is
+    expected to take, by folder. done: is called with every new result. Ctrl-C lets the processes write their
+    checkpoints; a second one kills them.
     """
     outcome = Outcome(results={job.folder: r for job in jobs if (r := result_of(out / job.folder)) is not None})
     waiting = [job for job in jobs if job.folder not in outcome.results]

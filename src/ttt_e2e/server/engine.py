@@ -61,7 +61,6 @@ class Engine:
         self._tokenizer, self._max_tokens = tokenizer, max_session_tokens
         self._fresh = Session(model, tokenizer, learn=learn, dtype=dtype)
         self._fresh.info()  # hashes the model, once: all sessions are copies of this one, and know the digest then
-        self._store = store
         self._shelf = Shelf(self._fresh, store, memory_bytes, max_sessions)
         self._worker = Worker(self._fresh, max_batch)
         self._running = 0
@@ -136,7 +135,7 @@ class Engine:
 
     def temporary_folder(self) -> AbstractContextManager[Path]:
         """A folder beside the sessions, for files that come or go; nothing outlives it, not even after a kill."""
-        return self._store.temporary_folder()
+        return self._shelf.store.temporary_folder()
 
     async def export(self, owner: str, id: str, target: Path) -> None:
         """Write a session to the file `target`, which is not there yet, whole or not at all."""

@@ -1,9 +1,10 @@
 """Sessions on disk: a folder with two files a session, which a `kill -9` at any moment leaves whole.
 
 `ID.json` says whose the session is; it is written once. `ID.session` is the session itself, as `Session.save` writes
-it. Where both are made, the record comes last, and where both go, it goes first: so what
-has a record is whole. While that is done there is a third file, `ID.changing`; a session beside it without a record is
-a leftover. Other files are nobody's business, a session file that somebody has put here included.
+it. Where both are made, the record comes last, and where both go, it goes first: so what has a record is whole. While
+that is done there is a third file, `ID.changing`; a session beside it without a record is a leftover. Session files
+that come in or go out lie in `.tmp-*` meanwhile. Other files are nobody's business, a session file that somebody has
+put here included.
 
 All of this works on files and blocks; it knows no event loop.
 """
