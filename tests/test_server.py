@@ -361,6 +361,9 @@ def test_who_sends_too_much_is_told_so_over_a_socket(engine: FakeEngine) -> None
                 while part := connection.recv(1 << 16):
                     answer += part
             assert b"413" in answer.splitlines()[0] and b"more than 1,000 bytes" in answer
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(head.removesuffix(b"\r\n") + b"expect: 100-continue\r\n\r\n")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")  # and nobody asks for the body
 
 
 def test_health_says_no_where_the_model_is_of_no_use(engine: FakeEngine) -> None:

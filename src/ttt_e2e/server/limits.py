@@ -79,7 +79,8 @@ class Gate:
         try:
             counted = self._let_in(scope, receive)
         except Refused as error:
-            await _drained(receive)
+            if "expect" not in Headers(scope=scope):  # else the body has not been sent, and asking for it would
+                await _drained(receive)
             await errors.response(error)(scope, receive, send)
             return
         owner = scope["state"]["caller"].owner if "caller" in scope["state"] else ""
