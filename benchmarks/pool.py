@@ -2,6 +2,7 @@
 
     python benchmarks/pool.py                        # the shipped model, 16 sessions
     python benchmarks/pool.py --threads 1 --out results/pool.json
+    python benchmarks/pool.py --dtype bfloat16       # matrix products in bfloat16, as `ttt-e2e serve --dtype` has it
 
 Every session has read another part of Python's own library, and stands at another position. Then all of them read on
 (and learn), and all of them write, once through a `SessionPool` and once one after the other, by the same functions
@@ -43,54 +44,54 @@ def timed(work: Callable[[], None]) -> Times:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def read_alone(model: Transformer, texts: list[Standing]) -> None:
+def read_alone(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> None:
     for state, _, pending in texts:
         for start in range(0, len(pending) - 1, model.config.mini_batch or 256):
             ids_1T = torch.from_numpy(pending[start : start + (model.config.mini_batch or 256) + 1])[None]
-            state, nll_1T, _ = read_mini_batch(model, state, ids_1T[:, :-1], ids_1T[:, 1:])
+            state, nll_1T, _ = read_mini_batch(model, state, ids_1T[:, :-1], ids_1T[:, 1:], dtype=dtype)
             nll_1T[0].numpy()
 
 
-def write_alone(model: Transformer, texts: list[Standing], count: int) -> None:
+def write_alone(model: Transformer, texts: list[Standing], count: int, dtype: torch.dtype) -> None:
     for seed, (state, _, pending) in enumerate(texts):
         options = SamplingOptions(seed=seed)
         generator = torch.Generator().manual_seed(seed)
         ids_1T = torch.from_numpy(pending[:1])[None]
         for _ in range(count):
-            logits_1TV, state = forward(model, state, ids_1T)
-            ids_1T = torch.tensor([[sample(logits_1TV[0, -1], options, generator)]])
+            logits_1TV, state = forward(model, state, ids_1T, dtype)
+            ids_1T = torch.tensor([[sample(logits_1TV[0, -1].float(), options, generator)]])
 
 
-def pool_of(model: Transformer, texts: list[Standing]) -> SessionPool:
-    fresh = Session(model)
+def pool_of(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> SessionPool:
+    fresh = Session(model, dtype=dtype)
     pool = SessionPool(fresh, max_batch=len(texts))
     for text in texts:
         pool.add(fresh.standing_at(text._replace(pending=text.pending[:1])))
     return pool
 
 
-def read_together(model: Transformer, texts: list[Standing]) -> None:
-    pool = pool_of(model, texts)
+def read_together(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> None:
+    pool = pool_of(model, texts, dtype)
     for id, text in enumerate(texts):
         pool.submit_read(id, text.pending[1:])
     while pool.busy:
         pool.step()
 
 
-def write_together(model: Transformer, texts: list[Standing], count: int) -> None:
-    pool = pool_of(model, texts)
+def write_together(model: Transformer, texts: list[Standing], count: int, dtype: torch.dtype) -> None:
+    pool = pool_of(model, texts, dtype)
     for id in range(len(texts)):
         pool.submit_generate(id, max_tokens=count, options=SamplingOptions(seed=id))
     while pool.busy:
         pool.step()
 
 
-def products(model: Transformer, rows: int) -> tuple[int, Callable[[], None]]:
+def products(model: Transformer, rows: int, dtype: torch.dtype) -> tuple[int, Callable[[], None]]:
     """The kinds of matrix products that a mini-batch is made of, with so many rows, and their operations."""
     config = model.config
     widths = (config.vocab_size, 2 * config.mlp_width, 3 * config.width, config.width)
-    x_ND = torch.randn(rows, config.width)
-    weights = [torch.randn(width, config.width) for width in widths] * 4
+    x_ND = torch.randn(rows, config.width, dtype=dtype)
+    weights = [torch.randn(width, config.width, dtype=dtype) for width in widths] * 4
 
     def work() -> None:
         for weight in weights:
@@ -102,7 +103,7 @@ def products(model: Transformer, rows: int) -> tuple[int, Callable[[], None]]:
 def operations(model: Transformer, texts: list[Standing]) -> int:
     """Of the matrix products of reading these texts one after the other."""
     with FlopCounterMode(display=False) as counter:
-        read_alone(model, texts)
+        read_alone(model, texts, torch.float32)
     return counter.get_total_flops()
 
 
@@ -114,10 +115,12 @@ def main() -> None:
     parser.add_argument("--write", type=int, default=32, help="tokens that every session writes in a round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_reader(args.model, torch.device("cpu"))
+    dtype = getattr(torch, args.dtype)
     b, window = model.config.mini_batch or 256, model.config.window
 
     # Sessions with a full window behind them, at positions of their own, and what they are to read next.
@@ -131,7 +134,7 @@ def main() -> None:
             break
     starts = [0, *itertools.accumulate(wanted)]
     own = [np.concatenate(parts)[start : start + length] for start, length in zip(starts, wanted, strict=False)]
-    pool = SessionPool(Session(model))
+    pool = SessionPool(Session(model, dtype=dtype))
     for tokens, length in zip(own, before, strict=True):
         pool.submit_read(pool.add(), tokens[: length + 1])
     while pool.busy:
@@ -145,17 +148,17 @@ def main() -> None:
     work: dict[str, tuple[int, Callable[[], None], Callable[[], None]]] = {
         "read": (
             args.sessions * b * args.mini_batches,
-            lambda: read_alone(model, texts),
-            lambda: read_together(model, texts),
+            lambda: read_alone(model, texts, dtype),
+            lambda: read_together(model, texts, dtype),
         ),
         "write": (
             args.sessions * args.write,
-            lambda: write_alone(model, texts, args.write),
-            lambda: write_together(model, texts, args.write),
+            lambda: write_alone(model, texts, args.write, dtype),
+            lambda: write_together(model, texts, args.write, dtype),
         ),
     }
     needed = operations(model, texts)
-    of_product, product = products(model, b * args.sessions)
+    of_product, product = products(model, b * args.sessions, dtype)
     results, bound = {}, 0.0
     for name, (tokens, alone, together) in work.items():
         alone(), together()
@@ -177,6 +180,7 @@ def main() -> None:
         "bound_on_the_ratio_of_reading": bound,
         "rounds": args.rounds,
         "threads": args.threads,
+        "dtype": args.dtype,
         "machine": machine(),
     }
     print(f"| {args.sessions} sessions | one after the other | in one batch | ratio | ratio of processor time |")

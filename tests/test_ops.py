@@ -123,6 +123,21 @@ def test_clipped_step_equals_reference(clip: float, scale: float, seed: int) -> 
             torch.testing.assert_close(results[0][0][b], (weights[0] - 0.7 * gradients[0])[b], rtol=0, atol=1e-15)
 
 
+@settings(max_examples=20, deadline=None)
+@given(clip=st.floats(0.01, 10), seed=st.integers(0, 999))
+def test_clipped_step_without_recording_gives_the_same_in_the_gradients_memory(clip: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights, gradients = ([torch.randn(s, generator=generator) for s in ((2, 3, 4), (2, 4, 2))] for _ in range(2))
+    weights[0] = weights[0][:1].expand(2, -1, -1)  # as a text's first weights are
+    before = [w.clone() for w in weights]
+    expected, norm = clipped_step(weights, gradients, 0.7, clip)
+    with torch.no_grad():
+        found, norm_too = clipped_step(weights, gradients, 0.7, clip)
+    for ours, theirs, gradient in zip(found, expected, gradients, strict=True):
+        assert torch.equal(ours, theirs) and ours.data_ptr() == gradient.data_ptr()
+    assert torch.equal(norm, norm_too) and all(map(torch.equal, weights, before))
+
+
 def test_clipped_step_at_zero() -> None:
     """A gradient of zero moves nothing, and the derivative stays finite."""
     weights = [torch.randn(2, 3, 4, requires_grad=True)]

@@ -288,12 +288,23 @@ def clipped_step(
     """One step of SGD on weights [B, ...], each sequence's gradients scaled to a joint norm of at most `clip`.
 
     Returns the new weights and the norms [B] before the clip, which take no gradient. Differentiable once in weights
-    and gradients, the norm in the scale included, and finite at a gradient of zero.
+    and gradients, the norm in the scale included, and finite at a gradient of zero. Where no gradient is recorded, the
+    new weights take the gradients' memory: for many sequences fresh memory costs more than the sums.
     """
     if is_compiling():
         return clipped_step_reference(weights, gradients, lr, clip)
-    *new, norm_B = _ClippedStep.apply(lr, clip, *weights, *gradients)
-    return new, norm_B
+    if torch.is_grad_enabled():
+        *new, norm_B = _ClippedStep.apply(lr, clip, *weights, *gradients)
+        return new, norm_B
+    norm_B, scale_B = _norm_and_scale(gradients, clip)
+    step_B11 = (scale_B * -lr)[:, None, None]
+    return [torch.addcmul(w, g, step_B11, out=g) for w, g in zip(weights, gradients, strict=True)], norm_B
+
+
+def _norm_and_scale(gradients: Sequence[Tensor], clip: float) -> tuple[Tensor, Tensor]:
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+    norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return norm_B, torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
 
 
 def clipped_step_reference(
@@ -314,9 +325,7 @@ class _ClippedStep(torch.autograd.Function):
     def forward(ctx: Any, lr: float | Tensor, clip: float, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], tensors[count:]
-        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
-        norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
+        norm_B, scale_B = _norm_and_scale(gradients, clip)
         ctx.save_for_backward(norm_B, scale_B, *gradients)
         ctx.lr, ctx.clip = lr, clip
         ctx.mark_non_differentiable(norm_B)
