@@ -426,9 +426,7 @@ def _alone(row: _Row) -> _Row:
     stack, at = row
     if len(stack.positions) == 1:
         return row
-    ahead_B = None if stack.state.ahead_B is None else torch.zeros_like(stack.state.ahead_B[:1])
-    state = stack.state.map(lambda t: t[at : at + 1].clone())._replace(position=row.position, ahead_B=ahead_B)
-    return _Row(_stack(state, (row.position,)), 0)
+    return _Row(_stack(stacked([stack.state], [at], [row.position]), (row.position,)), 0)
 
 
 def _gathered(rows: Sequence[_Row]) -> _Stack:

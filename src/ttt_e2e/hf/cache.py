@@ -258,9 +258,7 @@ def _less(places: Sequence[_Place]) -> list[_Place]:
         tensors = place.state.tensors()
         if place.position == 0 or 2 * used[id(place.state)] >= len(tensors[0]):  # at the start all rows are one
             return place
-        ahead_B = None if place.state.ahead_B is None else torch.zeros_like(place.state.ahead_B[:1])
-        state = place.state.map(lambda t: t[place.row : place.row + 1].clone())
-        return _Place(state._replace(position=place.position, ahead_B=ahead_B), 0, place.position)
+        return _Place(stacked([place.state], [place.row], [place.position]), 0, place.position)
 
     return [alone(place) for place in places]
 
