@@ -296,15 +296,24 @@ def clipped_step(
     if torch.is_grad_enabled():
         *new, norm_B = _ClippedStep.apply(lr, clip, *weights, *gradients)
         return new, norm_B
-    norm_B, scale_B = _norm_and_scale(gradients, clip)
-    step_B11 = (scale_B * -lr)[:, None, None]
-    return [torch.addcmul(w, g, step_B11, out=g) for w, g in zip(weights, gradients, strict=True)], norm_B
+    new, norm_B, _ = _step(weights, gradients, lr, clip, gradients)
+    return new, norm_B
 
 
-def _norm_and_scale(gradients: Sequence[Tensor], clip: float) -> tuple[Tensor, Tensor]:
+def _step(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    lr: float | Tensor,
+    clip: float,
+    into: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The new weights, in the given tensors' memory or in fresh one; the gradients' norms [B], and their scales."""
     norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
     norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    return norm_B, torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
+    scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
+    step_B11 = (scale_B * -lr)[:, None, None]
+    new = [torch.addcmul(w, g, step_B11, out=out) for w, g, out in zip(weights, gradients, into, strict=True)]
+    return new, norm_B, scale_B
 
 
 def clipped_step_reference(
@@ -325,12 +334,10 @@ class _ClippedStep(torch.autograd.Function):
     def forward(ctx: Any, lr: float | Tensor, clip: float, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], tensors[count:]
-        norm_B, scale_B = _norm_and_scale(gradients, clip)
+        new, norm_B, scale_B = _step(weights, gradients, lr, clip, [None] * count)
         ctx.save_for_backward(norm_B, scale_B, *gradients)
         ctx.lr, ctx.clip = lr, clip
         ctx.mark_non_differentiable(norm_B)
-        step_B11 = (scale_B * -lr)[:, None, None]
-        new = [torch.addcmul(w, g, step_B11) for w, g in zip(weights, gradients, strict=True)]
         return *new, norm_B
 
     @staticmethod
