@@ -278,6 +278,11 @@ def test_evaluate(here: Path, capsys: pytest.CaptureFixture[str], model_dir: Pat
     assert run("evaluate", "b.jsonl", *options, "geese.txt") == 0
     report = json.loads(capsys.readouterr().out)
     assert [document["name"] for document in report["documents"]] == ["short", "geese.txt"]
+    measured = report["measured"]
+    assert run("info", model_dir / "model", "--json") == 0
+    assert measured["model"] == json.loads(capsys.readouterr().out)["digest"]
+    assert (measured["max_tokens"], measured["dtype"]) == (None, "float32")
+    assert measured["machine"]["device"] == "cpu"
 
 
 def test_prepare_train_and_extend(

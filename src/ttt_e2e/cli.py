@@ -257,6 +257,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _require_threads(arguments.threads)
     from ttt_e2e.data.text import documents
     from ttt_e2e.evaluation.books import evaluate, table
+    from ttt_e2e.machine import machine
+    from ttt_e2e.model_files import model_digest
 
     skipped: list[str] = []
     for path in arguments.files:
@@ -273,7 +275,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
     )
     if arguments.json:
-        _print_json(report.to_dict() | {"skipped": skipped})
+        measured = {
+            "model": model_digest(model),
+            "max_tokens": arguments.max_tokens,
+            "dtype": str(dtype).removeprefix("torch."),
+            "machine": machine(model.embedding.device),
+        }
+        _print_json(report.to_dict() | {"skipped": skipped, "measured": measured})
     else:
         print(table(report))
     for sentence in skipped:
