@@ -29,9 +29,9 @@ import pyarrow.parquet
 import torch
 
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.evaluation.books import standard_error
 from ttt_e2e.machine import machine
 from ttt_e2e.notebook import Notebook, passage_size, prompt_with_passages
-from ttt_e2e.reproduce.statistics import standard_error
 from ttt_e2e.session import Session, load_reader
 
 WAYS = ("neither", "memory", "notebook", "both", "learned")

@@ -1,7 +1,7 @@
 """How much faster do many sessions read and write in one batch than one after the other?
 
     python benchmarks/pool.py                        # the shipped model, 16 sessions
-    python benchmarks/pool.py --threads 1 --out results/pool.json
+    python benchmarks/pool.py --threads 1 --out benchmarks/results/pool.json
     python benchmarks/pool.py --dtype bfloat16       # matrix products in bfloat16, as `ttt-e2e serve --dtype` has it
 
 Every session has read another part of Python's own library, and stands at another position. Then all of them read on
@@ -46,8 +46,8 @@ def timed(work: Callable[[], None]) -> Times:
 
 def read_alone(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> None:
     for state, _, pending in texts:
-        for start in range(0, len(pending) - 1, model.config.mini_batch or 256):
-            ids_1T = torch.from_numpy(pending[start : start + (model.config.mini_batch or 256) + 1])[None]
+        for start in range(0, len(pending) - 1, model.config.read_batch):
+            ids_1T = torch.from_numpy(pending[start : start + model.config.read_batch + 1])[None]
             state, nll_1T, _ = read_mini_batch(model, state, ids_1T[:, :-1], ids_1T[:, 1:], dtype=dtype)
             nll_1T[0].numpy()
 
@@ -121,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, tokenizer = load_reader(args.model, torch.device("cpu"))
     dtype = getattr(torch, args.dtype)
-    b, window = model.config.mini_batch or 256, model.config.window
+    b, window = model.config.read_batch, model.config.window
 
     # Sessions with a full window behind them, at positions of their own, and what they are to read next.
     before = [window + b * (i + 1) for i in range(args.sessions)]

@@ -85,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_reader(args.model, torch.device("cpu"))
-    piece = 16 * (model.config.mini_batch or 256)
+    piece = 16 * model.config.read_batch
     stream = pieces_of(tokenizer, args.files, piece)
     process = psutil.Process()
 

@@ -87,7 +87,7 @@ def test_read_save_and_generate(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["tokens"] > 0
 
 
-def test_a_session_in_half_the_space(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_session_in_half_the_space(here: Path) -> None:
     options = ("--no-picture", "--quiet")
     assert run("read", "geese.txt", "--save", "exact", *options) == 0
     assert run("read", "geese.txt", "--save", "small", "--precision", "bfloat16", *options) == 0
@@ -498,7 +498,7 @@ def test_a_full_disk(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert (here / "s").read_bytes() == before
 
 
-def test_ctrl_c(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 

@@ -182,9 +182,7 @@ def test_ctrl_c_and_the_same_again(here: Path, monkeypatch: pytest.MonkeyPatch) 
     assert noted("s") == TEXT
 
 
-def test_a_stream_that_is_no_text_leaves_all_as_it_was(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_is_no_text_leaves_all_as_it_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     kept = (here / "s").read_bytes()
     for data in (b"", b"\x7fELF\0"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ttt_e2e.data.text import (
     documents,
     read_text,
+    short_pieces,
     standard_library,
     standard_library_document,
     text_pieces,
@@ -34,6 +35,12 @@ def write_parquet(path: Path, **columns: list[object]) -> Path:
 @given(text=st.text(min_size=1).filter(lambda text: "\0" not in text), size=st.integers(1, 9))
 def test_pieces_join_to_the_text(text: str, size: int) -> None:
     assert "".join(text_pieces(io.BytesIO(text.encode()), size)) == text
+
+
+def test_short_pieces() -> None:
+    pieces = ["a" * 150_000, "", "b", "c" * 65_536]
+    short = list(short_pieces(pieces))
+    assert "".join(short) == "".join(pieces) and [len(piece) for piece in short] == [65_536, 65_536, 18_928, 1, 65_536]
 
 
 def test_a_pipe_that_goes_on_gives_what_there_is() -> None:

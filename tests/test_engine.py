@@ -26,7 +26,9 @@ from ttt_e2e import pool as pool_module
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.sampling import SamplingOptions
-from ttt_e2e.server.engine import Engine, NoSession, Progress, SessionRecord, Stopping, Store, TooMuch
+from ttt_e2e.server.engine import Engine
+from ttt_e2e.server.records import NoSession, Progress, SessionRecord, Stopping, TooMuch
+from ttt_e2e.server.store import Store
 from ttt_e2e.session import Diverged, Session
 from ttt_e2e.session_files import model_fingerprint
 

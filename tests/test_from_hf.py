@@ -445,9 +445,7 @@ def bpe(specials: list[str]) -> tokenizers.Tokenizer:
         ("llama", ["<s>", "</s>"], "<s>"),
     ],
 )
-def test_texts_are_read_and_written(
-    tmp_path: Path, name: str, specials: list[str], bos: str, pretrained: Pretrained
-) -> None:
+def test_texts_are_read_and_written(tmp_path: Path, name: str, specials: list[str], bos: str) -> None:
     """With a vocabulary rounded up, as Qwen's is: the rows that no token names are left out."""
     family, changes, _ = CASES[name]
     backend, folder = bpe(specials), tmp_path / "checkpoint"

@@ -231,7 +231,7 @@ def test_a_session_takes_less(tmp_path: Path) -> None:
     assert sizes[1] < sizes[0] / 4
 
 
-def test_compiled_reading(tmp_path: Path, model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_reading(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(session_module, "compiled_steps", lambda device: compiled_steps(device, "aot_eager"))
     plain, compiled = Session(model), Session(model, compile=True)

@@ -262,7 +262,7 @@ def test_a_run_writes_its_files_and_goes_on_where_it_was_interrupted(
 
 
 def test_more_may_be_asked_but_not_of_another_text_or_model(
-    models: dict[str, Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], story: Path, tmp_path: Path
 ) -> None:
     one = {"window": models["window"]}
     few = ASKED | dict(tasks=(1,), contexts=(300,))
@@ -290,9 +290,7 @@ def test_divergence_counts_as_not_found(
     assert "| 0 % |" in (tmp_path / "out" / "needles.md").read_text()
 
 
-def test_a_run_that_cannot_be_is_refused_before_it_begins(
-    models: dict[str, Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_cannot_be_is_refused_before_it_begins(models: dict[str, Path], story: Path, tmp_path: Path) -> None:
     def refused(match: str, **changes: object) -> None:
         values = dict(models=models, haystack=story, samples=1) | ASKED | changes
         with pytest.raises(UserError, match=match):
@@ -301,7 +299,6 @@ def test_a_run_that_cannot_be_is_refused_before_it_begins(
 
     refused("at least one model", models={})
     refused("at least one model", samples=0)
-    refused("no dtype", dtype="int4")
     refused("no needle task 7", tasks=(1, 7))
     refused("too small", contexts=(400, 50))
     refused("does not exist", haystack=tmp_path / "none.txt")

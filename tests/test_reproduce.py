@@ -24,6 +24,7 @@ from ttt_e2e.data.loader import SequenceLoader
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import Divergence, UserError
+from ttt_e2e.evaluation.books import standard_error
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.presets import preset
 from ttt_e2e.reproduce import job, workers
@@ -31,7 +32,7 @@ from ttt_e2e.reproduce.evaluate import books, choose_inner_lr, position_edges, r
 from ttt_e2e.reproduce.plan import Plan, jobs
 from ttt_e2e.reproduce.run import reproduce
 from ttt_e2e.reproduce.scales import SCALES, Scale
-from ttt_e2e.reproduce.statistics import difference, mean, standard_error
+from ttt_e2e.reproduce.statistics import difference, mean
 from ttt_e2e.reproduce.systems import SYSTEMS, WARM_STARTS, ablations, choose, extending, pretraining
 from ttt_e2e.reproduce.timing import LatencyRow
 from ttt_e2e.training import trainer
@@ -348,7 +349,7 @@ def test_ctrl_c_in_the_middle_and_on(
     }
 
 
-def test_one_at_a_time_in_a_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_at_a_time_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_LOCK_SECONDS", 0.1)
     with workers.locked(tmp_path), pytest.raises(UserError, match="is at work in"), workers.locked(tmp_path):
         pass
@@ -537,9 +538,7 @@ def test_a_comparison_s_models_are_asked_for_needles(whole: Path, monkeypatch: p
     assert (given["tasks"], given["contexts"]) == ([1, 3], [2048])
 
 
-def test_the_command_line(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given: dict[str, Any] = {}
 
     def kept(*arguments: Any, **options: Any) -> workers.Outcome:

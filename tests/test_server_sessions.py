@@ -46,7 +46,7 @@ def error_of(answer: Any, status: int) -> str:
     return answer.json()["error"]["message"]
 
 
-def test_a_session_from_beginning_to_end(client: TestClient, engine: FakeEngine) -> None:
+def test_a_session_from_beginning_to_end(client: TestClient) -> None:
     made = client.post("/v1/sessions").json()
     assert made["object"] == "session" and made["tokens"] == 1 and made["error"] is None
     at = f"/v1/sessions/{made['id']}"

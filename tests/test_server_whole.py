@@ -246,7 +246,7 @@ def test_what_was_acknowledged_outlives_a_kill(model: Transformer, tokenizer: To
 
 
 @pytest.mark.slow
-def test_a_model_that_is_of_no_use_ends_in_a_sentence(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_model_that_is_of_no_use_ends_in_a_sentence(tokenizer: Tokenizer, tmp_path: Path) -> None:
     broken = small_model(vocab_size=tokenizer.vocab_size)
     with torch.no_grad():
         broken.final_norm.weight.fill_(float("nan"))

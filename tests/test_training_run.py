@@ -246,7 +246,7 @@ def test_data_of_another_vocabulary(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_does_not_split(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_split(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not split"):
         run(data, tmp_path / "run", "batch=3")
 

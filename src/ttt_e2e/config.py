@@ -228,6 +228,11 @@ class ModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.layers))
 
     @property
+    def read_batch(self) -> int:
+        """Tokens of a mini-batch; a standard model without one takes 256."""
+        return self.mini_batch or 256
+
+    @property
     def loop_window(self) -> int | None:
         """Tokens that the attentions inside the loop see; None for all."""
         return None if "full" in self.mixers[self.prefix_layers + 1 :] else self.window

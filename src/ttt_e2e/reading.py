@@ -21,13 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ttt_e2e.curve import Curve
+from ttt_e2e.data.text import short_pieces
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.session import Diverged, Session
 from ttt_e2e.session_files import Precision
 from ttt_e2e.unfinished import Chunk, Progress, go_on, save_unfinished
 
-_PIECE_CHARS = 1 << 16
 _BARS = "▁▂▃▄▅▆▇█"
 _Item = TypeVar("_Item")
 
@@ -202,17 +202,11 @@ def _chunks(tokenizer: Tokenizer, pieces: Iterable[str], most: int) -> Iterator[
 
     They depend on the text alone, so that a reading that goes on finds the same ones.
     """
-    for tokens in tokenizer.encode_pieces(_small(pieces)):
+    for tokens in tokenizer.encode_pieces(short_pieces(pieces)):
         size = len(tokenizer.decode(tokens).encode("utf-8", "replace")) / max(1, len(tokens))
         for start in range(0, len(tokens), most):
             ids = tokens[start : start + most]
             yield Chunk(ids, size * len(ids))
-
-
-def _small(pieces: Iterable[str]) -> Iterator[str]:
-    for piece in pieces:
-        for start in range(0, len(piece), _PIECE_CHARS):
-            yield piece[start : start + _PIECE_CHARS]
 
 
 def _so_far(curve: Curve, twin: Curve, seconds: float) -> str:

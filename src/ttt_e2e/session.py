@@ -122,8 +122,8 @@ class Session:
 
     @property
     def mini_batch(self) -> int:
-        """Tokens of a mini-batch; a standard model, which has none, takes 256."""
-        return self.model.config.mini_batch or 256
+        """Tokens of a mini-batch, see `ModelConfig.read_batch`."""
+        return self.model.config.read_batch
 
     @property
     def piece(self) -> int:
@@ -437,7 +437,7 @@ def gone_back(what: str, position: int) -> Diverged:
 
 def frozen_batches(config: ModelConfig) -> int:
     """How many mini-batches are read at once where nothing is learned: fewer for a large vocabulary."""
-    return max(1, min(_FROZEN_BATCHES, LOGITS // (config.vocab_size * (config.mini_batch or 256))))
+    return max(1, min(_FROZEN_BATCHES, LOGITS // (config.vocab_size * config.read_batch)))
 
 
 def sampling_options(max_tokens: int, sampling: Mapping[str, Any]) -> SamplingOptions:

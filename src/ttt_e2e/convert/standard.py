@@ -19,6 +19,7 @@ _DECIDED = (
     *("window", "mini_batch", "suffix_layers", "pattern", "static_mlp"),
     *("fast_mlp_width", "suffix_mlp_width", "parallel_mlp", "fast_rank"),
 )
+_SEED = 0  # of the fast MLPs and factors that are new
 
 
 def learning_config(config: ModelConfig, start: Start) -> ModelConfig:
@@ -44,14 +45,14 @@ def learning_config(config: ModelConfig, start: Start) -> ModelConfig:
     return model_config(source, start)
 
 
-def warm_start(model: Transformer, config: ModelConfig, seed: int = 0) -> Transformer:
+def warm_start(model: Transformer, config: ModelConfig) -> Transformer:
     """The standard `model` in the shape of `config`, which may see less and may learn, see `learning_config`.
 
     Without static MLPs in the suffix, those of the model become the fast ones: dynamic evaluation. Where a window
-    covers the text, it predicts the same, until the first update. seed: of new fast MLPs and factors.
+    covers the text, it predicts the same, until the first update.
     """
     trained = dict(model.named_parameters())
-    new = Transformer(config, torch.Generator().manual_seed(seed)).to(model.embedding)
+    new = Transformer(config, torch.Generator().manual_seed(_SEED)).to(model.embedding)
     fast_units = config.fast_width if config.parallel_mlp else 0
     with torch.no_grad():
         for name, weight in new.named_parameters():

@@ -13,6 +13,7 @@ from typing import IO, Any
 from ttt_e2e.errors import UserError
 
 PIECE_BYTES = 1 << 20
+_SHORT = 1 << 16
 _JSONL = {".jsonl", ".ndjson"}
 _ROWS_PER_BATCH = 16
 _TEST_FOLDERS = {"test", "tests", "idle_test", "__phello__"}
@@ -57,6 +58,13 @@ def text_pieces(source: Path | IO[bytes], piece_bytes: int = PIECE_BYTES) -> Ite
         raise UserError(f"{source} does not exist; check the path.") from error
     except OSError as error:
         raise UserError(f"Cannot read {source}: {error.strerror}.") from error
+
+
+def short_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of at most 65,536 characters, so that little is tokenised before the first is read."""
+    for piece in pieces:
+        for start in range(0, len(piece), _SHORT):
+            yield piece[start : start + _SHORT]
 
 
 def _decode(stream: IO[bytes], name: str, piece_bytes: int) -> Iterator[str]:

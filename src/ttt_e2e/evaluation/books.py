@@ -6,7 +6,7 @@ for each document by itself.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -106,7 +106,7 @@ def evaluate(
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens))
     learns = bool(model.suffix) and model.config.inner_lr > 0
     results: list[DocumentResult | None] = [None] * len(texts)
-    bins = _PositionBins(model.config.mini_batch or 256)
+    bins = _PositionBins(model.config.read_batch)
     total = sum(len(text.tokens) - 1 for text in texts) * (1 + learns)
     with tqdm(total=total, unit="token", unit_scale=True, disable=not progress, desc="evaluating") as bar:
         for first in range(0, len(order), batch):
@@ -137,7 +137,7 @@ def _tokenise(tokenizer: Tokenizer, document: Document, max_tokens: int | None) 
 def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtype, bar: tqdm) -> list[np.ndarray]:
     """The losses of every text, float32; `texts` sorted by length, the longest first."""
     config, device = model.config, model.embedding.device
-    length = (config.mini_batch or 256) * (1 if learn else frozen_batches(config))
+    length = config.read_batch * (1 if learn else frozen_batches(config))
     counts = [len(text.tokens) - 1 for text in texts]
     losses = [np.empty(count, np.float32) for count in counts]
     state = start_reading(model, len(texts), dtype)
@@ -249,10 +249,18 @@ def _report(documents: list[DocumentResult], positions: list[PositionResult]) ->
         loss_without=mean([document.loss_without for document in documents]),
         loss_per_token=sum(document.loss * document.tokens for document in documents) / tokens,
         gain=mean([document.gain for document in documents]),
-        gain_error=float(np.std(gains, ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None,
+        gain_error=standard_error(gains),
         bits_per_byte=float(np.mean([document.bits_per_byte for document in documents])),
         bits_per_byte_without=mean([document.bits_per_byte_without for document in documents]),
     )
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of their mean, with the unbiased variance; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    middle = sum(values) / len(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def table(report: EvaluationReport) -> str:

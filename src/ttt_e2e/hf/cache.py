@@ -221,7 +221,7 @@ class _Call:
         """The state after `ids`, nothing learned; keeps the logits after each row's last `wanted` ones of them."""
         length = ids_BT.shape[1]
         first = length - min(length, max(0, *wanted))
-        piece = (self.model.config.mini_batch or 256) * frozen_batches(self.model.config)
+        piece = self.model.config.read_batch * frozen_batches(self.model.config)
         for at in range(0, first, piece):  # no logits of a whole text at once
             part_BT = ids_BT[:, at : min(at + piece, first)]
             state, _, _ = read_mini_batch(self.model, state, part_BT, part_BT, inner_lr=0.0, dtype=self.dtype)

@@ -48,7 +48,7 @@ def gated_delta_rule(
 
     kernels: "torch" computes in the state's dtype on any device; "auto" takes flash-linear-attention for 16-bit inputs
     on a GPU if it is installed (its float32 products are TF32 ones), "fused" always.
-    Raises UserError if kernels is "fused" and the inputs are not on a GPU.
+    Raises UserError if kernels is "fused" and flash-linear-attention is not installed or the inputs are not on a GPU.
     """
     library = _library_for(v_BTAV, kernels)
     if library is not None:

@@ -78,7 +78,7 @@ was not trained with. A plan of them:
     )
     sub.add_argument("--scale", default="tiny", metavar="NAME", help="tiny, small or paper (default: tiny)")
     sub.add_argument("--out", type=Path, required=True, metavar="OUT", help="the folder to write")
-    sub.add_argument("--systems", type=_words, metavar="A,B", help="only these (default: all)")
+    sub.add_argument("--systems", type=_words, metavar="A,B", help="only these (default: all but full-prefix)")
     sub.add_argument("--contexts", type=_list(tokens), metavar="N,M", help="such as 512,2K (default: the scale's)")
     sub.add_argument("--seconds", type=float, metavar="S", help="time for each figure (default: the scale's)")
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as cores)")

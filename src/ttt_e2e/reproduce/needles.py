@@ -31,7 +31,7 @@ from ttt_e2e.files import atomic_path, write_text
 from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import model_digest, read_json
-from ttt_e2e.session import DTYPES, Diverged, Session, load_reader
+from ttt_e2e.session import Diverged, Session, load_reader
 from ttt_e2e.session_files import model_fingerprint
 from ttt_e2e.training.distributed import choose_device
 
@@ -190,8 +190,8 @@ def default_haystack() -> str:
 class ModelReader:
     """A model that reads the prompt, learning from it if it is one that learns, and writes on."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, dtype: str = "float32") -> None:
-        self.model, self.tokenizer, self.dtype = model, tokenizer, DTYPES[dtype]
+    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self._read: tuple[str, Session] | None = None
 
     def answer(self, prompt: str, max_tokens: int) -> str:
@@ -206,7 +206,7 @@ class ModelReader:
 
     def _after(self, prompt: str) -> Session:
         if self._read is None or self._read[0] != prompt:
-            session = Session(self.model, self.tokenizer, dtype=self.dtype)
+            session = Session(self.model, self.tokenizer)
             session.read(prompt)
             self._read = prompt, session
         return self._read[1]
@@ -257,7 +257,6 @@ def run_needles(
     seed: int = 0,
     haystack: Path | None = None,
     device: str = "auto",
-    dtype: str = "float32",
     progress: bool = True,
 ) -> list[Result]:
     """Ask every model (a name and its folder); writes needles.json, needles.md and needles.png into the folder `out`.
@@ -266,17 +265,15 @@ def run_needles(
     Python's own library. Every answer is on the disk before the next question: the same call goes on where it was
     interrupted, and other tasks, contexts, depths, samples and models are added to what is there. Raises UserError
     for values out of range, folders that are no model or have no tokenizer, contexts too small, and if `out` holds
-    results of another seed, text or dtype, or of another model by the same name.
+    results of another seed or text, or of another model by the same name.
     """
     if not models or not tasks or not contexts or not depths or samples < 1:
         raise UserError(
             "Needles need at least one model, task, context, depth and sample; "
             f"there are {len(models)}, {len(tasks)}, {len(contexts)}, {len(depths)} and {samples}."
         )
-    if dtype not in DTYPES:
-        raise UserError(f"There is no dtype {dtype!r}; choose one of: {', '.join(DTYPES)}.")
     text = default_haystack() if haystack is None else read_text(Path(haystack))
-    plan = {"seed": seed, "dtype": dtype, "haystack": hashlib.sha256(text.encode()).hexdigest()}
+    plan = {"seed": seed, "dtype": "float32", "haystack": hashlib.sha256(text.encode()).hexdigest()}
     out = Path(out)
     facts, results = _results(out, plan)
     facts["machine"] = machine(choose_device(device))
@@ -289,7 +286,7 @@ def run_needles(
     with tqdm(total=len(models) * len(asked), disable=not progress, desc="needles", unit="question") as bar:
         for name, folder in models.items():
             model, tokenizer = _load(name, folder, device, facts)
-            reader = ModelReader(model, tokenizer, dtype)
+            reader = ModelReader(model, tokenizer)
             for sample, task, context, depth in asked:
                 where = (name, task, context, float(depth), sample)
                 if where not in done:

@@ -61,7 +61,7 @@ def reproduce(
         if measured.interrupted:
             return _stopped(measured, out)
         todo = jobs(plan)
-        seconds = _expected(plan, todo, measured.results)
+        seconds = _expected(todo, measured.results)
         print(_described(plan, todo, seconds, count, measured, out))
         if dry_run:
             return measured
@@ -157,7 +157,7 @@ def _plan(
     )
 
 
-def _expected(plan: Plan, todo: list[Job], measured: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+def _expected(todo: list[Job], measured: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     """Seconds that each job should take, from the speeds at the shortest context and the longest.
 
     A token's cost is a constant and, for full attention, a share that grows with the context.

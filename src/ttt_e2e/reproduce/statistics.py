@@ -1,8 +1,9 @@
 """Differences between systems, with what their books and their seeds leave uncertain."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from ttt_e2e.evaluation.books import standard_error
 
 Losses = Mapping[int, Mapping[str, float]]
 """Mean losses by seed and by book."""
@@ -43,11 +44,3 @@ def difference(ours: Losses, theirs: Losses) -> Mean | None:
             if seed in theirs
         }
     )
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """The standard error of their mean, with the unbiased variance; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    middle = sum(values) / len(values)
-    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ttt_e2e.cost import state_bytes
+from ttt_e2e.data.text import short_pieces
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model import Transformer
@@ -25,12 +26,9 @@ from ttt_e2e.server.store import Store
 from ttt_e2e.server.worker import Job, Worker
 from ttt_e2e.session import Diverged, Session
 
-__all__ = ["Engine", "NoSession", "Piece", "Progress", "SessionRecord", "Stopping", "TooMuch"]
-
 _HEADER = 1 << 20  # bytes, more than a session file's has
 _CHUNK = 4  # mini-batches that a text is handed to the pool in
 _AHEAD = 2  # chunks that are there at most: one is read while the next is tokenised
-_PIECE_CHARS = 1 << 16
 
 
 class Engine:
@@ -297,8 +295,7 @@ class Engine:
     def _chunks(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """The tokens of a text, a few mini-batches at a time."""
         size = _CHUNK * self._fresh.mini_batch
-        small = (piece[at : at + _PIECE_CHARS] for piece in pieces for at in range(0, len(piece), _PIECE_CHARS))
-        for ids in self._tokenizer.encode_pieces(small):
+        for ids in self._tokenizer.encode_pieces(short_pieces(pieces)):
             yield from np.split(ids, range(size, len(ids), size))
 
     def _check_length(self, tokens: int) -> None:

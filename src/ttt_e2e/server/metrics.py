@@ -11,6 +11,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _ENGINE = {
     "tokens_read": (True, "Tokens that were read, prompts included"),
     "tokens_written": (True, "Tokens that were written"),
+    "steps": (True, "Steps of the model, each shared by all sessions at work"),
     "sessions_in_memory": (False, "Sessions in memory"),
     "sessions_on_disk": (False, "Sessions on the disk"),
     "bytes_in_memory": (False, "Bytes of the sessions in memory"),
