@@ -79,6 +79,10 @@ def test_a_models_template(tmp_path: Path) -> None:
         chat_template(tmp_path)
     write(tmp_path, tokenizer_config={"chat_template": ["x", {}, {"name": "rag", "template": "y"}]})
     assert chat_template(tmp_path) is None
+    write(tmp_path, tokenizer_config=config)  # a template of one's own for a model without, which spells its tokens
+    (tmp_path / "other.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    chat = load_chat(tmp_path, words(), tmp_path / "other.jinja")
+    assert chat.prompt(TALK, False) == ["Be kind.</s>"] and chat.stop == ("</s>",)
     (tmp_path / "tokenizer_config.json").unlink()
     assert chat_template(tmp_path) is None
     assert load_chat(tmp_path, words()).stop == ("\nUser:",)

@@ -182,6 +182,31 @@ def test_ctrl_c_and_the_same_again(here: Path, monkeypatch: pytest.MonkeyPatch) 
     assert noted("s") == TEXT
 
 
+@pytest.mark.parametrize("then", ["read", "generate"])
+def test_what_a_killed_reading_noted_and_never_read_is_forgotten(
+    here: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module.Session, "steps", killed)
+        with pytest.raises(Killed):
+            read("next.txt", "--session", "s", "--save", "s", "--notebook")
+    assert noted("s") == TEXT + NEXT and session_facts(here / "s")["unfinished"]["tokens"] == 0
+    if then == "read":
+        assert read("next.txt", "--session", "s", "--save", "s") == 0
+    else:
+        assert run("generate", "--session", "s", "On", "--learn", "--max-tokens", 3, "--save", "s") == 0
+    assert noted("s") == TEXT and "unfinished" not in session_facts(here / "s")
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(self: object, ids: object) -> None:
+    raise Killed
+
+
 def test_a_stream_that_is_no_text_leaves_all_as_it_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     kept = (here / "s").read_bytes()

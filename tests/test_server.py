@@ -1,5 +1,6 @@
 """The service before its addresses: errors, keys, owners, limits, logs, metrics, chat templates, the command."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from ttt_e2e.server.app import Settings, create_app
 from ttt_e2e.server.chat import Chat
 from ttt_e2e.server.keys import ENVIRONMENT, LOCAL, Keys, check_host, load_keys
 from ttt_e2e.server.limits import Bucket, Limits
+from ttt_e2e.server.logs import RequestLog
+from ttt_e2e.server.metrics import Metrics
 
 ANNA, BERT = "a-long-key-for-anna-1", "another-key-for-bert"
 KEYS = Keys({"anna": ANNA, "bert": BERT})
@@ -319,6 +322,9 @@ def test_a_disk_that_is_full_while_a_text_comes_in(engine: FakeEngine, monkeypat
     def nearly_full(file: Any, chunk: bytes) -> None:
         raise UserError("No more.") from OSError(28, "No space left on device")
 
+    def no_folder(**options: Any) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
     class Little:
         def __init__(self) -> None:
             self.kept = b""
@@ -342,6 +348,9 @@ def test_a_disk_that_is_full_while_a_text_comes_in(engine: FakeEngine, monkeypat
         at = f"/v1/sessions/{session}/read"
         with monkeypatch.context() as patch:
             patch.setattr(uploads, "_write", nearly_full)
+            error_of(client.post(at, content=b"a", headers={"content-type": "text/plain"}), 503)
+        with monkeypatch.context() as patch:
+            patch.setattr(uploads.tempfile, "TemporaryFile", no_folder)
             error_of(client.post(at, content=b"a", headers={"content-type": "text/plain"}), 503)
         with monkeypatch.context() as patch:  # a form's file is kept by the parser first
             patch.setattr(starlette.formparsers.SpooledTemporaryFile, "write", Little.full)
@@ -399,6 +408,31 @@ def test_a_line_a_request(engine: FakeEngine) -> None:
     written = "".join(lines)
     for secret in (ANNA, BERT, session, "private"):
         assert secret not in written
+
+
+def test_what_is_cut_off_at_the_end_is_told_so() -> None:
+    """uvicorn cancels what is not done when it has waited long enough."""
+    sent: list[Any] = []
+
+    async def cut(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/begun":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask(path: str) -> None:
+        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        await RequestLog(cut, Metrics(dict))(scope, None, send)  # type: ignore[arg-type]
+
+    with log_lines() as lines:
+        asyncio.run(ask("/"))
+        assert [message.get("status") for message in sent] == [503, None]
+        assert json.loads(sent[1]["body"])["error"]["code"] == "stopping"
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(ask("/begun"))
+    assert json.loads(lines[0])["status"] == 503
 
 
 def test_metrics(client: TestClient) -> None:

@@ -83,6 +83,8 @@ def test_a_text_as_a_file_of_a_form(client: TestClient, engine: FakeEngine, sess
         dict(content=b"junk", headers={"content-type": "multipart/form-data; boundary=x"}),
         dict(content=b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nhi\r\n--x--\r\n')
         | dict(headers={"content-type": "multipart/form-data; boundary=x"}),
+        dict(content=b'--x\r\nContent-Disposition: form-data; name="\xff"; filename="b"\r\n\r\nhi\r\n--x--\r\n')
+        | dict(headers={"content-type": "multipart/form-data; boundary=x; charset=undefined"}),
     ):
         assert "one file" in error_of(client.post(at, **form), 400)
     assert len(engine.all[session].text.split()) >= 500_000 and "junk" not in engine.all[session].text
@@ -109,7 +111,8 @@ def test_texts_that_are_none_are_refused_whole(
 
 
 @pytest.mark.parametrize(
-    "kind", ["", "application/json", "application/x-www-form-urlencoded", "text/html", "text/plain; charset=latin-1"]
+    "kind",
+    ["", "text", "garbage", "application/json", "multipart/form-data/x", "text/html", "text/plain; charset=latin-1"],
 )
 def test_other_types_are_refused(client: TestClient, session: str, kind: str) -> None:
     answer = client.post(f"/v1/sessions/{session}/read", content=b"x", headers={"content-type": kind} if kind else {})

@@ -329,6 +329,17 @@ def test_divergence_returns_to_the_last_good_state() -> None:
     assert same_state(session, fresh)
 
 
+def test_divergence_right_after_loading_says_that_nothing_earlier_is_known(tmp_path: Path) -> None:
+    model, tokens = small_model(inner_lr=1e30), tokens_of(60)
+    session = Session(model)
+    session.read(tokens[:6])  # the update that will turn out bad
+    session.save(tmp_path / "s")
+    loaded = Session.load(tmp_path / "s", model)
+    with pytest.raises(Diverged, match=r"after 5 tokens") as caught:
+        loaded.read(tokens[6:])
+    assert "no earlier one is known" in str(caught.value) and loaded.position == 5
+
+
 def test_divergence_later_keeps_what_was_learned_before(tmp_path: Path) -> None:
     model, tokens = small_model(), tokens_of(60)
     session = Session(model)

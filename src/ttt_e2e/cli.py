@@ -177,6 +177,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if arguments.notebook:
             notebook_command.print_sources(sources)
     if arguments.save:
+        notebook_command.forget_unread(arguments.save)
         session.save(arguments.save, arguments.precision)
         _note(f"session: {arguments.save}")
         if arguments.notebook:

@@ -148,6 +148,11 @@ class Notebook:
                     known -= len(same)
                     self.add(piece[len(same) :])
                     yield piece
+        if known:
+            raise UserError(
+                f"The notebook {self.folder} holds {known} characters more than this text has; "
+                "read the same text again, or begin a new one."
+            )
         if self._files:
             os.fsync(self._text.fileno())  # a whole text is safe from a power cut, too
 

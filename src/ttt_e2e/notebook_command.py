@@ -111,6 +111,7 @@ def noted_pieces(
     if arguments.save:
         from ttt_e2e.notebook import notebook_folder
 
+        forget_unread(arguments.save)
         folders = [notebook_folder(path) for path in (arguments.save, arguments.session) if path]
         if without := next((folder for folder in folders if folder.exists()), None):
             print(f"The notebook {without} will not have this text; --notebook notes it.", file=sys.stderr)
@@ -162,6 +163,14 @@ def print_sources(sources: "list[Passage]") -> None:
 
     shown = listing(sources) or "none fits the prompt and the window"
     print(f"\npassages of the notebook:\n\n{shown}", file=sys.stderr)
+
+
+def forget_unread(save: Path) -> None:
+    """Before the session file `save` is written anew, without its notebook: see `noting.forget_unread`."""
+    if save.exists():
+        from ttt_e2e import noting
+
+        noting.forget_unread(save)
 
 
 def say_where_it_lies(arguments: argparse.Namespace) -> None:

@@ -84,17 +84,31 @@ def noted(pieces: Iterable[str], noting: Noting, size: int) -> Iterator[str]:
         yield from notebook.noting(pieces, at=noting.begin)
 
 
+def forget_unread(session: Path) -> None:
+    """Cut from a session file's notebook the text of which it has read nothing, before the file is written anew.
+
+    So a killed process left them; the new file will not say where that text began. Raises UserError as `Notebook` does.
+    """
+    folder, begin = notebook_folder(session), _unread_from(session)
+    if begin is not None and folder.exists():
+        with Notebook(folder, create=False) as notebook:
+            notebook.cut(begin)
+
+
+def _unread_from(session: Path) -> int | None:
+    """Where in the notebook a text begins of which the session in a file has read nothing yet; None: there is none."""
+    unfinished = session_facts(session).get("unfinished")
+    begin: int | None = unfinished.get("begin") if unfinished and not unfinished["tokens"] else None
+    return begin
+
+
 def _characters(session: Path, size: int) -> int | None:
     """How many characters the notebook of a session file has that belong to it; None if it has no notebook."""
-    folder = notebook_folder(session)
-    facts = session_facts(session)
+    folder, begin = notebook_folder(session), _unread_from(session)
     if not folder.exists():
         return None
     with Notebook(folder, size=size) as notebook:
-        unfinished = facts.get("unfinished")
-        if unfinished and not unfinished["tokens"] and unfinished.get("begin") is not None:
-            return min(unfinished["begin"], notebook.characters)
-        return notebook.characters
+        return notebook.characters if begin is None else min(begin, notebook.characters)
 
 
 def _make(folder: Path, source: Path | None, size: int) -> None:

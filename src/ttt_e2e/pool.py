@@ -346,10 +346,11 @@ class SessionPool:
         if found is None:
             return None
         what, update = found
+        known = not update or run.before is not None
         if update and run.before is not None:
             run.row, run.text, run.pending = run.before
         run.before, run.pending = None, run.pending[:1]
-        return gone_back(what, run.row.position)
+        return gone_back(what, run.row.position, known)
 
     def _write(self, members: list[_Member], events: list[Event]) -> None:
         """A token for each of the members."""

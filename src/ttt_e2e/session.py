@@ -386,10 +386,11 @@ class Session:
         if found is None:
             return
         what, update = found
+        known = not update or self._before is not None
         if update and self._before is not None:
             self._stand(self._before)
         self._before, self._pending = None, self._pending[:1]
-        raise gone_back(what, self.position)
+        raise gone_back(what, self.position, known)
 
 
 def token_ids(tokens: np.ndarray | Iterable[int], vocabulary: int) -> np.ndarray:
@@ -425,10 +426,11 @@ def unsound(losses: np.ndarray, norm: float, position: int, learned: bool, vocab
     return None if math.isfinite(norm) else (f"the gradient {at} is {norm}", False)
 
 
-def gone_back(what: str, position: int) -> Diverged:
-    """The error that says so, once a session is back at its last good state, at `position`."""
+def gone_back(what: str, position: int, known: bool) -> Diverged:
+    """The error that says so, once a session is back at its last good state, at `position`, if that was `known`."""
+    back = "back at its last good state" if known else "at its last state, and may be spoiled: no earlier one is known"
     return Diverged(
-        f"Learning diverged: {what}; the session is back at its last good state, after {position} tokens. "
+        f"Learning diverged: {what}; the session is {back}, after {position} tokens. "
         "Read without learning, or with a model of a smaller inner_lr.",
         position,
         what,

@@ -89,10 +89,8 @@ def load_chat(model: Path, tokenizer: Tokenizer, file: Path | None = None) -> Ch
 
     Raises UserError if what is there is no template.
     """
-    template = chat_template(model)
-    if file is not None:
-        template = (template or ChatTemplate("", "", ""))._replace(source=read_text(file))
-    return Chat(template, tokenizer.special)
+    source = None if file is None else read_text(file)
+    return Chat(chat_template(model, source), tokenizer.special)
 
 
 def _template(source: str) -> Any:

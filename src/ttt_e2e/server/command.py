@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
+        logs.configure()
         store = Store(arguments.data)
         folder = shipped_model() if arguments.model is None else arguments.model
         model, tokenizer = load_reader(folder, choose_device(arguments.device))
@@ -118,7 +119,6 @@ def run(arguments: argparse.Namespace) -> int:
             limits=Limits(arguments.max_body, file=min(engine.file_bytes, _FILE), rate=arguments.rate),
             chat=load_chat(folder, tokenizer, arguments.chat_template),
         )
-        logs.configure()
         app = create_app(engine, settings)
         config = uvicorn.Config(
             app,

@@ -1,5 +1,6 @@
 """One line of JSON a request: what was asked for, how it went and what it took, and never anybody's text or key."""
 
+import asyncio
 import json
 import logging
 import secrets
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ttt_e2e.server import errors
 from ttt_e2e.server.metrics import Metrics
+from ttt_e2e.server.records import Stopping
 from ttt_e2e.server.streams import ClientGone
 
 GONE = 499  # nginx' status for a client that left before its answer; only logs and metrics know it
@@ -73,6 +75,11 @@ class RequestLog:
             await self.app(scope, receive, noted)
         except (ClientGone, ClientDisconnect):
             gone = True
+        except asyncio.CancelledError:
+            # The server ends and waits no longer; without an answer it would send one of its own.
+            if status is not None:
+                raise
+            await errors.response(Stopping())(scope, receive, noted)
         except Exception as error:
             # Not raised on: the server would write it to its log with all that it says.
             line.failed(error)
@@ -112,7 +119,7 @@ def configure() -> None:
     others.setFormatter(_OneLine())
     # Why the service cannot start is said by whoever started it, in a sentence.
     others.addFilter(lambda record: not record.getMessage().startswith("Traceback "))
-    for name in ("ttt_e2e", "uvicorn", "asyncio"):
+    for name in ("ttt_e2e", "uvicorn", "asyncio", "python_multipart"):
         logger = logging.getLogger(name)
         logger.handlers = [others]
         logger.setLevel(logging.WARNING)

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # What the engine counts, and whether it only ever grows.
 _ENGINE = {
-    "tokens_read": (True, "Tokens that were read, prompts included"),
+    "tokens_read": (True, "Tokens that sessions read, without prompts that they do not keep"),
     "tokens_written": (True, "Tokens that were written"),
     "steps": (True, "Steps of the model, each shared by all sessions at work"),
     "sessions_in_memory": (False, "Sessions in memory"),

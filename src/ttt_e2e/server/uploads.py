@@ -2,6 +2,8 @@
 
 import asyncio
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import IO
@@ -23,12 +25,12 @@ async def text_body(request: Request) -> IO[bytes]:
     It is the body itself as text/plain, or the one file of a multipart/form-data body. Raises Refused for other types,
     and UserError for what is no text.
     """
-    kind = Message()
-    kind["content-type"] = request.headers.get("content-type", "")
-    if kind.get_content_type() == _FORM and request.headers.get("content-type"):
+    header = request.headers.get("content-type", "")
+    kind = header.partition(";")[0].strip().lower()
+    if kind == _FORM:
         file = await _file_of_form(request)
-    elif request.headers.get("content-type") and kind.get_content_type() == "text/plain":
-        if _charset(kind) not in ("utf-8", "utf8", "us-ascii"):
+    elif kind == "text/plain":
+        if _charset(header) not in ("utf-8", "utf8", "us-ascii"):
             raise Refused(415, "The text must be UTF-8; convert it, or say so in Content-Type.", "wrong_charset")
         file = _nameless()
         await _save_body(request, file)
@@ -42,7 +44,9 @@ async def text_body(request: Request) -> IO[bytes]:
 
 async def save_body(request: Request, target: Path) -> None:
     """Write a request's body to the file `target`."""
-    with target.open("wb", buffering=0) as file:
+    with _disk():
+        file = target.open("wb", buffering=0)
+    with file:
         await _save_body(request, file)
 
 
@@ -53,15 +57,23 @@ async def _save_body(request: Request, file: IO[bytes]) -> None:
 
 def _write(file: IO[bytes], chunk: bytes) -> None:
     """Write all of it: a raw file may take less where the disk is nearly full."""
-    try:
+    with _disk():
         while chunk:
             chunk = chunk[file.write(chunk) :]
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"A body could not be kept while it came in: {error.strerror}.") from error
 
 
-def _charset(kind: Message) -> str:
+def _charset(header: str) -> str:
+    kind = Message()
     try:
+        kind["content-type"] = header
         return str(kind.get_param("charset", "utf-8")).lower()
     except Exception:  # the parser trips over some headers that are none
         return ""
@@ -70,25 +82,25 @@ def _charset(kind: Message) -> str:
 async def _file_of_form(request: Request) -> IO[bytes]:
     wrong = Refused(400, f"There must be one file, and nothing else, in a sound {_FORM}.", "no_file", "file")
     try:
-        async with request.form(max_files=1, max_fields=0) as form:
-            parts = [part for _, part in form.multi_items()]
-            if len(parts) != 1 or not isinstance(parts[0], UploadFile):
-                raise wrong
-            file = _nameless()
-            while chunk := await parts[0].read(1 << 20):
-                await asyncio.to_thread(_write, file, chunk)
+        with _disk():  # the parser keeps the file, too
+            async with request.form(max_files=1, max_fields=0) as form:
+                parts = [part for _, part in form.multi_items()]
+                if len(parts) != 1 or not isinstance(parts[0], UploadFile):
+                    raise wrong
+                file = _nameless()
+                while chunk := await parts[0].read(1 << 20):
+                    await asyncio.to_thread(_write, file, chunk)
     except Refused:
         raise  # also the gate's, for a body that is too large
-    except HTTPException as error:  # the parser's
+    except (HTTPException, ValueError) as error:  # the parser's; ValueError for some charsets
         raise wrong from error
-    except OSError as error:  # the parser keeps the file, too
-        raise UserError(f"A body could not be kept while it came in: {error.strerror}.") from error
     return file
 
 
 def _nameless() -> IO[bytes]:
     """A temporary file that nothing can leave behind. Errors about its content call it the text."""
-    file = tempfile.TemporaryFile(prefix="ttt-e2e-", buffering=0)  # noqa: SIM115 - closed when it is forgotten
+    with _disk():
+        file = tempfile.TemporaryFile(prefix="ttt-e2e-", buffering=0)  # noqa: SIM115 - closed when it is forgotten
     file.name = "The text"
     return file
 
