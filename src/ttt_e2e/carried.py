@@ -24,17 +24,23 @@ def chat_template(folder: Path, source: str | None = None) -> ChatTemplate | Non
     UserError for a file that cannot be read, and a template that is no text.
     """
     settings = _settings(folder / WORDS)
-    own = source if source is not None else settings.get("chat_template")
-    if source is None and (folder / CHAT_TEMPLATE).is_file():
-        own = read_text(folder / CHAT_TEMPLATE)
-    elif isinstance(own, list):  # several, by name
-        named = [one for one in own if isinstance(one, dict) and one.get("name") == "default"]
-        own = named[0].get("template") if named else None
-    if own is None:
+    if source is None:
+        source = _own_template(folder, settings)
+    if source is None:
         return None
-    if not isinstance(own, str):
+    return ChatTemplate(source, _spelling(settings.get("bos_token")), _spelling(settings.get("eos_token")))
+
+
+def _own_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    source = settings.get("chat_template")
+    if (folder / CHAT_TEMPLATE).is_file():
+        source = read_text(folder / CHAT_TEMPLATE)
+    elif isinstance(source, list):  # several, by name
+        named = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    if source is not None and not isinstance(source, str):
         raise UserError(f"The chat_template in {folder / WORDS} is no text; remove it, or use an unaltered copy.")
-    return ChatTemplate(own, _spelling(settings.get("bos_token")), _spelling(settings.get("eos_token")))
+    return source
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
