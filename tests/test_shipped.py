@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,8 +24,9 @@ def test_it_learns_while_it_reads() -> None:
     model, tokenizer = load_reader(None, torch.device("cpu"))
     report = evaluate(model, tokenizer, [standard_library_document("asyncio")], max_tokens=12_000, progress=False)
     document = report.documents[0]
-    assert document.gain is not None and document.gain > 0.05
+    # As measured when it was shipped, in float32 on Python 3.11.7; another patch release has a slightly other text.
+    assert document.loss == pytest.approx(1.927, abs=0.03)
+    assert document.loss_without == pytest.approx(2.688, abs=0.03)
     assert document.last_quarter is not None and document.first_quarter is not None
     assert document.last_quarter > document.first_quarter
-    assert np.isfinite(document.loss)
     assert document.loss == pytest.approx(report.loss)
