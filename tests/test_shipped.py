@@ -26,8 +26,8 @@ def test_it_learns_while_it_reads() -> None:
     document = report.documents[0]
     assert document.gain is not None and document.gain > 0.05
     # As measured when it was shipped, in float32 on Python 3.11.7; another patch release has a slightly other text.
-    assert document.loss == pytest.approx(1.927, abs=0.03)
-    assert document.loss_without == pytest.approx(2.688, abs=0.03)
+    assert document.loss == pytest.approx(1.952, abs=0.03)
+    assert document.loss_without == pytest.approx(2.804, abs=0.03)
     assert document.last_quarter is not None and document.first_quarter is not None
     assert document.last_quarter > document.first_quarter
     assert document.loss == pytest.approx(report.loss)
