@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder (default: the shipped model)")
     parser.add_argument("--sessions", type=int, default=16)
-    parser.add_argument("--mini-batches", type=int, default=4, help="that every session reads in a round")
+    parser.add_argument("--mini-batches", type=int, default=32, help="that every session reads in a round")
     parser.add_argument("--write", type=int, default=32, help="tokens that every session writes in a round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)

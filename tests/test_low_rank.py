@@ -1,6 +1,7 @@
 """Fast weights of low rank: against a twin that forms every sequence's matrices, and as people use them."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from ttt_e2e.inner_loop import PLAIN, inner_gradient_reference, inner_step, sequ
 from ttt_e2e.model import Transformer
 from ttt_e2e.model_files import load_model, save_model
 from ttt_e2e.ops.elementwise import swiglu_reference
-from ttt_e2e.ops.fast_mlp import FastPull, FastWeights, LowRankWeights, low_rank_mlp
+from ttt_e2e.ops.fast_mlp import FastWeights, LowRankWeights, low_rank_mlp
+from ttt_e2e.ops.linear import weight_gradient
 from ttt_e2e.session import Session
 from ttt_e2e.streaming import read_mini_batch, start_reading
 
@@ -38,17 +40,30 @@ def tokens(length: int, batch: int = 2) -> Tensor:
 # -- the operator ------------------------------------------------------------------------------------------------------
 
 
+Multiplied = Callable[[Tensor, bool], tuple[Tensor | None, list[Tensor]]]
+
+
+def multiplied_out(x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor) -> tuple[Tensor, Multiplied]:
+    out_BTD, pull = low_rank_mlp(x_BTD, fast, w_in_ED, w_out_DF)
+
+    def whole(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, list[Tensor]]:
+        dx_BTD, factors = pull(g_BTD, below)
+        return dx_BTD, [weight_gradient(*pair) for pair in factors]
+
+    return out_BTD, whole
+
+
 def by_whole_matrices(
     x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor
-) -> tuple[Tensor, FastPull]:
+) -> tuple[Tensor, Multiplied]:
     """The plain twin: every sequence's own sum is formed, and autograd gives all gradients."""
     w_in_BED = w_in_ED + fast.up_in_BER @ fast.down_in_BRD
     w_out_BDF = w_out_DF + fast.up_out_BDR @ fast.down_out_BRF
     out_BTD = swiglu_reference(x_BTD @ w_in_BED.mT)[0] @ w_out_BDF.mT
 
-    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, LowRankWeights]:
+    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, list[Tensor]]:
         dx_BTD, *gradient = torch.autograd.grad(out_BTD, (x_BTD, *fast), g_BTD, create_graph=True)
-        return dx_BTD if below else None, LowRankWeights(*gradient)
+        return dx_BTD if below else None, gradient
 
     return out_BTD, pull
 
@@ -70,11 +85,11 @@ def test_the_operator_equals_its_twin(sizes: tuple[int, ...], seed: int, below: 
     fast = LowRankWeights(drawn(b, 2 * f, r), drawn(b, r, d), drawn(b, d, r), drawn(b, r, f))
     given_to = (x, w_in, w_out, g, *fast)
     found = []
-    for function in (low_rank_mlp, by_whole_matrices):
+    for function in (multiplied_out, by_whole_matrices):
         out, pull = function(x, fast, w_in, w_out)
         dx, gradient = pull(g, below)
-        assert (dx is None) != below and isinstance(gradient, LowRankWeights)
-        pulled = [dx, *gradient] if below else [*gradient]
+        assert (dx is None) != below and len(gradient) == len(fast)
+        pulled = [*gradient] if dx is None else [dx, *gradient]
         first = torch.autograd.grad(out, given_to, g.detach(), retain_graph=True, allow_unused=True)
         weights = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=F64) for p in pulled]
         second = torch.autograd.grad(pulled, given_to, weights, allow_unused=True, materialize_grads=True)

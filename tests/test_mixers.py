@@ -13,6 +13,7 @@ from ttt_e2e.config import MIXERS, ModelConfig, TrainConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop import sequence_loss
 from ttt_e2e.mixers import make_mixer
+from ttt_e2e.mixers.attention import Cache, append, join
 from ttt_e2e.model import Transformer
 from ttt_e2e.session import Session
 from ttt_e2e.streaming import forward, start_reading
@@ -54,6 +55,37 @@ def test_any_split_gives_the_same(name: str, cuts: list[int], seed: int) -> None
     assert state.position == end.position
     for ours, theirs in zip(state.static or (), end.static or (), strict=True):
         torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3)),
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=30),
+    start=st.integers(0, 5),
+    window=st.one_of(st.none(), st.integers(1, 6)),
+)
+def test_a_cache_is_appended_to_in_its_own_memory(
+    sizes: tuple[int, int, int], lengths: list[int], start: int, window: int | None
+) -> None:
+    (batch, heads, width), generator = sizes, torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> Cache:
+        return Cache(*torch.randn(2, batch, heads, count, width, generator=generator).unbind())
+
+    ours = theirs = tokens(start)
+    for length in lengths:
+        own = tokens(length)
+        ours, theirs = join([append(ours, own)], window), join([theirs, own], window)
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_few_calls_copy_a_cache() -> None:
+    cache, own, places = Cache(*torch.randn(2, 2, 3, 8, 4).unbind()), torch.randn(2, 3, 1, 4), set()
+    for _ in range(80):
+        cache = join([append(cache, Cache(own, own))], 8)
+        places.add(cache.k_BGSK.untyped_storage().data_ptr())
+        assert cache.k_BGSK.untyped_storage().nbytes() <= 2 * cache.k_BGSK.nbytes
+    assert len(places) <= 20
 
 
 @pytest.mark.parametrize("name", PATTERNS)

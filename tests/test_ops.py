@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ttt_e2e.ops import elementwise as ops
 from ttt_e2e.ops.attention import attention, attention_once
-from ttt_e2e.ops.elementwise import Pull, clipped_step, clipped_step_reference
-from ttt_e2e.ops.linear import batched_linear, weight_gradient
+from ttt_e2e.ops.elementwise import Pull, clipped_step, clipped_step_, clipped_step_reference
+from ttt_e2e.ops.linear import Factors, batched_linear, weight_gradient
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(lambda shape: [*shape[:-1], 2 * shape[-1]])
 
@@ -136,6 +136,31 @@ def test_clipped_step_without_recording_gives_the_same_in_the_gradients_memory(c
     for ours, theirs, gradient in zip(found, expected, gradients, strict=True):
         assert torch.equal(ours, theirs) and ours.data_ptr() == gradient.data_ptr()
     assert torch.equal(norm, norm_too) and all(map(torch.equal, weights, before))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    shapes=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3),
+    scale=st.sampled_from([0.0, 1e-3, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_clipped_step_in_place_multiplies_nothing_out(
+    batch: int, tokens: int, shapes: list[tuple[int, int]], scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
+
+    weights = [draw(*shape) for shape in shapes]
+    factors = [Factors(scale * draw(tokens, e), draw(tokens, d)) for e, d in shapes]
+    expected, norm = clipped_step_reference(weights, [weight_gradient(*pair) for pair in factors], 0.7, 0.5)
+    found = clipped_step_(weights, factors, 0.7, 0.5)
+    torch.testing.assert_close(found, norm, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(weights, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_clipped_step_at_zero() -> None:

@@ -184,10 +184,16 @@ def play(check: Check, actions: list[tuple]) -> None:
     assert len(check.pool) == 0
 
 
-@given(actions=st.lists(ACTIONS, min_size=10, max_size=30), max_batch=st.integers(1, 5))
+@given(
+    actions=st.lists(ACTIONS, min_size=10, max_size=30),
+    max_batch=st.integers(1, 5),
+    replay=st.sampled_from([1, 3, pool_module._REPLAY]),
+)
 @settings(max_examples=40, deadline=None)
-def test_each_session_is_as_if_alone(actions: list[tuple], max_batch: int) -> None:
-    play(Check(MODELS["window"], max_batch, F64, 1e-9), actions)
+def test_each_session_is_as_if_alone(actions: list[tuple], max_batch: int, replay: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module, "_REPLAY", replay)
+        play(Check(MODELS["window"], max_batch, F64, 1e-9), actions)
 
 
 @pytest.mark.parametrize("name", sorted(set(PATTERNS) - {"window"}))
@@ -279,17 +285,39 @@ def test_what_stays_together_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> N
     copied = []
     plain = pool_module._gathered
 
-    def gathered(rows: list) -> object:
-        stack = plain(rows)
+    def gathered(rows: list, copy: bool = False) -> object:
+        stack = plain(rows, copy)
         copied.append(all(row.stack is not stack for row in rows))
         return stack
 
     monkeypatch.setattr(pool_module, "_gathered", gathered)
+    monkeypatch.setattr(pool_module, "_REPLAY", 5)
     for id in range(3):
         pool.submit_read(id, tokens_of(20, id))
         pool.submit_generate(id, tokens_of(3, id), max_tokens=5)
     run(pool)
     assert copied == [True] + [False] * 8
+    copied.clear()
+    for id in range(3):
+        pool.submit_read(id, tokens_of(60, id))
+    run(pool)  # in place while it can be read again in five mini-batches at most
+    assert copied == [False] + [True, False, False, False, False] * 2 + [True]
+
+
+def test_a_mini_batch_takes_the_memory_of_the_one_before() -> None:
+    model = MODELS["window"]
+    pool = pool_at(model, [26, 26])
+
+    def places() -> list[int]:
+        return [w.data_ptr() for pair in pool._members[1].own.row.stack.state.loop.fast for w in pair]
+
+    before = places()
+    peeked, state = pool.peek(0).standing().state, read_alone(model, tokens_of(26))[0]
+    for id in range(2):
+        pool.submit_read(id, tokens_of(10, 7))
+    run(pool)
+    assert places() == before
+    assert_same_state(peeked, state)  # what was given away before stays as it is
 
 
 def test_readers_take_turns_and_writers_never_wait() -> None:
@@ -313,7 +341,8 @@ def test_rows_that_are_left_behind_keep_little_memory() -> None:
         pool.remove(id)
     pool.step()
     (member,) = pool._members.values()
-    rows = [member.own.row, member.own.before[0]]  # type: ignore[index]
+    rows = member.own.rows
+    assert len(rows) == 2
     assert [len(row.stack.positions) for row in rows] == [1, 1]
     assert all(len(t.untyped_storage()) == t.nbytes for row in rows for t in row.stack.state.tensors())
     text = pool.remove(7).standing()
@@ -447,6 +476,68 @@ def test_divergence_goes_back_to_the_last_good_state() -> None:
     pool.submit_read(0, more)  # it can be read on from there
     assert of(run(pool), 0)[2] == [None]
     assert_same_state(pool.remove(0).standing().state, read_alone(model, np.concatenate((text, more)))[0])
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2, 4])
+@pytest.mark.parametrize("what", ["weights", "gradient"])
+def test_a_text_read_in_place_is_read_again_to_its_last_good_state(
+    mini_batches: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text, more = MODELS["window"], tokens_of(26), tokens_of(5 * mini_batches, 2)
+    pool = pool_at(model, [26, 31])
+    for id in range(2):
+        pool.submit_read(id, more)
+    run(pool)
+    own = pool._members[0].own
+    if what == "weights":  # the last update turns out bad
+        own.row.stack.state.loop.fast[0][0][own.row.at] *= math.nan
+    else:
+        plain = read_mini_batch
+
+        def read(*args: object, **more: object) -> object:
+            after, nll, norm = plain(*args, **more)  # type: ignore[arg-type]
+            norm[own.row.at] = math.nan
+            return after, nll, norm
+
+        monkeypatch.setattr(pool_module, "read_mini_batch", read)
+    for id in range(2):
+        pool.submit_read(id, tokens_of(5, 7))
+    events = run(pool)
+    (error,) = of(events, 0)[2]
+    kept = 25 + 5 * mini_batches - (5 if what == "weights" else 0)
+    assert isinstance(error, Diverged) and error.position == kept and "back at its last good" in str(error)
+    left = pool.remove(0).standing()
+    whole = np.concatenate((text, more))
+    assert_same_state(left.state, read_alone(model, whole[: kept + 1])[0])
+    assert left.pending.tolist() == whole[kept : kept + 1].tolist()
+    assert left.text == TextSoFar().add(whole[:kept], 5, None)
+    assert of(events, 1)[2] == [None]
+    beside = np.concatenate((tokens_of(31, 1), more, tokens_of(5, 7)))
+    assert_same_state(pool.remove(1).standing().state, read_alone(model, beside)[0])
+
+
+def test_ctrl_c_amid_an_update_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = MODELS["window"], [tokens_of(26), tokens_of(26, 1)]
+    pool = pool_at(model, [26, 26])
+
+    def read(*args: object, **more: object) -> object:
+        before = args[1].loop.fast[0][0].clone()  # type: ignore[attr-defined]
+        read_mini_batch(*args, **more)  # type: ignore[arg-type]
+        assert not torch.equal(args[1].loop.fast[0][0], before)  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "read_mini_batch", read)
+        for id in range(2):
+            pool.submit_read(id, tokens_of(10, 7))
+        with pytest.raises(KeyboardInterrupt):
+            pool.step()
+    for id, text in enumerate(texts):
+        assert_same_state(pool.peek(id).standing().state, read_alone(model, text)[0])
+    run(pool)
+    for id, text in enumerate(texts):
+        whole = np.concatenate((text, tokens_of(10, 7)))
+        assert_same_state(pool.remove(id).standing().state, read_alone(model, whole)[0])
 
 
 def test_a_learning_rate_that_is_too_large_ends_every_session_at_its_start() -> None:

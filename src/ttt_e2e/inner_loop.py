@@ -31,8 +31,9 @@ from ttt_e2e.mixers.attention import Cache
 from ttt_e2e.mixers.base import Place
 from ttt_e2e.model import Transformer
 from ttt_e2e.ops.attention import visible
-from ttt_e2e.ops.elementwise import clipped_step, wide
+from ttt_e2e.ops.elementwise import clipped_step, clipped_step_, wide
 from ttt_e2e.ops.fast_mlp import Weights
+from ttt_e2e.ops.linear import Factors, weight_gradient
 
 # Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph.
 KEPT_GRAPHS = 2
@@ -92,10 +93,17 @@ def score(model: Transformer, state: State, batch: MiniBatch) -> tuple[Tensor, t
 
 def inner_gradient(model: Transformer, state: State, batch: MiniBatch) -> Scored:
     """Score one mini-batch, and the gradient of its loss in the fast weights, by the layers' pulls."""
+    nll_Bb, factors, caches = _pulled(model, state, batch)
+    dtype = state.fast[0][0].dtype
+    return Scored(nll_Bb, _by_block(model, [weight_gradient(*pair).to(dtype) for pair in factors]), caches)
+
+
+def _pulled(model: Transformer, state: State, batch: MiniBatch) -> tuple[Tensor, list[Factors], tuple[Cache, ...]]:
+    """`inner_gradient` before it is multiplied out."""
     x_BbD, caches, pull_suffix = model.read_fast(batch.x_BbD, batch.place, state.fast, state.caches, inner=True)
     nll_Bb, pull_head = model.losses(x_BbD, batch.targets_Bb)
     weight_Bb = batch.mask_Bb / batch.mask_Bb.sum(-1, keepdim=True).clamp(min=1)
-    return Scored(nll_Bb, pull_suffix(pull_head(weight_Bb)), caches)
+    return nll_Bb, pull_suffix(pull_head(weight_Bb)), caches
 
 
 def inner_gradient_reference(model: Transformer, state: State, batch: MiniBatch) -> Scored:
@@ -121,6 +129,19 @@ def inner_step(
     weights, gradients = ([w for value in values for w in value] for values in (state.fast, scored.gradient))
     new, norm_B = clipped_step(weights, gradients, lr, model.config.inner_clip)
     return State(_by_block(model, new), scored.caches), scored.nll_Bb, norm_B
+
+
+def inner_step_in_place(
+    model: Transformer, state: State, batch: MiniBatch, lr: float | Tensor
+) -> tuple[State, Tensor, Tensor]:
+    """`inner_step` on a state that nobody needs any more, without a graph: the next fast weights take its place.
+
+    Many sequences' fast weights are more than a cache holds, so their update is as long as it takes to move them.
+    """
+    nll_Bb, factors, caches = _pulled(model, state, batch)
+    weights = [w for value in state.fast for w in value]
+    norm_B = clipped_step_(weights, factors, lr, model.config.inner_clip)
+    return State(state.fast, caches), nll_Bb, norm_B
 
 
 def _by_block(model: Transformer, tensors: Sequence[Tensor]) -> tuple[Weights, ...]:
@@ -170,7 +191,8 @@ def read_and_learn(
 ) -> tuple[tuple[Cache, ...], State, Tensor, Tensor]:
     """A whole mini-batch of reading: the caches below the loop, the loop's state, the losses, the gradients' norms."""
     x_BbD, static = model.read_static(tokens_Bb, place, static, dtype)
-    return static, *inner_step(model, loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, place), lr)
+    step = inner_step_in_place if place.in_place else inner_step
+    return static, *step(model, loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, place), lr)
 
 
 PLAIN = Steps(read_static, losses, score, inner_step, read_and_learn, fixed=False)

@@ -29,7 +29,7 @@ from ttt_e2e.mixers.attention import Attention, Cache
 from ttt_e2e.mixers.base import Mixer, Place
 from ttt_e2e.ops.elementwise import Pull, cross_entropy, rms_norm, swiglu, wide
 from ttt_e2e.ops.fast_mlp import FastPull, FastWeights, LowRankWeights, Weights, fast_mlp, low_rank_mlp
-from ttt_e2e.ops.linear import linear, pull_linear
+from ttt_e2e.ops.linear import Factors, linear, pull_linear
 from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
 from ttt_e2e.rope import frequencies
 
@@ -165,7 +165,7 @@ class Block(nn.Module):
         z_BTD, pull_post = self.fast_post_norm(y_BTD)
         out_BTD, pull_static = self.feed(x_BTD + z_BTD)
 
-        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, Weights]:
+        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
             g_BTD = pull_static(g_BTD)
             dn_BTD, gradient = pull_layer(pull_post(g_BTD), below)
             return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD), gradient
@@ -178,7 +178,7 @@ class Block(nn.Module):
         static_BTD, pull_static = self.mlp(n_BTD)
         z_BTD, pull_post = self.mlp_post_norm(fast_BTD + static_BTD)
 
-        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, Weights]:
+        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
             dy_BTD = pull_post(g_BTD)
             dn_BTD, gradient = pull_fast(dy_BTD, below)
             return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD + pull_static(dy_BTD)), gradient
@@ -321,11 +321,11 @@ class Transformer(nn.Module):
         fast: tuple[Weights, ...],
         caches: tuple[Cache, ...] | None,
         inner: bool,
-    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], tuple[Weights, ...]]]:
+    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], list[Factors]]]:
         """The rest of the suffix with the given fast weights, one value a block, and one cache a block but the first.
 
         Goes on from `read_static`. Returns the residual stream [B, T, D], the caches, and (if `inner`) the pull from
-        the residual stream to the fast weights.
+        the residual stream to the fast weights, block by block in the order of their fields.
         """
         old: Iterator[Cache | None] = itertools.repeat(None) if caches is None else iter(caches)
         new, pulls = [], []
@@ -340,15 +340,15 @@ class Transformer(nn.Module):
             x_BTD, pull_feed = block.feed_fast(x_BTD, weights)
             pulls.append((pull_mixer, pull_feed))
 
-        def pull(g_BTD: Tensor) -> tuple[Weights, ...]:
-            gradients = []
+        def pull(g_BTD: Tensor) -> list[Factors]:
+            gradients: list[Factors] = []
             for pull_mixer, pull_feed in reversed(pulls):
-                below_BTD, gradient = pull_feed(g_BTD, pull_mixer is not None)
-                gradients.append(gradient)
+                below_BTD, of_block = pull_feed(g_BTD, pull_mixer is not None)
+                gradients[:0] = of_block
                 if pull_mixer is not None:  # else this is the lowest fast MLP, and nothing below it is wanted
                     assert below_BTD is not None
                     g_BTD = pull_mixer(below_BTD)
-            return tuple(reversed(gradients))
+            return gradients
 
         return x_BTD, tuple(new), pull
 

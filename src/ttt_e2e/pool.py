@@ -7,12 +7,17 @@ all whose window is full do, and all whose mixers are recurrent. Where nothing i
 values of a shorter text get empty slots in front. The rows of a call stay stacked in one state after it, and the same
 rows go on from there without a copy; rows are copied only when one comes or goes.
 
+Where rows learn, the state after a mini-batch takes the memory of the one before it: to move what 16 texts have learned
+would take longer than to learn it. From time to time they are copied nevertheless, and the copy is where a text goes
+back to if it goes wrong: it reads again from there.
+
 Shapes: B rows, T tokens, V vocabulary.
 """
 
 import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,6 +59,9 @@ class Done(NamedTuple):
 
 Event = Losses | Token | Done
 
+_REPLAY = 32
+"""How many mini-batches are read in place, and so are read again at most by a text that went wrong."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
@@ -80,14 +88,26 @@ class _Row(NamedTuple):
         return self.stack.positions[self.at]
 
 
+class _Good(NamedTuple):
+    """Where a text stood when its loss was good, and the tokens that were read from there on, in pieces."""
+
+    row: _Row
+    text: TextSoFar
+    read: tuple[np.ndarray, ...] = ()
+
+
 @dataclass(eq=False)
 class _Run:
-    """A text that goes on, a session's own or the copy that is written on; before: when the loss was last good."""
+    """A text that goes on, a session's own or the copy that is written on."""
 
     row: _Row
     text: TextSoFar
     pending: np.ndarray
-    before: tuple[_Row, TextSoFar, np.ndarray] | None = None
+    good: _Good | None = None
+
+    @property
+    def rows(self) -> list[_Row]:
+        return [self.row] if self.good is None else [self.row, self.good.row]
 
 
 class _Write(NamedTuple):
@@ -188,8 +208,7 @@ class SessionPool:
     def peek(self, id: int) -> Session:
         """The session as it stands now, as `remove` gives it, with the same error; the one in the pool goes on."""
         run = self._member(id).own
-        state = _alone(run.row).stack.state._replace(ahead_B=None).map(_own)
-        return self.fresh.standing_at(Standing(state, run.text, run.pending.copy()))
+        return self._session(run.row, run.text, run.pending)
 
     def drop(self, id: int) -> None:
         """Let a session leave that nobody needs any more. Raises UserError for an id that is not here."""
@@ -266,6 +285,14 @@ class SessionPool:
             member.waiting = self._steps
         member.jobs.append(job)
 
+    def _session(self, row: _Row, text: TextSoFar, pending: np.ndarray) -> Session:
+        state = _alone(row).stack.state._replace(ahead_B=None)
+        return self.fresh.standing_at(Standing(state, text, pending.copy()))
+
+    def _runs(self) -> set[_Run]:
+        members = self._members.values()
+        return {run for m in members for run in (m.own, m.run, getattr(m.job, "border", None)) if run is not None}
+
     def _settle(self, member: _Member, events: list[Event]) -> None:
         """End jobs that have no work left and begin those that come next, up to one that has work."""
         while member.job is not None or member.jobs:
@@ -313,30 +340,58 @@ class SessionPool:
 
     def _read(self, members: list[_Member], events: list[Event]) -> None:
         """A mini-batch for each of the members; each one's state changes last and at once, or not at all."""
+        learn, runs = self.fresh.learn, [member.run for member in members]
+        in_place = learn and self._may_overwrite(runs)
+        stack = _gathered([run.row for run in runs], copy=learn and not in_place)
+        try:
+            self._read_stack(members, stack, in_place, events)
+        except KeyboardInterrupt:  # maybe amid an update
+            for run in runs:
+                if in_place and run.row.stack is stack:
+                    self._go_back(run, 0)
+            raise
+
+    def _read_stack(self, members: list[_Member], stack: _Stack, in_place: bool, events: list[Event]) -> None:
+        """`stack`: the members' runs; in_place: it is their own, and no copy."""
         fresh, piece, runs = self.fresh, self.piece, [member.run for member in members]
-        stack = _gathered([run.row for run in runs])
         ids_BT = self._tensor([run.pending[: piece + 1] for run in runs])
         lr = None if fresh.learn else 0.0
         after, nll_BT, norm_B = read_mini_batch(
-            fresh.model, stack.state, ids_BT[:, :-1], ids_BT[:, 1:], inner_lr=lr, dtype=fresh.dtype
+            fresh.model,
+            stack.state,
+            ids_BT[:, :-1],
+            ids_BT[:, 1:],
+            inner_lr=lr,
+            dtype=fresh.dtype,
+            in_place=fresh.learn,
         )
         new = _stack(after, tuple(position + piece for position in stack.positions))
         losses, norms = nll_BT.float().cpu().numpy(), norm_B.tolist()
         for i, (member, run) in enumerate(zip(members, runs, strict=True)):
             member.waiting = self._steps
-            error = self._judge(run, losses[i], norms[i])
+            error = self._judge(run, losses[i], norms[i], in_place)
             if error is not None:
                 self._fail(member, error, events)
                 continue
-            own = run is member.own
-            run.before = (run.row, run.text, run.pending[:1]) if own and fresh.learn else None
-            run.text = run.text.add(run.pending[:piece], piece, fresh.token_sizes)
-            run.row, run.pending = _Row(new, i), run.pending[piece:]
-            if own:
+            good = None
+            if fresh.learn:
+                good = run.good if in_place and run.good is not None else _Good(run.row, run.text)
+                good = good._replace(read=(*good.read, run.pending[:piece]))
+            text = run.text.add(run.pending[:piece], piece, fresh.token_sizes)
+            run.row, run.text, run.pending, run.good = _Row(new, i), text, run.pending[piece:], good
+            if run is member.own:
                 events.append(Losses(member.id, losses[i]))
             self._settle(member, events)
 
-    def _judge(self, run: _Run, losses: np.ndarray, norm: float) -> Diverged | None:
+    def _may_overwrite(self, runs: list[_Run]) -> bool:
+        """Whether the state of these runs is their own alone, and how to come back to it is known."""
+        stack = runs[0].row.stack
+        users = [row for run in self._runs() for row in run.rows if row.stack is stack]
+        whole = [run.row for run in runs] == [_Row(stack, at) for at in range(len(stack.positions))]
+        known = all(run.good is not None and len(run.good.read) < _REPLAY for run in runs)
+        return whole and known and len(users) == len(runs)
+
+    def _judge(self, run: _Run, losses: np.ndarray, norm: float, in_place: bool) -> Diverged | None:
         """What is wrong with a mini-batch, as in `Session`; the run is then back at its last good state."""
         first = run.row.position
         try:
@@ -346,11 +401,23 @@ class SessionPool:
         if found is None:
             return None
         what, update = found
-        known = not update or run.before is not None
-        if update and run.before is not None:
-            run.row, run.text, run.pending = run.before
-        run.before, run.pending = None, run.pending[:1]
+        known = not update or run.good is not None
+        if in_place or (update and known):
+            self._go_back(run, 1 if update else 0)
+        run.good, run.pending = None, run.pending[:1]
         return gone_back(what, run.row.position, known)
+
+    def _go_back(self, run: _Run, mini_batches: int) -> None:
+        """Take back so many mini-batches that were read: read again, from where the run was good, what came before."""
+        assert run.good is not None
+        row, text, read = run.good
+        tokens = np.concatenate((*read, run.pending))
+        session = self._session(row, text, tokens[: (len(read) - mini_batches) * self.piece + 1])
+        with suppress(Diverged):  # by another rounding; it is at its last good state then as well
+            session.read(())
+        state, run.text, _ = session.standing()
+        run.row, run.pending = _Row(_stack(state, (state.position,)), 0), tokens[state.position - row.position :]
+        run.good = None
 
     def _write(self, members: list[_Member], events: list[Event]) -> None:
         """A token for each of the members."""
@@ -388,11 +455,10 @@ class SessionPool:
 
     def _let_go(self) -> None:
         """Copy rows out of stacks most of whose rows nobody needs any more, so that the rest is freed."""
-        members = self._members.values()
-        runs = {run for m in members for run in (m.own, m.run, getattr(m.job, "border", None)) if run is not None}
+        runs = self._runs()
         needed: dict[_Stack, set[int]] = {}
         for run in runs:
-            for row in (run.row, *(run.before or ())[:1]):
+            for row in run.rows:
                 needed.setdefault(row.stack, set()).add(row.at)
         alone: dict[_Row, _Row] = {}
         for stack, indices in needed.items():
@@ -400,9 +466,8 @@ class SessionPool:
                 alone |= {_Row(stack, i): _alone(_Row(stack, i)) for i in indices}
         for run in runs:
             run.row = alone.get(run.row, run.row)
-            if run.before is not None:
-                row, text, pending = run.before
-                run.before = alone.get(row, row), text, pending
+            if run.good is not None:
+                run.good = run.good._replace(row=alone.get(run.good.row, run.good.row))
 
 
 # -- stacks ------------------------------------------------------------------------------------------------------------
@@ -417,23 +482,16 @@ def _stack(state: ReadState, positions: tuple[int, ...]) -> _Stack:
     return _Stack(state, positions, shapes, (slots, others))
 
 
-def _own(t: Tensor) -> Tensor:
-    """The same numbers, without what else lies in memory with them: a cache is cut from one of more slots."""
-    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
-
-
 def _alone(row: _Row) -> _Row:
-    """The same row, as the only one of a stack."""
+    """A copy of the row, as the only one of a stack."""
     stack, at = row
-    if len(stack.positions) == 1:
-        return row
     return _Row(_stack(stacked([stack.state], [at], [row.position]), (row.position,)), 0)
 
 
-def _gathered(rows: Sequence[_Row]) -> _Stack:
-    """Rows in one stack, in their order: the stack they are in if they are all of it, else a copy."""
+def _gathered(rows: Sequence[_Row], copy: bool = False) -> _Stack:
+    """Rows in one stack, in their order: the stack they are in if they are all of it, else or if wanted a copy."""
     first = rows[0].stack
-    if list(rows) == [_Row(first, at) for at in range(len(first.positions))]:
+    if not copy and list(rows) == [_Row(first, at) for at in range(len(first.positions))]:
         return first
     positions = tuple(row.position for row in rows)
     return _stack(stacked([row.stack.state for row in rows], [row.at for row in rows], positions), positions)

@@ -87,7 +87,7 @@ class Attention(Mixer):
         qk_BTJK, pull_rotation = rotate(qk_BTJK, place.cos, place.sin)
         q_BHTK, k_BGTK = qk_BTJK.to(x_BTD.dtype).transpose(1, 2).split((heads, kv_heads), 1)
         own = Cache(k_BGTK, v_BTGK.transpose(1, 2))
-        seen = own if cache is None else join([cache, own])
+        seen = own if cache is None else append(cache, own) if place.in_place else join([cache, own])
         if inner:
             assert place.read_B is None, "only what is not learned from can be read with caches of unequal length"
             y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty, place.bias_TS)
@@ -124,6 +124,28 @@ def unequal(q_BHTK: Tensor, cache: Cache, window: int | None, read_B: Tensor) ->
     cached, own = cache.k_BGSK.shape[2], q_BHTK.shape[2]
     empty_BS = torch.arange(cached + own, device=read_B.device) < cached - read_B[:, None]
     return visible(own, cached + own, window, q_BHTK).masked_fill(empty_BS[:, None, None], -torch.inf)
+
+
+def append(cache: Cache, own: Cache) -> Cache:
+    """`join([cache, own])` in the cache's own memory: behind its last slot, whatever else stands there.
+
+    Where that has no room, in fresh memory with room for half as much again, so that few calls copy the cache.
+    """
+    return Cache(*(_append(old, new) for old, new in zip(cache, own, strict=True)))
+
+
+def _append(old_BGSK: Tensor, new_BGTK: Tensor) -> Tensor:
+    batch, heads, filled, width = old_BGSK.shape
+    total, slots = filled + new_BGTK.shape[2], old_BGSK.stride(1) // width  # of each head, in memory
+    first = old_BGSK.storage_offset() // width % max(1, slots)
+    stride = (heads * slots * width, slots * width, width, 1)
+    if filled == 0 or first + total > slots or old_BGSK.stride() != stride:
+        room_BGSK = old_BGSK.new_empty(batch, heads, total + total // 2, width)[:, :, :total]
+        room_BGSK[:, :, :filled] = old_BGSK
+    else:
+        room_BGSK = old_BGSK.as_strided((batch, heads, total, width), stride)
+    room_BGSK[:, :, filled:] = new_BGTK
+    return room_BGSK
 
 
 def join(pieces: list[Cache], window: int | None = None) -> Cache:

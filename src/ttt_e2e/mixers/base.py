@@ -2,7 +2,7 @@
 
 With no state it starts a text. Over many tokens it works in parallel; in pieces, down to token by token, it gives the
 same result. The state is a value, a named tuple of tensors with the batch first: handed in, handed back, never changed
-in place, so that keeping a copy of it is keeping a reference.
+in place, so that keeping a copy of it is keeping a reference; unless its owner gives it away (`Place.in_place`).
 
 Shapes: B sequences, T tokens, D width, K head width.
 """
@@ -22,6 +22,7 @@ class Place(NamedTuple):
     caches hold tokens only. bias_TS: which keys each token may see, made once for all blocks where that helps.
     read_B: how many tokens each sequence has read, int64, where caches that hold fewer tokens than others begin with
     slots that hold none; None where there are no such slots.
+    in_place: whether nobody needs the states any more that are handed in, nor their memory.
     """
 
     cos: Tensor
@@ -29,6 +30,7 @@ class Place(NamedTuple):
     empty: Tensor | None = None
     bias_TS: Tensor | None = None
     read_B: Tensor | None = None
+    in_place: bool = False
 
     def slice(self, start: int, stop: int) -> "Place":
         """The part for tokens `start` to `stop`."""

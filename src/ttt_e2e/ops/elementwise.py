@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from ttt_e2e.ops.linear import Factors
+
 Pull = Callable[[Tensor], Tensor]
 
 
@@ -298,6 +300,21 @@ def clipped_step(
         return new, norm_B
     new, norm_B, _ = _step(weights, gradients, lr, clip, gradients)
     return new, norm_B
+
+
+def clipped_step_(weights: Sequence[Tensor], factors: Sequence[Factors], lr: float | Tensor, clip: float) -> Tensor:
+    """`clipped_step` in place, by gradients that are never multiplied out; returns their norms [B]. Takes no gradient.
+
+    With G = g^T x is |G|^2 = <g g^T, x x^T>, which takes T^2 (E + D) operations where G takes T E D.
+    """
+    pairs = [(g.to(w.dtype), x.to(w.dtype)) for w, (g, x) in zip(weights, factors, strict=True)]
+    grams = [(g @ g.transpose(1, 2)) * (x @ x.transpose(1, 2)) for g, x in pairs]
+    norm_B = torch.stack([gram.sum((1, 2)) for gram in grams]).sum(0).clamp(min=0).sqrt()
+    step_B11 = (torch.full_like(norm_B, clip) / norm_B.clamp(min=clip) * -lr)[:, None, None]
+    pairs = [(g * step_B11, x) for g, x in pairs]
+    for w, (g, x) in zip(weights, pairs, strict=True):
+        w.baddbmm_(g.transpose(1, 2), x)
+    return norm_B
 
 
 def _step(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ttt_e2e.ops.elementwise import swiglu
-from ttt_e2e.ops.linear import batched_linear, linear, pull_linear, weight_gradient
+from ttt_e2e.ops.linear import Factors, batched_linear, linear, pull_linear
 
 
 class FastWeights(NamedTuple):
@@ -33,21 +33,20 @@ class LowRankWeights(NamedTuple):
 
 
 Weights = FastWeights | LowRankWeights
-FastPull = Callable[[Tensor, bool], tuple[Tensor | None, Weights]]
+FastPull = Callable[[Tensor, bool], tuple[Tensor | None, tuple[Factors, ...]]]
 
 
 def fast_mlp(x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastPull]:
     """SwiGLU with every sequence's own weights.
 
-    Its pull also gives the gradient of the weights, and that of x only if it is told to.
+    Its pull also gives the gradients of the weights, as factors, and that of x only if it is told to.
     """
     w_in_BED, w_out_BDF = (w.to(x_BTD.dtype) for w in fast)
     y_BTF, pull_swiglu = swiglu(batched_linear(x_BTD, w_in_BED))
 
-    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, FastWeights]:
+    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
         dh_BTE = pull_swiglu(g_BTD @ w_out_BDF)
-        gradient = FastWeights(weight_gradient(dh_BTE, x_BTD), weight_gradient(g_BTD, y_BTF))
-        return dh_BTE @ w_in_BED if below else None, FastWeights(*(g.to(fast.w_in_BED.dtype) for g in gradient))
+        return dh_BTE @ w_in_BED if below else None, (Factors(dh_BTE, x_BTD), Factors(g_BTD, y_BTF))
 
     return batched_linear(y_BTF, w_out_BDF), pull
 
@@ -62,23 +61,23 @@ def low_rank_mlp(x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF:
     y_BTF, pull_swiglu = swiglu(h_BTE)
     out_BTD, pull_out = _low_rank_linear(y_BTF, w_out_DF, up_out_BDR, down_out_BRF)
 
-    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, LowRankWeights]:
+    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
         dy_BTF, *of_out = pull_out(g_BTD, True)
         dx_BTD, *of_in = pull_in(pull_swiglu(dy_BTF), below)
-        return dx_BTD, LowRankWeights(*(g.to(fast.up_in_BER.dtype) for g in (*of_in, *of_out)))
+        return dx_BTD, (*of_in, *of_out)
 
     return out_BTD, pull
 
 
 def _low_rank_linear(
     x_BTI: Tensor, w_OI: Tensor, up_BOR: Tensor, down_BRI: Tensor
-) -> tuple[Tensor, Callable[[Tensor, bool], tuple[Any, Tensor, Tensor]]]:
+) -> tuple[Tensor, Callable[[Tensor, bool], tuple[Any, Factors, Factors]]]:
     """x @ (w + up @ down)^T for every sequence, [B, T, O], and the pull to x (None if not `below`), up and down."""
     z_BTR = batched_linear(x_BTI, down_BRI)
 
-    def pull(g_BTO: Tensor, below: bool) -> tuple[Any, Tensor, Tensor]:
+    def pull(g_BTO: Tensor, below: bool) -> tuple[Any, Factors, Factors]:
         dz_BTR = g_BTO @ up_BOR
         dx_BTI = pull_linear(g_BTO, w_OI) + dz_BTR @ down_BRI if below else None
-        return dx_BTI, weight_gradient(g_BTO, z_BTR), weight_gradient(dz_BTR, x_BTI)
+        return dx_BTI, Factors(g_BTO, z_BTR), Factors(dz_BTR, x_BTI)
 
     return linear(x_BTI, w_OI) + batched_linear(z_BTR, up_BOR), pull

@@ -5,11 +5,18 @@ PyTorch's own derivative of x @ w.transpose(1, 2) is the transpose of a fresh te
 way round, it makes every operation on the fast weights' gradients walk memory across the grain.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The gradient of every sequence's matrix, g^T @ x, before it is multiplied out (`weight_gradient`)."""
+
+    g_BTE: Tensor
+    x_BTD: Tensor
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
