@@ -402,8 +402,10 @@ def test_workers_end_with_their_parent_and_with_ctrl_c(data: Path, whole: Path, 
     wait_for(tmp_path, 2, process)
     process.kill()  # the workers notice, and let go of the folder's lock
     process.wait()
+    with workers.locked(tmp_path):
+        done = len(results(tmp_path))
     process = start(tmp_path, data, 2)
-    wait_for(tmp_path, 4, process)
+    wait_for(tmp_path, done + 2, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == cli.INTERRUPTED
     make(tmp_path, data)
@@ -567,6 +569,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     torch.set_num_threads(1)
     stopped = make(Path(sys.argv[1]), Path(sys.argv[2]), worker_count=int(sys.argv[3])).interrupted
     sys.exit(cli.INTERRUPTED if stopped else 0)
