@@ -140,7 +140,7 @@ def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
     length = config.read_batch * (1 if learn else frozen_batches(config))
     counts = [len(text.tokens) - 1 for text in texts]
     losses = [np.empty(count, np.float32) for count in counts]
-    state = start_reading(model, len(texts), dtype)
+    state = start_reading(model, len(texts), dtype).map(torch.clone)  # memory of its own, to be read in place
     for start in range(0, counts[0], length):
         rows = sum(count > start for count in counts)
         state = state.map(itemgetter(slice(rows)))
@@ -160,6 +160,7 @@ def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
             torch.from_numpy(mask).to(device),
             inner_lr=None if learn else 0.0,
             dtype=dtype,
+            in_place=True,
         )
         nll = nll_BT.float().cpu().numpy()
         for row in range(rows):
