@@ -5,9 +5,9 @@
     python benchmarks/pool.py --dtype bfloat16       # matrix products in bfloat16, as `ttt-e2e serve --dtype` has it
 
 Every session has read another part of Python's own library, and stands at another position. Then all of them read on
-(and learn), and all of them write, once through a `SessionPool` and once one after the other, by the same functions
-without a pool. The two take turns; the ratio is taken within a round, and the medians are printed. Beside wall time
-stands the process's own time on the processor, which other work on the machine disturbs less.
+(and learn), and all of them write, once in a `SessionPool`, which they join first, and once one after the other, each
+by itself. The two take turns; the ratio is taken within a round, and the medians are printed. Beside wall time stands
+the process's own time on the processor, which other work on the machine disturbs less.
 
 A CPU does a mini-batch's products with b rows at nearly its full speed already. So beside the ratio of reading stands
 its bound: the ratio if reading together were nothing but its matrix products (without those of PyTorch's fused
@@ -30,9 +30,8 @@ from ttt_e2e.data.text import standard_library
 from ttt_e2e.machine import machine
 from ttt_e2e.model import Transformer
 from ttt_e2e.pool import SessionPool
-from ttt_e2e.sampling import SamplingOptions, sample
+from ttt_e2e.sampling import SamplingOptions
 from ttt_e2e.session import Session, Standing, load_reader
-from ttt_e2e.streaming import forward, read_mini_batch
 
 Times = tuple[float, float]
 
@@ -44,29 +43,28 @@ def timed(work: Callable[[], None]) -> Times:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
+def before_reading(text: Standing) -> Standing:
+    return text._replace(pending=text.pending[:1])
+
+
 def read_alone(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> None:
-    for state, _, pending in texts:
-        for start in range(0, len(pending) - 1, model.config.read_batch):
-            ids_1T = torch.from_numpy(pending[start : start + model.config.read_batch + 1])[None]
-            state, nll_1T, _ = read_mini_batch(model, state, ids_1T[:, :-1], ids_1T[:, 1:], dtype=dtype)
-            nll_1T[0].numpy()
+    fresh = Session(model, dtype=dtype)
+    for text in texts:
+        fresh.standing_at(before_reading(text)).read(text.pending[1:])
 
 
 def write_alone(model: Transformer, texts: list[Standing], count: int, dtype: torch.dtype) -> None:
-    for seed, (state, _, pending) in enumerate(texts):
-        options = SamplingOptions(seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        ids_1T = torch.from_numpy(pending[:1])[None]
-        for _ in range(count):
-            logits_1TV, state = forward(model, state, ids_1T, dtype)
-            ids_1T = torch.tensor([[sample(logits_1TV[0, -1].float(), options, generator)]])
+    fresh = Session(model, dtype=dtype)
+    for seed, text in enumerate(texts):
+        for _ in fresh.standing_at(before_reading(text)).generate_tokens((), max_tokens=count, seed=seed):
+            pass
 
 
 def pool_of(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> SessionPool:
     fresh = Session(model, dtype=dtype)
     pool = SessionPool(fresh, max_batch=len(texts))
     for text in texts:
-        pool.add(fresh.standing_at(text._replace(pending=text.pending[:1])))
+        pool.add(fresh.standing_at(before_reading(text)))
     return pool
 
 
@@ -111,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder (default: the shipped model)")
     parser.add_argument("--sessions", type=int, default=16)
-    parser.add_argument("--mini-batches", type=int, default=32, help="that every session reads in a round")
+    parser.add_argument("--mini-batches", type=int, default=64, help="that every session reads in a round")
     parser.add_argument("--write", type=int, default=32, help="tokens that every session writes in a round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
@@ -162,15 +160,14 @@ def main() -> None:
     results, bound = {}, 0.0
     for name, (tokens, alone, together) in work.items():
         alone(), together()
-        rounds = [(timed(alone), timed(together)) for _ in range(args.rounds)]
+        rounds = [(timed(alone), timed(together), timed(product)) for _ in range(args.rounds)]
         if name == "read":
-            speeds = [(timed(alone)[0], timed(product)[0]) for _ in range(args.rounds)]
-            bound = statistics.median(a / (needed / of_product * p) for a, p in speeds)
+            bound = statistics.median(a[0] / (needed / of_product * p[0]) for a, _, p in rounds)
         results[name] = {
-            "tokens_per_second_alone": tokens / statistics.median(a[0] for a, _ in rounds),
-            "tokens_per_second_together": tokens / statistics.median(t[0] for _, t in rounds),
-            "ratio": statistics.median(a[0] / t[0] for a, t in rounds),
-            "ratio_of_processor_time": statistics.median(a[1] / t[1] for a, t in rounds),
+            "tokens_per_second_alone": tokens / statistics.median(a[0] for a, _, _ in rounds),
+            "tokens_per_second_together": tokens / statistics.median(t[0] for _, t, _ in rounds),
+            "ratio": statistics.median(a[0] / t[0] for a, t, _ in rounds),
+            "ratio_of_processor_time": statistics.median(a[1] / t[1] for a, t, _ in rounds),
         }
 
     result = {
@@ -178,6 +175,8 @@ def main() -> None:
         "model": {"parameters": sum(p.numel() for p in model.parameters()), "b": b, "window": window},
         **results,
         "bound_on_the_ratio_of_reading": bound,
+        "mini_batches": args.mini_batches,
+        "written": args.write,
         "rounds": args.rounds,
         "threads": args.threads,
         "dtype": args.dtype,

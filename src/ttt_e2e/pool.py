@@ -59,7 +59,7 @@ class Done(NamedTuple):
 
 Event = Losses | Token | Done
 
-_REPLAY = 32
+_REPLAY = 64
 """How many mini-batches are read in place, and so are read again at most by a text that went wrong."""
 
 
