@@ -163,6 +163,20 @@ def test_clipped_step_in_place_multiplies_nothing_out(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_norms_of_large_matrices_are_exact_to_single_precision(recorded: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [Factors(*(torch.randn(2, 16, n, generator=generator) for n in shape)) for shape in ((2816, 256), (9, 1))]
+    gradients = [weight_gradient(*pair) for pair in factors]
+    weights = [torch.zeros_like(g) for g in gradients]
+    exact = torch.stack([g.double().square().sum((1, 2)) for g in gradients]).sum(0).sqrt()
+    with torch.set_grad_enabled(recorded):
+        found = [clipped_step(weights, [g.clone() for g in gradients], 0.7, 1.0)[1]]
+    found.append(clipped_step_([w.clone() for w in weights], factors, 0.7, 1.0))
+    for norm in found:
+        torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_clipped_step_at_zero() -> None:
     """A gradient of zero moves nothing, and the derivative stays finite."""
     weights = [torch.randn(2, 3, 4, requires_grad=True)]

@@ -325,7 +325,8 @@ def _step(
     into: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The new weights, in the given tensors' memory or in fresh one; the gradients' norms [B], and their scales."""
-    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+    # Row by row first: of a whole matrix at once, PyTorch's float32 sum on a CPU comes out too small by 1e-5.
+    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=2), dim=1) for g in gradients]
     norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
     step_B11 = (scale_B * -lr)[:, None, None]
