@@ -140,7 +140,9 @@ def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
     length = config.read_batch * (1 if learn else frozen_batches(config))
     counts = [len(text.tokens) - 1 for text in texts]
     losses = [np.empty(count, np.float32) for count in counts]
-    state = start_reading(model, len(texts), dtype).map(torch.clone)  # memory of its own, to be read in place
+    state = start_reading(model, len(texts), dtype)
+    if learn:  # memory of each text's own, to learn in place; without learning all share the model's
+        state = state.map(torch.clone)
     for start in range(0, counts[0], length):
         rows = sum(count > start for count in counts)
         state = state.map(itemgetter(slice(rows)))
@@ -160,7 +162,7 @@ def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
             torch.from_numpy(mask).to(device),
             inner_lr=None if learn else 0.0,
             dtype=dtype,
-            in_place=True,
+            in_place=learn,
         )
         nll = nll_BT.float().cpu().numpy()
         for row in range(rows):
