@@ -310,11 +310,16 @@ def clipped_step_(weights: Sequence[Tensor], factors: Sequence[Factors], lr: flo
     pairs = [(g.to(w.dtype), x.to(w.dtype)) for w, (g, x) in zip(weights, factors, strict=True)]
     grams = [(g @ g.transpose(1, 2)) * (x @ x.transpose(1, 2)) for g, x in pairs]
     norm_B = torch.stack([gram.sum((1, 2)) for gram in grams]).sum(0).clamp(min=0).sqrt()
-    step_B11 = (torch.full_like(norm_B, clip) / norm_B.clamp(min=clip) * -lr)[:, None, None]
+    step_B11 = (_scale(norm_B, clip) * -lr)[:, None, None]
     pairs = [(g * step_B11, x) for g, x in pairs]
     for w, (g, x) in zip(weights, pairs, strict=True):
         w.baddbmm_(g.transpose(1, 2), x)
     return norm_B
+
+
+def _scale(norm_B: Tensor, clip: float) -> Tensor:
+    """What gradients of these norms are multiplied by: exactly 1 below the clip."""
+    return torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)
 
 
 def _step(
@@ -328,7 +333,7 @@ def _step(
     # Row by row first: of a whole matrix at once, PyTorch's float32 sum on a CPU comes out too small by 1e-5.
     norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=2), dim=1) for g in gradients]
     norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    scale_B = torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)  # exactly 1 below the clip
+    scale_B = _scale(norm_B, clip)
     step_B11 = (scale_B * -lr)[:, None, None]
     new = [torch.addcmul(w, g, step_B11, out=out) for w, g, out in zip(weights, gradients, into, strict=True)]
     return new, norm_B, scale_B
