@@ -73,7 +73,7 @@ def test_losses_and_outer_gradient(shape: str, recompute: str, monkeypatch: pyte
 @pytest.mark.slow
 @COMPILER
 def test_generated_code() -> None:
-    model, text = small_model(F64, layers=2, suffix_layers=2), tokens(28)
+    model, text = small_model(F64), tokens(28)
     expected = gradient(model, text, PLAIN, bos=3)
     for ours, theirs in zip(gradient(model, text, compiled_steps(), bos=3), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
