@@ -516,6 +516,22 @@ def test_a_text_read_in_place_is_read_again_to_its_last_good_state(
     assert_same_state(pool.remove(1).standing().state, read_alone(model, beside)[0])
 
 
+def test_a_text_that_goes_wrong_again_while_it_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_REPLAY", 3)
+    pool = pool_at(MODELS["window"], [26, 26])
+    own = pool._members[0].own
+    assert own.good is not None and own.good.row.position == 15
+    for row in own.rows:
+        row.stack.state.loop.fast[0][0][row.at] *= math.nan
+    for id in range(2):
+        pool.submit_read(id, tokens_of(5, 7))
+    events = run(pool)
+    (error,) = of(events, 0)[2]
+    assert isinstance(error, Diverged) and error.position == own.row.position == 15
+    assert own.pending.tolist() == tokens_of(26)[error.position : error.position + 1].tolist()
+    assert of(events, 1)[2] == [None]
+
+
 def test_ctrl_c_amid_an_update_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = MODELS["window"], [tokens_of(26), tokens_of(26, 1)]
     pool = pool_at(model, [26, 26])
