@@ -29,10 +29,10 @@ import pyarrow.parquet
 import torch
 
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.evaluation.books import standard_error
-from ttt_e2e.machine import machine
-from ttt_e2e.notebook import Notebook, passage_size, prompt_with_passages
-from ttt_e2e.session import Session, load_reader
+from ttt_e2e.evaluation.documents import standard_error
+from ttt_e2e.hardware import machine
+from ttt_e2e.retrieval.notebook import Notebook, passage_size, prompt_with_passages
+from ttt_e2e.inference.session import Session, load_reader
 
 WAYS = ("neither", "memory", "notebook", "both", "learned")
 DIFFERENCES = {

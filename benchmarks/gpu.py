@@ -47,14 +47,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.config import ModelConfig, TrainConfig
-from ttt_e2e.inner_loop import PLAIN, Steps, sequence_loss
-from ttt_e2e.machine import machine
-from ttt_e2e.model import Transformer
+from ttt_e2e.inner_loop.compiled import compiled_steps
+from ttt_e2e.config.schema import ModelConfig, TrainConfig
+from ttt_e2e.inner_loop.step import PLAIN, Steps, sequence_loss
+from ttt_e2e.hardware import machine
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops import attention as model_attention
 from ttt_e2e.ops import windowed_attention as operators
-from ttt_e2e.presets import preset
+from ttt_e2e.config.presets import preset
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
 # preset: sequences a step, whether AdamW belongs to the step, the ratio asked

@@ -33,10 +33,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-3, 4 << 20)
 
-from ttt_e2e.config import ModelConfig, TrainConfig
-from ttt_e2e.inner_loop import PLAIN, State, sequence_loss
-from ttt_e2e.machine import machine
-from ttt_e2e.model import Transformer
+from ttt_e2e.config.schema import ModelConfig, TrainConfig
+from ttt_e2e.inner_loop.step import PLAIN, State, sequence_loss
+from ttt_e2e.hardware import machine
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
 SHAPE = dict(vocab_size=1024, width=128, layers=4, heads=2, window=256, mini_batch=64)

@@ -38,11 +38,11 @@ if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     ctypes.CDLL(None).mallopt(-3, 32 << 20)
 
-from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.config import ModelConfig, TrainConfig
-from ttt_e2e.inner_loop import PLAIN, sequence_loss
-from ttt_e2e.machine import machine
-from ttt_e2e.model import Transformer
+from ttt_e2e.inner_loop.compiled import compiled_steps
+from ttt_e2e.config.schema import ModelConfig, TrainConfig
+from ttt_e2e.inner_loop.step import PLAIN, sequence_loss
+from ttt_e2e.hardware import machine
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
 SHAPE = dict(vocab_size=1024, width=256, layers=8, heads=4, window=512, mini_batch=128)

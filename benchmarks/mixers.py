@@ -32,11 +32,11 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from ttt_e2e.config import ModelConfig
-from ttt_e2e.machine import machine
-from ttt_e2e.mixers.base import Place
-from ttt_e2e.mixers.gated_deltanet import GatedDeltaNet
-from ttt_e2e.mixers.mamba2 import Mamba2
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.hardware import machine
+from ttt_e2e.model.mixers.base import Place
+from ttt_e2e.model.mixers.gated_deltanet import GatedDeltaNet
+from ttt_e2e.model.mixers.mamba2 import Mamba2
 
 ASKED = 1.0
 NOWHERE = Place(torch.empty(0), torch.empty(0))  # neither layer looks at positions

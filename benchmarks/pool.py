@@ -27,11 +27,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e.data.text import standard_library
-from ttt_e2e.machine import machine
-from ttt_e2e.model import Transformer
-from ttt_e2e.pool import SessionPool
-from ttt_e2e.sampling import SamplingOptions
-from ttt_e2e.session import Session, Standing, load_reader
+from ttt_e2e.hardware import machine
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.inference.session_pool import SessionPool
+from ttt_e2e.inference.sampling import SamplingOptions
+from ttt_e2e.inference.session import Session, Standing, load_reader
 
 Times = tuple[float, float]
 

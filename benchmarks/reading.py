@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from ttt_e2e.data.text import documents, standard_library
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.machine import machine
-from ttt_e2e.session import Session, load_reader
+from ttt_e2e.hardware import machine
+from ttt_e2e.inference.session import Session, load_reader
 
 
 def peak_mib() -> float:

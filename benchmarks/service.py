@@ -38,8 +38,8 @@ import pyarrow.parquet
 import torch
 from tqdm import tqdm
 
-from ttt_e2e.machine import machine
-from ttt_e2e.session import Session, load_reader
+from ttt_e2e.hardware import machine
+from ttt_e2e.inference.session import Session, load_reader
 
 PLAIN = {"content-type": "text/plain; charset=utf-8"}
 _JUDGED = 256  # tokens of a continuation

@@ -13,9 +13,9 @@ from hypothesis import settings
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.data.prepare import prepare
-from ttt_e2e.model import Transformer
+from ttt_e2e.model.transformer import Transformer
 
 settings.register_profile("ours", deadline=None)  # a busy machine is no failure
 settings.load_profile("ours")

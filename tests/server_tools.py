@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from starlette.testclient import TestClient
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.sampling import SamplingOptions
+from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.app import Settings, create_app
 from ttt_e2e.server.records import NoSession, Piece, Progress, Prompt, SessionRecord, TooMuch
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from ttt_e2e.carried import ChatTemplate, chat_template, end_tokens
+from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template, end_tokens
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model_files import CARRIED, save_model
-from ttt_e2e.pool import SessionPool, Token
-from ttt_e2e.sampling import SamplingOptions
-from ttt_e2e.session import Session, load_reader
+from ttt_e2e.model.checkpoint import CARRIED, save_model
+from ttt_e2e.inference.session_pool import SessionPool, Token
+from ttt_e2e.inference.sampling import SamplingOptions
+from ttt_e2e.inference.session import Session, load_reader
 
 pytest.importorskip("jinja2", reason="Jinja is not installed")
 

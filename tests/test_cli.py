@@ -21,14 +21,14 @@ from conftest import small_model
 
 from ttt_e2e import cli, session_files
 from ttt_e2e import session as session_module
-from ttt_e2e.command_line import warnings_in_one_line
-from ttt_e2e.compiled import compiled_steps
+from ttt_e2e.cli.common import warnings_in_one_line
+from ttt_e2e.inner_loop.compiled import compiled_steps
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.inner_loop import Steps
-from ttt_e2e.model_files import save_model
-from ttt_e2e.presets import PRESETS
-from ttt_e2e.session_files import session_facts
+from ttt_e2e.inner_loop.step import Steps
+from ttt_e2e.model.checkpoint import save_model
+from ttt_e2e.config.presets import PRESETS
+from ttt_e2e.inference.session_file import session_facts
 
 TEXT = "".join(f"{i} grey geese flew over the {'lake' if i % 2 else 'wood'} at dusk.\n" for i in range(40))
 
@@ -248,7 +248,7 @@ def test_standard_input_that_is_fed_again_goes_on(
 
     options = ("--save", "s", "--save-every", 0, "--no-picture", "--quiet")
     with monkeypatch.context() as patch:
-        patch.setattr("ttt_e2e.unfinished.write_session_file", stopping_after(session_files.write_session_file))
+        patch.setattr("ttt_e2e.reading.resume.write_session_file", stopping_after(session_files.write_session_file))
         fed(TEXT)
         assert run("read", "-", *options) == cli.INTERRUPTED
     assert run("info", "s") == 0
@@ -335,7 +335,7 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_version_need_no_torch() -> None:
-    script = "import sys; from ttt_e2e.cli import main; main(['read', '--help']); main(['cost', 'tiny']); "
+    script = "import sys; from ttt_e2e.cli.main import main; main(['read', '--help']); main(['cost', 'tiny']); "
     script += "main(['--version']); "
     script += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
@@ -502,7 +502,7 @@ def test_ctrl_c(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ttt_e2e.reading.read_document", interrupted)
+    monkeypatch.setattr("ttt_e2e.reading.document.read_document", interrupted)
     assert run("read", "geese.txt") == cli.INTERRUPTED
 
 
@@ -510,6 +510,6 @@ def test_our_own_bugs_are_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch
     def bug(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("ttt_e2e.reading.read_document", bug)
+    monkeypatch.setattr("ttt_e2e.reading.document.read_document", bug)
     with pytest.raises(ZeroDivisionError):
         run("read", "geese.txt")

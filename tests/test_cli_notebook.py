@@ -17,9 +17,9 @@ from conftest import small_model
 from ttt_e2e import cli, notebook_index
 from ttt_e2e import session as session_module
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.model_files import save_model
-from ttt_e2e.notebook import Notebook
-from ttt_e2e.session_files import session_facts
+from ttt_e2e.model.checkpoint import save_model
+from ttt_e2e.retrieval.notebook import Notebook
+from ttt_e2e.inference.session_file import session_facts
 
 TEXT = "".join(f"On day {i} the {'heron' if i % 2 else 'otter'} came to the lake at dusk.\n" for i in range(40))
 NEXT = "In spring a badger came out of the wood, and the geese were gone.\n" * 3
@@ -324,6 +324,6 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    script = "import sys; from ttt_e2e.cli import main; main(['notebook', 'search', '--help']); main(['serve', '-h']); "
+    script = "import sys; from ttt_e2e.cli.main import main; main(['notebook', 'search', '--help']); main(['serve', '-h']); "
     script += "assert not {'torch', 'numpy', 'fastapi'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

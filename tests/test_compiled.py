@@ -8,10 +8,10 @@ import torch
 from conftest import small_model
 from torch import Tensor
 
-from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.inner_loop import PLAIN, Steps, sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.streaming import read_mini_batch, start_reading
+from ttt_e2e.inner_loop.compiled import compiled_steps
+from ttt_e2e.inner_loop.step import PLAIN, Steps, sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.inference.streaming import read_mini_batch, start_reading
 
 # A compilation that fails, or is done again, would leave nothing but the plain path to be compared with itself.
 pytestmark = pytest.mark.filterwarnings("error:Going on without compilation")
@@ -62,7 +62,7 @@ def test_losses_and_outer_gradient(shape: str, recompute: str, monkeypatch: pyte
     """Traced, differentiated and run as the compiler sees it, without its code generation."""
     if shape == "nothing kept":
         monkeypatch.setattr("ttt_e2e.ops.attention.KEPT_SCORES", {})
-        monkeypatch.setattr("ttt_e2e.model.KEPT_LOGITS", 0)
+        monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 0)
     model, text = small_model(F64, **SHAPES[shape]), tokens(28)
     expected = gradient(model, text, PLAIN, bos=3, recompute=recompute)
     compiled = gradient(model, text, compiled_steps(backend="aot_eager"), bos=3, recompute=recompute)

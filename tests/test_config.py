@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import ttt_e2e
-from ttt_e2e.config import ModelConfig, RunConfig, TrainConfig, from_dict, override, to_dict
+from ttt_e2e.config.schema import ModelConfig, RunConfig, TrainConfig, from_dict, override, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.model import Transformer
-from ttt_e2e.presets import PRESETS, extension, preset, rope_theta_for
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.config.presets import PRESETS, extension, preset, rope_theta_for
 
 # The table: layers, width, heads, MLP full / TTT-E2E, suffix, outer lr, steps, batch.
 PUBLISHED = {

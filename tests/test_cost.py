@@ -16,15 +16,15 @@ from torch.utils.flop_counter import flop_registry
 
 from ttt_e2e import cost as cost_module
 from ttt_e2e import inner_loop
-from ttt_e2e.config import MIXERS, ModelConfig, Recompute
-from ttt_e2e.cost import DELTANET_CHUNK, MAMBA2_CHUNK, cost, operations, parameters, state_bytes, table
+from ttt_e2e.config.schema import MIXERS, ModelConfig, Recompute
+from ttt_e2e.model.cost import DELTANET_CHUNK, MAMBA2_CHUNK, cost, operations, parameters, state_bytes, table
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops import gated_delta_rule, ssd
 from ttt_e2e.ops.attention import KEPT_SCORES, attention
-from ttt_e2e.presets import PRESETS
-from ttt_e2e.streaming import forward, read_mini_batch, start_reading
+from ttt_e2e.config.presets import PRESETS
+from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 
 SUFFIXES = {
     "plain": {},
@@ -82,9 +82,9 @@ def counted(run: Callable[[], object]) -> int:
 def whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention and head by whole matrices, which the counter sees. `unseen` says what is too much in that."""
     monkeypatch.setitem(KEPT_SCORES, "meta", 2**40)
-    monkeypatch.setattr("ttt_e2e.model.KEPT_LOGITS", 2**40)
+    monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 2**40)
     for module in ("attention", "titans"):
-        monkeypatch.setattr(f"ttt_e2e.mixers.{module}.attention_once", lambda *arguments: attention(*arguments)[0])
+        monkeypatch.setattr(f"ttt_e2e.model.mixers.{module}.attention_once", lambda *arguments: attention(*arguments)[0])
 
 
 def unseen(pieces: list[int], window: int | None) -> tuple[int, int]:
@@ -404,5 +404,5 @@ def test_no_tokens() -> None:
 
 
 def test_needs_no_torch() -> None:
-    script = "import sys, ttt_e2e.cost; assert 'torch' not in sys.modules"
+    script = "import sys, ttt_e2e.model.cost; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import small_model
 
-from ttt_e2e.cli import main
-from ttt_e2e.config import TrainConfig, override
+from ttt_e2e.cli.main import main
+from ttt_e2e.config.schema import TrainConfig, override
 from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.start import Start, full_attention, model_config
-from ttt_e2e.cost import cost, hours, parameters, training_bytes
-from ttt_e2e.model_files import save_model
-from ttt_e2e.presets import PRESETS
+from ttt_e2e.model.cost import cost, hours, parameters, training_bytes
+from ttt_e2e.model.checkpoint import save_model
+from ttt_e2e.config.presets import PRESETS
 from ttt_e2e.training.optimizer import make_optimizer
 
 QWEN = dict(

@@ -25,12 +25,12 @@ from conftest import small_model
 from ttt_e2e import pool as pool_module
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.sampling import SamplingOptions
+from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.engine import Engine
 from ttt_e2e.server.records import NoSession, Progress, SessionRecord, Stopping, TooMuch
 from ttt_e2e.server.store import Store
-from ttt_e2e.session import Diverged, Session
-from ttt_e2e.session_files import model_fingerprint
+from ttt_e2e.inference.session import Diverged, Session
+from ttt_e2e.inference.session_file import model_fingerprint
 
 F64 = torch.float64
 STORY = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n"
@@ -511,7 +511,7 @@ def test_the_model_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         await written(engine, "me", first.id, "And", max_tokens=3, learn=True)
         await engine.fork("me", first.id)
 
-    monkeypatch.setattr("ttt_e2e.session.model_fingerprint", counted)
+    monkeypatch.setattr("ttt_e2e.inference.session.model_fingerprint", counted)
     served(tmp_path / "data", work)
     assert len(hashed) == 1
 

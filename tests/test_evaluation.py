@@ -9,8 +9,8 @@ from conftest import small_model
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.books import evaluate, table
-from ttt_e2e.session import Session
+from ttt_e2e.evaluation.documents import evaluate, table
+from ttt_e2e.inference.session import Session
 
 TEXT = "".join(f"Day {i}: the wind came from {'north' if i % 3 else 'the sea'}.\n" for i in range(60))
 TOKENIZER = Tokenizer.train([TEXT], 290)

@@ -17,18 +17,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.convert.from_hf import convert_from_hf, describe
 from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.start import Start
-from ttt_e2e.cost import parameters
+from ttt_e2e.model.cost import parameters
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import load_config, load_model
-from ttt_e2e.rope import frequencies
-from ttt_e2e.session import Session, load_reader
-from ttt_e2e.streaming import forward, read_mini_batch, start_reading
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import load_config, load_model
+from ttt_e2e.model.rope import frequencies
+from ttt_e2e.inference.session import Session, load_reader
+from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 
 transformers = pytest.importorskip("transformers", reason="transformers, which writes the checkpoints, is missing")
 

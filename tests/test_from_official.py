@@ -15,15 +15,15 @@ import torch
 from conftest import small_config, small_model
 from safetensors.torch import load_file
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.convert import command
-from ttt_e2e.convert.official import convert_from_official, official_config, state_dict_from_official
+from ttt_e2e.convert.from_official import convert_from_official, official_config, state_dict_from_official
 from ttt_e2e.convert.orbax import find_step
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import load_config, load_model, save_model
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import load_config, load_model, save_model
 
 ITEM = "model_weights"
 SETTINGS = ("pattern=window", "rope_theta=5e5", "window=12", "mini_batch=5")
@@ -376,7 +376,7 @@ def test_missing_and_misshapen_arrays(tensorstore: Any, tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from ttt_e2e.convert.official import convert_from_official
+from ttt_e2e.convert.from_official import convert_from_official
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 folder, settings = Path(sys.argv[1]), sys.argv[2:]

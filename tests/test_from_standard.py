@@ -8,12 +8,12 @@ import torch
 from conftest import small_model
 
 from ttt_e2e import cli
-from ttt_e2e.convert.standard import convert_from_standard, learning_config, warm_start
+from ttt_e2e.convert.from_standard import convert_from_standard, learning_config, warm_start
 from ttt_e2e.convert.start import Start
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import load_model, save_model
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import load_model, save_model
 
 
 def standard(**changes: Any) -> Transformer:

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.mixers.base import Place
-from ttt_e2e.mixers.gated_deltanet import DeltaState, GatedDeltaNet
+from ttt_e2e.model.mixers.base import Place
+from ttt_e2e.model.mixers.gated_deltanet import DeltaState, GatedDeltaNet
 from ttt_e2e.ops import gated_delta_rule as module
 from ttt_e2e.ops.gated_delta_rule import CHUNK, Library, find_library, gated_delta_rule, gated_delta_rule_reference
 

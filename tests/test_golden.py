@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ttt_e2e.config import ModelConfig, TrainConfig
-from ttt_e2e.convert.official import state_dict_from_official
-from ttt_e2e.inner_loop import (
+from ttt_e2e.config.schema import ModelConfig, TrainConfig
+from ttt_e2e.convert.from_official import state_dict_from_official
+from ttt_e2e.inner_loop.step import (
     PLAIN,
     initial_state,
     inner_gradient,
@@ -20,7 +20,7 @@ from ttt_e2e.inner_loop import (
     mini_batches,
     sequence_loss,
 )
-from ttt_e2e.model import Transformer
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import learning_rate, make_optimizer, optimizer_step
 
 BOS = 1
@@ -147,7 +147,7 @@ def test_would_notice(golden: Golden, mistake: str, monkeypatch: pytest.MonkeyPa
     The reference notes say 0.352 for the detached cache; there it includes the first suffix attention, which here runs
     outside the loop and has no cache to detach.
     """
-    import ttt_e2e.inner_loop as module
+    import ttt_e2e.inner_loop.step as module
 
     expected = {"first order": 0.526, "detached cache": 0.226, "constant clip norm": 0.046}[mistake]
     update, steps = module.clipped_step, PLAIN

@@ -10,8 +10,8 @@ from conftest import small_model
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model_files import save_model
-from ttt_e2e.session import Session, load_reader
+from ttt_e2e.model.checkpoint import save_model
+from ttt_e2e.inference.session import Session, load_reader
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; it is in the extra `harness`")
 from lm_eval.api.instance import Instance  # noqa: E402

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ttt_e2e import inner_loop
-from ttt_e2e.inner_loop import (
+from ttt_e2e.inner_loop.step import (
     PLAIN,
     MiniBatch,
     State,
@@ -17,9 +17,9 @@ from ttt_e2e.inner_loop import (
     mini_batch_mean,
     sequence_loss,
 )
-from ttt_e2e.model import Transformer
-from ttt_e2e.session import Session
-from ttt_e2e.streaming import forward, read_mini_batch, start_reading
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 
 F64 = torch.float64
 SHAPES = {
@@ -115,7 +115,7 @@ def test_neither_scores_nor_logits_need_be_kept(shape: str, monkeypatch: pytest.
     model = small_model(F64, **SHAPES[shape])
     expected = gradient(model, tokens(23), bos=3)
     monkeypatch.setattr("ttt_e2e.ops.attention.KEPT_SCORES", {})
-    monkeypatch.setattr("ttt_e2e.model.KEPT_LOGITS", 0)
+    monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 0)
     for recompute in ("none", "sqrt"):
         loss, grad = gradient(model, tokens(23), bos=3, recompute=recompute)
         assert loss == pytest.approx(expected[0], rel=1e-12)

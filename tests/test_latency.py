@@ -11,7 +11,7 @@ import torch
 from conftest import small_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.reproduce import latency, timing
 from ttt_e2e.reproduce.latency import run_latency

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from ttt_e2e import cli
 from ttt_e2e import session as session_module
-from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.cost import fast_weights, state_bytes
+from ttt_e2e.inner_loop.compiled import compiled_steps
+from ttt_e2e.model.cost import fast_weights, state_bytes
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.evaluation.books import evaluate
-from ttt_e2e.inner_loop import PLAIN, inner_gradient_reference, inner_step, sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import load_model, save_model
+from ttt_e2e.evaluation.documents import evaluate
+from ttt_e2e.inner_loop.step import PLAIN, inner_gradient_reference, inner_step, sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import load_model, save_model
 from ttt_e2e.ops.elementwise import swiglu_reference
 from ttt_e2e.ops.fast_mlp import FastWeights, LowRankWeights, low_rank_mlp
 from ttt_e2e.ops.linear import weight_gradient
-from ttt_e2e.session import Session
-from ttt_e2e.streaming import read_mini_batch, start_reading
+from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.streaming import read_mini_batch, start_reading
 
 F64 = torch.float64
 RANKS = {"in turn": {"fast_rank": 3}, "parallel": {"fast_rank": 2, "parallel_mlp": True, "suffix_mlp_width": 14}}
@@ -110,7 +110,7 @@ def test_the_outer_gradient_equals_that_of_whole_matrices(shape: str, recompute:
     out = sequence_loss(model, tokens(23), dtype=F64, recompute=recompute)
     ours = torch.autograd.grad(out.loss, tuple(model.parameters()))
     with plain_twins(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ttt_e2e.model.low_rank_mlp", by_whole_matrices)
+        patch.setattr("ttt_e2e.model.transformer.low_rank_mlp", by_whole_matrices)
         plain = sequence_loss(model, tokens(23), dtype=F64, steps=PLAIN._replace(inner_step=by_reference))
         theirs = torch.autograd.grad(plain.loss, tuple(model.parameters()))
     torch.testing.assert_close(out.nll_BT, plain.nll_BT, rtol=1e-11, atol=1e-11)

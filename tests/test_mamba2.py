@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.mixers.base import Place
-from ttt_e2e.mixers.mamba2 import Mamba2, Mamba2State
+from ttt_e2e.model.mixers.base import Place
+from ttt_e2e.model.mixers.mamba2 import Mamba2, Mamba2State
 from ttt_e2e.ops import ssd as ssd_module
 from ttt_e2e.ops.ssd import find_kernel, ssd, ssd_reference
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttt_e2e.config import ModelConfig
-from ttt_e2e.mixers.base import Mixer, Place
-from ttt_e2e.mixers.memory import gradients, share
-from ttt_e2e.mixers.titans import Titans
-from ttt_e2e.mixers.ttt_kvb import TTTKVB
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.model.mixers.memory import gradients, share
+from ttt_e2e.model.mixers.titans import Titans
+from ttt_e2e.model.mixers.ttt_kvb import TTTKVB
 from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
 
 F64 = torch.float64

@@ -9,14 +9,14 @@ from conftest import small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_e2e.config import MIXERS, ModelConfig, TrainConfig
+from ttt_e2e.config.schema import MIXERS, ModelConfig, TrainConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.mixers import make_mixer
-from ttt_e2e.mixers.attention import Cache, append, join
-from ttt_e2e.model import Transformer
-from ttt_e2e.session import Session
-from ttt_e2e.streaming import forward, start_reading
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.mixers import make_mixer
+from ttt_e2e.model.mixers.attention import Cache, append, join
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.streaming import forward, start_reading
 from ttt_e2e.training.optimizer import make_optimizer
 
 F64 = torch.float64

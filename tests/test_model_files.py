@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import load_model, model_digest, save_model
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import load_model, model_digest, save_model
 
 CONFIG = ModelConfig(vocab_size=16, width=8, layers=2, heads=2, mlp_width=8, suffix_layers=1, window=8, mini_batch=4)
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model_files import save_model
+from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.reproduce import needles
 from ttt_e2e.reproduce.needles import SENTENCE, ModelReader, Result, ask, cells, make, run_needles, sentences
-from ttt_e2e.session import Diverged, Session
+from ttt_e2e.inference.session import Diverged, Session
 
 STORY = (
     "The lamp had gone out. Nobody in the house could say when! Had it been the wind?\n\n"

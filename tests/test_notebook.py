@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ttt_e2e import notebook as notebook_module
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.notebook import (
+from ttt_e2e.retrieval.notebook import (
     Notebook,
     generate_with_notebook,
     listing,
@@ -28,9 +28,9 @@ from ttt_e2e.notebook import (
     passage_size,
     prompt_with_passages,
 )
-from ttt_e2e.notebook_index import load_embed
-from ttt_e2e.passages import Passage, Place, Unfilled
-from ttt_e2e.session import Session
+from ttt_e2e.retrieval.search_index import load_embed
+from ttt_e2e.retrieval.passages import Passage, Place, Unfilled
+from ttt_e2e.inference.session import Session
 
 ANIMALS = ("heron", "otter", "badger", "curlew", "weasel", "lapwing", "marten", "plover")
 TEXT = "".join(
@@ -161,7 +161,7 @@ def test_whatever_was_not_written_follows_from_the_text(
 _CHILD = """
 import sys
 from pathlib import Path
-from ttt_e2e.notebook import Notebook
+from ttt_e2e.retrieval.notebook import Notebook
 notebook = Notebook(Path(sys.argv[1]), size=int(sys.argv[2]))
 text = Path(sys.argv[3]).read_text(encoding="utf-8")
 while True:

@@ -18,12 +18,12 @@ from ttt_e2e import files, session_files
 from ttt_e2e import notebook as notebook_module
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.notebook import Notebook, notebook_folder, passage_size
-from ttt_e2e.notebook_command import noted_pieces
-from ttt_e2e.noting import noted, plan_noting
-from ttt_e2e.reading import read_document
-from ttt_e2e.session import Session
-from ttt_e2e.session_files import session_facts
+from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
+from ttt_e2e.cli.notebook import noted_pieces
+from ttt_e2e.reading.recording import noted, plan_noting
+from ttt_e2e.reading.document import read_document
+from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.session_file import session_facts
 
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed to Łódź — 船. The sea was calm.\n" for i in range(7))
 OTHER = "".join(f"{i} geese flew over.\n" for i in range(4))

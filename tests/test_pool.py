@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from ttt_e2e import pool as pool_module
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model import Transformer
-from ttt_e2e.pool import Done, Event, Losses, SessionPool, Token
-from ttt_e2e.sampling import SamplingOptions, sample
-from ttt_e2e.session import Diverged, Session
-from ttt_e2e.streaming import ReadState, forward, read_mini_batch, start_reading
-from ttt_e2e.text_so_far import TextSoFar
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.inference.session_pool import Done, Event, Losses, SessionPool, Token
+from ttt_e2e.inference.sampling import SamplingOptions, sample
+from ttt_e2e.inference.session import Diverged, Session
+from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, start_reading
+from ttt_e2e.inference.text_digest import TextSoFar
 
 F64 = torch.float64
 ONE_TOKENIZER = Tokenizer.train([""], 257)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt_e2e.quantities import rate, size, tokens
+from ttt_e2e.units import rate, size, tokens
 
 KINDS = {tokens: 1024, size: 1024, rate: 1000}
 

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_e2e import session_files
-from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.curve import BINS, Curve
+from ttt_e2e.inner_loop.compiled import compiled_steps
+from ttt_e2e.reading.loss_curve import BINS, Curve
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.picture import reading_picture
-from ttt_e2e.reading import ReadingReport, read_document, sparkline, summary
-from ttt_e2e.session import Session
-from ttt_e2e.session_files import session_facts
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.reading.plot import reading_picture
+from ttt_e2e.reading.document import ReadingReport, read_document, sparkline, summary
+from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.session_file import session_facts
 
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed east, and the sea was calm.\n" for i in range(45))
 TOKENIZER = Tokenizer.train([TEXT], 290)
@@ -75,7 +75,7 @@ def test_any_split_gives_the_same_report() -> None:
 @pytest.mark.filterwarnings("error:Going on without compilation")
 def test_compiled_it_is_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr("ttt_e2e.session.compiled_steps", lambda device: compiled_steps(device, "aot_eager"))
+    monkeypatch.setattr("ttt_e2e.inference.session.compiled_steps", lambda device: compiled_steps(device, "aot_eager"))
     compiled = read_document(Session(MODEL, TOKENIZER, compile=True), [TEXT], progress=False)
     plain = report_of()
     assert compiled.loss_without == plain.loss_without  # the twin is not compiled

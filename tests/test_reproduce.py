@@ -18,15 +18,15 @@ import torch
 from conftest import made_up_tokens, small_config, small_model
 
 from ttt_e2e import cli
-from ttt_e2e.convert.standard import warm_start
-from ttt_e2e.cost import parameters
+from ttt_e2e.convert.from_standard import warm_start
+from ttt_e2e.model.cost import parameters
 from ttt_e2e.data.loader import SequenceLoader
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import Divergence, UserError
-from ttt_e2e.evaluation.books import standard_error
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.presets import preset
+from ttt_e2e.evaluation.documents import standard_error
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.config.presets import preset
 from ttt_e2e.reproduce import job, workers
 from ttt_e2e.reproduce.evaluate import books, choose_inner_lr, position_edges, read_books
 from ttt_e2e.reproduce.plan import Plan, jobs

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.sampling import SamplingOptions, TextStream, begun, min_p, sample, top_k, top_p
+from ttt_e2e.inference.sampling import SamplingOptions, TextStream, begun, min_p, sample, top_k, top_p
 
 BYTES = Tokenizer.train([""], 257)  # every byte is a token
 WORDS = Tokenizer.train(["the end of it. the end. ab abab Straße 雨 🌧️\n"] * 9, 290)

@@ -17,7 +17,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from server_tools import FakeEngine, TestClient, client_of, log_lines, served, until
 
-from ttt_e2e.carried import ChatTemplate
+from ttt_e2e.inference.pretrained_metadata import ChatTemplate
 from ttt_e2e.errors import UserError
 from ttt_e2e.server import command, uploads
 from ttt_e2e.server.app import Settings, create_app

@@ -16,7 +16,7 @@ from ttt_e2e.server.app import Settings, create_app
 from ttt_e2e.server.keys import Keys
 from ttt_e2e.server.limits import Limits
 from ttt_e2e.server.records import Stopping
-from ttt_e2e.session import Diverged
+from ttt_e2e.inference.session import Diverged
 
 openai = pytest.importorskip("openai", reason="the client of OpenAI is not installed")
 

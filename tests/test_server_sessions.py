@@ -14,7 +14,7 @@ import httpx
 from server_tools import FakeEngine, TestClient, client_of, log_lines, served, until
 
 from ttt_e2e.server.app import Settings, create_app
-from ttt_e2e.session import Diverged
+from ttt_e2e.inference.session import Diverged
 
 PLAIN = {"content-type": "text/plain"}
 EVENTS = {**PLAIN, "accept": "text/event-stream"}

@@ -19,12 +19,12 @@ from conftest import small_model, with_fact
 from server_tools import TestClient, client_of, served, until
 
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import save_model
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.server.app import Settings, create_app
 from ttt_e2e.server.engine import Engine
 from ttt_e2e.server.store import Store
-from ttt_e2e.session import Session
+from ttt_e2e.inference.session import Session
 
 TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8
 PLAIN = {"content-type": "text/plain"}

@@ -18,16 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e import session as session_module
 from ttt_e2e import session_files
-from ttt_e2e.compiled import compiled_steps
+from ttt_e2e.inner_loop.compiled import compiled_steps
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.pool import SessionPool
-from ttt_e2e.session import Diverged, Session, load_reader
-from ttt_e2e.session_files import session_facts
-from ttt_e2e.streaming import forward, start_reading
-from ttt_e2e.text_so_far import token_bytes
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.inference.session_pool import SessionPool
+from ttt_e2e.inference.session import Diverged, Session, load_reader
+from ttt_e2e.inference.session_file import session_facts
+from ttt_e2e.inference.streaming import forward, start_reading
+from ttt_e2e.inference.text_digest import token_bytes
 
 TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8
 
@@ -537,7 +537,7 @@ def test_divergence_while_writing_leaves_a_sound_session(tokenizer: Tokenizer) -
 
 
 def test_models_to_read_with(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    from ttt_e2e.model_files import save_model
+    from ttt_e2e.model.checkpoint import save_model
 
     tokenizer.save(tmp_path / "t.json")
     Tokenizer.train([TEXT], 270).save(tmp_path / "other.json")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ttt_e2e.data.text import standard_library_document
-from ttt_e2e.evaluation.books import evaluate
-from ttt_e2e.session import load_reader, shipped_model
+from ttt_e2e.evaluation.documents import evaluate
+from ttt_e2e.inference.session import load_reader, shipped_model
 
 
 def test_it_is_small_and_whole() -> None:

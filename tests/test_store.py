@@ -17,8 +17,8 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.server.loading import Loader
 from ttt_e2e.server.store import Store
-from ttt_e2e.session import Diverged, Session
-from ttt_e2e.session_files import read_session_file, session_facts, write_session_file
+from ttt_e2e.inference.session import Diverged, Session
+from ttt_e2e.inference.session_file import read_session_file, session_facts, write_session_file
 
 TOKENIZER = Tokenizer.train([""], 257)
 MODEL = small_model(vocab_size=257).requires_grad_(False)
@@ -160,7 +160,7 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: p
             having_read(TEXT * 2).save(path)
         return facts
 
-    monkeypatch.setattr("ttt_e2e.session_files.session_facts", slow)
+    monkeypatch.setattr("ttt_e2e.inference.session_file.session_facts", slow)
     assert Session.load(path, MODEL, TOKENIZER).info() == having_read(TEXT * 2).info()
 
 

@@ -22,11 +22,11 @@ from ttt_e2e.convert.to_hf import convert_to_hf, hf_model
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.hf.cache import NAME
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import save_model
-from ttt_e2e.session import Session, load_reader
-from ttt_e2e.streaming import forward, read_mini_batch, start_reading
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import save_model
+from ttt_e2e.inference.session import Session, load_reader
+from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 
 LENGTHS = (3, 17, 33, 6, 33)  # of mini-batches of 5 tokens, and a window of 12
 TEXT = "The street was still wet; the rain had stopped. A bird sang in the tree, and another answered. " * 4

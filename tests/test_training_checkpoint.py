@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import small_config
 
-from ttt_e2e.config import RunConfig, TrainConfig
+from ttt_e2e.config.schema import RunConfig, TrainConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import load_model, model_digest
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import load_model, model_digest
 from ttt_e2e.training import checkpoint
 from ttt_e2e.training.checkpoint import (
     Progress,

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ttt_e2e.config import ModelConfig, TrainConfig
+from ttt_e2e.config.schema import ModelConfig, TrainConfig
 from ttt_e2e.training.optimizer import (
     clip_gradients,
     inner_learning_rate,

@@ -19,11 +19,11 @@ import pytest
 import torch
 from conftest import made_up_tokens, small_config
 
-from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.config import RunConfig, TrainConfig, override
+from ttt_e2e.inner_loop.compiled import compiled_steps
+from ttt_e2e.config.schema import RunConfig, TrainConfig, override
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
-from ttt_e2e.model_files import load_model, model_digest
+from ttt_e2e.model.checkpoint import load_model, model_digest
 from ttt_e2e.training import trainer
 from ttt_e2e.training.checkpoint import checkpoints
 from ttt_e2e.training.metrics import read_metrics

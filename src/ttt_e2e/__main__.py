@@ -2,6 +2,6 @@
 
 import sys
 
-from ttt_e2e.cli import main
+from ttt_e2e.cli.main import main
 
 sys.exit(main())

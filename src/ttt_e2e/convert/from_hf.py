@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.hf_files import CONFIG, StoredTensor, find_checkpoint, stored_tensors
 from ttt_e2e.convert.model_folder import Put, model_folder, parameter_shapes
 from ttt_e2e.convert.start import Start, model_config
-from ttt_e2e.cost import parameters
+from ttt_e2e.model.cost import parameters
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model import FastMLP
-from ttt_e2e.model_files import TOKENIZER, copy_carried, read_json
+from ttt_e2e.model.transformer import FastMLP
+from ttt_e2e.model.checkpoint import TOKENIZER, copy_carried, read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 23  # numbers that are read at once

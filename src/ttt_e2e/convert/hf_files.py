@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.model_files import TOKENIZER, read_json
+from ttt_e2e.model.checkpoint import TOKENIZER, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

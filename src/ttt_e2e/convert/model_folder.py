@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_e2e.config import ModelConfig
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.files import atomic_path
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import WEIGHTS, write_config
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import WEIGHTS, write_config
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK = 1 << 22  # numbers that are hashed at once

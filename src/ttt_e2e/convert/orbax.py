@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.model_files import read_json
+from ttt_e2e.model.checkpoint import read_json
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "commit_success.txt"

@@ -23,9 +23,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.session import DTYPES, LOGITS, Session, load_reader
-from ttt_e2e.streaming import forward, read_mini_batch, start_reading
-from ttt_e2e.training.distributed import choose_device
+from ttt_e2e.inference.session import DTYPES, LOGITS, Session, load_reader
+from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
+from ttt_e2e.training.parallelize import choose_device
 
 Score = tuple[float, bool]
 """Log-likelihood of a continuation in nats, and whether every token of it was the likeliest."""

@@ -21,10 +21,10 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.mixers.attention import Cache
-from ttt_e2e.model import Transformer
-from ttt_e2e.session import frozen_batches, token_ids, unsound
-from ttt_e2e.streaming import ReadState, forward, read_mini_batch, stacked, start_reading
+from ttt_e2e.model.mixers.attention import Cache
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.inference.session import frozen_batches, token_ids, unsound
+from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, stacked, start_reading
 
 NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the library calls a cache, in arguments and in outputs: past_key_values in its older versions."""

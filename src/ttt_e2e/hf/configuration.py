@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from ttt_e2e.config import ModelConfig, from_dict
+from ttt_e2e.config.schema import ModelConfig, from_dict
 
 
 class TTTE2EConfig(PreTrainedConfig):
     """What `TTTE2EForCausalLM` is made of.
 
-    settings: the fields of `ttt_e2e.config.ModelConfig`. learn_while_reading: whether the model learns from what it
+    settings: the fields of `ttt_e2e.config.schema.ModelConfig`. learn_while_reading: whether the model learns from what it
     reads. learn_from_writing: whether it also learns from what it writes as soon as that fills a mini-batch; otherwise
     `generate` leaves the weights alone after the prompt, and what was written is learned from when a later prompt goes
     on after it.

@@ -17,8 +17,8 @@ from transformers.utils.generic import can_return_tuple
 from ttt_e2e.errors import UserError
 from ttt_e2e.hf.cache import NAME, ReadingCache
 from ttt_e2e.hf.configuration import TTTE2EConfig
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
 
 _LEFT_OUT = -100  # the library's mark in labels
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ttt_e2e.config import Kernels
+from ttt_e2e.config.schema import Kernels
 from ttt_e2e.errors import UserError
 
 K = TypeVar("K")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_e2e.config import Kernels
+from ttt_e2e.config.schema import Kernels
 from ttt_e2e.ops.elementwise import wide
 from ttt_e2e.ops.fused import Fused
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_e2e.config import Kernels
+from ttt_e2e.config.schema import Kernels
 from ttt_e2e.ops.fused import Fused
 
 CHUNK = 64  # the fastest of 32, 64, 128 and 256 on a CPU, forward and backward, at P = 64 and N = 128

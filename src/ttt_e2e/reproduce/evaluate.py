@@ -17,8 +17,8 @@ import torch
 from ttt_e2e.data.loader import SequenceLoader
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import Divergence, UserError
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
 
 _FIRST_BIN = 16
 _BINS_PER_OCTAVE = 2

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from ttt_e2e.config import ModelConfig, RunConfig, from_dict
-from ttt_e2e.convert.standard import warm_start
+from ttt_e2e.config.schema import ModelConfig, RunConfig, from_dict
+from ttt_e2e.convert.from_standard import warm_start
 from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
 from ttt_e2e.files import write_text
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import TOKENIZER, load_config, load_model, read_json, save_model
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_model, read_json, save_model
 from ttt_e2e.reproduce import evaluate
 from ttt_e2e.reproduce.plan import RESULT, RUN
 from ttt_e2e.training.checkpoint import TRAINER, checkpoints
-from ttt_e2e.training.distributed import choose_device
+from ttt_e2e.training.parallelize import choose_device
 from ttt_e2e.training.metrics import read_metrics
 from ttt_e2e.training.trainer import MODEL, train
 

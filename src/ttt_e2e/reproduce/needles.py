@@ -23,17 +23,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from ttt_e2e.cost import in_tokens
+from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.data.text import read_text, standard_library_document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, write_text
-from ttt_e2e.machine import machine
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import model_digest, read_json
-from ttt_e2e.session import Diverged, Session, load_reader
-from ttt_e2e.session_files import model_fingerprint
-from ttt_e2e.training.distributed import choose_device
+from ttt_e2e.hardware import machine
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import model_digest, read_json
+from ttt_e2e.inference.session import Diverged, Session, load_reader
+from ttt_e2e.inference.session_file import model_fingerprint
+from ttt_e2e.training.parallelize import choose_device
 
 TASKS = {1: "a number in sentences that repeat", 2: "a number in a text", 3: "a UUID in a text"}
 SENTENCE = 240  # characters at most; longer ones are cut

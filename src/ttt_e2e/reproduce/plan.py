@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.config import RunConfig, to_dict
+from ttt_e2e.config.schema import RunConfig, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
-from ttt_e2e.model_files import read_json
+from ttt_e2e.model.checkpoint import read_json
 from ttt_e2e.reproduce.scales import Scale
 from ttt_e2e.reproduce.systems import System, extending, named, pretraining
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ttt_e2e import __version__
-from ttt_e2e.cost import in_tokens
+from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.files import write_text
-from ttt_e2e.machine import machine
+from ttt_e2e.hardware import machine
 from ttt_e2e.reproduce.plan import (
     Plan,
     best_sweep,
@@ -30,7 +30,7 @@ def write(plan: Plan, out: Path, troubles: Mapping[str, str]) -> dict[str, Any]:
 
     troubles: by job folder, why a job could not be done. Returns what the JSON file says.
     """
-    from ttt_e2e.reproduce.pictures import along, comparison  # matplotlib takes its time
+    from ttt_e2e.reproduce.plots import along, comparison  # matplotlib takes its time
 
     report = collect(plan, out, troubles)
     write_text(out / f"{plan.what}.json", json.dumps(report, indent=1, allow_nan=False) + "\n")

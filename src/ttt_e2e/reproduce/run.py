@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.cost import in_bytes, in_tokens
+from ttt_e2e.model.cost import in_bytes, in_tokens
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
@@ -16,7 +16,7 @@ from ttt_e2e.reproduce.evaluate import books as cut_books
 from ttt_e2e.reproduce.plan import Job, Plan, estimates, jobs, keep, latency, specification, timed
 from ttt_e2e.reproduce.scales import Scale
 from ttt_e2e.reproduce.systems import choose
-from ttt_e2e.training.distributed import choose_device
+from ttt_e2e.training.parallelize import choose_device
 
 
 def reproduce(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ttt_e2e.evaluation.books import standard_error
+from ttt_e2e.evaluation.documents import standard_error
 
 Losses = Mapping[int, Mapping[str, float]]
 """Mean losses by seed and by book."""

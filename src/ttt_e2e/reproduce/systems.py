@@ -6,12 +6,12 @@ Each is a preset and what it changes.
 import dataclasses
 from dataclasses import dataclass
 
-from ttt_e2e.config import RunConfig, override
-from ttt_e2e.convert.standard import learning_config
+from ttt_e2e.config.schema import RunConfig, override
+from ttt_e2e.convert.from_standard import learning_config
 from ttt_e2e.convert.start import Fast, Start
-from ttt_e2e.cost import parameters
+from ttt_e2e.model.cost import parameters
 from ttt_e2e.errors import UserError
-from ttt_e2e.presets import at_context, preset, with_parameters
+from ttt_e2e.config.presets import at_context, preset, with_parameters
 from ttt_e2e.reproduce.scales import Scale
 
 

@@ -35,15 +35,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ttt_e2e.config import ModelConfig
-from ttt_e2e.cost import fast_weights, in_tokens, parameters, state_bytes
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.cost import fast_weights, in_tokens, parameters, state_bytes
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop import State, sequence_loss
-from ttt_e2e.mixers.attention import Attention, Cache
-from ttt_e2e.model import Block, Transformer
-from ttt_e2e.session import DTYPES
-from ttt_e2e.streaming import ReadState, forward, read_mini_batch, start_reading
-from ttt_e2e.training.distributed import choose_device
+from ttt_e2e.inner_loop.step import State, sequence_loss
+from ttt_e2e.model.mixers.attention import Attention, Cache
+from ttt_e2e.model.transformer import Block, Transformer
+from ttt_e2e.inference.session import DTYPES
+from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, start_reading
+from ttt_e2e.training.parallelize import choose_device
 
 SEED = 0
 WRITTEN = 16  # tokens, one after the other, that decoding is timed over

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.files import write_text
-from ttt_e2e.model_files import read_json
+from ttt_e2e.model.checkpoint import read_json
 from ttt_e2e.reproduce import job as one_job
 from ttt_e2e.reproduce.job import JOB
 from ttt_e2e.reproduce.plan import RESULT, RUN, Job

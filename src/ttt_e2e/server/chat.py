@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ttt_e2e.carried import ChatTemplate, chat_template
+from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_e2e.config import from_dict
+from ttt_e2e.config.schema import from_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.mixers.attention import Attention
-from ttt_e2e.mixers.titans import Titans
-from ttt_e2e.session import Session, token_ids
-from ttt_e2e.session_files import SessionInfo, read_session_file, session_facts, state_tensors
+from ttt_e2e.model.mixers.attention import Attention
+from ttt_e2e.model.mixers.titans import Titans
+from ttt_e2e.inference.session import Session, token_ids
+from ttt_e2e.inference.session_file import SessionInfo, read_session_file, session_facts, state_tensors
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FARTHEST = 1 << 53  # a position beyond is no whole number any more where angles are computed

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ttt_e2e.sampling import SamplingOptions
+from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server import logs
 from ttt_e2e.server.engine import Engine
 from ttt_e2e.server.errors import Refused

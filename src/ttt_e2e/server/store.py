@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import sync, write_text
-from ttt_e2e.session import Session
+from ttt_e2e.inference.session import Session
 
 _TEMPORARY = ".tmp-"
 _ID = re.compile(r"sess-[0-9a-f]{32}")

@@ -13,10 +13,10 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from ttt_e2e.pool import Event, Losses, SessionPool, Token
-from ttt_e2e.sampling import SamplingOptions
+from ttt_e2e.inference.session_pool import Event, Losses, SessionPool, Token
+from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.records import Stopping
-from ttt_e2e.session import Session
+from ttt_e2e.inference.session import Session
 
 _FAILED = 3  # steps one after the other: not one too large for memory, but a device that is lost
 _log = logging.getLogger(__name__)

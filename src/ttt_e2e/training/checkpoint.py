@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from ttt_e2e.config import RunConfig, to_dict
+from ttt_e2e.config.schema import RunConfig, to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import (
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import (
     load_safetensors,
     read_json,
     read_weights,

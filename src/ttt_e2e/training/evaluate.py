@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_e2e.config import TrainConfig
-from ttt_e2e.inner_loop import sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.training.distributed import Processes
+from ttt_e2e.config.schema import TrainConfig
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.training.parallelize import Processes
 
 QUARTERS = 4
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from ttt_e2e.config import ModelConfig, TrainConfig
-from ttt_e2e.mixers.base import Mixer
+from ttt_e2e.config.schema import ModelConfig, TrainConfig
+from ttt_e2e.model.mixers.base import Mixer
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

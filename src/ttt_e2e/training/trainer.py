@@ -23,16 +23,16 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from ttt_e2e.compiled import compiled_steps
-from ttt_e2e.config import RunConfig, TrainConfig, to_dict
+from ttt_e2e.inner_loop.compiled import compiled_steps
+from ttt_e2e.config.schema import RunConfig, TrainConfig, to_dict
 from ttt_e2e.data.loader import SequenceLoader, held_out
 from ttt_e2e.data.shards import TokenSet, open_tokens
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.files import write_text
-from ttt_e2e.inner_loop import PLAIN, sequence_loss
-from ttt_e2e.model import Transformer
-from ttt_e2e.model_files import (
+from ttt_e2e.inner_loop.step import PLAIN, sequence_loss
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.checkpoint import (
     CONFIG,
     TOKENIZER,
     copy_carried,
@@ -50,7 +50,7 @@ from ttt_e2e.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from ttt_e2e.training.distributed import Processes, processes
+from ttt_e2e.training.parallelize import Processes, processes
 from ttt_e2e.training.evaluate import evaluate
 from ttt_e2e.training.metrics import Metrics
 from ttt_e2e.training.optimizer import (

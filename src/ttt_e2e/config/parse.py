@@ -1,0 +1,122 @@
+"""Settings from text and from JSON, each checked against its type."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any, Literal
+
+from ttt_e2e.config.schema import C, RunConfig, replace
+from ttt_e2e.errors import UserError
+
+
+def override(config: RunConfig, assignments: list[str]) -> RunConfig:
+    """`config` with assignments such as "model.sliding_window=256" or "train.lr=1e-3" applied.
+
+    The beginning of a name may be left out: "inner_loop.lr" is "model.inner_loop.lr", "lr" is "train.lr" (the shortest
+    of the full names that end in it). Raises UserError for an unknown or ambiguous name, or a value of another type.
+    """
+    known = _settings(RunConfig)
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"{assignment!r} is not an override; write NAME=VALUE, such as train.steps=100.")
+        full = _full_name(name, list(known))
+        changes[full] = _parse(text, known[full], full)
+    return replace(config, changes)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, equal to what comes back from JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration") -> C:
+    """The reverse of `to_dict`.
+
+    Raises UserError, naming `where`, for unknown or missing fields and for values of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown:
+        raise UserError(f"{where} has unknown fields: {', '.join(sorted(unknown))}.")
+    checked = {
+        key: from_dict(hints[key], value, where)
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
+        else _check(value, hints[key], f"{key} in {where}")
+        for key, value in values.items()
+    }
+    try:
+        return cls(**checked)
+    except TypeError as error:
+        raise UserError(f"{where} is incomplete: {error}.") from error
+
+
+def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a configuration by its full name, with its type."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found |= _settings(hint, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = hint
+    return found
+
+
+def _full_name(name: str, known: list[str]) -> str:
+    if name in known:
+        return name
+    matches = [full for full in known if full.endswith(f".{name}")]
+    shortest = [full for full in matches if full.count(".") == min(m.count(".") for m in matches)]
+    if len(shortest) == 1:
+        return shortest[0]
+    if shortest:
+        raise UserError(f"There are several settings {name!r}: {', '.join(shortest)}; write one of them in full.")
+    near = difflib.get_close_matches(name, [*known, *(full.rpartition(".")[2] for full in known)], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(known)}."
+    raise UserError(f"There is no setting {name!r}.{hint}")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _check(value: Any, hint: Any, where: str) -> Any:
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif typing.get_origin(kind) is tuple:
+            if isinstance(value, (list, tuple)):
+                return tuple(_check(item, typing.get_args(kind)[0], where) for item in value)
+        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    raise UserError(f"{where} must be {_describe(hint)}, not {value!r}.")
+
+
+def _parse(text: str, hint: Any, where: str) -> Any:
+    choices = [c for kind in _alternatives(hint) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
+    if typing.get_origin(hint) is tuple:
+        return tuple(_parse(item.strip(), typing.get_args(hint)[0], where) for item in text.split(","))
+    try:
+        value = text if text in choices else None if text.lower() in ("none", "null") else json.loads(text.lower())
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(value, float) and value.is_integer() and float not in _alternatives(hint):
+        value = int(value)
+    return _check(value, hint, where)
+
+
+def _describe(hint: Any) -> str:
+    words = []
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is Literal:
+            words += [repr(choice) for choice in typing.get_args(kind)]
+        else:
+            names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+            words.append("a list" if typing.get_origin(kind) is tuple else names.get(kind, str(kind)))
+    return " or ".join(words)

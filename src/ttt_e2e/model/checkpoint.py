@@ -1,0 +1,213 @@
+"""A model in a folder: config.json, model.safetensors and, if it has one, tokenizer.json.
+
+The weights are safetensors and nothing else (a pickle could run code). Their header carries a digest of
+names, shapes and values as they come back in float32, so that an altered file is refused, and so that a saved
+session recognises the model that it belongs to.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ttt_e2e.config.schema import ModelConfig, from_dict, to_dict
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import atomic_path
+from ttt_e2e.model.transformer import Transformer
+
+FORMAT = "ttt-e2e model"
+VERSION = 2
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+GENERATION, WORDS, CHAT_TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
+CARRIED = (GENERATION, WORDS, CHAT_TEMPLATE, "special_tokens_map.json")
+"""What a pretrained model may have beside its tokenizer, and keeps wherever that is copied to; see `carried`."""
+
+
+def save_model(
+    model: Transformer,
+    folder: Path,
+    tokenizer_json: Path | str | None,
+    dtype: torch.dtype | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `model` to `folder`, whole or not at all; `tokenizer_json` is a file to copy beside it, with its `CARRIED`.
+
+    dtype: what the weights are rounded to in the file; None keeps them as they are. notes: plain values for
+    people, such as where the model comes from. Raises UserError if the disk is full or the place is not
+    writable.
+    """
+    with atomic_path(Path(folder)) as part:
+        part.mkdir()
+        write_model_files(model, part, tokenizer_json, dtype, notes)
+
+
+def write_model_files(
+    model: Transformer,
+    folder: Path,
+    tokenizer_json: Path | str | None,
+    dtype: torch.dtype | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """The files of `save_model`, straight into an existing `folder`: for a caller that makes it atomic."""
+    write_config(model.config, folder, notes)
+    tensors = {
+        name: weight.detach().to("cpu", dtype or weight.dtype).contiguous() for name, weight in model.named_parameters()
+    }
+    # One entry alone: the library writes several in any order, and equal models should be equal files.
+    save_safetensors(tensors, folder / WEIGHTS, {"digest": _digest(tensors)})
+    if tokenizer_json is not None:
+        shutil.copyfile(tokenizer_json, folder / TOKENIZER)
+        copy_carried(Path(tokenizer_json).parent, folder)
+
+
+def copy_carried(source: Path, target: Path) -> None:
+    """Copy what the folder `source` has of `CARRIED` to the folder `target`."""
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_config(config: ModelConfig, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
+    """The file that says what the model in `folder` is."""
+    content = {"format": FORMAT, "version": VERSION, "model": to_dict(config), "notes": dict(notes or {})}
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu") -> Transformer:
+    """The model in `folder`, its weights in float32 whatever the file holds, on `device`.
+
+    Raises UserError if `folder` is no model, or if its files are incomplete, altered or from a newer version.
+    """
+    with torch.device("meta"):  # no initial weights are drawn, only to be overwritten
+        model = Transformer(load_config(folder))
+    model.to_empty(device=device)
+    read_weights(model, folder)
+    return model
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The configuration of the model in `folder`. Raises UserError as `load_model` does."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no model folder {folder}; give the path of a folder with {CONFIG} and {WEIGHTS}.")
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        missing = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
+        inside = [folder / "model", *sorted((folder / "checkpoints").glob("step-*"), reverse=True)]
+        hint = next((f" Its newest model is {inner}." for inner in inside if (inner / WEIGHTS).is_file()), "")
+        raise UserError(f"{folder} is not a model folder: it has no {missing}.{hint}")
+    content = read_json(folder / CONFIG)
+    if content.get("format") != FORMAT or not isinstance(content.get("model"), dict):
+        raise UserError(f"{folder / CONFIG} does not describe a model of ttt-e2e; give a folder that it has written.")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{folder} has model format {content.get('version')!r}, this version of ttt-e2e reads {VERSION}; "
+            "use the version that wrote it, or update."
+        )
+    return from_dict(ModelConfig, content["model"], str(folder / CONFIG))
+
+
+def read_weights(model: Transformer, folder: Path) -> None:
+    """Fill the parameters of `model`, on any device, from `folder`. Raises UserError as `load_model` does."""
+    path = Path(folder) / WEIGHTS
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
+    tensors, metadata = load_safetensors(path, shapes)
+    if "digest" not in metadata:
+        raise UserError(f"{path} was not written by ttt-e2e: it has no digest; convert the model first.")
+    if _digest(tensors) != metadata["digest"]:
+        raise UserError(f"{path} was altered after it was written: its digest does not fit; use an unaltered copy.")
+    with torch.no_grad():
+        for name, weight in parameters.items():
+            weight.copy_(tensors[name])
+
+
+def model_digest(model: nn.Module) -> str:
+    """A fingerprint of the weights: equal for equal names, shapes and float32 values, on any device."""
+    return _digest(dict(model.named_parameters()))
+
+
+def stored_digest(folder: Path) -> str | None:
+    """The digest that the model in `folder` was written with, of its weights; None if there is none to be read."""
+    try:
+        with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+            return (file.metadata() or {}).get("digest")
+    except (OSError, SafetensorError):
+        return None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+# -- files, as every other saved thing reads and writes them -------------------------------------------------
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write `tensors` to `path`; unlike the library's own, a full disk is an OSError with its number."""
+    try:
+        path.touch()  # so that the file has the user's usual permissions; the library makes its own private
+        mode = path.stat().st_mode
+        save_file(dict(tensors), path, dict(metadata))
+        path.chmod(mode)
+    except SafetensorError as error:
+        # The library wraps the operating system's error in a text: "I/O error: No space left ... (os error
+        # 28)".
+        number = str(error).partition("(os error ")[2].partition(")")[0]
+        if number.isdigit():
+            raise OSError(int(number), str(error)) from error
+        raise
+
+
+def load_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in `path` and its metadata; UserError unless they are floats, exactly those of `shapes`."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; use a complete copy of the folder.")
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            _require_same_names(path, set(found), set(shapes))
+            for name, part in found.items():
+                if tuple(part.get_shape()) != shapes[name]:
+                    raise UserError(
+                        f"{name} in {path} has shape {part.get_shape()} where {list(shapes[name])} is expected; "
+                        "the weights and their configuration do not belong together."
+                    )
+            tensors = {name: file.get_tensor(name) for name in found}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); use a complete copy.") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} in {path} is {tensor.dtype}, not floating point; use an unaltered copy.")
+    return tensors, metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`. Raises UserError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; use a complete copy of the folder.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is truncated or altered, it is not JSON ({error}); use a complete copy.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is altered: it does not hold a JSON object; use a complete copy.")
+    return content
+
+
+def _require_same_names(path: Path, found: set[str], expected: set[str]) -> None:
+    for what, names in (("lacks", expected - found), ("has unknown", found - expected)):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
+            raise UserError(f"{path} {what} tensors: {some}; it does not belong to this model.")

@@ -1,0 +1,416 @@
+"""What a model costs, by counting: its parameters, what a text leaves behind in it, operations per token.
+
+Nothing is run and PyTorch is not needed: the figures follow from the configuration.
+
+Counted are the operations of matrix products, a product and its sum as two: linear layers, fast weights and their
+gradients, the products of attention and of the recurrences. Left out is what is small beside them: everything
+element-wise (norms, softmax, gates, decays, a recurrence's update by a single token, the update of fast weights),
+convolutions of a few tokens, the triangular solves of Gated DeltaNet, the optimiser.
+
+- Attention is counted by its need: the pairs of a query and a key that it sees. A kernel works in tiles and pays for
+  more, and where it does not keep its scores it computes them again; neither is counted. The same holds for logits.
+- What is differentiated costs three times itself: every product has two factors, and each gets a gradient by a product
+  of the same size. With a suffix the inner gradient is part of what is differentiated; see `inner_loop`.
+- The head is counted at every token, as this project reads: every token gets its loss.
+- Mamba 2 and Gated DeltaNet are counted as `ops.ssd` and `ops.gated_delta_rule` compute a text in PyTorch, by chunks.
+  Other kernels have other chunks.
+
+`tests/test_cost.py` holds all of it against models that are built and run under PyTorch's own counter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.errors import UserError
+
+# Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph, as `inner_loop.KEPT_GRAPHS`.
+KEPT_GRAPHS = 2
+
+# Tokens of a chunk, as `ops.ssd` and `ops.gated_delta_rule` have it.
+MAMBA2_CHUNK = 64
+DELTANET_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations per token, for one sequence.
+
+    prefill: reading a text of `context` tokens from its start, the mean over its tokens; with a suffix, learning from
+        every whole mini-batch.
+    decoding: one token after such a text. The suffix does not learn from what the model writes; the memories of TTT-KVB
+        and Titans do, with every mini-batch, and each token bears its part of that. Titans' attention counts as the
+        mean over a segment, once there was one.
+    training: forward and backward, the mean over a sequence; with a suffix, through the inner updates (meta-training).
+    training_recomputed: the same with `recompute="mini-batch"`. Without a suffix nothing is recomputed.
+    """
+
+    prefill: float
+    decoding: float
+    training: float
+    training_recomputed: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model's cost at a context: see `parameters`, `state_bytes` and `Operations`."""
+
+    context: int
+    parameters: int
+    state_bytes: int
+    operations: Operations
+
+
+def cost(config: ModelConfig, context: int, dtype_bytes: int = 4, meta: bool = True) -> Cost:
+    """All figures of a model at `context` tokens; see the functions below. Raises UserError if there is no token."""
+    state = state_bytes(config, context, dtype_bytes)
+    return Cost(context, parameters(config), state, operations(config, context, meta))
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many parameters the model has, fast weights at their start included."""
+    width, norms = config.width, config.pre_norm + config.post_norm
+    mixers = sum(_mixer(config, name, 1).parameters for name in config.mixers)
+    embeddings = (1 if config.tied_head else 2) * config.vocab_size * width
+    # Mixers, static MLPs and fast ones are sub-layers with norms of their own, but not two MLPs in parallel.
+    layers = config.layers + (config.layers if config.static_mlp else config.prefix_layers)
+    layers += 0 if config.parallel_mlp else config.suffix_layers
+    factors = config.suffix_layers * _factors(config)
+    return embeddings + mixers + 3 * width * _hidden(config) + factors + layers * norms * width + width
+
+
+def state_bytes(config: ModelConfig, context: int, dtype_bytes: int = 4) -> int:
+    """Bytes that one sequence leaves behind after `context` tokens.
+
+    Cached keys and values and the last inputs of short convolutions take `dtype_bytes` a number (4: float32, 2:
+    bfloat16). Fast weights, recurrent states and memories are float32 always. What fills up and is emptied again, as do
+    Titans' segments and the mini-batches that memories learn from, is counted at its fullest in these tokens.
+    Raises UserError if there is no token.
+    """
+    _require_tokens(context)
+    mixers = [_mixer(config, name, context) for name in config.mixers]
+    return dtype_bytes * sum(m.cached for m in mixers) + 4 * (fast_weights(config) + sum(m.wide for m in mixers))
+
+
+def fast_weights(config: ModelConfig) -> int:
+    """How many numbers a sequence has of its own in the fast MLPs; each takes four bytes."""
+    whole = 3 * config.width * config.fast_width
+    return config.suffix_layers * (whole if config.fast_rank is None else _factors(config))
+
+
+def training_bytes(config: ModelConfig) -> int:
+    """Bytes that training holds besides activations: weights, gradients and two moments of AdamW, all float32."""
+    return 16 * parameters(config)
+
+
+def hours(operations: float, tokens: int, rate: float) -> float:
+    """Hours for so many tokens at `operations` each, on a machine that does `rate` of them a second."""
+    return operations * tokens / rate / 3600
+
+
+def operations(config: ModelConfig, context: int, meta: bool = True) -> Operations:
+    """Operations per token at `context` tokens. meta: as in `TrainConfig`; without it nothing is learned in training.
+
+    Raises UserError if there is no token.
+    """
+    _require_tokens(context)
+    mixers = [_mixer(config, name, context) for name in config.mixers]
+    dense = _mlp(config, 1, _hidden(config)) + config.suffix_layers * _additions(config, 1) + _head(config, 1)
+    forward = sum(m.text for m in mixers) + context * dense
+    training = sum(m.training for m in mixers) + 3 * context * dense
+    prefill, recomputed = forward, training
+    learns, b = config.suffix_layers > 0 and config.inner_lr > 0, config.mini_batch or 1
+    if learns:
+        prefill += _inner_gradient(config, context // b * b)
+    if learns and meta:
+        count = -(-context // b)
+        # No update follows a sequence's last mini-batch: nothing would read it.
+        training += 3 * _inner_gradient(config, (count - 1) * b)
+        again = max(0, count - KEPT_GRAPHS) * b
+        recomputed = training + _loop_forward(config, again) + _inner_gradient(config, again)
+    decoding = sum(m.token for m in mixers) + dense
+    return Operations(prefill / context, decoding, training / context, recomputed / context)
+
+
+def table(costs: Sequence[Cost], beside: Sequence[Cost] = ()) -> str:
+    """A model's costs at several contexts as plain text, a line each.
+
+    beside: another model's at the same contexts; what multiple of its figures these are is added in brackets.
+    """
+    columns = ("state", "prefill", "decoding", "training", "recomputing")
+    lines = [f"{'context':<8}" + "".join(f"{name:>18}" for name in columns)]
+    for i, at in enumerate(costs):
+        cells = [in_bytes(at.state_bytes), *map(_in_operations, _figures(at)[1:])]
+        if beside:
+            ratios = (f / o for f, o in zip(_figures(at), _figures(beside[i]), strict=True))
+            cells = [f"{cell} ({r:.{2 if r >= 0.1 else 4}f})" for cell, r in zip(cells, ratios, strict=True)]
+        lines.append(f"{in_tokens(at.context):<8}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+def in_bytes(number: float) -> str:
+    """A number of bytes to read, such as "1.4 GiB"."""
+    return _readable(number, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
+
+
+def in_tokens(number: int) -> str:
+    """A number of tokens as the command line takes it: 131072 is "128K", 2097152 is "2M"."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if number % unit == 0:
+            return f"{number // unit}{name}"
+    return str(number)
+
+
+def _in_operations(number: float) -> str:
+    return _readable(number, 1000, ("", " K", " M", " G", " T", " P"))
+
+
+def _readable(number: float, base: int, units: Sequence[str]) -> str:
+    power = 0
+    while number >= base and power < len(units) - 1:
+        number, power = number / base, power + 1
+    return f"{number:.4g}{units[power]}" if number < 1000 else f"{number:.0f}{units[power]}"
+
+
+def _figures(value: Cost) -> tuple[float, ...]:
+    at = value.operations
+    return value.state_bytes, at.prefill, at.decoding, at.training, at.training_recomputed
+
+
+def _require_tokens(context: int) -> None:
+    if context < 1:
+        raise UserError(f"A context has at least 1 token, not {context}.")
+
+
+# -- the Transformer ---------------------------------------------------------------------------------------------------
+
+
+def _product(tokens: int, inputs: int, outputs: int) -> int:
+    return 2 * tokens * inputs * outputs
+
+
+def _mlp(config: ModelConfig, tokens: int, hidden: int) -> int:
+    return _product(tokens, config.width, 3 * hidden)
+
+
+def _factors(config: ModelConfig) -> int:
+    """Numbers in the factors of what is added to one fast MLP: up [2 F, R] and down [R, D], up [D, R], down [R, F]."""
+    return (config.fast_rank or 0) * (3 * config.fast_width + 2 * config.width)
+
+
+def _additions(config: ModelConfig, tokens: int) -> int:
+    """What is added to one fast MLP: one product for every factor."""
+    return _product(tokens, 1, _factors(config))
+
+
+def _head(config: ModelConfig, tokens: int) -> int:
+    return _product(tokens, config.width, config.vocab_size)
+
+
+def _hidden(config: ModelConfig) -> int:
+    """Hidden units of all MLPs together, static and fast."""
+    return config.prefix_layers * config.mlp_width + config.suffix_layers * (_beside(config) + config.fast_width)
+
+
+def _beside(config: ModelConfig) -> int:
+    """Hidden units of the static MLP beside a fast one."""
+    return config.suffix_width if config.static_mlp else 0
+
+
+def _loop_forward(config: ModelConfig, tokens: int) -> int:
+    """What stands inside the loop, over the first `tokens` of a text: all above the first suffix block's mixer."""
+    suffix = config.suffix_layers
+    attentions = (suffix - 1) * _attention(config, config.loop_window, tokens).text
+    mlps = suffix * (_mlp(config, tokens, _beside(config) + config.fast_width) + _additions(config, tokens))
+    return mlps + attentions + _head(config, tokens)
+
+
+def _inner_gradient(config: ModelConfig, tokens: int) -> int:
+    """The inner gradients of the first `tokens` of a text, which are whole mini-batches: the chain of the pulls.
+
+    A static layer's pull is one product for the gradient of its input; a fast MLP's has a second one for the gradient
+    of its weights: of its matrices or, with a rank, of the factors, where the matrices are static. Of the lowest fast
+    MLP the input's gradient is not wanted, nor that of the static MLP in parallel to it. Cached keys and values are
+    constants.
+    """
+    suffix, b = config.suffix_layers, config.mini_batch or 1
+    static = (suffix - config.parallel_mlp) * _mlp(config, tokens, _beside(config))
+    rank = config.fast_rank or 0
+    fast = suffix * (_mlp(config, tokens, config.fast_width) * (1 if rank else 2) + 2 * _additions(config, tokens))
+    fast -= _product(tokens, config.width, 2 * config.fast_width + rank)
+    # Gradients of scores and of queries go over all pairs; those of keys and values over the mini-batch's own.
+    pairs = 2 * (_pairs(tokens, config.loop_window) + tokens // b * _pairs(b, config.loop_window))
+    attention = _projections(config, tokens) + _product(pairs, config.heads, config.head_width)
+    return static + fast + (suffix - 1) * attention + _head(config, tokens)
+
+
+# -- mixers ------------------------------------------------------------------------------------------------------------
+
+
+class _Mixer(NamedTuple):
+    """One mixer's part, after and over `context` tokens.
+
+    cached: numbers of its state in the compute dtype. wide: those in float32. text: operations of reading all tokens
+    from the start of a text. training: the same with its backward pass. token: of one token more.
+    """
+
+    parameters: int
+    cached: int
+    wide: int
+    text: int
+    training: int
+    token: int
+
+
+def _mixer(config: ModelConfig, name: str, context: int) -> _Mixer:
+    match name:
+        case "full":
+            return _attention(config, None, context)
+        case "window":
+            return _attention(config, config.window, context)
+        case "mamba2":
+            return _mamba2(config, context)
+        case "gated-deltanet":
+            return _gated_deltanet(config, context)
+        case "ttt-kvb":
+            return _ttt_kvb(config, context)
+        case "titans":
+            return _titans(config, context)
+    raise ValueError(f"no mixer {name!r}")
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, over the first `tokens` of a text."""
+    window = tokens if window is None else min(window, tokens)
+    return window * (window + 1) // 2 + (tokens - window) * window
+
+
+def _projections(config: ModelConfig, tokens: int) -> int:
+    heads = 2 * config.heads + 2 * config.kv_head_count
+    return _product(tokens, config.width, heads * config.head_width)
+
+
+def _attention(config: ModelConfig, window: int | None, context: int) -> _Mixer:
+    kept = context if window is None else min(window, context)
+    seen = context + 1 if window is None else min(window, context + 1)
+    text = _projections(config, context) + _scores(config, _pairs(context, window))
+    biases = config.qkv_bias * (config.heads + 2 * config.kv_head_count) * config.head_width
+    biases += config.out_bias * config.width
+    return _Mixer(
+        parameters=_projections(config, 1) // 2 + biases + (2 * config.head_width if config.qk_norm else 0),
+        cached=2 * config.kv_head_count * config.head_width * kept,
+        wide=0,
+        text=text,
+        training=3 * text,
+        token=_projections(config, 1) + _scores(config, seen),
+    )
+
+
+def _scores(config: ModelConfig, pairs: int) -> int:
+    """Of so many pairs in every head: the score, and the value's part in the sum."""
+    return 2 * _product(pairs, config.heads, config.head_width)
+
+
+def _mamba2(config: ModelConfig, context: int) -> _Mixer:
+    width, heads, states = config.width, config.expand * config.heads, config.state_width
+    inner, shared = config.expand * width, config.state_groups * states
+    channels = inner + 2 * shared  # of the convolution
+    projections = width * (2 * inner + 2 * shared + heads) + inner * width
+
+    def chunks(length: int) -> int:
+        # Scores and what they weigh, within the chunk; what the chunk adds to the state, and reads from it.
+        return _product(length, length, shared + inner) + _product(length, states, 2 * inner)
+
+    whole, rest = divmod(context, MAMBA2_CHUNK)
+    text = context * _product(1, 1, projections) + whole * chunks(MAMBA2_CHUNK) + chunks(rest)
+    return _Mixer(
+        parameters=projections + channels * (config.conv_width + 1) + 3 * heads + inner,
+        cached=(config.conv_width - 1) * channels,
+        wide=inner * states,
+        text=text,
+        training=3 * text,
+        token=_product(1, 1, projections) + _product(1, inner, states),
+    )
+
+
+def _gated_deltanet(config: ModelConfig, context: int) -> _Mixer:
+    keys, head_width, heads = config.width, config.head_width, config.expand * config.heads
+    values = heads * head_width
+    channels = 2 * keys + values  # of the convolution
+    projections = keys * (2 * keys + 2 * values + 2 * heads) + values * keys
+
+    count = -(-context // DELTANET_CHUNK)
+    length = -(-context // count)  # chunks are of one length; the last is filled up with zeros
+    # Per chunk: keys and queries against keys, for every key head; the corrections, and what queries see of them; and
+    # three products with the memory.
+    chunk = _product(length, length, 2 * keys + 2 * values) + _product(length, head_width, 3 * values)
+    text = context * _product(1, 1, projections) + count * chunk
+    return _Mixer(
+        parameters=projections + channels * config.conv_width + 2 * heads + head_width,
+        cached=(config.conv_width - 1) * channels,
+        wide=values * head_width,
+        text=text,
+        training=3 * text,
+        token=_product(1, 1, projections) + _product(2, values, head_width),
+    )
+
+
+def _memory_products(config: ModelConfig) -> tuple[int, int]:
+    """For one token: reading the memory, and the gradient of its weights for a loss at what was read."""
+    read = _product(1, config.width, 3 * config.memory_hidden)
+    return read, read + _product(1, config.width, config.memory_hidden)
+
+
+def _ttt_kvb(config: ModelConfig, context: int) -> _Mixer:
+    width, heads, b = config.width, config.heads, config.mini_batch or 1
+    attention = _attention(config, config.window, context)
+    read, gradient = _memory_products(config)
+    weights, projections = 3 * width * config.memory_hidden, width * (4 * width + heads)
+    learn, pending = read + gradient, min(context, b)
+    static = _product(1, 1, projections) + read
+    text = attention.text + context * static + context // b * b * learn
+    learned = (-(-context // b) - 1) * b  # what a later token reads the memory of
+    return _Mixer(
+        parameters=attention.parameters + weights + projections + heads + config.head_width,
+        cached=attention.cached + 2 * pending * width,
+        wide=weights + pending * heads,
+        text=text,
+        training=text + 2 * (attention.text + context * static + learned * learn),
+        token=attention.token + static + learn,
+    )
+
+
+def _titans(config: ModelConfig, context: int) -> _Mixer:
+    width, heads, b = config.width, config.heads, config.mini_batch or 1
+    read, gradient = _memory_products(config)
+    weights, projections = 3 * width * config.memory_hidden, width * (8 * width + 3 * heads)
+    segments, rest = divmod(context, config.window)
+
+    def attention(length: int) -> int:  # over a segment, whose every token has two keys
+        pairs = length * config.persistent_tokens + 2 * _pairs(length, None)
+        return _scores(config, pairs)
+
+    # What the memory gave goes through the attention's projection to keys and values too.
+    static = _product(1, 1, projections + 2 * width * width) + 2 * read
+    still = context * static + segments * attention(config.window) + attention(rest)
+    learn = read + gradient + read  # one residual pulled back, then a gradient each for weights and momentum
+    text = still + context // b * b * learn
+    seen = config.persistent_tokens + (config.window + 1 if segments else 2 * (context + 1))
+    pending = min(context, b)
+    learned = -(-context // b) - 1  # mini-batches after which a token reads the memory
+    going_back = learned * (read + gradient) + max(0, learned - 1) * read  # the last momentum is of no use
+    return _Mixer(
+        parameters=(
+            weights
+            + projections
+            + 2 * config.persistent_tokens * width
+            + 3 * heads
+            + (4 if config.qk_norm else 2) * config.head_width
+        ),
+        cached=(4 * min(context, config.window) + 2 * pending) * width,
+        wide=2 * weights + 3 * pending * heads,
+        text=text,
+        training=text + 2 * (still + b * going_back),
+        token=static + _scores(config, seen) + learn,
+    )

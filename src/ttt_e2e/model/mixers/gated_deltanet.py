@@ -1,0 +1,106 @@
+"""Gated DeltaNet (arXiv 2412.06464), the layer as Qwen3-Next has it.
+
+Shapes: B sequences, T tokens, D width, H key heads, K width of a key or value head, A = expand H value heads,
+C = (2 H + A) K channels of the convolution, W inputs that it remembers.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.ops.elementwise import rms_norm, wide
+from ttt_e2e.ops.gated_delta_rule import check_kernels, gated_delta_rule
+from ttt_e2e.ops.linear import linear
+from ttt_e2e.ops.short_convolution import short_convolution
+
+UNIT_EPS = 1e-6  # added to the squared norm of queries and keys
+DT_RANGE = 0.001, 0.1  # of the steps that softplus(dt_bias) starts from
+
+
+class DeltaState(NamedTuple):
+    """The convolution's last inputs, and the memory of every value head, in float32 (float64 if the inputs are)."""
+
+    conv_BWC: Tensor
+    rule_BAKK: Tensor
+
+
+class GatedDeltaNet(Mixer):
+    """A linear memory per value head, which decays and is corrected by the delta rule at every token.
+
+    A short convolution and SiLU over queries, keys and values; queries and keys of unit length, the queries then times
+    K^(-1/2); the decay exp(-exp(a_log) softplus(a + dt_bias)); RMSNorm per value head, times silu of a gate.
+    Value heads a expand to a expand + expand - 1 share the queries and keys of head a.
+
+    Raises UserError if config.kernels is "fused" and flash-linear-attention is not installed.
+    """
+
+    State = DeltaState
+    undecayed = ("a_log", "dt_bias")
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        check_kernels(config.kernels)
+        self.kernels, self.norm_eps = config.kernels, config.norm_eps
+        self.heads, self.value_heads = config.heads, config.expand * config.heads
+        self.head_width = config.head_width
+        keys, values = self.heads * self.head_width, self.value_heads * self.head_width
+        self.w_in = nn.Parameter(torch.empty(2 * keys + 2 * values, config.width))  # rows: q, k, v, gate
+        self.w_ba = nn.Parameter(torch.empty(2 * self.value_heads, config.width))  # rows: beta, a
+        self.w_conv = nn.Parameter(torch.empty(2 * keys + values, config.conv_width))
+        self.a_log = nn.Parameter(torch.empty(self.value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
+        self.norm = nn.Parameter(torch.ones(self.head_width))
+        self.w_out = nn.Parameter(torch.empty(config.width, values))
+
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw matrices from N(0, std^2), and the rest as the authors' released code does.
+
+        exp(a_log) is uniform in [0, 16], softplus(dt_bias) log-uniform in [0.001, 0.1], the convolution uniform within
+        +-W^(-1/2), W being its width.
+        """
+        super().reset_parameters(std, generator)
+        with torch.no_grad():
+            bound = self.w_conv.shape[1] ** -0.5
+            self.w_conv.uniform_(-bound, bound, generator=generator)
+            self.a_log.uniform_(0, 16, generator=generator).clamp_(min=0.01).log_()  # zero has no logarithm
+            low, high = DT_RANGE
+            dt_A = self.dt_bias.uniform_(math.log(low), math.log(high), generator=generator).exp_()
+            self.dt_bias.copy_(dt_A + torch.log(-torch.expm1(-dt_A)))  # the inverse of softplus
+
+    def forward(self, x_BTD: Tensor, place: Place, state: DeltaState | None) -> tuple[Tensor, DeltaState]:
+        """Write x to the memory and read it, token by token in effect; the output, and the state for what follows.
+
+        None starts a text. Memory is linear in T.
+        """
+        conv_BWC, rule_BAKK = (None, None) if state is None else state
+        keys, values = self.heads * self.head_width, self.value_heads * self.head_width
+        qkv_BTC, gate_BTE = linear(x_BTD, self.w_in).split((2 * keys + values, values), 2)
+        qkv_BTC, conv_BWC = short_convolution(qkv_BTC, self.w_conv, None, conv_BWC)
+        qk_BTE, v_BTE = qkv_BTC.split((2 * keys, values), 2)
+        q_BTHK, k_BTHK = self._unit(qk_BTE.unflatten(2, (2, self.heads, -1))).unbind(2)
+
+        beta_BTA, a_BTA = linear(x_BTD, self.w_ba).to(wide(x_BTD.dtype)).chunk(2, -1)
+        g_BTA = -self.a_log.to(a_BTA.dtype).exp() * F.softplus(a_BTA + self.dt_bias)
+        o_BTAK, rule_BAKK = gated_delta_rule(
+            q_BTHK,
+            k_BTHK,
+            v_BTE.unflatten(2, (self.value_heads, -1)),
+            g_BTA,
+            beta_BTA.sigmoid(),
+            rule_BAKK,
+            self.kernels,
+        )
+        o_BTAK, _ = rms_norm(o_BTAK, self.norm, self.norm_eps)
+        return linear(o_BTAK.flatten(2) * F.silu(gate_BTE), self.w_out), DeltaState(conv_BWC, rule_BAKK)
+
+    def _unit(self, qk_BT2HK: Tensor) -> Tensor:
+        """x / sqrt(|x|^2 + eps), and K^(-1/2) times that for the queries: an RMSNorm, up to factors of K."""
+        qk_BT2HK = qk_BT2HK.to(wide(qk_BT2HK.dtype))
+        width = self.head_width
+        scale_211 = torch.stack([qk_BT2HK.new_full((1, 1), factor) for factor in (1 / width, width**-0.5)])
+        return rms_norm(qk_BT2HK, scale_211, UNIT_EPS / width)[0]

@@ -1,0 +1,98 @@
+"""Mamba 2 ("Transformers are SSMs", arXiv 2405.21060): a state space layer with one decay per head and token.
+
+The layer is that of the paper's section 7 and its released code: one projection of x to a gate z, the values, B, C and
+the step dt; a short convolution over values, B and C; the recurrence of `ops.ssd`; a skip around it; RMSNorm of the
+gated result over the channels of each group; an output projection.
+
+Shapes: B sequences, T tokens, D width of the model, I inner width, H heads, P head width, G groups of heads, N state
+width, S = G N, C = I + 2 S channels of the convolution, W tokens that it sees, U = W - 1.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.ops.elementwise import rms_norm, wide
+from ttt_e2e.ops.linear import linear
+from ttt_e2e.ops.short_convolution import short_convolution
+from ttt_e2e.ops.ssd import check_kernels, ssd
+
+# The released code's initial values: -a uniform, dt log-uniform but at least DT_FLOOR.
+A_RANGE = (1.0, 16.0)
+DT_RANGE = (0.001, 0.1)
+DT_FLOOR = 1e-4
+
+
+class Mamba2State(NamedTuple):
+    """The last inputs of the convolution, in x's dtype, and every head's state, in float32 (float64 if x is)."""
+
+    conv_BUC: Tensor
+    ssm_BHPN: Tensor
+
+
+class Mamba2(Mixer):
+    """Mamba 2 with `expand` times the attention's heads, of the same width; `place` is not looked at.
+
+    `config.kernels` is that of `ops.ssd`. Raises UserError if it is "fused" and mamba-ssm is not installed.
+    """
+
+    State = Mamba2State
+    undecayed = ("a_log", "dt_bias", "d_skip")
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        check_kernels(config.kernels)
+        self.config = config
+        self.heads, self.groups = config.expand * config.heads, config.state_groups
+        self.inner, self.shared = config.expand * config.width, config.state_groups * config.state_width
+        channels = self.inner + 2 * self.shared
+        self.w_in = nn.Parameter(torch.empty(self.inner + channels + self.heads, config.width))
+        self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
+        self.a_log = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.d_skip = nn.Parameter(torch.empty(self.heads))
+        self.norm = nn.Parameter(torch.ones(self.inner))
+        self.w_out = nn.Parameter(torch.empty(config.width, self.inner))
+
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """As in `Mixer`, but decays, steps and convolution as in the released code."""
+        super().reset_parameters(std, generator)
+        bound = self.config.conv_width**-0.5
+        with torch.no_grad():
+            for parameter in (self.conv_weight, self.conv_bias):
+                parameter.uniform_(-bound, bound, generator=generator)
+            self.a_log.uniform_(*A_RANGE, generator=generator).log_()
+            dt_H = self.dt_bias.uniform_(*map(math.log, DT_RANGE), generator=generator).exp().clamp(min=DT_FLOOR)
+            self.dt_bias.copy_(dt_H + (-torch.expm1(-dt_H)).log())  # softplus of it is dt
+
+    def forward(self, x_BTD: Tensor, place: Place, state: Mamba2State | None) -> tuple[Tensor, Mamba2State]:
+        """The mixed x, and the state for the tokens that follow; None starts a text. Memory is linear in T."""
+        conv_BUC, ssm_BHPN = (None, None) if state is None else state
+        inner, shared, accurate = self.inner, self.shared, wide(x_BTD.dtype)
+        z_BTI, convolved_BTC, dt_BTH = linear(x_BTD, self.w_in).split((inner, inner + 2 * shared, self.heads), -1)
+        convolved_BTC, conv_BUC = short_convolution(convolved_BTC, self.conv_weight, self.conv_bias, conv_BUC)
+        v_BTI, b_BTS, c_BTS = convolved_BTC.split((inner, shared, shared), -1)
+        v_BTHP = v_BTI.unflatten(-1, (self.heads, -1))
+        dt_BTH = F.softplus(dt_BTH.to(accurate) + self.dt_bias)
+        y_BTHP, ssm_BHPN = ssd(
+            v_BTHP,
+            dt_BTH,
+            -self.a_log.to(accurate).exp(),
+            b_BTS.unflatten(-1, (self.groups, -1)),
+            c_BTS.unflatten(-1, (self.groups, -1)),
+            ssm_BHPN,
+            kernels=self.config.kernels,
+        )
+        y_BTHP = torch.addcmul(y_BTHP.to(accurate), v_BTHP.to(accurate), self.d_skip.to(accurate)[:, None])
+        y_BTI = y_BTHP.flatten(2) * F.silu(z_BTI.to(accurate))
+        # As in the released code, the norm is over a group's channels, not over all.
+        y_BTGI, _ = rms_norm(
+            y_BTI.unflatten(-1, (self.groups, -1)), self.norm.unflatten(0, (self.groups, -1)), self.config.norm_eps
+        )
+        return linear(y_BTGI.flatten(2).to(x_BTD.dtype), self.w_out), Mamba2State(conv_BUC, ssm_BHPN)

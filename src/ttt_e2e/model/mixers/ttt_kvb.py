@@ -1,0 +1,99 @@
+"""TTT-KVB: sliding-window attention, and beside it a memory that binds keys to values (arXiv 2512.23675, baselines).
+
+The nearest published layer is LaCT (arXiv 2505.23884). As there, the memory is a SwiGLU MLP per head, trained in
+mini-batches while reading, with a step per token and head. Its loss here is the squared error, its update plain
+gradient descent; see `memory`.
+
+Shapes: B sequences, H heads, N = B H, T tokens, P pending tokens, D width, K head width, F hidden width of the inner
+MLP, E = 2 F; G key/value heads and S keys of the attention.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.mixers.attention import Attention, Cache
+from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.model.mixers.memory import Memory, gradients, merge_heads, pieces, project
+from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
+from ttt_e2e.ops.linear import linear
+
+
+class TTTKVBState(NamedTuple):
+    """The attention's cache; the memory's weights; and the tokens of the mini-batch that is not complete yet."""
+
+    k_BGSK: Tensor
+    v_BGSK: Tensor
+    w_in_BHEK: Tensor
+    w_out_BHKF: Tensor
+    pending_k_BHPK: Tensor
+    pending_v_BHPK: Tensor
+    pending_theta_BHP: Tensor
+
+
+class TTTKVB(Mixer):
+    """Attention over the last `window` tokens, plus what the memory gives for each token's query.
+
+    Tokens are read with the memory as it stood at the start of their mini-batch: what is younger is in the window. The
+    step is memory_lr sigmoid(w_step x_t + step_bias) / mini_batch, for every head, over what `memory` divides it by.
+    """
+
+    State = TTTKVBState
+    undecayed = ("step_bias",)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.mini_batch is not None, "ModelConfig lets no TTT-KVB through without a mini-batch"
+        self.config, self.mini_batch = config, config.mini_batch
+        self.attention = Attention(config, config.window)
+        self.memory = Memory(config)
+        self.w_qkv = nn.Parameter(torch.empty(3 * config.width, config.width))
+        self.w_step = nn.Parameter(torch.empty(config.heads, config.width))
+        self.step_bias = nn.Parameter(torch.empty(config.heads))
+        self.read_norm = nn.Parameter(torch.ones(config.head_width))
+        self.w_out = nn.Parameter(torch.empty(config.width, config.width))
+
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        """As every mixer, but the memory at its own scale, and all steps at about half of `memory_lr`."""
+        super().reset_parameters(std, generator)
+        self.memory.reset_parameters(generator)
+        with torch.no_grad():
+            self.step_bias.zero_()
+
+    def forward(self, x_BTD: Tensor, place: Place, state: TTTKVBState | None) -> tuple[Tensor, TTTKVBState]:
+        """Attend, read from the memory, and train it with every mini-batch that x completes.
+
+        None starts a text. A Python loop runs over the mini-batches. Memory is linear in T.
+        """
+        config, b = self.config, self.mini_batch
+        batch, length = x_BTD.shape[:2]
+        y_BTD, cache = self.attention(x_BTD, place, None if state is None else Cache(*state[:2]))
+
+        q_NTK, k_NTK, v_NTK = project(x_BTD, self.w_qkv, config)
+        z_BTH = linear(x_BTD, self.w_step).to(wide(x_BTD.dtype)) + self.step_bias
+        theta_NT = (config.memory_lr / b * torch.sigmoid(z_BTH)).transpose(1, 2).flatten(0, 1)
+        if state is None:
+            fast, pending = self.memory.start(batch, x_BTD.dtype), 0
+        else:
+            fast = FastWeights(state.w_in_BHEK.flatten(0, 1), state.w_out_BHKF.flatten(0, 1))
+            pending = state.pending_k_BHPK.shape[2]
+            k_NTK = torch.cat((state.pending_k_BHPK.flatten(0, 1), k_NTK), 1)
+            v_NTK = torch.cat((state.pending_v_BHPK.flatten(0, 1), v_NTK), 1)
+            theta_NT = torch.cat((state.pending_theta_BHP.flatten(0, 1), theta_NT), 1)
+
+        reads = []
+        queries = q_NTK.split(pieces(pending, length, b), 1)
+        for q, k, v, theta in zip(queries, k_NTK.split(b, 1), v_NTK.split(b, 1), theta_NT.split(b, 1), strict=True):
+            reads.append(fast_mlp(q, fast)[0])
+            if k.shape[1] == b:
+                (step,) = gradients(fast, k, v, theta)
+                fast = FastWeights(*(w - g for w, g in zip(fast, step, strict=True)))
+        y_BTD = y_BTD + linear(merge_heads(torch.cat(reads, 1), self.read_norm, config), self.w_out)
+
+        # Copies of the few tokens that are kept: a view would keep all.
+        done = (pending + length) // b * b
+        left = [x_NT[:, done:].clone() for x_NT in (k_NTK, v_NTK, theta_NT)]
+        return y_BTD, TTTKVBState(*cache, *(x_N.unflatten(0, (batch, -1)) for x_N in (*fast, *left)))

@@ -1,0 +1,42 @@
+"""How fast every rotary pair turns, as the model was trained and as it was then stretched to a longer context.
+
+Stretching was published in three ways: "linear" (Chen et al. 2023, arXiv 2306.15595), "yarn" (Peng et al. 2023, arXiv
+2309.00071), and "llama3", which came with the code of Llama 3.1.
+
+Shapes: P = K/2 rotary pairs of a head.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ttt_e2e.config.schema import ModelConfig
+
+
+def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
+    """By what angle each pair turns from one token to the next, in radians, [P] in float64."""
+    pairs = config.head_width // 2
+    rate_P = config.rope_theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
+    if config.rope_scaling == "none":
+        return rate_P
+    stretched_P = rate_P / config.rope_factor
+    if config.rope_scaling == "linear":
+        return stretched_P
+    kept_P = _kept(config, rate_P)
+    return kept_P * rate_P + (1 - kept_P) * stretched_P
+
+
+def _kept(config: ModelConfig, rate_P: Tensor) -> Tensor:
+    """How much of every pair's rate is kept, from 0 (it is stretched) to 1 (it stays as it was)."""
+    slow, fast = config.rope_slow, config.rope_fast
+    assert config.rope_context is not None
+    turn = 2 * math.pi / config.rope_context  # radians a token of a pair that turns once in the context
+    if config.rope_scaling == "llama3":
+        return ((rate_P / turn - slow) / (fast - slow)).clamp(0, 1)
+    # YaRN goes from one to the other along the pairs, between those that turn `fast` and `slow` times.
+    pairs = len(rate_P)
+    first, last = (-pairs * math.log(turns * turn) / math.log(config.rope_theta) for turns in (fast, slow))
+    first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * pairs - 1)
+    index_P = torch.arange(pairs, device=rate_P.device, dtype=torch.float64)
+    return 1 - ((index_P - first) / (last - first or 0.001)).clamp(0, 1)

@@ -1,0 +1,363 @@
+"""The Transformer: embedding, blocks, head. One class for every architecture of this project.
+
+A block is a sequence mixer (attention, or what the configuration's pattern names), then (in the suffix only) the fast
+MLP, then the static MLP, each a residual sub-layer with RMSNorm before and after: x += post_norm(layer(norm(x))). With
+`parallel_mlp` the two MLPs are one sub-layer, of which a part is fast. The fast MLPs' weights that stand here are where
+every sequence starts; `inner_loop` gives each sequence its own copy and trains it. With a `fast_rank` that copy is not
+of the two matrices but of the factors of an addition to them.
+
+Every layer of the suffix returns its output and its pull, the function that takes a gradient of the output back to one
+of the input (and, for a fast MLP, of its weights). The inner gradient is the chain of these pulls; see
+`ops.elementwise`.
+
+Everything that a text leaves behind in a mixer is a value, passed in and handed back; see `mixers.base`.
+
+Shapes: B sequences, T tokens, D width, F hidden width, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.mixers import make_mixer
+from ttt_e2e.model.mixers.attention import Attention, Cache
+from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.ops.elementwise import Pull, cross_entropy, rms_norm, swiglu, wide
+from ttt_e2e.ops.fast_mlp import FastPull, FastWeights, LowRankWeights, Weights, fast_mlp, low_rank_mlp
+from ttt_e2e.ops.linear import Factors, linear, pull_linear
+from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
+from ttt_e2e.model.rope import frequencies
+
+# Up to this many logits (tokens x vocabulary) the head keeps them, 64 MiB in float32; beyond, it makes them in pieces.
+KEPT_LOGITS = 2**24
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32 (float64 if x is)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Pull]:
+        """Normalise x [..., width]; the result has x's dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class NoNorm(nn.Module):
+    """Stands where a norm is switched off."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Pull]:
+        """x as it is."""
+        return x, lambda g: g
+
+
+def _norm(config: ModelConfig, wanted: bool) -> nn.Module:
+    return RMSNorm(config.width, config.norm_eps) if wanted else NoNorm()
+
+
+class MLP(nn.Module):
+    """SwiGLU without biases: w_out (silu(gate) * value), gate and value from one matrix w_in."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(2 * hidden, width))
+        self.w_out = nn.Parameter(torch.empty(width, hidden))
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Pull]:
+        """The static MLP: the same weights for every sequence."""
+        y_BTF, pull_swiglu = swiglu(linear(x_BTD, self.w_in))
+
+        def pull(g_BTD: Tensor) -> Tensor:
+            return pull_linear(pull_swiglu(pull_linear(g_BTD, self.w_out)), self.w_in)
+
+        return linear(y_BTF, self.w_out), pull
+
+
+class FastMLP(nn.Module):
+    """SwiGLU with weights that every sequence learns for itself; those that stand here are where all of them start.
+
+    With a rank a sequence learns the factors up and down alone, and w_in and w_out stay as they are while it reads.
+    """
+
+    def __init__(self, width: int, hidden: int, rank: int | None):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(2 * hidden, width))
+        self.w_out = nn.Parameter(torch.empty(width, hidden))
+        self.rank = rank
+        if rank is not None:
+            self.up_in = nn.Parameter(torch.empty(2 * hidden, rank))
+            self.down_in = nn.Parameter(torch.empty(rank, width))
+            self.up_out = nn.Parameter(torch.empty(width, rank))
+            self.down_out = nn.Parameter(torch.empty(rank, hidden))
+
+    def forward(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
+        """The MLP with the given weights in place of those that stand here."""
+        if isinstance(fast, LowRankWeights):
+            return low_rank_mlp(x_BTD, fast, self.w_in, self.w_out)
+        return fast_mlp(x_BTD, fast)
+
+    def start(self) -> Weights:
+        """The learned start of the fast weights, without a batch."""
+        if self.rank is None:
+            return FastWeights(self.w_in, self.w_out)
+        return LowRankWeights(self.up_in, self.down_in, self.up_out, self.down_out)
+
+    def reset_factors(self, generator: torch.Generator | None = None) -> None:
+        """Set up to zero, so that nothing is added yet, and draw down so that its rows have a length of about one.
+
+        The first step on up is then the step that the whole matrix would take, as far as down's rows reach.
+        """
+        if self.rank is None:
+            return
+        with torch.no_grad():
+            for up, down in ((self.up_in, self.down_in), (self.up_out, self.down_out)):
+                up.zero_()
+                down.normal_(0.0, down.shape[1] ** -0.5, generator=generator)
+
+
+class Block(nn.Module):
+    """The mixer, the fast MLP if `fast`, the static MLP: residual sub-layers, each a method."""
+
+    mixer: Mixer
+
+    def __init__(self, config: ModelConfig, mixer: str, fast: bool):
+        super().__init__()
+        self.mixer_norm = _norm(config, config.pre_norm)
+        self.mixer = make_mixer(mixer, config)
+        self.mixer_post_norm = _norm(config, config.post_norm)
+        self.parallel = config.parallel_mlp and fast
+        if fast:  # in parallel, the norms of the static MLP serve both
+            self.fast_norm = _norm(config, config.pre_norm and not self.parallel)
+            self.fast = FastMLP(config.width, config.fast_width, config.fast_rank)
+            self.fast_post_norm = _norm(config, config.post_norm and not self.parallel)
+        self.static = config.static_mlp or not fast
+        if self.static:
+            self.mlp_norm = _norm(config, config.pre_norm)
+            self.mlp = MLP(config.width, config.suffix_width if fast else config.mlp_width)
+            self.mlp_post_norm = _norm(config, config.post_norm)
+
+    def mix(self, x_BTD: Tensor, place: Place, state: Any | None) -> tuple[Tensor, Any]:
+        """The mixer's sub-layer; see `Mixer.forward`."""
+        y_BTD, state = self.mixer(self.mixer_norm(x_BTD)[0], place, state)
+        return x_BTD + self.mixer_post_norm(y_BTD)[0], state
+
+    def mix_pull(self, x_BTD: Tensor, place: Place, cache: Cache | None) -> tuple[Tensor, Cache, Pull]:
+        """The same of an attention, with its pull."""
+        assert isinstance(self.mixer, Attention)
+        n_BTD, pull_norm = self.mixer_norm(x_BTD)
+        y_BTD, cache, pull_layer = self.mixer.forward_pull(n_BTD, place, cache)
+        z_BTD, pull_post = self.mixer_post_norm(y_BTD)
+        return x_BTD + z_BTD, cache, lambda g: g + pull_norm(pull_layer(pull_post(g)))
+
+    def feed_fast(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
+        """Both MLPs of a suffix block, the fast one with the given weights; in turn, or in parallel."""
+        if self.parallel:
+            return self._feed_parallel(x_BTD, fast)
+        n_BTD, pull_norm = self.fast_norm(x_BTD)
+        y_BTD, pull_layer = self.fast(n_BTD, fast)
+        z_BTD, pull_post = self.fast_post_norm(y_BTD)
+        out_BTD, pull_static = self.feed(x_BTD + z_BTD)
+
+        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
+            g_BTD = pull_static(g_BTD)
+            dn_BTD, gradient = pull_layer(pull_post(g_BTD), below)
+            return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD), gradient
+
+        return out_BTD, pull
+
+    def _feed_parallel(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
+        n_BTD, pull_norm = self.mlp_norm(x_BTD)
+        fast_BTD, pull_fast = self.fast(n_BTD, fast)
+        static_BTD, pull_static = self.mlp(n_BTD)
+        z_BTD, pull_post = self.mlp_post_norm(fast_BTD + static_BTD)
+
+        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
+            dy_BTD = pull_post(g_BTD)
+            dn_BTD, gradient = pull_fast(dy_BTD, below)
+            return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD + pull_static(dy_BTD)), gradient
+
+        return x_BTD + z_BTD, pull
+
+    def feed(self, x_BTD: Tensor) -> tuple[Tensor, Pull]:
+        """The static MLP's sub-layer; nothing in a block without one."""
+        if not self.static:
+            return x_BTD, lambda g: g
+        n_BTD, pull_norm = self.mlp_norm(x_BTD)
+        y_BTD, pull_layer = self.mlp(n_BTD)
+        z_BTD, pull_post = self.mlp_post_norm(y_BTD)
+        return x_BTD + z_BTD, lambda g: g + pull_norm(pull_layer(pull_post(g)))
+
+
+class Transformer(nn.Module):
+    """The language model that `config` describes; see `inner_loop` for how a model with a suffix is run.
+
+    Weights are float32, drawn from N(0, init_std^2) with `generator` (default: PyTorch's own); norms start at one.
+    """
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.blocks = nn.ModuleList(
+            Block(config, mixer, fast=i >= config.prefix_layers) for i, mixer in enumerate(config.mixers)
+        )
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tied_head:
+            self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw every matrix anew, set every norm to one, and mixers and fast factors as they want it."""
+        mixers = [block.mixer for block in (*self.prefix, *self.suffix)]
+        theirs = {id(parameter) for mixer in mixers for parameter in mixer.parameters()}
+        if self.config.fast_rank is not None:
+            theirs |= {id(factor) for block in self.suffix for factor in block.fast.start()}
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if id(parameter) in theirs:
+                    continue
+                if parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, self.config.init_std, generator=generator)
+        for mixer in mixers:
+            mixer.reset_parameters(self.config.init_std, generator)
+        for block in self.suffix:
+            block.fast.reset_factors(generator)
+
+    @property
+    def prefix(self) -> list[Block]:
+        """The blocks in which nothing is ever updated."""
+        return list(self.blocks[: self.config.prefix_layers])  # type: ignore[arg-type]
+
+    @property
+    def suffix(self) -> list[Block]:
+        """The last blocks, those with a fast MLP; empty in a standard model."""
+        return list(self.blocks[self.config.prefix_layers :])  # type: ignore[arg-type]
+
+    def embed(self, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        """Token embeddings [B, T, D] in the compute dtype."""
+        return F.embedding(tokens_BT, self.embedding).to(dtype)
+
+    def place(self, start: int, length: int, dtype: torch.dtype, ahead_B: Tensor | None = None) -> Place:
+        """Positions `start` to `start + length`; their angles are exact at any position a stream can reach.
+
+        Cosines and sines come multiplied by `rope_attention`.
+
+        ahead_B: how much further each sequence stands, int64; None where all stand at `start`. Caches of sequences that
+        stand apart may begin with empty slots as long as there are more slots than tokens that were read.
+        """
+        device, scale = self.embedding.device, self.config.rope_attention
+        # float64: in float32 the angle itself would be off by whole radians after ten million tokens.
+        position = torch.arange(start, start + length, device=device, dtype=torch.float64)
+        read_B = None
+        if ahead_B is not None:
+            position = position[:, None] + ahead_B
+            if start < self.config.window or "full" in self.config.mixers:
+                read_B = start + ahead_B
+        angle = position[..., None, None] * frequencies(self.config, device)
+        return Place((scale * angle.cos()).to(wide(dtype)), (scale * angle.sin()).to(wide(dtype)), read_B=read_B)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix [V, D]; the embedding where they are tied."""
+        return self.embedding if self.config.tied_head else self.head
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """The head: logits [B, T, V] of the residual stream's end, in x's dtype."""
+        return linear(self.final_norm(x_BTD)[0], self.head_weight)
+
+    def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Pull]:
+        """Negative log-likelihood of every target, [B, T] in float32 (float64 if the model is), masked or not.
+
+        The pull takes a weight for every target's loss to the gradient of x.
+        """
+        n_BTD, pull_norm = self.final_norm(x_BTD)
+        weight_VD = self.head_weight
+        if targets_BT.numel() * len(weight_VD) > KEPT_LOGITS:
+            n_ND, targets_N = n_BTD.flatten(0, 1), targets_BT.flatten()
+            nll_N, lse_N = cross_entropy_forward(n_ND, weight_VD, targets_N, "auto")
+
+            def pull(g_BT: Tensor) -> Tensor:
+                g_N = g_BT.flatten()
+                dn_ND, _ = cross_entropy_backward(n_ND, weight_VD, targets_N, lse_N, g_N, False, "auto")
+                return pull_norm(dn_ND.view_as(n_BTD))
+
+            return nll_N.view_as(targets_BT), pull
+        nll_BT, pull_loss = cross_entropy(linear(n_BTD, weight_VD), targets_BT)
+        return nll_BT, lambda g: pull_norm(pull_linear(pull_loss(g), weight_VD))
+
+    def read_static(
+        self, tokens_BT: Tensor, place: Place, states: tuple[Any, ...] | None, dtype: torch.dtype
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Everything below the lowest fast weight: embedding, prefix, and the first suffix block's mixer.
+
+        In a standard model that is all blocks. tokens [B, T]; states None starts a text. Returns the residual stream
+        [B, T, D] and the mixers' states, one for each mixer that ran.
+        """
+        x_BTD = self.embed(tokens_BT, dtype)
+        old: Iterator[Any] = itertools.repeat(None) if states is None else iter(states)
+        new = []
+        for block in self.prefix:
+            x_BTD, state = block.mix(x_BTD, place, next(old))
+            x_BTD, _ = block.feed(x_BTD)
+            new.append(state)
+        if self.suffix:
+            x_BTD, state = self.suffix[0].mix(x_BTD, place, next(old))
+            new.append(state)
+        return x_BTD, tuple(new)
+
+    def read_fast(
+        self,
+        x_BTD: Tensor,
+        place: Place,
+        fast: tuple[Weights, ...],
+        caches: tuple[Cache, ...] | None,
+        inner: bool,
+    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], list[Factors]]]:
+        """The rest of the suffix with the given fast weights, one value a block, and one cache a block but the first.
+
+        Goes on from `read_static`. Returns the residual stream [B, T, D], the caches, and (if `inner`) the pull from
+        the residual stream to the fast weights, block by block in the order of their fields.
+        """
+        old: Iterator[Cache | None] = itertools.repeat(None) if caches is None else iter(caches)
+        new, pulls = [], []
+        for i, (block, weights) in enumerate(zip(self.suffix, fast, strict=True)):
+            pull_mixer = None
+            if i > 0:
+                if inner:
+                    x_BTD, cache, pull_mixer = block.mix_pull(x_BTD, place, next(old))
+                else:
+                    x_BTD, cache = block.mix(x_BTD, place, next(old))
+                new.append(cache)
+            x_BTD, pull_feed = block.feed_fast(x_BTD, weights)
+            pulls.append((pull_mixer, pull_feed))
+
+        def pull(g_BTD: Tensor) -> list[Factors]:
+            gradients: list[Factors] = []
+            for pull_mixer, pull_feed in reversed(pulls):
+                below_BTD, of_block = pull_feed(g_BTD, pull_mixer is not None)
+                gradients[:0] = of_block
+                if pull_mixer is not None:  # else this is the lowest fast MLP, and nothing below it is wanted
+                    assert below_BTD is not None
+                    g_BTD = pull_mixer(below_BTD)
+            return gradients
+
+        return x_BTD, tuple(new), pull
+
+    @property
+    def fast_kind(self) -> type[Weights]:
+        """What every block's fast weights are: whole matrices, or with a `fast_rank` the factors of an addition."""
+        return FastWeights if self.config.fast_rank is None else LowRankWeights
+
+    def initial_fast_weights(self, batch: int) -> tuple[Weights, ...]:
+        """The learned start of the fast weights, the same for every sequence of the batch."""
+        starts = (block.fast.start() for block in self.suffix)
+        return tuple(self.fast_kind(*(w.expand(batch, -1, -1) for w in start)) for start in starts)

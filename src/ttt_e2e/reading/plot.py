@@ -1,0 +1,88 @@
+"""Pictures of reports, drawn without a display."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import atomic_path
+from ttt_e2e.reading.document import ReadingReport
+
+SUFFIXES = (".png", ".pdf", ".svg")
+_WITH, _WITHOUT, _GREY = "#1565c0", "#d9822b", "#667085"
+_SMOOTH = 25  # a smoothed point is the mean over one such share of the text
+
+
+def check_picture_target(path: Path) -> None:
+    """Raise UserError if no picture can be written to `path`: a folder, or a suffix other than `SUFFIXES`."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file for the picture.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"A picture cannot be written as {path.name!r}; end its name in {', '.join(SUFFIXES)}.")
+
+
+def reading_picture(report: ReadingReport, path: Path) -> None:
+    """Draw the loss along the document, with and without learning, and below it the gain; whole or not at all.
+
+    Thin lines are bins of tokens, thick ones their mean over a twenty-fifth of the text. Raises UserError for a name
+    that is no picture's, for a full disk and for a place that is not writable.
+    """
+    path = Path(path)
+    check_picture_target(path)
+    compared = report.gain is not None
+    figure = Figure(figsize=(9, 5.6 if compared else 3.8), dpi=150, layout="constrained")
+    rows = figure.subplots(2 if compared else 1, 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + compared])
+    axes = rows[:, 0]
+    tokens = np.array([(part.start + part.stop) / 2 for part in report.curve])
+    weights = np.array([part.stop - part.start for part in report.curve])
+    loss = np.array([part.loss for part in report.curve])
+    series = [(loss, "with learning" if report.learns else "loss", _WITH)]
+    without = np.array([part.loss_without for part in report.curve], dtype=float)
+    if compared:
+        series.insert(0, (without, "without learning", _WITHOUT))
+    for values, label, color in series:
+        axes[0].plot(tokens, values, color=color, linewidth=0.6, alpha=0.25)
+        mean = report.loss if values is loss else report.loss_without
+        axes[0].plot(tokens, _smooth(values, weights), color=color, linewidth=1.8, label=f"{label} (mean {mean:.3f})")
+    axes[0].set_ylabel("loss (nats per token)")
+    shown = np.concatenate([_smooth(values, weights) for values, _, _ in series])
+    low, high = np.percentile(np.concatenate([values for values, _, _ in series]), [1, 99])
+    low, high = min(low, shown.min()), max(high, shown.max())
+    margin = 0.05 * (high - low) or 0.1
+    axes[0].set_ylim(low - margin, high + margin)
+    axes[0].legend(frameon=False, loc="best")
+    if compared:
+        gain = _smooth(without - loss, weights)
+        axes[1].axhline(0, color=_GREY, linewidth=0.8)
+        axes[1].fill_between(tokens, gain, 0, where=gain >= 0, interpolate=True, color=_WITH, alpha=0.3, linewidth=0)
+        axes[1].fill_between(tokens, gain, 0, where=gain <= 0, interpolate=True, color=_WITHOUT, alpha=0.4, linewidth=0)
+        axes[1].plot(tokens, gain, color=_WITH, linewidth=1.4)
+        axes[1].set_ylabel("gain")
+        axes[1].yaxis.set_major_locator(MaxNLocator(4))
+    axes[-1].set_xlabel("tokens read")
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes[-1].set_xlim(0, report.tokens)
+    for axis in axes:
+        axis.grid(axis="y", color="#e4e7ec", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    title = f"Reading {report.name}: {report.tokens:,} tokens with {report.model}"
+    if report.gain is not None and report.gain_percent is not None:
+        title += f"\nlearning gains {report.gain:+.3f} nats per token ({report.gain_percent:+.1f} %)"
+    title = title.encode("utf-8", "replace").decode()  # a file's name may be no text
+    # A name is not mathematics, whatever it contains.
+    axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)
+    with atomic_path(path) as part_path:
+        figure.savefig(part_path, format=path.suffix[1:].lower())
+
+
+def _smooth(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Running mean, weighted by tokens, over a twenty-fifth of the bins, centred; shorter at the ends."""
+    reach = max(0, len(values) // _SMOOTH // 2)
+    sums = np.concatenate(([0.0], (values * weights).cumsum()))
+    counts = np.concatenate(([0.0], weights.cumsum()))
+    at = np.arange(len(values))
+    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
+    return (sums[last] - sums[first]) / (counts[last] - counts[first])
