@@ -31,8 +31,8 @@ import torch
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.evaluation.documents import standard_error
 from ttt_e2e.hardware import machine
-from ttt_e2e.retrieval.notebook import Notebook, passage_size, prompt_with_passages
 from ttt_e2e.inference.session import Session, load_reader
+from ttt_e2e.retrieval.notebook import Notebook, passage_size, prompt_with_passages
 
 WAYS = ("neither", "memory", "notebook", "both", "learned")
 DIFFERENCES = {
@@ -88,7 +88,7 @@ def answer_loss(session: Session, tokenizer: Tokenizer, asked: str, answer: str,
     fork.learn = learn
     answer_ids = tokenizer.encode(answer)
     losses = fork.read(np.concatenate((tokenizer.encode(asked), answer_ids)))
-    return float(np.concatenate((losses, fork.score_rest()))[-len(answer_ids) :].mean())
+    return float(np.concatenate((losses, fork.score_pending()))[-len(answer_ids) :].mean())
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_reader(args.model)
-    window = model.config.window
+    window = model.config.sliding_window
     room = window // 2 if args.room is None else args.room
     size = passage_size(window) if args.size is None else args.size
     books = pyarrow.parquet.read_table(args.parquet, columns=["author", "title", "text"]).slice(0, args.books)
@@ -167,7 +167,11 @@ def main() -> None:
         "questions": len(losses["neither"]),
         "found": sum(row["found"] for row in rows),
         "books": rows,
-        "model": {"parameters": sum(p.numel() for p in model.parameters()), "b": model.config.mini_batch, "k": window},
+        "model": {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "b": model.config.mini_batch_size,
+            "k": window,
+        },
         "options": {k: getattr(args, k) for k in ("tokens", "questions", "rare", "count", "seed", "threads")}
         | {"room": room, "size": size},
         "seconds": time.perf_counter() - started,

@@ -47,14 +47,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_e2e.inner_loop.compiled import compiled_steps
+from ttt_e2e.config.presets import preset
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
-from ttt_e2e.inner_loop.step import PLAIN, Steps, sequence_loss
 from ttt_e2e.hardware import machine
+from ttt_e2e.inner_loop.compiled import compiled_functions
+from ttt_e2e.inner_loop.step import EAGER, LoopFunctions, sequence_loss
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops import attention as model_attention
 from ttt_e2e.ops import windowed_attention as operators
-from ttt_e2e.config.presets import preset
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
 # preset: sequences a step, whether AdamW belongs to the step, the ratio asked
@@ -125,15 +125,21 @@ def configuration(name: str, tiny: bool) -> ModelConfig:
     if not tiny:
         return config
     full = name.endswith("-full")
-    shape = dict(vocab_size=512, width=64, layers=4, heads=4, mlp_width=176 if full else 144)
-    return replace(config, **shape, **({} if full else dict(suffix_layers=2, window=64, mini_batch=32)))
+    shape = dict(
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=176 if full else 144,
+    )
+    return replace(config, **shape, **({} if full else dict(suffix_layers=2, sliding_window=64, mini_batch_size=32)))
 
 
-def make_steps(mode: str) -> Steps:
+def make_steps(mode: str) -> LoopFunctions:
     """`mode`: "graphs" (compiled, CUDA graphs on a GPU), "compiled" (without them), "eager"."""
     if mode == "eager":
-        return PLAIN
-    return compiled_steps("cuda" if mode == "graphs" else "cpu")  # the device only decides about CUDA graphs
+        return EAGER
+    return compiled_functions("cuda" if mode == "graphs" else "cpu")  # the device only decides about CUDA graphs
 
 
 def make_step(
@@ -159,7 +165,9 @@ def make_step(
 
     def step() -> float:
         set_attention(attention)
-        out = sequence_loss(model, tokens, recompute=recompute, dtype=getattr(torch, dtype), steps=steps)
+        out = sequence_loss(
+            model, tokens, activation_checkpointing=recompute, dtype=getattr(torch, dtype), functions=steps
+        )
         out.loss.backward()
         loss = out.loss.item()
         if adam is not None:
@@ -246,7 +254,7 @@ def time_attention(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
 
         q, do, a, b, c = (random(own) for _ in range(5))
         k, v = (random(cached + own) for _ in range(2))
-        how = dict(window=window, empty=None, implementation="auto")
+        how = dict(sliding_window=window, empty=None, implementation="auto")
         o, lse = operators.attention_forward(q, k, v, **how)
         known = (q, k, v, o, lse, do)
         calls: dict[str, Callable[[], object]] = {
@@ -272,7 +280,7 @@ def time_attention(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
             for name, call in calls.items():
                 times[name].append(seconds(repeated(call), device) / repeats)
         rate = 2 * side**3 / statistics.median(times["matrix"])
-        entry: dict[str, Any] = {"head_width": width, "matrix_tflops": rate / 1e12, "calls": {}}
+        entry: dict[str, Any] = {"head_dim": width, "matrix_tflops": rate / 1e12, "calls": {}}
         for name, (needed, executed) in products.items():
             spent = statistics.median(times[name])
             flops = [

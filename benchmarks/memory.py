@@ -34,14 +34,16 @@ if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-3, 4 << 20)
 
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
-from ttt_e2e.inner_loop.step import PLAIN, State, sequence_loss
 from ttt_e2e.hardware import machine
+from ttt_e2e.inner_loop.step import EAGER, State, sequence_loss
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
-SHAPE = dict(vocab_size=1024, width=128, layers=4, heads=2, window=256, mini_batch=64)
-META = ModelConfig(**SHAPE, mlp_width=280, suffix_layers=2)
-STANDARD = ModelConfig(**SHAPE, mlp_width=350)
+SHAPE = dict(
+    vocab_size=1024, hidden_size=128, num_hidden_layers=4, num_attention_heads=2, sliding_window=256, mini_batch_size=64
+)
+META = ModelConfig(**SHAPE, intermediate_size=280, suffix_layers=2)
+STANDARD = ModelConfig(**SHAPE, intermediate_size=350)
 VARIANTS = {
     "standard": (STANDARD, "none"),
     "meta": (META, "none"),
@@ -78,14 +80,16 @@ def measure(variant: str, context: int, batch: int) -> dict[str, float]:
     alive = Alive()
 
     def inner_step(*args: Any) -> Any:
-        result = PLAIN.inner_step(*args)
+        result = EAGER.inner_step(*args)
         alive.show(result[0])
         return result
 
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # wake the matrix library, which takes memory of its own
     before = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x).split()[1])
     for _ in range(2):
-        out = sequence_loss(model, tokens, recompute=recompute, steps=PLAIN._replace(inner_step=inner_step))
+        out = sequence_loss(
+            model, tokens, activation_checkpointing=recompute, functions=EAGER._replace(inner_step=inner_step)
+        )
         out.loss.backward()
         del out
         optimizer_step(model, optimizer, 1e-3, 1.0)

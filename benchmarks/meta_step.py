@@ -38,16 +38,23 @@ if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     ctypes.CDLL(None).mallopt(-3, 32 << 20)
 
-from ttt_e2e.inner_loop.compiled import compiled_steps
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
-from ttt_e2e.inner_loop.step import PLAIN, sequence_loss
 from ttt_e2e.hardware import machine
+from ttt_e2e.inner_loop.compiled import compiled_functions
+from ttt_e2e.inner_loop.step import EAGER, sequence_loss
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
-SHAPE = dict(vocab_size=1024, width=256, layers=8, heads=4, window=512, mini_batch=128)
-META = ModelConfig(**SHAPE, mlp_width=560, suffix_layers=2)
-STANDARD = ModelConfig(**SHAPE, mlp_width=700)
+SHAPE = dict(
+    vocab_size=1024,
+    hidden_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    sliding_window=512,
+    mini_batch_size=128,
+)
+META = ModelConfig(**SHAPE, intermediate_size=560, suffix_layers=2)
+STANDARD = ModelConfig(**SHAPE, intermediate_size=700)
 VARIANTS = {
     "standard": (STANDARD, "none"),
     "standard, full attention": (replace(STANDARD, pattern=("full",)), "none"),
@@ -71,10 +78,10 @@ def make_step(variant: str, context: int, compile: bool = False, seed: int = 0) 
     model = Transformer(config, generator)
     optimizer = make_optimizer(model, TrainConfig())
     tokens = torch.randint(config.vocab_size, (1, context + 1), generator=generator)
-    steps = compiled_steps() if compile else PLAIN
+    steps = compiled_functions() if compile else EAGER
 
     def step() -> float:
-        out = sequence_loss(model, tokens, recompute=recompute, steps=steps)
+        out = sequence_loss(model, tokens, activation_checkpointing=recompute, functions=steps)
         out.loss.backward()
         optimizer_step(model, optimizer, 1e-3, 1.0)
         return out.loss.item()

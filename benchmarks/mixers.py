@@ -46,16 +46,16 @@ Layer = Callable[[Tensor], Tensor]
 
 def make_mamba2(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     ours = Mamba2(config)
-    ours.reset_parameters(config.init_std, torch.Generator().manual_seed(0))
+    ours.reset_parameters(config.initializer_range, torch.Generator().manual_seed(0))
     theirs_config = Mamba2Config(  # chunk_size is left at its default, 256
-        hidden_size=config.width,
-        expand=config.expand,
+        hidden_size=config.hidden_size,
+        expand=config.mamba2.expand,
         num_heads=ours.heads,
-        head_dim=config.head_width,
-        state_size=config.state_width,
-        n_groups=config.state_groups,
-        conv_kernel=config.conv_width,
-        layer_norm_epsilon=config.norm_eps,
+        head_dim=config.head_dim,
+        state_size=config.mamba2.state_size,
+        n_groups=config.mamba2.n_groups,
+        conv_kernel=config.mamba2.conv_kernel,
+        layer_norm_epsilon=config.rms_norm_eps,
         num_hidden_layers=1,
     )
     theirs = Mamba2Mixer(theirs_config, layer_idx=0)
@@ -76,17 +76,21 @@ def make_mamba2(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
 
 def make_gated_deltanet(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     ours = GatedDeltaNet(config)
-    ours.reset_parameters(config.init_std, torch.Generator().manual_seed(0))
-    heads, value_heads, width = config.heads, config.expand * config.heads, config.head_width
+    ours.reset_parameters(config.initializer_range, torch.Generator().manual_seed(0))
+    heads, value_heads, width = (
+        config.num_attention_heads,
+        config.mamba2.expand * config.num_attention_heads,
+        config.head_dim,
+    )
     theirs_config = Qwen3NextConfig(
-        hidden_size=config.width,
+        hidden_size=config.hidden_size,
         num_hidden_layers=1,
         linear_num_key_heads=heads,
         linear_num_value_heads=value_heads,
         linear_key_head_dim=width,
         linear_value_head_dim=width,
-        linear_conv_kernel_dim=config.conv_width,
-        rms_norm_eps=config.norm_eps,
+        linear_conv_kernel_dim=config.mamba2.conv_kernel,
+        rms_norm_eps=config.rms_norm_eps,
         layer_types=["linear_attention"],
     )
     theirs = Qwen3NextGatedDeltaNet(theirs_config, layer_idx=0)
@@ -141,8 +145,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    shape = dict(width=args.width, heads=args.heads)
-    config = ModelConfig(vocab_size=1, layers=1, mlp_width=1, mini_batch=None, pattern=tuple(args.mixers), **shape)
+    shape = dict(hidden_size=args.width, num_attention_heads=args.heads)
+    config = ModelConfig(
+        vocab_size=1,
+        num_hidden_layers=1,
+        intermediate_size=1,
+        mini_batch_size=None,
+        pattern=tuple(args.mixers),
+        **shape,
+    )
     generator = torch.Generator().manual_seed(1)
     x_BTD = torch.randn(args.batch, args.length, args.width, generator=generator).requires_grad_()
     rows = []
@@ -177,7 +188,12 @@ def main() -> None:
                 flush=True,
             )
     result = {
-        "config": {**shape, "expand": config.expand, "state_width": config.state_width, "dtype": "float32"},
+        "config": {
+            **shape,
+            "mamba2.expand": config.mamba2.expand,
+            "mamba2.state_size": config.mamba2.state_size,
+            "dtype": "float32",
+        },
         "batch": args.batch,
         "length": args.length,
         "threads": args.threads,

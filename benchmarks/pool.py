@@ -28,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e.data.text import standard_library
 from ttt_e2e.hardware import machine
-from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.inference.sampling import SamplingOptions
-from ttt_e2e.inference.session import Session, Standing, load_reader
+from ttt_e2e.inference.session import Session, SessionState, load_reader
+from ttt_e2e.inference.session_pool import SessionPool
+from ttt_e2e.model.transformer import Transformer
 
 Times = tuple[float, float]
 
@@ -43,24 +43,24 @@ def timed(work: Callable[[], None]) -> Times:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def before_reading(text: Standing) -> Standing:
+def before_reading(text: SessionState) -> SessionState:
     return text._replace(pending=text.pending[:1])
 
 
-def read_alone(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> None:
+def read_alone(model: Transformer, texts: list[SessionState], dtype: torch.dtype) -> None:
     fresh = Session(model, dtype=dtype)
     for text in texts:
         fresh.standing_at(before_reading(text)).read(text.pending[1:])
 
 
-def write_alone(model: Transformer, texts: list[Standing], count: int, dtype: torch.dtype) -> None:
+def write_alone(model: Transformer, texts: list[SessionState], count: int, dtype: torch.dtype) -> None:
     fresh = Session(model, dtype=dtype)
     for seed, text in enumerate(texts):
         for _ in fresh.standing_at(before_reading(text)).generate_tokens((), max_tokens=count, seed=seed):
             pass
 
 
-def pool_of(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> SessionPool:
+def pool_of(model: Transformer, texts: list[SessionState], dtype: torch.dtype) -> SessionPool:
     fresh = Session(model, dtype=dtype)
     pool = SessionPool(fresh, max_batch=len(texts))
     for text in texts:
@@ -68,7 +68,7 @@ def pool_of(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> Se
     return pool
 
 
-def read_together(model: Transformer, texts: list[Standing], dtype: torch.dtype) -> None:
+def read_together(model: Transformer, texts: list[SessionState], dtype: torch.dtype) -> None:
     pool = pool_of(model, texts, dtype)
     for id, text in enumerate(texts):
         pool.submit_read(id, text.pending[1:])
@@ -76,7 +76,7 @@ def read_together(model: Transformer, texts: list[Standing], dtype: torch.dtype)
         pool.step()
 
 
-def write_together(model: Transformer, texts: list[Standing], count: int, dtype: torch.dtype) -> None:
+def write_together(model: Transformer, texts: list[SessionState], count: int, dtype: torch.dtype) -> None:
     pool = pool_of(model, texts, dtype)
     for id in range(len(texts)):
         pool.submit_generate(id, max_tokens=count, options=SamplingOptions(seed=id))
@@ -87,18 +87,18 @@ def write_together(model: Transformer, texts: list[Standing], count: int, dtype:
 def products(model: Transformer, rows: int, dtype: torch.dtype) -> tuple[int, Callable[[], None]]:
     """The kinds of matrix products that a mini-batch is made of, with so many rows, and their operations."""
     config = model.config
-    widths = (config.vocab_size, 2 * config.mlp_width, 3 * config.width, config.width)
-    x_ND = torch.randn(rows, config.width, dtype=dtype)
-    weights = [torch.randn(width, config.width, dtype=dtype) for width in widths] * 4
+    widths = (config.vocab_size, 2 * config.intermediate_size, 3 * config.hidden_size, config.hidden_size)
+    x_ND = torch.randn(rows, config.hidden_size, dtype=dtype)
+    weights = [torch.randn(width, config.hidden_size, dtype=dtype) for width in widths] * 4
 
     def work() -> None:
         for weight in weights:
             x_ND @ weight.T
 
-    return 2 * rows * config.width * 4 * sum(widths), work
+    return 2 * rows * config.hidden_size * 4 * sum(widths), work
 
 
-def operations(model: Transformer, texts: list[Standing]) -> int:
+def operations(model: Transformer, texts: list[SessionState]) -> int:
     """Of the matrix products of reading these texts one after the other."""
     with FlopCounterMode(display=False) as counter:
         read_alone(model, texts, torch.float32)
@@ -119,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, tokenizer = load_reader(args.model, torch.device("cpu"))
     dtype = getattr(torch, args.dtype)
-    b, window = model.config.read_batch, model.config.window
+    b, window = model.config.read_batch, model.config.sliding_window
 
     # Sessions with a full window behind them, at positions of their own, and what they are to read next.
     before = [window + b * (i + 1) for i in range(args.sessions)]
@@ -172,7 +172,7 @@ def main() -> None:
 
     result = {
         "sessions": args.sessions,
-        "model": {"parameters": sum(p.numel() for p in model.parameters()), "b": b, "window": window},
+        "model": {"parameters": sum(p.numel() for p in model.parameters()), "b": b, "sliding_window": window},
         **results,
         "bound_on_the_ratio_of_reading": bound,
         "mini_batches": args.mini_batches,

@@ -37,16 +37,16 @@ if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     ctypes.CDLL(None).mallopt(-3, 32 << 20)
 
-from ttt_e2e.inner_loop.compiled import compiled_steps
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.inner_loop.step import PLAIN, Steps, sequence_loss
 from ttt_e2e.hardware import machine
-from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
+from ttt_e2e.inner_loop.compiled import compiled_functions
+from ttt_e2e.inner_loop.step import EAGER, LoopFunctions, sequence_loss
+from ttt_e2e.model.transformer import Transformer
 
-SHAPE = dict(vocab_size=1024, width=256, layers=8, heads=4)
-TTT = ModelConfig(**SHAPE, mlp_width=560, suffix_layers=2, window=512, mini_batch=128)
-FULL = ModelConfig(**SHAPE, mlp_width=700, pattern=("full",), mini_batch=None)
+SHAPE = dict(vocab_size=1024, hidden_size=256, num_hidden_layers=8, num_attention_heads=4)
+TTT = ModelConfig(**SHAPE, intermediate_size=560, suffix_layers=2, sliding_window=512, mini_batch_size=128)
+FULL = ModelConfig(**SHAPE, intermediate_size=700, pattern=("full",), mini_batch_size=None)
 ASKED = {32768: 4.5}
 
 
@@ -59,23 +59,23 @@ def make_variants(length: int, compile: bool) -> dict[str, Callable[[], object]]
     b = TTT.mini_batch
     assert b is not None
 
-    def attend(steps: Steps) -> object:
-        x_BTD = steps.read_static(full, inputs, full.place(0, length, torch.float32), torch.float32)
+    def attend(steps: LoopFunctions) -> object:
+        x_BTD = steps.forward_prefix(full, inputs, full.place(0, length, torch.float32), torch.float32)
         return full.logits(x_BTD[:, -1:])
 
-    def whole(steps: Steps) -> object:
-        return sequence_loss(ttt, tokens, steps=steps)
+    def whole(steps: LoopFunctions) -> object:
+        return sequence_loss(ttt, tokens, functions=steps)
 
-    def read(steps: Steps) -> object:
+    def read(steps: LoopFunctions) -> object:
         state = start_reading(ttt, 1)
         for i in range(0, length, b):
-            state, _, _ = read_mini_batch(ttt, state, inputs[:, i : i + b], targets[:, i : i + b], steps=steps)
+            state, _, _ = read_mini_batch(ttt, state, inputs[:, i : i + b], targets[:, i : i + b], functions=steps)
         return state
 
     kinds = {"full attention": attend, "TTT-E2E, whole text": whole, "TTT-E2E, mini-batches": read}
-    variants = {name: lambda run=run: run(PLAIN) for name, run in kinds.items()}
+    variants = {name: lambda run=run: run(EAGER) for name, run in kinds.items()}
     if compile:
-        steps = compiled_steps()
+        steps = compiled_functions()
         variants |= {f"{name}, compiled": lambda run=run: run(steps) for name, run in kinds.items()}
     return variants
 
@@ -126,8 +126,8 @@ def main() -> None:
             print(f"| {length} | {name} | {row['seconds']:.3f} | {row['ratio']:.2f} | {asked} |", flush=True)
     result = {
         "config": {"batch": 1, "dtype": "float32", "threads": args.threads, **SHAPE},
-        "window": TTT.window,
-        "mini_batch": TTT.mini_batch,
+        "sliding_window": TTT.window,
+        "mini_batch_size": TTT.mini_batch,
         "parameters": {
             n: sum(p.numel() for p in Transformer(c).parameters()) for n, c in (("full", FULL), ("ttt", TTT))
         },

@@ -140,7 +140,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "tokens": total,
         "early": args.early,
-        "model": {"parameters": sum(p.numel() for p in model.parameters()), "b": model.config.mini_batch},
+        "model": {"parameters": sum(p.numel() for p in model.parameters()), "b": model.config.mini_batch_size},
         "compiled": session.compiled,
         "tokens_per_second_overall": sums["tokens"] / sums["clock"],
         "mean_loss": sums["loss"] / sums["tokens"],

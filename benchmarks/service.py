@@ -41,7 +41,7 @@ from tqdm import tqdm
 from ttt_e2e.hardware import machine
 from ttt_e2e.inference.session import Session, load_reader
 
-PLAIN = {"content-type": "text/plain; charset=utf-8"}
+EAGER = {"content-type": "text/plain; charset=utf-8"}
 _JUDGED = 256  # tokens of a continuation
 _OTHERS = 8  # sessions that a continuation is tried with beside its own
 
@@ -96,7 +96,7 @@ async def live(client: Client, http: httpx.AsyncClient, part: int, write: int, u
     while time.monotonic() < until:
         text = client.text[client.parts * part : (client.parts + 1) * part]
         started = time.perf_counter()
-        answer = await http.post(f"/v1/sessions/{client.id}/read", content=text.encode(), headers=PLAIN)
+        answer = await http.post(f"/v1/sessions/{client.id}/read", content=text.encode(), headers=EAGER)
         client.acknowledged = answer.raise_for_status().json()["session"]
         client.parts += 1
         client.read_seconds.append(time.perf_counter() - started)
@@ -161,7 +161,7 @@ def judge(clients: list[Client], service: Service, part: int, folder: Path) -> d
         losses = []
         for session in (sessions[i], *(sessions[j] for j in others)):
             reader = session.fork()
-            losses.append(float(np.concatenate([reader.read(ids), reader.score_rest()])[-len(ids) :].mean()))
+            losses.append(float(np.concatenate([reader.read(ids), reader.score_pending()])[-len(ids) :].mean()))
         better += losses[0] < min(losses[1:])
         gains.append(statistics.fmean(losses[1:]) - losses[0])
     return {

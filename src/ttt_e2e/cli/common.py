@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from ttt_e2e import __version__, cost_command, notebook_command
-from ttt_e2e.convert import command as convert_command
-from ttt_e2e.reproduce import command as reproduce_command
-from ttt_e2e.server import command as serve_command
+from ttt_e2e import __version__
+from ttt_e2e.cli import convert as convert_command
+from ttt_e2e.cli import cost as cost_command
+from ttt_e2e.cli import notebook as notebook_command
+from ttt_e2e.cli import reproduce as reproduce_command
+from ttt_e2e.cli import serve as serve_command
 
 _WIDTH = 100
 # Commands that take a list of arguments: its name and its type.

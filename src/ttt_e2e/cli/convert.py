@@ -118,7 +118,9 @@ def run(arguments: argparse.Namespace) -> int:
         from ttt_e2e.convert.from_standard import convert_from_standard
 
         config = convert_from_standard(arguments.source, arguments.out, start(arguments))
-        print(f"{arguments.out}: {config.suffix_layers} of {config.layers} blocks learn; window {config.window}")
+        print(
+            f"{arguments.out}: {config.suffix_layers} of {config.num_hidden_layers} blocks learn; window {config.sliding_window}"
+        )
     elif arguments.action == "from-official":
         from ttt_e2e.convert.from_official import convert_from_official
 

@@ -6,12 +6,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.config.schema import ModelConfig, RunConfig, override
-from ttt_e2e.convert import command as convert_command
-from ttt_e2e.convert.start import Start, full_attention, model_config
-from ttt_e2e.model.cost import Cost, cost, hours, in_bytes, in_tokens, parameters, table, training_bytes
-from ttt_e2e.errors import UserError
+from ttt_e2e.cli import convert as convert_command
+from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import PRESETS, preset
+from ttt_e2e.config.schema import ModelConfig, RunConfig
+from ttt_e2e.convert.start import Start, full_attention, model_config
+from ttt_e2e.errors import UserError
+from ttt_e2e.model.cost import Cost, cost, hours, in_bytes, in_tokens, parameters, table, training_bytes
 from ttt_e2e.units import rate, tokens
 
 DESCRIPTION = """Count a model's parameters and, for texts of several lengths, what one of them leaves behind in it, and
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     configs = {name: config} | ({} if full is None else {full[0]: full[1]})
     dtype, count = config.train.dtype, parameters(config.model)
     size = 2 if dtype == "bfloat16" else 4
-    costs = {n: [cost(c.model, at, size, c.train.meta) for at in contexts] for n, c in configs.items()}
+    costs = {n: [cost(c.model, at, size, c.train.train_mode == "meta") for at in contexts] for n, c in configs.items()}
     if arguments.json:
         found: dict[str, Any] = {"dtype": dtype}
         found["bytes"] = {"float32": 4 * count, "bfloat16": 2 * count, "training": training_bytes(config.model)}
@@ -121,7 +122,7 @@ def _is_ours(path: Path) -> bool:
 
 def _run_config(model: ModelConfig, settings: list[str]) -> RunConfig:
     """As it would be trained in bfloat16, with its window as context."""
-    train = replace(PRESETS["3b"].train, context=model.window)
+    train = replace(PRESETS["3b"].train, context=model.sliding_window)
     return override(RunConfig(model, train), settings)
 
 

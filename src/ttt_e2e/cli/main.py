@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ttt_e2e import cost_command, notebook_command
+from ttt_e2e.cli import convert as convert_command
+from ttt_e2e.cli import cost as cost_command
+from ttt_e2e.cli import notebook as notebook_command
+from ttt_e2e.cli import reproduce as reproduce_command
+from ttt_e2e.cli import serve as serve_command
 from ttt_e2e.cli.common import parse, warnings_in_one_line
-from ttt_e2e.config.schema import RunConfig, override
-from ttt_e2e.convert import command as convert_command
-from ttt_e2e.errors import INTERRUPTED, UserError
+from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import PRESETS, at_context, extension, preset
-from ttt_e2e.reproduce import command as reproduce_command
-from ttt_e2e.server import command as serve_command
+from ttt_e2e.config.schema import RunConfig
+from ttt_e2e.errors import INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizer import Tokenizer
@@ -76,10 +78,10 @@ def _read(arguments: argparse.Namespace) -> int:
         raise UserError("A session goes on as it began; leave --no-learning or --session out.")
     notebook_command.check_reading(arguments)
     name, pieces, size = _text(arguments.file)
-    from ttt_e2e.reading.plot import check_picture_target, reading_picture
-    from ttt_e2e.reading.document import read_document, summary
     from ttt_e2e.inference.session import Session
     from ttt_e2e.inference.session_file import check_session_target
+    from ttt_e2e.reading.document import read_document, summary
+    from ttt_e2e.reading.plot import check_picture_target, reading_picture
 
     # What could be refused at the end is refused now, before the work.
     picture = arguments.picture or Path(f"{_file_stem(name)}.reading.png")
@@ -95,7 +97,7 @@ def _read(arguments: argparse.Namespace) -> int:
         session = Session(model, tokenizer, learn=learn, dtype=dtype, compile=arguments.compile)
     if arguments.compile and not session.learn:  # what else is in the way, the session says itself
         _note("Nothing is compiled: that needs a model that learns while it reads.")
-    pieces, noting = notebook_command.noted_pieces(arguments, pieces, model.config.window)
+    pieces, noting = notebook_command.noted_pieces(arguments, pieces, model.config.sliding_window)
     report = read_document(
         session,
         pieces,
@@ -291,7 +293,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _presets(arguments: argparse.Namespace) -> int:
-    from ttt_e2e.config.schema import to_dict
+    from ttt_e2e.config.parse import to_dict
     from ttt_e2e.model.cost import parameters
 
     counts = {name: parameters(config.model) for name, config in PRESETS.items()}
@@ -305,11 +307,11 @@ def _presets(arguments: argparse.Namespace) -> int:
         values = (
             f"{counts[name] / 1e6:,.1f} M",
             f"{model.vocab_size:,}",
-            model.layers,
+            model.num_hidden_layers,
             model.suffix_layers or "-",
-            model.width,
-            model.window if set(model.mixers) - {"full"} else "all",
-            model.mini_batch or "-",
+            model.hidden_size,
+            model.sliding_window if set(model.mixers) - {"full"} else "all",
+            model.mini_batch_size or "-",
             plan.context,
             plan.steps,
         )
@@ -339,7 +341,7 @@ def _info(arguments: argparse.Namespace) -> int:
             facts["unfinished"] = f"after {unfinished['tokens']:,} tokens of {unfinished['name']}"
         info = {"kind": "session", "path": str(path), "bytes": path.stat().st_size, **facts}
     else:
-        from ttt_e2e.config.schema import to_dict
+        from ttt_e2e.config.parse import to_dict
         from ttt_e2e.model.checkpoint import load_model, model_digest, read_json
 
         model = load_model(path)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ttt_e2e.errors import UserError
 
 if TYPE_CHECKING:
+    from ttt_e2e.inference.session import Session
     from ttt_e2e.reading.recording import Noting
     from ttt_e2e.retrieval.passages import Passage
-    from ttt_e2e.inference.session import Session
 
 DESCRIPTION = """Look into the notebook of a session: its exact text, in passages, noted by `ttt-e2e read --notebook`
 while the session was learning from it."""
@@ -99,8 +99,8 @@ def noted_pieces(
     Raises UserError as `plan_noting` and `noted` do.
     """
     if arguments.notebook:
-        from ttt_e2e.retrieval.notebook import passage_size
         from ttt_e2e.reading.recording import noted, plan_noting
+        from ttt_e2e.retrieval.notebook import passage_size
 
         size = passage_size(window)
         noting = plan_noting(arguments.save, arguments.session, size)
@@ -168,7 +168,7 @@ def print_sources(sources: "list[Passage]") -> None:
 def forget_unread(save: Path) -> None:
     """Before the session file `save` is written anew, without its notebook: see `noting.forget_unread`."""
     if save.exists():
-        from ttt_e2e import noting
+        from ttt_e2e.reading import recording as noting
 
         noting.forget_unread(save)
 

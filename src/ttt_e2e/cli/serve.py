@@ -88,13 +88,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         import torch
 
+        from ttt_e2e.inference.session import DTYPES, load_reader, shipped_model
         from ttt_e2e.server import logs
         from ttt_e2e.server.app import Settings, create_app
         from ttt_e2e.server.chat import load_chat
         from ttt_e2e.server.engine import Engine
         from ttt_e2e.server.limits import Limits
         from ttt_e2e.server.store import Store
-        from ttt_e2e.inference.session import DTYPES, load_reader, shipped_model
         from ttt_e2e.training.parallelize import choose_device
 
         if arguments.threads is not None:

@@ -33,12 +33,21 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a configuration by its full name, such as "inner_loop.lr", with its value."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        found |= flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+    return found
+
+
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration") -> C:
     """The reverse of `to_dict`.
 
     Raises UserError, naming `where`, for unknown or missing fields and for values of another type.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     unknown = set(values) - {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown:
         raise UserError(f"{where} has unknown fields: {', '.join(sorted(unknown))}.")
@@ -57,12 +66,18 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configurat
 def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
     """Every setting of a configuration by its full name, with its type."""
     found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         if dataclasses.is_dataclass(hint):
             found |= _settings(hint, f"{prefix}{name}.")
         else:
             found[prefix + name] = hint
     return found
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    """The type of every field; those that may be left at None, to follow from others, accept None too."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _full_name(name: str, known: list[str]) -> str:

@@ -14,9 +14,9 @@ import dataclasses
 import difflib
 from typing import Any
 
-from ttt_e2e.config.schema import ModelConfig, RunConfig, TrainConfig
-from ttt_e2e.model.cost import parameters
+from ttt_e2e.config.schema import ModelConfig, RunConfig, TrainConfig, replace
 from ttt_e2e.errors import UserError
+from ttt_e2e.model.cost import parameters
 
 # name: vocabulary, layers, width, heads, MLP width with full attention, with TTT-E2E, suffix, window, mini-batch
 _SHAPES = {
@@ -48,10 +48,16 @@ def _presets() -> dict[str, RunConfig]:
         lr, steps, batch, context = _SCHEDULES[size]
         dtype: Any = "float32" if size in ("tiny", "small") else "bfloat16"
         train = TrainConfig(lr=lr, steps=steps, batch=batch, context=context, dtype=dtype)
-        shape: dict[str, Any] = dict(vocab_size=vocab, width=width, layers=layers, heads=heads, window=window)
-        standard: dict[str, Any] = dict(mlp_width=full_mlp, mini_batch=None)
-        learning: dict[str, Any] = dict(mlp_width=ttt_mlp, mini_batch=mini_batch, suffix_layers=suffix)
-        memory: dict[str, Any] = dict(mlp_width=full_mlp, mini_batch=mini_batch)
+        shape: dict[str, Any] = dict(
+            vocab_size=vocab,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            sliding_window=window,
+        )
+        standard: dict[str, Any] = dict(intermediate_size=full_mlp, mini_batch_size=None)
+        learning: dict[str, Any] = dict(intermediate_size=ttt_mlp, mini_batch_size=mini_batch, suffix_layers=suffix)
+        memory: dict[str, Any] = dict(intermediate_size=full_mlp, mini_batch_size=mini_batch)
         models = {
             "": ModelConfig(**shape, **learning),
             "-full": ModelConfig(**shape, **standard, pattern=("full",)),
@@ -62,7 +68,7 @@ def _presets() -> dict[str, RunConfig]:
             "-ttt-kvb": ModelConfig(**shape, **memory, pattern=("ttt-kvb", "window")),
             "-titans": ModelConfig(**shape, **memory, pattern=("titans", "window")),
             "-dynamic": ModelConfig(
-                **shape, mlp_width=full_mlp, mini_batch=mini_batch, suffix_layers=suffix, static_mlp=False
+                **shape, intermediate_size=full_mlp, mini_batch_size=mini_batch, suffix_layers=suffix, static_mlp=False
             ),
             "-full-prefix": ModelConfig(
                 **shape, **learning, pattern=("full",) * (layers - suffix) + ("window",) * suffix
@@ -70,7 +76,7 @@ def _presets() -> dict[str, RunConfig]:
         }
         count = parameters(models["-full"])
         for variant, model in models.items():
-            plan = dataclasses.replace(train, meta=False) if variant == "-dynamic" else train
+            plan = dataclasses.replace(train, train_mode="pretrain") if variant == "-dynamic" else train
             presets[size + variant] = RunConfig(_of_size(model, count), plan)
     return presets
 
@@ -79,13 +85,13 @@ def _of_size(model: ModelConfig, count: int) -> ModelConfig:
     """`model` itself if it has `count` parameters to 2 percent; else with MLPs as wide, in steps of 16 or 64."""
     if abs(parameters(model) / count - 1) <= 0.02:
         return model
-    return with_parameters(model, count, 16 if model.width < 512 else 64)
+    return with_parameters(model, count, 16 if model.hidden_size < 512 else 64)
 
 
 def with_parameters(model: ModelConfig, count: int, step: int) -> ModelConfig:
     """`model` with MLPs as wide as `count` parameters want them, to a multiple of `step`."""
-    one, two = (parameters(dataclasses.replace(model, mlp_width=width)) for width in (1, 2))
-    return dataclasses.replace(model, mlp_width=max(step, round((count - one) / (two - one) / step) * step))
+    one, two = (parameters(replace(model, {"intermediate_size": width})) for width in (1, 2))
+    return replace(model, {"intermediate_size": max(step, round((count - one) / (two - one) / step) * step)})
 
 
 PRESETS = _presets()
@@ -110,16 +116,18 @@ def extension(train: TrainConfig, context: int, pretrain_steps: int) -> TrainCon
     """The published recipe to extend a pre-trained model to a longer `context`: lr 4e-4, a fortieth of the
     pre-training's steps at the same tokens per step, no inner warm-up."""
     batch = max(1, train.batch * train.context // context)
-    return dataclasses.replace(
+    return replace(
         train,
-        context=context,
-        batch=batch,
-        accumulate=train.accumulate if batch % train.accumulate == 0 else 1,
-        lr=4e-4,
-        steps=max(1, pretrain_steps // 40),
-        warmup_steps=None,
-        inner_warmup_steps=0,
-        eval_tokens=max(train.eval_tokens, 8 * context),
+        {
+            "context": context,
+            "batch": batch,
+            "accumulate": train.accumulate if batch % train.accumulate == 0 else 1,
+            "lr": 4e-4,
+            "steps": max(1, pretrain_steps // 40),
+            "warmup_steps": None,
+            "inner_warmup_steps": 0,
+            "eval_tokens": max(train.eval_tokens, 8 * context),
+        },
     )
 
 

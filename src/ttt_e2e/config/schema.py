@@ -138,7 +138,7 @@ class GatedDeltaNetConfig:
 class MemoryConfig:
     """Settings of the mixers that train an inner MLP of their own: TTT-KVB and Titans."""
 
-    intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]
     """Hidden width of one head's inner MLP. None becomes four times `head_dim`."""
 
     lr: float = 1.0
@@ -338,6 +338,11 @@ class ModelConfig:
         return self.num_hidden_layers - self.suffix_layers
 
     @property
+    def can_learn(self) -> bool:
+        """Whether a model of this shape has fast weights that change while it reads."""
+        return self.suffix_layers > 0 and self.inner_loop.lr > 0
+
+    @property
     def read_batch(self) -> int:
         """Tokens that are read at a time: a mini-batch, or 256 in a standard model."""
         return self.mini_batch_size or 256
@@ -470,7 +475,7 @@ def replace(config: C, changes: Mapping[str, Any]) -> C:
     if isinstance(config, (ModelConfig, TrainConfig)):
         values |= {name: None for name, value in _derived(config).items() if values[name] == value}
     if isinstance(config, ModelConfig) and config.memory.intermediate_size == 4 * config.head_dim:
-        values["memory"] = dataclasses.replace(config.memory, intermediate_size=None)
+        values["memory"] = replace(config.memory, {"intermediate_size": None})
     inner: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         head, _, rest = name.partition(".")

@@ -29,11 +29,11 @@ from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.hf_files import CONFIG, StoredTensor, find_checkpoint, stored_tensors
 from ttt_e2e.convert.model_folder import Put, model_folder, parameter_shapes
 from ttt_e2e.convert.start import Start, model_config
-from ttt_e2e.model.cost import parameters
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.model.checkpoint import TOKENIZER, copy_pretrained_metadata, read_json
+from ttt_e2e.model.cost import parameters
 from ttt_e2e.model.transformer import FastMLP
-from ttt_e2e.model.checkpoint import TOKENIZER, copy_carried, read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 23  # numbers that are read at once
@@ -75,7 +75,7 @@ def convert_from_hf(
     """Write the model folder `out` from a checkpoint: its folder, or its name on Hugging Face.
 
     start: how it comes to learn. dtype: of the weights in the file, "float32" or "bfloat16"; None: bfloat16 if all of
-    the checkpoint is, else float32. What the checkpoint has of `tokenizer.json` and `CARRIED` is copied. Raises
+    the checkpoint is, else float32. What the checkpoint has of `tokenizer.json` and `PRETRAINED_METADATA` is copied. Raises
     UserError if `out` exists, or for a checkpoint that is missing, not whole, not supported, or of other shapes than
     its configuration says; `out` is then not there.
     """
@@ -112,7 +112,7 @@ def convert_from_hf(
             _put_factors(config, put)
         if words is not None:
             shutil.copyfile(folder / TOKENIZER, part_folder / TOKENIZER)
-        copy_carried(folder, part_folder)
+        copy_pretrained_metadata(folder, part_folder)
     return Converted(config, source.family, parameters(config), dtype, words is not None, unnamed)
 
 
@@ -136,26 +136,26 @@ def _parts(config: ModelConfig) -> Iterator[Part]:
     everything = slice(None)
     yield Part("embedding", 0, "model.embed_tokens.weight", slice(config.vocab_size))
     yield Part("final_norm.weight", 0, "model.norm.weight", everything)
-    if not config.tied_head:
+    if not config.tie_word_embeddings:
         yield Part("head", 0, "lm_head.weight", slice(config.vocab_size))
-    queries, keys = config.heads * config.head_width, config.kv_head_count * config.head_width
-    for i in range(config.layers):
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    for i in range(config.num_hidden_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         yield Part(f"{ours}.mixer_norm.weight", 0, f"{theirs}.input_layernorm.weight", everything)
         yield Part(f"{ours}.mlp_norm.weight", 0, f"{theirs}.post_attention_layernorm.weight", everything)
-        for kind, wanted in (("weight", True), ("bias", config.qkv_bias)):
+        for kind, wanted in (("weight", True), ("bias", config.attention_bias)):
             for name, row in (("q", 0), ("k", queries), ("v", queries + keys)):
                 if wanted:
                     yield Part(f"{ours}.mixer.{kind[0]}_qkv", row, f"{theirs}.self_attn.{name}_proj.{kind}", everything)
         yield Part(f"{ours}.mixer.w_out", 0, f"{theirs}.self_attn.o_proj.weight", everything)
-        if config.out_bias:
+        if config.attention_out_bias:
             yield Part(f"{ours}.mixer.b_out", 0, f"{theirs}.self_attn.o_proj.bias", everything)
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
                 yield Part(f"{ours}.mixer.{name}", 0, f"{theirs}.self_attn.{name}.weight", everything)
         in_suffix, split = i >= config.prefix_layers, config.parallel_mlp
-        first = config.fast_width if in_suffix and split else 0
-        yield from _mlp(f"{ours}.mlp", f"{theirs}.mlp", slice(first, config.mlp_width))
+        first = config.fast_intermediate_size if in_suffix and split else 0
+        yield from _mlp(f"{ours}.mlp", f"{theirs}.mlp", slice(first, config.intermediate_size))
         if in_suffix and split:
             yield from _mlp(f"{ours}.fast", f"{theirs}.mlp", slice(first))
         elif in_suffix:
@@ -189,7 +189,7 @@ def _check(stored: Mapping[str, StoredTensor], config: ModelConfig, unnamed: int
             )
     # Old checkpoints of Llama hold the rotary rates too.
     extra = sorted(name for name in set(stored) - set(expected) if not name.endswith(".rotary_emb.inv_freq"))
-    if config.tied_head and "lm_head.weight" in extra:
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
         if not _equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
             raise UserError(
@@ -205,12 +205,12 @@ def _check(stored: Mapping[str, StoredTensor], config: ModelConfig, unnamed: int
 
 def _shapes(config: ModelConfig, unnamed: int) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors that are read."""
-    width, hidden, vocab = config.width, config.mlp_width, config.vocab_size + unnamed
-    queries, keys = config.heads * config.head_width, config.kv_head_count * config.head_width
+    width, hidden, vocab = config.hidden_size, config.intermediate_size, config.vocab_size + unnamed
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": width, "gate_proj": hidden}
     outputs |= {"up_proj": hidden, "down_proj": width, "embed_tokens": vocab, "lm_head": vocab}
     inputs = {"o_proj": queries, "down_proj": hidden}
-    norms = {"q_norm": config.head_width, "k_norm": config.head_width}
+    norms = {"q_norm": config.head_dim, "k_norm": config.head_dim}
     shapes: dict[str, tuple[int, ...]] = {}
     for part in _parts(config):
         layer, kind = part.source.split(".")[-2:]
@@ -244,20 +244,26 @@ def _put_new(config: ModelConfig, put: Put) -> None:
     """Fast MLPs that add nothing yet: the first matrix small and at random, the second zero."""
     generator = torch.Generator().manual_seed(_SEED)
     shapes = parameter_shapes(config)
-    for i in range(config.prefix_layers, config.layers):
+    for i in range(config.prefix_layers, config.num_hidden_layers):
         for name in (f"blocks.{i}.fast.w_in", f"blocks.{i}.fast.w_out"):
             rows, columns = shapes[name]
             step = max(1, _BLOCK // columns)
             for row in range(0, rows, step):
                 values = torch.zeros(min(step, rows - row), columns)
-                put(name, row, values.normal_(0.0, config.init_std, generator=generator) if "w_in" in name else values)
+                put(
+                    name,
+                    row,
+                    values.normal_(0.0, config.initializer_range, generator=generator) if "w_in" in name else values,
+                )
 
 
 def _put_factors(config: ModelConfig, put: Put) -> None:
     """Additions to the fast MLPs, as a model begins with them."""
     generator = torch.Generator().manual_seed(_SEED)
-    for i in range(config.prefix_layers, config.layers):
-        mlp = FastMLP(config.width, config.fast_width, config.fast_rank)  # the matrices in it are not touched
+    for i in range(config.prefix_layers, config.num_hidden_layers):
+        mlp = FastMLP(
+            config.hidden_size, config.fast_intermediate_size, config.fast_rank
+        )  # the matrices in it are not touched
         mlp.reset_factors(generator)
         for name, factor in mlp.named_parameters():
             if name not in ("w_in", "w_out"):
@@ -269,9 +275,9 @@ def describe(done: Converted) -> list[str]:
     config = done.config
     rank = "" if config.fast_rank is None else f", additions of rank {config.fast_rank}"
     lines = [
-        f"{done.family}: {config.layers} blocks, {done.parameters:,} parameters in {done.dtype}",
-        f"learns in its last {config.suffix_layers}, with {config.fast_width} hidden units each{rank}",
-        f"window {config.window}, mini-batch {config.mini_batch}",
+        f"{done.family}: {config.num_hidden_layers} blocks, {done.parameters:,} parameters in {done.dtype}",
+        f"learns in its last {config.suffix_layers}, with {config.fast_intermediate_size} hidden units each{rank}",
+        f"window {config.sliding_window}, mini-batch {config.mini_batch_size}",
     ]
     if done.unnamed:
         lines.append(f"{done.unnamed} ids that no token of the tokenizer has were left out of the vocabulary")

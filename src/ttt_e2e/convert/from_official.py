@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ttt_e2e.config.schema import ModelConfig, RunConfig, override
+from ttt_e2e.config.parse import override
+from ttt_e2e.config.presets import preset
+from ttt_e2e.config.schema import ModelConfig, RunConfig
 from ttt_e2e.convert.model_folder import model_folder, parameter_shapes
 from ttt_e2e.convert.orbax import find_step, stored_arrays
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER
-from ttt_e2e.config.presets import preset
 
 WEIGHTS_ITEM = "model_weights"
 _HEAD = "language_model.lm_head.weight"
@@ -56,14 +57,19 @@ class Part(NamedTuple):
 
 def official_parts(config: ModelConfig) -> list[Part]:
     """All pieces of the official arrays that make up the model `config`, those of one array in a row."""
-    layers, suffix, width, hidden = config.layers, config.suffix_layers, config.width, config.mlp_width
-    head_width = config.head_width
-    queries, keys = config.heads * head_width, config.kv_head_count * head_width
+    layers, suffix, width, hidden = (
+        config.num_hidden_layers,
+        config.suffix_layers,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    head_width = config.head_dim
+    queries, keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
     parts = [
         Part(_EMBEDDING, (config.vocab_size, width), None, "embedding", 0, _same),
         Part(_MODEL + "ln_f.weight", (width,), None, "final_norm.weight", 0, _same),
     ]
-    if not config.tied_head:
+    if not config.tie_word_embeddings:
         parts.append(Part(_HEAD, (width, config.vocab_size), None, "head", 0, _turned))
 
     def stacked(
@@ -253,7 +259,7 @@ def official_config(
                 f"The checkpoint does not say {', '.join(missing)}: name a preset with --preset, or give them as "
                 "NAME=VALUE, such as pattern=window rope_theta=500000 window=8192 mini_batch=1024."
             )
-        base = RunConfig(ModelConfig(**told, mini_batch=1024 if told["suffix_layers"] else None))
+        base = RunConfig(ModelConfig(**told, mini_batch_size=1024 if told["suffix_layers"] else None))
     config = override(base, list(settings))
     model = config.model
     if config.train != base.train:
@@ -284,10 +290,10 @@ def _told_by(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     prime = _FAST + "w1.weight"
     return {
         "vocab_size": vocab_size,
-        "width": width,
-        "layers": layers,
-        "heads": width // head_width,
-        "mlp_width": mlp_width,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // head_width,
+        "intermediate_size": mlp_width,
         "suffix_layers": shape(prime, 3)[0] if prime in shapes else 0,
-        "tied_head": _HEAD not in shapes,
+        "tie_word_embeddings": _HEAD not in shapes,
     }

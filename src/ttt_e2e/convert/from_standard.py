@@ -11,8 +11,8 @@ import torch
 from ttt_e2e.config.schema import ATTENTIONS, ModelConfig
 from ttt_e2e.convert.start import Source, Start, model_config
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_model, save_model
+from ttt_e2e.model.transformer import Transformer
 
 # What a model that learns has otherwise than the standard one that it was.
 _DECIDED = (
@@ -40,8 +40,15 @@ def learning_config(config: ModelConfig, start: Start) -> ModelConfig:
             "split the MLPs instead (--fast split)."
         )
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _DECIDED}
-    own = None if "full" in config.mixers else config.window
-    source = Source("ttt-e2e", shape, config.layers, config.mlp_width, own or 2**62, "the window it was trained with")
+    own = None if "full" in config.mixers else config.sliding_window
+    source = Source(
+        "ttt-e2e",
+        shape,
+        config.num_hidden_layers,
+        config.intermediate_size,
+        own or 2**62,
+        "the window it was trained with",
+    )
     return model_config(source, start)
 
 
@@ -53,7 +60,7 @@ def warm_start(model: Transformer, config: ModelConfig) -> Transformer:
     """
     trained = dict(model.named_parameters())
     new = Transformer(config, torch.Generator().manual_seed(_SEED)).to(model.embedding)
-    fast_units = config.fast_width if config.parallel_mlp else 0
+    fast_units = config.fast_intermediate_size if config.parallel_mlp else 0
     with torch.no_grad():
         for name, weight in new.named_parameters():
             block, _, layer = name.rpartition(".mlp.")

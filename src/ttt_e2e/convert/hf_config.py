@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ttt_e2e.config.schema import RopeScaling
 from ttt_e2e.convert.start import Source
 from ttt_e2e.errors import UserError
 
@@ -38,20 +39,20 @@ def read_source(config: Mapping[str, Any], where: Path) -> Source:
         reach, reason = sliding, "the sliding window that it was trained with"
     shape: dict[str, Any] = dict(
         vocab_size=values.count("vocab_size"),
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=values.count("num_key_value_heads", None),
-        head_size=None if head_width is None or head_width * heads == width else head_width,
-        mlp_width=mlp_width,
-        norm_eps=values.number("rms_norm_eps", 1e-6),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=values.count("num_key_value_heads", None),
+        head_dim=None if head_width is None or head_width * heads == width else head_width,
+        intermediate_size=mlp_width,
+        rms_norm_eps=values.number("rms_norm_eps", 1e-6),
         qk_norm=family == "qwen3",
         pre_norm=True,
         post_norm=False,
-        tied_head=values.flag("tie_word_embeddings"),
-        init_std=values.number("initializer_range", 0.02),
-        qkv_bias=bias or family == "qwen2",
-        out_bias=bias,
+        tie_word_embeddings=values.flag("tie_word_embeddings"),
+        initializer_range=values.number("initializer_range", 0.02),
+        attention_bias=bias or family == "qwen2",
+        attention_out_bias=bias,
         **rotation,
     )
     return Source(family, shape, layers, mlp_width, reach, reason)
@@ -95,25 +96,17 @@ def _rotation(values: "_Values") -> tuple[dict[str, Any], int]:
     fields: dict[str, Any] = {"rope_theta": rope.number("rope_theta", 10_000.0)}
     if kind == "default":
         return fields, reach
-    fields["rope_scaling"] = kind
     if kind == "linear":
-        return fields | {"rope_factor": rope.number("factor")}, reach
+        return fields | {"rope_scaling": RopeScaling("linear", rope.number("factor"))}, reach
     context = values.count("original_max_position_embeddings", None)
     context = context or rope.count("original_max_position_embeddings", reach)
     if kind == "llama3":
         slow, fast = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        return fields | dict(
-            rope_factor=rope.number("factor"), rope_context=context, rope_slow=slow, rope_fast=fast
-        ), reach
+        return fields | {"rope_scaling": RopeScaling("llama3", rope.number("factor"), context, slow, fast)}, reach
     factor = rope.number("factor", reach / context)
-    fields |= dict(
-        rope_factor=factor,
-        rope_context=context,
-        rope_slow=rope.number("beta_slow", 0.0) or 1.0,
-        rope_fast=rope.number("beta_fast", 0.0) or 32.0,
-        rope_attention=_attention_factor(rope, factor),
-    )
-    return fields, max(reach, int(factor * context))
+    slow, fast = rope.number("beta_slow", 0.0) or 1.0, rope.number("beta_fast", 0.0) or 32.0
+    scaling = RopeScaling("yarn", factor, context, slow, fast, _attention_factor(rope, factor))
+    return fields | {"rope_scaling": scaling}, max(reach, int(factor * context))
 
 
 def _attention_factor(rope: "_Values", factor: float) -> float:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.files import atomic_path
-from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.model.checkpoint import WEIGHTS, write_config
+from ttt_e2e.model.transformer import Transformer
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK = 1 << 22  # numbers that are hashed at once

@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 def full_attention(source: Source) -> ModelConfig:
     """The original itself, with full attention."""
-    return ModelConfig(**source.shape, pattern=("full",), mini_batch=None)
+    return ModelConfig(**source.shape, pattern=("full",), mini_batch_size=None)
 
 
 def model_config(source: Source, start: Start) -> ModelConfig:
@@ -63,15 +63,15 @@ def model_config(source: Source, start: Start) -> ModelConfig:
     if not 0 < share <= 1:
         raise UserError(f"The fast MLP's share of the pretrained one is above 0 and up to 1, not {share}.")
     fast_width = max(1, round(share * source.mlp_width))
-    widths: dict[str, Any] = dict(fast_mlp_width=fast_width, fast_rank=start.fast_rank)
+    widths: dict[str, Any] = dict(fast_intermediate_size=fast_width, fast_rank=start.fast_rank)
     if start.fast == "split":
         if fast_width >= source.mlp_width:
             raise UserError(f"A share of {share} leaves nothing of {source.mlp_width} hidden units; take less.")
-        widths |= dict(suffix_mlp_width=source.mlp_width - fast_width, parallel_mlp=True)
+        widths |= dict(suffix_intermediate_size=source.mlp_width - fast_width, parallel_mlp=True)
     return ModelConfig(
         **source.shape,
         **widths,
         suffix_layers=max(1, round(start.suffix * source.layers)),
-        window=window,
-        mini_batch=min(MINI_BATCH, max(1, window // 8)) if start.mini_batch is None else start.mini_batch,
+        sliding_window=window,
+        mini_batch_size=min(MINI_BATCH, max(1, window // 8)) if start.mini_batch is None else start.mini_batch,
     )

@@ -8,15 +8,15 @@ import torch
 from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ttt_e2e.inference.pretrained_metadata import chat_template
-from ttt_e2e.config.schema import to_dict
+from ttt_e2e.config.parse import to_dict
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 from ttt_e2e.hf import TTTE2EConfig, TTTE2EForCausalLM
-from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.model.checkpoint import TOKENIZER
+from ttt_e2e.inference.pretrained_metadata import chat_template
 from ttt_e2e.inference.session import load_reader
+from ttt_e2e.model.checkpoint import TOKENIZER
+from ttt_e2e.model.transformer import Transformer
 
 
 def convert_to_hf(folder: Path, out: Path) -> int:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.inference.session import Diverged, frozen_batches
+from ttt_e2e.inference.session import Diverged, batches_without_learning
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
+from ttt_e2e.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def evaluate(
     if not texts:
         raise UserError("There are no documents to evaluate on; name text files.")
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens))
-    learns = bool(model.suffix) and model.config.inner_lr > 0
+    learns = model.config.can_learn
     results: list[DocumentResult | None] = [None] * len(texts)
     bins = _PositionBins(model.config.read_batch)
     total = sum(len(text.tokens) - 1 for text in texts) * (1 + learns)
@@ -137,7 +137,7 @@ def _tokenise(tokenizer: Tokenizer, document: Document, max_tokens: int | None) 
 def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtype, bar: tqdm) -> list[np.ndarray]:
     """The losses of every text, float32; `texts` sorted by length, the longest first."""
     config, device = model.config, model.embedding.device
-    length = config.read_batch * (1 if learn else frozen_batches(config))
+    length = config.read_batch * (1 if learn else batches_without_learning(config))
     counts = [len(text.tokens) - 1 for text in texts]
     losses = [np.empty(count, np.float32) for count in counts]
     state = start_reading(model, len(texts), dtype)
@@ -160,7 +160,7 @@ def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
             ids_BT[:, :-1],
             ids_BT[:, 1:],
             torch.from_numpy(mask).to(device),
-            inner_lr=None if learn else 0.0,
+            learn=learn,
             dtype=dtype,
             in_place=learn,
         )

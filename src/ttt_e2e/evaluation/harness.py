@@ -115,7 +115,7 @@ class HarnessModel(TemplateLM):
         sums = []
         for request in tqdm(requests, disable=disable_tqdm, desc="reading"):
             session = self.fresh.fork()
-            losses = [*session.read_pieces([request.args[0]]), session.score_rest()]
+            losses = [*session.read_pieces([request.args[0]]), session.score_pending()]
             sums.append(-float(np.concatenate(losses).astype(np.float64).sum()))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, sums[-1])
         return sums
@@ -175,7 +175,6 @@ class HarnessModel(TemplateLM):
         """Losses and likeliest-or-not of everything that is pending in `session`, and of `ids` after it."""
         state, pending = session.standing().state, session.standing().pending
         left, size = np.concatenate((pending, np.array(ids, np.int64))), session.mini_batch
-        inner_lr = None if session.learn else 0.0
         while len(left) > 1:
             tokens_1T = torch.from_numpy(left[: size + 1]).to(self._device)[None]
             inputs_1T, targets_1T = tokens_1T[:, :-1], tokens_1T[:, 1:]
@@ -184,7 +183,7 @@ class HarnessModel(TemplateLM):
             yield nll_1T[0], greedy_1T[0]
             if len(left) > size + 1:  # else nothing would read what is learned
                 state, _, _ = read_mini_batch(
-                    self.model, state, inputs_1T, targets_1T, inner_lr=inner_lr, dtype=session.dtype
+                    self.model, state, inputs_1T, targets_1T, learn=session.learn, dtype=session.dtype
                 )
             left = left[size:]
 

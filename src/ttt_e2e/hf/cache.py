@@ -21,10 +21,10 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.session import batches_without_learning, find_divergence, token_ids
+from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, stacked, start_reading
 from ttt_e2e.model.mixers.attention import Cache
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.inference.session import frozen_batches, token_ids, unsound
-from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, stacked, start_reading
 
 NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the library calls a cache, in arguments and in outputs: past_key_values in its older versions."""
@@ -166,7 +166,7 @@ class _Call:
 
     def learn(self) -> None:
         """Learn from all whole mini-batches whose next token is known, as many texts at a time as stand together."""
-        b = self.model.config.mini_batch
+        b = self.model.config.mini_batch_size
         assert b is not None
         while ready := [i for i, pending in enumerate(self.pending) if len(pending) > b]:
             for rows in _groups(ready, lambda i: self.borders[i].position):
@@ -181,11 +181,11 @@ class _Call:
                 losses, norms = nll_Bb.float().cpu().numpy(), norm_B.tolist()
                 for at, i in enumerate(rows):
                     position = self.borders[i].position
-                    found = unsound(losses[at], norms[at], position, position > 0, self.model.config.vocab_size)
+                    found = find_divergence(losses[at], norms[at], position, position > 0, self.model.config.vocab_size)
                     if found is not None:
                         raise UserError(
                             f"Learning diverged in row {i} of the batch: {found[0]}; the cache is as it was before. "
-                            "Read with learn_while_reading=False, or with a model of a smaller inner_lr."
+                            "Read with learn_while_reading=False, or with a model of a smaller inner_loop.lr."
                         )
                     self.borders[i] = _Place(after, at, position + b)
                     self.pending[i], self.ends[i] = self.pending[i][b:], None
@@ -221,10 +221,10 @@ class _Call:
         """The state after `ids`, nothing learned; keeps the logits after each row's last `wanted` ones of them."""
         length = ids_BT.shape[1]
         first = length - min(length, max(0, *wanted))
-        piece = self.model.config.read_batch * frozen_batches(self.model.config)
+        piece = self.model.config.read_batch * batches_without_learning(self.model.config)
         for at in range(0, first, piece):  # no logits of a whole text at once
             part_BT = ids_BT[:, at : min(at + piece, first)]
-            state, _, _ = read_mini_batch(self.model, state, part_BT, part_BT, inner_lr=0.0, dtype=self.dtype)
+            state, _, _ = read_mini_batch(self.model, state, part_BT, part_BT, learn=False, dtype=self.dtype)
         if first < length:
             logits_BTV, state = forward(self.model, state, ids_BT[:, first:], self.dtype)
             for at, (i, count) in enumerate(zip(rows, wanted, strict=True)):
@@ -280,7 +280,7 @@ def _kind(state: ReadState) -> Hashable:
 
 def _settled(state: ReadState, position: int) -> ReadState:
     """The state of texts at `position`, less the slots that are empty where they were read beside others further on."""
-    if state.ahead_B is None:
+    if state.position_offsets_B is None:
         return state
 
     def cut(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from ttt_e2e.config.schema import ModelConfig, from_dict
+from ttt_e2e.config.parse import from_dict
+from ttt_e2e.config.schema import ModelConfig
 
 
 class TTTE2EConfig(PreTrainedConfig):
@@ -51,14 +52,14 @@ class TTTE2EConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return self.model.width
+        return self.model.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
         """Blocks."""
-        return self.model.layers
+        return self.model.num_hidden_layers
 
     @property
     def num_attention_heads(self) -> int:
         """Query heads of a block."""
-        return self.model.heads
+        return self.model.num_attention_heads

@@ -48,7 +48,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def learns(self) -> bool:
         """Whether it learns while it reads."""
-        return self.config.learn_while_reading and bool(self.model.suffix) and self.model.config.inner_lr > 0
+        return self.config.learn_while_reading and self.model.config.can_learn
 
     @can_return_tuple
     def forward(
@@ -115,9 +115,13 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(
                 "The model learns from all that it reads: labels are the input ids, with -100 only for BOS and padding."
             )
-        inner_lr = None if self.config.learn_while_reading else 0.0
         return sequence_loss(
-            self.model, tokens_BT, bos=bos, inner_lr=inner_lr, recompute="mini-batch", dtype=dtype
+            self.model,
+            tokens_BT,
+            bos=bos,
+            learn=self.config.learn_while_reading,
+            activation_checkpointing="mini-batch",
+            dtype=dtype,
         ).loss
 
     # -- for `generate` ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.checkpoint import CHAT_TEMPLATE, GENERATION, WORDS, read_json
+from ttt_e2e.model.checkpoint import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG, read_json
 
 
 class ChatTemplate(NamedTuple):
@@ -23,7 +23,7 @@ def chat_template(folder: Path, source: str | None = None) -> ChatTemplate | Non
     source: takes the place of the model's own; how its special tokens are spelled, the model says all the same. Raises
     UserError for a file that cannot be read, and a template that is no text.
     """
-    settings = _settings(folder / WORDS)
+    settings = _settings(folder / TOKENIZER_CONFIG)
     if source is None:
         source = _own_template(folder, settings)
     if source is None:
@@ -39,7 +39,9 @@ def _own_template(folder: Path, settings: dict[str, Any]) -> str | None:
         named = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
         source = named[0].get("template") if named else None
     if source is not None and not isinstance(source, str):
-        raise UserError(f"The chat_template in {folder / WORDS} is no text; remove it, or use an unaltered copy.")
+        raise UserError(
+            f"The chat_template in {folder / TOKENIZER_CONFIG} is no text; remove it, or use an unaltered copy."
+        )
     return source
 
 
@@ -51,7 +53,7 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """
     ends = _settings(folder / GENERATION).get("eos_token_id")
     named = ends if isinstance(ends, list) else [ends]
-    named.append(tokenizer.special.get(_spelling(_settings(folder / WORDS).get("eos_token"))))
+    named.append(tokenizer.special.get(_spelling(_settings(folder / TOKENIZER_CONFIG).get("eos_token"))))
     return frozenset({tokenizer.bos, *(i for i in named if isinstance(i, int) and 0 <= i < tokenizer.vocab_size)})
 
 

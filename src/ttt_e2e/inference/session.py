@@ -19,14 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_e2e.inference.pretrained_metadata import end_tokens
-from ttt_e2e.inner_loop.compiled import compiled_steps
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import Divergence, UserError
-from ttt_e2e.inner_loop.step import PLAIN
-from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.model.checkpoint import load_model
+from ttt_e2e.inference.pretrained_metadata import end_tokens
 from ttt_e2e.inference.sampling import CONTEXT, SamplingOptions, TextStream, sample
 from ttt_e2e.inference.session_file import (
     DTYPES,
@@ -41,9 +37,13 @@ from ttt_e2e.inference.session_file import (
     write_session_file,
 )
 from ttt_e2e.inference.streaming import ReadState, forward, has_fixed_caches, read_mini_batch, start_reading
-from ttt_e2e.inference.text_digest import TextSoFar, token_bytes
+from ttt_e2e.inference.text_digest import TextDigest, token_bytes
+from ttt_e2e.inner_loop.compiled import compiled_functions
+from ttt_e2e.inner_loop.step import EAGER
+from ttt_e2e.model.checkpoint import load_model
+from ttt_e2e.model.transformer import Transformer
 
-_FROZEN_BATCHES = 8
+_BATCHES_WITHOUT_LEARNING = 8
 LOGITS = 1 << 26  # at most so many at once when nothing is learned: 256 MiB
 _ABSURD = 10.0  # a mean loss of so many times ln(vocabulary), the loss of a uniform guess, is divergence
 
@@ -60,7 +60,7 @@ class Diverged(Divergence):
         self.what = what
 
 
-class Standing(NamedTuple):
+class SessionState(NamedTuple):
     """Where a session stands in its text: a value.
 
     state: what the tokens have left that were read, in whole mini-batches; text: their digest and size. pending: the
@@ -69,7 +69,7 @@ class Standing(NamedTuple):
     """
 
     state: ReadState
-    text: TextSoFar
+    text: TextDigest
     pending: np.ndarray
 
 
@@ -98,22 +98,22 @@ class Session:
         config = model.config
         self.model = model
         self.tokenizer = tokenizer
-        self.learn = learn and bool(model.suffix) and config.inner_lr > 0
+        self.learn = learn and config.can_learn
         self.dtype = dtype
         self.compiled = compile and self.learn and has_fixed_caches(config)
         if compile and self.learn and not self.compiled:
             others = ", ".join(sorted({*config.mixers} - {"window"}))
             warnings.warn(f"Reading without compilation, which needs a window everywhere, not {others}.", stacklevel=2)
-        self._steps = compiled_steps(model.embedding.device) if self.compiled else PLAIN
+        self._functions = compiled_functions(model.embedding.device) if self.compiled else EAGER
         self.token_sizes = None if tokenizer is None else token_bytes(tokenizer)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: the session is as it was made. Forks of it stay as they are."""
         begin = np.array([] if self.tokenizer is None else [self.tokenizer.bos], np.int64)
-        self._stand(Standing(start_reading(self.model, 1, self.dtype), TextSoFar(), begin))
+        self._restore(SessionState(start_reading(self.model, 1, self.dtype), TextDigest(), begin))
 
-    def _stand(self, standing: Standing, before: Standing | None = None) -> None:
+    def _restore(self, standing: SessionState, before: SessionState | None = None) -> None:
         """Go to where a session of the same model stood; before: one mini-batch ago, when the loss was good."""
         self._state = standing.state
         self._text = standing.text  # of the tokens that the state has read
@@ -128,7 +128,7 @@ class Session:
     @property
     def piece(self) -> int:
         """How many tokens the session takes at once: a mini-batch, or several where nothing is learned."""
-        return self.mini_batch * (1 if self.learn else frozen_batches(self.model.config))
+        return self.mini_batch * (1 if self.learn else batches_without_learning(self.model.config))
 
     @property
     def position(self) -> int:
@@ -181,13 +181,13 @@ class Session:
             yield self._step()
         self._pending = self._pending.copy()  # a view would keep all the ids
 
-    def score_rest(self) -> np.ndarray:
+    def score_pending(self) -> np.ndarray:
         """The losses of the pending tokens, float32 [pending]; nothing is learned and the session stays as it is."""
         if self.pending == 0:
             return np.empty(0, np.float32)
         ids_1T = self._tensor(self._pending)
         inputs_1T, targets_1T = ids_1T[:, :-1], ids_1T[:, 1:]
-        _, nll_1T, _ = read_mini_batch(self.model, self._state, inputs_1T, targets_1T, inner_lr=0.0, dtype=self.dtype)
+        _, nll_1T, _ = read_mini_batch(self.model, self._state, inputs_1T, targets_1T, learn=False, dtype=self.dtype)
         losses = nll_1T[0].float().cpu().numpy()
         self._check(losses, 0.0)
         return losses
@@ -196,14 +196,14 @@ class Session:
         """A session that goes on from here by itself. It costs nothing: states are values."""
         return copy.copy(self)
 
-    def standing(self) -> Standing:
+    def standing(self) -> SessionState:
         """Where the session stands: all that reading has changed in it."""
-        return Standing(self._state, self._text, self._pending)
+        return SessionState(self._state, self._text, self._pending)
 
-    def standing_at(self, standing: Standing) -> "Session":
+    def standing_at(self, standing: SessionState) -> "Session":
         """A session made as this one was, that goes on from where another one of the same model stood."""
         other = self.fork()
-        other._stand(standing)
+        other._restore(standing)
         return other
 
     def generate_tokens(
@@ -272,7 +272,7 @@ class Session:
                 text = stream.add(token)
                 behind = stream.waiting
                 if not behind:
-                    reader._become(writer)
+                    reader._adopt(writer)
                 if text:
                     yield text
                 if stream.stopped:
@@ -280,7 +280,7 @@ class Session:
             if text := stream.rest():
                 yield text
         except Diverged:
-            reader._become(writer)
+            reader._adopt(writer)
             behind = False
             raise
         finally:
@@ -337,13 +337,13 @@ class Session:
             pending = tensors["pending"].numpy()
         except KeyError as error:
             raise UserError(f"The session {name} lacks {error}; use an unaltered copy.") from error
-        text = TextSoFar(bytes.fromhex(facts["state_digest"]), facts["state_bytes"])
-        self._stand(Standing(state, text, pending))
+        text = TextDigest(bytes.fromhex(facts["state_digest"]), facts["state_bytes"])
+        self._restore(SessionState(state, text, pending))
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _become(self, other: "Session") -> None:
-        self._stand(other.standing(), other._before)
+    def _adopt(self, other: "Session") -> None:
+        self._restore(other.standing(), other._before)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -368,29 +368,29 @@ class Session:
             self._state,
             inputs_1T,
             targets_1T,
-            inner_lr=None if self.learn else 0.0,
+            learn=self.learn,
             dtype=self.dtype,
-            steps=self._steps,
+            functions=self._functions,
         )
         losses = nll_1T[0].float().cpu().numpy()
         self._check(losses, float(norm_1))
-        before = Standing(self._state, self._text, self._pending[:1].copy()) if self.learn else None
+        before = SessionState(self._state, self._text, self._pending[:1].copy()) if self.learn else None
         text = self._text.add(self._pending[:piece], self.mini_batch, self.token_sizes)
-        self._stand(Standing(after, text, self._pending[piece:]), before)
+        self._restore(SessionState(after, text, self._pending[piece:]), before)
         return losses
 
     def _check(self, losses: np.ndarray, norm: float) -> None:
         """Raise Diverged unless the losses are sound; the session then has forgotten what led to them."""
         learned = self.learn and self.position > 0
-        found = unsound(losses, norm, self.position, learned, self.model.config.vocab_size)
+        found = find_divergence(losses, norm, self.position, learned, self.model.config.vocab_size)
         if found is None:
             return
         what, update = found
         known = not update or self._before is not None
         if update and self._before is not None:
-            self._stand(self._before)
+            self._restore(self._before)
         self._before, self._pending = None, self._pending[:1]
-        raise gone_back(what, self.position, known)
+        raise rolled_back_error(what, self.position, known)
 
 
 def token_ids(tokens: np.ndarray | Iterable[int], vocabulary: int) -> np.ndarray:
@@ -406,7 +406,9 @@ def token_ids(tokens: np.ndarray | Iterable[int], vocabulary: int) -> np.ndarray
     return ids.astype(np.int64)
 
 
-def unsound(losses: np.ndarray, norm: float, position: int, learned: bool, vocabulary: int) -> tuple[str, bool] | None:
+def find_divergence(
+    losses: np.ndarray, norm: float, position: int, learned: bool, vocabulary: int
+) -> tuple[str, bool] | None:
     """What is wrong with a mini-batch read at `position`, and whether the update before it is to blame; None: nothing.
 
     A mini-batch's loss judges the update before it, if one was `learned`: the last good state is then the one before
@@ -426,20 +428,20 @@ def unsound(losses: np.ndarray, norm: float, position: int, learned: bool, vocab
     return None if math.isfinite(norm) else (f"the gradient {at} is {norm}", False)
 
 
-def gone_back(what: str, position: int, known: bool) -> Diverged:
+def rolled_back_error(what: str, position: int, known: bool) -> Diverged:
     """The error that says so, once a session is back at its last good state, at `position`, if that was `known`."""
     back = "back at its last good state" if known else "at its last state, and may be spoiled: no earlier one is known"
     return Diverged(
         f"Learning diverged: {what}; the session is {back}, after {position} tokens. "
-        "Read without learning, or with a model of a smaller inner_lr.",
+        "Read without learning, or with a model of a smaller inner_loop.lr.",
         position,
         what,
     )
 
 
-def frozen_batches(config: ModelConfig) -> int:
+def batches_without_learning(config: ModelConfig) -> int:
     """How many mini-batches are read at once where nothing is learned: fewer for a large vocabulary."""
-    return max(1, min(_FROZEN_BATCHES, LOGITS // (config.vocab_size * config.read_batch)))
+    return max(1, min(_BATCHES_WITHOUT_LEARNING, LOGITS // (config.vocab_size * config.read_batch)))
 
 
 def sampling_options(max_tokens: int, sampling: Mapping[str, Any]) -> SamplingOptions:

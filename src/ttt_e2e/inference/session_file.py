@@ -18,15 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ttt_e2e.config.schema import to_dict
+from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
-from ttt_e2e.inner_loop.step import State, changed
-from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.model.checkpoint import model_digest, save_safetensors
 from ttt_e2e.inference.streaming import ReadState
+from ttt_e2e.inner_loop.step import State, tree_map
+from ttt_e2e.model.checkpoint import model_digest, save_safetensors
+from ttt_e2e.model.transformer import Transformer
 
-VERSION = 2
+VERSION = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -99,7 +99,7 @@ def state_from_tensors(
 
     kind: Any = model.fast_kind
     kinds = [kind] * len(suffix)
-    fast = changed(model.initial_fast_weights(1), Tensor.detach)
+    fast = tree_map(model.initial_fast_weights(1), Tensor.detach)
     if learned and precision == "float32":
         fast = values("fast", kinds)
     elif learned:

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.mixers.attention import Cache
 from ttt_e2e.inference.sampling import SamplingOptions, sample
-from ttt_e2e.inference.session import Diverged, Session, Standing, gone_back, token_ids, unsound
+from ttt_e2e.inference.session import Diverged, Session, SessionState, find_divergence, rolled_back_error, token_ids
 from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, stacked
-from ttt_e2e.inference.text_digest import TextSoFar
+from ttt_e2e.inference.text_digest import TextDigest
+from ttt_e2e.model.mixers.attention import Cache
 
 
 class Losses(NamedTuple):
@@ -92,7 +92,7 @@ class _Good(NamedTuple):
     """Where a text stood when its loss was good, and the tokens that were read from there on, in pieces."""
 
     row: _Row
-    text: TextSoFar
+    text: TextDigest
     read: tuple[np.ndarray, ...] = ()
 
 
@@ -101,7 +101,7 @@ class _Run:
     """A text that goes on, a session's own or the copy that is written on."""
 
     row: _Row
-    text: TextSoFar
+    text: TextDigest
     pending: np.ndarray
     good: _Good | None = None
 
@@ -285,9 +285,9 @@ class SessionPool:
             member.waiting = self._steps
         member.jobs.append(job)
 
-    def _session(self, row: _Row, text: TextSoFar, pending: np.ndarray) -> Session:
-        state = _alone(row).stack.state._replace(ahead_B=None)
-        return self.fresh.standing_at(Standing(state, text, pending.copy()))
+    def _session(self, row: _Row, text: TextDigest, pending: np.ndarray) -> Session:
+        state = _alone(row).stack.state._replace(position_offsets_B=None)
+        return self.fresh.standing_at(SessionState(state, text, pending.copy()))
 
     def _runs(self) -> set[_Run]:
         members = self._members.values()
@@ -355,13 +355,12 @@ class SessionPool:
         """`stack`: the members' runs; in_place: it is their own, and no copy."""
         fresh, piece, runs = self.fresh, self.piece, [member.run for member in members]
         ids_BT = self._tensor([run.pending[: piece + 1] for run in runs])
-        lr = None if fresh.learn else 0.0
         after, nll_BT, norm_B = read_mini_batch(
             fresh.model,
             stack.state,
             ids_BT[:, :-1],
             ids_BT[:, 1:],
-            inner_lr=lr,
+            learn=fresh.learn,
             dtype=fresh.dtype,
             in_place=fresh.learn,
         )
@@ -395,7 +394,9 @@ class SessionPool:
         """What is wrong with a mini-batch, as in `Session`; the run is then back at its last good state."""
         first = run.row.position
         try:
-            found = unsound(losses, norm, first, self.fresh.learn and first > 0, self.fresh.model.config.vocab_size)
+            found = find_divergence(
+                losses, norm, first, self.fresh.learn and first > 0, self.fresh.model.config.vocab_size
+            )
         except Diverged as error:
             return error
         if found is None:
@@ -405,7 +406,7 @@ class SessionPool:
         if in_place or (update and known):
             self._go_back(run, 1 if update else 0)
         run.good, run.pending = None, run.pending[:1]
-        return gone_back(what, run.row.position, known)
+        return rolled_back_error(what, run.row.position, known)
 
     def _go_back(self, run: _Run, mini_batches: int) -> None:
         """Take back so many mini-batches that were read: read again, from where the run was good, what came before."""

@@ -14,10 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.inner_loop.step import PLAIN, State, Steps, changed, empty_caches, initial_state, read_and_learn, with_empty
+from ttt_e2e.inner_loop.step import (
+    EAGER,
+    LoopFunctions,
+    State,
+    empty_caches,
+    initial_state,
+    read_and_learn,
+    tree_map,
+    with_empty,
+)
 from ttt_e2e.model.mixers.attention import Cache
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 
 
 class ReadState(NamedTuple):
@@ -31,16 +40,16 @@ class ReadState(NamedTuple):
     position: int
     static: tuple[Any, ...] | None
     loop: State
-    ahead_B: Tensor | None = None
+    position_offsets_B: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All tensors that `map` changes, in its order."""
         return [t for value in self.static or () for t in value] + self.loop.tensors()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "ReadState":
-        """The same with every tensor changed but `ahead_B`; their first dimension is the batch."""
-        static = None if self.static is None else changed(self.static, change)
-        loop = State(changed(self.loop.fast, change), changed(self.loop.caches, change))
+        """The same with every tensor changed but `position_offsets_B`; their first dimension is the batch."""
+        static = None if self.static is None else tree_map(self.static, change)
+        loop = State(tree_map(self.loop.fast, change), tree_map(self.loop.caches, change))
         return self._replace(static=static, loop=loop)
 
 
@@ -58,17 +67,17 @@ def stacked(states: Sequence[ReadState], rows: Sequence[int], positions: Sequenc
             parts = [F.pad(part, (0, 0, slots - part.shape[2], 0)) for part in parts]
         return torch.cat(parts)
 
-    state, ahead_B, start = states[0].map(join), None, min(positions)
-    if max(positions) > start or any(state.ahead_B is not None for state in states):
+    state, position_offsets_B, start = states[0].map(join), None, min(positions)
+    if max(positions) > start or any(state.position_offsets_B is not None for state in states):
         device = states[0].tensors()[0].device
-        ahead_B = torch.tensor([position - start for position in positions], device=device)
-    return state._replace(position=start, ahead_B=ahead_B)
+        position_offsets_B = torch.tensor([position - start for position in positions], device=device)
+    return state._replace(position=start, position_offsets_B=position_offsets_B)
 
 
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
     """The state before the first token of `batch` texts."""
     state = initial_state(model, batch, dtype)
-    return ReadState(0, None, State(changed(state.fast, Tensor.detach), state.caches))
+    return ReadState(0, None, State(tree_map(state.fast, Tensor.detach), state.caches))
 
 
 @torch.no_grad()
@@ -79,37 +88,38 @@ def read_mini_batch(
     targets_Bb: Tensor,
     mask_Bb: Tensor | None = None,
     *,
+    learn: bool = True,
     inner_lr: float | None = None,
     dtype: torch.dtype = torch.float32,
-    steps: Steps = PLAIN,
+    functions: LoopFunctions = EAGER,
     in_place: bool = False,
 ) -> tuple[ReadState, Tensor, Tensor]:
     """Read one mini-batch, score it, and learn from it; returns the next state, the losses and the gradient norms [B].
 
-    inner_lr None is the model's own; with 0 nothing is learned, any number of tokens may come at once, and the norms
+    learn: whether the fast weights are updated. inner_lr: None for the model's own. Without learning any number of tokens may come at once, and the norms
     are zero. Nothing in the result hangs on a graph. in_place: whoever calls gives `state` away, whose memory is its
     own (as that of `stacked`): the next one takes its place, which is faster where many texts are read together.
     Uncompiled only; where nothing is learned it changes nothing.
     """
-    lr = model.config.inner_lr if inner_lr is None else inner_lr
-    if not model.suffix or lr == 0:
+    if not (learn and model.suffix):
         x_BbD, after = _forward(model, state, tokens_Bb, dtype)
         nll_Bb, _ = model.losses(x_BbD, targets_Bb)
         return after, nll_Bb, nll_Bb.new_zeros(len(nll_Bb))
-    length, window = tokens_Bb.shape[1], model.config.window
+    length, window = tokens_Bb.shape[1], model.config.sliding_window
     if mask_Bb is None:
-        mask_Bb = torch.ones_like(targets_Bb, dtype=wide(dtype))
-    place = model.place(state.position, length, dtype, state.ahead_B)._replace(in_place=in_place)
+        mask_Bb = torch.ones_like(targets_Bb, dtype=accumulation_dtype(dtype))
+    place = model.place(state.position, length, dtype, state.position_offsets_B)._replace(in_place=in_place)
     static, loop = state.static, state.loop
-    step_size = torch.tensor(lr, dtype=wide(dtype), device=tokens_Bb.device)
-    if steps.fixed and has_fixed_caches(model.config) and length == model.config.mini_batch:
+    lr = model.config.inner_loop.lr if inner_lr is None else inner_lr
+    step_size = torch.tensor(lr, dtype=accumulation_dtype(dtype), device=tokens_Bb.device)
+    if functions.fixed and has_fixed_caches(model.config) and length == model.config.mini_batch_size:
         # A state holds filled slots only; the compiled function is given a whole window of them.
         empty, filled = max(0, window - state.position), min(window, state.position + length)
         place = with_empty(place, empty, window, window)
         if static is None:
             static = empty_caches(model, model.config.prefix_layers + 1, len(tokens_Bb), dtype)
-        loop = State(changed(loop.fast, Tensor.contiguous), _last_slots(loop.caches, window))
-        static, loop, nll_Bb, norm_B = steps.read_and_learn(
+        loop = State(tree_map(loop.fast, Tensor.contiguous), _last_slots(loop.caches, window))
+        static, loop, nll_Bb, norm_B = functions.read_and_learn(
             model, _last_slots(static, window), loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
         )
         static, loop = _last_slots(static, filled), State(loop.fast, _last_slots(loop.caches, filled))
@@ -144,10 +154,10 @@ def forward(
 
 
 def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, ReadState]:
-    place = model.place(state.position, tokens_BT.shape[1], dtype, state.ahead_B)
-    x_BTD, static = model.read_static(tokens_BT, place, state.static, dtype)
+    place = model.place(state.position, tokens_BT.shape[1], dtype, state.position_offsets_B)
+    x_BTD, static = model.forward_prefix(tokens_BT, place, state.static, dtype)
     loop = state.loop
     if model.suffix:
-        x_BTD, caches, _ = model.read_fast(x_BTD, place, loop.fast, loop.caches, inner=False)
+        x_BTD, caches, _ = model.forward_suffix(x_BTD, place, loop.fast, loop.caches, inner=False)
         loop = State(loop.fast, caches)
     return x_BTD, state._replace(position=state.position + tokens_BT.shape[1], static=static, loop=loop)

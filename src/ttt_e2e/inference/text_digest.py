@@ -9,7 +9,7 @@ from tokenizers import decoders
 from ttt_e2e.data.tokenizer import Tokenizer
 
 
-class TextSoFar(NamedTuple):
+class TextDigest(NamedTuple):
     """A digest of tokens and how many bytes of text they are: a value, to keep and to save.
 
     The digest is a chain, since no hash object can be saved: SHA-256 of the link before and of the next `link` tokens
@@ -19,12 +19,12 @@ class TextSoFar(NamedTuple):
     digest: bytes = b""
     bytes: int = 0
 
-    def add(self, ids: np.ndarray, link: int, sizes: np.ndarray | None) -> "TextSoFar":
+    def add(self, ids: np.ndarray, link: int, sizes: np.ndarray | None) -> "TextDigest":
         """With more tokens, `link` of them hashed together. sizes: their bytes [V], see `token_bytes`; None: 0."""
         digest = self.digest
         for start in range(0, len(ids), link):
             digest = hashlib.sha256(digest + ids[start : start + link].astype("<i8").tobytes()).digest()
-        return TextSoFar(digest, self.bytes + (0 if sizes is None else int(sizes[ids].sum())))
+        return TextDigest(digest, self.bytes + (0 if sizes is None else int(sizes[ids].sum())))
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:

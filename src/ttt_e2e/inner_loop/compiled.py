@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ttt_e2e.inner_loop.step import PLAIN, Steps
+from ttt_e2e.inner_loop.step import EAGER, LoopFunctions
 
 
-def compiled_steps(device: torch.device | str = "cpu", backend: str = "inductor") -> Steps:
-    """The functions of `PLAIN`, each compiled at its first call for the shapes it is given.
+def compiled_functions(device: torch.device | str = "cpu", backend: str = "inductor") -> LoopFunctions:
+    """The functions of `EAGER`, each compiled at its first call for the shapes it is given.
 
     On a CUDA device they run as CUDA graphs, without launch overhead; what reading returns is then copied out of the
     graph's memory, since a session keeps it. Where compilation fails (no C++ compiler, an operation
@@ -45,12 +45,12 @@ def compiled_steps(device: torch.device | str = "cpu", backend: str = "inductor"
 
         return call
 
-    steps = Steps(
-        read_static=compiled(PLAIN.read_static),
-        losses=compiled(PLAIN.losses),
-        score=compiled(PLAIN.score),
-        inner_step=compiled(PLAIN.inner_step),
-        read_and_learn=compiled(PLAIN.read_and_learn),
+    steps = LoopFunctions(
+        forward_prefix=compiled(EAGER.forward_prefix),
+        losses=compiled(EAGER.losses),
+        score=compiled(EAGER.score),
+        inner_step=compiled(EAGER.inner_step),
+        read_and_learn=compiled(EAGER.read_and_learn),
         fixed=True,
     )
     if not graphs:

@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttt_e2e.config.schema import Recompute
+from ttt_e2e.config.schema import ActivationCheckpointing
 from ttt_e2e.model.mixers.attention import Cache
 from ttt_e2e.model.mixers.base import Place
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.ops.attention import visible
-from ttt_e2e.ops.elementwise import clipped_step, clipped_step_, wide
+from ttt_e2e.ops.attention import causal_window_mask
+from ttt_e2e.ops.elementwise import accumulation_dtype, clipped_step, clipped_step_
 from ttt_e2e.ops.fast_mlp import Weights
-from ttt_e2e.ops.linear import Factors, weight_gradient
+from ttt_e2e.ops.linear import OuterProductFactors, weight_gradient
 
 # Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph.
 KEPT_GRAPHS = 2
@@ -50,7 +50,7 @@ class State(NamedTuple):
         return [t for value in (*self.fast, *self.caches) for t in value]
 
 
-def changed(values: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+def tree_map(values: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
     """Fast weights or mixers' states with every tensor changed."""
     return tuple(type(value)(*map(change, value)) for value in values)
 
@@ -64,7 +64,7 @@ class MiniBatch(NamedTuple):
     place: Place
 
 
-class Scored(NamedTuple):
+class InnerGradient(NamedTuple):
     """nll_Bb: every token's loss. gradient: of their masked mean, before the clip. caches: for the next mini-batch."""
 
     nll_Bb: Tensor
@@ -87,34 +87,36 @@ def masked_mean(nll_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 def score(model: Transformer, state: State, batch: MiniBatch) -> tuple[Tensor, tuple[Cache, ...]]:
     """Every token's loss [B, b] under the state's fast weights, and the caches for the next mini-batch."""
-    x_BbD, caches, _ = model.read_fast(batch.x_BbD, batch.place, state.fast, state.caches, inner=False)
+    x_BbD, caches, _ = model.forward_suffix(batch.x_BbD, batch.place, state.fast, state.caches, inner=False)
     return model.losses(x_BbD, batch.targets_Bb)[0], caches
 
 
-def inner_gradient(model: Transformer, state: State, batch: MiniBatch) -> Scored:
+def inner_gradient(model: Transformer, state: State, batch: MiniBatch) -> InnerGradient:
     """Score one mini-batch, and the gradient of its loss in the fast weights, by the layers' pulls."""
-    nll_Bb, factors, caches = _pulled(model, state, batch)
+    nll_Bb, factors, caches = _forward_and_vjp(model, state, batch)
     dtype = state.fast[0][0].dtype
-    return Scored(nll_Bb, _by_block(model, [weight_gradient(*pair).to(dtype) for pair in factors]), caches)
+    return InnerGradient(nll_Bb, _by_block(model, [weight_gradient(*pair).to(dtype) for pair in factors]), caches)
 
 
-def _pulled(model: Transformer, state: State, batch: MiniBatch) -> tuple[Tensor, list[Factors], tuple[Cache, ...]]:
+def _forward_and_vjp(
+    model: Transformer, state: State, batch: MiniBatch
+) -> tuple[Tensor, list[OuterProductFactors], tuple[Cache, ...]]:
     """`inner_gradient` before it is multiplied out."""
-    x_BbD, caches, pull_suffix = model.read_fast(batch.x_BbD, batch.place, state.fast, state.caches, inner=True)
-    nll_Bb, pull_head = model.losses(x_BbD, batch.targets_Bb)
+    x_BbD, caches, suffix_vjp = model.forward_suffix(batch.x_BbD, batch.place, state.fast, state.caches, inner=True)
+    nll_Bb, head_vjp = model.losses(x_BbD, batch.targets_Bb)
     weight_Bb = batch.mask_Bb / batch.mask_Bb.sum(-1, keepdim=True).clamp(min=1)
-    return nll_Bb, pull_suffix(pull_head(weight_Bb)), caches
+    return nll_Bb, suffix_vjp(head_vjp(weight_Bb)), caches
 
 
-def inner_gradient_reference(model: Transformer, state: State, batch: MiniBatch) -> Scored:
+def inner_gradient_reference(model: Transformer, state: State, batch: MiniBatch) -> InnerGradient:
     """The plain twin of `inner_gradient`: autograd's own gradient, through which the outer one can pass."""
-    fast = changed(state.fast, lambda w: w if w.requires_grad else w.detach().requires_grad_())
+    fast = tree_map(state.fast, lambda w: w if w.requires_grad else w.detach().requires_grad_())
     with torch.enable_grad():
-        x_BbD, caches, _ = model.read_fast(batch.x_BbD, batch.place, fast, state.caches, inner=True)
+        x_BbD, caches, _ = model.forward_suffix(batch.x_BbD, batch.place, fast, state.caches, inner=True)
         nll_Bb, _ = model.losses(x_BbD, batch.targets_Bb)
         loss = masked_mean(nll_Bb, batch.mask_Bb).sum()  # a sum over sequences: each has fast weights of its own
         gradients = torch.autograd.grad(loss, [w for value in fast for w in value], create_graph=True)
-    return Scored(nll_Bb, _by_block(model, gradients), caches)
+    return InnerGradient(nll_Bb, _by_block(model, gradients), caches)
 
 
 def inner_step(
@@ -122,12 +124,12 @@ def inner_step(
     state: State,
     batch: MiniBatch,
     lr: float | Tensor,
-    gradient: Callable[[Transformer, State, MiniBatch], Scored] = inner_gradient,
+    gradient: Callable[[Transformer, State, MiniBatch], InnerGradient] = inner_gradient,
 ) -> tuple[State, Tensor, Tensor]:
     """Score one mini-batch, then learn from it; returns the next state, the losses [B, b], the gradient's norms [B]."""
     scored = gradient(model, state, batch)
     weights, gradients = ([w for value in values for w in value] for values in (state.fast, scored.gradient))
-    new, norm_B = clipped_step(weights, gradients, lr, model.config.inner_clip)
+    new, norm_B = clipped_step(weights, gradients, lr, model.config.inner_loop.max_grad_norm)
     return State(_by_block(model, new), scored.caches), scored.nll_Bb, norm_B
 
 
@@ -138,9 +140,9 @@ def inner_step_in_place(
 
     Many sequences' fast weights are more than a cache holds, so their update is as long as it takes to move them.
     """
-    nll_Bb, factors, caches = _pulled(model, state, batch)
+    nll_Bb, factors, caches = _forward_and_vjp(model, state, batch)
     weights = [w for value in state.fast for w in value]
-    norm_B = clipped_step_(weights, factors, lr, model.config.inner_clip)
+    norm_B = clipped_step_(weights, factors, lr, model.config.inner_loop.max_grad_norm)
     return State(state.fast, caches), nll_Bb, norm_B
 
 
@@ -154,13 +156,13 @@ def _by_block(model: Transformer, tensors: Sequence[Tensor]) -> tuple[Weights, .
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-class Steps(NamedTuple):
-    """What the work is made of: these functions as they stand (`PLAIN`), or compiled (`compiled.compiled_steps`).
+class LoopFunctions(NamedTuple):
+    """What the work is made of: these functions as they stand (`EAGER`), or compiled (`compiled.compiled_functions`).
 
     fixed: caches have all their slots from the start, so that all mini-batches look alike to a compiler.
     """
 
-    read_static: Callable[[Transformer, Tensor, Place, torch.dtype], Tensor]
+    forward_prefix: Callable[[Transformer, Tensor, Place, torch.dtype], Tensor]
     losses: Callable[[Transformer, Tensor, Tensor], Tensor]
     score: Callable[[Transformer, State, MiniBatch], tuple[Tensor, tuple[Cache, ...]]]
     inner_step: Callable[[Transformer, State, MiniBatch, Tensor], tuple[State, Tensor, Tensor]]
@@ -168,9 +170,9 @@ class Steps(NamedTuple):
     fixed: bool
 
 
-def read_static(model: Transformer, tokens_BT: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
+def forward_prefix(model: Transformer, tokens_BT: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     """The residual stream below the lowest fast weight, of a text from its start."""
-    return model.read_static(tokens_BT, place, None, dtype)[0]
+    return model.forward_prefix(tokens_BT, place, None, dtype)[0]
 
 
 def losses(model: Transformer, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -190,12 +192,12 @@ def read_and_learn(
     dtype: torch.dtype,
 ) -> tuple[tuple[Cache, ...], State, Tensor, Tensor]:
     """A whole mini-batch of reading: the caches below the loop, the loop's state, the losses, the gradients' norms."""
-    x_BbD, static = model.read_static(tokens_Bb, place, static, dtype)
+    x_BbD, static = model.forward_prefix(tokens_Bb, place, static, dtype)
     step = inner_step_in_place if place.in_place else inner_step
     return static, *step(model, loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, place), lr)
 
 
-PLAIN = Steps(read_static, losses, score, inner_step, read_and_learn, fixed=False)
+EAGER = LoopFunctions(forward_prefix, losses, score, inner_step, read_and_learn, fixed=False)
 
 
 def sequence_loss(
@@ -203,46 +205,55 @@ def sequence_loss(
     tokens_BT1: Tensor,
     *,
     bos: int | None = None,
+    learn: bool = True,
     inner_lr: float | None = None,
-    recompute: Recompute = "none",
+    activation_checkpointing: ActivationCheckpointing = "none",
     dtype: torch.dtype = torch.float32,
-    steps: Steps = PLAIN,
+    functions: LoopFunctions = EAGER,
 ) -> LossOutput:
     """The loss that training minimises, of T + 1 tokens a sequence, differentiable through the inner updates.
 
-    tokens [B, T + 1] int64. Targets equal to `bos` do not count. inner_lr: None for the model's own, 0 for no learning.
-    recompute: see `TrainConfig`. The loss is the mean over mini-batches of their masked means (a last, shorter
+    tokens [B, T + 1] int64. Targets equal to `bos` do not count. learn: whether the fast weights are updated. inner_lr: None for the model's own.
+    activation_checkpointing: see `TrainConfig`. The loss is the mean over mini-batches of their masked means (a last, shorter
     mini-batch weighs by its length), then over sequences. Works for a standard model too, where nothing is updated,
     and under `torch.no_grad`, where the model learns all the same and nothing is kept.
     """
     config = model.config
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     batch, length = inputs_BT.shape
-    mask_BT = torch.ones_like(targets_BT, dtype=wide(dtype))
+    mask_BT = torch.ones_like(targets_BT, dtype=accumulation_dtype(dtype))
     if bos is not None:
         mask_BT = (targets_BT != bos).to(mask_BT.dtype)
     place = model.place(0, length, dtype)
-    if steps.fixed:
+    if functions.fixed:
         torch.compiler.cudagraph_mark_step_begin()
-    x_BTD = steps.read_static(model, inputs_BT, place, dtype)
-    lr = config.inner_lr if inner_lr is None else inner_lr
+    x_BTD = functions.forward_prefix(model, inputs_BT, place, dtype)
     if not model.suffix:
-        nll_BT = steps.losses(model, x_BTD, targets_BT)
-    elif lr == 0:
-        x_BTD, _, _ = model.read_fast(x_BTD, place, model.initial_fast_weights(batch), None, inner=False)
-        nll_BT = steps.losses(model, x_BTD, targets_BT)
+        nll_BT = functions.losses(model, x_BTD, targets_BT)
+    elif not learn:
+        x_BTD, _, _ = model.forward_suffix(x_BTD, place, model.initial_fast_weights(batch), None, inner=False)
+        nll_BT = functions.losses(model, x_BTD, targets_BT)
     else:
-        slots = cache_slots(model, length) if steps.fixed else 0
+        slots = cache_slots(model, length) if functions.fixed else 0
         batches = mini_batches(model, x_BTD, targets_BT, mask_BT, place, slots)
         start = initial_state(model, batch, dtype, slots)
-        step_size = torch.tensor(lr, dtype=wide(dtype), device=x_BTD.device)
-        loop = _Loop(model, start, batches, step_size, recompute == "mini-batch", loop_parameters(model), steps)
-        if recompute == "none" or not torch.is_grad_enabled():
+        lr = config.inner_loop.lr if inner_lr is None else inner_lr
+        step_size = torch.tensor(lr, dtype=accumulation_dtype(dtype), device=x_BTD.device)
+        loop = _SequenceLoop(
+            model,
+            start,
+            batches,
+            step_size,
+            activation_checkpointing == "mini-batch",
+            loop_parameters(model),
+            functions,
+        )
+        if activation_checkpointing == "none" or not torch.is_grad_enabled():
             nll_BT = torch.cat(loop.walk(start, 0, len(batches))[1], 1)
         else:
             x_NBbD = [batch.x_BbD for batch in batches]
             nll_BT = _RecomputedLoop.apply(loop, *x_NBbD, *start.tensors(), *loop.parameters)
-    b = min(config.mini_batch or length, length)
+    b = min(config.mini_batch_size or length, length)
     loss_B = mini_batch_mean(nll_BT, mask_BT, b)
     return LossOutput(loss_B.mean(), nll_BT.detach(), mask_BT)
 
@@ -258,7 +269,7 @@ def mini_batches(
     model: Transformer, x_BTD: Tensor, targets_BT: Tensor, mask_BT: Tensor, place: Place, slots: int = 0
 ) -> list[MiniBatch]:
     """A whole sequence at `place` cut into mini-batches; the last may be shorter. slots: as for `initial_state`."""
-    b, length = model.config.mini_batch, x_BTD.shape[1]
+    b, length = model.config.mini_batch_size, x_BTD.shape[1]
     assert b is not None
     starts = range(0, length, b)
     places = [place.slice(i, i + b) for i in starts]
@@ -278,13 +289,15 @@ def with_empty(place: Place, empty: int, slots: int, window: int | None) -> Plac
     device, length = place.cos.device, len(place.cos)
     count = torch.tensor(empty, dtype=torch.int32, device=device)
     # On a GPU the operators of attention do without, and this would be large.
-    bias_TS = visible(length, slots + length, window, place.cos, count) if device.type == "cpu" else None
-    return place._replace(empty=count, bias_TS=bias_TS)
+    attn_mask_TS = (
+        causal_window_mask(length, slots + length, window, place.cos, count) if device.type == "cpu" else None
+    )
+    return place._replace(empty=count, attn_mask_TS=attn_mask_TS)
 
 
 def cache_slots(model: Transformer, length: int) -> int:
     """How many slots a cache of fixed size needs in a text of `length` tokens: a window, or all but a mini-batch."""
-    b = model.config.mini_batch
+    b = model.config.mini_batch_size
     assert b is not None
     return model.config.loop_window or max(0, -(-length // b) - 1) * b
 
@@ -293,13 +306,13 @@ def initial_state(model: Transformer, batch: int, dtype: torch.dtype, slots: int
     """The state at the start of every text: the learned fast weights and caches of `slots` empty slots."""
     fast = model.initial_fast_weights(batch)
     if slots:
-        fast = changed(fast, Tensor.contiguous)
+        fast = tree_map(fast, Tensor.contiguous)
     return State(fast, empty_caches(model, len(model.suffix) - 1, batch, dtype, slots))
 
 
 def empty_caches(model: Transformer, count: int, batch: int, dtype: torch.dtype, slots: int = 0) -> tuple[Cache, ...]:
     """`count` caches of `slots` empty slots."""
-    shape = (batch, model.config.kv_head_count, slots, model.config.head_width)
+    shape = (batch, model.config.num_key_value_heads, slots, model.config.head_dim)
     # A compiled function asks whether tensors are shared, need a gradient and how they lie: the first mini-batch must
     # look like all others.
     wanted = slots > 0 and torch.is_grad_enabled()
@@ -325,7 +338,7 @@ def loop_parameters(model: Transformer) -> list[Tensor]:
     return [model.head_weight, *(p for module in modules for p in module.parameters())]
 
 
-class _Loop(NamedTuple):
+class _SequenceLoop(NamedTuple):
     """A sequence in mini-batches, and how to walk it. parameters: the static weights that receive gradients."""
 
     model: Transformer
@@ -334,14 +347,14 @@ class _Loop(NamedTuple):
     lr: Tensor
     keep_all: bool  # of the recomputed loop: keep every state between mini-batches, or only one in about sqrt(N)
     parameters: list[Tensor]
-    steps: Steps
+    functions: LoopFunctions
 
     def step(self, i: int, state: State, x_BbD: Tensor | None = None) -> tuple[State | None, Tensor]:
         """Mini-batch `i`: the state after it and its losses. No update follows the last one: nothing would read it."""
         batch = self.batches[i] if x_BbD is None else self.batches[i]._replace(x_BbD=x_BbD)
         if i == len(self.batches) - 1:
-            return None, self.steps.score(self.model, state, batch)[0]
-        after, nll_Bb, _ = self.steps.inner_step(self.model, state, batch, self.lr)
+            return None, self.functions.score(self.model, state, batch)[0]
+        after, nll_Bb, _ = self.functions.inner_step(self.model, state, batch, self.lr)
         return after, nll_Bb
 
     def walk(
@@ -384,7 +397,7 @@ class _RecomputedLoop(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loop: _Loop, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, loop: _SequenceLoop, *tensors: Tensor) -> Tensor:
         count = len(loop.batches) - min(KEPT_GRAPHS, len(loop.batches))
         length = max(1, count if loop.keep_all else round(count**0.5))
         ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
@@ -402,7 +415,7 @@ class _RecomputedLoop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        loop: _Loop = ctx.loop
+        loop: _SequenceLoop = ctx.loop
         if ctx.last is None:
             raise RuntimeError("The recomputed loop gives up what it kept as it goes back; it goes back once only.")
         grad_nll = grad_outputs[0].split([batch.x_BbD.shape[1] for batch in loop.batches], 1)
@@ -421,7 +434,7 @@ class _RecomputedLoop(torch.autograd.Function):
         return (None, *grad_x, *grad_state, *totals)
 
 
-def _graph(loop: _Loop, first: int, stop: int, state: State) -> _Graph:
+def _graph(loop: _SequenceLoop, first: int, stop: int, state: State) -> _Graph:
     """Walk mini-batches `first` to `stop` with a graph of their own."""
     state = _leaves(state)
     x_NBbD = [loop.batches[i].x_BbD.detach().requires_grad_() for i in range(first, stop)]
@@ -431,7 +444,11 @@ def _graph(loop: _Loop, first: int, stop: int, state: State) -> _Graph:
 
 
 def _go_back(
-    loop: _Loop, graph: _Graph, grad_nll: Sequence[Tensor], grad_after: list[Tensor], totals: list[Tensor | None]
+    loop: _SequenceLoop,
+    graph: _Graph,
+    grad_nll: Sequence[Tensor],
+    grad_after: list[Tensor],
+    totals: list[Tensor | None],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Gradients of a graph's x and of the state before it; those of the static weights are added to `totals`.
 
@@ -461,4 +478,4 @@ def _leaves(state: State) -> State:
     def leaf(t: Tensor) -> Tensor:
         return t.detach().requires_grad_()
 
-    return State(changed(state.fast, leaf), changed(state.caches, leaf))
+    return State(tree_map(state.fast, leaf), tree_map(state.caches, leaf))

@@ -17,16 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ttt_e2e.config.schema import ModelConfig, from_dict, to_dict
+from ttt_e2e.config.parse import from_dict, to_dict
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e model"
-VERSION = 2
+VERSION = 3
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-GENERATION, WORDS, CHAT_TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
-CARRIED = (GENERATION, WORDS, CHAT_TEMPLATE, "special_tokens_map.json")
+GENERATION, TOKENIZER_CONFIG, CHAT_TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
+PRETRAINED_METADATA = (GENERATION, TOKENIZER_CONFIG, CHAT_TEMPLATE, "special_tokens_map.json")
 """What a pretrained model may have beside its tokenizer, and keeps wherever that is copied to; see `carried`."""
 
 
@@ -37,7 +38,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model` to `folder`, whole or not at all; `tokenizer_json` is a file to copy beside it, with its `CARRIED`.
+    """Write `model` to `folder`, whole or not at all; `tokenizer_json` is a file to copy beside it, with its `PRETRAINED_METADATA`.
 
     dtype: what the weights are rounded to in the file; None keeps them as they are. notes: plain values for
     people, such as where the model comes from. Raises UserError if the disk is full or the place is not
@@ -64,12 +65,12 @@ def write_model_files(
     save_safetensors(tensors, folder / WEIGHTS, {"digest": _digest(tensors)})
     if tokenizer_json is not None:
         shutil.copyfile(tokenizer_json, folder / TOKENIZER)
-        copy_carried(Path(tokenizer_json).parent, folder)
+        copy_pretrained_metadata(Path(tokenizer_json).parent, folder)
 
 
-def copy_carried(source: Path, target: Path) -> None:
-    """Copy what the folder `source` has of `CARRIED` to the folder `target`."""
-    for name in CARRIED:
+def copy_pretrained_metadata(source: Path, target: Path) -> None:
+    """Copy what the folder `source` has of `PRETRAINED_METADATA` to the folder `target`."""
+    for name in PRETRAINED_METADATA:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

@@ -70,11 +70,11 @@ def cost(config: ModelConfig, context: int, dtype_bytes: int = 4, meta: bool = T
 
 def parameters(config: ModelConfig) -> int:
     """How many parameters the model has, fast weights at their start included."""
-    width, norms = config.width, config.pre_norm + config.post_norm
+    width, norms = config.hidden_size, config.pre_norm + config.post_norm
     mixers = sum(_mixer(config, name, 1).parameters for name in config.mixers)
-    embeddings = (1 if config.tied_head else 2) * config.vocab_size * width
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
     # Mixers, static MLPs and fast ones are sub-layers with norms of their own, but not two MLPs in parallel.
-    layers = config.layers + (config.layers if config.static_mlp else config.prefix_layers)
+    layers = config.num_hidden_layers + (config.num_hidden_layers if config.static_mlp else config.prefix_layers)
     layers += 0 if config.parallel_mlp else config.suffix_layers
     factors = config.suffix_layers * _factors(config)
     return embeddings + mixers + 3 * width * _hidden(config) + factors + layers * norms * width + width
@@ -95,7 +95,7 @@ def state_bytes(config: ModelConfig, context: int, dtype_bytes: int = 4) -> int:
 
 def fast_weights(config: ModelConfig) -> int:
     """How many numbers a sequence has of its own in the fast MLPs; each takes four bytes."""
-    whole = 3 * config.width * config.fast_width
+    whole = 3 * config.hidden_size * config.fast_intermediate_size
     return config.suffix_layers * (whole if config.fast_rank is None else _factors(config))
 
 
@@ -120,7 +120,7 @@ def operations(config: ModelConfig, context: int, meta: bool = True) -> Operatio
     forward = sum(m.text for m in mixers) + context * dense
     training = sum(m.training for m in mixers) + 3 * context * dense
     prefill, recomputed = forward, training
-    learns, b = config.suffix_layers > 0 and config.inner_lr > 0, config.mini_batch or 1
+    learns, b = config.suffix_layers > 0 and config.inner_loop.lr > 0, config.mini_batch_size or 1
     if learns:
         prefill += _inner_gradient(config, context // b * b)
     if learns and meta:
@@ -191,12 +191,12 @@ def _product(tokens: int, inputs: int, outputs: int) -> int:
 
 
 def _mlp(config: ModelConfig, tokens: int, hidden: int) -> int:
-    return _product(tokens, config.width, 3 * hidden)
+    return _product(tokens, config.hidden_size, 3 * hidden)
 
 
 def _factors(config: ModelConfig) -> int:
     """Numbers in the factors of what is added to one fast MLP: up [2 F, R] and down [R, D], up [D, R], down [R, F]."""
-    return (config.fast_rank or 0) * (3 * config.fast_width + 2 * config.width)
+    return (config.fast_rank or 0) * (3 * config.fast_intermediate_size + 2 * config.hidden_size)
 
 
 def _additions(config: ModelConfig, tokens: int) -> int:
@@ -205,24 +205,26 @@ def _additions(config: ModelConfig, tokens: int) -> int:
 
 
 def _head(config: ModelConfig, tokens: int) -> int:
-    return _product(tokens, config.width, config.vocab_size)
+    return _product(tokens, config.hidden_size, config.vocab_size)
 
 
 def _hidden(config: ModelConfig) -> int:
     """Hidden units of all MLPs together, static and fast."""
-    return config.prefix_layers * config.mlp_width + config.suffix_layers * (_beside(config) + config.fast_width)
+    return config.prefix_layers * config.intermediate_size + config.suffix_layers * (
+        _beside(config) + config.fast_intermediate_size
+    )
 
 
 def _beside(config: ModelConfig) -> int:
     """Hidden units of the static MLP beside a fast one."""
-    return config.suffix_width if config.static_mlp else 0
+    return config.suffix_intermediate_size if config.static_mlp else 0
 
 
 def _loop_forward(config: ModelConfig, tokens: int) -> int:
     """What stands inside the loop, over the first `tokens` of a text: all above the first suffix block's mixer."""
     suffix = config.suffix_layers
     attentions = (suffix - 1) * _attention(config, config.loop_window, tokens).text
-    mlps = suffix * (_mlp(config, tokens, _beside(config) + config.fast_width) + _additions(config, tokens))
+    mlps = suffix * (_mlp(config, tokens, _beside(config) + config.fast_intermediate_size) + _additions(config, tokens))
     return mlps + attentions + _head(config, tokens)
 
 
@@ -234,14 +236,16 @@ def _inner_gradient(config: ModelConfig, tokens: int) -> int:
     MLP the input's gradient is not wanted, nor that of the static MLP in parallel to it. Cached keys and values are
     constants.
     """
-    suffix, b = config.suffix_layers, config.mini_batch or 1
+    suffix, b = config.suffix_layers, config.mini_batch_size or 1
     static = (suffix - config.parallel_mlp) * _mlp(config, tokens, _beside(config))
     rank = config.fast_rank or 0
-    fast = suffix * (_mlp(config, tokens, config.fast_width) * (1 if rank else 2) + 2 * _additions(config, tokens))
-    fast -= _product(tokens, config.width, 2 * config.fast_width + rank)
+    fast = suffix * (
+        _mlp(config, tokens, config.fast_intermediate_size) * (1 if rank else 2) + 2 * _additions(config, tokens)
+    )
+    fast -= _product(tokens, config.hidden_size, 2 * config.fast_intermediate_size + rank)
     # Gradients of scores and of queries go over all pairs; those of keys and values over the mini-batch's own.
     pairs = 2 * (_pairs(tokens, config.loop_window) + tokens // b * _pairs(b, config.loop_window))
-    attention = _projections(config, tokens) + _product(pairs, config.heads, config.head_width)
+    attention = _projections(config, tokens) + _product(pairs, config.num_attention_heads, config.head_dim)
     return static + fast + (suffix - 1) * attention + _head(config, tokens)
 
 
@@ -268,7 +272,7 @@ def _mixer(config: ModelConfig, name: str, context: int) -> _Mixer:
         case "full":
             return _attention(config, None, context)
         case "window":
-            return _attention(config, config.window, context)
+            return _attention(config, config.sliding_window, context)
         case "mamba2":
             return _mamba2(config, context)
         case "gated-deltanet":
@@ -287,19 +291,19 @@ def _pairs(tokens: int, window: int | None) -> int:
 
 
 def _projections(config: ModelConfig, tokens: int) -> int:
-    heads = 2 * config.heads + 2 * config.kv_head_count
-    return _product(tokens, config.width, heads * config.head_width)
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    return _product(tokens, config.hidden_size, heads * config.head_dim)
 
 
 def _attention(config: ModelConfig, window: int | None, context: int) -> _Mixer:
     kept = context if window is None else min(window, context)
     seen = context + 1 if window is None else min(window, context + 1)
     text = _projections(config, context) + _scores(config, _pairs(context, window))
-    biases = config.qkv_bias * (config.heads + 2 * config.kv_head_count) * config.head_width
-    biases += config.out_bias * config.width
+    biases = config.attention_bias * (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    biases += config.attention_out_bias * config.hidden_size
     return _Mixer(
-        parameters=_projections(config, 1) // 2 + biases + (2 * config.head_width if config.qk_norm else 0),
-        cached=2 * config.kv_head_count * config.head_width * kept,
+        parameters=_projections(config, 1) // 2 + biases + (2 * config.head_dim if config.qk_norm else 0),
+        cached=2 * config.num_key_value_heads * config.head_dim * kept,
         wide=0,
         text=text,
         training=3 * text,
@@ -309,12 +313,16 @@ def _attention(config: ModelConfig, window: int | None, context: int) -> _Mixer:
 
 def _scores(config: ModelConfig, pairs: int) -> int:
     """Of so many pairs in every head: the score, and the value's part in the sum."""
-    return 2 * _product(pairs, config.heads, config.head_width)
+    return 2 * _product(pairs, config.num_attention_heads, config.head_dim)
 
 
 def _mamba2(config: ModelConfig, context: int) -> _Mixer:
-    width, heads, states = config.width, config.expand * config.heads, config.state_width
-    inner, shared = config.expand * width, config.state_groups * states
+    width, heads, states = (
+        config.hidden_size,
+        config.mamba2.expand * config.num_attention_heads,
+        config.mamba2.state_size,
+    )
+    inner, shared = config.mamba2.expand * width, config.mamba2.n_groups * states
     channels = inner + 2 * shared  # of the convolution
     projections = width * (2 * inner + 2 * shared + heads) + inner * width
 
@@ -325,8 +333,8 @@ def _mamba2(config: ModelConfig, context: int) -> _Mixer:
     whole, rest = divmod(context, MAMBA2_CHUNK)
     text = context * _product(1, 1, projections) + whole * chunks(MAMBA2_CHUNK) + chunks(rest)
     return _Mixer(
-        parameters=projections + channels * (config.conv_width + 1) + 3 * heads + inner,
-        cached=(config.conv_width - 1) * channels,
+        parameters=projections + channels * (config.mamba2.conv_kernel + 1) + 3 * heads + inner,
+        cached=(config.mamba2.conv_kernel - 1) * channels,
         wide=inner * states,
         text=text,
         training=3 * text,
@@ -335,7 +343,7 @@ def _mamba2(config: ModelConfig, context: int) -> _Mixer:
 
 
 def _gated_deltanet(config: ModelConfig, context: int) -> _Mixer:
-    keys, head_width, heads = config.width, config.head_width, config.expand * config.heads
+    keys, head_width, heads = config.hidden_size, config.head_dim, config.mamba2.expand * config.num_attention_heads
     values = heads * head_width
     channels = 2 * keys + values  # of the convolution
     projections = keys * (2 * keys + 2 * values + 2 * heads) + values * keys
@@ -347,8 +355,8 @@ def _gated_deltanet(config: ModelConfig, context: int) -> _Mixer:
     chunk = _product(length, length, 2 * keys + 2 * values) + _product(length, head_width, 3 * values)
     text = context * _product(1, 1, projections) + count * chunk
     return _Mixer(
-        parameters=projections + channels * config.conv_width + 2 * heads + head_width,
-        cached=(config.conv_width - 1) * channels,
+        parameters=projections + channels * config.mamba2.conv_kernel + 2 * heads + head_width,
+        cached=(config.mamba2.conv_kernel - 1) * channels,
         wide=values * head_width,
         text=text,
         training=3 * text,
@@ -358,21 +366,21 @@ def _gated_deltanet(config: ModelConfig, context: int) -> _Mixer:
 
 def _memory_products(config: ModelConfig) -> tuple[int, int]:
     """For one token: reading the memory, and the gradient of its weights for a loss at what was read."""
-    read = _product(1, config.width, 3 * config.memory_hidden)
-    return read, read + _product(1, config.width, config.memory_hidden)
+    read = _product(1, config.hidden_size, 3 * config.memory.intermediate_size)
+    return read, read + _product(1, config.hidden_size, config.memory.intermediate_size)
 
 
 def _ttt_kvb(config: ModelConfig, context: int) -> _Mixer:
-    width, heads, b = config.width, config.heads, config.mini_batch or 1
-    attention = _attention(config, config.window, context)
+    width, heads, b = config.hidden_size, config.num_attention_heads, config.mini_batch_size or 1
+    attention = _attention(config, config.sliding_window, context)
     read, gradient = _memory_products(config)
-    weights, projections = 3 * width * config.memory_hidden, width * (4 * width + heads)
+    weights, projections = 3 * width * config.memory.intermediate_size, width * (4 * width + heads)
     learn, pending = read + gradient, min(context, b)
     static = _product(1, 1, projections) + read
     text = attention.text + context * static + context // b * b * learn
     learned = (-(-context // b) - 1) * b  # what a later token reads the memory of
     return _Mixer(
-        parameters=attention.parameters + weights + projections + heads + config.head_width,
+        parameters=attention.parameters + weights + projections + heads + config.head_dim,
         cached=attention.cached + 2 * pending * width,
         wide=weights + pending * heads,
         text=text,
@@ -382,21 +390,21 @@ def _ttt_kvb(config: ModelConfig, context: int) -> _Mixer:
 
 
 def _titans(config: ModelConfig, context: int) -> _Mixer:
-    width, heads, b = config.width, config.heads, config.mini_batch or 1
+    width, heads, b = config.hidden_size, config.num_attention_heads, config.mini_batch_size or 1
     read, gradient = _memory_products(config)
-    weights, projections = 3 * width * config.memory_hidden, width * (8 * width + 3 * heads)
-    segments, rest = divmod(context, config.window)
+    weights, projections = 3 * width * config.memory.intermediate_size, width * (8 * width + 3 * heads)
+    segments, rest = divmod(context, config.sliding_window)
 
     def attention(length: int) -> int:  # over a segment, whose every token has two keys
-        pairs = length * config.persistent_tokens + 2 * _pairs(length, None)
+        pairs = length * config.memory.num_persistent_tokens + 2 * _pairs(length, None)
         return _scores(config, pairs)
 
     # What the memory gave goes through the attention's projection to keys and values too.
     static = _product(1, 1, projections + 2 * width * width) + 2 * read
-    still = context * static + segments * attention(config.window) + attention(rest)
+    still = context * static + segments * attention(config.sliding_window) + attention(rest)
     learn = read + gradient + read  # one residual pulled back, then a gradient each for weights and momentum
     text = still + context // b * b * learn
-    seen = config.persistent_tokens + (config.window + 1 if segments else 2 * (context + 1))
+    seen = config.memory.num_persistent_tokens + (config.sliding_window + 1 if segments else 2 * (context + 1))
     pending = min(context, b)
     learned = -(-context // b) - 1  # mini-batches after which a token reads the memory
     going_back = learned * (read + gradient) + max(0, learned - 1) * read  # the last momentum is of no use
@@ -404,11 +412,11 @@ def _titans(config: ModelConfig, context: int) -> _Mixer:
         parameters=(
             weights
             + projections
-            + 2 * config.persistent_tokens * width
+            + 2 * config.memory.num_persistent_tokens * width
             + 3 * heads
-            + (4 if config.qk_norm else 2) * config.head_width
+            + (4 if config.qk_norm else 2) * config.head_dim
         ),
-        cached=(4 * min(context, config.window) + 2 * pending) * width,
+        cached=(4 * min(context, config.sliding_window) + 2 * pending) * width,
         wide=2 * weights + 3 * pending * heads,
         text=text,
         training=text + 2 * (still + b * going_back),

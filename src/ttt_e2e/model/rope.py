@@ -16,12 +16,13 @@ from ttt_e2e.config.schema import ModelConfig
 
 def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
     """By what angle each pair turns from one token to the next, in radians, [P] in float64."""
-    pairs = config.head_width // 2
+    pairs = config.head_dim // 2
     rate_P = config.rope_theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
-    if config.rope_scaling == "none":
+    scaling = config.rope_scaling
+    if scaling.rope_type == "default":
         return rate_P
-    stretched_P = rate_P / config.rope_factor
-    if config.rope_scaling == "linear":
+    stretched_P = rate_P / scaling.factor
+    if scaling.rope_type == "linear":
         return stretched_P
     kept_P = _kept(config, rate_P)
     return kept_P * rate_P + (1 - kept_P) * stretched_P
@@ -29,10 +30,12 @@ def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
 
 def _kept(config: ModelConfig, rate_P: Tensor) -> Tensor:
     """How much of every pair's rate is kept, from 0 (it is stretched) to 1 (it stays as it was)."""
-    slow, fast = config.rope_slow, config.rope_fast
-    assert config.rope_context is not None
-    turn = 2 * math.pi / config.rope_context  # radians a token of a pair that turns once in the context
-    if config.rope_scaling == "llama3":
+    scaling = config.rope_scaling
+    slow, fast = scaling.low_freq_factor, scaling.high_freq_factor
+    assert scaling.original_max_position_embeddings is not None
+    # Radians per token of a pair that turns once in the original context.
+    turn = 2 * math.pi / scaling.original_max_position_embeddings
+    if scaling.rope_type == "llama3":
         return ((rate_P / turn - slow) / (fast - slow)).clamp(0, 1)
     # YaRN goes from one to the other along the pairs, between those that turn `fast` and `slow` times.
     pairs = len(rate_P)

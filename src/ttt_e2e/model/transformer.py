@@ -27,11 +27,11 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.mixers import make_mixer
 from ttt_e2e.model.mixers.attention import Attention, Cache
 from ttt_e2e.model.mixers.base import Mixer, Place
-from ttt_e2e.ops.elementwise import Pull, cross_entropy, rms_norm, swiglu, wide
-from ttt_e2e.ops.fast_mlp import FastPull, FastWeights, LowRankWeights, Weights, fast_mlp, low_rank_mlp
-from ttt_e2e.ops.linear import Factors, linear, pull_linear
-from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
 from ttt_e2e.model.rope import frequencies
+from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, cross_entropy, rms_norm, swiglu
+from ttt_e2e.ops.fast_mlp import FastVjp, FastWeights, LowRankWeights, Weights, fast_mlp, low_rank_mlp
+from ttt_e2e.ops.linear import OuterProductFactors, linear, linear_vjp
+from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
 
 # Up to this many logits (tokens x vocabulary) the head keeps them, 64 MiB in float32; beyond, it makes them in pieces.
 KEPT_LOGITS = 2**24
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Pull]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Vjp]:
         """Normalise x [..., width]; the result has x's dtype."""
         return rms_norm(x, self.weight, self.eps)
 
@@ -53,13 +53,13 @@ class RMSNorm(nn.Module):
 class NoNorm(nn.Module):
     """Stands where a norm is switched off."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Pull]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Vjp]:
         """x as it is."""
         return x, lambda g: g
 
 
 def _norm(config: ModelConfig, wanted: bool) -> nn.Module:
-    return RMSNorm(config.width, config.norm_eps) if wanted else NoNorm()
+    return RMSNorm(config.hidden_size, config.rms_norm_eps) if wanted else NoNorm()
 
 
 class MLP(nn.Module):
@@ -70,14 +70,14 @@ class MLP(nn.Module):
         self.w_in = nn.Parameter(torch.empty(2 * hidden, width))
         self.w_out = nn.Parameter(torch.empty(width, hidden))
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Pull]:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
         """The static MLP: the same weights for every sequence."""
-        y_BTF, pull_swiglu = swiglu(linear(x_BTD, self.w_in))
+        y_BTF, swiglu_vjp = swiglu(linear(x_BTD, self.w_in))
 
-        def pull(g_BTD: Tensor) -> Tensor:
-            return pull_linear(pull_swiglu(pull_linear(g_BTD, self.w_out)), self.w_in)
+        def vjp(g_BTD: Tensor) -> Tensor:
+            return linear_vjp(swiglu_vjp(linear_vjp(g_BTD, self.w_out)), self.w_in)
 
-        return linear(y_BTF, self.w_out), pull
+        return linear(y_BTF, self.w_out), vjp
 
 
 class FastMLP(nn.Module):
@@ -97,7 +97,7 @@ class FastMLP(nn.Module):
             self.up_out = nn.Parameter(torch.empty(width, rank))
             self.down_out = nn.Parameter(torch.empty(rank, hidden))
 
-    def forward(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
+    def forward(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastVjp]:
         """The MLP with the given weights in place of those that stand here."""
         if isinstance(fast, LowRankWeights):
             return low_rank_mlp(x_BTD, fast, self.w_in, self.w_out)
@@ -135,64 +135,64 @@ class Block(nn.Module):
         self.parallel = config.parallel_mlp and fast
         if fast:  # in parallel, the norms of the static MLP serve both
             self.fast_norm = _norm(config, config.pre_norm and not self.parallel)
-            self.fast = FastMLP(config.width, config.fast_width, config.fast_rank)
+            self.fast = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank)
             self.fast_post_norm = _norm(config, config.post_norm and not self.parallel)
         self.static = config.static_mlp or not fast
         if self.static:
             self.mlp_norm = _norm(config, config.pre_norm)
-            self.mlp = MLP(config.width, config.suffix_width if fast else config.mlp_width)
+            self.mlp = MLP(config.hidden_size, config.suffix_intermediate_size if fast else config.intermediate_size)
             self.mlp_post_norm = _norm(config, config.post_norm)
 
-    def mix(self, x_BTD: Tensor, place: Place, state: Any | None) -> tuple[Tensor, Any]:
+    def mixer_sublayer(self, x_BTD: Tensor, place: Place, state: Any | None) -> tuple[Tensor, Any]:
         """The mixer's sub-layer; see `Mixer.forward`."""
         y_BTD, state = self.mixer(self.mixer_norm(x_BTD)[0], place, state)
         return x_BTD + self.mixer_post_norm(y_BTD)[0], state
 
-    def mix_pull(self, x_BTD: Tensor, place: Place, cache: Cache | None) -> tuple[Tensor, Cache, Pull]:
+    def mixer_sublayer_with_vjp(self, x_BTD: Tensor, place: Place, cache: Cache | None) -> tuple[Tensor, Cache, Vjp]:
         """The same of an attention, with its pull."""
         assert isinstance(self.mixer, Attention)
-        n_BTD, pull_norm = self.mixer_norm(x_BTD)
-        y_BTD, cache, pull_layer = self.mixer.forward_pull(n_BTD, place, cache)
-        z_BTD, pull_post = self.mixer_post_norm(y_BTD)
-        return x_BTD + z_BTD, cache, lambda g: g + pull_norm(pull_layer(pull_post(g)))
+        n_BTD, norm_vjp = self.mixer_norm(x_BTD)
+        y_BTD, cache, layer_vjp = self.mixer.forward_with_vjp(n_BTD, place, cache)
+        z_BTD, post_vjp = self.mixer_post_norm(y_BTD)
+        return x_BTD + z_BTD, cache, lambda g: g + norm_vjp(layer_vjp(post_vjp(g)))
 
-    def feed_fast(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
+    def fast_mlp_sublayer(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastVjp]:
         """Both MLPs of a suffix block, the fast one with the given weights; in turn, or in parallel."""
         if self.parallel:
-            return self._feed_parallel(x_BTD, fast)
-        n_BTD, pull_norm = self.fast_norm(x_BTD)
-        y_BTD, pull_layer = self.fast(n_BTD, fast)
-        z_BTD, pull_post = self.fast_post_norm(y_BTD)
-        out_BTD, pull_static = self.feed(x_BTD + z_BTD)
+            return self._parallel_mlp_sublayer(x_BTD, fast)
+        n_BTD, norm_vjp = self.fast_norm(x_BTD)
+        y_BTD, layer_vjp = self.fast(n_BTD, fast)
+        z_BTD, post_vjp = self.fast_post_norm(y_BTD)
+        out_BTD, static_vjp = self.mlp_sublayer(x_BTD + z_BTD)
 
-        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
-            g_BTD = pull_static(g_BTD)
-            dn_BTD, gradient = pull_layer(pull_post(g_BTD), below)
-            return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD), gradient
+        def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
+            g_BTD = static_vjp(g_BTD)
+            dn_BTD, gradient = layer_vjp(post_vjp(g_BTD), below)
+            return None if dn_BTD is None else g_BTD + norm_vjp(dn_BTD), gradient
 
-        return out_BTD, pull
+        return out_BTD, vjp
 
-    def _feed_parallel(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastPull]:
-        n_BTD, pull_norm = self.mlp_norm(x_BTD)
-        fast_BTD, pull_fast = self.fast(n_BTD, fast)
-        static_BTD, pull_static = self.mlp(n_BTD)
-        z_BTD, pull_post = self.mlp_post_norm(fast_BTD + static_BTD)
+    def _parallel_mlp_sublayer(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastVjp]:
+        n_BTD, norm_vjp = self.mlp_norm(x_BTD)
+        fast_BTD, fast_vjp = self.fast(n_BTD, fast)
+        static_BTD, static_vjp = self.mlp(n_BTD)
+        z_BTD, post_vjp = self.mlp_post_norm(fast_BTD + static_BTD)
 
-        def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
-            dy_BTD = pull_post(g_BTD)
-            dn_BTD, gradient = pull_fast(dy_BTD, below)
-            return None if dn_BTD is None else g_BTD + pull_norm(dn_BTD + pull_static(dy_BTD)), gradient
+        def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
+            dy_BTD = post_vjp(g_BTD)
+            dn_BTD, gradient = fast_vjp(dy_BTD, below)
+            return None if dn_BTD is None else g_BTD + norm_vjp(dn_BTD + static_vjp(dy_BTD)), gradient
 
-        return x_BTD + z_BTD, pull
+        return x_BTD + z_BTD, vjp
 
-    def feed(self, x_BTD: Tensor) -> tuple[Tensor, Pull]:
+    def mlp_sublayer(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
         """The static MLP's sub-layer; nothing in a block without one."""
         if not self.static:
             return x_BTD, lambda g: g
-        n_BTD, pull_norm = self.mlp_norm(x_BTD)
-        y_BTD, pull_layer = self.mlp(n_BTD)
-        z_BTD, pull_post = self.mlp_post_norm(y_BTD)
-        return x_BTD + z_BTD, lambda g: g + pull_norm(pull_layer(pull_post(g)))
+        n_BTD, norm_vjp = self.mlp_norm(x_BTD)
+        y_BTD, layer_vjp = self.mlp(n_BTD)
+        z_BTD, post_vjp = self.mlp_post_norm(y_BTD)
+        return x_BTD + z_BTD, lambda g: g + norm_vjp(layer_vjp(post_vjp(g)))
 
 
 class Transformer(nn.Module):
@@ -204,13 +204,13 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleList(
             Block(config, mixer, fast=i >= config.prefix_layers) for i, mixer in enumerate(config.mixers)
         )
-        self.final_norm = RMSNorm(config.width, config.norm_eps)
-        if not config.tied_head:
-            self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -226,9 +226,9 @@ class Transformer(nn.Module):
                 if parameter.dim() == 1:
                     parameter.fill_(1.0)
                 else:
-                    parameter.normal_(0.0, self.config.init_std, generator=generator)
+                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
         for mixer in mixers:
-            mixer.reset_parameters(self.config.init_std, generator)
+            mixer.reset_parameters(self.config.initializer_range, generator)
         for block in self.suffix:
             block.fast.reset_factors(generator)
 
@@ -246,7 +246,7 @@ class Transformer(nn.Module):
         """Token embeddings [B, T, D] in the compute dtype."""
         return F.embedding(tokens_BT, self.embedding).to(dtype)
 
-    def place(self, start: int, length: int, dtype: torch.dtype, ahead_B: Tensor | None = None) -> Place:
+    def place(self, start: int, length: int, dtype: torch.dtype, position_offsets_B: Tensor | None = None) -> Place:
         """Positions `start` to `start + length`; their angles are exact at any position a stream can reach.
 
         Cosines and sines come multiplied by `rope_attention`.
@@ -254,47 +254,51 @@ class Transformer(nn.Module):
         ahead_B: how much further each sequence stands, int64; None where all stand at `start`. Caches of sequences that
         stand apart may begin with empty slots as long as there are more slots than tokens that were read.
         """
-        device, scale = self.embedding.device, self.config.rope_attention
+        device, scale = self.embedding.device, self.config.rope_scaling.attention_factor
         # float64: in float32 the angle itself would be off by whole radians after ten million tokens.
         position = torch.arange(start, start + length, device=device, dtype=torch.float64)
-        read_B = None
-        if ahead_B is not None:
-            position = position[:, None] + ahead_B
-            if start < self.config.window or "full" in self.config.mixers:
-                read_B = start + ahead_B
+        seq_lens_B = None
+        if position_offsets_B is not None:
+            position = position[:, None] + position_offsets_B
+            if start < self.config.sliding_window or "full" in self.config.mixers:
+                seq_lens_B = start + position_offsets_B
         angle = position[..., None, None] * frequencies(self.config, device)
-        return Place((scale * angle.cos()).to(wide(dtype)), (scale * angle.sin()).to(wide(dtype)), read_B=read_B)
+        return Place(
+            (scale * angle.cos()).to(accumulation_dtype(dtype)),
+            (scale * angle.sin()).to(accumulation_dtype(dtype)),
+            seq_lens_B=seq_lens_B,
+        )
 
     @property
     def head_weight(self) -> Tensor:
         """The output head's matrix [V, D]; the embedding where they are tied."""
-        return self.embedding if self.config.tied_head else self.head
+        return self.embedding if self.config.tie_word_embeddings else self.head
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head: logits [B, T, V] of the residual stream's end, in x's dtype."""
         return linear(self.final_norm(x_BTD)[0], self.head_weight)
 
-    def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Pull]:
+    def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Vjp]:
         """Negative log-likelihood of every target, [B, T] in float32 (float64 if the model is), masked or not.
 
         The pull takes a weight for every target's loss to the gradient of x.
         """
-        n_BTD, pull_norm = self.final_norm(x_BTD)
+        n_BTD, norm_vjp = self.final_norm(x_BTD)
         weight_VD = self.head_weight
         if targets_BT.numel() * len(weight_VD) > KEPT_LOGITS:
             n_ND, targets_N = n_BTD.flatten(0, 1), targets_BT.flatten()
             nll_N, lse_N = cross_entropy_forward(n_ND, weight_VD, targets_N, "auto")
 
-            def pull(g_BT: Tensor) -> Tensor:
+            def vjp(g_BT: Tensor) -> Tensor:
                 g_N = g_BT.flatten()
                 dn_ND, _ = cross_entropy_backward(n_ND, weight_VD, targets_N, lse_N, g_N, False, "auto")
-                return pull_norm(dn_ND.view_as(n_BTD))
+                return norm_vjp(dn_ND.view_as(n_BTD))
 
-            return nll_N.view_as(targets_BT), pull
-        nll_BT, pull_loss = cross_entropy(linear(n_BTD, weight_VD), targets_BT)
-        return nll_BT, lambda g: pull_norm(pull_linear(pull_loss(g), weight_VD))
+            return nll_N.view_as(targets_BT), vjp
+        nll_BT, loss_vjp = cross_entropy(linear(n_BTD, weight_VD), targets_BT)
+        return nll_BT, lambda g: norm_vjp(linear_vjp(loss_vjp(g), weight_VD))
 
-    def read_static(
+    def forward_prefix(
         self, tokens_BT: Tensor, place: Place, states: tuple[Any, ...] | None, dtype: torch.dtype
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Everything below the lowest fast weight: embedding, prefix, and the first suffix block's mixer.
@@ -306,51 +310,51 @@ class Transformer(nn.Module):
         old: Iterator[Any] = itertools.repeat(None) if states is None else iter(states)
         new = []
         for block in self.prefix:
-            x_BTD, state = block.mix(x_BTD, place, next(old))
-            x_BTD, _ = block.feed(x_BTD)
+            x_BTD, state = block.mixer_sublayer(x_BTD, place, next(old))
+            x_BTD, _ = block.mlp_sublayer(x_BTD)
             new.append(state)
         if self.suffix:
-            x_BTD, state = self.suffix[0].mix(x_BTD, place, next(old))
+            x_BTD, state = self.suffix[0].mixer_sublayer(x_BTD, place, next(old))
             new.append(state)
         return x_BTD, tuple(new)
 
-    def read_fast(
+    def forward_suffix(
         self,
         x_BTD: Tensor,
         place: Place,
         fast: tuple[Weights, ...],
         caches: tuple[Cache, ...] | None,
         inner: bool,
-    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], list[Factors]]]:
+    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], list[OuterProductFactors]]]:
         """The rest of the suffix with the given fast weights, one value a block, and one cache a block but the first.
 
-        Goes on from `read_static`. Returns the residual stream [B, T, D], the caches, and (if `inner`) the pull from
+        Goes on from `forward_prefix`. Returns the residual stream [B, T, D], the caches, and (if `inner`) the pull from
         the residual stream to the fast weights, block by block in the order of their fields.
         """
         old: Iterator[Cache | None] = itertools.repeat(None) if caches is None else iter(caches)
-        new, pulls = [], []
+        new, vjps = [], []
         for i, (block, weights) in enumerate(zip(self.suffix, fast, strict=True)):
-            pull_mixer = None
+            mixer_vjp = None
             if i > 0:
                 if inner:
-                    x_BTD, cache, pull_mixer = block.mix_pull(x_BTD, place, next(old))
+                    x_BTD, cache, mixer_vjp = block.mixer_sublayer_with_vjp(x_BTD, place, next(old))
                 else:
-                    x_BTD, cache = block.mix(x_BTD, place, next(old))
+                    x_BTD, cache = block.mixer_sublayer(x_BTD, place, next(old))
                 new.append(cache)
-            x_BTD, pull_feed = block.feed_fast(x_BTD, weights)
-            pulls.append((pull_mixer, pull_feed))
+            x_BTD, feed_vjp = block.fast_mlp_sublayer(x_BTD, weights)
+            vjps.append((mixer_vjp, feed_vjp))
 
-        def pull(g_BTD: Tensor) -> list[Factors]:
-            gradients: list[Factors] = []
-            for pull_mixer, pull_feed in reversed(pulls):
-                below_BTD, of_block = pull_feed(g_BTD, pull_mixer is not None)
+        def vjp(g_BTD: Tensor) -> list[OuterProductFactors]:
+            gradients: list[OuterProductFactors] = []
+            for mixer_vjp, feed_vjp in reversed(vjps):
+                below_BTD, of_block = feed_vjp(g_BTD, mixer_vjp is not None)
                 gradients[:0] = of_block
-                if pull_mixer is not None:  # else this is the lowest fast MLP, and nothing below it is wanted
+                if mixer_vjp is not None:  # else this is the lowest fast MLP, and nothing below it is wanted
                     assert below_BTD is not None
-                    g_BTD = pull_mixer(below_BTD)
+                    g_BTD = mixer_vjp(below_BTD)
             return gradients
 
-        return x_BTD, tuple(new), pull
+        return x_BTD, tuple(new), vjp
 
     @property
     def fast_kind(self) -> type[Weights]:

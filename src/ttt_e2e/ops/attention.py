@@ -2,7 +2,7 @@
 
 `attention` is for the inner loop: its gradient is written out, and differentiable itself. Where the scores are few it
 keeps them, else it goes through `windowed_attention`'s operators, which compute them again and again in tiles.
-`attention_once` goes through PyTorch's fused kernel, which has a first derivative only; it serves everything that no
+`sdpa` goes through PyTorch's fused kernel, which has a first derivative only; it serves everything that no
 inner gradient passes through. Over a whole sequence it works block by block, so that time and memory grow with
 T x window, not with T x T.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.windowed_attention import attention_backward, attention_forward
 
 # Up to this many scores (B H T S) `attention` keeps them, by the kind of device: 64 MiB in float32. Nothing is then
@@ -27,7 +27,7 @@ from ttt_e2e.ops.windowed_attention import attention_backward, attention_forward
 KEPT_SCORES = {"cpu": 2**24}
 _FEW_SCORES = 2**26  # in bfloat16: 128 MiB
 
-AttentionPull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+AttentionVjp = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def attention(
@@ -36,12 +36,12 @@ def attention(
     v_BGSK: Tensor,
     window: int | None,
     empty: Tensor | None = None,
-    bias_TS: Tensor | None = None,
-) -> tuple[Tensor, AttentionPull]:
+    attn_mask_TS: Tensor | None = None,
+) -> tuple[Tensor, AttentionVjp]:
     """Softmax attention of T queries over S >= T keys; returns [B, H, T, K] and its pull.
 
     Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None), but not the
-    first `empty` ones (0-dim int32 tensor; None for none), which are no keys yet. bias_TS: what `visible` says of
+    first `empty` ones (0-dim int32 tensor; None for none), which are no keys yet. bias_TS: what `causal_window_mask` says of
     these, if it is known already. The pull gives the gradients of the queries and of the last T keys and values: those
     before are constants to the inner gradient (not to the outer one).
     """
@@ -50,36 +50,36 @@ def attention(
         o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, empty, "auto")
         saved = (q_BHTK, k_BGSK, v_BGSK, o_BHTK, lse_BHT)
         return o_BHTK, lambda g: attention_backward(*saved, g, own, window, empty, "auto")
-    bias = visible(own, k_BGSK.shape[2], window, q_BHTK, empty) if bias_TS is None else bias_TS
+    bias = causal_window_mask(own, k_BGSK.shape[2], window, q_BHTK, empty) if attn_mask_TS is None else attn_mask_TS
     bias = bias.repeat(groups, 1) if groups > 1 else bias
     # The query heads of a group stand below one another, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
     forward = attend_reference if is_compiling() else _attend
-    y_BGRK, pull_inner = forward(q_BGRK, k_BGSK, v_BGSK, bias, own)
+    y_BGRK, inner_vjp = forward(q_BGRK, k_BGSK, v_BGSK, bias, own)
 
-    def pull(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dq_BGRK, dk_BGTK, dv_BGTK = pull_inner(g_BHTK.unflatten(1, (-1, groups)).flatten(2, 3))
+    def vjp(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dq_BGRK, dk_BGTK, dv_BGTK = inner_vjp(g_BHTK.unflatten(1, (-1, groups)).flatten(2, 3))
         dq_BHTK = dq_BGRK.unflatten(2, (groups, own)).flatten(1, 2) * q_BHTK.shape[3] ** -0.5
         return dq_BHTK, dk_BGTK, dv_BGTK
 
-    return y_BGRK.unflatten(2, (groups, own)).flatten(1, 2), pull
+    return y_BGRK.unflatten(2, (groups, own)).flatten(1, 2), vjp
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, own: int) -> tuple[Tensor, AttentionPull]:
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, own: int) -> tuple[Tensor, AttentionVjp]:
     """softmax(q k^T + bias) v, and its pull, which gives the last `own` keys and values their gradients."""
     scores = q @ k.transpose(-1, -2)
-    p = (scores.to(wide(q.dtype)) + bias).softmax(-1)
+    p = (scores.to(accumulation_dtype(q.dtype)) + bias).softmax(-1)
     weights = p.to(q.dtype)
 
-    def pull(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def vjp(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dp = g @ v.transpose(-1, -2)
         ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).to(g.dtype)
         return ds @ k, ds[..., -own:].transpose(-1, -2) @ q, weights[..., -own:].transpose(-1, -2) @ g
 
-    return weights @ v, pull
+    return weights @ v, vjp
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, own: int) -> tuple[Tensor, AttentionPull]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, own: int) -> tuple[Tensor, AttentionVjp]:
     y, p = _Attend.apply(q, k, v, bias)
     return y, lambda g: _AttendBackward.apply(p, q, k, v, g, own)
 
@@ -90,7 +90,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ k.transpose(-1, -2)
-        p = scores.to(wide(q.dtype)).add_(bias).softmax(-1)
+        p = scores.to(accumulation_dtype(q.dtype)).add_(bias).softmax(-1)
         ctx.save_for_backward(q, k, v, p)
         ctx.set_materialize_grads(False)
         return p.to(q.dtype) @ v, p
@@ -164,17 +164,17 @@ def _softmax_backward_backward(p: Tensor, g: Tensor, a: Tensor) -> tuple[Tensor,
     return grad_p, _softmax_backward(p, a)
 
 
-def attention_once(
+def sdpa(
     q_BHTK: Tensor,
     k_BGSK: Tensor,
     v_BGSK: Tensor,
     window: int | None,
     empty: Tensor | None = None,
-    bias_TS: Tensor | None = None,
+    attn_mask_TS: Tensor | None = None,
 ) -> Tensor:
     """The same as `attention` through PyTorch's fused kernel: faster, linear in memory, differentiable once."""
-    if bias_TS is not None:
-        return _masked(q_BHTK, k_BGSK, v_BGSK, bias_TS)
+    if attn_mask_TS is not None:
+        return _masked(q_BHTK, k_BGSK, v_BGSK, attn_mask_TS)
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     whole = queries == keys and (window is None or window >= keys)
     if q_BHTK.is_cuda and not whole:
@@ -187,7 +187,7 @@ def attention_once(
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
     if queries == keys and window is not None and keys > 2 * window:
         return _banded(q_BHTK, k_BGSK, v_BGSK, window)
-    return _masked(q_BHTK, k_BGSK, v_BGSK, visible(queries, keys, window, q_BHTK, empty))
+    return _masked(q_BHTK, k_BGSK, v_BGSK, causal_window_mask(queries, keys, window, q_BHTK, empty))
 
 
 def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> Tensor:
@@ -215,7 +215,9 @@ def _every_head(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor,
     return k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
 
 
-def visible(queries: int, keys: int, window: int | None, like: Tensor, empty: Tensor | None = None) -> Tensor:
+def causal_window_mask(
+    queries: int, keys: int, window: int | None, like: Tensor, empty: Tensor | None = None
+) -> Tensor:
     """[T, S]: 0 where a query may see a key (0 <= distance < window, and not the first `empty`), else minus infinity.
 
     Of `like`'s dtype and device. Added to scores, it costs less than a mask that is to be filled in.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 
 # Large enough for matrix products to run at speed, small enough for a tile of a few heads to stay in a CPU's cache.
 QUERIES = 256
@@ -146,7 +146,7 @@ class _Rows:
         self.cached = self.keys - own  # how many keys are constants; no block of keys reaches across
         self.offset = self.keys - self.queries  # query i stands at key offset + i
         self.scale = width**-0.5
-        self.dtype = wide(q_BHTK.dtype)
+        self.dtype = accumulation_dtype(q_BHTK.dtype)
         self.device = q_BHTK.device
 
     def blocks(self) -> Iterator[slice]:

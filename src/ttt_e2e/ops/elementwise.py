@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from ttt_e2e.ops.linear import Factors
+from ttt_e2e.ops.linear import OuterProductFactors
 
-Pull = Callable[[Tensor], Tensor]
+Vjp = Callable[[Tensor], Tensor]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of norms, rotations and losses when the matrix products are in `dtype`: float32, or float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -31,7 +31,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 # -- RMSNorm -----------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Pull]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Vjp]:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (float64 if x is), in x's dtype.
 
     weight broadcasts to x from the right.
@@ -42,17 +42,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Pull]:
     return y, lambda g: _RMSNormBackward.apply(x, weight, g, r)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Pull]:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Vjp]:
     """The plain twin of `rms_norm`."""
-    x_wide = x.to(wide(x.dtype))
+    x_wide = x.to(accumulation_dtype(x.dtype))
     r = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
     unit = x_wide * r
 
-    def pull(g: Tensor) -> Tensor:
+    def vjp(g: Tensor) -> Tensor:
         g_unit = g.to(x_wide.dtype) * weight
         return (r * (g_unit - unit * (g_unit * unit).mean(-1, keepdim=True))).to(x.dtype)
 
-    return (unit * weight).to(x.dtype), pull
+    return (unit * weight).to(x.dtype), vjp
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -60,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        x_wide = x.to(wide(x.dtype))
+        x_wide = x.to(accumulation_dtype(x.dtype))
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         r = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
         ctx.save_for_backward(x, weight, r)
@@ -109,22 +109,22 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 # -- SwiGLU ------------------------------------------------------------------------------------------------------------
 
 
-def swiglu(hidden: Tensor) -> tuple[Tensor, Pull]:
+def swiglu(hidden: Tensor) -> tuple[Tensor, Vjp]:
     """silu(gate) * value, gate and value being the halves of the last dimension."""
     if is_compiling():
         return swiglu_reference(hidden)
     return _SwiGLU.apply(hidden), lambda g: _SwiGLUBackward.apply(hidden, g)
 
 
-def swiglu_reference(hidden: Tensor) -> tuple[Tensor, Pull]:
+def swiglu_reference(hidden: Tensor) -> tuple[Tensor, Vjp]:
     """The plain twin of `swiglu`."""
     gate, value = hidden.chunk(2, -1)
 
-    def pull(g: Tensor) -> Tensor:
+    def vjp(g: Tensor) -> Tensor:
         s = torch.sigmoid(gate)
         return torch.cat((g * value * s * (1 + gate * (1 - s)), g * gate * s), -1)
 
-    return F.silu(gate) * value, pull
+    return F.silu(gate) * value, vjp
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -178,7 +178,7 @@ def _times_slope_(x: Tensor, gate: Tensor) -> Tensor:
 # -- cross-entropy -----------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Pull]:
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Vjp]:
     """Negative log-likelihood of the targets under softmax(logits [..., V]), in float32 (float64 if logits are).
 
     The pull takes a weight for every target, which is a constant, to a gradient of the logits, in their dtype.
@@ -189,9 +189,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Pull]:
     return nll, lambda g: _CrossEntropyBackward.apply(logits, p, targets, g)
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Pull]:
+def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Vjp]:
     """The plain twin of `cross_entropy`."""
-    log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
+    log_p = logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
     at = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
     nll = -torch.where(at, log_p, 0.0).sum(-1)  # not gather, whose derivative a compiler cannot fuse
     return nll, lambda g: ((log_p.exp() - at.to(log_p.dtype)) * g[..., None]).to(logits.dtype)
@@ -202,7 +202,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
+        log_p = logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
         nll = log_p.gather(-1, targets[..., None])[..., 0].neg_()
         p = log_p.exp_()
         ctx.save_for_backward(logits, p, targets)
@@ -240,7 +240,7 @@ class _CrossEntropyBackward(torch.autograd.Function):
 # -- rotation ----------------------------------------------------------------------------------------------------------
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Pull]:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Vjp]:
     """Turn every pair (i, i + K/2) of x [..., K] by an angle, its cosine and sine broadcast to [..., K/2].
 
     Cosine and sine of four dimensions are every sequence's own, tokens first, [T, B, 1, K/2], for x [B, T, J, K]. The
@@ -253,7 +253,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Pull]:
     return _Rotate.apply(x, cos, sin), lambda g: _Rotate.apply(g, cos, -sin)
 
 
-def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Pull]:
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Vjp]:
     """The plain twin of `rotate`."""
 
     def turn(x: Tensor, sin: Tensor) -> Tensor:
@@ -302,7 +302,9 @@ def clipped_step(
     return new, norm_B
 
 
-def clipped_step_(weights: Sequence[Tensor], factors: Sequence[Factors], lr: float | Tensor, clip: float) -> Tensor:
+def clipped_step_(
+    weights: Sequence[Tensor], factors: Sequence[OuterProductFactors], lr: float | Tensor, clip: float
+) -> Tensor:
     """`clipped_step` in place, by gradients that are never multiplied out; returns their norms [B]. Takes no gradient.
 
     With G = g^T x is |G|^2 = <g g^T, x x^T>, which takes T^2 (E + D) operations where G takes T E D.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ttt_e2e.ops.elementwise import swiglu
-from ttt_e2e.ops.linear import Factors, batched_linear, linear, pull_linear
+from ttt_e2e.ops.linear import OuterProductFactors, batched_linear, linear, linear_vjp
 
 
 class FastWeights(NamedTuple):
@@ -33,51 +33,54 @@ class LowRankWeights(NamedTuple):
 
 
 Weights = FastWeights | LowRankWeights
-FastPull = Callable[[Tensor, bool], tuple[Tensor | None, tuple[Factors, ...]]]
+FastVjp = Callable[[Tensor, bool], tuple[Tensor | None, tuple[OuterProductFactors, ...]]]
 
 
-def fast_mlp(x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastPull]:
+def fast_mlp(x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastVjp]:
     """SwiGLU with every sequence's own weights.
 
     Its pull also gives the gradients of the weights, as factors, and that of x only if it is told to.
     """
     w_in_BED, w_out_BDF = (w.to(x_BTD.dtype) for w in fast)
-    y_BTF, pull_swiglu = swiglu(batched_linear(x_BTD, w_in_BED))
+    y_BTF, swiglu_vjp = swiglu(batched_linear(x_BTD, w_in_BED))
 
-    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
-        dh_BTE = pull_swiglu(g_BTD @ w_out_BDF)
-        return dh_BTE @ w_in_BED if below else None, (Factors(dh_BTE, x_BTD), Factors(g_BTD, y_BTF))
+    def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
+        dh_BTE = swiglu_vjp(g_BTD @ w_out_BDF)
+        return dh_BTE @ w_in_BED if below else None, (
+            OuterProductFactors(dh_BTE, x_BTD),
+            OuterProductFactors(g_BTD, y_BTF),
+        )
 
-    return batched_linear(y_BTF, w_out_BDF), pull
+    return batched_linear(y_BTF, w_out_BDF), vjp
 
 
-def low_rank_mlp(x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor) -> tuple[Tensor, FastPull]:
+def low_rank_mlp(x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor) -> tuple[Tensor, FastVjp]:
     """SwiGLU whose two matrices are the given ones and every sequence's own addition to them.
 
     Its pull is that of `fast_mlp`, the given matrices being constants. No sequence's sum is ever formed.
     """
     up_in_BER, down_in_BRD, up_out_BDR, down_out_BRF = (w.to(x_BTD.dtype) for w in fast)
-    h_BTE, pull_in = _low_rank_linear(x_BTD, w_in_ED, up_in_BER, down_in_BRD)
-    y_BTF, pull_swiglu = swiglu(h_BTE)
-    out_BTD, pull_out = _low_rank_linear(y_BTF, w_out_DF, up_out_BDR, down_out_BRF)
+    h_BTE, in_vjp = _low_rank_linear(x_BTD, w_in_ED, up_in_BER, down_in_BRD)
+    y_BTF, swiglu_vjp = swiglu(h_BTE)
+    out_BTD, out_vjp = _low_rank_linear(y_BTF, w_out_DF, up_out_BDR, down_out_BRF)
 
-    def pull(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[Factors, ...]]:
-        dy_BTF, *of_out = pull_out(g_BTD, True)
-        dx_BTD, *of_in = pull_in(pull_swiglu(dy_BTF), below)
+    def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
+        dy_BTF, *of_out = out_vjp(g_BTD, True)
+        dx_BTD, *of_in = in_vjp(swiglu_vjp(dy_BTF), below)
         return dx_BTD, (*of_in, *of_out)
 
-    return out_BTD, pull
+    return out_BTD, vjp
 
 
 def _low_rank_linear(
     x_BTI: Tensor, w_OI: Tensor, up_BOR: Tensor, down_BRI: Tensor
-) -> tuple[Tensor, Callable[[Tensor, bool], tuple[Any, Factors, Factors]]]:
+) -> tuple[Tensor, Callable[[Tensor, bool], tuple[Any, OuterProductFactors, OuterProductFactors]]]:
     """x @ (w + up @ down)^T for every sequence, [B, T, O], and the pull to x (None if not `below`), up and down."""
     z_BTR = batched_linear(x_BTI, down_BRI)
 
-    def pull(g_BTO: Tensor, below: bool) -> tuple[Any, Factors, Factors]:
+    def vjp(g_BTO: Tensor, below: bool) -> tuple[Any, OuterProductFactors, OuterProductFactors]:
         dz_BTR = g_BTO @ up_BOR
-        dx_BTI = pull_linear(g_BTO, w_OI) + dz_BTR @ down_BRI if below else None
-        return dx_BTI, Factors(g_BTO, z_BTR), Factors(dz_BTR, x_BTI)
+        dx_BTI = linear_vjp(g_BTO, w_OI) + dz_BTR @ down_BRI if below else None
+        return dx_BTI, OuterProductFactors(g_BTO, z_BTR), OuterProductFactors(dz_BTR, x_BTI)
 
-    return linear(x_BTI, w_OI) + batched_linear(z_BTR, up_BOR), pull
+    return linear(x_BTI, w_OI) + batched_linear(z_BTR, up_BOR), vjp

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.config.schema import Kernels
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.fused import Fused
 
 CHUNK = 32  # the fastest of 16, 32 and 64 on a CPU, forward and backward, at K = V = 32 to 128
@@ -53,7 +53,7 @@ def gated_delta_rule(
     library = _library_for(v_BTAV, kernels)
     if library is not None:
         return _by_library(library, q_BTHK, k_BTHK, v_BTAV, g_BTA, beta_BTA, state_BAKV)
-    dtype = wide(v_BTAV.dtype)
+    dtype = accumulation_dtype(v_BTAV.dtype)
     if state_BAKV is None:
         state_BAKV = v_BTAV.new_zeros(*v_BTAV.shape[::2], k_BTHK.shape[3], v_BTAV.shape[3], dtype=dtype)
     rule = _step if v_BTAV.shape[1] == 1 else _chunked
@@ -191,8 +191,8 @@ def _by_library(
         q=q_BTHK.to(v_BTAV.dtype),
         k=k_BTHK.to(v_BTAV.dtype),
         v=v_BTAV,
-        g=g_BTA.to(wide(v_BTAV.dtype)),
-        beta=beta_BTA.to(wide(v_BTAV.dtype)),
+        g=g_BTA.to(accumulation_dtype(v_BTAV.dtype)),
+        beta=beta_BTA.to(accumulation_dtype(v_BTAV.dtype)),
         scale=1.0,
         initial_state=state_BAKV,
         output_final_state=True,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Factors(NamedTuple):
+class OuterProductFactors(NamedTuple):
     """The gradient of every sequence's matrix, g^T @ x, before it is multiplied out (`weight_gradient`)."""
 
     g_BTE: Tensor
@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-def pull_linear(g: Tensor, weight: Tensor) -> Tensor:
+def linear_vjp(g: Tensor, weight: Tensor) -> Tensor:
     """The pull of `linear`."""
     return g @ weight.to(g.dtype)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ttt_e2e.ops import HAS_TRITON
 from ttt_e2e.ops import linear_cross_entropy_tiled as tiled
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 
 IMPLEMENTATIONS = ("auto", "plain", "tiled", "triton")
 
@@ -158,7 +158,7 @@ def _triton() -> Any:
 
 
 def _plain_logits(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    return F.linear(x_ND, weight_VD.to(x_ND.dtype)).to(wide(x_ND.dtype))
+    return F.linear(x_ND, weight_VD.to(x_ND.dtype)).to(accumulation_dtype(x_ND.dtype))
 
 
 def _plain_forward(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def _plain_double_backward(
 
 @cross_entropy_forward.register_fake
 def _(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
-    nll_N = x_ND.new_empty(x_ND.shape[0], dtype=wide(x_ND.dtype))
+    nll_N = x_ND.new_empty(x_ND.shape[0], dtype=accumulation_dtype(x_ND.dtype))
     return nll_N, torch.empty_like(nll_N)
 
 

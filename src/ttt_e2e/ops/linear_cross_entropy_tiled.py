@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 
 # Logits that exist at one time, all buffers together: 32 MiB in float32. Chunks of 2048 tokens x 4096 words are large
 # enough for matrix products at full speed.
@@ -41,7 +41,7 @@ class Pieces(NamedTuple):
 def forward(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
     """See `cross_entropy_forward`."""
     sizes = chunk_sizes(len(x_ND), len(weight_VD), LOGITS_AT_ONCE)
-    lse_N = x_ND.new_full((len(x_ND),), -torch.inf, dtype=wide(x_ND.dtype))
+    lse_N = x_ND.new_full((len(x_ND),), -torch.inf, dtype=accumulation_dtype(x_ND.dtype))
     target_N = torch.full_like(lse_N, torch.nan)  # stays so where a target is no token
     for words in _slices(len(weight_VD), sizes[1]):
         w_vD = weight_VD[words].to(x_ND.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 
 BLOCK = 1 << 17  # elements of a block of tokens whose products are summed together
 
@@ -54,7 +54,7 @@ def _with_earlier(x_BTC: Tensor, weight_CW: Tensor, state: Tensor | None) -> Ten
 
 
 def _sum_of_products(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, tokens: int) -> Tensor:
-    x_wide, w_wide = x_BSC.to(wide(x_BSC.dtype)), weight_CW.to(wide(x_BSC.dtype))
+    x_wide, w_wide = x_BSC.to(accumulation_dtype(x_BSC.dtype)), weight_CW.to(accumulation_dtype(x_BSC.dtype))
     y_BTC = x_wide[:, :tokens] * w_wide[:, 0]
     for i in range(1, weight_CW.shape[1]):
         y_BTC = torch.addcmul(y_BTC, x_wide[:, i : i + tokens], w_wide[:, i])
@@ -79,7 +79,7 @@ class _ConvolutionSiLU(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(grads[0], sums_BTC, grad_input=g_BTC)
         grad_x = _convolve(padded, weight_CW.flip(1), None) if ctx.needs_input_grad[0] else None
 
-        grad_weight = torch.zeros(width, channels, dtype=wide(g_BTC.dtype), device=g_BTC.device)
+        grad_weight = torch.zeros(width, channels, dtype=accumulation_dtype(g_BTC.dtype), device=g_BTC.device)
         grad_bias = torch.zeros_like(grad_weight[0])
         block = max(1, BLOCK // (batch * channels))
         for start in range(0, tokens, block):

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.ops import HAS_TRITON, attention_tiled
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 
 IMPLEMENTATIONS = ("auto", "plain", "tiled", "triton")
 
@@ -197,7 +197,7 @@ def _triton_refusal(q_BHTK: Tensor) -> str | None:
 def _(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, empty: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
 @attention_backward.register_fake
@@ -372,7 +372,7 @@ def _double_backward(
 
 def _widen(q_BHTK: Tensor, *tensors: Tensor) -> list[Tensor]:
     """All tensors in float32 or float64 and with H heads."""
-    widened = [x.to(wide(x.dtype)) for x in (q_BHTK, *tensors)]
+    widened = [x.to(accumulation_dtype(x.dtype)) for x in (q_BHTK, *tensors)]
     return [x.repeat_interleave(q_BHTK.shape[1] // x.shape[1], 1) for x in widened]
 
 

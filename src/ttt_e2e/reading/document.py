@@ -20,12 +20,12 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from ttt_e2e.reading.loss_curve import Curve
 from ttt_e2e.data.text import short_pieces
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Diverged, Session
 from ttt_e2e.inference.session_file import Precision
+from ttt_e2e.reading.loss_curve import Curve
 from ttt_e2e.reading.resume import Chunk, Progress, go_on, save_unfinished
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -174,12 +174,12 @@ def read_document(
         if not diverged:
             before = time.perf_counter()
             try:
-                done.add(session.score_rest())
+                done.add(session.score_pending())
             except Diverged as error:
                 diverged = str(error)
             done.learning_seconds += time.perf_counter() - before
         if twin is not None:
-            twin_curve.add(twin.score_rest())
+            twin_curve.add(twin.score_pending())
     report = _report(
         session,
         curve,
@@ -250,7 +250,7 @@ def _report(
 
     width = max(curve.width, twin.width if twin is not None else 1)
     whole = part(0, tokens)
-    b = session.model.config.mini_batch
+    b = session.model.config.mini_batch_size
     note = None
     if not session.model.suffix:
         note = "This is a standard model: it has no fast weights to learn with while it reads."
@@ -276,7 +276,7 @@ def _report(
         learning_seconds=learning_seconds,
         tokens_per_second=curve.tokens / max(learning_seconds, 1e-9),
         mini_batch=b,
-        window=session.model.config.window,
+        window=session.model.config.sliding_window,
         interrupted=interrupted,
         diverged=diverged,
         note=note,

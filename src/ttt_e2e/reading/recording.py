@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
-from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
 from ttt_e2e.inference.session_file import session_facts
 from ttt_e2e.reading.resume import leftovers, unfinished_reading
+from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
 
 
 class Noting(NamedTuple):

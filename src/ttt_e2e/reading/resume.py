@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ttt_e2e.reading.loss_curve import Curve
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import check_session_target, read_session_file, session_facts, write_session_file
+from ttt_e2e.reading.loss_curve import Curve
 
 
 class Chunk(NamedTuple):
@@ -87,7 +87,7 @@ def save_unfinished(
         "digest": progress.hash.hexdigest(),
         "begin": progress.begin,
         **{number: getattr(progress, number) for number in _NUMBERS},
-        "curves": {key: {"width": curve.width, "tokens": curve.tokens} for key, curve in curves.items()},
+        "curves": {key: {"hidden_size": curve.width, "tokens": curve.tokens} for key, curve in curves.items()},
         "twin": twin_facts,
     }
     write_session_file(path, facts, tensors)

@@ -51,25 +51,26 @@ def books(tokens: TokenSet, longest: int, most: int) -> list[Book]:
     return chosen
 
 
-def read_books(
+def evaluate_documents(
     model: Transformer,
     texts: list[Book],
     context: int,
     *,
     bos: int,
     batch_tokens: int,
+    learn: bool = True,
     inner_lr: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, Any]]:
     """Each book's loss at `context`, and by position in the sequence: the means of the bins of `position_edges`.
 
-    inner_lr: as for `sequence_loss`. Raises Divergence if a loss is not finite.
+    learn, inner_lr: as for `sequence_loss`. Raises Divergence if a loss is not finite.
     """
     results = []
     for book in texts:
         starts = np.arange(0, len(book.tokens) - 1, context)
         sequences = torch.from_numpy(np.stack([book.tokens[start : start + context + 1] for start in starts]))
-        nll_BT, mask_BT = _losses(model, sequences, bos, batch_tokens, inner_lr, dtype)
+        nll_BT, mask_BT = _losses(model, sequences, bos, batch_tokens, learn, inner_lr, dtype)
         loss = float((nll_BT * mask_BT).sum() / mask_BT.sum())
         if not math.isfinite(loss):
             raise Divergence(f"Reading {book.name} in sequences of {context} tokens diverged: its loss is {loss}.")
@@ -110,7 +111,7 @@ def choose_inner_lr(
     sequences = next(loader)
     losses: dict[float, float | None] = {}
     for lr in inner_lrs:
-        nll_BT, mask_BT = _losses(model, sequences, tokens.bos, batch_tokens, lr, dtype)
+        nll_BT, mask_BT = _losses(model, sequences, tokens.bos, batch_tokens, True, lr, dtype)
         loss = float((nll_BT * mask_BT).sum() / mask_BT.sum())
         losses[lr] = loss if math.isfinite(loss) else None
     if all(loss is None for loss in losses.values()):
@@ -123,6 +124,7 @@ def _losses(
     sequences_BT1: torch.Tensor,
     bos: int,
     batch_tokens: int,
+    learn: bool,
     inner_lr: float | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +133,8 @@ def _losses(
     context = sequences_BT1.shape[1] - 1
     with torch.no_grad():
         for some in sequences_BT1.split(max(1, batch_tokens // context)):
-            result = sequence_loss(model, some.to(model.embedding.device), bos=bos, inner_lr=inner_lr, dtype=dtype)
+            tokens_BT1 = some.to(model.embedding.device)
+            result = sequence_loss(model, tokens_BT1, bos=bos, learn=learn, inner_lr=inner_lr, dtype=dtype)
             losses.append(result.nll_BT.double().cpu())
             masks.append(result.mask_BT.double().cpu())
     return torch.cat(losses), torch.cat(masks)
@@ -162,7 +165,7 @@ def evaluate(model: Transformer, folder: Path, spec: dict[str, Any], dtype: torc
         )
         inner_lr = min((lr for lr, loss in losses.items() if loss is not None), key=lambda lr: losses[lr] or 0.0)
         result |= {"inner_lr": inner_lr, "inner_lr_losses": [[lr, loss] for lr, loss in losses.items()]}
-    result["books"] = read_books(model, texts, context, inner_lr=inner_lr, **options)
+    result["books"] = evaluate_documents(model, texts, context, inner_lr=inner_lr, **options)
     if model.suffix:
-        result["frozen"] = read_books(model, texts, context, inner_lr=0.0, **options)
+        result["frozen"] = evaluate_documents(model, texts, context, learn=False, **options)
     return result

@@ -18,18 +18,19 @@ from typing import Any
 
 import torch
 
-from ttt_e2e.config.schema import ModelConfig, RunConfig, from_dict
+from ttt_e2e.config.parse import from_dict
+from ttt_e2e.config.schema import ModelConfig, RunConfig
 from ttt_e2e.convert.from_standard import warm_start
 from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.inner_loop.step import sequence_loss
-from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_model, read_json, save_model
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.reproduce import evaluate
 from ttt_e2e.reproduce.plan import RESULT, RUN
 from ttt_e2e.training.checkpoint import TRAINER, checkpoints
-from ttt_e2e.training.parallelize import choose_device
 from ttt_e2e.training.metrics import read_metrics
+from ttt_e2e.training.parallelize import choose_device
 from ttt_e2e.training.trainer import MODEL, train
 
 JOB = "job.json"
@@ -163,8 +164,8 @@ def _seconds_per_token(model: Transformer, config: RunConfig, rows: int, learns:
             loss = sequence_loss(
                 model,
                 tokens_BT1,
-                inner_lr=None if plan.meta or not learns else 0.0,
-                recompute=plan.recompute,
+                learn=plan.train_mode == "meta" or not learns,
+                activation_checkpointing=plan.activation_checkpointing,
                 dtype=getattr(torch, plan.dtype),
             ).loss
         if learns:

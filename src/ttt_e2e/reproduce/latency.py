@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ttt_e2e.config.schema import to_dict
-from ttt_e2e.model.cost import in_tokens
+from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, write_text
 from ttt_e2e.hardware import machine
+from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.reproduce.scales import scale as scale_called
 from ttt_e2e.reproduce.systems import SYSTEMS, System, default_rows, pretraining
 from ttt_e2e.reproduce.timing import SEED, LatencyRow, measure

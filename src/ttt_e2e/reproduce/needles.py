@@ -23,16 +23,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.data.text import read_text, standard_library_document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, write_text
 from ttt_e2e.hardware import machine
-from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.model.checkpoint import model_digest, read_json
 from ttt_e2e.inference.session import Diverged, Session, load_reader
 from ttt_e2e.inference.session_file import model_fingerprint
+from ttt_e2e.model.checkpoint import model_digest, read_json
+from ttt_e2e.model.cost import in_tokens
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.parallelize import choose_device
 
 TASKS = {1: "a number in sentences that repeat", 2: "a number in a text", 3: "a UUID in a text"}
@@ -201,7 +201,7 @@ class ModelReader:
     def nll(self, prompt: str, answer: str) -> float:
         """The loss of `answer` when it is read on after `prompt`. Raises Diverged."""
         session, ids = self._after(prompt).fork(), self.tokenizer.encode(answer)
-        losses = np.concatenate((session.read(ids), session.score_rest()))
+        losses = np.concatenate((session.read(ids), session.score_pending()))
         return float(losses[-len(ids) :].mean())
 
     def _after(self, prompt: str) -> Session:

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.config.schema import RunConfig, to_dict
+from ttt_e2e.config.parse import to_dict
+from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.model.checkpoint import read_json
@@ -306,7 +307,7 @@ def _size(config: RunConfig) -> tuple[int, int]:
 
 def _inner_lrs(scale: Scale, config: RunConfig) -> tuple[float, ...]:
     """What is to be chosen among at test time."""
-    return () if config.train.meta else scale.inner_lrs
+    return () if config.train.train_mode == "meta" else scale.inner_lrs
 
 
 def _read_tokens(plan: Plan, system: System, context: int) -> int:

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.files import atomic_path
+from ttt_e2e.model.cost import in_tokens
 
 
 def comparison(report: dict[str, Any], path: Path) -> None:

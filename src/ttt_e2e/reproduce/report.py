@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ttt_e2e import __version__
-from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.files import write_text
 from ttt_e2e.hardware import machine
+from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.reproduce.plan import (
     Plan,
     best_sweep,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.model.cost import in_bytes, in_tokens
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
+from ttt_e2e.model.cost import in_bytes, in_tokens
 from ttt_e2e.reproduce import report, workers
 from ttt_e2e.reproduce.evaluate import books as cut_books
 from ttt_e2e.reproduce.plan import Job, Plan, estimates, jobs, keep, latency, specification, timed

@@ -63,7 +63,7 @@ SCALES = {
             window=256,
             mini_batch=64,
             # Norms after the sub-layers make full attention and TTT-E2E worse at this size, and the window no better.
-            settings=("dtype=bfloat16", "recompute=none", "checkpoint_every=400", "post_norm=false"),
+            settings=("dtype=bfloat16", "activation_checkpointing=none", "checkpoint_every=400", "post_norm=false"),
             pretrain_context=512,
             pretrain_tokens=2_621_440,
             contexts=(256, 512, 1024, 2048, 4096),

@@ -6,12 +6,13 @@ Each is a preset and what it changes.
 import dataclasses
 from dataclasses import dataclass
 
-from ttt_e2e.config.schema import RunConfig, override
+from ttt_e2e.config.parse import override
+from ttt_e2e.config.presets import at_context, preset, with_parameters
+from ttt_e2e.config.schema import RunConfig, replace
 from ttt_e2e.convert.from_standard import learning_config
 from ttt_e2e.convert.start import Fast, Start
-from ttt_e2e.model.cost import parameters
 from ttt_e2e.errors import UserError
-from ttt_e2e.config.presets import at_context, preset, with_parameters
+from ttt_e2e.model.cost import parameters
 from ttt_e2e.reproduce.scales import Scale
 
 
@@ -72,9 +73,9 @@ WARM_STARTS = (
     System("switch-on", "full attention, then a window", "#8e24aa", "-window", _PLAIN, starts_from="full-first"),
     System("ttt-on", "TTT-E2E", "#1565c0", "", _PLAIN, starts_from="ttt-first"),
     _warm("warm-new", "MLPs new", "#00897b", "new", 1.0),
-    _warm("warm-new-3", "MLPs new, inner rate 3", "#2e7d32", "new", 1.0, "inner_lr=3"),
+    _warm("warm-new-3", "MLPs new, inner rate 3", "#2e7d32", "new", 1.0, "inner_loop.lr=3"),
     _warm("warm-split", "split", "#64b5f6", "split", 0.5),
-    _warm("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_lr=3"),
+    _warm("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_loop.lr=3"),
 )
 _FIRST = (
     System("window-first", "sliding window, first stage", "#98a2b3", "-window", _PLAIN),
@@ -108,18 +109,25 @@ def ablations(scale: Scale) -> tuple[System, ...]:
     model = override(preset(scale.size), list(scale.settings)).model
     rows = [System("ttt-e2e", "TTT-E2E", "#1565c0", "")]
     for window in (scale.window // 2, scale.window * 2):
-        rows.append(System(f"window-{window}", f"window k = {window}", "#667085", "", (f"window={window}",)))
+        rows.append(System(f"window-{window}", f"window k = {window}", "#667085", "", (f"sliding_window={window}",)))
     for b in (scale.mini_batch // 4, scale.mini_batch // 2, scale.mini_batch * 2, scale.mini_batch * 4):
         if 1 <= b <= scale.window:
-            rows.append(System(f"mini-batch-{b}", f"mini-batch b = {b}", "#2e7d32", "", (f"mini_batch={b}",)))
-    for count in sorted({max(1, model.layers // 8), model.layers // 4, model.layers // 2, model.layers}):
+            rows.append(System(f"mini-batch-{b}", f"mini-batch b = {b}", "#2e7d32", "", (f"mini_batch_size={b}",)))
+    for count in sorted(
+        {
+            max(1, model.num_hidden_layers // 8),
+            model.num_hidden_layers // 4,
+            model.num_hidden_layers // 2,
+            model.num_hidden_layers,
+        }
+    ):
         if count != model.suffix_layers:
-            label = f"{count} of {model.layers} blocks updated"
+            label = f"{count} of {model.num_hidden_layers} blocks updated"
             rows.append(System(f"suffix-{count}", label, "#8e24aa", "", (f"suffix_layers={count}",), same_size=True))
     rows.append(
         System("no-static-mlp", "no static MLP beside the fast one", "#c2185b", "", ("static_mlp=false",), True)
     )
-    rows.append(System("no-meta", "without meta-learning", "#d9822b", "", ("meta=false",)))
+    rows.append(System("no-meta", "without meta-learning", "#d9822b", "", ("train_mode=pretrain",)))
     # One choice is made otherwise, and the learning rate is not that choice.
     return rows[0], *(dataclasses.replace(row, rate_of="ttt-e2e") for row in rows[1:])
 
@@ -148,10 +156,8 @@ def pretraining(
     """
     config = preset(scale.size + system.preset)
     # A standard model has no mini-batches, at any scale.
-    mini_batch = None if config.model.mini_batch is None else scale.mini_batch
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, window=scale.window, mini_batch=mini_batch)
-    )
+    mini_batch = None if config.model.mini_batch_size is None else scale.mini_batch
+    config = replace(config, {"model.sliding_window": scale.window, "model.mini_batch_size": mini_batch})
     config = override(config, list(scale.settings))
     count = parameters(config.model)
     config = override(config, list(system.changes))
@@ -164,9 +170,9 @@ def pretraining(
     if system.fast is not None:
         assert system.starts_from is not None
         standard = pretraining(scale, named(system.starts_from), 0).model
-        suffix = config.model.suffix_layers / config.model.layers
+        suffix = config.model.suffix_layers / config.model.num_hidden_layers
         start = Start(scale.window, suffix, scale.mini_batch, system.fast, system.fast_share)
-        model = dataclasses.replace(learning_config(standard, start), inner_lr=config.model.inner_lr)
+        model = dataclasses.replace(learning_config(standard, start), inner_loop=config.model.inner_loop)
         config = dataclasses.replace(config, model=model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=stage_lr if lr is None else lr))
     return _stage(scale, config, scale.pretrain_context, tokens or stage_tokens, scale.tokens_per_step, seed)

@@ -36,13 +36,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.model.cost import fast_weights, in_tokens, parameters, state_bytes
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop.step import State, sequence_loss
-from ttt_e2e.model.mixers.attention import Attention, Cache
-from ttt_e2e.model.transformer import Block, Transformer
 from ttt_e2e.inference.session import DTYPES
 from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, start_reading
+from ttt_e2e.inner_loop.step import State, sequence_loss
+from ttt_e2e.model.cost import fast_weights, in_tokens, parameters, state_bytes
+from ttt_e2e.model.mixers.attention import Attention, Cache
+from ttt_e2e.model.transformer import Block, Transformer
 from ttt_e2e.training.parallelize import choose_device
 
 SEED = 0
@@ -238,10 +238,10 @@ def reading_bytes(config: ModelConfig, context: int, setting: Setting, at_once: 
     The state counts three times: what comes out beside what went in, and keys beside the queries they are cut from.
     """
     item, tokens = setting.dtype.itemsize, at_once or min(stretch(config, setting.device), context)
-    seen = context if "full" in config.mixers else 2 * config.window
+    seen = context if "full" in config.mixers else 2 * config.sliding_window
     mask = 0 if setting.device.type == "cuda" or tokens >= context else 2 * item * tokens * min(seen, context)
     return (
-        item * (parameters(config) + tokens * (12 * config.width + 4 * config.mlp_width))
+        item * (parameters(config) + tokens * (12 * config.hidden_size + 4 * config.intermediate_size))
         + 12 * fast_weights(config)
         + 3 * state_bytes(config, context, item)
         + mask
@@ -254,8 +254,8 @@ def training_bytes(config: ModelConfig, context: int, setting: Setting) -> float
     A suffix adds its state at every border between mini-batches.
     """
     kind = "attention" if {*config.mixers} <= {"full", "window"} else "other"
-    stored = setting.dtype.itemsize * STORED[kind] * config.width * config.layers * context
-    borders = context // (config.mini_batch or context) if config.suffix_layers else 0
+    stored = setting.dtype.itemsize * STORED[kind] * config.hidden_size * config.num_hidden_layers * context
+    borders = context // (config.mini_batch_size or context) if config.suffix_layers else 0
     states = borders * state_bytes(config, context, setting.dtype.itemsize)
     return 16 * parameters(config) + stored + states
 
@@ -266,8 +266,8 @@ def training_bytes(config: ModelConfig, context: int, setting: Setting) -> float
 def stretch(config: ModelConfig, device: torch.device) -> int:
     """How many tokens are read where only some are: a window, in whole mini-batches."""
     windowed = {"window", "ttt-kvb", "titans"} & {*config.mixers}
-    b = config.mini_batch or 1
-    return -(-(config.window if windowed else STRETCH[device.type]) // b) * b
+    b = config.mini_batch_size or 1
+    return -(-(config.sliding_window if windowed else STRETCH[device.type]) // b) * b
 
 
 class Reader:
@@ -285,7 +285,7 @@ class Reader:
         self.stretch = stretch(config, setting.device)
         self.whole_fits = self.learns or reading_bytes(config, context, setting, context) <= setting.room
         at_once = context if self.whole_fits else self.stretch
-        self.piece = config.mini_batch or at_once if self.learns else at_once
+        self.piece = config.mini_batch_size or at_once if self.learns else at_once
 
     def start(self) -> ReadState:
         """The state before the text."""
@@ -303,7 +303,9 @@ class Reader:
                 targets_1T = self.tokens_1T[:, first + 1 : last + 1]
                 state, _, _ = read_mini_batch(model, state, ids_1T, targets_1T, dtype=dtype)
             else:
-                x_1TD, static = model.read_static(ids_1T, model.place(first, last - first, dtype), state.static, dtype)
+                x_1TD, static = model.forward_prefix(
+                    ids_1T, model.place(first, last - first, dtype), state.static, dtype
+                )
                 state = ReadState(last, static, state.loop)
         if x_1TD is not None:
             model.logits(x_1TD[:, -1:])
@@ -376,7 +378,7 @@ def _training(config: ModelConfig, context: int, setting: Setting) -> dict[str, 
     tokens_1T = random_tokens(config, context + 1, setting.device)
 
     def step() -> None:
-        sequence_loss(model, tokens_1T, recompute="mini-batch", dtype=setting.dtype).loss.backward()
+        sequence_loss(model, tokens_1T, activation_checkpointing="mini-batch", dtype=setting.dtype).loss.backward()
         model.zero_grad()
 
     return {"train": lambda: clock(step, setting.device) / context}

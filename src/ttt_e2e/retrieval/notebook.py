@@ -27,8 +27,16 @@ import numpy as np
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
-from ttt_e2e.retrieval.search_index import KEPT, Embed, passage_vectors, reciprocal_ranks, unit_vectors, word_index, words
-from ttt_e2e.retrieval.passages import Passage, Place, Unfilled
+from ttt_e2e.retrieval.passages import OpenPassage, Passage, Place
+from ttt_e2e.retrieval.search_index import (
+    KEPT,
+    Embed,
+    passage_vectors,
+    reciprocal_ranks,
+    unit_vectors,
+    word_index,
+    words,
+)
 
 if TYPE_CHECKING:
     from ttt_e2e.inference.session import Session
@@ -52,7 +60,7 @@ class _Index(NamedTuple):
 class Notebook:
     """The notebook in `folder`; a new one if there is none and `create`.
 
-    size: about how many characters a passage has, see `passages.Unfilled`; 400 are 60 to 110 English words. Only a new
+    size: about how many characters a passage has, see `passages.OpenPassage`; 400 are 60 to 110 English words. Only a new
     notebook asks for it. embed: rank by meaning too, not by words alone; see `notebook_index.load_embed`.
 
     One `Notebook` has the folder at a time, until `close` or the end of a `with` block. Raises UserError if another has
@@ -253,13 +261,13 @@ class Notebook:
         """Find out where noting stopped, drop a half-written line or character, and cut what no process came to cut."""
         lines, end = _last_lines(self.folder / "passages.jsonl")
         self._lines.truncate(end)
-        self._unfilled, size = Unfilled(), self._reader.seek(0, os.SEEK_END)
+        self._unfilled, size = OpenPassage(), self._reader.seek(0, os.SEEK_END)
         if places := [self._parse(line) for line in lines]:
             last = places[-1]
             if size < last.stop_byte:
                 raise UserError(f"{self.folder / 'text.txt'} is truncated; use another copy of the notebook.")
             before = places[0].digest if len(places) == 2 else ""
-            self._unfilled = Unfilled.after(last, self._text_at(last, before), self.size)
+            self._unfilled = OpenPassage.after(last, self._text_at(last, before), self.size)
         decoder = codecs.getincrementaldecoder("utf-8")()
         self._reader.seek(self._unfilled.last.stop_byte)
         while chunk := self._reader.read(_PIECE):
@@ -370,7 +378,7 @@ def generate_with_notebook(
     """
     if session.tokenizer is None:
         raise UserError("Showing passages to a session needs a tokenizer; make the session with one.")
-    room = session.model.config.window // 2 if room_tokens is None else room_tokens
+    room = session.model.config.sliding_window // 2 if room_tokens is None else room_tokens
     text, sources = prompt_with_passages(prompt, notebook.search(prompt, count), session.tokenizer, room)
     reader = session
     if not learn:

@@ -61,7 +61,7 @@ class Place(NamedTuple):
         return json.dumps(self._asdict()).encode() + b"\n"
 
 
-class Unfilled(NamedTuple):
+class OpenPassage(NamedTuple):
     """The end of a text that is cut as it comes: a passage that is not full yet, and the one before it.
 
     text: of the passage so far, which begins at character `start` and byte `start_byte`.
@@ -77,7 +77,7 @@ class Unfilled(NamedTuple):
         """How many characters the whole text has."""
         return self.start + len(self.text)
 
-    def add(self, text: str, size: int) -> tuple[list[Place], "Unfilled"]:
+    def add(self, text: str, size: int) -> tuple[list[Place], "OpenPassage"]:
         """More of the text; returns the passages that it fills, and what is left.
 
         A passage ends with the first sentence (else line, else word) that ends between `size` and 2 `size` characters
@@ -93,10 +93,10 @@ class Unfilled(NamedTuple):
             start += following - at
             start_byte += len(text[at:following].encode())
             at = following
-        return full, Unfilled(last, text[at:], start, start_byte)
+        return full, OpenPassage(last, text[at:], start, start_byte)
 
     @classmethod
-    def after(cls, last: Place, text: str, size: int) -> "Unfilled":
+    def after(cls, last: Place, text: str, size: int) -> "OpenPassage":
         """What is left right after a passage was filled; `text` is that passage's."""
         rest = text[_next(text, len(text), size) :]
         return cls(last, rest, last.stop - len(rest), last.stop_byte - len(rest.encode()))

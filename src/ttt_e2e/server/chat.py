@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template
 
 _NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 _MARK, _ANSWER = "\ufdd0", "\ufdd1"  # no characters, and in no text that means anything

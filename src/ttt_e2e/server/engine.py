@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.data.text import short_pieces
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.inference.session_pool import Done, Losses, Token
 from ttt_e2e.inference.sampling import CONTEXT, SamplingOptions, TextStream
+from ttt_e2e.inference.session import Diverged, Session
+from ttt_e2e.inference.session_pool import Done, Losses, Token
+from ttt_e2e.model.cost import state_bytes
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.server.records import NoSession, Piece, Progress, Prompt, SessionRecord, Stopping, TooMuch
 from ttt_e2e.server.shelf import Entry, Shelf
 from ttt_e2e.server.store import Store
 from ttt_e2e.server.worker import Job, Worker
-from ttt_e2e.inference.session import Diverged, Session
 
 _HEADER = 1 << 20  # bytes, more than a session file's has
 _CHUNK = 4  # mini-batches that a text is handed to the pool in
@@ -351,7 +351,7 @@ def _kept(error: Diverged) -> Diverged:
         return error
     return Diverged(
         f"Learning diverged: {error.what}. The session is as it was; send another text, or have the service run with "
-        "a model of a smaller inner_lr.",
+        "a model of a smaller inner_loop.lr.",
         error.position,
         error.what,
     )

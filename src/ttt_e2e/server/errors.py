@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.server.records import NoSession, Stopping, TooMuch
 from ttt_e2e.inference.session import Diverged
+from ttt_e2e.server.records import NoSession, Stopping, TooMuch
 
 UNEXPECTED = "Something went wrong in the server; its log says what, under this answer's request id."
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_e2e.config.schema import from_dict
+from ttt_e2e.config.parse import from_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.mixers.attention import Attention
-from ttt_e2e.model.mixers.titans import Titans
 from ttt_e2e.inference.session import Session, token_ids
 from ttt_e2e.inference.session_file import SessionInfo, read_session_file, session_facts, state_tensors
+from ttt_e2e.model.mixers.attention import Attention
+from ttt_e2e.model.mixers.titans import Titans
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FARTHEST = 1 << 53  # a position beyond is no whole number any more where angles are computed
@@ -109,7 +109,7 @@ class Loader:
         for key, (shape, dtype) in self._shapes[kind].items():
             place, i, part = key.split(".")
             if part in ("k", "v"):  # all that grows with the text
-                slots = _slots(mixers[first[place] + int(i)], model.config.window, position)
+                slots = _slots(mixers[first[place] + int(i)], model.config.sliding_window, position)
                 shape = [*shape[:2], slots, *shape[3:]]
             expected[key] = tuple(shape), dtype
         return expected

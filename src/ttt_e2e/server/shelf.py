@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.session_file import SessionInfo
 from ttt_e2e.server.loading import Loader
 from ttt_e2e.server.records import NoSession, SessionRecord, Stopping, TooMuch
 from ttt_e2e.server.store import Record, Store
 from ttt_e2e.server.worker import Job
-from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_file import SessionInfo
 
 _T = TypeVar("_T")
 

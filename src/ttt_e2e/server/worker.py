@@ -13,10 +13,10 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from ttt_e2e.inference.session_pool import Event, Losses, SessionPool, Token
 from ttt_e2e.inference.sampling import SamplingOptions
-from ttt_e2e.server.records import Stopping
 from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.session_pool import Event, Losses, SessionPool, Token
+from ttt_e2e.server.records import Stopping
 
 _FAILED = 3  # steps one after the other: not one too large for memory, but a device that is lost
 _log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _judged(session: Session) -> Session:
     if session.learn and session.position:
         look = session.fork()
         if look.pending:
-            look.score_rest()
+            look.score_pending()
         else:  # there is no loss to be had, but it can be seen whether it would be a number
             next(look.generate_tokens(max_tokens=1, temperature=0), None)
     return session

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ttt_e2e.config.schema import RunConfig, to_dict
+from ttt_e2e.config.parse import to_dict
+from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
-from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.model.checkpoint import (
     load_safetensors,
     read_json,
@@ -27,9 +27,10 @@ from ttt_e2e.model.checkpoint import (
     save_safetensors,
     write_model_files,
 )
+from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e checkpoint"
-VERSION = 1
+VERSION = 2
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -20,7 +20,7 @@ def evaluate(
     sequences: Sequence[np.ndarray],
     bos: int,
     config: TrainConfig,
-    peers: Processes,
+    dist: Processes,
 ) -> dict[str, Any]:
     """Mean nats a token over `sequences`, each of which starts a document; every process reads its share.
 
@@ -28,20 +28,20 @@ def evaluate(
     that gain by quarter of the context (None where no sequence is long enough).
     """
     learns = model.config.suffix_layers > 0
-    inner_lrs = [None, 0.0] if learns else [None]
+    modes = [True, False] if learns else [True]
     # [learning or not, quarter]: sums over tokens, and how many tokens.
-    sums = torch.zeros(len(inner_lrs), QUARTERS, dtype=torch.float64)
+    sums = torch.zeros(len(modes), QUARTERS, dtype=torch.float64)
     counts = torch.zeros(QUARTERS, dtype=torch.float64)
-    mine = sequences[peers.rank :: peers.world]
-    for tokens_BT1 in _batches(mine, config.batch // config.accumulate // peers.world, bos):
+    mine = sequences[dist.rank :: dist.world]
+    for tokens_BT1 in _batches(mine, config.batch // config.accumulate // dist.world, bos):
         quarter_T = torch.arange(tokens_BT1.shape[1] - 1) * QUARTERS // config.context
-        for row, inner_lr in enumerate(inner_lrs):
+        for row, learn in enumerate(modes):
             with torch.no_grad():
                 result = sequence_loss(
                     model,
-                    tokens_BT1.to(peers.device),
+                    tokens_BT1.to(dist.device),
                     bos=bos,
-                    inner_lr=inner_lr,
+                    learn=learn,
                     dtype=getattr(torch, config.dtype),
                 )
             mask_BT = result.mask_BT.cpu().double()
@@ -49,8 +49,8 @@ def evaluate(
             sums[row].index_add_(0, quarter_T, nll_BT.sum(0))
             if row == 0:
                 counts.index_add_(0, quarter_T, mask_BT.sum(0))
-    sums, counts = sums.to(peers.device), counts.to(peers.device)
-    peers.sum_([sums, counts])
+    sums, counts = sums.to(dist.device), counts.to(dist.device)
+    dist.sum_([sums, counts])
     means = [float(total / counts.sum()) for total in sums.sum(1)]
     measured: dict[str, Any] = {"loss": means[0], "tokens": int(counts.sum())}
     if learns:

@@ -15,20 +15,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     The first step of a warm-up therefore runs at `lr_init`, which fills AdamW's moments and, at 0, changes
     nothing.
     """
-    if step < config.warmup:
-        return config.lr_init + (config.lr - config.lr_init) * step / config.warmup
-    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    if step < config.warmup_steps:
+        return config.lr_init + (config.lr - config.lr_init) * step / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
     return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def inner_learning_rate(step: int, config: TrainConfig, model: ModelConfig) -> float:
-    """The inner learning rate of the 0-based `step`: linear from `inner_lr_init` to the model's; 0 if not `meta`."""
-    if not config.meta:
-        return 0.0
-    if config.inner_warmup == 0:
-        return model.inner_lr
-    progress = min(1.0, (step + 1) / config.inner_warmup)
-    return config.inner_lr_init + (model.inner_lr - config.inner_lr_init) * progress
+    """The inner learning rate of the 0-based `step`: linear from `inner_lr_init` to the model's."""
+    if config.inner_warmup_steps == 0:
+        return model.inner_loop.lr
+    progress = min(1.0, (step + 1) / config.inner_warmup_steps)
+    return config.inner_lr_init + (model.inner_loop.lr - config.inner_lr_init) * progress
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -43,7 +41,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         groups,
         lr=config.lr_init,
-        betas=(config.beta1, config.beta2),
+        betas=config.betas,
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
         fused=True,

@@ -24,7 +24,7 @@ class Processes:
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the one process that prints and writes."""
         return self.rank == 0
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -23,25 +23,26 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from ttt_e2e.inner_loop.compiled import compiled_steps
-from ttt_e2e.config.schema import RunConfig, TrainConfig, to_dict
+from ttt_e2e.config.parse import flatten, to_dict
+from ttt_e2e.config.schema import RunConfig, TrainConfig
 from ttt_e2e.data.loader import SequenceLoader, held_out
 from ttt_e2e.data.shards import TokenSet, open_tokens
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.files import write_text
-from ttt_e2e.inner_loop.step import PLAIN, sequence_loss
-from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.inner_loop.compiled import compiled_functions
+from ttt_e2e.inner_loop.step import EAGER, sequence_loss
 from ttt_e2e.model.checkpoint import (
     CONFIG,
     TOKENIZER,
-    copy_carried,
+    copy_pretrained_metadata,
     load_config,
     read_json,
     read_weights,
     save_model,
     stored_digest,
 )
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.checkpoint import (
     Progress,
     checkpoints,
@@ -50,7 +51,6 @@ from ttt_e2e.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from ttt_e2e.training.parallelize import Processes, processes
 from ttt_e2e.training.evaluate import evaluate
 from ttt_e2e.training.metrics import Metrics
 from ttt_e2e.training.optimizer import (
@@ -59,6 +59,7 @@ from ttt_e2e.training.optimizer import (
     make_optimizer,
     optimizer_step,
 )
+from ttt_e2e.training.parallelize import Processes, processes
 
 FORMAT = "ttt-e2e run"
 MODEL = "model"
@@ -67,8 +68,10 @@ MODEL = "model"
 _CADENCE = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints")
 # What may change when a trained model is trained further: neither a weight's shape nor what a token sees.
 _FREE = (
-    *("mini_batch", "inner_lr", "inner_clip", "norm_eps", "init_std", "memory_lr", "kernels", "rope_theta"),
-    *("rope_scaling", "rope_factor", "rope_context", "rope_slow", "rope_fast", "rope_attention"),
+    *("mini_batch_size", "inner_loop.lr", "inner_loop.max_grad_norm", "rms_norm_eps", "initializer_range"),
+    *("memory.lr", "mamba2.kernels", "gated_deltanet.kernels", "rope_theta"),
+    *("rope_scaling.rope_type", "rope_scaling.factor", "rope_scaling.original_max_position_embeddings"),
+    *("rope_scaling.low_freq_factor", "rope_scaling.high_freq_factor", "rope_scaling.attention_factor"),
 )
 
 
@@ -118,22 +121,22 @@ def train(
     plan, model_config = config.train, config.model
     if threads is not None:
         torch.set_num_threads(threads)
-    with processes(device) as peers, _StopSignals() as signals, ExitStack() as stack:
-        say = _speaker(peers)
+    with processes(device) as dist, _StopSignals() as signals, ExitStack() as stack:
+        say = _speaker(dist)
         given = None if tokenizer is None else Tokenizer.load(tokenizer)
         tokens = open_tokens(data, "train", given)
-        _check_batch(plan, peers)
+        _check_batch(plan, dist)
         tokens.check_vocabulary(model_config.vocab_size)
         held = held_out(open_tokens(data, "val", given), plan.context, plan.eval_tokens) if plan.eval_every else []
         words, bos = given or tokens.tokenizer(), tokens.bos
-        record = _check_run(config, tokens, out, resume, start_from, peers)
-        say(f"Run {out}, on {peers.device}: {json.dumps(to_dict(config), indent=2)}")
+        record = _check_run(config, tokens, out, resume, start_from, dist)
+        say(f"Run {out}, on {dist.device}: {json.dumps(to_dict(config), indent=2)}")
 
         torch.manual_seed(plan.seed)
-        model = Transformer(model_config).to(peers.device)
+        model = Transformer(model_config).to(dist.device)
         optimizer = make_optimizer(model, plan)
-        share = plan.batch // peers.world
-        loader = SequenceLoader(tokens, plan.context, share, plan.seed, rank=peers.rank, world=peers.world)
+        share = plan.batch // dist.world
+        loader = SequenceLoader(tokens, plan.context, share, plan.seed, rank=dist.rank, world=dist.world)
 
         done = Progress(loader=loader.state())
         checkpoint = latest(out, say) if resume else None
@@ -148,17 +151,17 @@ def train(
             say(f"There is no checkpoint in {out} yet: starting from the first step.")
 
         metrics = None
-        if peers.leads:
+        if dist.is_rank0:
             remove_leftovers(out)
             write_text(out / CONFIG, json.dumps(record, indent=2) + "\n")
             words.save(out / TOKENIZER)
             if record["start_from"] is not None and checkpoint is None:
-                copy_carried(Path(record["start_from"]), out)
+                copy_pretrained_metadata(Path(record["start_from"]), out)
             metrics = stack.enter_context(Metrics(out, done.step, to_dict(config), tensorboard, wandb))
-        hidden = not (progress and peers.leads)
+        hidden = not (progress and dist.is_rank0)
         bar = stack.enter_context(tqdm(total=plan.steps, initial=done.step, unit="step", disable=hidden))
 
-        steps = compiled_steps(peers.device) if compile else PLAIN
+        functions = compiled_functions(dist.device) if compile else EAGER
         if compile and done.step < plan.steps:
             bar.set_postfix_str("compiling")
 
@@ -169,30 +172,31 @@ def train(
             lr = learning_rate(step, plan)
             inner_lr = inner_learning_rate(step, plan, model_config)
 
-            total = torch.zeros((), device=peers.device)
-            for tokens_BT1 in next(loader).to(peers.device).chunk(plan.accumulate):
+            total = torch.zeros((), device=dist.device)
+            for tokens_BT1 in next(loader).to(dist.device).chunk(plan.accumulate):
                 result = sequence_loss(
                     model,
                     tokens_BT1,
                     bos=bos,
+                    learn=plan.train_mode == "meta",
                     inner_lr=inner_lr,
-                    recompute=plan.recompute,
+                    activation_checkpointing=plan.activation_checkpointing,
                     dtype=getattr(torch, plan.dtype),
-                    steps=steps,
+                    functions=functions,
                 )
-                piece = result.loss / (plan.accumulate * peers.world)
+                piece = result.loss / (plan.accumulate * dist.world)
                 piece.backward()
                 total += piece.detach()
-            stop = torch.tensor(float(signals.asked), device=peers.device)
-            peers.sum_([total, stop, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
-            norm = optimizer_step(model, optimizer, lr, plan.clip)
+            stop = torch.tensor(float(signals.asked), device=dist.device)
+            dist.sum_([total, stop, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+            norm = optimizer_step(model, optimizer, lr, plan.max_grad_norm)
 
             loss = float(total)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Divergence(
                     f"Step {step + 1} has a loss of {loss} and a gradient norm of {norm}. {_kept(out)} "
                     f"Begin another run with a lower train.lr (it is {plan.lr}), a longer train.warmup_steps "
-                    f"(it is {plan.warmup}) or a lower model.inner_lr (it is {model_config.inner_lr})."
+                    f"(it is {plan.warmup_steps}) or a lower model.inner_loop.lr (it is {model_config.inner_loop.lr})."
                 )
             now = time.perf_counter()
             speed = plan.batch * plan.context / (now - step_started)
@@ -217,7 +221,7 @@ def train(
             bar.update()
             if held and (last or _due(done.step, plan.eval_every)):
                 # Never compiled: without gradients and with lengths of its own, each batch would be compiled anew.
-                evaluation = evaluate(model, held, bos, plan, peers)
+                evaluation = evaluate(model, held, bos, plan, dist)
                 say(f"Step {done.step}: {_in_words(evaluation)}")
                 if metrics:
                     metrics.write({"step": done.step, "eval": evaluation})
@@ -230,7 +234,7 @@ def train(
 
         if metrics:
             save_model(model, out / MODEL, out / TOKENIZER, notes={"step": done.step, "tokens": done.tokens})
-        peers.wait()
+        dist.wait()
         say(f"Finished after step {done.step}; the model is in {out / MODEL}.")
         return Summary(out, out / MODEL, done.step, loss, evaluation, done.tokens, done.seconds, False)
 
@@ -239,11 +243,11 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _speaker(peers: Processes) -> Callable[[str], None]:
+def _speaker(dist: Processes) -> Callable[[str], None]:
     """Prints above the progress bar, in the leading process only."""
 
     def say(message: str) -> None:
-        if peers.leads:
+        if dist.is_rank0:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
 
@@ -265,22 +269,22 @@ def _kept(out: Path) -> str:
 # -- what must fit together before the first step ------------------------------------------------------------
 
 
-def _check_batch(plan: TrainConfig, peers: Processes) -> None:
-    pieces = peers.world * plan.accumulate
+def _check_batch(plan: TrainConfig, dist: Processes) -> None:
+    pieces = dist.world * plan.accumulate
     if plan.batch % pieces:
         raise UserError(
-            f"A batch of {plan.batch} sequences does not split over {peers.world} processes with "
+            f"A batch of {plan.batch} sequences does not split over {dist.world} processes with "
             f"{plan.accumulate} pieces each; choose train.batch as a multiple of {pieces}."
         )
 
 
 def _check_run(
-    config: RunConfig, tokens: TokenSet, out: Path, resume: bool, start_from: Path | None, peers: Processes
+    config: RunConfig, tokens: TokenSet, out: Path, resume: bool, start_from: Path | None, dist: Processes
 ) -> dict[str, Any]:
     """Check that `out` is free, or the run to resume; returns what its config.json is to say."""
     saved = {
         "format": FORMAT,
-        "version": 1,
+        "version": 2,
         **to_dict(config),
         "data": tokens.where,
         "data_digest": tokens.digest,
@@ -295,9 +299,9 @@ def _check_run(
         _require_same(before, saved, out)
         for name in ("start_from", "start_digest"):
             saved[name] = saved[name] or before.get(name)
-    elif peers.leads and out.exists() and not out.is_dir():
+    elif dist.is_rank0 and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose a folder with --out.")
-    elif peers.leads and out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
+    elif dist.is_rank0 and out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
         what = "already holds a run; continue it with --resume" if found.exists() else "is not empty"
         raise UserError(f"{out} {what}, or choose another folder with --out.")
     return saved
@@ -324,7 +328,7 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> Non
 
 def _read_start(model: Transformer, folder: Path, tokenizer_digest: str) -> None:
     """Fill `model` from the model in `folder`, if that has its shape and the data's tokenizer."""
-    theirs, ours = asdict(load_config(folder)), asdict(model.config)  # all fields, those at their defaults too
+    theirs, ours = flatten(load_config(folder)), flatten(model.config)
     for name, value in ours.items():
         if theirs[name] != value and name not in _FREE:
             raise UserError(

@@ -18,7 +18,7 @@ def make_mixer(name: str, config: ModelConfig) -> Mixer:
         case "full":
             return Attention(config, None)
         case "window":
-            return Attention(config, config.window)
+            return Attention(config, config.sliding_window)
         case "mamba2":
             return Mamba2(config)
         case "gated-deltanet":

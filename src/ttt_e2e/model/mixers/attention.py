@@ -1,6 +1,6 @@
 """Causal attention, over the whole text or a sliding window of it.
 
-The loop of `inner_loop` goes back through it at test time, so beside the mixer's `forward` there is `forward_pull`,
+The loop of `inner_loop` goes back through it at test time, so beside the mixer's `forward` there is `forward_with_vjp`,
 which also returns the pull: the function that takes a gradient of the output back to one of the input.
 
 Shapes: B sequences, T tokens, S keys (cached ones first), D width, H query heads, G key/value heads, K head width,
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.mixers.base import Mixer, Place
-from ttt_e2e.ops.attention import attention, attention_once, visible
-from ttt_e2e.ops.elementwise import Pull, rms_norm, rotate, wide
-from ttt_e2e.ops.linear import linear, pull_linear
+from ttt_e2e.ops.attention import attention, causal_window_mask, sdpa
+from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, rms_norm, rotate
+from ttt_e2e.ops.linear import linear, linear_vjp
 
 
 class Cache(NamedTuple):
@@ -37,17 +37,17 @@ class Attention(Mixer):
     def __init__(self, config: ModelConfig, window: int | None):
         super().__init__()
         self.config, self.window = config, window
-        self.heads, self.kv_heads = config.heads, config.kv_head_count
-        rows = (self.heads + 2 * self.kv_heads) * config.head_width
-        self.w_qkv = nn.Parameter(torch.empty(rows, config.width))
-        self.w_out = nn.Parameter(torch.empty(config.width, config.heads * config.head_width))
-        if config.qkv_bias:
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        rows = (self.heads + 2 * self.kv_heads) * config.head_dim
+        self.w_qkv = nn.Parameter(torch.empty(rows, config.hidden_size))
+        self.w_out = nn.Parameter(torch.empty(config.hidden_size, config.num_attention_heads * config.head_dim))
+        if config.attention_bias:
             self.b_qkv = nn.Parameter(torch.zeros(rows))
-        if config.out_bias:
-            self.b_out = nn.Parameter(torch.zeros(config.width))
+        if config.attention_out_bias:
+            self.b_out = nn.Parameter(torch.zeros(config.hidden_size))
         if config.qk_norm:
-            self.q_norm = nn.Parameter(torch.ones(config.head_width))
-            self.k_norm = nn.Parameter(torch.ones(config.head_width))
+            self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+            self.k_norm = nn.Parameter(torch.ones(config.head_dim))
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """Draw every matrix from N(0, std^2), set norms to one and biases to zero."""
@@ -65,37 +65,37 @@ class Attention(Mixer):
         y_BTD, cache, _ = self._attend(x_BTD, place, state, inner=False)
         return y_BTD, cache
 
-    def forward_pull(self, x_BTD: Tensor, place: Place, cache: Cache | None) -> tuple[Tensor, Cache, Pull]:
+    def forward_with_vjp(self, x_BTD: Tensor, place: Place, cache: Cache | None) -> tuple[Tensor, Cache, Vjp]:
         """The same with its pull, differentiable a second time. Cached keys are constants for the pull."""
-        y_BTD, cache, pull = self._attend(x_BTD, place, cache, inner=True)
-        assert pull is not None
-        return y_BTD, cache, pull
+        y_BTD, cache, vjp = self._attend(x_BTD, place, cache, inner=True)
+        assert vjp is not None
+        return y_BTD, cache, vjp
 
     def _attend(
         self, x_BTD: Tensor, place: Place, cache: Cache | None, inner: bool
-    ) -> tuple[Tensor, Cache, Pull | None]:
+    ) -> tuple[Tensor, Cache, Vjp | None]:
         heads, kv_heads, window = self.heads, self.kv_heads, self.window
         x_BTE = linear(x_BTD, self.w_qkv)
-        if self.config.qkv_bias:
+        if self.config.attention_bias:
             x_BTE = x_BTE + self.b_qkv.to(x_BTD.dtype)
         x_BTJK = x_BTE.unflatten(-1, (heads + 2 * kv_heads, -1))
         qk_BTJK, v_BTGK = x_BTJK.split((heads + kv_heads, kv_heads), 2)
-        qk_BTJK = qk_BTJK.to(wide(x_BTD.dtype))
+        qk_BTJK = qk_BTJK.to(accumulation_dtype(x_BTD.dtype))
         if self.config.qk_norm:
             weight_JK = torch.cat((self.q_norm.expand(heads, -1), self.k_norm.expand(kv_heads, -1)))
-            qk_BTJK, pull_norm = rms_norm(qk_BTJK, weight_JK, self.config.norm_eps)
-        qk_BTJK, pull_rotation = rotate(qk_BTJK, place.cos, place.sin)
+            qk_BTJK, norm_vjp = rms_norm(qk_BTJK, weight_JK, self.config.rms_norm_eps)
+        qk_BTJK, rotation_vjp = rotate(qk_BTJK, place.cos, place.sin)
         q_BHTK, k_BGTK = qk_BTJK.to(x_BTD.dtype).transpose(1, 2).split((heads, kv_heads), 1)
         own = Cache(k_BGTK, v_BTGK.transpose(1, 2))
         seen = own if cache is None else append(cache, own) if place.in_place else join([cache, own])
         if inner:
-            assert place.read_B is None, "only what is not learned from can be read with caches of unequal length"
-            y_BHTK, pull_attention = attention(q_BHTK, *seen, window, place.empty, place.bias_TS)
+            assert place.seq_lens_B is None, "only what is not learned from can be read with caches of unequal length"
+            y_BHTK, attention_vjp = attention(q_BHTK, *seen, window, place.empty, place.attn_mask_TS)
         else:
-            bias = place.bias_TS
-            if place.read_B is not None and cache is not None:
-                bias = unequal(q_BHTK, cache, window, place.read_B)
-            y_BHTK = attention_once(q_BHTK, *seen, window, place.empty, bias)
+            bias = place.attn_mask_TS
+            if place.seq_lens_B is not None and cache is not None:
+                bias = unequal(q_BHTK, cache, window, place.seq_lens_B)
+            y_BHTK = sdpa(q_BHTK, *seen, window, place.empty, bias)
         if cache is None or place.empty is None:
             kept = join([seen], window)
             if cache is None and not torch.is_grad_enabled():  # a view would keep the whole text
@@ -103,27 +103,27 @@ class Attention(Mixer):
         else:  # a cache of fixed size keeps it, and its place in memory does not tell where it was cut from
             kept = Cache(*(t.contiguous() for t in join([seen], cache.k_BGSK.shape[2])))
 
-        def pull(g_BTD: Tensor) -> Tensor:
-            dy_BTHK = pull_linear(g_BTD, self.w_out).unflatten(-1, (heads, -1))
-            dq_BHTK, dk_BGTK, dv_BGTK = pull_attention(dy_BTHK.transpose(1, 2))
+        def vjp(g_BTD: Tensor) -> Tensor:
+            dy_BTHK = linear_vjp(g_BTD, self.w_out).unflatten(-1, (heads, -1))
+            dq_BHTK, dk_BGTK, dv_BGTK = attention_vjp(dy_BTHK.transpose(1, 2))
             dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2)
-            dqk_BTJK = pull_rotation(dqk_BTJK.to(qk_BTJK.dtype))
+            dqk_BTJK = rotation_vjp(dqk_BTJK.to(qk_BTJK.dtype))
             if self.config.qk_norm:
-                dqk_BTJK = pull_norm(dqk_BTJK)
+                dqk_BTJK = norm_vjp(dqk_BTJK)
             dx_BTJK = torch.cat((dqk_BTJK.to(g_BTD.dtype), dv_BGTK.transpose(1, 2)), 2)
-            return pull_linear(dx_BTJK.flatten(2), self.w_qkv)
+            return linear_vjp(dx_BTJK.flatten(2), self.w_qkv)
 
         out_BTD = linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out)
-        if self.config.out_bias:
+        if self.config.attention_out_bias:
             out_BTD = out_BTD + self.b_out.to(x_BTD.dtype)
-        return out_BTD, kept, pull if inner else None
+        return out_BTD, kept, vjp if inner else None
 
 
-def unequal(q_BHTK: Tensor, cache: Cache, window: int | None, read_B: Tensor) -> Tensor:
-    """What `visible` says, [B, 1, T, S], where the cache's last slots hold the tokens of a text, and the first none."""
+def unequal(q_BHTK: Tensor, cache: Cache, window: int | None, seq_lens_B: Tensor) -> Tensor:
+    """What `causal_window_mask` says, [B, 1, T, S], where the cache's last slots hold the tokens of a text, and the first none."""
     cached, own = cache.k_BGSK.shape[2], q_BHTK.shape[2]
-    empty_BS = torch.arange(cached + own, device=read_B.device) < cached - read_B[:, None]
-    return visible(own, cached + own, window, q_BHTK).masked_fill(empty_BS[:, None, None], -torch.inf)
+    empty_BS = torch.arange(cached + own, device=seq_lens_B.device) < cached - seq_lens_B[:, None]
+    return causal_window_mask(own, cached + own, window, q_BHTK).masked_fill(empty_BS[:, None, None], -torch.inf)
 
 
 def append(cache: Cache, own: Cache) -> Cache:

@@ -28,8 +28,8 @@ class Place(NamedTuple):
     cos: Tensor
     sin: Tensor
     empty: Tensor | None = None
-    bias_TS: Tensor | None = None
-    read_B: Tensor | None = None
+    attn_mask_TS: Tensor | None = None
+    seq_lens_B: Tensor | None = None
     in_place: bool = False
 
     def slice(self, start: int, stop: int) -> "Place":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.mixers.base import Mixer, Place
-from ttt_e2e.ops.elementwise import rms_norm, wide
+from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
 from ttt_e2e.ops.gated_delta_rule import check_kernels, gated_delta_rule
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
@@ -44,18 +44,21 @@ class GatedDeltaNet(Mixer):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        check_kernels(config.kernels)
-        self.kernels, self.norm_eps = config.kernels, config.norm_eps
-        self.heads, self.value_heads = config.heads, config.expand * config.heads
-        self.head_width = config.head_width
+        check_kernels(config.gated_deltanet.kernels)
+        self.kernels, self.norm_eps = config.gated_deltanet.kernels, config.rms_norm_eps
+        self.heads, self.value_heads = (
+            config.num_attention_heads,
+            config.gated_deltanet.expand_v * config.num_attention_heads,
+        )
+        self.head_width = config.head_dim
         keys, values = self.heads * self.head_width, self.value_heads * self.head_width
-        self.w_in = nn.Parameter(torch.empty(2 * keys + 2 * values, config.width))  # rows: q, k, v, gate
-        self.w_ba = nn.Parameter(torch.empty(2 * self.value_heads, config.width))  # rows: beta, a
-        self.w_conv = nn.Parameter(torch.empty(2 * keys + values, config.conv_width))
+        self.w_in = nn.Parameter(torch.empty(2 * keys + 2 * values, config.hidden_size))  # rows: q, k, v, gate
+        self.w_ba = nn.Parameter(torch.empty(2 * self.value_heads, config.hidden_size))  # rows: beta, a
+        self.w_conv = nn.Parameter(torch.empty(2 * keys + values, config.gated_deltanet.conv_size))
         self.a_log = nn.Parameter(torch.empty(self.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
         self.norm = nn.Parameter(torch.ones(self.head_width))
-        self.w_out = nn.Parameter(torch.empty(config.width, values))
+        self.w_out = nn.Parameter(torch.empty(config.hidden_size, values))
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """Draw matrices from N(0, std^2), and the rest as the authors' released code does.
@@ -84,7 +87,7 @@ class GatedDeltaNet(Mixer):
         qk_BTE, v_BTE = qkv_BTC.split((2 * keys, values), 2)
         q_BTHK, k_BTHK = self._unit(qk_BTE.unflatten(2, (2, self.heads, -1))).unbind(2)
 
-        beta_BTA, a_BTA = linear(x_BTD, self.w_ba).to(wide(x_BTD.dtype)).chunk(2, -1)
+        beta_BTA, a_BTA = linear(x_BTD, self.w_ba).to(accumulation_dtype(x_BTD.dtype)).chunk(2, -1)
         g_BTA = -self.a_log.to(a_BTA.dtype).exp() * F.softplus(a_BTA + self.dt_bias)
         o_BTAK, rule_BAKK = gated_delta_rule(
             q_BTHK,
@@ -100,7 +103,7 @@ class GatedDeltaNet(Mixer):
 
     def _unit(self, qk_BT2HK: Tensor) -> Tensor:
         """x / sqrt(|x|^2 + eps), and K^(-1/2) times that for the queries: an RMSNorm, up to factors of K."""
-        qk_BT2HK = qk_BT2HK.to(wide(qk_BT2HK.dtype))
+        qk_BT2HK = qk_BT2HK.to(accumulation_dtype(qk_BT2HK.dtype))
         width = self.head_width
         scale_211 = torch.stack([qk_BT2HK.new_full((1, 1), factor) for factor in (1 / width, width**-0.5)])
         return rms_norm(qk_BT2HK, scale_211, UNIT_EPS / width)[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.mixers.base import Mixer, Place
-from ttt_e2e.ops.elementwise import rms_norm, wide
+from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
 from ttt_e2e.ops.ssd import check_kernels, ssd
@@ -46,24 +46,27 @@ class Mamba2(Mixer):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        check_kernels(config.kernels)
+        check_kernels(config.mamba2.kernels)
         self.config = config
-        self.heads, self.groups = config.expand * config.heads, config.state_groups
-        self.inner, self.shared = config.expand * config.width, config.state_groups * config.state_width
+        self.heads, self.groups = config.mamba2.expand * config.num_attention_heads, config.mamba2.n_groups
+        self.inner, self.shared = (
+            config.mamba2.expand * config.hidden_size,
+            config.mamba2.n_groups * config.mamba2.state_size,
+        )
         channels = self.inner + 2 * self.shared
-        self.w_in = nn.Parameter(torch.empty(self.inner + channels + self.heads, config.width))
-        self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_width))
+        self.w_in = nn.Parameter(torch.empty(self.inner + channels + self.heads, config.hidden_size))
+        self.conv_weight = nn.Parameter(torch.empty(channels, config.mamba2.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(channels))
         self.a_log = nn.Parameter(torch.empty(self.heads))
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.d_skip = nn.Parameter(torch.empty(self.heads))
         self.norm = nn.Parameter(torch.ones(self.inner))
-        self.w_out = nn.Parameter(torch.empty(config.width, self.inner))
+        self.w_out = nn.Parameter(torch.empty(config.hidden_size, self.inner))
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """As in `Mixer`, but decays, steps and convolution as in the released code."""
         super().reset_parameters(std, generator)
-        bound = self.config.conv_width**-0.5
+        bound = self.config.mamba2.conv_kernel**-0.5
         with torch.no_grad():
             for parameter in (self.conv_weight, self.conv_bias):
                 parameter.uniform_(-bound, bound, generator=generator)
@@ -74,7 +77,7 @@ class Mamba2(Mixer):
     def forward(self, x_BTD: Tensor, place: Place, state: Mamba2State | None) -> tuple[Tensor, Mamba2State]:
         """The mixed x, and the state for the tokens that follow; None starts a text. Memory is linear in T."""
         conv_BUC, ssm_BHPN = (None, None) if state is None else state
-        inner, shared, accurate = self.inner, self.shared, wide(x_BTD.dtype)
+        inner, shared, accurate = self.inner, self.shared, accumulation_dtype(x_BTD.dtype)
         z_BTI, convolved_BTC, dt_BTH = linear(x_BTD, self.w_in).split((inner, inner + 2 * shared, self.heads), -1)
         convolved_BTC, conv_BUC = short_convolution(convolved_BTC, self.conv_weight, self.conv_bias, conv_BUC)
         v_BTI, b_BTS, c_BTS = convolved_BTC.split((inner, shared, shared), -1)
@@ -87,12 +90,12 @@ class Mamba2(Mixer):
             b_BTS.unflatten(-1, (self.groups, -1)),
             c_BTS.unflatten(-1, (self.groups, -1)),
             ssm_BHPN,
-            kernels=self.config.kernels,
+            kernels=self.config.mamba2.kernels,
         )
         y_BTHP = torch.addcmul(y_BTHP.to(accurate), v_BTHP.to(accurate), self.d_skip.to(accurate)[:, None])
         y_BTI = y_BTHP.flatten(2) * F.silu(z_BTI.to(accurate))
         # As in the released code, the norm is over a group's channels, not over all.
         y_BTGI, _ = rms_norm(
-            y_BTI.unflatten(-1, (self.groups, -1)), self.norm.unflatten(0, (self.groups, -1)), self.config.norm_eps
+            y_BTI.unflatten(-1, (self.groups, -1)), self.norm.unflatten(0, (self.groups, -1)), self.config.rms_norm_eps
         )
         return linear(y_BTGI.flatten(2).to(x_BTD.dtype), self.w_out), Mamba2State(conv_BUC, ssm_BHPN)

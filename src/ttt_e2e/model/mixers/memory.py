@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.ops.elementwise import rms_norm, swiglu, wide
+from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm, swiglu
 from ttt_e2e.ops.fast_mlp import FastWeights
 from ttt_e2e.ops.linear import batched_linear, linear, weight_gradient
 
@@ -42,7 +42,7 @@ class Memory(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        heads, hidden, width = config.heads, config.memory_hidden, config.head_width
+        heads, hidden, width = config.num_attention_heads, config.memory.intermediate_size, config.head_dim
         self.w_in = nn.Parameter(torch.empty(heads, 2 * hidden, width))
         self.w_out = nn.Parameter(torch.empty(heads, width, hidden))
 
@@ -57,11 +57,13 @@ class Memory(nn.Module):
 
     def start(self, batch: int, dtype: torch.dtype) -> FastWeights:
         """The initial weights for `batch` sequences, [N, E, K] and [N, K, F], for tokens in `dtype`."""
-        w_in, w_out = (w.to(wide(dtype)).expand(batch, -1, -1, -1).flatten(0, 1) for w in (self.w_in, self.w_out))
+        w_in, w_out = (
+            w.to(accumulation_dtype(dtype)).expand(batch, -1, -1, -1).flatten(0, 1) for w in (self.w_in, self.w_out)
+        )
         return FastWeights(w_in, w_out)
 
 
-class Share(NamedTuple):
+class ScanCoefficients(NamedTuple):
     """What the tokens of a mini-batch (the last dimension of the first two) and the old sums weigh in the new sums."""
 
     in_weights: Tensor  # of every token's gradient in M, with a minus
@@ -71,7 +73,7 @@ class Share(NamedTuple):
     momentum: Tensor  # of the old S in the new one
 
 
-def share(theta: Tensor, eta: Tensor, keep: Tensor) -> Share:
+def share(theta: Tensor, eta: Tensor, keep: Tensor) -> ScanCoefficients:
     """The running sums of Titans over a mini-batch, solved: theta, eta, keep [..., T] to weights [..., T] and [...].
 
     Sums and products along the tokens are formed by doubling. No quotient and no logarithm is taken, so factors of 0
@@ -90,7 +92,7 @@ def share(theta: Tensor, eta: Tensor, keep: Tensor) -> Share:
         distance *= 2
     first = eta[..., 0]
     of_old = (keep[..., 0] * kept[..., 0], first * total[..., 0], first * carried[..., 0])
-    return Share(theta * total, theta * carried, *of_old)
+    return ScanCoefficients(theta * total, theta * carried, *of_old)
 
 
 def _shift(x: Tensor, distance: int, fill: float) -> Tensor:
@@ -104,9 +106,9 @@ def gradients(fast: FastWeights, k_NTK: Tensor, v_NTK: Tensor, *shares_NT: Tenso
     It is `fast_mlp`'s pull written out again, because rho is made of every token's own gradient.
     """
     w_in_NEK, w_out_NKF = (w.to(k_NTK.dtype) for w in fast)
-    y_NTF, pull_swiglu = swiglu(batched_linear(k_NTK, w_in_NEK))
+    y_NTF, swiglu_vjp = swiglu(batched_linear(k_NTK, w_in_NEK))
     residual_NTK = batched_linear(y_NTF, w_out_NKF) - v_NTK
-    dh_NTE = pull_swiglu(residual_NTK @ w_out_NKF)
+    dh_NTE = swiglu_vjp(residual_NTK @ w_out_NKF)
     k_NT, y_NT, residual_NT, dh_NT = (_square(x) for x in (k_NTK, y_NTF, residual_NTK, dh_NTE))
     rho_NT = (residual_NT * y_NT + dh_NT * k_NT) / (residual_NT + TINY)
     found = []
@@ -119,7 +121,7 @@ def gradients(fast: FastWeights, k_NTK: Tensor, v_NTK: Tensor, *shares_NT: Tenso
 
 def _square(x: Tensor) -> Tensor:
     """|x|^2 of the last dimension, wide."""
-    return x.to(wide(x.dtype)).square().sum(-1)
+    return x.to(accumulation_dtype(x.dtype)).square().sum(-1)
 
 
 def pieces(pending: int, length: int, mini_batch: int) -> list[int]:
@@ -131,12 +133,12 @@ def pieces(pending: int, length: int, mini_batch: int) -> list[int]:
 
 def project(x_BTD: Tensor, weight: Tensor, config: ModelConfig) -> list[Tensor]:
     """Every H K rows of `weight` applied to x, as heads of root mean square 1: a list of [N, T, K]."""
-    x_BTJK = linear(x_BTD, weight).unflatten(-1, (-1, config.head_width))
-    unit_BTJK, _ = rms_norm(x_BTJK, x_BTD.new_ones(()), config.norm_eps)
-    return [x_BTHK.transpose(1, 2).flatten(0, 1) for x_BTHK in unit_BTJK.split(config.heads, 2)]
+    x_BTJK = linear(x_BTD, weight).unflatten(-1, (-1, config.head_dim))
+    unit_BTJK, _ = rms_norm(x_BTJK, x_BTD.new_ones(()), config.rms_norm_eps)
+    return [x_BTHK.transpose(1, 2).flatten(0, 1) for x_BTHK in unit_BTJK.split(config.num_attention_heads, 2)]
 
 
 def merge_heads(x_NTK: Tensor, weight_K: Tensor, config: ModelConfig) -> Tensor:
     """What the memory of every head gave, through an RMSNorm per head, side by side: [B, T, H K]."""
-    x_BTHK = x_NTK.unflatten(0, (-1, config.heads)).transpose(1, 2)
-    return rms_norm(x_BTHK, weight_K, config.norm_eps)[0].flatten(2)
+    x_BTHK = x_NTK.unflatten(0, (-1, config.num_attention_heads)).transpose(1, 2)
+    return rms_norm(x_BTHK, weight_K, config.rms_norm_eps)[0].flatten(2)

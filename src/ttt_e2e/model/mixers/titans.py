@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.mixers.base import Mixer, Place
-from ttt_e2e.model.mixers.memory import Memory, Share, gradients, merge_heads, pieces, project, share
-from ttt_e2e.ops.attention import attention_once
-from ttt_e2e.ops.elementwise import rms_norm, rotate, wide
+from ttt_e2e.model.mixers.memory import Memory, ScanCoefficients, gradients, merge_heads, pieces, project, share
+from ttt_e2e.ops.attention import sdpa
+from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm, rotate
 from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
 from ttt_e2e.ops.linear import linear
 
@@ -66,16 +66,16 @@ class Titans(Mixer):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.mini_batch is not None, "ModelConfig lets no Titans through without a mini-batch"
-        self.config, self.mini_batch = config, config.mini_batch
-        width, heads, head_width = config.width, config.heads, config.head_width
+        assert config.mini_batch_size is not None, "ModelConfig lets no Titans through without a mini-batch"
+        self.config, self.mini_batch = config, config.mini_batch_size
+        width, heads, head_width = config.hidden_size, config.num_attention_heads, config.head_dim
         self.w_q = nn.Parameter(torch.empty(width, width))
         self.w_kv = nn.Parameter(torch.empty(2 * width, width))
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(head_width))
             self.k_norm = nn.Parameter(torch.ones(head_width))
-        self.persistent_k = nn.Parameter(torch.empty(heads, config.persistent_tokens, head_width))
-        self.persistent_v = nn.Parameter(torch.empty(heads, config.persistent_tokens, head_width))
+        self.persistent_k = nn.Parameter(torch.empty(heads, config.memory.num_persistent_tokens, head_width))
+        self.persistent_v = nn.Parameter(torch.empty(heads, config.memory.num_persistent_tokens, head_width))
         self.memory = Memory(config)
         self.w_context = nn.Parameter(torch.empty(width, width))  # from tokens to the memory's queries
         self.context_norm = nn.Parameter(torch.ones(head_width))
@@ -99,7 +99,7 @@ class Titans(Mixer):
         None starts a text. For the gradient every mini-batch keeps its segment's keys up to its end, so memory grows
         with T window / mini_batch.
         """
-        config, b, persistent = self.config, self.mini_batch, self.config.persistent_tokens
+        config, b, persistent = self.config, self.mini_batch, self.config.memory.num_persistent_tokens
         batch, length = x_BTD.shape[:2]
         state = self._start(x_BTD) if state is None else state
         w_in, w_out, s_in, s_out, pending_k_NPK, pending_v_NPK, *old_NP = (x_BH.flatten(0, 1) for x_BH in state[2:])
@@ -115,7 +115,7 @@ class Titans(Mixer):
         shares = []  # of the mini-batches that get complete
         if done > 0:
             together = share(*(x_NT[:, :done].unflatten(1, (-1, b)) for x_NT in steps_NT))
-            shares = [Share(*own) for own in zip(*(x.unbind(1) for x in together), strict=True)]
+            shares = [ScanCoefficients(*own) for own in zip(*(x.unbind(1) for x in together), strict=True)]
 
         # The keys and values that are seen: the persistent ones, then the segment's.
         first_k_BHQK, first_v_BHQK = self._persistent(x_BTD)
@@ -133,7 +133,7 @@ class Titans(Mixer):
             h_k, h_v = self._keys(h_BTD, Place(cos, sin))
             k_seen = torch.cat((k_seen, torch.stack((h_k, k), 3).flatten(2, 3)), 2)
             v_seen = torch.cat((v_seen, torch.stack((h_v, v), 3).flatten(2, 3)), 2)
-            y_BHTK = attention_once(q, k_seen, v_seen, None, None, _visible(q, k_seen, persistent))
+            y_BHTK = sdpa(q, k_seen, v_seen, None, None, _visible(q, k_seen, persistent))
             y_BTD = y_BHTK.transpose(1, 2).flatten(2)
 
             memory_q, memory_k, memory_v = project(y_BTD, self.w_memory, config)
@@ -144,7 +144,7 @@ class Titans(Mixer):
             if i < len(shares):
                 fast, momentum = _learn(fast, momentum, pending_k_NPK, pending_v_NPK, shares[i])
                 pending_k_NPK, pending_v_NPK = pending_k_NPK[:, :0], pending_v_NPK[:, :0]
-            if k_seen.shape[2] == persistent + 2 * config.window:
+            if k_seen.shape[2] == persistent + 2 * config.sliding_window:
                 k_seen, v_seen = first_k_BHQK, first_v_BHQK
 
         # Copies of the few numbers that are kept: a view would keep all.
@@ -155,36 +155,38 @@ class Titans(Mixer):
 
     def _start(self, x_BTD: Tensor) -> TitansState:
         """The state before a text: an empty segment, the initial weights, no momentum, no pending tokens."""
-        batch, heads = len(x_BTD), self.config.heads
+        batch, heads = len(x_BTD), self.config.num_attention_heads
         w_in, w_out = (w_N.unflatten(0, (batch, heads)) for w_N in self.memory.start(batch, x_BTD.dtype))
         s_in, s_out = torch.zeros_like(w_in), torch.zeros_like(w_out)
-        keys, steps = x_BTD.new_empty(batch, heads, 0, self.config.head_width), w_in.new_empty(batch, heads, 0)
+        keys, steps = x_BTD.new_empty(batch, heads, 0, self.config.head_dim), w_in.new_empty(batch, heads, 0)
         return TitansState(keys, keys, w_in, w_out, s_in, s_out, keys, keys, steps, steps, steps)
 
     def _steps(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, eta and keep of every token, [N, T] each."""
-        z_BTJ = linear(x_BTD, self.w_steps).to(wide(x_BTD.dtype)) + self.steps_bias
+        z_BTJ = linear(x_BTD, self.w_steps).to(accumulation_dtype(x_BTD.dtype)) + self.steps_bias
         step, momentum, forget = (z_BTH.transpose(1, 2).flatten(0, 1) for z_BTH in z_BTJ.chunk(3, 2))
-        rate = self.config.memory_lr / self.mini_batch
+        rate = self.config.memory.lr / self.mini_batch
         return rate * torch.sigmoid(step) * torch.sigmoid(-momentum), torch.sigmoid(momentum), torch.sigmoid(-forget)
 
     def _keys(self, x_BTD: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """Keys and values of the attention for tokens, or for what the memory gave for them: [B, H, T, K] each."""
         k_BTD, v_BTD = linear(x_BTD, self.w_kv).chunk(2, 2)
-        return self._heads(k_BTD, "k_norm", place), v_BTD.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+        return self._heads(k_BTD, "k_norm", place), v_BTD.unflatten(2, (self.config.num_attention_heads, -1)).transpose(
+            1, 2
+        )
 
     def _heads(self, x_BTD: Tensor, norm: str, place: Place) -> Tensor:
         """Queries or keys by heads, normalised and rotated."""
-        x_BTHK = x_BTD.unflatten(2, (self.config.heads, -1)).to(wide(x_BTD.dtype))
+        x_BTHK = x_BTD.unflatten(2, (self.config.num_attention_heads, -1)).to(accumulation_dtype(x_BTD.dtype))
         if self.config.qk_norm:
-            x_BTHK, _ = rms_norm(x_BTHK, getattr(self, norm), self.config.norm_eps)
+            x_BTHK, _ = rms_norm(x_BTHK, getattr(self, norm), self.config.rms_norm_eps)
         return rotate(x_BTHK, place.cos, place.sin)[0].to(x_BTD.dtype).transpose(1, 2)
 
     def _persistent(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The persistent keys and values, normalised but not rotated, [B, H, Q, K] in x's dtype."""
-        k_HQK = self.persistent_k.to(wide(x_BTD.dtype))
+        k_HQK = self.persistent_k.to(accumulation_dtype(x_BTD.dtype))
         if self.config.qk_norm:
-            k_HQK, _ = rms_norm(k_HQK, self.k_norm, self.config.norm_eps)
+            k_HQK, _ = rms_norm(k_HQK, self.k_norm, self.config.rms_norm_eps)
         k_HQK, v_HQK = k_HQK.to(x_BTD.dtype), self.persistent_v.to(x_BTD.dtype)
         return k_HQK.expand(len(x_BTD), -1, -1, -1), v_HQK.expand(len(x_BTD), -1, -1, -1)
 
@@ -199,7 +201,7 @@ def _visible(q_BHTK: Tensor, k_BHSK: Tensor, persistent: int) -> Tensor:
 
 
 def _learn(
-    fast: FastWeights, momentum: FastWeights, k_NTK: Tensor, v_NTK: Tensor, own: Share
+    fast: FastWeights, momentum: FastWeights, k_NTK: Tensor, v_NTK: Tensor, own: ScanCoefficients
 ) -> tuple[FastWeights, FastWeights]:
     """Weights and momentum after a mini-batch of T tokens; `own` is its share of each."""
     weights, carried, kept = (x_N[:, None, None] for x_N in (own.weights, own.carried, own.momentum))

@@ -17,7 +17,7 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.mixers.attention import Attention, Cache
 from ttt_e2e.model.mixers.base import Mixer, Place
 from ttt_e2e.model.mixers.memory import Memory, gradients, merge_heads, pieces, project
-from ttt_e2e.ops.elementwise import wide
+from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
 from ttt_e2e.ops.linear import linear
 
@@ -46,15 +46,15 @@ class TTTKVB(Mixer):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.mini_batch is not None, "ModelConfig lets no TTT-KVB through without a mini-batch"
-        self.config, self.mini_batch = config, config.mini_batch
-        self.attention = Attention(config, config.window)
+        assert config.mini_batch_size is not None, "ModelConfig lets no TTT-KVB through without a mini-batch"
+        self.config, self.mini_batch = config, config.mini_batch_size
+        self.attention = Attention(config, config.sliding_window)
         self.memory = Memory(config)
-        self.w_qkv = nn.Parameter(torch.empty(3 * config.width, config.width))
-        self.w_step = nn.Parameter(torch.empty(config.heads, config.width))
-        self.step_bias = nn.Parameter(torch.empty(config.heads))
-        self.read_norm = nn.Parameter(torch.ones(config.head_width))
-        self.w_out = nn.Parameter(torch.empty(config.width, config.width))
+        self.w_qkv = nn.Parameter(torch.empty(3 * config.hidden_size, config.hidden_size))
+        self.w_step = nn.Parameter(torch.empty(config.num_attention_heads, config.hidden_size))
+        self.step_bias = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.read_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.w_out = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """As every mixer, but the memory at its own scale, and all steps at about half of `memory_lr`."""
@@ -73,8 +73,8 @@ class TTTKVB(Mixer):
         y_BTD, cache = self.attention(x_BTD, place, None if state is None else Cache(*state[:2]))
 
         q_NTK, k_NTK, v_NTK = project(x_BTD, self.w_qkv, config)
-        z_BTH = linear(x_BTD, self.w_step).to(wide(x_BTD.dtype)) + self.step_bias
-        theta_NT = (config.memory_lr / b * torch.sigmoid(z_BTH)).transpose(1, 2).flatten(0, 1)
+        z_BTH = linear(x_BTD, self.w_step).to(accumulation_dtype(x_BTD.dtype)) + self.step_bias
+        theta_NT = (config.memory.lr / b * torch.sigmoid(z_BTH)).transpose(1, 2).flatten(0, 1)
         if state is None:
             fast, pending = self.memory.start(batch, x_BTD.dtype), 0
         else:

@@ -1,0 +1,131 @@
+"""`ttt-e2e cost`: of presets, of model folders, and of pretrained Transformers that are not converted yet."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from helpers import small_model
+
+from ttt_e2e.cli.main import main
+from ttt_e2e.config.parse import override
+from ttt_e2e.config.presets import PRESETS
+from ttt_e2e.config.schema import TrainConfig
+from ttt_e2e.convert.hf_config import read_source
+from ttt_e2e.convert.start import Start, full_attention, model_config
+from ttt_e2e.model.checkpoint import save_model
+from ttt_e2e.model.cost import cost, hours, parameters, training_bytes
+from ttt_e2e.training.optimizer import make_optimizer
+
+QWEN = dict(
+    model_type="qwen3",
+    vocab_size=500,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "Qwen3-0.00006B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(QWEN))
+    return folder
+
+
+def run(*argv: object) -> int:
+    return main([str(word) for word in argv])
+
+
+def test_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("cost", "tiny", "--context", "8K", "2M", 1000) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{context} .*\(", out, re.M) for context in ("8K", "2M", "1000"))
+    assert f"{parameters(PRESETS['tiny'].model):,} parameters" in out
+    assert run("cost", "tiny-full") == 0
+    assert "(" not in capsys.readouterr().out.split("\n\n")[1]  # nothing to hold it against
+    assert run("cost", "tiny", "--json", "num_hidden_layers=4", "train.dtype=bfloat16") == 0
+    report = json.loads(capsys.readouterr().out)
+    model = override(PRESETS["tiny"], ["num_hidden_layers=4"]).model
+    assert report["bytes"]["bfloat16"] == 2 * parameters(model)
+    assert report["costs"]["tiny"] == [asdict(cost(model, context, 2)) for context in (4096, 16384, 65536)]
+    assert set(report["costs"]) == {"tiny", "tiny-full"}
+
+
+def test_of_a_pretrained_transformer(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what a conversion with the same options would make, beside the original, from its config.json alone."""
+    source = read_source(QWEN, checkpoint)
+    options = ("--window", 128, "--fast", "split", "--fast-rank", 4, "--suffix", 0.5)
+    expected = model_config(source, Start(window=128, fast="split", fast_rank=4, suffix=0.5))
+    for where in (checkpoint, checkpoint / "config.json"):
+        assert run("cost", where, *options, "--context", 300, "--train", 1000, "--flops", "25G", "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["costs"] == {
+            "Qwen3-0.00006B": [asdict(cost(expected, 300, 2))],
+            "the original": [asdict(cost(full_attention(source), 300, 2))],
+        }
+        assert report["bytes"]["training"] == 16 * parameters(expected)
+        training = report["costs"]["Qwen3-0.00006B"][0]["operations"]["training"]
+        assert report["training"]["hours"][0]["training"] == pytest.approx(training * 1000 / 25e9 / 3600)
+    assert run("cost", checkpoint, "--train", "1K") == 0
+    out = capsys.readouterr().out
+    assert "at 400 T operations a second" in out and re.search(r"^2K +[\d.e-]+ +[\d.e-]+$", out, re.M)
+
+
+def test_full_attention_is_the_original(checkpoint: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
+    config = transformers.Qwen3Config(**QWEN)
+    original = transformers.Qwen3ForCausalLM(config)
+    assert parameters(full_attention(read_source(QWEN, checkpoint))) == sum(p.numel() for p in original.parameters())
+
+
+def test_of_a_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small_model()
+    save_model(model, tmp_path / "mine", None)
+    assert run("cost", tmp_path / "mine", "--context", 100, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["costs"] == {"mine": [asdict(cost(model.config, 100, 2))]}
+
+
+def test_what_training_holds() -> None:
+    """Weights, gradients and moments, as PyTorch makes them."""
+    model = small_model()
+    optimizer = make_optimizer(model, TrainConfig())
+    sum(weight.sum() for weight in model.parameters()).backward()
+    optimizer.step()
+    held = [t for w in model.parameters() for t in (w, w.grad, optimizer.state[w]["exp_avg"])]
+    held += [optimizer.state[w]["exp_avg_sq"] for w in model.parameters()]
+    assert training_bytes(model.config) == sum(t.numel() * t.element_size() for t in held if t is not None)
+    assert hours(2e9, 3600, 1e12) == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("tiny --window 3", "of a preset or a model folder change settings"),
+        ("nowhere", "There is no preset 'nowhere'"),
+        ("tiny --flops fast", "'fast' is no number of operations a second"),
+        ("./nowhere", "There is no"),
+        ("{checkpoint} --window 1024", "longer than 512"),
+        ("{checkpoint} --suffix 2", "a share of the blocks"),
+    ],
+)
+def test_bad_input(argv: str, sentence: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = run("cost", *argv.format(checkpoint=checkpoint).split())
+    except SystemExit as error:
+        code = int(error.code or 0)
+    assert code in (1, 2)
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_name_without_a_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run("cost", "no-such-owner/no-such-model") == 1
+    assert "could not be downloaded" in capsys.readouterr().err

@@ -1,0 +1,332 @@
+"""The notebook on the command line: noted while reading, shown to the model, searched, and what is refused."""
+
+import io
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import small_model
+
+from ttt_e2e.cli import main as cli
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.inference import session as session_module
+from ttt_e2e.inference.session_file import session_facts
+from ttt_e2e.model.checkpoint import save_model
+from ttt_e2e.retrieval import search_index as notebook_index
+from ttt_e2e.retrieval.notebook import Notebook
+
+TEXT = "".join(f"On day {i} the {'heron' if i % 2 else 'otter'} came to the lake at dusk.\n" for i in range(40))
+NEXT = "In spring a badger came out of the wood, and the geese were gone.\n" * 3
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train([TEXT, NEXT], 300)
+    tokenizer.save(folder / "t.json")
+    model = small_model(vocab_size=tokenizer.vocab_size, sliding_window=160, mini_batch_size=20)
+    save_model(model, folder / "model", folder / "t.json")
+    return folder / "model"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> Path:
+    """A working folder with two texts, in which the little model is the shipped one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session_module, "shipped_model", lambda: model_dir)
+    (tmp_path / "lake.txt").write_text(TEXT)
+    (tmp_path / "next.txt").write_text(NEXT)
+    return tmp_path
+
+
+def run(*argv: object) -> int:
+    return cli.main([str(word) for word in argv])
+
+
+def read(*argv: object) -> int:
+    return run("read", *argv, "--no-picture", "--quiet", "--no-baseline")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 1) -> str:
+    """Run what must fail in one sentence; returns the sentence."""
+    capsys.readouterr()
+    assert run(*argv) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("ttt-e2e: error: ")
+    return captured.err
+
+
+def noted(session: str) -> str:
+    return Path(f"{session}.notebook/text.txt").read_text()
+
+
+# -- what works --------------------------------------------------------------------------------------------------------
+
+
+def test_noted_found_and_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    captured = capsys.readouterr()
+    assert "notebook: s.notebook" in captured.out and captured.err == ""
+    assert noted("s") == TEXT
+    for place in ("s", "s.notebook"):
+        assert run("notebook", "search", place, "Otter", "on", "--count", 2, "day", "12") == 0
+        found = capsys.readouterr().out
+        assert "On day 12 the otter" in found.split("\n\n")[0] and found.count("characters ") == 2
+    assert run("notebook", "search", "s", "day", "12", "--json") == 0
+    passages = json.loads(capsys.readouterr().out)
+    assert len(passages) == 3
+    assert all(TEXT[one["start"] : one["stop"]] == one["text"] for one in passages)
+    assert run("notebook", "search", "s", "walrus") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and "No passage" in captured.err
+    assert run("notebook", "search", "s", "walrus", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_generate_with_the_notebook(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    kept = (here / "s").read_bytes()
+    options = ("--session", "s", "On day 12 the", "--max-tokens", 12)
+    capsys.readouterr()
+    assert run("generate", *options, "--notebook", "--passages", 2) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("On day 12 the") and "On day 12 the otter" in captured.err
+    sources = re.findall(r"characters ([\d,]+) to ([\d,]+)", captured.err)
+    assert run("generate", *options, "--notebook", "--passages", 2, "--json") == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [(f"{s['start']:,}", f"{s['stop']:,}") for s in report["sources"]] == sources and captured.err == ""
+    assert 1 <= len(sources) <= 2
+    assert run("generate", *options, "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert "sources" not in plain and plain["text"] != report["text"]  # the passages were seen
+    assert run("generate", "--session", "s", "walrus", "--notebook", "--max-tokens", 3) == 0
+    assert "none fits" in capsys.readouterr().err
+    assert (here / "s").read_bytes() == kept
+
+
+def test_what_was_shown_is_learned_if_asked(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    capsys.readouterr()
+    options = ("--session", "s", "On day 12 the", "--max-tokens", 10, "--learn", "--save", "t", "--json")
+    assert run("generate", *options, "--notebook") == 0
+    captured = capsys.readouterr()
+    report, facts = json.loads(captured.out), session_facts(here / "t")
+    read_more = facts["text_bytes"] - session_facts(here / "s")["text_bytes"]
+    assert read_more > len("On day 12 the") + sum(len(source["text"].strip()) for source in report["sources"])
+    assert "copy s.notebook to t.notebook" in captured.err
+    shutil.copytree("s.notebook", "t.notebook")
+    assert run("generate", "--session", "t", "The heron", "--notebook", "--max-tokens", 3) == 0
+    assert noted("t") == noted("s") == TEXT
+
+
+def test_texts_one_after_another(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    assert read("next.txt", "--session", "s", "--save", "t", "--notebook") == 0
+    assert read("next.txt", "--session", "./s", "--save", "s", "--notebook") == 0
+    assert noted("s") == noted("t") == TEXT + NEXT
+    assert session_facts(here / "s")["text_bytes"] == len(TEXT + NEXT)
+    capsys.readouterr()
+    assert read("next.txt", "--session", "s", "--save", "s") == 0
+    assert capsys.readouterr().err == "The notebook s.notebook will not have this text; --notebook notes it.\n"
+    assert noted("s") == TEXT + NEXT
+    assert read("lake.txt", "--save", "plain") == 0
+    assert read("next.txt", "--session", "plain", "--save", "plain", "--notebook") == 0
+    assert "plain has read before is not in its notebook" in capsys.readouterr().err
+    assert noted("plain") == NEXT
+    assert read("next.txt", "--save", "s", "--notebook", "--json") == 0
+    captured = capsys.readouterr()
+    assert "s.notebook begins anew" in captured.err and json.loads(captured.out)["bytes"] == len(NEXT)
+    assert noted("s") == NEXT
+
+
+def test_embeddings(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def load_embed(folder: Path) -> notebook_index.Embed:
+        asked.append(folder)
+        return lambda texts: notebook_index.np.array([[1.0, "badger" in t or "brock" in t] for t in texts])
+
+    monkeypatch.setattr(notebook_index, "load_embed", load_embed)
+    (here / "both.txt").write_text(TEXT + NEXT)
+    assert read("both.txt", "--save", "s", "--notebook") == 0
+    capsys.readouterr()
+    assert run("notebook", "search", "s", "brock", "--embeddings", "folder") == 0
+    assert "badger" in capsys.readouterr().out.split("\n\n")[0]
+    assert run("generate", "brock", "--session", "s", "--notebook", "--embeddings", "other", "--max-tokens", 2) == 0
+    assert "badger" in capsys.readouterr().err
+    assert asked == [Path("folder"), Path("other")]
+
+
+def test_ctrl_c_and_the_same_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("lake.txt", "--save", "whole", "--notebook") == 0
+    score_pending = session_module.Session.score_pending
+
+    def stopped(self: session_module.Session) -> object:
+        raise KeyboardInterrupt  # as by Ctrl-C twice, when all was read and noted
+
+    for _ in range(2):
+        monkeypatch.setattr(session_module.Session, "score_rest", stopped)
+        assert read("lake.txt", "--save", "s", "--notebook", "--save-every", 0) == cli.INTERRUPTED
+        assert noted("s") == TEXT and session_facts(here / "s")["unfinished"]["begin"] == 0
+    monkeypatch.setattr(session_module.Session, "score_rest", score_pending)
+    assert read("lake.txt", "--save", "s", "--notebook", "--save-every", 0) == 0
+    assert (here / "s").read_bytes() == (here / "whole").read_bytes()
+    assert noted("s") == TEXT
+
+
+@pytest.mark.parametrize("then", ["read", "generate"])
+def test_what_a_killed_reading_noted_and_never_read_is_forgotten(
+    here: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module.Session, "steps", killed)
+        with pytest.raises(Killed):
+            read("next.txt", "--session", "s", "--save", "s", "--notebook")
+    assert noted("s") == TEXT + NEXT and session_facts(here / "s")["unfinished"]["tokens"] == 0
+    if then == "read":
+        assert read("next.txt", "--session", "s", "--save", "s") == 0
+    else:
+        assert run("generate", "--session", "s", "On", "--learn", "--max-tokens", 3, "--save", "s") == 0
+    assert noted("s") == TEXT and "unfinished" not in session_facts(here / "s")
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(self: object, ids: object) -> None:
+    raise Killed
+
+
+def test_a_stream_that_is_no_text_leaves_all_as_it_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    kept = (here / "s").read_bytes()
+    for data in (b"", b"\x7fELF\0"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert read("-", "--save", "s", "--notebook") == 1
+        assert (here / "s").read_bytes() == kept and noted("s") == TEXT
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_run_again_it_ends_alike(here: Path, model_dir: Path) -> None:
+    (here / "long.txt").write_text(TEXT * 5)
+    for name in ("s", "whole"):
+        assert read("lake.txt", "--save", name, "--notebook") == 0
+    options = ["--notebook", "--no-picture", "--no-baseline", "--quiet", "--save-every", "0", "--threads", "1"]
+    options += ["--device", "cpu", "--model", str(model_dir)]
+    assert run("read", "long.txt", "--session", "whole", "--save", "whole", *options) == 0
+
+    def reached() -> tuple[int, int]:
+        return (Path("s.notebook") / "text.txt").stat().st_size, session_facts(here / "s")["tokens"]
+
+    moments, killed = random.Random(), 0
+    for _ in range(3):
+        before = reached()
+        command = [sys.executable, "-m", "ttt_e2e", "read", "long.txt", "--session", "s", "--save", "s", *options]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and reached() == before:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.1))
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+        assert (TEXT + TEXT * 5).startswith(noted("s"))
+        if not session_facts(here / "s").get("unfinished"):
+            break
+    assert killed
+    if session_facts(here / "s").get("unfinished"):
+        assert run("read", "long.txt", "--session", "s", "--save", "s", *options) == 0
+    assert (here / "s").read_bytes() == (here / "whole").read_bytes()
+    for name in ("text.txt", "passages.jsonl"):
+        assert Path("s.notebook", name).read_bytes() == Path("whole.notebook", name).read_bytes()
+    assert not [path.name for path in here.iterdir() if path.name.startswith(".")]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("read lake.txt --notebook", "add --save"),
+        ("read lake.txt --session s --notebook", "add --save"),
+        ("generate x --notebook", "--session"),
+        ("generate --session s --notebook", "words of the prompt"),
+        ("generate x --session s --notebook", "no notebook s.notebook"),
+        ("generate x --session s --passages 2", "add --notebook"),
+        ("generate x --session s --embeddings folder", "add --notebook"),
+        ("generate x --session n --notebook --passages 0", "0 passages"),
+        ("notebook search s heron", "no notebook s.notebook"),
+        ("notebook search nowhere heron", "no notebook nowhere.notebook"),
+        ("notebook search . heron", "no notebook ."),
+        ("notebook search n heron --count 0", "0 passages"),
+        ("notebook search n heron --embeddings .", "embedding"),
+    ],
+)
+def test_refused_in_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], argv: str, words: str) -> None:
+    session_module.Session(*session_module.load_reader(session_module.shipped_model())).save(here / "s")
+    shutil.copy("s", "n")
+    with Notebook(here / "n.notebook") as notebook:
+        notebook.add(TEXT)
+    assert words in refused(capsys, *argv.split())
+    assert not (here / "s.notebook").exists() and noted("n") == TEXT
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("notebook", "ACTION"),
+        ("notebook serach s x", "serach"),
+        ("notebook search s", "WORDS"),
+        ("notebook search s x --cuont 2", "did you mean --count"),
+        ("read --notebok", "did you mean --notebook"),
+    ],
+)
+def test_command_lines_that_are_none(here: Path, capsys: pytest.CaptureFixture[str], argv: str, words: str) -> None:
+    error = refused(capsys, *argv.split(), code=2)
+    assert words in error and "--help" in error
+
+
+def test_without_bm25s(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    assert read("lake.txt", "--save", "s", "--notebook") == 0  # noting needs none
+    for argv in ("notebook search s heron", "generate --session s --notebook heron"):
+        assert 'pip install "ttt-e2e[notebook]"' in refused(capsys, *argv.split())
+
+
+def test_a_notebook_that_is_in_use(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    kept = (here / "s").read_bytes()
+    with Notebook(here / "s.notebook"):
+        for argv in (
+            "read next.txt --session s --save s --notebook",
+            "read next.txt --save s --notebook",
+            "read next.txt --session s --save t --notebook",
+            "generate --session s --notebook heron",
+            "notebook search s heron",
+        ):
+            assert "s.notebook is in use" in refused(capsys, *argv.split())
+    assert (here / "s").read_bytes() == kept and not (here / "t").exists()
+
+
+@pytest.mark.parametrize("command", ["notebook", "notebook search", "serve"])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command.split(), "--help") == 0
+    assert "ttt-e2e " in capsys.readouterr().out.split("usage:")[1]
+
+
+def test_help_needs_no_torch() -> None:
+    script = (
+        "import sys; from ttt_e2e.cli.main import main; main(['notebook', 'search', '--help']); main(['serve', '-h']); "
+    )
+    script += "assert not {'torch', 'numpy', 'fastapi'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

@@ -1,0 +1,649 @@
+"""Checkpoints that transformers itself has written, as models of ours: the same logits, and what is refused."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.convert.from_hf import convert_from_hf, describe
+from ttt_e2e.convert.hf_config import read_source
+from ttt_e2e.convert.start import Start
+from ttt_e2e.errors import UserError
+from ttt_e2e.inference.session import Session, load_reader
+from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
+from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.model.checkpoint import load_config, load_model
+from ttt_e2e.model.cost import parameters
+from ttt_e2e.model.rope import frequencies
+from ttt_e2e.model.transformer import Transformer
+
+transformers = pytest.importorskip("transformers", reason="transformers, which writes the checkpoints, is missing")
+
+SHAPE: dict[str, Any] = dict(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=128,
+    initializer_range=0.15,
+    rms_norm_eps=1e-5,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
+SHARDED = "20KB"
+# name: family, what is other than in SHAPE, the size of a shard
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("Llama", {}, "1GB"),
+    "llama, one key head, sharded": ("Llama", {"num_key_value_heads": 1}, SHARDED),
+    "llama, tied, llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}, SHARDED),
+    "llama, biases, linear": (
+        "Llama",
+        {"attention_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+        "1GB",
+    ),
+    "llama, wide heads": ("Llama", {"head_dim": 12, "num_key_value_heads": 4}, "1GB"),
+    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}, "1GB"),
+    "qwen2, yarn, sharded": ("Qwen2", {"rope_parameters": YARN}, SHARDED),
+    "qwen3, wide heads, tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}, "1GB"),
+    "qwen3, biases, yarn": (
+        "Qwen3",
+        {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN | {"attention_factor": 1.3}},
+        SHARDED,
+    ),
+    "mistral, wide heads": ("Mistral", {"sliding_window": None, "head_dim": 12}, "1GB"),
+    "mistral, sliding window": ("Mistral", {"sliding_window": 24, "rope_parameters": {"rope_theta": 1e4}}, SHARDED),
+}
+Pretrained = Callable[[str], tuple[Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    """A model of transformers and the checkpoint that it was saved to, by its name in `CASES`."""
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def make(name: str) -> tuple[Any, Path]:
+        if name not in made:
+            family, changes, shard = CASES[name]
+            torch.manual_seed(len(made))
+            config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
+            model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:  # norms and biases, so that a test sees them
+                        parameter.add_(0.2 * torch.randn_like(parameter))
+            folder = tmp_path_factory.mktemp("pretrained")
+            model.save_pretrained(folder, max_shard_size=shard)
+            assert (shard == SHARDED) == (folder / "model.safetensors.index.json").is_file()
+            made[name] = model, folder
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(pretrained: Pretrained, tmp_path: Path) -> Path:
+    """A sharded checkpoint to spoil."""
+    return Path(shutil.copytree(pretrained("llama, one key head, sharded")[1], tmp_path / "checkpoint"))
+
+
+def tokens(length: int = 60, batch: int = 2) -> Tensor:
+    return torch.randint(96, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Transformer, text: Tensor) -> Tensor:
+    return forward(model, start_reading(model, len(text)), text)[0]
+
+
+def change(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# -- the same model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", ["new", "split"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_logits_are_those_of_transformers(pretrained: Pretrained, tmp_path: Path, name: str, fast: Any) -> None:
+    theirs, folder = pretrained(name)
+    window = CASES[name][1].get("sliding_window") or 60
+    done = convert_from_hf(folder, tmp_path / "out", Start(window=window, mini_batch=5, fast=fast))
+    model = load_model(tmp_path / "out")
+    assert done.parameters == parameters(model.config) == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        expected = theirs(tokens()).logits
+    assert expected.std() > 0.3  # else everything would be near everything
+    difference = (logits(model, tokens()) - expected).abs().max().item()
+    print(f"{name}, {fast}: {difference:.1e} of {expected.abs().max():.1f}")
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "rope_type" in str(case)])
+def test_a_rope_scaling_would_be_missed(pretrained: Pretrained, tmp_path: Path, name: str) -> None:
+    theirs, folder = pretrained(name)
+    model = load_model(convert(folder, tmp_path))
+    assert model.config.rope_scaling.rope_type != "none"
+    with torch.no_grad():
+        expected = theirs(tokens()).logits
+    for change in (
+        {"rope_scaling.rope_type": "none", "rope_scaling.factor": 1.0},
+        {"rope_scaling.attention_factor": 1.05 * model.config.rope_scaling.attention_factor},
+    ):
+        model.config = dataclasses.replace(model.config, **change)
+        assert (logits(model, tokens()) - expected).abs().max() > 1e-2
+
+
+def convert(folder: Path, tmp_path: Path, dtype: str | None = None, **options: Any) -> Path:
+    convert_from_hf(
+        folder, tmp_path / "out", Start(**{"sliding_window": 60, "mini_batch_size": 5, **options}), dtype=dtype
+    )
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("fast", ["new", "split"])
+def test_nothing_changes_before_the_first_update(
+    pretrained: Pretrained, tmp_path: Path, fast: str, rank: int | None
+) -> None:
+    theirs, folder = pretrained("qwen3, biases, yarn")
+    model = load_model(convert(folder, tmp_path, fast=fast, fast_rank=rank))
+    learning, frozen = (sequence_loss(model, tokens(), inner_lr=lr).nll_BT for lr in (None, 0.0))
+    torch.testing.assert_close(learning[:, :5], frozen[:, :5], rtol=0, atol=0)
+    assert (learning[:, 5:] - frozen[:, 5:]).abs().mean() > 1e-4
+    with torch.no_grad():
+        log_p = theirs(tokens()).logits.log_softmax(-1)[:, :-1]
+    expected = -log_p.gather(-1, tokens()[:, 1:, None])[..., 0]
+    assert (frozen - expected).abs().max() < 1e-4
+
+
+def test_a_new_fast_mlp_learns_its_second_matrix_first(pretrained: Pretrained, tmp_path: Path) -> None:
+    model = load_model(convert(pretrained("llama")[1], tmp_path, fast="new"))
+    assert model.config.fast_intermediate_size == 12 and model.suffix[0].fast.w_out.abs().max() == 0
+    assert model.suffix[0].fast.w_in.std().item() == pytest.approx(SHAPE["initializer_range"], rel=0.1)
+    states, text = [start_reading(model, 2)], tokens()
+    for i in (0, 5):
+        state, _, norm = read_mini_batch(model, states[-1], text[:, i : i + 5], text[:, i + 1 : i + 6])
+        assert (norm > 1e-3).all()
+        states.append(state)
+    (w_in, w_out), *_ = zip(*(state.loop.fast[0] for state in states), strict=True), None
+    assert torch.equal(w_in[1], w_in[0]) and not torch.equal(w_in[2], w_in[1])
+    assert not torch.equal(w_out[1], w_out[0]) and not torch.equal(w_out[2], w_out[1])
+
+
+def test_factors_of_low_rank_move_one_after_another(pretrained: Pretrained, tmp_path: Path) -> None:
+    expected = {
+        "new": [{"up_out"}, {"up_in", "up_out", "down_out"}, {"up_in", "down_in", "up_out", "down_out"}],
+        "split": [{"up_in", "up_out"}, *[{"up_in", "down_in", "up_out", "down_out"}] * 2],
+    }
+    for fast, moved in expected.items():
+        convert_from_hf(pretrained("llama")[1], tmp_path / fast, Start(60, mini_batch=5, fast=fast, fast_rank=3))  # type: ignore[arg-type]
+        model, text = load_model(tmp_path / fast), tokens()
+        state = start_reading(model, 2)
+        for i in range(3):
+            before = state.loop.fast[0]
+            state, _, _ = read_mini_batch(model, state, text[:, 5 * i : 5 * i + 5], text[:, 5 * i + 1 : 5 * i + 6])
+            now = state.loop.fast[0]._asdict()
+            names = {
+                name[: name.rindex("_")] for name, old in before._asdict().items() if not torch.equal(old, now[name])
+            }
+            assert names == moved[i], (fast, i)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_split_takes_the_first_hidden_units(pretrained: Pretrained, tmp_path: Path, share: float) -> None:
+    theirs, folder = pretrained("llama")
+    model = load_model(convert(folder, tmp_path, fast="split", fast_share=share, suffix=0.5))
+    taken, mlp = int(48 * share), theirs.model.layers[3].mlp
+    assert (model.config.suffix_layers, model.config.fast_intermediate_size, model.config.suffix_intermediate_size) == (
+        2,
+        taken,
+        48 - taken,
+    )
+    fast, static = model.blocks[3].fast, model.blocks[3].mlp
+    assert torch.equal(fast.w_in, torch.cat((mlp.gate_proj.weight[:taken], mlp.up_proj.weight[:taken])))
+    assert torch.equal(static.w_in, torch.cat((mlp.gate_proj.weight[taken:], mlp.up_proj.weight[taken:])))
+    assert torch.equal(torch.cat((fast.w_out, static.w_out), 1), mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("fast", ["new", "split"])
+def test_additions_of_low_rank_to_the_same_weights(pretrained: Pretrained, tmp_path: Path, fast: Any) -> None:
+    """They come on top of the weights of a conversion without them, and begin as those of a model that is made anew."""
+    folder = pretrained("llama")[1]
+    done = convert_from_hf(folder, tmp_path / "low", Start(window=60, mini_batch=5, fast=fast, fast_rank=3))
+    whole, low = (
+        dict(load_model(path).named_parameters()) for path in (convert(folder, tmp_path, fast=fast), tmp_path / "low")
+    )
+    assert all(torch.equal(low[name], whole[name]) for name in whole)
+    added = {name.rpartition(".")[2]: low[name] for name in set(low) - set(whole)}
+    assert {name: tuple(factor.shape) for name, factor in added.items()} == {
+        "up_in": (24, 3),
+        "down_in": (3, 32),
+        "up_out": (32, 3),
+        "down_out": (3, 12),
+    }
+    assert added["up_in"].abs().max() == added["up_out"].abs().max() == 0
+    for name in ("down_in", "down_out"):
+        assert float(added[name].detach().norm(dim=1).mean()) == pytest.approx(1, abs=0.35)
+    assert done.parameters == parameters(done.config) == sum(weight.numel() for weight in low.values())
+    assert "additions of rank 3" in " ".join(describe(done))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("fast", ["new", "split"])
+def test_it_can_be_trained_further(pretrained: Pretrained, tmp_path: Path, fast: str, rank: int | None) -> None:
+    model = load_model(convert(pretrained("qwen2, tied")[1], tmp_path, fast=fast, fast_rank=rank))
+    sequence_loss(model, tokens()).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+# -- the configuration -------------------------------------------------------------------------------------------------
+
+
+def rope_config(head_width: int, rope: dict[str, Any], limit: int) -> tuple[Any, ModelConfig]:
+    config = transformers.LlamaConfig(
+        **{**SHAPE, "head_dim": head_width, "max_position_embeddings": limit, "rope_parameters": dict(rope)}
+    )
+    written = json.loads(config.to_json_string())
+    return config, ModelConfig(**read_source(written, Path("config.json")).shape)
+
+
+@pytest.mark.parametrize(
+    ("head_width", "limit", "rope"),
+    [
+        (128, 131_072, LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 8192}),
+        (64, 131_072, LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 8192, "factor": 32.0}),
+        (128, 32_768, YARN | {"rope_theta": 1e6, "original_max_position_embeddings": 32_768, "beta_fast": None}),
+        (64, 4096, YARN | {"factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.707}),
+        (32, 4096, YARN | {"factor": 16.0, "beta_fast": 32.0, "beta_slow": 31.9}),
+        (64, 16_384, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+        (64, 2048, {"rope_type": "default", "rope_theta": 1e4}),
+    ],
+)
+def test_rotary_rates(head_width: int, limit: int, rope: dict[str, Any]) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs, ours = rope_config(head_width, {k: v for k, v in rope.items() if v is not None}, limit)
+    module = LlamaRotaryEmbedding(theirs)
+    torch.testing.assert_close(frequencies(ours, "cpu"), module.inv_freq.double(), rtol=2e-6, atol=0)
+    assert ours.rope_scaling.attention_factor == pytest.approx(module.attention_scaling, rel=1e-12)
+
+
+def test_older_configurations(pretrained: Pretrained, tmp_path: Path) -> None:
+    """As transformers wrote them before version 5: `rope_theta` beside `rope_scaling`, its kind called `type` once."""
+    new = json.loads((pretrained("llama, tied, llama3")[1] / "config.json").read_text())
+    expected = read_source(new, tmp_path)
+    rope = new.pop("rope_parameters")
+    old = {**new, "rope_theta": rope.pop("rope_theta")}
+    assert read_source({**old, "rope_scaling.rope_type": rope}, tmp_path) == expected
+    rope["type"] = rope.pop("rope_type")
+    assert read_source({**old, "rope_scaling.rope_type": rope}, tmp_path) == expected
+    plain = read_source({**old, "rope_scaling.rope_type": None}, tmp_path)
+    assert "rope_scaling" not in plain.shape and plain.shape["rope_theta"] == 500
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "window"),
+    [
+        ("llama", {}, 128),
+        ("llama", {"max_position_embeddings": 131_072}, 8192),
+        ("qwen2, yarn, sharded", {}, 128),
+        ("qwen2, yarn, sharded", {"max_position_embeddings": 32}, 128),  # as Qwen's own writes it: the factor counts
+        ("mistral, sliding window", {}, 24),
+        ("mistral, wide heads", {}, 128),
+        (
+            "qwen2, tied",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0, "layer_types": None},
+            16,
+        ),
+        (
+            "qwen2, tied",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4, "layer_types": None},
+            128,
+        ),
+        ("qwen2, tied", {"use_sliding_window": False, "sliding_window": 16}, 128),
+    ],
+)
+def test_the_window_is_what_the_original_can_see(
+    pretrained: Pretrained, tmp_path: Path, name: str, changes: dict[str, Any], window: int
+) -> None:
+    folder = Path(shutil.copytree(pretrained(name)[1], tmp_path / "checkpoint"))
+    change(folder, **changes)
+    config = convert_from_hf(folder, tmp_path / "out").config
+    assert (config.sliding_window, config.mini_batch_size) == (window, min(1024, window // 8))
+    assert load_config(tmp_path / "out") == config
+    with pytest.raises(UserError, match=rf"window of {10**6} tokens is longer than"):
+        convert_from_hf(folder, tmp_path / "other", Start(window=10**6))
+
+
+def test_a_window_that_mistral_does_not_say_is_the_librarys(pretrained: Pretrained, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pretrained("mistral, wide heads")[1], tmp_path / "checkpoint"))
+    change(folder, max_position_embeddings=1 << 17)
+    assert convert_from_hf(folder, tmp_path / "none").config.window == 8192  # null: it sees everything
+    said = json.loads((folder / "config.json").read_text())
+    del said["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(said))
+    assert convert_from_hf(folder, tmp_path / "out").config.window == 4096
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "expected"),
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float16, None, torch.float32),
+        (torch.float32, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_the_dtype_of_the_weights(
+    pretrained: Pretrained, tmp_path: Path, stored: torch.dtype, dtype: str | None, expected: torch.dtype
+) -> None:
+    theirs, original = pretrained("mistral, wide heads")
+    copy = transformers.MistralForCausalLM.from_pretrained(original, dtype=stored)
+    copy.save_pretrained(tmp_path / "checkpoint")
+    done = convert_from_hf(tmp_path / "checkpoint", tmp_path / "out", dtype=dtype)
+    assert load_file(tmp_path / "out/model.safetensors")["embedding"].dtype == expected
+    assert done.dtype == str(expected).removeprefix("torch.")
+    weight = theirs.model.embed_tokens.weight.to(stored).to(expected).float()
+    assert torch.equal(load_model(tmp_path / "out").embedding, weight)
+
+
+def test_notes_name_the_source(pretrained: Pretrained, tmp_path: Path) -> None:
+    folder = pretrained("llama")[1]
+    notes = json.loads((convert(folder, tmp_path, fast="split") / "config.json").read_text())["notes"]
+    assert (notes["source"], notes["source_family"], notes["fast"]) == (str(folder), "llama", "split")
+    assert len(notes["source_config_sha256"]) == 64
+
+
+def test_memory_is_that_of_a_part(pretrained: Pretrained, tmp_path: Path) -> None:
+    """A checkpoint of 8 shards, 192 MiB in all, converted in less than one and a half of them."""
+    if not Path("/proc/self/clear_refs").is_file():
+        pytest.skip("the system does not say how much memory a process held at most")
+    shape = {**SHAPE, "vocab_size": 8, "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 8}
+    config = transformers.LlamaConfig(**shape, tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path / "big")
+    with torch.device("meta"):
+        weights = transformers.LlamaForCausalLM(config).state_dict()
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        if name != "lm_head.weight":
+            layer = name.split(".")[2] if ".layers." in name else "0"
+            shards.setdefault(f"model-{layer}.safetensors", {})[name] = torch.ones(weight.shape)
+    for file, tensors in shards.items():
+        save_file(tensors, tmp_path / "big" / file)
+    index = {"weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
+    (tmp_path / "big/model.safetensors.index.json").write_text(json.dumps(index))
+    sizes = [file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors")]
+    script = (
+        "import sys\n"
+        "from ttt_e2e.convert.from_hf import convert_from_hf\n"
+        "from ttt_e2e.convert.start import Start\n"
+        "def kib(name):\n"
+        "    return int(next(line for line in open('/proc/self/status') if line.startswith(name)).split()[1])\n"
+        "convert_from_hf(sys.argv[1], sys.argv[2] + '0', Start(window=64))\n"  # imports, once and for all
+        "before = kib('VmRSS')\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # forget the peak so far
+        "convert_from_hf(sys.argv[3], sys.argv[2], Start(window=64))\n"
+        "print(1024 * (kib('VmHWM') - before))\n"
+    )
+    folders = (pretrained("llama")[1], tmp_path / "out", tmp_path / "big")
+    command = [sys.executable, "-c", script, *map(str, folders)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    print(f"grew by {grown / 2**20:.0f} MiB; {len(sizes)} shards of up to {max(sizes) / 2**20:.0f} MiB")
+    assert sum(sizes) > 6 * max(sizes)
+    assert grown < 1.5 * max(sizes)
+
+
+def test_a_failure_leaves_nothing(pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr("ttt_e2e.convert.from_hf._put_new", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        convert(pretrained("llama")[1], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------------------
+
+
+def bpe(specials: list[str]) -> tokenizers.Tokenizer:
+    """Bytes as tokens, as Llama 3 and Qwen have them, and special ones after them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(specials)
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("name", "specials", "bos"),
+    [
+        ("llama, tied, llama3", ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], "<|begin_of_text|>"),
+        ("qwen2, tied", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>"),
+        ("llama", ["<s>", "</s>"], "<s>"),
+    ],
+)
+def test_texts_are_read_and_written(tmp_path: Path, name: str, specials: list[str], bos: str) -> None:
+    """With a vocabulary rounded up, as Qwen's is: the rows that no token names are left out."""
+    family, changes, _ = CASES[name]
+    backend, folder = bpe(specials), tmp_path / "checkpoint"
+    size = backend.get_vocab_size()
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes, "vocab_size": size + 13})
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    theirs.save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"chat_template": "{{ messages[0]['content'] }}", "bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    done = convert_from_hf(folder, tmp_path / "out", Start(window=64, mini_batch=8))
+    assert done.tokenizer and done.unnamed == 13 and "13 ids" in " ".join(describe(done))
+    for carried in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / carried).read_bytes() == (folder / carried).read_bytes()
+    model, tokenizer = load_reader(tmp_path / "out", "cpu")
+    assert tokenizer.bos == backend.token_to_id(bos)
+    ids = torch.from_numpy(tokenizer.encode(f"A Straße, {bos} and back."))[None]
+    assert backend.token_to_id(bos) not in ids
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    assert (logits(model, ids) - expected[..., :size]).abs().max() < 1e-4
+    session = Session(model, tokenizer)
+    session.read("It rained all night. " * 4)
+    assert session.info().text_bytes == 84
+    written = list(Session(model, tokenizer).generate_tokens("And so", max_tokens=4, temperature=0.0))
+    text = [tokenizer.bos, *tokenizer.encode("And so").tolist()]
+    for token in written:
+        with torch.no_grad():
+            assert token == theirs(torch.tensor([text])).logits[0, -1, :size].argmax()
+        text.append(token)
+    assert len(written) == 4
+
+
+def test_a_checkpoint_without_tokenizer_says_so(pretrained: Pretrained, tmp_path: Path) -> None:
+    done = convert_from_hf(pretrained("llama")[1], tmp_path / "out")
+    assert not done.tokenizer and "no tokenizer.json" in describe(done)[-1]
+
+
+def test_tokenizers_that_do_not_fit(checkpoint: Path, tmp_path: Path) -> None:
+    backend = bpe(["<s>"])
+    backend.save(str(checkpoint / "tokenizer.json"))
+    with pytest.raises(UserError, match="has 257 tokens, but its model has a vocabulary of 96"):
+        convert(checkpoint, tmp_path)
+    bpe([]).save(str(checkpoint / "tokenizer.json"))
+    with pytest.raises(UserError, match="no token that begins a document"):
+        convert(checkpoint, tmp_path)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_found_in_the_cache(pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache/models--someone--something"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(pretrained("llama, one key head, sharded")[1], cache / "snapshots" / revision)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    convert_from_hf("someone/something", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["notes"]["source"] == "someone/something"
+    next((cache / "snapshots" / revision).glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"something .*not whole in the Hugging Face cache|is missing, which"):
+        convert_from_hf("someone/something", tmp_path / "other")
+    with pytest.raises(UserError, match="someone/else is no folder here, is not whole in the Hugging Face cache and"):
+        convert_from_hf("someone/else", tmp_path / "other")
+    for nothing in ("nowhere", "a/b/c"):
+        with pytest.raises(UserError, match=f"There is no folder {nothing}; give"):
+            convert_from_hf(nothing, tmp_path / "other")
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "gpt2"}, r"model_type 'gpt2', which cannot be converted; Llama, Qwen2, Qwen3, Mistral can"),
+        ({"model_type": None}, "model_type 'nothing'"),
+        ({"model_type": "qwen3_moe"}, r"is a mixture of experts \(qwen3_moe\)"),
+        ({"num_local_experts": 8}, "is a mixture of experts"),
+        ({"quantization_config": {"bits": 4}}, "describes a quantised checkpoint"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "describes a LlamaForTokenClassification"),
+        ({"hidden_act": "gelu"}, "has hidden_act = gelu; only silu"),
+        ({"mlp_bias": True}, "has mlp_bias = True; only False"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic', which is unsupported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'.*; default, linear, llama3, yarn are"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "has truncate = False"),
+        ({"rope_parameters": {"full_attention": YARN}}, "other than one kind for all layers"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
+        ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor = 0.5"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide', which is no whole number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small', which is no number"),
+        ({"tie_word_embeddings": 3}, "neither true nor false"),
+        ({"num_attention_heads": 3, "head_dim": None}, "width 32 does not divide into 3 heads"),
+        ({"num_attention_heads": 3}, "3 query heads cannot share|has shape"),
+        ({"num_attention_heads": 8, "head_dim": None}, r"self_attn.k_proj.weight in .* has shape \[8, 32\]"),
+        ({"intermediate_size": 64}, r"has shape \[48, 32\], but the configuration asks for \[64, 32\]"),
+        ({"vocab_size": 97}, r"model.embed_tokens.weight in .* has shape \[96, 32\]"),
+        ({"num_hidden_layers": 5}, r"lacks model.layers.4.*and more"),
+        ({"num_hidden_layers": 3}, r"does not explain, such as model.layers.3"),
+        ({"attention_bias": True}, r"lacks model.layers.0.self_attn.k_proj.bias"),
+        ({"model_type": "qwen3"}, r"lacks model.layers.0.self_attn.k_norm.weight"),
+        ({"tie_word_embeddings": True}, "the checkpoint has another one"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "a sliding window in some layers only",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            "a sliding window in some layers only",
+        ),
+    ],
+)
+def test_configurations_that_are_refused(
+    checkpoint: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    change(checkpoint, **changes)
+    with pytest.raises(UserError, match=sentence):
+        convert(checkpoint, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sliding_window": 129}, "window of 129 tokens is longer than 128, the range of its rotary positions"),
+        ({"sliding_window": 8, "mini_batch_size": 9}, "mini-batch b = 9 is longer than the window k = 8"),
+        ({"suffix": 0.0}, "suffix is a share"),
+        ({"suffix": 1.5}, "suffix is a share"),
+        ({"fast_share": 0.0}, "share of the pretrained one is above 0"),
+        ({"fast_share": 1.0, "fast": "split"}, "leaves nothing of 48 hidden units"),
+        ({"dtype": "int8"}, "written as float32 or bfloat16, not int8"),
+    ],
+)
+def test_options_that_are_refused(
+    pretrained: Pretrained, tmp_path: Path, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        convert(pretrained("llama")[1], tmp_path, **options)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_files_that_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    shard = shards(checkpoint)[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    with pytest.raises(UserError, match=f"{shard.name} is truncated or not a safetensors file"):
+        convert(checkpoint, tmp_path)
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard.name} is missing, which model.safetensors.index.json lists"):
+        convert(checkpoint, tmp_path)
+    tensors = load_file(shards(checkpoint)[0])
+    save_file({name + "x": weight for name, weight in tensors.items()}, shard)
+    with pytest.raises(UserError, match=r"places .* in a file that lacks it"):
+        convert(checkpoint, tmp_path)
+    index = checkpoint / "model.safetensors.index.json"
+    for broken in ("{", '{"weight_map": []}', '{"weight_map": {"a": "../a.safetensors"}}'):
+        index.write_text(broken)
+        with pytest.raises(UserError, match=r"is not JSON|does not list the files of the weights"):
+            convert(checkpoint, tmp_path)
+    index.unlink()
+    with pytest.raises(UserError, match=r"has no weights: neither model.safetensors nor"):
+        convert(checkpoint, tmp_path)
+    (checkpoint / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(UserError, match="as pickles alone, which may run code and are not read"):
+        convert(checkpoint, tmp_path)
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json is missing"):
+        convert(checkpoint, tmp_path)
+    with pytest.raises(UserError, match="is a file; give the folder"):
+        convert(index.with_name("pytorch_model.bin"), tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="out exists; name another folder"):
+        convert(checkpoint, tmp_path)
+
+
+def test_tensors_that_are_refused(pretrained: Pretrained, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pretrained("llama")[1], tmp_path / "checkpoint"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"{name} in .* is of type I8: a quantised checkpoint"):
+        convert(folder, tmp_path)
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
+    assert convert(folder, tmp_path).is_dir()  # Llama 1 has them; they follow from the configuration
+    change(folder, tie_word_embeddings=True)
+    tied = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tied, folder / "model.safetensors")
+    assert convert_from_hf(folder, tmp_path / "tied").config.tied_head

@@ -1,0 +1,85 @@
+"""What several tests share: small models and configurations, made-up tokens, altered files."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.data.prepare import prepare
+from ttt_e2e.model.transformer import Transformer
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def make_config(**values: Any) -> ModelConfig:
+    """A configuration from settings by name; one inside a value is written with a dot or with two underscores."""
+    inner: dict[str, dict] = {}
+    for name in list(values):
+        head, _, rest = name.replace("__", ".").partition(".")
+        if rest:
+            inner.setdefault(head, {})[rest] = values.pop(name)
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**values, **{head: dataclasses.replace(defaults[head], **some) for head, some in inner.items()})
+
+
+def small_config(**changes: object) -> ModelConfig:
+    """A model of four blocks, two of them suffix, that runs in milliseconds."""
+    values: dict = dict(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=24,
+        suffix_layers=2,
+        sliding_window=12,
+        mini_batch_size=5,
+        initializer_range=0.3,
+    )
+    return make_config(**{**values, **changes})
+
+
+def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Transformer:
+    """`small_config` as a model; norms are moved off one, additions of low rank off zero, so that a test sees them."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(small_config(**changes), generator).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or ".fast.up_" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
+    return model
+
+
+@contextmanager
+def plain_twins() -> Iterator[None]:
+    """The plain twins of all operators, as a compiler is given them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("attention", "elementwise"):
+            patch.setattr(f"ttt_e2e.ops.{module}.is_compiling", lambda: True)
+        yield
+
+
+def made_up_tokens(folder: Path, documents: int) -> Path:
+    """Little documents of made-up sentences, prepared in `folder`; a tenth of them is held out."""
+    choices = random.Random(0)
+    words = ["red", "green", "blue", "fish", "bird", "tree", "sings", "swims", "grows"]
+    lines = [" ".join(choices.choices(words, k=choices.randint(5, 60))) for _ in range(documents)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    prepare([folder / "texts.jsonl"], folder / "tokens", vocab_size=272, val_share=0.1, progress=False)
+    return folder / "tokens"
+
+
+def with_fact(path: Path, name: str, value: Any) -> None:
+    """Alter what a session file says of itself, as somebody who means harm might."""
+    with safe_open(path, "np") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        facts = json.loads(file.metadata()["session"])
+    save_file(tensors, path, {"session": json.dumps(facts | {name: value})})

@@ -1,0 +1,119 @@
+"""The compiled path computes what the plain one does, is compiled once, and steps aside where that cannot be done."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from helpers import small_model
+from torch import Tensor
+
+from ttt_e2e.inference.streaming import read_mini_batch, start_reading
+from ttt_e2e.inner_loop.compiled import compiled_functions
+from ttt_e2e.inner_loop.step import EAGER, LoopFunctions, sequence_loss
+from ttt_e2e.model.transformer import Transformer
+
+# A compilation that fails, or is done again, would leave nothing but the plain path to be compared with itself.
+pytestmark = pytest.mark.filterwarnings("error:Going on without compilation")
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+F64 = torch.float64
+SHAPES = {
+    "plain": {},
+    "grouped heads, odd window": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 7,
+        "inner_loop.max_grad_norm": 0.05,
+    },
+    "full attention": {"pattern": ("full",)},
+    "one suffix block": {"suffix_layers": 1},
+    "standard": {"suffix_layers": 0},
+    "parallel MLPs, biases, YaRN": {
+        "parallel_mlp": True,
+        "suffix_intermediate_size": 10,
+        "attention_bias": True,
+        "attention_out_bias": True,
+        "rope_scaling.rope_type": "yarn",
+        "rope_scaling.factor": 4.0,
+        "rope_scaling.original_max_position_embeddings": 16,
+        "rope_scaling.attention_factor": 1.1,
+    },
+    "low rank": {"fast_rank": 3},
+    "nothing kept": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 7},
+}
+
+
+def tokens(length: int, batch: int = 2) -> Tensor:
+    return torch.randint(50, (batch, length + 1), generator=torch.Generator().manual_seed(0))
+
+
+def gradient(model: Transformer, text: Tensor, steps: LoopFunctions, **options: object) -> tuple[Tensor, Tensor]:
+    model.zero_grad()
+    out = sequence_loss(model, text, dtype=F64, functions=steps, **options)  # type: ignore[arg-type]
+    out.loss.backward()
+    return out.nll_BT, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("shape", "recompute"), [*((shape, "none") for shape in SHAPES), ("plain", "sqrt"), ("nothing kept", "sqrt")]
+)
+def test_losses_and_outer_gradient(shape: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, differentiated and run as the compiler sees it, without its code generation."""
+    if shape == "nothing kept":
+        monkeypatch.setattr("ttt_e2e.ops.attention.KEPT_SCORES", {})
+        monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 0)
+    model, text = small_model(F64, **SHAPES[shape]), tokens(28)
+    expected = gradient(model, text, EAGER, bos=3, activation_checkpointing=recompute)
+    compiled = gradient(model, text, compiled_functions(backend="aot_eager"), bos=3, activation_checkpointing=recompute)
+    for ours, theirs in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+@COMPILER
+def test_generated_code() -> None:
+    model, text = small_model(F64), tokens(28)
+    expected = gradient(model, text, EAGER, bos=3)
+    for ours, theirs in zip(gradient(model, text, compiled_functions(), bos=3), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_one_compilation_for_all_mini_batches() -> None:
+    model, steps = small_model(F64), compiled_functions(backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2):
+            text = torch.randint(50, (2, 41), generator=torch.Generator().manual_seed(seed))
+            gradient(model, text, steps, inner_lr=0.5 + seed)
+
+
+def test_one_compilation_for_all_of_a_text() -> None:
+    model, steps, text = small_model(F64), compiled_functions(backend="aot_eager"), tokens(40)
+    plain = compiled = start_reading(model, 2, F64)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(0, 40, 5):
+            pieces = (text[:, i : i + 5], text[:, i + 1 : i + 6])
+            plain, *expected = read_mini_batch(model, plain, *pieces, dtype=F64)
+            compiled, *ours = read_mini_batch(model, compiled, *pieces, dtype=F64, functions=steps)
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+            assert compiled.static is not None and plain.static is not None
+            for a, b in zip(compiled.static + compiled.loop.caches, plain.static + plain.loop.caches, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_what_cannot_be_compiled_runs_with_one_warning() -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler on this machine")
+
+    model, text = small_model(F64), tokens(28)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss, _ = gradient(model, text, compiled_functions(backend=broken))
+    ours = [w for w in caught if "without compilation" in str(w.message)]
+    assert len(ours) == 1 and "no compiler on this machine" in str(ours[0].message)
+    torch.testing.assert_close(loss, gradient(model, text, EAGER)[0], rtol=1e-9, atol=1e-11)

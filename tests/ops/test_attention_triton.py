@@ -1,0 +1,123 @@
+"""The Triton kernels against attention built from PyTorch's own operations.
+
+On a machine with a GPU they run there. Elsewhere they run in Triton's interpreter, which has to be chosen before triton
+is imported: `test_in_the_interpreter` starts a process of its own for that, so that everything else here is left alone.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from ops_helpers import (
+    CASES,
+    EMPTY,
+    assert_same,
+    directions,
+    draw,
+    inputs,
+    two_orders,
+    two_orders_of_reference,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def obstacle() -> str:
+    """Why the kernels cannot run in this process; empty if they can."""
+    if not INTERPRETED:
+        return "" if torch.cuda.is_available() else "needs a GPU or the interpreter"
+    import numpy
+    import triton
+
+    triton_version, numpy_version = (tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy))
+    # Loops over computed bounds raise a TypeError there.
+    return "needs Triton 3.7 or NumPy 2.3" if triton_version < (3, 7) and numpy_version > (2, 3) else ""
+
+
+RUNNABLE = pytest.mark.skipif(bool(obstacle()), reason=obstacle() or "none")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run without it")
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@RUNNABLE
+@pytest.mark.parametrize("case", CASES)
+def test_both_orders(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths of a few blocks of 16, none of which they divide."""
+    from ttt_e2e.ops import attention_triton
+
+    small = attention_triton.Config(16, 16, 1, 1)
+    monkeypatch.setattr(attention_triton, "_config", lambda table, q: small)
+    queries, keys, window, own = CASES[case].values()
+    q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
+    abc = directions(q, k, own)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
+    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), own, window)
+    assert_same(two_orders(q, k, v, do, abc, own, window, "triton"), theirs, 1e-5)
+
+
+@RUNNABLE
+@pytest.mark.parametrize(("queries", "keys", "own", "window", "empty"), EMPTY)
+def test_empty_slots(
+    queries: int, keys: int, own: int, window: int | None, empty: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ttt_e2e.ops import attention_triton
+
+    small = attention_triton.Config(16, 16, 1, 1)
+    monkeypatch.setattr(attention_triton, "_config", lambda table, q: small)
+    q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
+    abc = directions(q, k, own)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
+    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), own, window, empty)
+    assert_same(two_orders(q, k, v, do, abc, own, window, "triton", empty), theirs, 1e-5)
+
+
+@RUNNABLE
+@pytest.mark.parametrize(("queries", "keys", "own", "window"), [(70, 150, 40, 90), (33, 64, 64, None)])
+@pytest.mark.parametrize(("block_t", "block_s"), [(16, 32), (32, 16)])
+def test_blocks(
+    queries: int, keys: int, own: int, window: int | None, block_t: int, block_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of different sizes, some of which every query sees whole."""
+    from ttt_e2e.ops import attention_triton
+
+    config = attention_triton.Config(block_t, block_s, 4, 1)
+    monkeypatch.setattr(attention_triton, "_config", lambda table, q: config)
+    q, k, v, do = inputs(1, (1, 1), queries, keys, 16, dtype=torch.float32, device=DEVICE)
+    abc = directions(q, k, own)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
+    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), own, window)
+    assert_same(two_orders(q, k, v, do, abc, own, window, "triton"), theirs, 1e-5)
+
+
+@RUNNABLE
+@pytest.mark.parametrize("width", [5, 16, 32, 64, 80, 128, 256])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_default_blocks(width: int, dtype: torch.dtype, tolerance: float) -> None:
+    """As they are called in earnest; the rows of q lie apart."""
+    q, k, v, do = inputs(1, (1, 1), 70, 140, width, dtype=dtype, device=DEVICE)
+    q = draw(1, 70, 1, width, dtype=dtype, device=DEVICE).detach().transpose(1, 2).requires_grad_()
+    abc = directions(q, k, 70)
+    ours = two_orders(q, k, v, do, abc, 70, 100, "triton")
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
+    assert_same(ours, two_orders_of_reference(*wide, tuple(x.double() for x in abc), 70, 100), tolerance)
+
+
+@RUNNABLE
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 16), (torch.float32, 272)])
+def test_refusals(dtype: torch.dtype, width: int) -> None:
+    from ttt_e2e.ops.windowed_attention import windowed_attention
+
+    q, k, v, _ = inputs(1, (1, 1), 3, 5, width, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match="implementation 'triton' needs"):
+        windowed_attention(q, k, v, implementation="triton")

@@ -1,0 +1,168 @@
+"""The page at /, in a browser."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+from server_helpers import FakeEngine, served, until
+
+from ttt_e2e.server.app import Settings, create_app
+from ttt_e2e.server.keys import Keys
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH"),
+]
+KEY = "a-long-key-for-the-page"
+PHONE = {"hidden_size": 360, "height": 740}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    # Its sandbox does not work for root, as whom tests run in containers.
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+class Watched:
+    """A page, and what its browser complains about: nothing may be refused by its policy."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        context = browser.new_context(**options)
+        self.page = context.new_page()
+        self.complaints: list[str] = []
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else 0)
+        self.page.goto(address)
+
+
+def text_of(page: Any, selector: str) -> str:
+    return page.locator(selector).inner_text()
+
+
+def test_drop_a_text_see_the_loss_ask_and_see_text(browser: Any, tmp_path: Path) -> None:
+    engine = FakeEngine(pause=0.02)
+    file = tmp_path / "book.txt"
+    file.write_text("Die Straße war naß. " * 30)
+    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+        watched = Watched(browser, address, accept_downloads=True)
+        page = watched.page
+        page.set_input_files("#file", file)
+        sync_api.expect(page.locator("#progress")).to_contain_text("Read: 120 tokens")
+        for line in ("#curve", "#mean"):
+            points = [[float(number) for number in p.split(",")] for p in page.get_attribute(line, "points").split()]
+            assert len(points) >= 3
+            assert all(0 <= x <= 1000 and 0 <= y <= 200 for x, y in points)
+            assert points == sorted(points)  # from left to right
+        assert "120 tokens" in page.locator("svg title").text_content()
+        assert text_of(page, "#sessions li").count("121 tokens read") == 1
+        (session,) = engine.all.values()
+        assert session.text.startswith("Die Straße")
+
+        # A text is a text, whatever it spells.
+        page.fill("#prompt", "<img src=x onerror=alert(1)>")
+        page.fill("#most", "5")
+        page.check("#learn")
+        page.click("#send")
+        written = page.locator("#text")
+        sync_api.expect(written).to_have_text("<img src=x onerror=alert(1)> w1ä w2ä w3ä w4ä w5ä")
+        until(lambda: session.text.endswith("w5ä"))
+
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Export").click()
+        assert Path(download.value.path()).read_bytes().startswith(b"session:Die")
+
+        page.fill("#most", "16000")
+        page.click("#send")
+        sync_api.expect(written).to_contain_text(" w7")
+        page.click("#stop-writing")
+        until(lambda: engine.running == 0)
+
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.get_by_role("button", name="Delete").click()
+        page.wait_for_selector("#none:visible")
+        assert not engine.all
+        assert watched.complaints == []
+
+
+def test_a_text_that_is_dropped_and_one_that_is_none(browser: Any) -> None:
+    engine = FakeEngine()
+    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+        watched = Watched(browser, address)
+        drop = """content => {
+            const data = new DataTransfer();
+            data.items.add(new File([content], "dropped.txt"));
+            document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+        }"""
+        watched.page.evaluate(drop, "one two three")
+        sync_api.expect(watched.page.locator("#progress")).to_contain_text("Read: 3 tokens")
+        watched.page.evaluate(drop, "bad\0text")
+        watched.page.wait_for_selector("#error:visible")
+        assert "looks binary" in text_of(watched.page, "#error")
+        (session,) = engine.all.values()
+        assert session.text == "one two three"
+
+
+def test_a_text_goes_where_it_was_said_to_go(browser: Any, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    files = [tmp_path / f"{word}.txt" for word in ("one", "two", "three")]
+    for file in files:
+        file.write_text(file.stem)
+    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+        page = Watched(browser, address).page
+
+        def read(file: Path) -> list[str]:
+            before = sum(len(one.text) for one in engine.all.values())
+            page.set_input_files("#file", file)
+            until(lambda: sum(len(one.text) for one in engine.all.values()) > before)
+            sync_api.expect(page.locator("#file")).to_be_enabled()
+            return [one.text for one in engine.all.values()]
+
+        assert read(files[0]) == ["one"]
+        page.select_option("#into", "")  # a new session, whatever else is done before the text comes
+        page.fill("#prompt", "And")
+        page.fill("#most", "2")
+        page.click("#send")
+        sync_api.expect(page.locator("#text")).to_contain_text("w2")
+        sync_api.expect(page.locator("#send")).to_be_enabled()
+        assert read(files[1]) == ["one", "two"]
+        assert read(files[2]) == ["one", "twothree"]
+
+
+def test_the_page_asks_for_a_key_and_takes_it(browser: Any) -> None:
+    engine = FakeEngine()
+    with served(create_app(engine, Settings("tiny", Keys({"me": KEY})))) as address:  # type: ignore[arg-type]
+        page = Watched(browser, address).page
+        page.wait_for_selector("#error:visible")
+        assert "API key is missing" in text_of(page, "#error")
+        page.fill("#key", KEY)
+        page.press("#key", "Tab")
+        page.wait_for_selector("#error", state="hidden")
+        page.fill("#prompt", "Hello")
+        page.fill("#most", "3")
+        page.press("#most", "Enter")  # by keyboard alone
+        sync_api.expect(page.locator("#text")).to_have_text("Hello w1ä w2ä w3ä")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_on_a_phone(browser: Any, scheme: str) -> None:
+    engine = FakeEngine()
+    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+        page = Watched(browser, address, viewport=PHONE, color_scheme=scheme).page
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (int(ground.removeprefix("rgb(").split(",")[0]) < 128) == (scheme == "dark")
+        unlabelled = """[...document.querySelectorAll("input, textarea, select, button")]
+            .filter(one => !(one.labels && one.labels.length) && !one.textContent.trim()).map(one => one.id)"""
+        assert page.evaluate(unlabelled) == []
