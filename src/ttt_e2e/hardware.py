@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""The device to compute on, and a description of the machine that figures were measured on."""
 
 import os
 import platform
@@ -7,11 +7,33 @@ from typing import Any
 
 import torch
 
+from ttt_e2e.errors import UserError
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; "auto" is a GPU if there is one. Raises UserError if it does not exist.
+
+    local_rank: the GPU to take where `name` does not say which.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"There is no device {name!r}; choose auto, cpu or cuda.") from error
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if not torch.cuda.is_available() or device.index >= torch.cuda.device_count():
+            raise UserError(f"There is no device {name!r} here: {torch.cuda.device_count()} GPUs; choose cpu.")
+    elif device.type != "cpu":
+        raise UserError(f"Devices such as {name!r} are not supported; choose auto, cpu or cuda.")
+    return device
+
 
 def machine(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """The machine and the versions, as plain values to stand beside a figure. device: where the work is done."""
+    """The machine and the versions that work on `device` depends on, as plain values to keep beside a figure."""
     chosen = torch.device(device)
-    known: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": chosen.type,
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -19,17 +41,17 @@ def machine(device: str | torch.device = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
     }
     if chosen.type == "cuda":
-        known |= {"gpu": torch.cuda.get_device_name(chosen), "cuda": torch.version.cuda}
-    return known
+        facts |= {"gpu": torch.cuda.get_device_name(chosen), "cuda": torch.version.cuda}
+    return facts
 
 
 def _processor() -> str:
-    """Its name, with what its matrix products depend on: the widest vectors, and tiles, that it has."""
+    """The processor's name, and the vector and tile extensions that its matrix products depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine()
-    facts = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
-    flags = {*facts.get("flags", "").split()}
+    first_core = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    flags = {*first_core.get("flags", "").split()}
     has = [name for flag, name in (("avx512f", "AVX-512"), ("amx_bf16", "AMX")) if flag in flags]
-    return ", ".join([facts.get("model name", platform.machine()), *has])
+    return ", ".join([first_core.get("model name", platform.machine()), *has])

@@ -1,9 +1,16 @@
-"""Numbers with units on the command line: tokens, bytes, operations a second. Types for argparse."""
+"""Numbers on the command line, some with units: tokens, bytes, operations a second. Types for argparse."""
 
 import argparse
 
 _UNITS = "KMGTP"
 _LARGEST = 2**63
+
+
+def count(text: str) -> int:
+    """A whole number, at least 1."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < _LARGEST):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def tokens(text: str) -> int:
@@ -12,12 +19,12 @@ def tokens(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """A number of bytes, such as 512M or 2G, by powers of 1024."""
+    """A number of bytes, such as 512M or 2G, in powers of 1024."""
     return _number(text, 1024, "number of bytes; write one such as 512M or 2G")
 
 
 def rate(text: str) -> int:
-    """A number of operations a second, such as 400T, by powers of 1000."""
+    """A number of operations a second, such as 400T, in powers of 1000."""
     return _number(text, 1000, "number of operations a second; write one such as 400T")
 
 
@@ -25,5 +32,5 @@ def _number(text: str, base: int, what: str) -> int:
     power = _UNITS.find(text[-1:].upper()) + 1 if text else 0
     digits = text[:-1] if power else text
     if not (digits.isascii() and digits.isdigit() and 0 < int(digits) * base**power < _LARGEST):
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
     return int(digits) * base**power
