@@ -53,8 +53,8 @@ from ttt_e2e.hardware import machine
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.step import EAGER, LoopFunctions, sequence_loss
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.ops import attention as model_attention
-from ttt_e2e.ops import windowed_attention as operators
+from ttt_e2e.ops import tuning
+from ttt_e2e.ops.attention import operators
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
 # preset: sequences a step, whether AdamW belongs to the step, the ratio asked
@@ -108,13 +108,13 @@ def machine_and_card(device: str) -> dict[str, Any]:
     return known
 
 
-KEPT_SCORES = dict(model_attention.KEPT_SCORES)
+KEPT_SCORES = dict(tuning.KEPT_SCORES)
 
 
 def set_attention(name: str) -> None:
     """Choose the attention inside the loop: "plain" keeps all scores, "auto" is the default, others keep none."""
     everything = dict.fromkeys(("cpu", "cuda"), 2**62)
-    model_attention.KEPT_SCORES = {"plain": everything, "auto": dict(KEPT_SCORES)}.get(name, {})
+    tuning.KEPT_SCORES = {"plain": everything, "auto": dict(KEPT_SCORES)}.get(name, {})
 
 
 # -- steps of training -------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def fresh() -> None:
 def test_losses_and_outer_gradient(shape: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, differentiated and run as the compiler sees it, without its code generation."""
     if shape == "nothing kept":
-        monkeypatch.setattr("ttt_e2e.ops.attention.KEPT_SCORES", {})
+        monkeypatch.setattr("ttt_e2e.ops.tuning.KEPT_SCORES", {})
         monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 0)
     model, text = small_model(F64, **SHAPES[shape]), tokens(28)
     expected = gradient(model, text, EAGER, bos=3, activation_checkpointing=recompute)

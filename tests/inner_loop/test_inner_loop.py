@@ -130,7 +130,7 @@ def test_neither_scores_nor_logits_need_be_kept(shape: str, monkeypatch: pytest.
     """The operators for long contexts and large vocabularies give the same losses and outer gradient."""
     model = small_model(F64, **SHAPES[shape])
     expected = gradient(model, tokens(23), bos=3)
-    monkeypatch.setattr("ttt_e2e.ops.attention.KEPT_SCORES", {})
+    monkeypatch.setattr("ttt_e2e.ops.tuning.KEPT_SCORES", {})
     monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 0)
     for recompute in ("none", "sqrt"):
         loss, grad = gradient(model, tokens(23), bos=3, activation_checkpointing=recompute)

@@ -23,8 +23,8 @@ from ttt_e2e.inner_loop.step import sequence_loss
 from ttt_e2e.model import cost as cost_module
 from ttt_e2e.model.cost import DELTANET_CHUNK, MAMBA2_CHUNK, cost, operations, parameters, state_bytes, table
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.ops import gated_delta_rule, ssd
-from ttt_e2e.ops.attention import KEPT_SCORES, attention
+from ttt_e2e.ops import gated_delta_rule, ssd, tuning
+from ttt_e2e.ops.attention import inner_loop_attention
 
 SUFFIXES = {
     "plain": {},
@@ -86,10 +86,10 @@ def counted(run: Callable[[], object]) -> int:
 @pytest.fixture(autouse=True)
 def whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention and head by whole matrices, which the counter sees. `unseen` says what is too much in that."""
-    monkeypatch.setitem(KEPT_SCORES, "meta", 2**40)
+    monkeypatch.setitem(tuning.KEPT_SCORES, "meta", 2**40)
     monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 2**40)
     for module in ("attention", "titans"):
-        monkeypatch.setattr(f"ttt_e2e.model.mixers.{module}.sdpa", lambda *arguments: attention(*arguments)[0])
+        monkeypatch.setattr(f"ttt_e2e.model.mixers.{module}.sdpa", lambda *args: inner_loop_attention(*args)[0])
 
 
 def unseen(pieces: list[int], window: int | None) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops.windowed_attention import (
+from ttt_e2e.ops.attention.operators import (
     attention_backward,
     attention_forward,
 )

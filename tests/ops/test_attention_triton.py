@@ -54,7 +54,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_both_orders(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths of a few blocks of 16, none of which they divide."""
-    from ttt_e2e.ops import attention_triton
+    from ttt_e2e.ops.attention import triton as attention_triton
 
     small = attention_triton.Config(16, 16, 1, 1)
     monkeypatch.setattr(attention_triton, "_config", lambda table, q: small)
@@ -71,7 +71,7 @@ def test_both_orders(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_slots(
     queries: int, keys: int, own: int, window: int | None, empty: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ttt_e2e.ops import attention_triton
+    from ttt_e2e.ops.attention import triton as attention_triton
 
     small = attention_triton.Config(16, 16, 1, 1)
     monkeypatch.setattr(attention_triton, "_config", lambda table, q: small)
@@ -89,7 +89,7 @@ def test_blocks(
     queries: int, keys: int, own: int, window: int | None, block_t: int, block_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of different sizes, some of which every query sees whole."""
-    from ttt_e2e.ops import attention_triton
+    from ttt_e2e.ops.attention import triton as attention_triton
 
     config = attention_triton.Config(block_t, block_s, 4, 1)
     monkeypatch.setattr(attention_triton, "_config", lambda table, q: config)
@@ -116,7 +116,7 @@ def test_default_blocks(width: int, dtype: torch.dtype, tolerance: float) -> Non
 @RUNNABLE
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 16), (torch.float32, 272)])
 def test_refusals(dtype: torch.dtype, width: int) -> None:
-    from ttt_e2e.ops.windowed_attention import windowed_attention
+    from ttt_e2e.ops.attention.operators import windowed_attention
 
     q, k, v, _ = inputs(1, (1, 1), 3, 5, width, dtype=dtype, device=DEVICE)
     with pytest.raises(ValueError, match="implementation 'triton' needs"):

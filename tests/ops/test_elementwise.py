@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ttt_e2e.ops import elementwise as ops
-from ttt_e2e.ops.attention import attention, sdpa
+from ttt_e2e.ops.attention import inner_loop_attention, sdpa
 from ttt_e2e.ops.elementwise import Vjp, clipped_step, clipped_step_, clipped_step_reference
 from ttt_e2e.ops.linear import OuterProductFactors, batched_linear, weight_gradient
 
@@ -221,7 +221,7 @@ def test_attention(length: int, cached: int, window: int | None, heads: tuple[in
     truth = literal_attention(q, k, v, window)
     cotangent = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
     expected = torch.autograd.grad(truth, (q, k, v), cotangent)
-    y, vjp = attention(q, k, v, window)
+    y, vjp = inner_loop_attention(q, k, v, window)
     for ours in (y, sdpa(q, k, v, window)):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
         for a, b in zip(torch.autograd.grad(ours, (q, k, v), cotangent, retain_graph=True), expected, strict=True):
@@ -256,7 +256,7 @@ def test_attention_with_its_pull(
     for plain, padded in ((False, False), (True, False), (False, True), (True, True)):
         with plain_twins() if plain else nullcontext():
             keys = (q, *slots) if padded else (q, k, v)
-            y, vjp = attention(*keys, window, torch.tensor(empty) if padded else None)
+            y, vjp = inner_loop_attention(*keys, window, torch.tensor(empty) if padded else None)
             outputs = [y, *vjp(g)]
         along = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in outputs]
         results.append([*outputs, *torch.autograd.grad(outputs, (q, k, v, g), along)])
@@ -271,6 +271,6 @@ def test_attention_in_bfloat16(length: int, keys: int, window: int | None) -> No
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, t, 16, generator=generator) for h, t in ((4, length), (2, keys), (2, keys)))
     exact = sdpa(q, k, v, window)
-    torch.testing.assert_close(attention(q, k, v, window)[0], exact)
+    torch.testing.assert_close(inner_loop_attention(q, k, v, window)[0], exact)
     rounded = sdpa(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ttt_e2e.ops import attention_tiled
 from ttt_e2e.ops.attention import sdpa
-from ttt_e2e.ops.windowed_attention import (
+from ttt_e2e.ops.attention import tiled as attention_tiled
+from ttt_e2e.ops.attention.operators import (
     attention_backward,
     attention_double_backward,
     attention_forward,
@@ -191,25 +191,6 @@ def test_backward_of_create_graph() -> None:
     assert_same(*results, 1e-12)
 
 
-def test_functorch() -> None:
-    q, k, v, _ = inputs(2, (4, 2), 7, 11, 4)
-
-    def inner(f: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dq = torch.func.grad(lambda q: loss(f, q, k, v))(q)
-        return loss(f, q - 0.1 * dq, k, v)
-
-    first, nested, vjp, mapped = [], [], [], []
-    for f in (reference, windowed_attention):
-        first.append(list(torch.func.grad(lambda *x, f=f: loss(f, *x), argnums=(0, 1, 2))(q, k, v)))
-        nested.append(list(torch.func.grad(lambda *x, f=f: inner(f, *x), argnums=(0, 1, 2))(q, k, v)))
-        o, vjp = torch.func.vjp(lambda *x, f=f: f(*x, 4), q, k, v)
-        vjp.append([o, *vjp(o)])
-        each = torch.func.vmap(torch.func.grad(lambda q, k, f=f: inner(f, q[None], k[None], v[:1])), in_dims=(0, 0))
-        mapped.append([each(q, k)])
-    for results in (first, nested, vjp, mapped):
-        assert_same(*results, 1e-12)
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, COMPILER])])
 def test_compile(backend: str) -> None:
     q, k, v, do = inputs(1, (2, 1), 7, 11, 4)
@@ -254,7 +235,7 @@ def test_third_order_is_refused() -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttt_e2e.ops.windowed_attention.HAS_TRITON", False)
+    monkeypatch.setattr("ttt_e2e.ops.attention.operators.HAS_TRITON", False)
     q, k, v, _ = inputs(1, (1, 1), 3, 5, 16, dtype=torch.float32)
     windowed_attention(q, k, v)
     with pytest.raises(ValueError, match="package triton"):
@@ -291,7 +272,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("few", [2**26, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prefix_over_a_whole_text_is_linear(few: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttt_e2e.ops.attention._FEW_SCORES", few)
+    monkeypatch.setattr("ttt_e2e.ops.tuning.UNFUSED_SCORES", few)
     seen = []
     for length in (1000, 2000):
         q, k, v, _ = (x.detach() for x in inputs(1, (4, 2), length, length, 16, dtype=dtype))

@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops import HAS_TRITON, attention_tiled
+from ttt_e2e.ops import HAS_TRITON
+from ttt_e2e.ops.attention import tiled
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 IMPLEMENTATIONS = ("auto", "plain", "tiled", "triton")
@@ -168,13 +169,13 @@ def _serve(implementation: str, q_BHTK: Tensor, k_BGSK: Tensor) -> Any:
     if implementation == "triton" and refusal:
         raise ValueError(f"implementation 'triton' {refusal}")
     if implementation == "triton" or (implementation == "auto" and not refusal and q_BHTK.is_cuda):
-        from ttt_e2e.ops import attention_triton
+        from ttt_e2e.ops.attention import triton
 
-        return attention_triton
+        return triton
     small = q_BHTK.shape[:3].numel() * k_BGSK.shape[2] <= PLAIN_SCORES
     if implementation == "plain" or (implementation == "auto" and small):
         return SimpleNamespace(forward=_forward, backward=_backward, double_backward=_double_backward)
-    return attention_tiled
+    return tiled
 
 
 def _triton_refusal(q_BHTK: Tensor) -> str | None:

@@ -14,43 +14,43 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from ttt_e2e.ops import tuning
+from ttt_e2e.ops.attention.mask import causal_window_mask
+from ttt_e2e.ops.attention.operators import attention_backward, attention_forward
 from ttt_e2e.ops.elementwise import accumulation_dtype
-from ttt_e2e.ops.windowed_attention import attention_backward, attention_forward
-
-# Up to this many scores (B H T S) `attention` keeps them, by the kind of device: 64 MiB in float32. Nothing is then
-# computed again. On a GPU memory traffic costs more than products.
-KEPT_SCORES = {"cpu": 2**24}
-_FEW_SCORES = 2**26  # in bfloat16: 128 MiB
 
 AttentionVjp = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def attention(
+def inner_loop_attention(
     q_BHTK: Tensor,
     k_BGSK: Tensor,
     v_BGSK: Tensor,
     window: int | None,
-    empty: Tensor | None = None,
+    num_empty_slots: Tensor | None = None,
     attn_mask_TS: Tensor | None = None,
 ) -> tuple[Tensor, AttentionVjp]:
     """Softmax attention of T queries over S >= T keys; returns [B, H, T, K] and its pull.
 
     Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None), but not the
-    first `empty` ones (0-dim int32 tensor; None for none), which are no keys yet. bias_TS: what `causal_window_mask` says of
+    first `num_empty_slots` ones (0-dim int32 tensor; None for none), which are no keys yet. attn_mask_TS: what `causal_window_mask` says of
     these, if it is known already. The pull gives the gradients of the queries and of the last T keys and values: those
     before are constants to the inner gradient (not to the outer one).
     """
     own, groups = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
-    if q_BHTK.shape[:3].numel() * k_BGSK.shape[2] > KEPT_SCORES.get(q_BHTK.device.type, 0):
-        o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, empty, "auto")
+    if q_BHTK.shape[:3].numel() * k_BGSK.shape[2] > tuning.KEPT_SCORES.get(q_BHTK.device.type, 0):
+        o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, "auto")
         saved = (q_BHTK, k_BGSK, v_BGSK, o_BHTK, lse_BHT)
-        return o_BHTK, lambda g: attention_backward(*saved, g, own, window, empty, "auto")
-    bias = causal_window_mask(own, k_BGSK.shape[2], window, q_BHTK, empty) if attn_mask_TS is None else attn_mask_TS
+        return o_BHTK, lambda g: attention_backward(*saved, g, own, window, num_empty_slots, "auto")
+    bias = (
+        causal_window_mask(own, k_BGSK.shape[2], window, q_BHTK, num_empty_slots)
+        if attn_mask_TS is None
+        else attn_mask_TS
+    )
     bias = bias.repeat(groups, 1) if groups > 1 else bias
     # The query heads of a group stand below one another, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
@@ -162,96 +162,3 @@ def _softmax_backward_backward(p: Tensor, g: Tensor, a: Tensor) -> tuple[Tensor,
     pa = torch.mul(p, a, out=buffer).sum(-1, keepdim=True)
     grad_p = torch.sub(g, pg, out=buffer).mul_(a).addcmul_(g, pa, value=-1)
     return grad_p, _softmax_backward(p, a)
-
-
-def sdpa(
-    q_BHTK: Tensor,
-    k_BGSK: Tensor,
-    v_BGSK: Tensor,
-    window: int | None,
-    empty: Tensor | None = None,
-    attn_mask_TS: Tensor | None = None,
-) -> Tensor:
-    """The same as `attention` through PyTorch's fused kernel: faster, linear in memory, differentiable once."""
-    if attn_mask_TS is not None:
-        return _masked(q_BHTK, k_BGSK, v_BGSK, attn_mask_TS)
-    queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
-    whole = queries == keys and (window is None or window >= keys)
-    if q_BHTK.is_cuda and not whole:
-        # PyTorch's kernel knows no window, and reads a mask from memory.
-        return attention_forward(q_BHTK, k_BGSK, v_BGSK, window, empty, "auto")[0]
-    grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    if whole and grouped and q_BHTK.is_cuda and q_BHTK.dtype.itemsize > 2:
-        k_BGSK, v_BGSK, grouped = *_every_head(q_BHTK, k_BGSK, v_BGSK), False
-    if whole:
-        return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
-    if queries == keys and window is not None and keys > 2 * window:
-        return _banded(q_BHTK, k_BGSK, v_BGSK, window)
-    return _masked(q_BHTK, k_BGSK, v_BGSK, causal_window_mask(queries, keys, window, q_BHTK, empty))
-
-
-def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> Tensor:
-    """Attention with `bias`, broadcast to [B, H, T, S], added to the scores."""
-    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
-    scores = q_BHTK.shape[:3].numel() * k_BGSK.shape[2]
-    if groups > 1 and q_BHTK.is_cuda:
-        k_BGSK, v_BGSK, groups = *_every_head(q_BHTK, k_BGSK, v_BGSK), 1
-    if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and scores <= _FEW_SCORES:
-        # Measured on a CPU with bfloat16 instructions, forward and backward: 2.5 to 2.9 times faster than the kernel,
-        # which does its matrix products there without them.
-        if groups > 1:
-            k_BGSK, v_BGSK = _every_head(q_BHTK, k_BGSK, v_BGSK)
-        scores_BHTS = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
-        return (scores_BHTS + bias.to(scores_BHTS.dtype)).softmax(-1) @ v_BGSK
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=bias, enable_gqa=groups > 1)
-
-
-def _every_head(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values for every query head: PyTorch's fused CUDA kernels know grouped ones in 16 bits, unmasked, only.
-
-    (pytorch/pytorch#181528.) Otherwise it would hold all scores.
-    """
-    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
-    return k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
-
-
-def causal_window_mask(
-    queries: int, keys: int, window: int | None, like: Tensor, empty: Tensor | None = None
-) -> Tensor:
-    """[T, S]: 0 where a query may see a key (0 <= distance < window, and not the first `empty`), else minus infinity.
-
-    Of `like`'s dtype and device. Added to scores, it costs less than a mask that is to be filled in.
-    """
-    key_S = torch.arange(keys, device=like.device)
-    distance_TS = torch.arange(keys - queries, keys, device=like.device)[:, None] - key_S
-    hidden_TS = distance_TS < 0
-    if window is not None and window < keys:
-        hidden_TS = hidden_TS | (distance_TS >= window)
-    if empty is not None:
-        hidden_TS = hidden_TS | (key_S < empty)
-    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden_TS, -torch.inf)
-
-
-def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:
-    """Windowed attention over a whole sequence: blocks of half a window, each against itself and what it can reach."""
-    batch, length = q_BHTK.shape[0], q_BHTK.shape[2]
-    block = max(1, (window + 1) // 2)
-    reach = -(-(window - 1) // block)  # blocks that a block's first query looks back
-    blocks = -(-length // block)
-    tail = blocks * block - length
-
-    def own(x: Tensor) -> Tensor:  # [B, H, T, K] -> [B * blocks, H, block, K]
-        return F.pad(x, (0, 0, 0, tail)).unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
-
-    def reachable(x: Tensor) -> Tensor:  # [B, G, T, K] -> [B * blocks, G, (reach + 1) * block, K]
-        padded = F.pad(x, (0, 0, reach * block, tail)).unflatten(2, (blocks + reach, block))
-        shifted = torch.cat([padded[:, :, i : i + blocks] for i in range(reach + 1)], 3)
-        return shifted.transpose(1, 2).flatten(0, 1)
-
-    at = torch.arange(block, device=q_BHTK.device)
-    query = at[None, :, None] + block * torch.arange(blocks, device=at.device)[:, None, None]
-    key = query[:, :1] + torch.arange(-reach * block, block, device=at.device)
-    hidden = (key < 0) | (key > query) | (query - key >= window)
-    bias = torch.zeros(hidden.shape, dtype=q_BHTK.dtype, device=at.device).masked_fill_(hidden, -torch.inf)
-    out = _masked(own(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), bias.repeat(batch, 1, 1)[:, None])
-    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

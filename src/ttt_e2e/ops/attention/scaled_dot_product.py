@@ -1,0 +1,96 @@
+"""Causal attention through PyTorch's fused kernel: for everything that is differentiated only once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_e2e.ops import tuning
+from ttt_e2e.ops.attention.mask import causal_window_mask, hidden_keys
+from ttt_e2e.ops.attention.operators import attention_forward
+
+
+def sdpa(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    window: int | None,
+    num_empty_slots: Tensor | None = None,
+    attn_mask_TS: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of T queries over S >= T keys through PyTorch's fused kernel; differentiable once.
+
+    Args:
+        q_BHTK: Queries [B, H, T, K], at the positions of the last T keys.
+        k_BGSK: Keys [B, G, S, K].
+        v_BGSK: Values, shaped as the keys.
+        window: Number of keys that a query sees, its own included; None for all up to its own position.
+        num_empty_slots: How many of the first keys hold nothing; None, 0-dim or [B], as in `causal_window_mask`.
+        attn_mask_TS: What `causal_window_mask` returns for these arguments, if it is known already.
+
+    Returns:
+        [B, H, T, K].
+    """
+    queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
+    if attn_mask_TS is None and num_empty_slots is not None and num_empty_slots.dim():
+        attn_mask_TS = causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots)
+    if attn_mask_TS is not None:
+        return _masked(q_BHTK, k_BGSK, v_BGSK, attn_mask_TS)
+    whole = queries == keys and (window is None or window >= keys) and num_empty_slots is None
+    if q_BHTK.is_cuda and not whole:
+        # PyTorch's kernel knows no window, and reads a mask from memory.
+        return attention_forward(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, "auto")[0]
+    grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
+    if whole and grouped and q_BHTK.is_cuda and q_BHTK.dtype.itemsize > 2:
+        k_BGSK, v_BGSK, grouped = *_every_head(q_BHTK, k_BGSK, v_BGSK), False
+    if whole:
+        return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
+    if queries == keys and window is not None and keys > 2 * window and num_empty_slots is None:
+        return _banded(q_BHTK, k_BGSK, v_BGSK, window)
+    return _masked(q_BHTK, k_BGSK, v_BGSK, causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots))
+
+
+def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> Tensor:
+    """Attention with `bias`, broadcast to [B, H, T, S], added to the scores."""
+    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
+    scores = q_BHTK.shape[:3].numel() * k_BGSK.shape[2]
+    if groups > 1 and q_BHTK.is_cuda:
+        k_BGSK, v_BGSK, groups = *_every_head(q_BHTK, k_BGSK, v_BGSK), 1
+    if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and scores <= tuning.UNFUSED_SCORES:
+        if groups > 1:
+            k_BGSK, v_BGSK = _every_head(q_BHTK, k_BGSK, v_BGSK)
+        scores_BHTS = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
+        return (scores_BHTS + bias.to(scores_BHTS.dtype)).softmax(-1) @ v_BGSK
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=bias, enable_gqa=groups > 1)
+
+
+def _every_head(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for every query head: PyTorch's fused CUDA kernels know grouped ones in 16 bits, unmasked, only.
+
+    (pytorch/pytorch#181528.) Otherwise it would hold all scores.
+    """
+    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
+    return k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
+
+
+def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:
+    """Windowed attention over a whole sequence: blocks of half a window, each against itself and what it can reach."""
+    batch, length = q_BHTK.shape[0], q_BHTK.shape[2]
+    block = max(1, (window + 1) // 2)
+    reach = -(-(window - 1) // block)  # blocks that a block's first query looks back
+    blocks = -(-length // block)
+    tail = blocks * block - length
+
+    def own(x: Tensor) -> Tensor:  # [B, H, T, K] -> [B * blocks, H, block, K]
+        return F.pad(x, (0, 0, 0, tail)).unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
+
+    def reachable(x: Tensor) -> Tensor:  # [B, G, T, K] -> [B * blocks, G, (reach + 1) * block, K]
+        padded = F.pad(x, (0, 0, reach * block, tail)).unflatten(2, (blocks + reach, block))
+        shifted = torch.cat([padded[:, :, i : i + blocks] for i in range(reach + 1)], 3)
+        return shifted.transpose(1, 2).flatten(0, 1)
+
+    start_N1 = block * torch.arange(blocks, device=q_BHTK.device)[:, None]
+    key_NS = start_N1 + torch.arange(-reach * block, block, device=start_N1.device)
+    hidden = hidden_keys(key_NS[:, -block:], key_NS, window) | (key_NS < 0)[:, None]
+    bias = torch.zeros(hidden.shape, dtype=q_BHTK.dtype, device=start_N1.device).masked_fill_(hidden, -torch.inf)
+    out = _masked(own(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), bias.repeat(batch, 1, 1)[:, None])
+    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
