@@ -1,0 +1,1 @@
+"""Settings of models and of training runs, presets, and how settings are parsed."""

@@ -14,15 +14,16 @@ from ttt_e2e.errors import UserError
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     """`config` with assignments such as "model.sliding_window=256" or "train.lr=1e-3" applied.
 
-    The beginning of a name may be left out: "inner_loop.lr" is "model.inner_loop.lr", "lr" is "train.lr" (the shortest
-    of the full names that end in it). Raises UserError for an unknown or ambiguous name, or a value of another type.
+    The beginning of a name may be left out: "lr" is "train.lr" and "inner_loop.lr" is "model.inner_loop.lr". Of several
+    full names that end in the given one, the one with the fewest parts is meant. Raises UserError for an unknown or
+    ambiguous name and for a value of another type.
     """
     known = _settings(RunConfig)
     changes: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise UserError(f"{assignment!r} is not an override; write NAME=VALUE, such as train.steps=100.")
+            raise UserError(f"{assignment!r} is not a setting; write NAME=VALUE, such as train.steps=100.")
         full = _full_name(name, list(known))
         changes[full] = _parse(text, known[full], full)
     return replace(config, changes)
@@ -34,7 +35,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting of a configuration by its full name, such as "inner_loop.lr", with its value."""
+    """The value of every setting of a configuration by its full name, such as "inner_loop.lr"."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -43,39 +44,42 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration") -> C:
-    """The reverse of `to_dict`.
+    """The reverse of `to_dict`: a configuration of type `cls` from plain values.
 
-    Raises UserError, naming `where`, for unknown or missing fields and for values of another type.
+    Raises UserError, naming `where` the values come from, for unknown or missing settings and for values of another
+    type.
     """
+    return _from_dict(cls, values, where, "")
+
+
+def _from_dict(cls: Any, values: dict[str, Any], where: str, prefix: str) -> Any:
     hints = _hints(cls)
-    unknown = set(values) - {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UserError(f"{where} has unknown fields: {', '.join(sorted(unknown))}.")
-    checked = {
-        key: from_dict(hints[key], value, where)
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
-        else _check(value, hints[key], f"{key} in {where}")
-        for key, value in values.items()
-    }
-    try:
-        return cls(**checked)
-    except TypeError as error:
-        raise UserError(f"{where} is incomplete: {error}.") from error
+        raise UserError(f"{where} has unknown settings: {', '.join(prefix + name for name in unknown)}.")
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [prefix + name for name in required if name not in values]
+    if missing:
+        raise UserError(f"{where} lacks settings: {', '.join(missing)}.")
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            checked[name] = _from_dict(hints[name], value, where, f"{prefix}{name}.")
+        else:
+            checked[name] = _check(value, hints[name], f"{prefix}{name} in {where}")
+    return cls(**checked)
 
 
 def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting of a configuration by its full name, with its type."""
+    """The type of every setting of a configuration by its full name."""
     found: dict[str, Any] = {}
     for name, hint in _hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            found |= _settings(hint, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = hint
+        found |= _settings(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
     return found
 
 
 def _hints(cls: Any) -> dict[str, Any]:
-    """The type of every field; those that may be left at None, to follow from others, accept None too."""
+    """The type of every field; fields whose default is None accept it, too."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in dataclasses.fields(cls)}
 
@@ -88,7 +92,7 @@ def _full_name(name: str, known: list[str]) -> str:
     if len(shortest) == 1:
         return shortest[0]
     if shortest:
-        raise UserError(f"There are several settings {name!r}: {', '.join(shortest)}; write one of them in full.")
+        raise UserError(f"There are several settings {name!r}: {', '.join(shortest)}; write one of these names.")
     near = difflib.get_close_matches(name, [*known, *(full.rpartition(".")[2] for full in known)], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(known)}."
     raise UserError(f"There is no setting {name!r}.{hint}")
@@ -114,9 +118,9 @@ def _check(value: Any, hint: Any, where: str) -> Any:
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:
-    choices = [c for kind in _alternatives(hint) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
     if typing.get_origin(hint) is tuple:
         return tuple(_parse(item.strip(), typing.get_args(hint)[0], where) for item in text.split(","))
+    choices = [c for kind in _alternatives(hint) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
     try:
         value = text if text in choices else None if text.lower() in ("none", "null") else json.loads(text.lower())
     except json.JSONDecodeError:
@@ -127,11 +131,11 @@ def _parse(text: str, hint: Any, where: str) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    words = []
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+    described: list[str] = []
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is Literal:
-            words += [repr(choice) for choice in typing.get_args(kind)]
+            described += [repr(choice) for choice in typing.get_args(kind)]
         else:
-            names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
-            words.append("a list" if typing.get_origin(kind) is tuple else names.get(kind, str(kind)))
-    return " or ".join(words)
+            described.append("a list" if typing.get_origin(kind) is tuple else names.get(kind, "an object"))
+    return " or ".join(described)
