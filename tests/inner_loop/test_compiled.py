@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.step import EAGER, LoopFunctions, sequence_loss
+from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
 
 # A compilation that fails, or is done again, would leave nothing but the plain path to be compared with itself.
@@ -67,7 +68,7 @@ def test_losses_and_outer_gradient(shape: str, recompute: str, monkeypatch: pyte
     """Traced, differentiated and run as the compiler sees it, without its code generation."""
     if shape == "nothing kept":
         monkeypatch.setattr("ttt_e2e.ops.tuning.KEPT_SCORES", {})
-        monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 0)
+        monkeypatch.setattr("ttt_e2e.ops.tuning.KEPT_LOGITS", 0)
     model, text = small_model(F64, **SHAPES[shape]), tokens(28)
     expected = gradient(model, text, EAGER, bos=3, activation_checkpointing=recompute)
     compiled = gradient(model, text, compiled_functions(backend="aot_eager"), bos=3, activation_checkpointing=recompute)

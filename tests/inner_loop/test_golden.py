@@ -16,15 +16,9 @@ from torch import Tensor
 
 from ttt_e2e.config.schema import TrainConfig
 from ttt_e2e.convert.from_official import state_dict_from_official
-from ttt_e2e.inner_loop.step import (
-    EAGER,
-    initial_state,
-    inner_gradient,
-    inner_gradient_reference,
-    inner_step,
-    mini_batches,
-    sequence_loss,
-)
+from ttt_e2e.inner_loop.functions import EAGER
+from ttt_e2e.inner_loop.meta_loss import sequence_loss, split_mini_batches
+from ttt_e2e.inner_loop.step import initial_state, inner_gradient, inner_gradient_reference, inner_step
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import learning_rate, make_optimizer, optimizer_step
 
@@ -147,11 +141,11 @@ def test_inner_steps(golden: Golden, gradient: Callable) -> None:
     """Fast weights after every mini-batch, every inner gradient, its norm; the second case clips some and not all."""
     model = golden.model()
     inputs, targets = golden.tokens[:, :-1], golden.tokens[:, 1:]
-    place = model.place(0, inputs.shape[1], torch.float32)
+    place = model.positions(0, inputs.shape[1], torch.float32)
     x, _ = model.forward_prefix(inputs, place, None, torch.float32)
     state = initial_state(model, 2, torch.float32)
     unclipped = compared = 0
-    for i, batch in enumerate(mini_batches(model, x, targets, (targets != BOS).float(), place)):
+    for i, batch in enumerate(split_mini_batches(model, x, targets, (targets != BOS).float(), place)):
         inner = gradient(model, state, batch)
         state, nll, norms = inner_step(model, state, batch, golden.config.inner_loop.lr, gradient)
         assert (nll - golden.tensors["token_nll"][:, 16 * i : 16 * i + 16]).abs().max() < 2e-5

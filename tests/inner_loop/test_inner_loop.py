@@ -10,15 +10,9 @@ from torch import Tensor
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 from ttt_e2e.inner_loop import step as inner_loop
-from ttt_e2e.inner_loop.step import (
-    EAGER,
-    MiniBatch,
-    State,
-    inner_gradient_reference,
-    inner_step,
-    mini_batch_mean,
-    sequence_loss,
-)
+from ttt_e2e.inner_loop.functions import EAGER
+from ttt_e2e.inner_loop.meta_loss import mini_batch_mean, sequence_loss
+from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch, inner_gradient_reference, inner_step
 from ttt_e2e.model.transformer import Transformer
 
 F64 = torch.float64
@@ -103,13 +97,15 @@ def test_reading_in_place_gives_the_same(shape: str, dtype: torch.dtype) -> None
         if dtype != F64 or first % (4 * b) == 0:  # else a difference in the last place grows
             ours = kept.map(torch.clone)
         kept, *expected = read_mini_batch(model, kept, some[:, :-1], some[:, 1:], dtype=dtype)
-        ours, *found = read_mini_batch(model, ours, some[:, :-1], some[:, 1:], dtype=dtype, in_place=True)
+        ours, *found = read_mini_batch(model, ours, some[:, :-1], some[:, 1:], dtype=dtype, donate_state=True)
         torch.testing.assert_close(
             [*found, *ours.tensors()], [*expected, *kept.tensors()], rtol=tolerance, atol=tolerance
         )
 
 
-def by_reference(model: Transformer, state: State, batch: MiniBatch, lr: Tensor) -> tuple[State, Tensor, Tensor]:
+def by_reference(
+    model: Transformer, state: InnerLoopState, batch: MiniBatch, lr: Tensor
+) -> tuple[InnerLoopState, Tensor, Tensor]:
     return inner_step(model, state, batch, lr, inner_gradient_reference)
 
 
@@ -131,7 +127,7 @@ def test_neither_scores_nor_logits_need_be_kept(shape: str, monkeypatch: pytest.
     model = small_model(F64, **SHAPES[shape])
     expected = gradient(model, tokens(23), bos=3)
     monkeypatch.setattr("ttt_e2e.ops.tuning.KEPT_SCORES", {})
-    monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 0)
+    monkeypatch.setattr("ttt_e2e.ops.tuning.KEPT_LOGITS", 0)
     for recompute in ("none", "sqrt"):
         loss, grad = gradient(model, tokens(23), bos=3, activation_checkpointing=recompute)
         assert loss == pytest.approx(expected[0], rel=1e-12)

@@ -21,7 +21,9 @@ from ttt_e2e.inference import session as session_module
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.step import EAGER, inner_gradient_reference, inner_step, sequence_loss
+from ttt_e2e.inner_loop.functions import EAGER
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.inner_loop.step import inner_gradient_reference, inner_step
 from ttt_e2e.model.checkpoint import load_model, save_model
 from ttt_e2e.model.cost import fast_weights, state_bytes
 from ttt_e2e.model.transformer import Transformer

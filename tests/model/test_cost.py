@@ -19,7 +19,7 @@ from ttt_e2e.config.schema import MIXERS, ActivationCheckpointing, ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 from ttt_e2e.inner_loop import step as inner_loop
-from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model import cost as cost_module
 from ttt_e2e.model.cost import DELTANET_CHUNK, MAMBA2_CHUNK, cost, operations, parameters, state_bytes, table
 from ttt_e2e.model.transformer import Transformer
@@ -87,7 +87,7 @@ def counted(run: Callable[[], object]) -> int:
 def whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention and head by whole matrices, which the counter sees. `unseen` says what is too much in that."""
     monkeypatch.setitem(tuning.KEPT_SCORES, "meta", 2**40)
-    monkeypatch.setattr("ttt_e2e.model.transformer.KEPT_LOGITS", 2**40)
+    monkeypatch.setattr("ttt_e2e.ops.tuning.KEPT_LOGITS", 2**40)
     for module in ("attention", "titans"):
         monkeypatch.setattr(f"ttt_e2e.model.mixers.{module}.sdpa", lambda *args: inner_loop_attention(*args)[0])
 

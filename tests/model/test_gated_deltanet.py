@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.mixers.base import Place
+from ttt_e2e.model.mixers.base import Positions
 from ttt_e2e.model.mixers.gated_deltanet import DeltaState, GatedDeltaNet
 from ttt_e2e.ops import gated_delta_rule as module
 from ttt_e2e.ops.gated_delta_rule import CHUNK, Library, find_library, gated_delta_rule, gated_delta_rule_reference
 
 F64 = torch.float64
-PLACE = Place(torch.empty(0), torch.empty(0))  # a recurrent mixer does not look at it
+PLACE = Positions(torch.empty(0), torch.empty(0))  # a recurrent mixer does not look at it
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 
 
@@ -349,7 +349,7 @@ def test_initial_values() -> None:
     rate, dt = mixer.a_log.exp(), F.softplus(mixer.dt_bias)
     assert rate.min() >= 0.0099 and rate.max() <= 16.001 and rate.mean().item() == pytest.approx(8, rel=0.1)
     assert dt.min() >= 0.00099 and dt.max() <= 0.1001 and dt.log().mean().item() == pytest.approx(-4.6, abs=0.2)
-    assert set(mixer.undecayed) <= {name for name, _ in mixer.named_parameters()}
+    assert set(mixer.no_weight_decay) <= {name for name, _ in mixer.named_parameters()}
 
 
 # -- flash-linear-attention --------------------------------------------------------------------------------------------

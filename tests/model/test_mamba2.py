@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.mixers.base import Place
+from ttt_e2e.model.mixers.base import Positions
 from ttt_e2e.model.mixers.mamba2 import Mamba2, Mamba2State
 from ttt_e2e.ops import ssd as ssd_module
 from ttt_e2e.ops.ssd import find_kernel, ssd, ssd_reference
 
 torch.set_num_threads(1)
 F64 = torch.float64
-NOWHERE = Place(torch.empty(0), torch.empty(0))
+NOWHERE = Positions(torch.empty(0), torch.empty(0))
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
@@ -322,7 +322,7 @@ def test_initial_values() -> None:
     assert torch.all(mixer.d_skip == 1) and torch.all(mixer.norm == 1)
     assert 0.45 < mixer.conv_weight.abs().max() <= 0.5 and 0.45 < mixer.conv_bias.abs().max() <= 0.5
     assert all(w.std().item() == pytest.approx(0.02, rel=0.05) for w in (mixer.w_in, mixer.w_out))
-    assert set(mixer.undecayed) <= {name for name, _ in mixer.named_parameters()}
+    assert set(mixer.no_weight_decay) <= {name for name, _ in mixer.named_parameters()}
 
 
 # -- mamba-ssm's kernel ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.model.mixers.base import Mixer, Positions
 from ttt_e2e.model.mixers.memory import gradients, share
 from ttt_e2e.model.mixers.titans import Titans
 from ttt_e2e.model.mixers.ttt_kvb import TTTKVB
@@ -53,10 +53,10 @@ def text(length: int, batch: int = 2, seed: int = 0, width: int = 16) -> Tensor:
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def place(start: int, length: int, head_width: int = 8, dtype: torch.dtype = F64) -> Place:
+def place(start: int, length: int, head_width: int = 8, dtype: torch.dtype = F64) -> Positions:
     frequency = 100.0 ** -(torch.arange(head_width // 2, dtype=F64) / head_width)
     angle = torch.arange(start, start + length, dtype=F64)[:, None, None] * frequency
-    return Place(angle.cos().to(dtype), angle.sin().to(dtype))
+    return Positions(angle.cos().to(dtype), angle.sin().to(dtype))
 
 
 def read(mixer: Mixer, x_BTD: Tensor, sizes: list[int] | None = None, state: Any = None, start: int = 0) -> Any:
@@ -123,7 +123,7 @@ def literal_memories(mixer: Any) -> list[LiteralMemory]:
     ]
 
 
-def literal_ttt_kvb(mixer: Any, x_TD: Tensor, at: Place) -> tuple[Tensor, list[LiteralMemory]]:
+def literal_ttt_kvb(mixer: Any, x_TD: Tensor, at: Positions) -> tuple[Tensor, list[LiteralMemory]]:
     config = mixer.config
     memories, outputs = literal_memories(mixer), []
     largest = config.memory.lr / config.mini_batch_size
@@ -137,7 +137,7 @@ def literal_ttt_kvb(mixer: Any, x_TD: Tensor, at: Place) -> tuple[Tensor, list[L
     return mixer.attention(x_TD[None], at, None)[0][0] + torch.stack(outputs), memories
 
 
-def literal_titans(mixer: Any, x_TD: Tensor, at: Place) -> tuple[Tensor, list[LiteralMemory]]:
+def literal_titans(mixer: Any, x_TD: Tensor, at: Positions) -> tuple[Tensor, list[LiteralMemory]]:
     config = mixer.config
     memories, outputs = literal_memories(mixer), []
     q_weight, k_weight = (mixer.q_norm, mixer.k_norm) if config.qk_norm else (None, None)
@@ -401,7 +401,7 @@ def test_initial_values(kind: str) -> None:
     assert memory.w_in.std().item() == pytest.approx(64**-0.5, rel=0.02)
     assert memory.w_out.std().item() == pytest.approx(256**-0.5, rel=0.02)
     assert mixer.w_out.std().item() == pytest.approx(0.02, rel=0.05)  # type: ignore[operator]
-    assert all(isinstance(getattr(mixer, name), torch.nn.Parameter) for name in mixer.undecayed)
+    assert all(isinstance(getattr(mixer, name), torch.nn.Parameter) for name in mixer.no_weight_decay)
     with torch.no_grad():
         _, state = read(mixer, text(1, width=128).float())
     assert state.pending_theta_BHP.mul(5).max().item() < 0.6  # about half, or momentum's share of that

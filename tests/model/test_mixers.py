@@ -13,9 +13,9 @@ from ttt_e2e.config.schema import MIXERS, TrainConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.streaming import forward, start_reading
-from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers import make_mixer
-from ttt_e2e.model.mixers.attention import Cache, append, join
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import make_optimizer
 
@@ -77,20 +77,20 @@ def test_a_cache_is_appended_to_in_its_own_memory(
 ) -> None:
     (batch, heads, width), generator = sizes, torch.Generator().manual_seed(0)
 
-    def tokens(count: int) -> Cache:
-        return Cache(*torch.randn(2, batch, heads, count, width, generator=generator).unbind())
+    def tokens(count: int) -> KVCache:
+        return KVCache(*torch.randn(2, batch, heads, count, width, generator=generator).unbind())
 
     ours = theirs = tokens(start)
     for length in lengths:
-        own = tokens(length)
-        ours, theirs = join([append(ours, own)], window), join([theirs, own], window)
+        new = tokens(length)
+        ours, theirs = ours.append_(new).last(window), theirs.append(new).last(window)
         assert all(map(torch.equal, ours, theirs))
 
 
 def test_few_calls_copy_a_cache() -> None:
-    cache, own, places = Cache(*torch.randn(2, 2, 3, 8, 4).unbind()), torch.randn(2, 3, 1, 4), set()
+    cache, new, places = KVCache(*torch.randn(2, 2, 3, 8, 4).unbind()), torch.randn(2, 3, 1, 4), set()
     for _ in range(80):
-        cache = join([append(cache, Cache(own, own))], 8)
+        cache = cache.append_(KVCache(new, new)).last(8)
         places.add(cache.k_BGSK.untyped_storage().data_ptr())
         assert cache.k_BGSK.untyped_storage().nbytes() <= 2 * cache.k_BGSK.nbytes
     assert len(places) <= 20

@@ -1,9 +1,9 @@
 """Test time: a model reads a text that may never end, mini-batch by mini-batch, and learns from it.
 
-All that the text leaves behind is one value, `ReadState`. See `inner_loop` for the step itself, `session` for what
-people use.
+All that the text leaves behind is one value, `ReadState`. `inner_loop.step` has the step itself, `inference.session`
+what people use.
 
-Shapes: B sequences, T tokens, b tokens of a mini-batch.
+Shapes: B sequences, T tokens, b tokens of a mini-batch, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,49 +14,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.inner_loop.step import (
-    EAGER,
-    LoopFunctions,
-    State,
-    empty_caches,
-    initial_state,
-    read_and_learn,
-    tree_map,
-    with_empty,
-)
-from ttt_e2e.model.mixers.attention import Cache
+from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions, read_and_learn
+from ttt_e2e.inner_loop.meta_loss import static_cache_view
+from ttt_e2e.inner_loop.step import InnerLoopState, empty_caches, initial_state, tree_map
+from ttt_e2e.model.kv_cache import KVCache
+from ttt_e2e.model.mixers.base import CacheView
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 
 class ReadState(NamedTuple):
-    """All that a text leaves behind in a model, at a border between mini-batches: a value, to keep, copy or save.
+    """All that a text leaves behind in a model between two mini-batches: a value, to keep, copy or save.
 
-    position: tokens read so far. static: states of the mixers below the lowest fast weight. loop: the rest.
-    ahead_B: how much further than `position` each text is, int64, where texts at different positions are read together;
-    None where all are at `position`. Their caches may begin with empty slots then, but cannot be learned from.
+    The first dimension of every tensor is the batch.
     """
 
     position: int
+    """Tokens read so far; where rows have read different numbers, the smallest of them."""
+
     static: tuple[Any, ...] | None
-    loop: State
+    """States of the mixers below the lowest fast weight; None before the first token."""
+
+    loop: InnerLoopState
+    """Fast weights, and caches of the mixers above."""
+
     position_offsets_B: Tensor | None = None
+    """How many tokens more than `position` each row has read, int64; None if none has. Such rows may have empty slots
+    in their caches, and can be learned from only when they have none."""
 
     def tensors(self) -> list[Tensor]:
         """All tensors that `map` changes, in its order."""
         return [t for value in self.static or () for t in value] + self.loop.tensors()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "ReadState":
-        """The same with every tensor changed but `position_offsets_B`; their first dimension is the batch."""
+        """The state with `change` applied to every tensor but `position_offsets_B`."""
         static = None if self.static is None else tree_map(self.static, change)
-        loop = State(tree_map(self.loop.fast, change), tree_map(self.loop.caches, change))
-        return self._replace(static=static, loop=loop)
+        return self._replace(static=static, loop=self.loop.map(change))
 
 
 def stacked(states: Sequence[ReadState], rows: Sequence[int], positions: Sequence[int]) -> ReadState:
-    """Texts in one state, in their order: row `rows[i]` of `states[i]`, which has read `positions[i]` tokens; a copy.
+    """Rows of several states as one state; a copy.
 
-    Their states have the same shapes, but for the number of slots of their caches.
+    Args:
+        states: states of one model that have the same shapes, except for the number of slots in their caches.
+        rows: the row that is taken from each of the states.
+        positions: the number of tokens that each of these rows has read.
     """
     columns = zip(*(state.tensors() for state in states), strict=True)
 
@@ -77,7 +79,7 @@ def stacked(states: Sequence[ReadState], rows: Sequence[int], positions: Sequenc
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
     """The state before the first token of `batch` texts."""
     state = initial_state(model, batch, dtype)
-    return ReadState(0, None, State(tree_map(state.fast, Tensor.detach), state.caches))
+    return ReadState(0, None, state._replace(fast=tree_map(state.fast, Tensor.detach)))
 
 
 @torch.no_grad()
@@ -92,14 +94,25 @@ def read_mini_batch(
     inner_lr: float | None = None,
     dtype: torch.dtype = torch.float32,
     functions: LoopFunctions = EAGER,
-    in_place: bool = False,
+    donate_state: bool = False,
 ) -> tuple[ReadState, Tensor, Tensor]:
-    """Read one mini-batch, score it, and learn from it; returns the next state, the losses and the gradient norms [B].
+    """Read one mini-batch, score it, and learn from it. No graph is built.
 
-    learn: whether the fast weights are updated. inner_lr: None for the model's own. Without learning any number of tokens may come at once, and the norms
-    are zero. Nothing in the result hangs on a graph. in_place: whoever calls gives `state` away, whose memory is its
-    own (as that of `stacked`): the next one takes its place, which is faster where many texts are read together.
-    Uncompiled only; where nothing is learned it changes nothing.
+    Args:
+        model: any model; it is not changed.
+        state: what the texts have left behind so far.
+        tokens_Bb, targets_Bb: token ids, and the ids that follow them, int64.
+        mask_Bb: 1 where a target counts; None: all count.
+        learn: whether the fast weights are updated. Without learning any number of tokens may come at once.
+        inner_lr: inner learning rate; None for the model's own.
+        dtype: of the matrix products.
+        functions: `EAGER`, or compiled ones.
+        donate_state: the caller gives `state` away, whose memory nothing else uses (such as a result of `stacked`). The
+            next state then takes its place, which is faster where many texts are read together. It has no effect
+            where nothing is learned, and compiled functions do not support it.
+
+    Returns:
+        The next state, the losses [B, b] in nats, and the norms [B] of the unclipped gradients, 0 without learning.
     """
     if not (learn and model.suffix):
         x_BbD, after = _forward(model, state, tokens_Bb, dtype)
@@ -108,40 +121,27 @@ def read_mini_batch(
     length, window = tokens_Bb.shape[1], model.config.sliding_window
     if mask_Bb is None:
         mask_Bb = torch.ones_like(targets_Bb, dtype=accumulation_dtype(dtype))
-    place = model.place(state.position, length, dtype, state.position_offsets_B)._replace(in_place=in_place)
+    positions = model.positions(state.position, length, dtype, state.position_offsets_B)
+    lr = torch.tensor(model.config.inner_loop.lr if inner_lr is None else inner_lr)
+    lr = lr.to(tokens_Bb.device, accumulation_dtype(dtype))
     static, loop = state.static, state.loop
-    lr = model.config.inner_loop.lr if inner_lr is None else inner_lr
-    step_size = torch.tensor(lr, dtype=accumulation_dtype(dtype), device=tokens_Bb.device)
-    if functions.fixed and has_fixed_caches(model.config) and length == model.config.mini_batch_size:
+    if functions.static_cache and supports_static_cache(model.config) and length == model.config.mini_batch_size:
         # A state holds filled slots only; the compiled function is given a whole window of them.
-        empty, filled = max(0, window - state.position), min(window, state.position + length)
-        place = with_empty(place, empty, window, window)
+        view = static_cache_view(min(state.position, window), length, window, window, positions.cos)
         if static is None:
             static = empty_caches(model, model.config.prefix_layers + 1, len(tokens_Bb), dtype)
-        loop = State(tree_map(loop.fast, Tensor.contiguous), _last_slots(loop.caches, window))
+        loop = InnerLoopState(tree_map(loop.fast, Tensor.contiguous), _last_slots(loop.caches, window))
         static, loop, nll_Bb, norm_B = functions.read_and_learn(
-            model, _last_slots(static, window), loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
+            model, _last_slots(static, window), loop, tokens_Bb, targets_Bb, mask_Bb, positions, view, lr, dtype
         )
-        static, loop = _last_slots(static, filled), State(loop.fast, _last_slots(loop.caches, filled))
+        filled = min(window, state.position + length)
+        static, loop = _last_slots(static, filled), loop._replace(caches=_last_slots(loop.caches, filled))
     else:
+        view = _cache_view(model, state)._replace(donated=donate_state)
         static, loop, nll_Bb, norm_B = read_and_learn(
-            model, static, loop, tokens_Bb, targets_Bb, mask_Bb, place, step_size, dtype
+            model, static, loop, tokens_Bb, targets_Bb, mask_Bb, positions, view, lr, dtype
         )
     return state._replace(position=state.position + length, static=static, loop=loop), nll_Bb, norm_B
-
-
-def has_fixed_caches(config: ModelConfig) -> bool:
-    """Whether every mixer's state can have its final size from the start, as compiled reading needs it."""
-    return set(config.mixers) == {"window"}
-
-
-def _last_slots(caches: tuple[Cache, ...], slots: int) -> tuple[Cache, ...]:
-    """Caches of the last `slots` slots, with empty ones before the first where there are fewer."""
-
-    def cut(t: Tensor) -> Tensor:
-        return t if t.shape[2] == slots else F.pad(t, (0, 0, slots - t.shape[2], 0))
-
-    return tuple(Cache(*(cut(t) for t in cache)) for cache in caches)
 
 
 @torch.no_grad()
@@ -153,11 +153,35 @@ def forward(
     return model.logits(x_BTD), after
 
 
+def supports_static_cache(config: ModelConfig) -> bool:
+    """Whether every mixer's state can have its final size from the start, as compiled reading needs it."""
+    return set(config.mixers) == {"window"}
+
+
 def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, ReadState]:
-    place = model.place(state.position, tokens_BT.shape[1], dtype, state.position_offsets_B)
-    x_BTD, static = model.forward_prefix(tokens_BT, place, state.static, dtype)
+    positions = model.positions(state.position, tokens_BT.shape[1], dtype, state.position_offsets_B)
+    view = _cache_view(model, state)
+    x_BTD, static = model.forward_prefix(tokens_BT, positions, state.static, dtype, view)
     loop = state.loop
     if model.suffix:
-        x_BTD, caches, _ = model.forward_suffix(x_BTD, place, loop.fast, loop.caches, inner=False)
-        loop = State(loop.fast, caches)
+        x_BTD, caches, _ = model.forward_suffix(x_BTD, positions, loop.fast, loop.caches, view, second_order=False)
+        loop = loop._replace(caches=caches)
     return x_BTD, state._replace(position=state.position + tokens_BT.shape[1], static=static, loop=loop)
+
+
+def _cache_view(model: Transformer, state: ReadState) -> CacheView:
+    """Rows that have read different numbers of tokens may have empty slots, unless every window is full."""
+    if state.position_offsets_B is None:
+        return CacheView()
+    if state.position >= model.config.sliding_window and "full" not in model.config.mixers:
+        return CacheView()
+    return CacheView(seq_lens=state.position + state.position_offsets_B)
+
+
+def _last_slots(caches: tuple[KVCache, ...], slots: int) -> tuple[KVCache, ...]:
+    """Caches of the last `slots` slots, with empty ones in front where there are fewer."""
+
+    def cut(t: Tensor) -> Tensor:
+        return t if t.shape[2] == slots else F.pad(t, (0, 0, slots - t.shape[2], 0))
+
+    return tree_map(caches, cut)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ttt_e2e.config.parse import from_dict, to_dict
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path
+from ttt_e2e.files import atomic_path, read_json
 from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e model"
@@ -192,19 +192,6 @@ def load_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple
         if not tensor.is_floating_point():
             raise UserError(f"{name} in {path} is {tensor.dtype}, not floating point; use an unaltered copy.")
     return tensors, metadata
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the JSON file `path`. Raises UserError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; use a complete copy of the folder.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is truncated or altered, it is not JSON ({error}); use a complete copy.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is altered: it does not hold a JSON object; use a complete copy.")
-    return content
 
 
 def _require_same_names(path: Path, found: set[str], expected: set[str]) -> None:

@@ -17,24 +17,23 @@ Shapes: B sequences, T tokens, D width, F hidden width, V vocabulary.
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers import make_mixer
-from ttt_e2e.model.mixers.attention import Attention, Cache
-from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.model.mixers.attention import Attention
+from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
 from ttt_e2e.model.rope import frequencies
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, cross_entropy, rms_norm, swiglu
 from ttt_e2e.ops.fast_mlp import FastVjp, FastWeights, LowRankWeights, Weights, fast_mlp, low_rank_mlp
 from ttt_e2e.ops.linear import OuterProductFactors, linear, linear_vjp
 from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
-
-# Up to this many logits (tokens x vocabulary) the head keeps them, 64 MiB in float32; beyond, it makes them in pieces.
-KEPT_LOGITS = 2**24
 
 
 class RMSNorm(nn.Module):
@@ -122,8 +121,24 @@ class FastMLP(nn.Module):
                 down.normal_(0.0, down.shape[1] ** -0.5, generator=generator)
 
 
+def _no_vjp(g_BTD: Tensor, below: bool) -> NoReturn:
+    raise AssertionError("the mixer alone has no vjp here")
+
+
+class BlockOutput(NamedTuple):
+    """What a block gives: the residual stream [B, T, D], the mixer's state (None if it did not run), and the vjp.
+
+    vjp(g_BTD, below) takes a cotangent of the residual stream to one of the block's input (None unless it is asked for
+    with `below`), and to the fast weights, as factors in the order of their fields.
+    """
+
+    x_BTD: Tensor
+    state: Any
+    vjp: FastVjp
+
+
 class Block(nn.Module):
-    """The mixer, the fast MLP if `fast`, the static MLP: residual sub-layers, each a method."""
+    """The mixer, the fast MLP if `fast`, the static MLP: residual sub-layers with norms before and after."""
 
     mixer: Mixer
 
@@ -140,35 +155,92 @@ class Block(nn.Module):
         self.static = config.static_mlp or not fast
         if self.static:
             self.mlp_norm = _norm(config, config.pre_norm)
-            self.mlp = MLP(config.hidden_size, config.suffix_intermediate_size if fast else config.intermediate_size)
+            hidden = config.suffix_intermediate_size if fast else config.intermediate_size
+            self.mlp = MLP(config.hidden_size, hidden)
             self.mlp_post_norm = _norm(config, config.post_norm)
 
-    def mixer_sublayer(self, x_BTD: Tensor, place: Place, state: Any | None) -> tuple[Tensor, Any]:
-        """The mixer's sub-layer; see `Mixer.forward`."""
-        y_BTD, state = self.mixer(self.mixer_norm(x_BTD)[0], place, state)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions: Positions,
+        state: Any | None = None,
+        cache_view: CacheView = CacheView(),
+        fast: Weights | None = None,
+        *,
+        mixer: bool = True,
+        mlps: bool = True,
+        second_order: bool = False,
+    ) -> BlockOutput:
+        """Run the block, or one half of it: of the first suffix block, the mixer runs before the mini-batch loop.
+
+        Args:
+            x_BTD: the residual stream [B, T, D].
+            positions, state, cache_view: see `Mixer.forward`.
+            fast: the fast weights; needed for the MLPs of a suffix block.
+            mixer, mlps: which half runs.
+            second_order: whether the vjp goes through the mixer, which then has to be an attention. Without it the vjp
+                may be called with `below=False` and `mixer=False` only.
+        """
+        mixer_vjp: Vjp | None = None
+        if mixer and second_order:
+            x_BTD, state, mixer_vjp = self.mixer_sublayer_with_vjp(x_BTD, positions, state, cache_view)
+        elif mixer:
+            x_BTD, state = self.mixer_sublayer(x_BTD, positions, state, cache_view)
+        if not mlps:
+            return BlockOutput(x_BTD, state, _no_vjp)
+        if fast is None:
+            x_BTD, static_vjp = self.mlp_sublayer(x_BTD)
+            mlps_vjp: FastVjp = lambda g_BTD, below: (static_vjp(g_BTD), ())  # noqa: E731
+        else:
+            x_BTD, mlps_vjp = self.fast_mlp_sublayer(x_BTD, fast)
+
+        def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
+            g_below_BTD, factors = mlps_vjp(g_BTD, below)
+            if g_below_BTD is not None and mixer_vjp is not None:
+                g_below_BTD = mixer_vjp(g_below_BTD)
+            return g_below_BTD, factors
+
+        return BlockOutput(x_BTD, state, vjp)
+
+    def mixer_sublayer(
+        self, x_BTD: Tensor, positions: Positions, state: Any | None, cache_view: CacheView
+    ) -> tuple[Tensor, Any]:
+        """x + post_norm(mixer(norm(x))), and the mixer's state."""
+        y_BTD, state = self.mixer(self.mixer_norm(x_BTD)[0], positions, state, cache_view)
         return x_BTD + self.mixer_post_norm(y_BTD)[0], state
 
-    def mixer_sublayer_with_vjp(self, x_BTD: Tensor, place: Place, cache: Cache | None) -> tuple[Tensor, Cache, Vjp]:
-        """The same of an attention, with its pull."""
+    def mixer_sublayer_with_vjp(
+        self, x_BTD: Tensor, positions: Positions, state: KVCache | None, cache_view: CacheView
+    ) -> tuple[Tensor, KVCache, Vjp]:
+        """`mixer_sublayer` of an attention, and the function from the output's cotangent to the input's."""
         assert isinstance(self.mixer, Attention)
         n_BTD, norm_vjp = self.mixer_norm(x_BTD)
-        y_BTD, cache, layer_vjp = self.mixer.forward_with_vjp(n_BTD, place, cache)
-        z_BTD, post_vjp = self.mixer_post_norm(y_BTD)
-        return x_BTD + z_BTD, cache, lambda g: g + norm_vjp(layer_vjp(post_vjp(g)))
+        y_BTD, state, mixer_vjp = self.mixer.forward_with_vjp(n_BTD, positions, state, cache_view)
+        z_BTD, post_norm_vjp = self.mixer_post_norm(y_BTD)
+        return x_BTD + z_BTD, state, lambda g: g + norm_vjp(mixer_vjp(post_norm_vjp(g)))
+
+    def mlp_sublayer(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
+        """The static MLP's sub-layer and its vjp; the identity in a block without one."""
+        if not self.static:
+            return x_BTD, lambda g: g
+        n_BTD, norm_vjp = self.mlp_norm(x_BTD)
+        y_BTD, mlp_vjp = self.mlp(n_BTD)
+        z_BTD, post_norm_vjp = self.mlp_post_norm(y_BTD)
+        return x_BTD + z_BTD, lambda g: g + norm_vjp(mlp_vjp(post_norm_vjp(g)))
 
     def fast_mlp_sublayer(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastVjp]:
-        """Both MLPs of a suffix block, the fast one with the given weights; in turn, or in parallel."""
+        """Both MLPs of a suffix block, one after the other or in parallel, the fast one with the weights `fast`."""
         if self.parallel:
             return self._parallel_mlp_sublayer(x_BTD, fast)
         n_BTD, norm_vjp = self.fast_norm(x_BTD)
-        y_BTD, layer_vjp = self.fast(n_BTD, fast)
-        z_BTD, post_vjp = self.fast_post_norm(y_BTD)
+        y_BTD, fast_vjp = self.fast(n_BTD, fast)
+        z_BTD, post_norm_vjp = self.fast_post_norm(y_BTD)
         out_BTD, static_vjp = self.mlp_sublayer(x_BTD + z_BTD)
 
         def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
             g_BTD = static_vjp(g_BTD)
-            dn_BTD, gradient = layer_vjp(post_vjp(g_BTD), below)
-            return None if dn_BTD is None else g_BTD + norm_vjp(dn_BTD), gradient
+            dn_BTD, factors = fast_vjp(post_norm_vjp(g_BTD), below)
+            return None if dn_BTD is None else g_BTD + norm_vjp(dn_BTD), factors
 
         return out_BTD, vjp
 
@@ -176,23 +248,14 @@ class Block(nn.Module):
         n_BTD, norm_vjp = self.mlp_norm(x_BTD)
         fast_BTD, fast_vjp = self.fast(n_BTD, fast)
         static_BTD, static_vjp = self.mlp(n_BTD)
-        z_BTD, post_vjp = self.mlp_post_norm(fast_BTD + static_BTD)
+        z_BTD, post_norm_vjp = self.mlp_post_norm(fast_BTD + static_BTD)
 
         def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
-            dy_BTD = post_vjp(g_BTD)
-            dn_BTD, gradient = fast_vjp(dy_BTD, below)
-            return None if dn_BTD is None else g_BTD + norm_vjp(dn_BTD + static_vjp(dy_BTD)), gradient
+            dy_BTD = post_norm_vjp(g_BTD)
+            dn_BTD, factors = fast_vjp(dy_BTD, below)
+            return None if dn_BTD is None else g_BTD + norm_vjp(dn_BTD + static_vjp(dy_BTD)), factors
 
         return x_BTD + z_BTD, vjp
-
-    def mlp_sublayer(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
-        """The static MLP's sub-layer; nothing in a block without one."""
-        if not self.static:
-            return x_BTD, lambda g: g
-        n_BTD, norm_vjp = self.mlp_norm(x_BTD)
-        y_BTD, layer_vjp = self.mlp(n_BTD)
-        z_BTD, post_vjp = self.mlp_post_norm(y_BTD)
-        return x_BTD + z_BTD, lambda g: g + norm_vjp(layer_vjp(post_vjp(g)))
 
 
 class Transformer(nn.Module):
@@ -246,28 +309,22 @@ class Transformer(nn.Module):
         """Token embeddings [B, T, D] in the compute dtype."""
         return F.embedding(tokens_BT, self.embedding).to(dtype)
 
-    def place(self, start: int, length: int, dtype: torch.dtype, position_offsets_B: Tensor | None = None) -> Place:
-        """Positions `start` to `start + length`; their angles are exact at any position a stream can reach.
+    def positions(
+        self, start: int, length: int, dtype: torch.dtype, position_offsets_B: Tensor | None = None
+    ) -> Positions:
+        """Rotary angles of the positions `start` to `start + length`, for inputs of `dtype`.
 
-        Cosines and sines come multiplied by `rope_attention`.
-
-        ahead_B: how much further each sequence stands, int64; None where all stand at `start`. Caches of sequences that
-        stand apart may begin with empty slots as long as there are more slots than tokens that were read.
+        position_offsets_B: how much further each row stands, int64; None if all begin at `start`. Cosines and sines
+        come multiplied by the attention factor of the rotary scaling.
         """
         device, scale = self.embedding.device, self.config.rope_scaling.attention_factor
         # float64: in float32 the angle itself would be off by whole radians after ten million tokens.
         position = torch.arange(start, start + length, device=device, dtype=torch.float64)
-        seq_lens_B = None
         if position_offsets_B is not None:
             position = position[:, None] + position_offsets_B
-            if start < self.config.sliding_window or "full" in self.config.mixers:
-                seq_lens_B = start + position_offsets_B
         angle = position[..., None, None] * frequencies(self.config, device)
-        return Place(
-            (scale * angle.cos()).to(accumulation_dtype(dtype)),
-            (scale * angle.sin()).to(accumulation_dtype(dtype)),
-            seq_lens_B=seq_lens_B,
-        )
+        wide = accumulation_dtype(dtype)
+        return Positions((scale * angle.cos()).to(wide), (scale * angle.sin()).to(wide))
 
     @property
     def head_weight(self) -> Tensor:
@@ -285,7 +342,7 @@ class Transformer(nn.Module):
         """
         n_BTD, norm_vjp = self.final_norm(x_BTD)
         weight_VD = self.head_weight
-        if targets_BT.numel() * len(weight_VD) > KEPT_LOGITS:
+        if targets_BT.numel() * len(weight_VD) > tuning.KEPT_LOGITS:
             n_ND, targets_N = n_BTD.flatten(0, 1), targets_BT.flatten()
             nll_N, lse_N = cross_entropy_forward(n_ND, weight_VD, targets_N, "auto")
 
@@ -299,62 +356,80 @@ class Transformer(nn.Module):
         return nll_BT, lambda g: norm_vjp(linear_vjp(loss_vjp(g), weight_VD))
 
     def forward_prefix(
-        self, tokens_BT: Tensor, place: Place, states: tuple[Any, ...] | None, dtype: torch.dtype
+        self,
+        tokens_BT: Tensor,
+        positions: Positions,
+        states: tuple[Any, ...] | None,
+        dtype: torch.dtype,
+        cache_view: CacheView = CacheView(),
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Everything below the lowest fast weight: embedding, prefix, and the first suffix block's mixer.
 
-        In a standard model that is all blocks. tokens [B, T]; states None starts a text. Returns the residual stream
-        [B, T, D] and the mixers' states, one for each mixer that ran.
+        In a standard model that is all blocks.
+
+        Args:
+            tokens_BT: token ids [B, T].
+            positions: rotary angles of the T tokens.
+            states: the mixers' states after the tokens before; None at the start of a text.
+            dtype: of the matrix products.
+            cache_view: what is known of the caches among the states.
+
+        Returns:
+            The residual stream [B, T, D], and the state of every mixer that ran.
         """
         x_BTD = self.embed(tokens_BT, dtype)
         old: Iterator[Any] = itertools.repeat(None) if states is None else iter(states)
         new = []
         for block in self.prefix:
-            x_BTD, state = block.mixer_sublayer(x_BTD, place, next(old))
-            x_BTD, _ = block.mlp_sublayer(x_BTD)
+            x_BTD, state, _ = block(x_BTD, positions, next(old), cache_view)
             new.append(state)
         if self.suffix:
-            x_BTD, state = self.suffix[0].mixer_sublayer(x_BTD, place, next(old))
+            x_BTD, state, _ = self.suffix[0](x_BTD, positions, next(old), cache_view, mlps=False)
             new.append(state)
         return x_BTD, tuple(new)
 
     def forward_suffix(
         self,
         x_BTD: Tensor,
-        place: Place,
+        positions: Positions,
         fast: tuple[Weights, ...],
-        caches: tuple[Cache, ...] | None,
-        inner: bool,
-    ) -> tuple[Tensor, tuple[Cache, ...], Callable[[Tensor], list[OuterProductFactors]]]:
-        """The rest of the suffix with the given fast weights, one value a block, and one cache a block but the first.
+        caches: tuple[KVCache, ...] | None,
+        cache_view: CacheView = CacheView(),
+        *,
+        second_order: bool,
+    ) -> tuple[Tensor, tuple[KVCache, ...], Callable[[Tensor], list[OuterProductFactors]]]:
+        """The rest of the suffix, after `forward_prefix`.
 
-        Goes on from `forward_prefix`. Returns the residual stream [B, T, D], the caches, and (if `inner`) the pull from
-        the residual stream to the fast weights, block by block in the order of their fields.
+        Args:
+            x_BTD: the residual stream after the first suffix block's mixer [B, T, D].
+            positions: rotary angles of the T tokens.
+            fast: the fast weights, one value a block.
+            caches: one for every block but the first; None at the start of a text.
+            cache_view: what is known of the caches.
+            second_order: whether the vjp will be called.
+
+        Returns:
+            The residual stream [B, T, D]; the caches; and the vjp from the residual stream to the fast weights, as
+            factors, block by block in the order of their fields.
         """
-        old: Iterator[Cache | None] = itertools.repeat(None) if caches is None else iter(caches)
+        old: Iterator[KVCache | None] = itertools.repeat(None) if caches is None else iter(caches)
         new, vjps = [], []
         for i, (block, weights) in enumerate(zip(self.suffix, fast, strict=True)):
-            mixer_vjp = None
-            if i > 0:
-                if inner:
-                    x_BTD, cache, mixer_vjp = block.mixer_sublayer_with_vjp(x_BTD, place, next(old))
-                else:
-                    x_BTD, cache = block.mixer_sublayer(x_BTD, place, next(old))
-                new.append(cache)
-            x_BTD, feed_vjp = block.fast_mlp_sublayer(x_BTD, weights)
-            vjps.append((mixer_vjp, feed_vjp))
+            cache = next(old) if i > 0 else None
+            x_BTD, cache, block_vjp = block(
+                x_BTD, positions, cache, cache_view, weights, mixer=i > 0, second_order=second_order
+            )
+            new.append(cache)
+            vjps.append(block_vjp)
 
         def vjp(g_BTD: Tensor) -> list[OuterProductFactors]:
-            gradients: list[OuterProductFactors] = []
-            for mixer_vjp, feed_vjp in reversed(vjps):
-                below_BTD, of_block = feed_vjp(g_BTD, mixer_vjp is not None)
-                gradients[:0] = of_block
-                if mixer_vjp is not None:  # else this is the lowest fast MLP, and nothing below it is wanted
-                    assert below_BTD is not None
-                    g_BTD = mixer_vjp(below_BTD)
-            return gradients
+            factors: list[OuterProductFactors] = []
+            for i in reversed(range(len(vjps))):  # nothing is wanted below the lowest fast MLP
+                g_BTD, of_block = vjps[i](g_BTD, below=i > 0)
+                factors[:0] = of_block
+            return factors
 
-        return x_BTD, tuple(new), vjp
+        return x_BTD, tuple(new[1:]), vjp
 
     @property
     def fast_kind(self) -> type[Weights]:

@@ -1,10 +1,10 @@
-"""What every sequence mixer is: `(x_BTD, place, state) -> (y_BTD, state)`.
+"""The interface of every sequence mixer: `(x_BTD, positions, state, cache_view) -> (y_BTD, state)`.
 
-With no state it starts a text. Over many tokens it works in parallel; in pieces, down to token by token, it gives the
-same result. The state is a value, a named tuple of tensors with the batch first: handed in, handed back, never changed
-in place, so that keeping a copy of it is keeping a reference; unless its owner gives it away (`Place.in_place`).
+Without a state it starts a text. A long text is mixed in parallel, and cut anywhere, down to single tokens, it gives
+the same result. The state is a value, a named tuple of tensors whose first dimension is the batch: it is handed in and
+a new one is handed back, so that keeping an old one is keeping a reference. The one exception is a donated state.
 
-Shapes: B sequences, T tokens, D width, K head width.
+Shapes: B sequences, T tokens, S slots of a cache, D hidden size, K head dimension.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -12,39 +12,88 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ttt_e2e.config.schema import ModelConfig
 
-class Place(NamedTuple):
-    """Where tokens stand: the cosines and sines of their rotary angles, [T, 1, K/2] each.
 
-    They are [T, B, 1, K/2] where every sequence has positions of its own; tokens come first either way.
-
-    empty: how many of the first slots of every cache of fixed size hold no token yet, a 0-dim int32 tensor; None where
-    caches hold tokens only. bias_TS: which keys each token may see, made once for all blocks where that helps.
-    read_B: how many tokens each sequence has read, int64, where caches that hold fewer tokens than others begin with
-    slots that hold none; None where there are no such slots.
-    in_place: whether nobody needs the states any more that are handed in, nor their memory.
-    """
+class Positions(NamedTuple):
+    """The rotary angles of T tokens: cosines and sines [T, 1, K/2], or [T, B, 1, K/2] if rows are at other positions."""
 
     cos: Tensor
     sin: Tensor
-    empty: Tensor | None = None
-    attn_mask_TS: Tensor | None = None
-    seq_lens_B: Tensor | None = None
-    in_place: bool = False
 
-    def slice(self, start: int, stop: int) -> "Place":
-        """The part for tokens `start` to `stop`."""
-        return self._replace(cos=self.cos[start:stop], sin=self.sin[start:stop])
+    def slice(self, start: int, stop: int) -> "Positions":
+        """The angles of tokens `start` to `stop`."""
+        return Positions(self.cos[start:stop], self.sin[start:stop])
+
+
+class CacheView(NamedTuple):
+    """What attention has to know about the caches that it is given.
+
+    A cache with S slots is filled from the right: a row that has read n tokens has max(0, S - n) empty slots in front.
+    """
+
+    seq_lens: Tensor | None = None
+    """Tokens that each row has read, int64 [B], or 0-dim if all have read the same number. None: no slot is empty."""
+
+    attn_mask_TS: Tensor | None = None
+    """The mask that follows for all caches alike, where it is cheaper to make once; None: attention makes its own."""
+
+    max_slots: int | None = None
+    """Slots that full attention keeps. None: all. Windowed attention always keeps its window."""
+
+    donated: bool = False
+    """Whether the caches that are handed in may be overwritten."""
+
+
+class MixerCost(NamedTuple):
+    """What one mixer costs after, and over, a number of tokens; see `model.cost`."""
+
+    parameters: int
+
+    cached: int
+    """Numbers of its state in the compute dtype."""
+
+    accumulated: int
+    """Numbers of its state in float32."""
+
+    text: int
+    """Operations of reading all tokens from the start of a text."""
+
+    training: int
+    """The same with the backward pass."""
+
+    token: int
+    """Operations of one token more."""
 
 
 class Mixer(nn.Module):
-    """A sequence mixer. `State` names the tensors that it hands on; `undecayed` its parameters without weight decay."""
+    """A sequence mixer."""
 
     State: ClassVar[Any]
-    undecayed: ClassVar[tuple[str, ...]] = ()
+    """The named tuple that `forward` hands back."""
 
-    def forward(self, x_BTD: Tensor, place: Place, state: Any | None) -> tuple[Tensor, Any]:
-        """Mix x along the tokens, going on from `state` (None: from the start of a text); the state after them."""
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters without weight decay."""
+
+    def forward(
+        self, x_BTD: Tensor, positions: Positions, state: Any | None = None, cache_view: CacheView = CacheView()
+    ) -> tuple[Tensor, Any]:
+        """Mix `x_BTD` along the tokens.
+
+        Args:
+            x_BTD: normalised inputs [B, T, D].
+            positions: rotary angles of the T tokens. Recurrent mixers ignore them.
+            state: what the tokens before left behind; None at the start of a text.
+            cache_view: what is known of the caches in `state`. Recurrent mixers ignore it.
+
+        Returns:
+            The outputs [B, T, D] and the state after the last token.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def cost(config: ModelConfig, context: int) -> MixerCost:
+        """The cost of one such mixer at `context` tokens, counted as in `model.cost`."""
         raise NotImplementedError
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
 from ttt_e2e.ops.gated_delta_rule import check_kernels, gated_delta_rule
 from ttt_e2e.ops.linear import linear
@@ -40,7 +40,7 @@ class GatedDeltaNet(Mixer):
     """
 
     State = DeltaState
-    undecayed = ("a_log", "dt_bias")
+    no_weight_decay = ("a_log", "dt_bias")
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -75,7 +75,13 @@ class GatedDeltaNet(Mixer):
             dt_A = self.dt_bias.uniform_(math.log(low), math.log(high), generator=generator).exp_()
             self.dt_bias.copy_(dt_A + torch.log(-torch.expm1(-dt_A)))  # the inverse of softplus
 
-    def forward(self, x_BTD: Tensor, place: Place, state: DeltaState | None) -> tuple[Tensor, DeltaState]:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions: Positions,
+        state: DeltaState | None = None,
+        cache_view: CacheView = CacheView(),
+    ) -> tuple[Tensor, DeltaState]:
         """Write x to the memory and read it, token by token in effect; the output, and the state for what follows.
 
         None starts a text. Memory is linear in T.

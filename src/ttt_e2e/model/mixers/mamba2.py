@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
@@ -42,7 +42,7 @@ class Mamba2(Mixer):
     """
 
     State = Mamba2State
-    undecayed = ("a_log", "dt_bias", "d_skip")
+    no_weight_decay = ("a_log", "dt_bias", "d_skip")
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -74,7 +74,13 @@ class Mamba2(Mixer):
             dt_H = self.dt_bias.uniform_(*map(math.log, DT_RANGE), generator=generator).exp().clamp(min=DT_FLOOR)
             self.dt_bias.copy_(dt_H + (-torch.expm1(-dt_H)).log())  # softplus of it is dt
 
-    def forward(self, x_BTD: Tensor, place: Place, state: Mamba2State | None) -> tuple[Tensor, Mamba2State]:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions: Positions,
+        state: Mamba2State | None = None,
+        cache_view: CacheView = CacheView(),
+    ) -> tuple[Tensor, Mamba2State]:
         """The mixed x, and the state for the tokens that follow; None starts a text. Memory is linear in T."""
         conv_BUC, ssm_BHPN = (None, None) if state is None else state
         inner, shared, accurate = self.inner, self.shared, accumulation_dtype(x_BTD.dtype)

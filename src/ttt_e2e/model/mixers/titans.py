@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
 from ttt_e2e.model.mixers.memory import Memory, ScanCoefficients, gradients, merge_heads, pieces, project, share
 from ttt_e2e.ops.attention import sdpa
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm, rotate
@@ -62,7 +62,7 @@ class Titans(Mixer):
     """
 
     State = TitansState
-    undecayed = ("steps_bias",)
+    no_weight_decay = ("steps_bias",)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -93,7 +93,13 @@ class Titans(Mixer):
             for bias_H, value in zip(self.steps_bias.chunk(3), (0.0, MOMENTUM_BIAS, FORGET_BIAS), strict=True):
                 bias_H.fill_(value)
 
-    def forward(self, x_BTD: Tensor, place: Place, state: TitansState | None) -> tuple[Tensor, TitansState]:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions: Positions,
+        state: TitansState | None = None,
+        cache_view: CacheView = CacheView(),
+    ) -> tuple[Tensor, TitansState]:
         """Walk x mini-batch by mini-batch: read the memory, attend, gate, and train the memory.
 
         None starts a text. For the gradient every mini-batch keeps its segment's keys up to its end, so memory grows
@@ -108,8 +114,8 @@ class Titans(Mixer):
         done = (pending + length) // b * b
 
         # What follows from x alone, for all tokens at once.
-        q_BHTK = self._heads(linear(x_BTD, self.w_q), "q_norm", place)
-        k_BHTK, v_BHTK = self._keys(x_BTD, place)
+        q_BHTK = self._heads(linear(x_BTD, self.w_q), "q_norm", positions)
+        k_BHTK, v_BHTK = self._keys(x_BTD, positions)
         (context_NTK,) = project(x_BTD, self.w_context, config)
         steps_NT = [torch.cat(pair, 1) for pair in zip(old_NP, self._steps(x_BTD), strict=True)]
         shares = []  # of the mini-batches that get complete
@@ -125,12 +131,12 @@ class Titans(Mixer):
         cut = zip(
             *(x_BHTK.split(sizes, 2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)),
             context_NTK.split(sizes, 1),
-            *(x_T.split(sizes) for x_T in (place.cos, place.sin)),
+            *(x_T.split(sizes) for x_T in (positions.cos, positions.sin)),
             strict=True,
         )
         for i, (q, k, v, context, cos, sin) in enumerate(cut):
             h_BTD = merge_heads(fast_mlp(context, fast)[0], self.context_norm, config)
-            h_k, h_v = self._keys(h_BTD, Place(cos, sin))
+            h_k, h_v = self._keys(h_BTD, Positions(cos, sin))
             k_seen = torch.cat((k_seen, torch.stack((h_k, k), 3).flatten(2, 3)), 2)
             v_seen = torch.cat((v_seen, torch.stack((h_v, v), 3).flatten(2, 3)), 2)
             y_BHTK = sdpa(q, k_seen, v_seen, None, None, _visible(q, k_seen, persistent))
@@ -168,19 +174,19 @@ class Titans(Mixer):
         rate = self.config.memory.lr / self.mini_batch
         return rate * torch.sigmoid(step) * torch.sigmoid(-momentum), torch.sigmoid(momentum), torch.sigmoid(-forget)
 
-    def _keys(self, x_BTD: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def _keys(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Keys and values of the attention for tokens, or for what the memory gave for them: [B, H, T, K] each."""
         k_BTD, v_BTD = linear(x_BTD, self.w_kv).chunk(2, 2)
-        return self._heads(k_BTD, "k_norm", place), v_BTD.unflatten(2, (self.config.num_attention_heads, -1)).transpose(
-            1, 2
-        )
+        return self._heads(k_BTD, "k_norm", positions), v_BTD.unflatten(
+            2, (self.config.num_attention_heads, -1)
+        ).transpose(1, 2)
 
-    def _heads(self, x_BTD: Tensor, norm: str, place: Place) -> Tensor:
+    def _heads(self, x_BTD: Tensor, norm: str, positions: Positions) -> Tensor:
         """Queries or keys by heads, normalised and rotated."""
         x_BTHK = x_BTD.unflatten(2, (self.config.num_attention_heads, -1)).to(accumulation_dtype(x_BTD.dtype))
         if self.config.qk_norm:
             x_BTHK, _ = rms_norm(x_BTHK, getattr(self, norm), self.config.rms_norm_eps)
-        return rotate(x_BTHK, place.cos, place.sin)[0].to(x_BTD.dtype).transpose(1, 2)
+        return rotate(x_BTHK, positions.cos, positions.sin)[0].to(x_BTD.dtype).transpose(1, 2)
 
     def _persistent(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The persistent keys and values, normalised but not rotated, [B, H, Q, K] in x's dtype."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.model.mixers.attention import Attention, Cache
-from ttt_e2e.model.mixers.base import Mixer, Place
+from ttt_e2e.model.kv_cache import KVCache
+from ttt_e2e.model.mixers.attention import Attention
+from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
 from ttt_e2e.model.mixers.memory import Memory, gradients, merge_heads, pieces, project
 from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
@@ -42,7 +43,7 @@ class TTTKVB(Mixer):
     """
 
     State = TTTKVBState
-    undecayed = ("step_bias",)
+    no_weight_decay = ("step_bias",)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -63,14 +64,22 @@ class TTTKVB(Mixer):
         with torch.no_grad():
             self.step_bias.zero_()
 
-    def forward(self, x_BTD: Tensor, place: Place, state: TTTKVBState | None) -> tuple[Tensor, TTTKVBState]:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions: Positions,
+        state: TTTKVBState | None = None,
+        cache_view: CacheView = CacheView(),
+    ) -> tuple[Tensor, TTTKVBState]:
         """Attend, read from the memory, and train it with every mini-batch that x completes.
 
         None starts a text. A Python loop runs over the mini-batches. Memory is linear in T.
         """
         config, b = self.config, self.mini_batch
         batch, length = x_BTD.shape[:2]
-        y_BTD, cache = self.attention(x_BTD, place, None if state is None else Cache(*state[:2]))
+        y_BTD, cache = self.attention(
+            x_BTD, positions, None if state is None else KVCache(*state[:2]), cache_view._replace(donated=False)
+        )
 
         q_NTK, k_NTK, v_NTK = project(x_BTD, self.w_qkv, config)
         z_BTH = linear(x_BTD, self.w_step).to(accumulation_dtype(x_BTD.dtype)) + self.step_bias

@@ -1,0 +1,177 @@
+"""The mini-batch loop over a sequence, and an outer gradient of it that stores less than plain autograd does.
+
+Shapes: B sequences, N mini-batches of b tokens, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttt_e2e.inner_loop.functions import LoopFunctions
+from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch
+from ttt_e2e.model.transformer import Transformer
+
+# Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph.
+KEPT_GRAPHS = 2
+
+
+def loop_parameters(model: Transformer) -> list[Tensor]:
+    """The static weights that the loop may use: all of the suffix, the last norm and the head.
+
+    The first suffix block's mixer runs before the loop: it gets its gradient from there, and none from the loop. The
+    initial fast weights get theirs through the first state.
+    """
+    modules = [*model.suffix, model.final_norm]
+    weights = [model.head_weight, *(p for module in modules for p in module.parameters())]
+    return [w for w in weights if w.requires_grad]
+
+
+class SequenceLoop(NamedTuple):
+    """A sequence in mini-batches, and how to walk it. parameters: the static weights that receive gradients."""
+
+    model: Transformer
+    start: InnerLoopState
+    batches: list[MiniBatch]
+    lr: Tensor
+    keep_all: bool  # of the recomputed loop: keep every state between mini-batches, or only one in about sqrt(N)
+    parameters: list[Tensor]
+    functions: LoopFunctions
+
+    def step(self, i: int, state: InnerLoopState, x_BbD: Tensor | None = None) -> tuple[InnerLoopState | None, Tensor]:
+        """Mini-batch `i`: the state after it and its losses. No update follows the last one: nothing would read it."""
+        batch = self.batches[i] if x_BbD is None else self.batches[i]._replace(x_BbD=x_BbD)
+        if i == len(self.batches) - 1:
+            return None, self.functions.mini_batch_loss(self.model, state, batch)[0]
+        after, nll_Bb, _ = self.functions.inner_step(self.model, state, batch, self.lr)
+        return after, nll_Bb
+
+    def walk(
+        self,
+        state: InnerLoopState,
+        first: int,
+        stop: int,
+        *,
+        keep: bool = False,
+        x_NBbD: Sequence[Tensor] | None = None,
+    ) -> tuple[list[InnerLoopState], list[Tensor], InnerLoopState | None]:
+        """Walk mini-batches `first` to `stop`, on their own x or on `x_NBbD`.
+
+        Returns the states before each (if not `keep`, before the first only), the losses of each, N x [B, b], and the
+        state after all.
+        """
+        states: list[InnerLoopState] = []
+        losses = []
+        after: InnerLoopState | None = state
+        for i in range(first, stop):
+            assert after is not None
+            if keep or not states:
+                states.append(after)
+            after, nll_Bb = self.step(i, after, None if x_NBbD is None else x_NBbD[i - first])
+            losses.append(nll_Bb)
+        return states, losses, after
+
+
+class _Graph(NamedTuple):
+    """Some mini-batches walked with a graph: what went in, ready for gradients, and what came out."""
+
+    first: int
+    state: InnerLoopState
+    x_NBbD: list[Tensor]
+    losses: list[Tensor]
+    after: InnerLoopState | None
+
+
+class RecomputedLoop(torch.autograd.Function):
+    """The loop that stores states between mini-batches only, and in the backward pass recomputes what lies between.
+
+    With `keep_all` it stores all N states and recomputes each mini-batch once. Otherwise it stores one state in about
+    sqrt(N), and the backward pass walks a segment forward again before it goes through it backwards: about 2 sqrt(N)
+    states at any time, each mini-batch recomputed twice. The last `KEPT_GRAPHS` mini-batches are not recomputed: the
+    backward pass begins with them, before it holds anything else.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loop: SequenceLoop, *tensors: Tensor) -> Tensor:
+        count = len(loop.batches) - min(KEPT_GRAPHS, len(loop.batches))
+        length = max(1, count if loop.keep_all else round(count**0.5))
+        ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
+        ctx.boundaries, losses = [], []
+        state: InnerLoopState | None = loop.start
+        for first, stop in ctx.segments:
+            assert state is not None
+            # The last segment goes first in the backward pass: its states need not be walked to again.
+            states, nll_Bb, state = loop.walk(state, first, stop, keep=stop == count)
+            ctx.boundaries.append(states)
+            losses += nll_Bb
+        assert state is not None
+        ctx.loop, ctx.last = loop, _graph(loop, count, len(loop.batches), state)
+        return torch.cat([*losses, *(nll_Bb.detach() for nll_Bb in ctx.last.losses)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        loop: SequenceLoop = ctx.loop
+        if ctx.last is None:
+            raise RuntimeError("The recomputed loop gives up what it kept as it goes back; it goes back once only.")
+        grad_nll = grad_outputs[0].split([batch.x_BbD.shape[1] for batch in loop.batches], 1)
+        totals: list[Tensor | None] = [None] * len(loop.parameters)
+        grad_x, grad_state = _go_back(loop, ctx.last, grad_nll, [], totals)
+        ctx.last = None
+        for first, stop in reversed(ctx.segments):
+            states = ctx.boundaries.pop()
+            if len(states) < stop - first:
+                with torch.no_grad():
+                    states, _, _ = loop.walk(states[0], first, stop, keep=True)
+            for i in reversed(range(first, stop)):
+                graph = _graph(loop, i, i + 1, states.pop())
+                more, grad_state = _go_back(loop, graph, grad_nll, grad_state, totals)
+                grad_x = more + grad_x
+        return (None, *grad_x, *grad_state, *totals)
+
+
+def _graph(loop: SequenceLoop, first: int, stop: int, state: InnerLoopState) -> _Graph:
+    """Walk mini-batches `first` to `stop` with a graph of their own."""
+    state = _leaves(state)
+    x_NBbD = [loop.batches[i].x_BbD.detach().requires_grad_() for i in range(first, stop)]
+    with torch.enable_grad():
+        _, losses, after = loop.walk(state, first, stop, x_NBbD=x_NBbD)
+    return _Graph(first, state, x_NBbD, losses, after)
+
+
+def _go_back(
+    loop: SequenceLoop,
+    graph: _Graph,
+    grad_nll: Sequence[Tensor],
+    grad_after: list[Tensor],
+    totals: list[Tensor | None],
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Gradients of a graph's x and of the state before it; those of the static weights are added to `totals`.
+
+    grad_after: of the state after it, in the order of its tensors; empty after the last mini-batch.
+    """
+    outputs = [*graph.losses, *([] if graph.after is None else graph.after.tensors())]
+    along = [*grad_nll[graph.first : graph.first + len(graph.losses)], *grad_after]
+    pairs = [(o, g) for o, g in zip(outputs, along, strict=True) if o.requires_grad]
+    state, count = graph.state.tensors(), len(graph.x_NBbD)
+    gradients = torch.autograd.grad(
+        [o for o, _ in pairs],
+        [*graph.x_NBbD, *state, *loop.parameters],
+        [g for _, g in pairs],
+        allow_unused=True,
+        materialize_grads=False,
+    )
+    of_state = zip(state, gradients[count : count + len(state)], strict=True)
+    for j, g in enumerate(gradients[count + len(state) :]):
+        total = totals[j]
+        totals[j] = g if total is None else total if g is None else total.add_(g)
+    return list(gradients[:count]), [torch.zeros_like(t) if g is None else g for t, g in of_state]
+
+
+def _leaves(state: InnerLoopState) -> InnerLoopState:
+    """The same values cut from their graph, ready for gradients."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_()
+
+    return state.map(leaf)
