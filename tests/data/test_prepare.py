@@ -1,3 +1,5 @@
+"""`prepare`: resumed after any interruption, it is byte for byte the same; what cannot be prepared is refused."""
+
 import errno
 import json
 import os
@@ -51,7 +53,7 @@ def stop_at(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None
     patch.setattr(owner, name, stopping)
 
 
-def test_summary(sources: list[Path], tmp_path: Path) -> None:
+def test_prepare_counts_and_a_second_call_changes_nothing(sources: list[Path], tmp_path: Path) -> None:
     prepared = run(sources, tmp_path / "out")
     assert sum(prepared.documents.values()) == 13
     assert prepared.documents["val"] >= 1
@@ -70,14 +72,14 @@ def test_summary(sources: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
     [
-        (Tokenizer, "encode_pieces", (0, 3, 6, 12)),
+        (Tokenizer, "encode_chunks", (0, 3, 6, 12)),
         (Tokenizer, "train", (0,)),
         (ShardWriter, "close", (0, 1, 2)),
         (module, "_save_state", (0, 1, 2, 3)),
         (module, "write_text", (0, 1, 3, 5)),
     ],
 )
-def test_resumed_is_byte_for_byte_the_same(
+def test_resumed_prepare_is_byte_for_byte_the_same(
     sources: list[Path], tmp_path: Path, owner: Any, name: str, calls: tuple[int, ...]
 ) -> None:
     run(sources, tmp_path / "whole")
@@ -99,22 +101,22 @@ def test_finished_shards_are_not_made_again(
     sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, Tokenizer, "encode_pieces", 5)
+        stop_at(patch, Tokenizer, "encode_chunks", 5)
         run(sources, tmp_path / "out")
     encoded = []
-    original = Tokenizer.encode_pieces
+    original = Tokenizer.encode_chunks
 
     def counting(self: Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         encoded.append(1)
         return original(self, pieces)
 
-    monkeypatch.setattr(Tokenizer, "encode_pieces", counting)
+    monkeypatch.setattr(Tokenizer, "encode_chunks", counting)
     monkeypatch.setattr(Tokenizer, "train", None)
     run(sources, tmp_path / "out")
     assert len(encoded) < 13
 
 
-def test_another_configuration_is_refused(sources: list[Path], tmp_path: Path) -> None:
+def test_prepare_refuses_a_folder_of_another_preparation(sources: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(sources, out)
     before = content(out)
@@ -129,14 +131,14 @@ def test_another_configuration_is_refused(sources: list[Path], tmp_path: Path) -
     assert content(out) == before
 
 
-def test_other_peoples_folders_are_left_alone(sources: list[Path], tmp_path: Path) -> None:
+def test_prepare_refuses_folders_with_other_files(sources: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds other files"):
         run(sources, tmp_path)
     with pytest.raises(UserError, match="is a file"):
         run(sources, sources[0])
 
 
-def test_a_bad_source_can_be_mended(sources: list[Path], tmp_path: Path) -> None:
+def test_bad_source_can_be_corrected(sources: list[Path], tmp_path: Path) -> None:
     text = sources[2].read_bytes()
     sources[2].write_bytes(text + b"\xff")
     with pytest.raises(UserError, match=rf"2.txt is not valid UTF-8 at byte {len(text)}"):
@@ -145,7 +147,7 @@ def test_a_bad_source_can_be_mended(sources: list[Path], tmp_path: Path) -> None
     run(sources, tmp_path / "out")
 
 
-def test_full_disk(sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_can_be_resumed(sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: ShardWriter, name: str, tokens: Iterable[np.ndarray]) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -157,7 +159,9 @@ def test_full_disk(sources: list[Path], tmp_path: Path, monkeypatch: pytest.Monk
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_sources_that_change_meanwhile(sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_that_change_meanwhile_are_noticed(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = Tokenizer.train
 
     def change(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -169,7 +173,7 @@ def test_sources_that_change_meanwhile(sources: list[Path], tmp_path: Path, monk
         run(sources, tmp_path / "out")
 
 
-def test_held_out_documents(sources: list[Path], tmp_path: Path) -> None:
+def test_validation_documents_are_held_out(sources: list[Path], tmp_path: Path) -> None:
     given = run(sources[1:], tmp_path / "given", val=sources[:1])
     assert given.documents["val"] == 1
     assert TokenSet.open(tmp_path / "given", "val").names == ["0.txt"]
@@ -190,7 +194,7 @@ def test_held_out_documents(sources: list[Path], tmp_path: Path) -> None:
         run(sources, tmp_path / "bad", val_share=1.0)
 
 
-def test_the_tokenizer_learns_from_a_sample_without_held_out_text(tmp_path: Path) -> None:
+def test_tokenizer_is_trained_without_validation_text(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("aaaa bbbb " * 20_000)
     (tmp_path / "val.txt").write_text("zqzq " * 20_000)
     sources, val = [tmp_path / "train.txt"], [tmp_path / "val.txt"]
@@ -201,21 +205,21 @@ def test_the_tokenizer_learns_from_a_sample_without_held_out_text(tmp_path: Path
     assert "zq" not in vocabulary
 
 
-def test_existing_tokenizer(sources: list[Path], tmp_path: Path) -> None:
+def test_prepare_with_an_existing_tokenizer(sources: list[Path], tmp_path: Path) -> None:
     Tokenizer.train(LINES, 300).save(tmp_path / "tokenizer.json")
     prepared = run(sources, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer.json"))
     assert prepared.vocab_size == 300
     assert TokenSet.open(tmp_path / "out").tokenizer().digest == Tokenizer.load(tmp_path).digest
 
 
-def test_nothing_to_train_on(tmp_path: Path) -> None:
+def test_prepare_refuses_sources_without_text(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(UserError, match="no text to train on"):
         run([tmp_path / "in"], tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_standard_library(tmp_path: Path) -> None:
+def test_prepare_the_standard_library(tmp_path: Path) -> None:
     prepared = prepare(None, tmp_path / "out", vocab_size=1024, progress=False)
     assert prepared.tokens["train"] > 1_000_000
     assert prepared.tokens["val"] > 10_000

@@ -1,3 +1,5 @@
+"""Token shards and zarr arrays: what is written is read back, and damage is noticed."""
+
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,19 +13,19 @@ from ttt_e2e.data.shards import ShardWriter, TokenSet, token_dtype
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 
-TOKENIZER_CONFIG = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for index in range(6):
-        (tmp_path / f"in{index}.txt").write_text(" ".join(TOKENIZER_CONFIG[index:] * (10 + index)) + "\n")
+        (tmp_path / f"in{index}.txt").write_text(" ".join(WORDS[index:] * (10 + index)) + "\n")
     sources = sorted(tmp_path.glob("*.txt"))
     prepare(sources, tmp_path / "out", vocab_size=300, val_share=0.2, shard_tokens=150, progress=False)
     return tmp_path / "out"
 
 
-def test_documents_round_trip(folder: Path) -> None:
+def test_token_set_reads_what_prepare_wrote(folder: Path) -> None:
     found = {}
     for split in ("train", "val"):
         tokens = TokenSet.open(folder, split)
@@ -40,19 +42,19 @@ def test_documents_round_trip(folder: Path) -> None:
     assert len(list(folder.glob("train-*.bin"))) > 1
 
 
-def test_large_vocabularies_need_more_bytes() -> None:
+def test_token_dtype_is_wider_for_large_vocabularies() -> None:
     assert token_dtype(65536).itemsize == 2
     assert token_dtype(65537).itemsize == 4
 
 
-def test_an_interrupted_shard_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_shard_writer_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ExitStack() as stack:
         ShardWriter(stack, tmp_path, "train-00000", np.dtype("<u2"), 0).write("a", [np.arange(5)])
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_vocabulary(folder: Path) -> None:
+def test_check_vocabulary_refuses_another_size(folder: Path) -> None:
     tokens = TokenSet.open(folder)
     assert tokens.vocab_size is not None
     tokens.check_vocabulary(tokens.vocab_size)
@@ -61,7 +63,7 @@ def test_vocabulary(folder: Path) -> None:
             tokens.check_vocabulary(other)
 
 
-def test_damaged_folders(folder: Path) -> None:
+def test_open_refuses_damaged_folders(folder: Path) -> None:
     shard, index = folder / "train-00000.bin", folder / "train-00000.json"
     data, names = shard.read_bytes(), index.read_text()
     with pytest.raises(UserError, match="no 'test' documents, only: train, val"):
@@ -83,7 +85,7 @@ def test_damaged_folders(folder: Path) -> None:
         TokenSet.open(folder).tokenizer()
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"version": 99}))
-    with pytest.raises(UserError, match="format 99"):
+    with pytest.raises(UserError, match="format version 99, and this ttt-e2e reads version 1; prepare it anew"):
         TokenSet.open(folder)
     (folder / "meta.json").write_text("[]")
     with pytest.raises(UserError, match="does not hold prepared tokens"):
@@ -92,13 +94,13 @@ def test_damaged_folders(folder: Path) -> None:
     with pytest.raises(UserError, match=r"meta.json is missing"):
         TokenSet.open(folder)
     (folder / "progress.json").touch()
-    with pytest.raises(UserError, match="not prepared to the end"):
+    with pytest.raises(UserError, match="is unfinished; run the same `ttt-e2e prepare` again"):
         TokenSet.open(folder)
     with pytest.raises(UserError, match="not a folder of prepared tokens"):
         TokenSet.open(folder / "nowhere")
 
 
-def test_zarr(tmp_path: Path) -> None:
+def test_open_zarr_reads_a_flat_array(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 100, 1000).astype(np.uint32)
     group = zarr.open_group(str(tmp_path / "z"), mode="w")
     group.create_array("train", data=ids, chunks=(64,))
@@ -114,7 +116,7 @@ def test_zarr(tmp_path: Path) -> None:
         tokens.tokenizer()
     with pytest.raises(UserError, match="no zarr array 'val'"):
         TokenSet.open_zarr(tmp_path / "z", "val", bos=1)
-    with pytest.raises(UserError, match="not a row of tokens"):
+    with pytest.raises(UserError, match="is not a list of tokens"):
         TokenSet.open_zarr(tmp_path / "z", "square", bos=1)
     with pytest.raises(UserError, match="not a folder of zarr arrays"):
         TokenSet.open_zarr(tmp_path / "nowhere", "train", bos=1)

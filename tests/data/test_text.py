@@ -1,3 +1,5 @@
+"""Reading texts: chunks, folders, JSONL and parquet, and the first byte or row that cannot be read."""
+
 import io
 import json
 import os
@@ -13,10 +15,10 @@ from hypothesis import strategies as st
 from ttt_e2e.data.text import (
     documents,
     read_text,
-    short_pieces,
+    short_chunks,
     standard_library,
     standard_library_document,
-    text_pieces,
+    text_chunks,
 )
 from ttt_e2e.errors import UserError
 
@@ -33,23 +35,23 @@ def write_parquet(path: Path, **columns: list[object]) -> Path:
 
 @settings(deadline=None)
 @given(text=st.text(min_size=1).filter(lambda text: "\0" not in text), size=st.integers(1, 9))
-def test_pieces_join_to_the_text(text: str, size: int) -> None:
-    assert "".join(text_pieces(io.BytesIO(text.encode()), size)) == text
+def test_text_chunks_join_to_the_text(text: str, size: int) -> None:
+    assert "".join(text_chunks(io.BytesIO(text.encode()), size)) == text
 
 
-def test_short_pieces() -> None:
-    pieces = ["a" * 150_000, "", "b", "c" * 65_536]
-    short = list(short_pieces(pieces))
-    assert "".join(short) == "".join(pieces) and [len(piece) for piece in short] == [65_536, 65_536, 18_928, 1, 65_536]
+def test_short_chunks_join_to_the_text() -> None:
+    chunks = ["a" * 150_000, "", "b", "c" * 65_536]
+    short = list(short_chunks(chunks))
+    assert "".join(short) == "".join(chunks) and [len(chunk) for chunk in short] == [65_536, 65_536, 18_928, 1, 65_536]
 
 
-def test_a_pipe_that_goes_on_gives_what_there_is() -> None:
+def test_open_pipe_gives_what_there_is() -> None:
     source, sink = os.pipe()
-    too_late = threading.Timer(20, os.close, [sink])
+    too_late = threading.Timer(600, os.close, [sink])
     too_late.start()
     with os.fdopen(source, "rb") as stream:
         os.write(sink, b"What came first.")
-        assert next(text_pieces(stream)) == "What came first."
+        assert next(text_chunks(stream)) == "What came first."
         assert too_late.is_alive()
         too_late.cancel()
         os.close(sink)
@@ -71,16 +73,16 @@ def test_line_ends_are_kept(tmp_path: Path) -> None:
         (b"\xe2\x82a", "is not valid UTF-8 at byte 0"),
     ],
 )
-def test_bad_texts(tmp_path: Path, data: bytes, sentence: str, size: int) -> None:
+def test_text_chunks_refuses_bad_bytes(tmp_path: Path, data: bytes, sentence: str, size: int) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"bad.txt {sentence}"):
-        list(text_pieces(path, size))
+        list(text_chunks(path, size))
     with pytest.raises(UserError, match=sentence):
-        list(text_pieces(io.BytesIO(data), size))
+        list(text_chunks(io.BytesIO(data), size))
 
 
-def test_missing_text_and_folder(tmp_path: Path) -> None:
+def test_missing_texts_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_text(tmp_path / "no.txt")
     with pytest.raises(UserError, match="is a folder"):
@@ -118,7 +120,7 @@ def test_documents_of_parquet(tmp_path: Path) -> None:
     assert skipped == [f"{path}, row 2: 'body' is empty."]
     with pytest.raises(UserError, match=r"no column 'text'.*body, title, n"):
         list(documents([path]))
-    with pytest.raises(UserError, match="'n' is no text but int"):
+    with pytest.raises(UserError, match="'n' is not text but int"):
         list(documents([path], "n"))
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(UserError, match="cannot be read as parquet"):
@@ -131,7 +133,7 @@ def test_documents_of_parquet(tmp_path: Path) -> None:
         (b'{"text": "open', "not valid JSON"),
         (b'{"txt": "a"}', "no field 'text'"),
         (b'["text"]', "no field 'text'"),
-        (b'{"text": 3}', "'text' is no text but int"),
+        (b'{"text": 3}', "'text' is not text but int"),
         (b'{"text": "\xff"}', "not valid UTF-8 at byte 10"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b"[" * 100_000, "not valid JSON"),
@@ -144,13 +146,13 @@ def test_broken_jsonl_names_the_line(tmp_path: Path, line: bytes, sentence: str)
         list(documents([path]))
 
 
-def test_empty_jsonl(tmp_path: Path) -> None:
+def test_empty_jsonl_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(UserError, match="is empty"):
         list(documents([tmp_path / "a.jsonl"]))
 
 
-def test_standard_library() -> None:
+def test_standard_library_documents() -> None:
     names = [document.name for document in standard_library()]
     assert {"asyncio", "email", "json", "modules a"} <= set(names)
     assert len(names) == len(set(names))

@@ -1,3 +1,5 @@
+"""Tokenizers: texts survive the round trip however they are split, and special tokens are never spelled."""
+
 from pathlib import Path
 
 import numpy as np
@@ -29,24 +31,24 @@ def test_round_trip(text: str) -> None:
 
 
 @settings(deadline=None)
-@given(pieces=split_texts())
-def test_pieces_encode_like_the_whole(pieces: list[str]) -> None:
+@given(chunks=split_texts())
+def test_chunks_encode_like_the_whole(chunks: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SEGMENT_CHARS", 3)
-        whole = TOKENIZER.encode("".join(pieces))
-        streamed = [np.empty(0, np.int64), *TOKENIZER.encode_pieces(pieces)]
+        whole = TOKENIZER.encode("".join(chunks))
+        streamed = [np.empty(0, np.int64), *TOKENIZER.encode_chunks(chunks)]
     np.testing.assert_array_equal(np.concatenate(streamed), whole)
 
 
 @settings(deadline=None)
-@given(pieces=split_texts(), least=st.integers(1, 5))
-def test_segments_depend_on_the_text_alone(pieces: list[str], least: int) -> None:
-    cut = [segment for batch in segments(pieces, least) for segment in batch]
-    whole = [segment for batch in segments(["".join(pieces)], least) for segment in batch]
-    single = [segment for batch in segments("".join(pieces), least) for segment in batch]
+@given(chunks=split_texts(), min_chars=st.integers(1, 5))
+def test_segments_depend_on_the_text_alone(chunks: list[str], min_chars: int) -> None:
+    cut = [segment for batch in segments(chunks, min_chars) for segment in batch]
+    whole = [segment for batch in segments(["".join(chunks)], min_chars) for segment in batch]
+    single = [segment for batch in segments("".join(chunks), min_chars) for segment in batch]
     assert cut == whole == single
-    assert "".join(cut) == "".join(pieces)
-    assert all(len(segment) <= 4 * least for segment in cut)
+    assert "".join(cut) == "".join(chunks)
+    assert all(len(segment) <= 4 * min_chars for segment in cut)
 
 
 def test_cuts_between_lines_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +83,7 @@ def test_indentation_is_one_token() -> None:
     assert len(spaces[0]) == len(spaces[1])
 
 
-def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+def test_tokenizer_survives_saving(tmp_path: Path) -> None:
     TOKENIZER.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     assert loaded.digest == TOKENIZER.digest
@@ -91,7 +93,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert Tokenizer.train([CODE], 500).digest != TOKENIZER.digest
 
 
-def test_existing_tokenizer(tmp_path: Path) -> None:
+def test_load_an_existing_tokenizer(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -113,7 +115,7 @@ def test_a_special_token_begins_documents_even_where_an_ordinary_one_is_spelled_
     assert Tokenizer(backend).bos == 3
 
 
-def test_bad_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_tokenizers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="does not exist"):
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="does not exist"):

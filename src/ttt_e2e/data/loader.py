@@ -13,26 +13,36 @@ from ttt_e2e.errors import UserError
 class SequenceLoader:
     """An endless iterator of batches: int64 tensors [batch, context + 1] on the CPU.
 
-    In an epoch every document of more than `context` tokens is cut into windows of `context + 1` tokens that
-    overlap by one, from a random start within what does not fill a window: no token is a target twice.
-    Shorter documents are first joined, in random order, into one stream that is cut alike. The windows of an
-    epoch come in random order; a batch may cross into the next epoch. Of every `world * batch` sequences,
-    rank `rank` gets its own `batch`.
+    In an epoch every document of more than `context` tokens is cut into windows of `context + 1` tokens that overlap by
+    one, so that no token is a target twice. The first window starts at random within the tokens that are left over.
+    Shorter documents are first joined, in random order, into one stream that is cut in the same way. The windows of an
+    epoch come in random order, and a batch may extend into the next epoch.
 
     The order is a function of the tokens, `context` and `seed` alone, so the position is two numbers.
-    Raises UserError if the tokens do not fill one window.
+
+    Args:
+        tokens: the documents.
+        context: tokens per sequence (T).
+        batch: sequences that this rank gets at a time, out of every `world_size * batch`.
+        seed: of the order.
+        rank, world_size: this process and the number of processes that share the data.
+
+    Raises:
+        UserError: if the tokens do not fill one window.
     """
 
-    def __init__(self, tokens: TokenSet, context: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if context < 1 or batch < 1 or not 0 <= rank < world:
-            raise ValueError(f"no such loader: {context=}, {batch=}, {rank=}, {world=}")
+    def __init__(
+        self, tokens: TokenSet, context: int, batch: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if context < 1 or batch < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"invalid loader: {context=}, {batch=}, {rank=}, {world_size=}")
         self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world_size = rank, world_size
         is_long = tokens.lengths > context
         self._long = np.flatnonzero(is_long)
         self._short = np.flatnonzero(~is_long)
-        self._windows_to = np.cumsum((tokens.lengths[self._long] - 1) // context)
-        self._long_windows = int(self._windows_to[-1]) if len(self._long) else 0
+        self._window_ends = np.cumsum((tokens.lengths[self._long] - 1) // context)
+        self._long_windows = int(self._window_ends[-1]) if len(self._long) else 0
         self._short_total = int(tokens.lengths[self._short].sum())
         self.windows = self._long_windows + max(0, (self._short_total - 1) // context)
         if self.windows == 0:
@@ -41,7 +51,7 @@ class SequenceLoader:
                 f"too few for one sequence of {context + 1}; choose a shorter context or prepare more text."
             )
         self._epoch, self._index = 0, 0
-        self._arrange()
+        self._shuffle()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -51,13 +61,13 @@ class SequenceLoader:
         self._advance(self.rank * self.batch)
         for sequence in sequences:
             self._read(int(self._order[self._index]), sequence)
-            self.tokens.sound(sequence)
+            self.tokens.check_ids(sequence)
             self._advance(1)
-        self._advance((self.world - 1 - self.rank) * self.batch)
+        self._advance((self.world_size - 1 - self.rank) * self.batch)
         return torch.from_numpy(sequences)
 
     def state(self) -> dict[str, Any]:
-        """Return the position and what it belongs to, as a value for JSON; it is the same on every rank."""
+        """The position and what it belongs to, as plain values for JSON; equal on all ranks."""
         return {
             "epoch": self._epoch,
             "index": self._index,
@@ -68,9 +78,9 @@ class SequenceLoader:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state` was taken, with its seed; `batch` and `world` may differ from then.
+        """Continue exactly where `state` was taken, with its seed; `batch` and `world_size` may be others.
 
-        Raises UserError if the tokens or the context are others than those of `state`.
+        Raises UserError if `state` belongs to other tokens or another context.
         """
         if state["data"] != self.tokens.digest:
             raise UserError(
@@ -83,51 +93,50 @@ class SequenceLoader:
                 "continue with that, or start a new run."
             )
         self.seed, self._epoch, self._index = state["seed"], state["epoch"], state["index"]
-        self._arrange()
+        self._shuffle()
 
     def _advance(self, sequences: int) -> None:
         epochs, self._index = divmod(self._index + sequences, self.windows)
         if epochs:
             self._epoch += epochs
-            self._arrange()
+            self._shuffle()
 
-    def _arrange(self) -> None:
-        """Draw this epoch's starts and orders."""
-        # Raw output of the bit generator, since only that is promised to stay the same in every version of
-        # numpy.
+    def _shuffle(self) -> None:
+        """Draw the starts and the order of this epoch."""
+        # The raw output of the bit generator: only that is promised to be the same in all versions of numpy.
         bits = np.random.PCG64([self.seed, self._epoch])
         self._order = np.argsort(bits.random_raw(self.windows), kind="stable")
         leftover = (self.tokens.lengths[self._long] - 1) % self.context
         self._offsets = (bits.random_raw(len(self._long)) % (leftover + 1).astype(np.uint64)).astype(np.int64)
         self._packed = self._short[np.argsort(bits.random_raw(len(self._short)), kind="stable")]
-        self._packed_to = np.cumsum(self.tokens.lengths[self._packed])
-        room = max(0, self._short_total - 1) % self.context + 1
-        self._packed_offset = int(bits.random_raw(1)[0] % np.uint64(room))
+        self._packed_ends = np.cumsum(self.tokens.lengths[self._packed])
+        packed_leftover = max(0, self._short_total - 1) % self.context
+        self._packed_offset = int(bits.random_raw(1)[0] % np.uint64(packed_leftover + 1))
 
     def _read(self, window: int, into: np.ndarray) -> None:
         if window < self._long_windows:
-            nth = int(np.searchsorted(self._windows_to, window, side="right"))
-            before = int(self._windows_to[nth - 1]) if nth else 0
+            nth = int(np.searchsorted(self._window_ends, window, side="right"))
+            before = int(self._window_ends[nth - 1]) if nth else 0
             start = int(self._offsets[nth]) + (window - before) * self.context
             into[:] = self.tokens.document(int(self._long[nth]), start, start + self.context + 1)
             return
         position = self._packed_offset + (window - self._long_windows) * self.context
-        nth = int(np.searchsorted(self._packed_to, position, side="right"))
+        nth = int(np.searchsorted(self._packed_ends, position, side="right"))
         filled = 0
         while filled < len(into):
             document = int(self._packed[nth])
-            start = position + filled - (int(self._packed_to[nth]) - int(self.tokens.lengths[document]))
-            piece = self.tokens.document(document, start, start + len(into) - filled)
-            into[filled : filled + len(piece)] = piece
-            filled += len(piece)
+            start = position + filled - (int(self._packed_ends[nth]) - int(self.tokens.lengths[document]))
+            part = self.tokens.document(document, start, start + len(into) - filled)
+            into[filled : filled + len(part)] = part
+            filled += len(part)
             nth += 1
 
 
-def held_out(tokens: TokenSet, context: int, limit_tokens: int) -> list[np.ndarray]:
-    """Return the sequences to evaluate on: int64 arrays of 2 to `context + 1` tokens, always the same ones.
+def val_sequences(tokens: TokenSet, context: int, max_tokens: int) -> list[np.ndarray]:
+    """The sequences to evaluate on: int64 arrays of 2 to `context + 1` tokens, always the same ones.
 
-    First the beginning of every document, then the next `context` tokens of every document that has more, and so on, as
-    far as they have at most `limit_tokens` targets in all. Raises UserError if there is none.
+    First the beginning of every document, then the next `context` tokens of every document that has more, and so on,
+    with at most `max_tokens` targets in all. Raises UserError if there is no such sequence.
     """
     sequences: list[np.ndarray] = []
     total = 0
@@ -138,13 +147,14 @@ def held_out(tokens: TokenSet, context: int, limit_tokens: int) -> list[np.ndarr
         before = len(sequences)
         for document in documents:
             size = min(context + 1, int(tokens.lengths[document]) - start)
-            if total + size - 1 <= limit_tokens:
-                sequences.append(tokens.sound(tokens.document(int(document), start, start + size)).astype(np.int64))
+            if total + size - 1 <= max_tokens:
+                ids = tokens.document(int(document), start, start + size)
+                sequences.append(tokens.check_ids(ids).astype(np.int64))
                 total += size - 1
         start += context
     if not sequences:
         raise UserError(
-            f"{tokens.where} has no sequence to evaluate on within {limit_tokens} tokens; "
-            "raise train.eval_tokens, or set train.eval_every=0 to go without."
+            f"{tokens.where} has no sequence to evaluate on within {max_tokens} tokens; "
+            "raise train.eval_tokens, or set train.eval_every=0 to train without evaluations."
         )
     return sequences

@@ -1,8 +1,8 @@
 """From texts to token shards, in two passes over the texts; may be killed at any time and run again.
 
-The first pass checks that everything can be read, counts, and samples the tokenizer's training text; the
-second tokenises. Both stream: a text file is never whole in memory, a row of JSONL or parquet once at a time.
-That is why the texts are read twice from disk rather than kept.
+The first pass checks that everything can be read, counts, and samples the text that the tokenizer is trained on; the
+second tokenises. Both stream: of a text file only a chunk is in memory, of JSONL and parquet a row. Therefore the texts
+are read twice from the disk, not kept.
 """
 
 import hashlib
@@ -22,24 +22,25 @@ from ttt_e2e.data.shards import FORMAT_VERSION, ShardWriter, token_dtype
 from ttt_e2e.data.text import Document, documents, source_files, standard_library
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import write_text
+from ttt_e2e.files import remove_stale_parts, write_text
 
-_SAMPLE_PIECE = 1 << 13
+_SAMPLE_CHARS = 1 << 13  # of text that is drawn into the sample at once
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a folder of prepared tokens holds; documents and tokens are counted per split ("train", "val").
-
-    skipped: a sentence for each file or row that was left out. characters: of all documents.
-    """
+    """What a folder of prepared tokens holds."""
 
     folder: Path
     vocab_size: int
     documents: dict[str, int]
+    """Documents per split, "train" and "val"."""
     tokens: dict[str, int]
+    """Tokens per split."""
     characters: int
+    """Characters of all documents."""
     skipped: list[str]
+    """A sentence for each file or row that was left out."""
 
 
 def prepare(
@@ -56,23 +57,33 @@ def prepare(
     shard_tokens: int = 1 << 26,
     progress: bool = True,
 ) -> Prepared:
-    """Tokenise `sources` (None: Python's own standard library) into the folder `out`, which `TokenSet` opens.
+    """Tokenise texts into a folder that `TokenSet` opens.
 
-    tokenizer: a `tokenizer.json`, a folder with one or a Hugging Face name; None trains one of `vocab_size`
-        tokens on a uniform sample of at most `sample_chars` characters of the documents that are not held
-        out.
-    val: sources of the held-out documents; where they are among `sources`, they are left out there. None holds out
-        whole documents of `sources`: in an order drawn by `seed`, each that still fits into `val_share` of all
-        characters; the shortest one if none fits and there are several.
-    shard_tokens: a shard ends with the document that brings it to so many tokens.
+    If it is interrupted, the same call continues after the last finished shard, and the result is, byte for byte, that
+    of an uninterrupted one.
 
-    If it is interrupted, the same call continues after the last finished shard and the result is, byte for
-    byte, that of an uninterrupted one. Raises UserError for what cannot be read, for texts that change
-    meanwhile, and if `out` holds anything but the same preparation.
+    Args:
+        sources: text files, JSONL, parquet and folders of them; None: Python's standard library.
+        out: the folder to write.
+        tokenizer: a `tokenizer.json`, a folder with one or a name on Hugging Face. None: one is trained.
+        vocab_size: tokens of the tokenizer that is trained.
+        text_column: the field or column of JSONL and parquet that holds the text.
+        val: sources of the validation documents. Those that are also among `sources` are left out there. None: whole
+            documents of `sources` are held out, in an order drawn by `seed` each that still fits into `val_share` of
+            all characters; the shortest one if none fits and there are several.
+        val_share: part of all characters to hold out if `val` is None.
+        seed: of the validation documents and of the tokenizer's sample.
+        sample_chars: the tokenizer is trained on a uniform sample of at most this many characters of the training text.
+        shard_tokens: a shard ends with the document that brings it to this many tokens.
+        progress: show progress bars.
+
+    Raises:
+        UserError: for sources that cannot be read or that change meanwhile, and if `out` holds anything but the same
+            preparation.
     """
     out = Path(out)
     if not 0 <= val_share < 1:
-        raise UserError(f"val_share must be at least 0 and below 1, it is {val_share}.")
+        raise UserError(f"val_share must be at least 0 and below 1, not {val_share}.")
     config = {
         "sources": _fingerprint(sources),
         "val": None if val is None else _fingerprint(val),
@@ -89,39 +100,32 @@ def prepare(
         return _summary(out, state)
 
     def texts(skipped: list[str] | None = None) -> Iterator[tuple[bool, Document]]:
-        held = [path for _, path, _ in source_files(val or [])]
-        own = standard_library() if sources is None else documents(sources, text_column, skipped, without=held)
+        val_files = [path for _, path, _ in source_files(val or [])]
+        own = standard_library() if sources is None else documents(sources, text_column, skipped, exclude=val_files)
         held_out = documents(val or [], text_column, skipped)
         return chain(((False, document) for document in own), ((True, document) for document in held_out))
 
-    if "plan" in state:
-        trained = Tokenizer.load(out / "tokenizer.json")
-    else:
+    if "plan" not in state:
         _save_state(out, state)
-        given = Tokenizer.load(tokenizer) if tokenizer else None
+        existing = Tokenizer.load(tokenizer) if tokenizer else None
         skipped: list[str] = []
         plan, sample = _survey(
-            texts(skipped), val_share if val is None else None, seed, 0 if given else sample_chars, progress
+            texts(skipped), val_share if val is None else None, seed, 0 if existing else sample_chars, progress
         )
-        trained = given or Tokenizer.train(sample, vocab_size)
-        trained.save(out / "tokenizer.json")
-        # As loaded: the digest must not depend on whether this run trained the tokenizer or a run before it
-        # did.
-        trained = Tokenizer.load(out / "tokenizer.json")
+        (existing or Tokenizer.train(sample, vocab_size)).save(out / "tokenizer.json")
         state |= {"plan": plan | {"skipped": skipped}, "documents": 0, "characters": 0, "rounds": []}
         _save_state(out, state)
-
+    # Loaded even if it has just been trained: the digest must not depend on which run trained it.
+    trained = Tokenizer.load(out / "tokenizer.json")
     _tokenise(out, state, texts(), trained, shard_tokens, progress)
-
+    splits = {split: [shards[split] for shards in state["rounds"] if split in shards] for split in ("train", "val")}
     meta = {
         "version": FORMAT_VERSION,
         "vocab_size": trained.vocab_size,
         "bos": trained.bos,
         "dtype": token_dtype(trained.vocab_size).str,
         "tokenizer": trained.digest,
-        "splits": {
-            split: [shards[split] for shards in state["rounds"] if split in shards] for split in ("train", "val")
-        },
+        "splits": splits,
         "characters": state["plan"]["characters"],
         "skipped": state["plan"]["skipped"],
         "config": config,
@@ -154,7 +158,7 @@ def _fingerprint(sources: list[Path] | None) -> str:
 
 
 def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return meta.json if `out` is finished, progress.json if it is begun, else a fresh state."""
+    """The content of meta.json if `out` is finished, of progress.json if it has been begun, else an initial state."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose a folder for the tokens.")
     for name in ("meta.json", "progress.json"):
@@ -163,15 +167,14 @@ def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
         except FileNotFoundError:
             continue
         except ValueError as error:
-            raise UserError(f"{out / name} is broken ({error}); delete {out} or choose another folder.") from error
-        other = [key for key in config if state.get("config", {}).get(key) != config[key]]
-        if not other:
-            for leftover in out.glob(".*.part"):
-                leftover.unlink()
+            raise UserError(f"{out / name} is damaged ({error}); delete {out} or choose another folder.") from error
+        changed = [key for key in config if state.get("config", {}).get(key) != config[key]]
+        if not changed:
+            remove_stale_parts(out)
             return state
         if name == "meta.json" or "plan" in state:
             raise UserError(
-                f"{out} was prepared with other {', '.join(other)}; choose another folder or delete this one."
+                f"{out} was prepared with other {', '.join(changed)}; choose another folder or delete this one."
             )
         return {"config": config}
     if out.is_dir() and any(not file.name.endswith(".part") for file in out.iterdir()):
@@ -190,12 +193,12 @@ def _survey(
     sample_chars: int,
     progress: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read everything once: what is to be tokenised and held out, and a sample of the rest.
+    """Read everything once: counts, which documents are held out, and a sample of the others.
 
-    The sample is a reservoir: every piece of text has the same chance to be in it, however many there are.
+    The sample is a reservoir: every part of the text has the same chance to be in it, however many there are.
     """
     rng = random.Random(seed)
-    capacity = sample_chars // _SAMPLE_PIECE
+    capacity = sample_chars // _SAMPLE_CHARS
     reservoir: list[tuple[int, str]] = []
     lengths: list[int] = []
     draws: list[bytes] = []
@@ -207,14 +210,14 @@ def _survey(
             draws.append(hashlib.sha256(f"{seed}/{document.name}".encode()).digest())
             if is_val:
                 held_out.append(index)
-            for piece in document.pieces():
-                lengths[-1] += len(piece)
-                bar.update(len(piece))
-                for start in range(0, len(piece) if capacity else 0, _SAMPLE_PIECE):
+            for chunk in document.chunks():
+                lengths[-1] += len(chunk)
+                bar.update(len(chunk))
+                for start in range(0, len(chunk) if capacity else 0, _SAMPLE_CHARS):
                     seen += 1
                     slot = len(reservoir) if len(reservoir) < capacity else rng.randrange(seen)
                     if slot < capacity:
-                        reservoir[slot : slot + 1] = [(index, piece[start : start + _SAMPLE_PIECE])]
+                        reservoir[slot : slot + 1] = [(index, chunk[start : start + _SAMPLE_CHARS])]
             bar.set_postfix(documents=len(lengths), refresh=False)
     characters = sum(lengths)
     if val_share:
@@ -228,8 +231,8 @@ def _survey(
     if len(lengths) == len(held_out):
         raise UserError("The sources hold no text to train on; give at least one text file that is not empty.")
     held_out.sort()
-    out_of_sample = set(held_out)
-    sample = [piece for index, piece in reservoir if index not in out_of_sample]
+    excluded = set(held_out)
+    sample = [text for index, text in reservoir if index not in excluded]
     return {"documents": len(lengths), "characters": characters, "held_out": held_out}, sample
 
 
@@ -246,20 +249,16 @@ def _tokenise(
     held_out = set(plan["held_out"])
     dtype = token_dtype(tokenizer.vocab_size)
     remaining = enumerate(islice(texts, state["documents"], None), state["documents"])
+    total, initial = plan["characters"], state["characters"]
     with tqdm(
-        desc="tokenising",
-        total=plan["characters"],
-        initial=state["characters"],
-        unit="char",
-        unit_scale=True,
-        disable=not progress,
+        desc="tokenising", total=total, initial=initial, unit="char", unit_scale=True, disable=not progress
     ) as bar:
 
         def counted(document: Document) -> Iterator[str]:
-            for piece in document.pieces():
-                state["characters"] += len(piece)
-                bar.update(len(piece))
-                yield piece
+            for chunk in document.chunks():
+                state["characters"] += len(chunk)
+                bar.update(len(chunk))
+                yield chunk
 
         while state["documents"] < plan["documents"]:
             with ExitStack() as stack:
@@ -270,7 +269,7 @@ def _tokenise(
                     if split not in writers:
                         stem = f"{split}-{len(state['rounds']):05d}"
                         writers[split] = ShardWriter(stack, out, stem, dtype, tokenizer.bos)
-                    size += writers[split].write(document.name, tokenizer.encode_pieces(counted(document)))
+                    size += writers[split].write(document.name, tokenizer.encode_chunks(counted(document)))
                     state["documents"] = index + 1
                     bar.set_postfix(documents=state["documents"], refresh=False)
                     if size >= shard_tokens:

@@ -1,7 +1,7 @@
-"""Token shards on disk, and the official zarr arrays: documents of token ids that are mapped, not loaded.
+"""Token shards on disk, and the official zarr arrays: documents of token ids, mapped into memory, not loaded.
 
-A folder holds `meta.json`, `tokenizer.json` and, per split and shard, `train-00000.bin` (little-endian
-uint16, or uint32 for more than 65536 tokens) beside `train-00000.json` (names and lengths of its documents).
+A folder holds `meta.json`, `tokenizer.json` and, for every shard of a split, `train-00000.bin` (little-endian uint16,
+or uint32 for vocabularies of more than 65,536 tokens) and `train-00000.json` (names and lengths of its documents).
 Every document begins with the BOS token.
 """
 
@@ -24,14 +24,14 @@ _ZARR_SAMPLE = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype that shards of such a vocabulary have on disk."""
+    """The dtype that token ids of a vocabulary have on disk."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class ShardWriter:
-    """Writes one shard document by document; the files appear, whole, when `close` is called inside `stack`.
+    """Writes a shard document by document. Its files appear, complete, when `close` is called.
 
-    If `stack` ends by an exception before, nothing is left behind.
+    If `stack` ends by an exception before that, nothing is left behind.
     """
 
     def __init__(self, stack: ExitStack, folder: Path, stem: str, dtype: np.dtype, bos: int) -> None:
@@ -45,7 +45,7 @@ class ShardWriter:
         self._lengths: list[int] = []
 
     def write(self, name: str, tokens: Iterable[np.ndarray]) -> int:
-        """Append a document, given as arrays of token ids without BOS; returns its length with BOS."""
+        """Append a document, given as arrays of token ids without BOS; returns its length, BOS included."""
         length = 0
         for array in chain([np.array([self._bos])], tokens):
             data = array.astype(self._dtype).tobytes()
@@ -57,7 +57,7 @@ class ShardWriter:
         return length
 
     def close(self) -> dict[str, Any]:
-        """Put the shard in its place and return its entry for `meta.json`."""
+        """Move the shard to its place and return its entry for `meta.json`."""
         self._file.close()
         write_text(self._index, json.dumps({"names": self._names, "lengths": self._lengths}))
         return {
@@ -69,11 +69,16 @@ class ShardWriter:
 
 
 class TokenSet:
-    """The documents of one split: `len()` of them, each an array of token ids on disk, read where it is sliced.
+    """The documents of a split, `len()` of them: arrays of token ids on disk, of which only slices are read.
 
-    names: one per document. lengths: int64 array, tokens per document. total: tokens in all. bos: the token that begins
-    documents. vocab_size: None where it is not known (zarr). ids_below: what all ids must be below, if that is known,
-    which `sound` sees to. digest: changes with the tokens or their tokenizer.
+    Attributes:
+        names: the documents' names.
+        lengths: tokens per document, an int64 array.
+        total: tokens of all documents.
+        bos: id of the token that begins every document.
+        vocab_size: None if it is not known (zarr).
+        digest: changes with the tokens or their tokenizer.
+        where: the folder, for messages.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class TokenSet:
         self.total = int(self.lengths.sum())
         self.bos = bos
         self.vocab_size = vocab_size
-        self.ids_below = vocab_size
+        self._id_limit = vocab_size
         self.digest = digest
         self.where = where
         self._folder = folder
@@ -106,17 +111,20 @@ class TokenSet:
 
     @classmethod
     def open(cls, folder: Path, split: str = "train") -> "TokenSet":
-        """Open a split ("train" or "val") of a folder that `prepare` made, without reading its tokens.
+        """Open a split ("train" or "val") of a folder that `prepare` has written, without reading its tokens.
 
-        Raises UserError if the folder is missing or unfinished, has no such split, or a shard does not fit
+        Raises UserError if the folder is missing or unfinished, has no such split, or if a shard does not match
         meta.json.
         """
         folder = Path(folder)
         meta = _read_json(folder / "meta.json", folder)
         if not isinstance(meta, dict) or "splits" not in meta:
-            raise UserError(f"{folder} does not hold prepared tokens; make it with `ttt-e2e prepare`.")
+            raise UserError(f"{folder} does not hold prepared tokens; write it with `ttt-e2e prepare`.")
         if meta.get("version") != FORMAT_VERSION:
-            raise UserError(f"{folder} has token format {meta.get('version')}, not {FORMAT_VERSION}; prepare it anew.")
+            raise UserError(
+                f"{folder} has tokens of format version {meta.get('version')}, and this ttt-e2e reads version "
+                f"{FORMAT_VERSION}; prepare it anew."
+            )
         shards = meta["splits"].get(split)
         if not shards:
             present = ", ".join(name for name, entries in meta["splits"].items() if entries)
@@ -151,10 +159,10 @@ class TokenSet:
 
     @classmethod
     def open_zarr(cls, path: Path, split: str, bos: int) -> "TokenSet":
-        """Open the official token arrays: a zarr group with one 1-D integer array per split.
+        """Open the official token arrays: a zarr group with a 1-D integer array per split.
 
-        The array is one document, as in the official loader: finding the beginnings of its texts would read
-        it all. Raises UserError if zarr is not installed or there is no such array.
+        The array is one document, as in the official loader: to find where its texts begin, all of it would have to be
+        read. Raises UserError if zarr is not installed or there is no such array.
         """
         try:
             import zarr
@@ -169,7 +177,7 @@ class TokenSet:
             raise UserError(f"{path} has no zarr array {split!r}; check the path and the split's name.") from error
         if array.ndim != 1 or array.dtype.kind not in "iu" or array.shape[0] == 0:
             raise UserError(
-                f"{path / split} is not a row of tokens but has shape {array.shape} and type {array.dtype}."
+                f"{path / split} is not a list of tokens: it has shape {array.shape} and type {array.dtype}."
             )
         ends = [np.asarray(part).tolist() for part in (array[:1024], array[-1024:])]
         return cls(
@@ -186,25 +194,22 @@ class TokenSet:
         return len(self.names)
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return tokens [start, stop) of a document, int, in the dtype of the disk.
-
-        A view of the mapped file, or a copy where the tokens are a zarr array.
-        """
+        """Tokens [start, stop) of a document in their dtype on disk: a view of the mapped file, or a copy from zarr."""
         stop = int(self.lengths[index]) if stop is None else min(stop, int(self.lengths[index]))
         first = int(self._starts[index])
         return self._arrays[self._shard[index]][first + start : first + stop]
 
-    def sound(self, ids: np.ndarray) -> np.ndarray:
-        """The same ids, which a model is to read. Raises UserError if one is outside of the vocabulary."""
-        if self.ids_below is not None and ids.max() >= self.ids_below:
+    def check_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Return `ids`; raise UserError if one of them is not in the vocabulary, as far as that is known."""
+        if self._id_limit is not None and ids.max() >= self._id_limit:
             raise UserError(
-                f"{self.where} holds token {ids.max()}, outside of the vocabulary of {self.ids_below}; was it altered? "
-                "Make it anew."
+                f"{self.where} holds token {ids.max()}, outside the vocabulary of {self._id_limit}; it may have been "
+                "altered. Prepare it anew."
             )
         return ids
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer of these tokens; raises UserError if there is none or it is another one."""
+        """Load the tokenizer of these tokens; raises UserError if it is missing or another one."""
         if self._folder is None:
             raise UserError(f"{self.where} comes without a tokenizer; name the one that made its tokens.")
         tokenizer = Tokenizer.load(self._folder / "tokenizer.json")
@@ -218,7 +223,7 @@ class TokenSet:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError unless these tokens have a vocabulary of `vocab_size`.
 
-        Where it is not known (zarr), the first million tokens must fit into it, and `sound` looks at the rest.
+        If it is not known (zarr), the first million tokens must be in it, and `check_ids` checks the others.
         """
         if self.vocab_size is None:
             largest = max(int(self.document(0, 0, _ZARR_SAMPLE).max()), self.bos)
@@ -227,7 +232,7 @@ class TokenSet:
                     f"{self.where} holds token {largest}, but the model has a vocabulary of {vocab_size}; "
                     "set vocab_size to that of the tokenizer that made the tokens."
                 )
-            self.ids_below = vocab_size
+            self._id_limit = vocab_size
         elif self.vocab_size != vocab_size:
             raise UserError(
                 f"{self.where} was made with a vocabulary of {self.vocab_size}, but the model has "
@@ -236,9 +241,9 @@ class TokenSet:
 
 
 def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> TokenSet:
-    """Open a split of a prepared folder, or, with the tokenizer that made them, of the official zarr arrays.
+    """Open a split of a prepared folder or, given the tokenizer that made them, of the official zarr arrays.
 
-    Raises UserError if it is neither, or if a tokenizer is given for a folder that has its own.
+    Raises UserError if `folder` is neither, or if a tokenizer is given for a prepared folder, which has its own.
     """
     folder = Path(folder)
     if tokenizer is None:
@@ -259,7 +264,7 @@ def _read_json(path: Path, folder: Path) -> Any:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder of prepared tokens; run `ttt-e2e prepare`.") from error
         if path.name == "meta.json" and (folder / "progress.json").exists():
-            raise UserError(f"{folder} was not prepared to the end; run the same `ttt-e2e prepare` again.") from error
-        raise UserError(f"{path} is missing; make {folder} with `ttt-e2e prepare`.") from error
+            raise UserError(f"{folder} is unfinished; run the same `ttt-e2e prepare` again to complete it.") from error
+        raise UserError(f"{path} is missing; write {folder} with `ttt-e2e prepare`.") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); prepare {folder} anew.") from error

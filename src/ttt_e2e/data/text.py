@@ -1,4 +1,4 @@
-"""Reading texts: strict UTF-8, piece by piece, from files, folders, JSONL, parquet and Python's library."""
+"""Reading texts: strict UTF-8 in chunks, from files, folders, JSONL, parquet and Python's standard library."""
 
 import codecs
 import json
@@ -12,8 +12,8 @@ from typing import IO, Any
 
 from ttt_e2e.errors import UserError
 
-PIECE_BYTES = 1 << 20
-_SHORT = 1 << 16
+CHUNK_BYTES = 1 << 20
+_SHORT_CHUNK_CHARS = 1 << 16
 _JSONL = {".jsonl", ".ndjson"}
 _ROWS_PER_BATCH = 16
 _TEST_FOLDERS = {"test", "tests", "idle_test", "__phello__"}
@@ -21,59 +21,59 @@ _TEST_FOLDERS = {"test", "tests", "idle_test", "__phello__"}
 
 @dataclass(frozen=True)
 class Document:
-    """One text with a name. `source` is the text itself, or the path of a text file, read when asked for."""
+    """A text with a name. `source` is the text itself, or the path of a text file that is read on demand."""
 
     name: str
     source: str | Path
 
-    def pieces(self) -> Iterator[str]:
-        """Yield the text in pieces of about a megabyte; raises UserError as `text_pieces` does."""
+    def chunks(self) -> Iterator[str]:
+        """Yield the text in chunks of about a megabyte; raises UserError as `text_chunks` does."""
         if isinstance(self.source, Path):
-            yield from text_pieces(self.source)
+            yield from text_chunks(self.source)
         else:
-            for start in range(0, len(self.source), PIECE_BYTES):
-                yield self.source[start : start + PIECE_BYTES]
+            for start in range(0, len(self.source), CHUNK_BYTES):
+                yield self.source[start : start + CHUNK_BYTES]
 
     @property
     def text(self) -> str:
         """The whole text; a file is read anew each time."""
-        return "".join(self.pieces())
+        return "".join(self.chunks())
 
 
-def text_pieces(source: Path | IO[bytes], piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
-    """Decode a text file, or an open binary stream such as standard input, in pieces of up to `piece_bytes`.
+def text_chunks(source: Path | IO[bytes], chunk_bytes: int = CHUNK_BYTES) -> Iterator[str]:
+    """Decode a text file, or an open binary stream such as standard input, in chunks of up to `chunk_bytes`.
 
-    Line ends are kept as they are. Raises UserError if the source does not exist, is a folder or is empty,
-    and for the first byte that is no UTF-8 text (everything before it has been yielded by then).
+    Line ends are kept. Raises UserError if the source does not exist, is a folder or is empty, and at the first byte
+    that is not UTF-8 text, after everything before it has been yielded.
     """
     if not isinstance(source, Path):
-        yield from _decode(source, str(getattr(source, "name", "the stream")), piece_bytes)
+        yield from _decode(source, str(getattr(source, "name", "the stream")), chunk_bytes)
         return
     if source.is_dir():
         raise UserError(f"{source} is a folder; give a text file.")
     try:
         with source.open("rb") as stream:
-            yield from _decode(stream, str(source), piece_bytes)
+            yield from _decode(stream, str(source), chunk_bytes)
     except FileNotFoundError as error:
         raise UserError(f"{source} does not exist; check the path.") from error
     except OSError as error:
         raise UserError(f"Cannot read {source}: {error.strerror}.") from error
 
 
-def short_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of at most 65,536 characters, so that little is tokenised before the first is read."""
-    for piece in pieces:
-        for start in range(0, len(piece), _SHORT):
-            yield piece[start : start + _SHORT]
+def short_chunks(chunks: Iterable[str]) -> Iterator[str]:
+    """Split the chunks of a text to at most 65,536 characters, so that reading begins after little tokenising."""
+    for chunk in chunks:
+        for start in range(0, len(chunk), _SHORT_CHUNK_CHARS):
+            yield chunk[start : start + _SHORT_CHUNK_CHARS]
 
 
-def _decode(stream: IO[bytes], name: str, piece_bytes: int) -> Iterator[str]:
+def _decode(stream: IO[bytes], name: str, chunk_bytes: int) -> Iterator[str]:
     name = "standard input" if name == "<stdin>" else name
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
-    # What there is, from a pipe that goes on: `read` would wait for all of it, and Ctrl-C lose what had come.
+    # Of a pipe, `read1` returns what there is. `read` would wait for a whole chunk, and Ctrl-C lose what has come.
     read = getattr(stream, "read1", stream.read)
-    while chunk := read(piece_bytes):
+    while chunk := read(chunk_bytes):
         if (zero := chunk.find(0)) >= 0:
             raise UserError(f"{name} looks binary: byte {offset + zero} is zero; give a UTF-8 text.")
         yield _decode_chunk(decoder, chunk, offset, name)
@@ -84,26 +84,25 @@ def _decode(stream: IO[bytes], name: str, piece_bytes: int) -> Iterator[str]:
 
 
 def _decode_chunk(decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int, name: str, final: bool = False) -> str:
-    held_back = len(decoder.getstate()[0])
+    pending = len(decoder.getstate()[0])
     try:
         return decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
-        where = offset - held_back + error.start
+        where = offset - pending + error.start
         raise UserError(
             f"{name} is not valid UTF-8 at byte {where} ({error.reason}); convert it to UTF-8 first."
         ) from error
 
 
 def read_text(path: Path) -> str:
-    """Return a whole text file; raises UserError as `text_pieces` does."""
-    return "".join(text_pieces(Path(path)))
+    """The content of a text file; raises UserError as `text_chunks` does."""
+    return "".join(text_chunks(Path(path)))
 
 
 def source_files(paths: Iterable[Path]) -> Iterator[tuple[str, Path, bool]]:
-    """Yield (name, file, whether it was found in a folder) for files and, in sorted order, all below folders.
+    """Yield (name, file, whether it was found in a folder) for files and, sorted by name, all files in folders.
 
-    Hidden files and folders are left out, links to folders are not followed. Raises UserError for a missing
-    path.
+    Hidden files and folders are left out, links to folders are not followed. Raises UserError for a missing path.
     """
     for path in map(Path, paths):
         if not path.exists():
@@ -123,19 +122,26 @@ def documents(
     paths: Iterable[Path],
     text_column: str = "text",
     skipped: list[str] | None = None,
-    without: Iterable[Path] = (),
+    exclude: Iterable[Path] = (),
 ) -> Iterator[Document]:
-    """Yield the documents of text files, JSONL (.jsonl, .ndjson), parquet (.parquet) and folders of them.
+    """Yield the documents in text files, JSONL (.jsonl, .ndjson), parquet (.parquet) and folders of them.
 
-    A text file is one document, whatever its suffix; a row of JSONL or parquet is one, its text in
-    `text_column` and its name in `title` where there is one. Rows without text, and files inside a folder
-    that are no text, are left out; `skipped` gets a sentence for each. So are the files of `without`. Raises UserError
-    for everything else that cannot be read.
+    A text file is one document, whatever its suffix. So is every row of JSONL or parquet. Rows without text, and files
+    in a folder that are not text, are skipped.
+
+    Args:
+        paths: files and folders.
+        text_column: the field or column with the text of a row; its name is that in `title`, if there is one.
+        skipped: a list to which a sentence is added for everything that is skipped.
+        exclude: files to leave out.
+
+    Raises:
+        UserError: for everything else that cannot be read.
     """
     skipped = [] if skipped is None else skipped
-    others = {path.resolve() for path in without}
+    excluded = {path.resolve() for path in exclude}
     for name, path, in_folder in source_files(paths):
-        if path.resolve() in others:
+        if path.resolve() in excluded:
             continue
         if path.suffix.lower() in _JSONL:
             yield from _jsonl_documents(name, path, text_column, skipped)
@@ -144,7 +150,7 @@ def documents(
         else:
             if in_folder:
                 try:
-                    for _ in text_pieces(path):
+                    for _ in text_chunks(path):
                         pass
                 except UserError as error:
                     skipped.append(str(error))
@@ -157,7 +163,7 @@ def _row_document(
 ) -> Document | None:
     text, title = row[text_column], row.get("title")
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: {text_column!r} is no text but {type(text).__name__}; name another text column.")
+        raise UserError(f"{where}: {text_column!r} is not text but {type(text).__name__}; name another text column.")
     if not text:
         skipped.append(f"{where}: {text_column!r} is empty.")
         return None
@@ -169,9 +175,9 @@ def _row_document(
 
 
 def _jsonl_documents(name: str, path: Path, text_column: str, skipped: list[str]) -> Iterator[Document]:
+    number = 0
     try:
         with path.open("rb") as lines:
-            number = 0
             for number, line in enumerate(lines, 1):
                 where = f"{path}, line {number}"
                 if not line.strip():
@@ -181,18 +187,18 @@ def _jsonl_documents(name: str, path: Path, text_column: str, skipped: list[str]
                 except UnicodeDecodeError as error:
                     raise UserError(f"{where}: not valid UTF-8 at byte {error.start} of the line.") from error
                 except (json.JSONDecodeError, RecursionError) as error:
-                    raise UserError(f"{where}: not valid JSON ({error}); mend or remove the line.") from error
+                    raise UserError(f"{where}: not valid JSON ({error}); correct or remove the line.") from error
                 if not isinstance(row, dict) or text_column not in row:
                     raise UserError(
-                        f"{where}: no field {text_column!r}; each line must be an object with its "
-                        "text there, or name another text column."
+                        f"{where}: no field {text_column!r}; every line must be an object with its text there, "
+                        "or name another text column."
                     )
                 if document := _row_document(row, text_column, f"{name}:{number}", where, skipped):
                     yield document
-            if number == 0:
-                raise UserError(f"{path} is empty; give a file with at least one line.")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    if number == 0:
+        raise UserError(f"{path} is empty; give a file with at least one line.")
 
 
 def _parquet_documents(name: str, path: Path, text_column: str, skipped: list[str]) -> Iterator[Document]:
@@ -201,16 +207,13 @@ def _parquet_documents(name: str, path: Path, text_column: str, skipped: list[st
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f'Reading {path} needs pyarrow: pip install "ttt-e2e[parquet]".') from error
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if text_column not in columns:
-                raise UserError(
-                    f"{path} has no column {text_column!r}; name one of its columns as text column: "
-                    f"{', '.join(columns)}."
-                )
+                raise UserError(f"{path} has no column {text_column!r}; name one of its columns: {', '.join(columns)}.")
             wanted = [text_column] + ["title"] * ("title" in columns and text_column != "title")
-            number = 0
             for batch in file.iter_batches(_ROWS_PER_BATCH, columns=wanted):
                 for index in range(batch.num_rows):
                     number += 1
@@ -223,11 +226,10 @@ def _parquet_documents(name: str, path: Path, text_column: str, skipped: list[st
 
 
 def standard_library() -> Iterator[Document]:
-    """Yield the source of Python's own standard library, without its tests, as long documents.
+    """Yield the source of Python's standard library, without its tests, as long documents.
 
-    One document a top-level package, all its modules in sorted order; the modules that are single files are
-    gathered by their initial into documents named "modules a", "modules b", ... Raises UserError for a Python
-    without source.
+    Every top-level package is a document, its modules in sorted order. Modules that are single files are joined by
+    their initial into documents called "modules a", "modules b", ... Raises UserError for a Python without source.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     packages = sorted(init.parent for init in root.glob("*/__init__.py"))
@@ -254,7 +256,7 @@ def _sources(root: Path, files: list[Path]) -> str:
 
 
 def standard_library_document(name: str = "asyncio") -> Document:
-    """Return one document of `standard_library`; raises UserError if there is none of that name."""
+    """The document called `name` of `standard_library`; raises UserError if there is none."""
     names = []
     for document in standard_library():
         if document.name == name:

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained here, or an existing one; long texts are encoded in segments."""
+"""Tokenizers: a byte-level BPE that is trained here, or an existing one. Long texts are encoded in segments."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from ttt_e2e.data.text import PIECE_BYTES, read_text
+from ttt_e2e.data.text import CHUNK_BYTES, read_text
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 
@@ -28,8 +28,8 @@ _BOS_NAMES = (
     "<|end_of_text|>",
 )
 
-# GPT-4's split, but digits by two, which suits small vocabularies. A run of spaces stays whole except for its
-# last space, which belongs to the word after it: an indentation is one token.
+# The split of GPT-4, but digits in pairs, which suits small vocabularies, and a run of spaces is kept whole except for
+# its last space, which belongs to the word after it: an indentation is one token.
 _SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,22 +39,22 @@ SEGMENT_CHARS = 1 << 14
 _LINE_START = re.compile(r"\n(?=\S)")
 
 
-def segments(pieces: Iterable[str], least: int) -> Iterator[list[str]]:
-    """Cut a text that comes in pieces into segments; yield, for each piece, the segments that it completes.
+def segments(chunks: Iterable[str], min_chars: int) -> Iterator[list[str]]:
+    """Cut a text that comes in chunks into segments; yield, for each chunk, the segments that it completes.
 
-    A segment ends before the first unindented line after its first `least` characters, or after 4 * `least`
-    characters. So the cuts depend on the text alone and not on how it was split into pieces.
+    A segment ends before the first unindented line after `min_chars` characters, or after 4 * `min_chars` characters.
+    So the cuts depend on the text alone, not on how it was split into chunks.
     """
-    most = 4 * least
+    max_chars = 4 * min_chars
     text = ""
-    for piece in pieces:
-        text += piece
+    for chunk in chunks:
+        text += chunk
         start, complete = 0, []
         while True:
-            if line := _LINE_START.search(text, start + least - 1, start + most):
+            if line := _LINE_START.search(text, start + min_chars - 1, start + max_chars):
                 end = line.end()
-            elif len(text) - start >= most:
-                end = start + most
+            elif len(text) - start >= max_chars:
+                end = start + max_chars
             else:
                 break
             complete.append(text[start:end])
@@ -69,32 +69,36 @@ def segments(pieces: Iterable[str], least: int) -> Iterator[list[str]]:
 class Tokenizer:
     """Text to token ids and back. Text never becomes a special token, even where it spells one.
 
-    With a byte-level tokenizer, every one that is trained here included, `decode(encode(text)) == text`.
-    bos: id of the token that begins every document. ends: ids that end a text which a model writes; `bos` alone, unless
-    the model has others. special: ids of the special tokens, by spelling. vocab_size: one more than the largest id.
+    With a byte-level tokenizer, as `train` makes them, `decode(encode(text)) == text`.
+
+    Attributes:
+        bos: id of the token that begins every document.
+        end_ids: ids that end a text which the model writes: `bos`, unless a pretrained model names others.
+        special: ids of the special tokens by spelling.
+        vocab_size: the largest id plus one.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str = "The tokenizer") -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        # A large vocabulary may spell such a name as an ordinary token.
         added = backend.get_added_tokens_decoder()
         self.special: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
+        # A special token comes first: a large vocabulary may spell such a name as an ordinary token.
         ids = [*map(self.special.get, _BOS_NAMES), *map(backend.token_to_id, _BOS_NAMES)]
         bos = next((token for token in ids if token is not None), None)
         if bos is None:
             raise UserError(f"{name} has no token that begins a document; add one of {', '.join(_BOS_NAMES)}.")
         self.backend = backend
         self.bos: int = bos
-        self.ends = frozenset({bos})
+        self.end_ids = frozenset({bos})
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train a byte-level BPE of at most `vocab_size` tokens (fewer if the texts do not give as many).
+        """Train a byte-level BPE of at most `vocab_size` tokens, fewer if the texts yield fewer.
 
-        Raises UserError if `vocab_size` has no room for the 256 bytes and the token that begins documents.
+        Raises UserError if `vocab_size` is too small for the 256 bytes and the BOS token.
         """
         if vocab_size < 257:
             raise UserError(f"A vocabulary of {vocab_size} is too small; 256 bytes and {BOS} need at least 257.")
@@ -117,9 +121,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> "Tokenizer":
-        """Load a `tokenizer.json`, a folder that holds one, or a tokenizer by its Hugging Face name.
+        """Load a `tokenizer.json`, a folder that has one, or a tokenizer by its name on Hugging Face.
 
-        Raises UserError if it is missing, broken, cannot be fetched, or has no token that begins documents.
+        Raises UserError if it is missing or damaged, cannot be downloaded, or has no token that begins documents.
         """
         path = Path(path_or_name).expanduser()
         if path.is_dir():
@@ -136,41 +140,40 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_pretrained(str(path_or_name))
         except Exception as error:
             raise UserError(
-                f"{path_or_name} is neither a file or folder here nor a tokenizer that could be fetched from "
+                f"{path_or_name} is neither a file or folder here nor a tokenizer that could be downloaded from "
                 f"Hugging Face ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
                 "check the name and the connection."
             ) from error
         return cls(backend, str(path_or_name))
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the token ids of `text`, int64, no special ones; raises UserError for lone surrogates."""
-        pieces = (text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
-        return np.concatenate([np.empty(0, np.int64), *self.encode_pieces(pieces)])
+        """The token ids of `text` as an int64 array, without special ones; raises UserError for lone surrogates."""
+        chunks = (text[start : start + CHUNK_BYTES] for start in range(0, len(text), CHUNK_BYTES))
+        return np.concatenate([np.empty(0, np.int64), *self.encode_chunks(chunks)])
 
-    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode a text that comes in pieces, holding little more than one; yields arrays of int64 token ids.
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
+        """Encode a text that comes in chunks, on several cores; yields int64 arrays of token ids.
 
-        Together they are `encode` of the whole text, however it is split. Segments are encoded on several
-        cores.
+        Joined, they equal `encode` of the whole text, however it is split. Little more than a chunk is in memory.
         """
-        for batch in segments(pieces, SEGMENT_CHARS):
+        for batch in segments(chunks, SEGMENT_CHARS):
             try:
                 encodings = self.backend.encode_batch_fast(batch, add_special_tokens=False)
             except TypeError as error:
-                raise UserError("The text holds half of a surrogate pair, which is no text; remove it.") from error
+                raise UserError("The text holds half of a surrogate pair; remove it.") from error
             for encoding in encodings:
                 yield np.array(encoding.ids, np.int64)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Return the text of token ids; special tokens are left out, a broken character becomes U+FFFD."""
+        """The text of token ids; special tokens are left out, an incomplete character becomes U+FFFD."""
         return self.backend.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
 
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json`, whole or not at all."""
+        """Write a `tokenizer.json`, complete or not at all."""
         write_text(Path(path), self.backend.to_str(pretty=True))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the tokenizer's canonical JSON: two tokenizers with the same digest encode alike."""
+        """SHA-256 of the tokenizer's canonical JSON; tokenizers with the same digest encode alike."""
         canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
