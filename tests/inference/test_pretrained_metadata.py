@@ -13,15 +13,16 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.load import load_pretrained
 from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template, end_tokens
 from ttt_e2e.inference.sampling import SamplingOptions
-from ttt_e2e.inference.session import Session, load_reader
+from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_pool import SessionPool, Token
 from ttt_e2e.model.checkpoint import PRETRAINED_METADATA, save_model
 
 pytest.importorskip("jinja2", reason="Jinja is not installed")
 
-from ttt_e2e.server.chat import Chat, load_chat
+from ttt_e2e.server.chat import ChatFormat, load_chat_format
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = """{%- for message in messages %}
@@ -64,15 +65,15 @@ def test_a_models_template(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
     for template in (TEMPLATE, named):
         write(tmp_path, tokenizer_config={**config, "chat_template": template})
-        chat = load_chat(tmp_path, words())
+        chat = load_chat_format(tmp_path, words())
         assert chat.prompt(TALK, False) == ['<system>"Be kind."\n<user>"Hello {{ 7 * 7 }}"\n<assistant>']
         assert chat.stop == ("</s>",)
     with pytest.raises(UserError, match="no such role"):
         chat.prompt([{"role": "developer", "content": ""}], False)
     (tmp_path / "other.jinja").write_text("{{ messages[0].content }}!")
-    assert load_chat(tmp_path, words(), tmp_path / "other.jinja").prompt(TALK, False) == ["Be kind.!"]
+    assert load_chat_format(tmp_path, words(), tmp_path / "other.jinja").prompt(TALK, False) == ["Be kind.!"]
     (tmp_path / "chat_template.jinja").write_text("{{ messages[1].content }}?")  # where newer ones have it
-    assert load_chat(tmp_path, words()).prompt(TALK, False) == ["Hello {{ 7 * 7 }}?"]
+    assert load_chat_format(tmp_path, words()).prompt(TALK, False) == ["Hello {{ 7 * 7 }}?"]
     (tmp_path / "chat_template.jinja").unlink()
     write(tmp_path, tokenizer_config={"chat_template": {"default": "x"}})
     with pytest.raises(UserError, match="is no text"):
@@ -81,23 +82,23 @@ def test_a_models_template(tmp_path: Path) -> None:
     assert chat_template(tmp_path) is None
     write(tmp_path, tokenizer_config=config)  # a template of one's own for a model without, which spells its tokens
     (tmp_path / "other.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
-    chat = load_chat(tmp_path, words(), tmp_path / "other.jinja")
+    chat = load_chat_format(tmp_path, words(), tmp_path / "other.jinja")
     assert chat.prompt(TALK, False) == ["Be kind.</s>"] and chat.stop == ("</s>",)
     (tmp_path / "tokenizer_config.json").unlink()
     assert chat_template(tmp_path) is None
-    assert load_chat(tmp_path, words()).stop == ("\nUser:",)
+    assert load_chat_format(tmp_path, words()).stop == ("\nUser:",)
 
 
 def test_templates_that_are_none_or_reach_out() -> None:
     with pytest.raises(UserError, match="no sound Jinja"):
-        Chat(ChatTemplate("{% if %}", "", ""))
+        ChatFormat(ChatTemplate("{% if %}", "", ""))
     for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ nothing.there.atall }}"):
         with pytest.raises(UserError, match="cannot take these messages"):
-            Chat(ChatTemplate(source, "", "")).prompt(TALK, False)
+            ChatFormat(ChatTemplate(source, "", "")).prompt(TALK, False)
 
 
-def chatml() -> Chat:
-    return Chat(ChatTemplate(CHATML, "", "<|im_end|>"), words().special)
+def chatml() -> ChatFormat:
+    return ChatFormat(ChatTemplate(CHATML, "", "<|im_end|>"), words().special)
 
 
 def test_special_tokens_of_a_template_are_special(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_messages_hold_no_special_tokens(pieces: list[str]) -> None:
 def test_what_ends_a_text(tmp_path: Path) -> None:
     tokenizer = words()
     bos, end = tokenizer.special["<|endoftext|>"], tokenizer.special["<|im_end|>"]
-    assert end_tokens(tmp_path, tokenizer) == {bos} == tokenizer.ends
+    assert end_tokens(tmp_path, tokenizer) == {bos} == tokenizer.end_ids
     write(tmp_path, generation_config={"eos_token_id": [end, bos, 999, -1, None, "x"]})
     assert end_tokens(tmp_path, tokenizer) == {bos, end}
     write(tmp_path, generation_config={"eos_token_id": 3}, tokenizer_config={"eos_token": {"content": "<|im_end|>"}})
@@ -150,7 +151,7 @@ def test_writing_ends_with_it(tmp_path: Path) -> None:
     third = text.index(text[2])
     write(tmp_path, generation_config={"eos_token_id": text[third]})
     save_model(model, tmp_path / "model", tmp_path / "tokenizer.json")
-    loaded, knowing = load_reader(tmp_path / "model")
+    loaded, knowing = load_pretrained(tmp_path / "model")
     session = Session(loaded, knowing)
     assert list(session.generate_tokens("Once", **greedy)) == text[:third]
     pool = SessionPool(session)

@@ -1,1 +1,1 @@
-"""Sessions as a service: memory that outlives a request, over HTTP."""
+"""The HTTP service: an OpenAI-compatible API and sessions, which keep what the model has learned across requests."""

@@ -1,4 +1,4 @@
-"""The service as an ASGI application: its addresses, and what stands before all of them."""
+"""The service as an ASGI application: endpoints, middleware and error handlers."""
 
 import base64
 import hashlib
@@ -6,45 +6,37 @@ import importlib.resources
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
-from fastapi import Depends, FastAPI
-from fastapi.responses import HTMLResponse, Response
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from ttt_e2e import __version__
-from ttt_e2e.server import errors, openai_api, sessions_api
-from ttt_e2e.server.chat import Chat
-from ttt_e2e.server.engine import Engine
-from ttt_e2e.server.errors import ErrorBody, Refused
-from ttt_e2e.server.keys import Keys
-from ttt_e2e.server.limits import Gate, Limits
-from ttt_e2e.server.logs import RequestLog
-from ttt_e2e.server.metrics import CONTENT_TYPE, Metrics
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the service is told. model: the name under which it is served. keys: none means that all callers are one."""
-
-    model: str
-    keys: Keys = field(default_factory=Keys)
-    limits: Limits = field(default_factory=Limits)
-    chat: Chat = field(default_factory=Chat)
+from ttt_e2e.errors import UserError
+from ttt_e2e.server.api import openai, sessions
+from ttt_e2e.server.engine.engine import Engine
+from ttt_e2e.server.errors import ApiError, ErrorBody, error_response, is_expected
+from ttt_e2e.server.middleware.access import AccessMiddleware
+from ttt_e2e.server.middleware.logs import RequestLogMiddleware, log_entry
+from ttt_e2e.server.middleware.metrics import ServiceMetrics
+from ttt_e2e.server.settings import Settings
 
 
 class Health(BaseModel):
-    """The service answers: the model is loaded and works, and the service is not about to stop."""
+    """The model is loaded and works, and the service is not stopping."""
 
     status: str
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
-    """The service over `engine`, which it starts and stops; why it could not be started stays in `state.failure`."""
+    """The service over `engine`, which it starts and stops. If starting fails, the error is in `app.state.failure`."""
 
     @asynccontextmanager
-    async def running(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             await engine.start()
         except Exception as error:
@@ -58,15 +50,15 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="ttt-e2e",
         version=__version__,
-        description="OpenAI's API, and sessions: a memory that outlives a request.",
-        lifespan=running,
-        docs_url=None,  # these two would load scripts from elsewhere
+        description="OpenAI's API, and sessions: a memory that lasts across requests.",
+        lifespan=lifespan,
+        docs_url=None,  # these two would load scripts from other sites
         redoc_url=None,
         redirect_slashes=False,
         responses={"default": {"model": ErrorBody, "description": "An error"}},
     )
-    metrics = Metrics(engine.numbers)
-    page, policy = _page()
+    metrics = ServiceMetrics(engine.stats)
+    page, policy = _load_page()
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
@@ -74,42 +66,58 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @app.get("/health", tags=["service"])
     async def health() -> Health:
-        """Whether the service is up and ready; 503 where it is not."""
+        """Whether the service is ready; 503 if not."""
         if not engine.ready:
-            raise Refused(503, "The service is about to stop, or its model fails at every step.", "not_ready")
+            raise ApiError(503, "The service is stopping, or its model fails at every step.", "not_ready")
         return Health(status="ok")
 
-    # The gate asks for the key, before the body comes in; this only describes it.
-    described = [Depends(HTTPBearer(auto_error=False))] if settings.keys else []
+    # `AccessMiddleware` checks the key before the body is received; this only documents it.
+    key_in_schema = [Depends(HTTPBearer(auto_error=False))] if settings.keys else []
 
-    @app.get("/metrics", tags=["service"], response_class=Response, responses=_METRICS, dependencies=described)
-    async def numbers() -> Response:
-        """Numbers for Prometheus."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
+    @app.get("/metrics", tags=["service"], response_class=Response, responses=_METRICS, dependencies=key_in_schema)
+    async def get_metrics() -> Response:
+        """Metrics for Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    writer = openai_api.Writer(engine, settings, metrics)
-    app.include_router(openai_api.routes(writer), dependencies=described)
-    app.include_router(sessions_api.routes(engine, writer), dependencies=described)
-    errors.install(app)
-    app.add_middleware(Gate, keys=settings.keys, limits=settings.limits)
-    app.add_middleware(RequestLog, metrics=metrics)  # the last one added is the outermost
+    app.include_router(openai.routes(engine, settings, metrics), dependencies=key_in_schema)
+    app.include_router(sessions.routes(engine), dependencies=key_in_schema)
+    _install_error_handlers(app)
+    app.add_middleware(AccessMiddleware, keys=settings.keys, limits=settings.limits)
+    app.add_middleware(RequestLogMiddleware, metrics=metrics)  # the last one added is the outermost
     return app
 
 
 _METRICS: dict[int | str, dict[str, object]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-def _page() -> tuple[str, str]:
-    """The page at /, and the policy by which a browser runs its own script and style and nothing else."""
+def _install_error_handlers(app: FastAPI) -> None:
+    """Answer all errors in OpenAI's form; unexpected ones are left to `RequestLogMiddleware`."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        if not is_expected(error):
+            log_entry(request).set_error(error)
+        response = error_response(error)
+        if response.status_code == 405 and "route" in request.scope:
+            # Starlette only names the methods of the first route with this path.
+            methods = app.openapi()["paths"].get(request.scope["route"].path, {"get": None})
+            response.headers["allow"] = ", ".join(sorted(methods)).upper()
+        return response
+
+    for kind in (HTTPException, RequestValidationError, UserError):
+        app.add_exception_handler(kind, handle)
+
+
+def _load_page() -> tuple[str, str]:
+    """The page at /, and a Content-Security-Policy under which a browser runs its own script and style only."""
     page = (importlib.resources.files("ttt_e2e.server") / "page.html").read_text("utf-8")
 
-    def hashed(tag: str) -> str:
+    def hash_of(tag: str) -> str:
         found = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         assert found is not None
         return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
 
     policy = (
-        f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self'; "
+        f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy

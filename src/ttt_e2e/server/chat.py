@@ -1,4 +1,4 @@
-"""A conversation as one prompt: by a model's own chat template, or a plain one."""
+"""Chat messages as a prompt, by the model's chat template or a plain format."""
 
 import json
 import re
@@ -11,108 +11,112 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template
 
-_NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
-_MARK, _ANSWER = "\ufdd0", "\ufdd1"  # no characters, and in no text that means anything
+_ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+_ESCAPE, _ANSWER = "\ufdd0", "\ufdd1"  # noncharacters, which occur in no meaningful text
 
 
-class Chat:
+class ChatFormat:
     """How messages become a prompt, and what ends an answer.
 
-    template: None: lines such as "User: ...", up to "Assistant:". special: ids of the tokenizer's special tokens, by
-    spelling. Where the template spells one it is that token; where a message does, it is text, so that nobody can end
-    his own message and begin another's. stop: strings before which an answer ends. Raises UserError for a template
-    that is none.
+    Args:
+        template: None for a plain format with lines such as "User: ...".
+        special_tokens: Ids of the tokenizer's special tokens by their text. Where the template contains such a text it
+            becomes the token. Where a message does it stays text, so that a message cannot contain another one.
+
+    `stop` are the strings before which an answer ends. Raises UserError if the template is invalid.
     """
 
-    def __init__(self, template: ChatTemplate | None = None, special: Mapping[str, int] | None = None) -> None:
-        self._special = dict(special or {})
-        spellings = sorted(self._special, key=len, reverse=True)
-        self._spelled = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
+    def __init__(self, template: ChatTemplate | None = None, special_tokens: Mapping[str, int] | None = None) -> None:
+        self._special_tokens = dict(special_tokens or {})
+        longest_first = sorted(self._special_tokens, key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._bos, self._eos = ("", "") if template is None else (template.bos, template.eos)
-        self._template: Any = None if template is None else _template(template.source)
-        ends = "\nUser:" if template is None else "" if self._eos in self._special else self._eos
-        self.stop: tuple[str, ...] = (ends,) if ends else ()
+        self._template: Any = None if template is None else _compile(template.source)
+        end = "\nUser:" if template is None else "" if self._eos in self._special_tokens else self._eos
+        self.stop: tuple[str, ...] = (end,) if end else ()
 
-    def prompt(self, messages: list[dict[str, str]], begun: bool) -> list[str | int]:
-        """Texts, and the ids of special tokens between them, after which the model answers `messages`.
+    def prompt(self, messages: list[dict[str, str]], continues: bool) -> list[str | int]:
+        """The prompt for an answer to `messages`: texts, and ids of special tokens between them.
 
-        begun: they follow on something that was read. Raises UserError if the template cannot take these messages.
+        continues: whether it follows something that was read before. Raises UserError if the template rejects the
+        messages.
         """
         if self._template is None:
-            # An answer begins with the space after "Assistant:", and comes back with it.
-            lines = [f"{_NAMES[message['role']]}: {message['content'].removeprefix(' ')}" for message in messages]
-            return ["\n" * begun + "\n".join([*lines, "Assistant:"])]
-        text = self._rendered(messages, True)
-        return self._parts(text.removeprefix(self._bos))  # a session begins with that token already
+            # A generated answer begins with the space after "Assistant:", and so does one that is sent back.
+            lines = [f"{_ROLES[message['role']]}: {message['content'].removeprefix(' ')}" for message in messages]
+            return ["\n" * continues + "\n".join([*lines, "Assistant:"])]
+        text = self._render(messages, add_generation_prompt=True)
+        return self._parts(text.removeprefix(self._bos))  # a session already begins with this token
 
     def closing(self, messages: list[dict[str, str]]) -> list[str | int]:
-        """Texts and ids that the template has after an answer to `messages`, before the next message."""
+        """What the template puts after an answer to `messages`, as texts and ids of special tokens."""
         if self._template is None:
-            return []  # a next prompt begins with the line's end
+            return []  # the next prompt begins with the end of the line
         try:
-            text = self._rendered([*messages, {"role": "assistant", "content": _ANSWER}], False)
+            answered = [*messages, {"role": "assistant", "content": _ANSWER}]
+            text = self._render(answered, add_generation_prompt=False)
         except UserError:
-            return []  # some templates want users and assistants in turn
+            return []  # some templates require that users and assistants alternate
         return self._parts(text.rpartition(_ANSWER)[2]) if _ANSWER in text else []
 
-    def _rendered(self, messages: list[dict[str, str]], ask: bool) -> str:
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         try:
             text: str = self._template.render(
-                messages=[message | {"content": self._as_text(message["content"])} for message in messages],
-                add_generation_prompt=ask,
+                messages=[message | {"content": self._escape(message["content"])} for message in messages],
+                add_generation_prompt=add_generation_prompt,
                 bos_token=self._bos,
                 eos_token=self._eos,
                 tools=None,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"The chat template cannot take these messages ({error}); send others.") from error
+            raise UserError(f"The chat template rejects these messages ({error}); send others.") from error
         return text
+
+    def _escape(self, content: str) -> str:
+        """`content` with `_ESCAPE` inside everything that looks like a special token."""
+        return self._special_text.sub(lambda found: found[0][:1] + _ESCAPE + found[0][1:], content.replace(_ESCAPE, ""))
 
     def _parts(self, text: str) -> list[str | int]:
         parts: list[str | int] = []
-        at = 0
-        for found in self._spelled.finditer(text):
-            parts += [text[at : found.start()].replace(_MARK, ""), self._special[found[0]]]
-            at = found.end()
-        parts.append(text[at:].replace(_MARK, ""))
+        start = 0
+        for found in self._special_text.finditer(text):
+            parts += [text[start : found.start()].replace(_ESCAPE, ""), self._special_tokens[found[0]]]
+            start = found.end()
+        parts.append(text[start:].replace(_ESCAPE, ""))
         return [part for part in parts if part != ""]
 
-    def _as_text(self, content: str) -> str:
-        """`content` with a mark inside of whatever spells a special token."""
-        return self._spelled.sub(lambda found: found[0][:1] + _MARK + found[0][1:], content.replace(_MARK, ""))
 
+def load_chat_format(model: Path, tokenizer: Tokenizer, file: Path | None = None) -> ChatFormat:
+    """The chat template in `file`, else the one in the model folder `model`, else the plain format.
 
-def load_chat(model: Path, tokenizer: Tokenizer, file: Path | None = None) -> Chat:
-    """The chat template in `file`, or else that of the model in the folder `model`, or else the plain one.
-
-    Raises UserError if what is there is no template.
+    Raises UserError if the template is invalid.
     """
     source = None if file is None else read_text(file)
-    return Chat(chat_template(model, source), tokenizer.special)
+    return ChatFormat(chat_template(model, source), tokenizer.special)
 
 
-def _template(source: str) -> Any:
+def _compile(source: str) -> Any:
     try:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise UserError('A chat template needs Jinja; install it with: pip install "ttt-e2e[serve]"') from error
 
-    def refuse(message: str) -> NoReturn:
+    def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
     def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own escapes for HTML
+        return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own filter escapes HTML
 
-    # A template comes with a model, from anywhere: it can compute, but not reach anything.
+    # Templates come with models, from anywhere: they may compute, but not reach anything.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = raise_exception
     try:
         return environment.from_string(source)
     except TemplateError as error:
-        raise UserError(f"The chat template is no sound Jinja template: {error}.") from error
+        raise UserError(f"The chat template is not a valid Jinja template: {error}.") from error

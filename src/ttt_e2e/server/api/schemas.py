@@ -1,0 +1,235 @@
+"""Requests and responses of OpenAI's API, with the fields `session`, `learn`, `top_k` and `min_p` in addition."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+_MAX_TOKENS, _DEFAULT_TOKENS = 16_384, 200  # per generated text
+_MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS = 16, 8, 4
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _unsupported(*defaults: Any) -> Any:
+    """A field of OpenAI's API that is not supported: it may only be omitted, null, or one of its `defaults`."""
+    return Field(None, json_schema_extra={"enum": [*defaults, None]})
+
+
+class _RequestModel(BaseModel):
+    """Refuses unknown fields, strings in place of numbers, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_supported(cls, value: Any, info: ValidationInfo) -> Any:
+        schema = cls.model_fields[str(info.field_name)].json_schema_extra
+        allowed: Any = schema.get("enum", [value]) if isinstance(schema, dict) else [value]
+        if not any(value == default and isinstance(value, bool) == isinstance(default, bool) for default in allowed):
+            raise ValueError(f"not supported by this server; omit {info.field_name}")
+        return value
+
+
+class StreamOptions(_RequestModel):
+    """include_usage: send the numbers of tokens in a last event."""
+
+    include_usage: bool = False
+    include_obfuscation: Any = _unsupported(False)
+
+
+class GenerationRequest(_RequestModel):
+    """How to generate. Defaults: temperature 0.8, top_p 0.95, max_tokens 200, a random seed.
+
+    learn: make prompt and generated text part of the session.
+    """
+
+    model: str | None = Field(None, max_length=256)
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1 << 31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=1 << 63)
+    n: int | None = Field(None, ge=1, le=_MAX_CHOICES)
+    stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    learn: bool | None = None
+    user: str | None = Field(None, max_length=256, description="accepted and ignored")
+    frequency_penalty: Any = _unsupported(0)
+    presence_penalty: Any = _unsupported(0)
+    logit_bias: Any = _unsupported({})
+    service_tier: Any = _unsupported("auto", "default")
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "GenerationRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens mean the same; omit one of them.")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream; set stream to true, or omit stream_options.")
+        return self
+
+    @property
+    def token_limit(self) -> int:
+        """Maximum number of tokens to generate."""
+        return self.max_tokens or self.max_completion_tokens or _DEFAULT_TOKENS
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class SessionCompletionRequest(GenerationRequest):
+    """Continue `prompt`, which follows what the session has read."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)] | None = None
+    logprobs: Any = _unsupported()
+    echo: Any = _unsupported(False)
+    best_of: Any = _unsupported(1)
+    suffix: Any = _unsupported("")
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, which are continued independently."""
+        return self.prompt if isinstance(self.prompt, list) else [self.prompt or ""]
+
+
+class CompletionRequest(SessionCompletionRequest):
+    """Continue `prompt`. session: id of a session; the prompt follows what it has read."""
+
+    session: str | None = None
+
+
+class TextPart(_RequestModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_RequestModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+    refusal: str | None = None
+    # OpenAI's answers have these fields, and clients send them back with the conversation.
+    name: Any = _unsupported()
+    audio: Any = _unsupported()
+    annotations: Any = _unsupported([])
+    tool_calls: Any = _unsupported([])
+    function_call: Any = _unsupported()
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "Message":
+        if self.content is None and (self.role != "assistant" or self.refusal is None):
+            raise ValueError("a message needs content, unless it is an assistant's refusal.")
+        return self
+
+    def for_template(self) -> dict[str, str]:
+        """Role and text, as chat templates expect them."""
+        parts = self.content or self.refusal or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": self.role, "content": text}
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Answer `messages`. With a session they follow what it has read, so only new messages need to be sent."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    session: str | None = None
+    logprobs: Any = _unsupported(False)
+    top_logprobs: Any = _unsupported(0)
+    response_format: Any = _unsupported({"type": "text"})
+    tools: Any = _unsupported([])
+    tool_choice: Any = _unsupported("none")
+    parallel_tool_calls: Any = _unsupported(True, False)
+    functions: Any = _unsupported([])
+    function_call: Any = _unsupported("none")
+    modalities: Any = _unsupported(["text"])
+    audio: Any = _unsupported()
+    store: Any = _unsupported(False)
+    metadata: Any = _unsupported({})
+    reasoning_effort: Any = _unsupported("none")
+
+
+class Usage(BaseModel):
+    """Tokens of this request, without those of a session; a prompt with several choices counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+FinishReason = Literal["stop", "length"] | None
+
+
+class CompletionChoice(BaseModel):
+    """A text generated after one prompt."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class Completion(BaseModel):
+    """Generated texts, or an event of a stream. usage: null in a stream, except in the last event."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class AssistantMessage(BaseModel):
+    """A generated message."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer to a conversation."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """Answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """All models; there is one."""
+
+    object: Literal["list"]
+    data: list[ModelCard]

@@ -1,0 +1,169 @@
+"""Endpoints for sessions: create, list, read a text, fork, export, import and delete."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict, replace
+from typing import IO, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+
+from ttt_e2e.data.text import text_chunks
+from ttt_e2e.server.api.streams import EVENT_STREAM, StreamResponse, begin_stream, cancel_on_disconnect, event_stream
+from ttt_e2e.server.api.uploads import receive_file, receive_text
+from ttt_e2e.server.engine.engine import Engine
+from ttt_e2e.server.engine.records import ReadProgress, SessionSummary
+from ttt_e2e.server.middleware.logs import log_entry
+
+EVENT_SECONDS = 0.1  # minimum time between two progress events
+_CHUNK_BYTES = 1 << 18
+_BINARY = "application/octet-stream"
+_BINARY_SCHEMA = {"type": "string", "format": "binary"}
+_FORM_SCHEMA = {
+    "type": "object",
+    "properties": {"file": _BINARY_SCHEMA},
+    "required": ["file"],
+    "additionalProperties": False,
+}
+_READ_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": {EVENT_STREAM: {}}}}
+_EXPORT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The session file", "content": {_BINARY: {"schema": _BINARY_SCHEMA}}}
+}
+
+
+class SessionList(BaseModel):
+    """All sessions of a key, the oldest first."""
+
+    object: Literal["list"]
+    data: list[SessionSummary]
+
+
+class DeletedSession(BaseModel):
+    """Confirms that a session was deleted."""
+
+    id: str
+    object: Literal["session.deleted"]
+    deleted: bool
+
+
+def _request_body(schemas: dict[str, Any]) -> dict[str, Any]:
+    """Documents a body that is not JSON, by content type."""
+    content = {content_type: {"schema": schema} for content_type, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def routes(engine: Engine) -> APIRouter:
+    """The endpoints under /v1/sessions, except completions."""
+    router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+
+    @router.post("", status_code=201)
+    async def create(request: Request) -> SessionSummary:
+        """Create an empty session."""
+        return await engine.create(_owner(request))
+
+    @router.get("")
+    async def sessions(request: Request) -> SessionList:
+        """List all sessions of this key, the oldest first."""
+        return SessionList(object="list", data=await engine.sessions(_owner(request)))
+
+    @router.post("/import", status_code=201, openapi_extra=_request_body({_BINARY: _BINARY_SCHEMA}))
+    async def import_session(request: Request) -> SessionSummary:
+        """Create a session from a session file, as export returns and `ttt-e2e read --save` writes."""
+        with engine.temporary_folder() as folder:
+            file = folder / "import.session"
+            await receive_file(request, file)
+            return await engine.import_session(_owner(request), file)
+
+    @router.get("/{session}")
+    async def session(session: str, request: Request) -> SessionSummary:
+        """Describe a session."""
+        return await engine.session(_owner(request), session)
+
+    @router.delete("/{session}")
+    async def delete(session: str, request: Request) -> DeletedSession:
+        """Delete a session from memory and disk."""
+        await engine.delete(_owner(request), session)
+        return DeletedSession(id=session, object="session.deleted", deleted=True)
+
+    @router.post("/{session}/fork", status_code=201)
+    async def fork(session: str, request: Request) -> SessionSummary:
+        """Create an independent copy of a session."""
+        return await engine.fork(_owner(request), session)
+
+    @router.post(
+        "/{session}/read",
+        response_model=ReadProgress,
+        responses=_READ_RESPONSES,
+        openapi_extra=_request_body(
+            {"text/plain": {"type": "string", "minLength": 1}, "multipart/form-data": _FORM_SCHEMA}
+        ),
+    )
+    async def read(session: str, request: Request) -> Response:
+        """Read a text and learn from it: all of it or, if anything fails, nothing.
+
+        With `Accept: text/event-stream` the response is a stream of progress events, of which the last one has the
+        session.
+        """
+        await engine.session(_owner(request), session)  # before a long text is uploaded in vain
+        file = await receive_text(request)
+        progress = _logged(request, engine.read(_owner(request), session, text_chunks(file)))
+        if EVENT_STREAM in request.headers.get("accept", ""):
+            return event_stream(request, await begin_stream(request.receive, _events(progress)))
+        return JSONResponse(await cancel_on_disconnect(request.receive, _final(progress)))
+
+    @router.get("/{session}/export", response_class=Response, responses=_EXPORT_RESPONSES)
+    async def export_session(session: str, request: Request) -> Response:
+        """Download a session as a file, for import or the command line."""
+        with engine.temporary_folder() as folder:
+            target = folder / "export.session"
+            await engine.export_session(_owner(request), session, target)
+            size, file = target.stat().st_size, target.open("rb")
+        # The file has no name any more and is removed when it is closed.
+        headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{session}.session"'}
+        return StreamResponse(_chunks(file), _BINARY, headers)
+
+    return router
+
+
+def _owner(request: Request) -> str:
+    owner: str = request.state.caller.owner
+    return owner
+
+
+async def _logged(request: Request, progress: AsyncIterator[ReadProgress]) -> AsyncGenerator[ReadProgress, None]:
+    """`progress`, with the tokens that were read in the request's log entry."""
+    async with aclosing(progress):  # type: ignore[type-var]
+        async for event in progress:
+            log_entry(request).tokens_read = event.tokens
+            yield event
+
+
+async def _final(progress: AsyncGenerator[ReadProgress, None]) -> dict[str, Any]:
+    async with aclosing(progress):
+        async for event in progress:
+            final = event
+    return asdict(replace(final, recent_loss=final.loss))
+
+
+async def _events(progress: AsyncGenerator[ReadProgress, None]) -> AsyncGenerator[dict[str, Any], None]:
+    """Progress events, merged so that `EVENT_SECONDS` pass between two of them."""
+    sent_at, sent_tokens, tokens, recent_sum = -math.inf, 0, 0, 0.0
+    async with aclosing(progress):
+        async for event in progress:
+            if event.recent_loss is not None:
+                recent_sum += event.recent_loss * (event.tokens - tokens)
+            tokens = event.tokens
+            if event.session or time.monotonic() - sent_at >= EVENT_SECONDS:
+                recent = tokens - sent_tokens
+                yield asdict(replace(event, recent_loss=recent_sum / recent if recent else None))
+                sent_at, sent_tokens, recent_sum = time.monotonic(), tokens, 0.0
+
+
+async def _chunks(file: IO[bytes]) -> AsyncGenerator[bytes, None]:
+    with file:
+        while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+            yield chunk

@@ -1,0 +1,1 @@
+"""The sessions behind the HTTP API: storage, the thread that runs the model, and concurrent requests."""

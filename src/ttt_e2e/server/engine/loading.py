@@ -1,0 +1,128 @@
+"""Loads sessions from files that may be damaged or crafted by an attacker.
+
+The digest in a file only shows that it was not altered by accident; anybody can compute one. A tensor of a wrong shape
+would end the batched model call that other sessions share, so everything a file holds is compared with what a session
+of this model at that position must hold.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.inference.session import Session, check_token_ids
+from ttt_e2e.inference.session_file import SessionInfo, read_session_file, session_facts, state_tensors
+from ttt_e2e.model.mixers.attention import Attention
+from ttt_e2e.model.mixers.titans import Titans
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MAX_NUMBER = 1 << 53  # positions beyond it are not exact in float64, in which rotary angles are computed
+
+
+class SessionLoader:
+    """Loads sessions with the model, tokenizer, dtype and `learn` of `template`, an empty session with a tokenizer.
+
+    Creating one reads a mini-batch with the model. Raises UserError if the model is not fit for use.
+    """
+
+    def __init__(self, template: Session) -> None:
+        self.template = template
+        self.info = template.info()
+        self._after_mini_batch = template.fork()
+        self._after_mini_batch.read(np.zeros(template.chunk_size, np.int64))
+        self._shapes: dict[tuple[bool, Any], dict[str, tuple[list[int], torch.dtype]]] = {}
+
+    def read_info(self, path: Path, name: str) -> SessionInfo:
+        """What the header of a session file says, without reading its tensors. Args and errors as for `load`."""
+        try:
+            facts = session_facts(path)
+        except UserError as error:
+            raise _without_path(error, path, name) from error
+        try:
+            info = SessionInfo.from_facts(facts)
+        except UserError as error:
+            raise _invalid(name) from error
+        numbers = (info.position, info.pending, info.tokens, info.text_bytes or 0, info.memory_bytes)
+        if not all(0 <= number < _MAX_NUMBER for number in numbers) or not _DIGEST.fullmatch(info.text_digest):
+            raise _invalid(name)
+        return info
+
+    def load(self, path: Path, name: str) -> Session:
+        """Load and check the session in the file `path`, which errors call `name`.
+
+        Raises UserError if it is not a session file, is damaged or crafted, or was not made with the template's model,
+        tokenizer, dtype and `learn`.
+        """
+        try:
+            facts, tensors = read_session_file(path)
+            if facts["model"] == self.info.model:  # else `unpack` raises the error
+                self._check(facts, tensors, name)
+            session = self.template.fork()
+            session.unpack(facts, tensors, str(path))
+            found = {fact: value for fact, value in session.info().to_facts().items() if fact != "learned_norm"}
+            if any(facts[fact] != value for fact, value in found.items()):
+                raise _invalid(name)
+            return session
+        except UserError as error:
+            raise _without_path(error, path, name) from error
+        except Exception as error:  # a crafted file may hold anything anywhere
+            raise _invalid(name) from error
+
+    def _check(self, facts: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+        for fact in ("learn", "dtype"):
+            if facts[fact] != getattr(self.info, fact):
+                raise UserError(
+                    f"{name} was read with {fact} = {facts[fact]}, and this service uses {getattr(self.info, fact)}; "
+                    "use the same setting, or read the text again."
+                )
+        position, pending = facts["position"], tensors["pending"]
+        for number in (position, facts["state_bytes"]):
+            if type(number) is not int or not 0 <= number < _MAX_NUMBER:
+                raise _invalid(name)
+        if position % self.template.mini_batch_size or len(facts["state_digest"]) != (64 if position else 0):
+            raise _invalid(name)
+        if pending.dtype != torch.int64 or pending.dim() != 1 or not 1 <= len(pending) <= self.template.chunk_size:
+            raise _invalid(name)
+        check_token_ids(pending.numpy(), self.template.model.config.vocab_size)
+        for key, (shape, dtype) in self._expected(position, facts["precision"]).items():
+            tensor = tensors[key]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.isfinite().all():
+                raise _invalid(name)
+
+    def _expected(self, position: int, precision: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of the tensors in the file of a session at `position`, by their names in the file."""
+        model, kind = self.template.model, (position > 0, precision)
+        if kind not in self._shapes:
+            state = (self._after_mini_batch if position else self.template).state().read_state
+            tensors = state_tensors(model, state, self.template.learn, precision)
+            self._shapes[kind] = {key: (list(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        mixers = [block.mixer for block in (*model.prefix, *model.suffix)]
+        first_block = {"static": 0, "loop": len(model.prefix) + 1}
+        expected = {}
+        for key, (shape, dtype) in self._shapes[kind].items():
+            place, i, part = key.split(".")
+            if part in ("k", "v"):  # only caches grow with the text
+                slots = _cache_slots(mixers[first_block[place] + int(i)], model.config.sliding_window, position)
+                shape = [*shape[:2], slots, *shape[3:]]
+            expected[key] = tuple(shape), dtype
+        return expected
+
+
+def _cache_slots(mixer: Any, window: int, position: int) -> int:
+    """How many keys a mixer keeps of a text at `position`."""
+    if isinstance(mixer, Titans):
+        return 2 * (position % window)
+    return position if isinstance(mixer, Attention) and mixer.window is None else min(position, window)
+
+
+def _without_path(error: UserError, path: Path, name: str) -> UserError:
+    """The same message with `name` in place of the path, which clients must not see."""
+    return UserError(str(error).replace(f"The session {path}", name).replace(str(path), name))
+
+
+def _invalid(name: str) -> UserError:
+    return UserError(f"{name} does not hold a valid session of this model; use an unaltered copy.")

@@ -1,0 +1,81 @@
+"""What the engine takes and returns, and the errors it raises. The HTTP API sends summaries and progress unchanged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ttt_e2e.errors import UserError
+
+Prompt = str | Sequence[str | int]
+"""A text, or texts with token ids between them."""
+
+
+class SessionNotFoundError(UserError):
+    """The owner has no session with this id. Another owner's session gives the same error."""
+
+    def __init__(self) -> None:
+        super().__init__("There is no such session; it may have been deleted.")
+
+
+class LimitReachedError(UserError):
+    """A limit is reached: the number of sessions per owner, or of tokens per session."""
+
+
+class StoppingError(UserError):
+    """The engine is stopping and accepts no more work."""
+
+    def __init__(self) -> None:
+        super().__init__("The service is stopping and did not do this; try again when it is back.")
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """A session. Where its file is damaged, `error` says so and the numbers are zero.
+
+    id: "sess-" and 32 hex digits. created: Unix time. tokens: tokens read so far, including the BOS token and those
+    that wait for a full mini-batch. text_bytes: size of the text read, in UTF-8; null if the tokenizer does not work
+    on bytes. text_digest: SHA-256 of the tokens read. memory_bytes: size of the session's state. learn: whether the
+    session learns from what it reads. in_memory: false while the session is on disk only, until it is next used.
+    """
+
+    id: str
+    object: Literal["session"] = field(default="session", kw_only=True)
+    created: int
+    tokens: int
+    text_bytes: int | None
+    text_digest: str
+    memory_bytes: int
+    learn: bool
+    in_memory: bool
+    error: str | None
+
+
+@dataclass(frozen=True)
+class ReadProgress:
+    """How far a session has read a text.
+
+    tokens: tokens of this text that have a loss so far. loss: their mean loss in nats per token; null while there are
+    none. recent_loss: the mean over the tokens since the previous event. session: null until the whole text is read
+    and the session is saved.
+    """
+
+    object: Literal["session.read"] = field(default="session.read", kw_only=True)
+    tokens: int
+    loss: float | None
+    recent_loss: float | None
+    session: SessionSummary | None = None
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """The next part of a generated text.
+
+    finish_reason: None except in the last chunk: "stop" at a stop string or at a token that ends texts, else "length".
+    prompt_tokens: tokens of the request's prompt, without what the session has read. completion_tokens: tokens
+    generated so far.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    prompt_tokens: int
+    completion_tokens: int

@@ -1,0 +1,1 @@
+"""ASGI middleware: access control and limits, request log and metrics."""
