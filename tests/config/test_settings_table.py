@@ -1,4 +1,4 @@
-"""The tables of settings in docs/training.md are the docstrings beside the fields."""
+"""The tables of settings in docs/reference/settings.md are the docstrings beside the fields."""
 
 import ast
 import dataclasses
@@ -13,7 +13,7 @@ import pytest
 from ttt_e2e.config import schema
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
 
-DOCS = Path(__file__).parents[2] / "docs/training.md"
+DOCS = Path(__file__).parents[2] / "docs/reference/settings.md"
 
 
 def docstrings(cls: type) -> dict[str, str]:
@@ -47,7 +47,7 @@ def rows(cls: Any, prefix: str = "") -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("heading", "cls"), [("### The model", ModelConfig), ("### The training", TrainConfig)])
+@pytest.mark.parametrize(("heading", "cls"), [("## The model", ModelConfig), ("## The training", TrainConfig)])
 def test_docs_list_every_setting(heading: str, cls: type) -> None:
     section = DOCS.read_text().split(f"{heading}\n")[1].split("\n#")[0]
     expected = "\n".join(rows(cls))
