@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
-from ttt_e2e.inner_loop import step as inner_loop
 from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import mini_batch_mean, sequence_loss
+from ttt_e2e.inner_loop.recompute import RecomputedLoop
 from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch, inner_gradient_reference, inner_step
 from ttt_e2e.model.transformer import Transformer
 
@@ -240,12 +240,12 @@ def test_reading_gives_the_training_losses(shape: str) -> None:
     """Mini-batch by mini-batch with caches, the losses are those of the whole sequence at once; learning or not."""
     model = small_model(F64, **SHAPES[shape])
     text = tokens(25)
-    for lr in (None, 0.0):
-        expected = sequence_loss(model, text, dtype=F64, inner_lr=lr).nll_BT
+    for learn in (True, False):
+        expected = sequence_loss(model, text, dtype=F64, learn=learn).nll_BT
         state, losses = start_reading(model, 2, F64), []
         for i in range(0, 25, 5):
             piece, target = text[:, i : i + 5], text[:, i + 1 : i + 6]
-            state, nll, _ = read_mini_batch(model, state, piece, target, dtype=F64, inner_lr=lr)
+            state, nll, _ = read_mini_batch(model, state, piece, target, dtype=F64, learn=learn)
             losses.append(nll)
         torch.testing.assert_close(torch.cat(losses, 1), expected, rtol=1e-10, atol=1e-10)
         assert state.position == 25
@@ -279,14 +279,14 @@ def test_positions_stay_exact_far_out() -> None:
 
 def test_states_kept_grow_as_the_square_root(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {}
-    make = inner_loop._RecomputedLoop.forward
+    make = RecomputedLoop.forward
 
     def counting(ctx, *args):  # type: ignore[no-untyped-def]
         result = make(ctx, *args)
         kept[args[0].keep_all] = sum(len(states) for states in ctx.boundaries)
         return result
 
-    monkeypatch.setattr(inner_loop._RecomputedLoop, "forward", counting)
+    monkeypatch.setattr(RecomputedLoop, "forward", counting)
     model = small_model(F64)
     for recompute in ("mini-batch", "sqrt"):
         gradient(model, tokens(64 * 5, batch=1), activation_checkpointing=recompute)
@@ -298,7 +298,7 @@ def test_the_recomputed_loop_goes_back_once(recompute: str) -> None:
     """It gives its states up on the way; a second time is an error in words."""
     out = sequence_loss(small_model(F64), tokens(25), activation_checkpointing=recompute, dtype=F64)  # type: ignore[arg-type]
     out.loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="goes back once only"):
+    with pytest.raises(RuntimeError, match="second backward pass"):
         out.loss.backward()
 
 
@@ -308,15 +308,15 @@ def test_the_meta_gradient_in_bfloat16_is_near() -> None:
         small_config(hidden_size=64, initializer_range=0.1, inner_loop__lr=0.3), torch.Generator().manual_seed(0)
     )
 
-    def gradients(dtype: torch.dtype, inner_lr: float | None = None) -> dict[str, Tensor]:
+    def gradients(dtype: torch.dtype, learn: bool = True) -> dict[str, Tensor]:
         model.zero_grad()
-        sequence_loss(model, tokens(50), dtype=dtype, inner_lr=inner_lr).loss.backward()
+        sequence_loss(model, tokens(50), dtype=dtype, learn=learn).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     def distance(a: dict[str, Tensor], name: str) -> float:
         return float((a[name] - exact[name]).norm() / exact[name].norm())
 
-    exact, rounded, frozen = gradients(torch.float32), gradients(torch.bfloat16), gradients(torch.float32, 0.0)
+    exact, rounded, frozen = gradients(torch.float32), gradients(torch.bfloat16), gradients(torch.float32, learn=False)
     for name in exact:
         assert distance(rounded, name) < 0.1, name
     names = [name for name in exact if ".fast." in name]
@@ -329,7 +329,7 @@ def test_fast_weights_are_float32_whatever_the_products_are() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         session = Session(small_model(inner_loop__lr=1e-4), dtype=dtype)
         session.read(tokens(100, 1)[0].tolist())
-        assert {w.dtype for pair in session.standing().state.loop.fast for w in pair} == {torch.float32}
+        assert {w.dtype for pair in session.state().read_state.loop.fast for w in pair} == {torch.float32}
         norms.append(session.info().learned_norm)
     assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=0.05)
 

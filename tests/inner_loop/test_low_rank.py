@@ -24,7 +24,7 @@ from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.inner_loop.step import inner_gradient_reference, inner_step
-from ttt_e2e.model.checkpoint import load_model, save_model
+from ttt_e2e.model.checkpoint import load_transformer, save_model
 from ttt_e2e.model.cost import fast_weights, state_bytes
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.elementwise import swiglu_reference
@@ -215,7 +215,7 @@ def test_a_session_is_saved_forked_and_written_on(tmp_path: Path, model: Transfo
         assert torch.equal(weight, before[name]), name
     info, caches = session.info(), 4 * 2 * 4 * 12 * 16
     assert info.memory_bytes == 4 * fast_weights(model.config) + caches == state_bytes(model.config, 60)
-    pairs = zip(session.standing().state.loop.fast, model.initial_fast_weights(1), strict=True)
+    pairs = zip(session.state().read_state.loop.fast, model.initial_fast_weights(1), strict=True)
     squares = [(w - w0).square().sum() for now, start in pairs for w, w0 in zip(now, start, strict=True)]
     assert info.learned_norm == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-5)
     assert info.learned_norm > 0.01
@@ -230,7 +230,7 @@ def test_half_precision_keeps_half(tmp_path: Path, model: Transformer, precision
     sizes = [(tmp_path / name).stat().st_size for name in ("whole", "half")]
     assert sizes[0] - sizes[1] == pytest.approx(2 * fast_weights(model.config), abs=200)
     loaded = Session.load(tmp_path / "half", model)
-    values = (s.standing().state.loop.fast for s in (session, loaded))
+    values = (s.state().read_state.loop.fast for s in (session, loaded))
     for now, back, start in zip(*values, model.initial_fast_weights(1), strict=True):
         for w, v, w0 in zip(now, back, start, strict=True):
             assert ((w - v).abs() <= rounding * (w - w0).abs() + 3e-7 * w.abs() + 1e-7).all()
@@ -274,6 +274,6 @@ def test_whole_documents_at_once(model: Transformer, tokenizer: Tokenizer) -> No
 
 def test_info_on_the_command_line(tmp_path: Path, model: Transformer, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(model, tmp_path / "model", None)
-    assert load_model(tmp_path / "model").config == model.config
+    assert load_transformer(tmp_path / "model").config == model.config
     assert cli.main(["info", str(tmp_path / "model"), "--json"]) == 0
     assert f'"fast_weights": {fast_weights(model.config)}' in capsys.readouterr().out

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.checkpoint import load_model, model_digest, save_model
+from ttt_e2e.model.checkpoint import load_transformer, model_digest, save_model
 from ttt_e2e.model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -42,7 +42,7 @@ def rewrite(folder: Path, **changes: object) -> None:
 
 def test_a_model_comes_back_bit_for_bit(model: Transformer, folder: Path) -> None:
     before = torch.random.get_rng_state()
-    loaded = load_model(folder)
+    loaded = load_transformer(folder)
     assert loaded.config == CONFIG
     for name, weight in model.named_parameters():
         assert torch.equal(weight, loaded.get_parameter(name))
@@ -56,7 +56,7 @@ def test_a_model_comes_back_bit_for_bit(model: Transformer, folder: Path) -> Non
 def test_any_float_dtype_comes_back_as_float32(model: Transformer, tmp_path: Path, dtype: torch.dtype) -> None:
     save_model(model, tmp_path / "model", None, dtype=dtype)
     assert load_file(tmp_path / "model/model.safetensors")["embedding"].dtype == dtype
-    loaded = load_model(tmp_path / "model")
+    loaded = load_transformer(tmp_path / "model")
     for name, weight in model.named_parameters():
         assert torch.equal(weight.to(dtype).float(), loaded.get_parameter(name))
     assert not (tmp_path / "model/tokenizer.json").exists()
@@ -66,7 +66,7 @@ def test_saving_replaces_a_model_and_leaves_nothing_beside_it(model: Transformer
     with torch.no_grad():
         model.embedding.add_(1)
     save_model(model, folder, None)
-    assert model_digest(load_model(folder)) == model_digest(model)
+    assert model_digest(load_transformer(folder)) == model_digest(model)
     assert sorted(f.name for f in folder.parent.iterdir()) == ["model", "source.json"]
 
 
@@ -79,20 +79,20 @@ def test_digest_tells_weights_apart(model: Transformer) -> None:
 
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no model folder"):
-        load_model(tmp_path / "nowhere")
+        load_transformer(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(UserError, match=rf"not a model folder: it has no {name}"):
-        load_model(folder)
+        load_transformer(folder)
 
 
 def test_a_run_is_no_model_but_names_one(model: Transformer, tmp_path: Path) -> None:
     save_model(model, tmp_path / "run/checkpoints/step-00000020", None)
     with pytest.raises(UserError, match=r"Its newest model is .*step-00000020\."):
-        load_model(tmp_path / "run")
+        load_transformer(tmp_path / "run")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -101,7 +101,7 @@ def test_truncated_weights(folder: Path, share: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UserError, match="truncated or not a safetensors file"):
-        load_model(folder)
+        load_transformer(folder)
 
 
 def test_altered_weights(folder: Path) -> None:
@@ -110,46 +110,46 @@ def test_altered_weights(folder: Path) -> None:
     content[-2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="altered after it was written"):
-        load_model(folder)
+        load_transformer(folder)
 
 
 def test_truncated_configuration(folder: Path) -> None:
     path = folder / "config.json"
     path.write_text(path.read_text()[:40])
     with pytest.raises(UserError, match="not JSON"):
-        load_model(folder)
+        load_transformer(folder)
 
 
 def test_foreign_configuration(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="does not describe a model of ttt-e2e"):
-        load_model(folder)
+        load_transformer(folder)
 
 
 def test_newer_format(folder: Path) -> None:
     rewrite(folder, version=3)
     with pytest.raises(UserError, match="format 3, this version of ttt-e2e reads 2; use"):
-        load_model(folder)
+        load_transformer(folder)
 
 
 def test_configuration_of_another_shape(folder: Path) -> None:
     model = json.loads((folder / "config.json").read_text())["model"]
     rewrite(folder, model={**model, "intermediate_size": 12})
     with pytest.raises(UserError, match=r"has shape .* is expected"):
-        load_model(folder)
+        load_transformer(folder)
     rewrite(folder, model={**model, "num_hidden_layers": 3})
     with pytest.raises(UserError, match="lacks tensors: blocks"):
-        load_model(folder)
+        load_transformer(folder)
     rewrite(folder, model={**model, "qk_norm": False})
     with pytest.raises(UserError, match="has unknown tensors"):
-        load_model(folder)
+        load_transformer(folder)
 
 
 def test_weights_of_another_program(model: Transformer, folder: Path) -> None:
     tensors = {name: weight.detach() for name, weight in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match="no digest"):
-        load_model(folder)
+        load_transformer(folder)
     save_file({name: weight.int() for name, weight in tensors.items()}, folder / "model.safetensors")
     with pytest.raises(UserError, match="not floating point"):
-        load_model(folder)
+        load_transformer(folder)

@@ -1,0 +1,1 @@
+"""The method: the inner step, the loss through it, and its gradients."""

@@ -12,9 +12,7 @@ from torch import Tensor
 from ttt_e2e.inner_loop.functions import LoopFunctions
 from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch
 from ttt_e2e.model.transformer import Transformer
-
-# Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph.
-KEPT_GRAPHS = 2
+from ttt_e2e.ops import tuning
 
 
 def loop_parameters(model: Transformer) -> list[Tensor]:
@@ -84,17 +82,17 @@ class _Graph(NamedTuple):
 
 
 class RecomputedLoop(torch.autograd.Function):
-    """The loop that stores states between mini-batches only, and in the backward pass recomputes what lies between.
+    """The loop that stores states between mini-batches only, and recomputes what lies between in the backward pass.
 
     With `keep_all` it stores all N states and recomputes each mini-batch once. Otherwise it stores one state in about
-    sqrt(N), and the backward pass walks a segment forward again before it goes through it backwards: about 2 sqrt(N)
-    states at any time, each mini-batch recomputed twice. The last `KEPT_GRAPHS` mini-batches are not recomputed: the
-    backward pass begins with them, before it holds anything else.
+    sqrt(N), and the backward pass walks each segment forward again before it goes backward through it: about 2 sqrt(N)
+    states at any time, each mini-batch recomputed twice. The last `tuning.KEPT_GRAPHS` mini-batches are not recomputed.
     """
 
     @staticmethod
     def forward(ctx: Any, loop: SequenceLoop, *tensors: Tensor) -> Tensor:
-        count = len(loop.batches) - min(KEPT_GRAPHS, len(loop.batches))
+        """Losses [B, T]. `tensors`: x of every mini-batch, the first state, and the loop's static weights."""
+        count = len(loop.batches) - min(tuning.KEPT_GRAPHS, len(loop.batches))
         length = max(1, count if loop.keep_all else round(count**0.5))
         ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
         ctx.boundaries, losses = [], []
@@ -111,9 +109,12 @@ class RecomputedLoop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        """Gradients of all that `forward` was given."""
         loop: SequenceLoop = ctx.loop
         if ctx.last is None:
-            raise RuntimeError("The recomputed loop gives up what it kept as it goes back; it goes back once only.")
+            raise RuntimeError(
+                "The recomputed loop frees what it stored during backward; a second backward pass is not possible."
+            )
         grad_nll = grad_outputs[0].split([batch.x_BbD.shape[1] for batch in loop.batches], 1)
         totals: list[Tensor | None] = [None] * len(loop.parameters)
         grad_x, grad_state = _go_back(loop, ctx.last, grad_nll, [], totals)

@@ -81,7 +81,7 @@ def write_config(config: ModelConfig, folder: Path, notes: Mapping[str, Any] | N
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder: Path, device: str | torch.device = "cpu") -> Transformer:
+def load_transformer(folder: Path, device: str | torch.device = "cpu") -> Transformer:
     """The model in `folder`, its weights in float32 whatever the file holds, on `device`.
 
     Raises UserError if `folder` is no model, or if its files are incomplete, altered or from a newer version.
@@ -94,7 +94,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> Transformer:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """The configuration of the model in `folder`. Raises UserError as `load_model` does."""
+    """The configuration of the model in `folder`. Raises UserError as `load_transformer` does."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no model folder {folder}; give the path of a folder with {CONFIG} and {WEIGHTS}.")
@@ -115,7 +115,7 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def read_weights(model: Transformer, folder: Path) -> None:
-    """Fill the parameters of `model`, on any device, from `folder`. Raises UserError as `load_model` does."""
+    """Fill the parameters of `model`, on any device, from `folder`. Raises UserError as `load_transformer` does."""
     path = Path(folder) / WEIGHTS
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}

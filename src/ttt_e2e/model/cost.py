@@ -20,17 +20,13 @@ convolutions of a few tokens, the triangular solves of Gated DeltaNet, the optim
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.config.schema import ModelConfig, TrainMode
 from ttt_e2e.errors import UserError
-
-# Of how many mini-batches at the end of a sequence the recomputed loop keeps the graph, as `inner_loop.KEPT_GRAPHS`.
-KEPT_GRAPHS = 2
-
-# Tokens of a chunk, as `ops.ssd` and `ops.gated_delta_rule` have it.
-MAMBA2_CHUNK = 64
-DELTANET_CHUNK = 32
+from ttt_e2e.model.counting import num_pairs, product_operations, projection_operations
+from ttt_e2e.model.mixers import mixer_cost
+from ttt_e2e.model.mixers.attention import attention_cost
+from ttt_e2e.ops import tuning
 
 
 @dataclass(frozen=True)
@@ -62,16 +58,16 @@ class Cost:
     operations: Operations
 
 
-def cost(config: ModelConfig, context: int, dtype_bytes: int = 4, meta: bool = True) -> Cost:
+def cost(config: ModelConfig, context: int, dtype_bytes: int = 4, train_mode: TrainMode = "meta") -> Cost:
     """All figures of a model at `context` tokens; see the functions below. Raises UserError if there is no token."""
     state = state_bytes(config, context, dtype_bytes)
-    return Cost(context, parameters(config), state, operations(config, context, meta))
+    return Cost(context, parameters(config), state, operations(config, context, train_mode))
 
 
 def parameters(config: ModelConfig) -> int:
     """How many parameters the model has, fast weights at their start included."""
     width, norms = config.hidden_size, config.pre_norm + config.post_norm
-    mixers = sum(_mixer(config, name, 1).parameters for name in config.mixers)
+    mixers = sum(mixer_cost(name, config, 1).parameters for name in config.mixers)
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
     # Mixers, static MLPs and fast ones are sub-layers with norms of their own, but not two MLPs in parallel.
     layers = config.num_hidden_layers + (config.num_hidden_layers if config.static_mlp else config.prefix_layers)
@@ -89,8 +85,8 @@ def state_bytes(config: ModelConfig, context: int, dtype_bytes: int = 4) -> int:
     Raises UserError if there is no token.
     """
     _require_tokens(context)
-    mixers = [_mixer(config, name, context) for name in config.mixers]
-    return dtype_bytes * sum(m.cached for m in mixers) + 4 * (fast_weights(config) + sum(m.wide for m in mixers))
+    mixers = [mixer_cost(name, config, context) for name in config.mixers]
+    return dtype_bytes * sum(m.cached for m in mixers) + 4 * (fast_weights(config) + sum(m.accumulated for m in mixers))
 
 
 def fast_weights(config: ModelConfig) -> int:
@@ -109,25 +105,25 @@ def hours(operations: float, tokens: int, rate: float) -> float:
     return operations * tokens / rate / 3600
 
 
-def operations(config: ModelConfig, context: int, meta: bool = True) -> Operations:
+def operations(config: ModelConfig, context: int, train_mode: TrainMode = "meta") -> Operations:
     """Operations per token at `context` tokens. meta: as in `TrainConfig`; without it nothing is learned in training.
 
     Raises UserError if there is no token.
     """
     _require_tokens(context)
-    mixers = [_mixer(config, name, context) for name in config.mixers]
+    mixers = [mixer_cost(name, config, context) for name in config.mixers]
     dense = _mlp(config, 1, _hidden(config)) + config.suffix_layers * _additions(config, 1) + _head(config, 1)
     forward = sum(m.text for m in mixers) + context * dense
     training = sum(m.training for m in mixers) + 3 * context * dense
     prefill, recomputed = forward, training
-    learns, b = config.suffix_layers > 0 and config.inner_loop.lr > 0, config.mini_batch_size or 1
-    if learns:
+    b = config.mini_batch_size or 1
+    if config.can_learn:
         prefill += _inner_gradient(config, context // b * b)
-    if learns and meta:
+    if config.can_learn and train_mode == "meta":
         count = -(-context // b)
         # No update follows a sequence's last mini-batch: nothing would read it.
         training += 3 * _inner_gradient(config, (count - 1) * b)
-        again = max(0, count - KEPT_GRAPHS) * b
+        again = max(0, count - tuning.KEPT_GRAPHS) * b
         recomputed = training + _loop_forward(config, again) + _inner_gradient(config, again)
     decoding = sum(m.token for m in mixers) + dense
     return Operations(prefill / context, decoding, training / context, recomputed / context)
@@ -186,12 +182,8 @@ def _require_tokens(context: int) -> None:
 # -- the Transformer ---------------------------------------------------------------------------------------------------
 
 
-def _product(tokens: int, inputs: int, outputs: int) -> int:
-    return 2 * tokens * inputs * outputs
-
-
 def _mlp(config: ModelConfig, tokens: int, hidden: int) -> int:
-    return _product(tokens, config.hidden_size, 3 * hidden)
+    return product_operations(tokens, config.hidden_size, 3 * hidden)
 
 
 def _factors(config: ModelConfig) -> int:
@@ -201,11 +193,11 @@ def _factors(config: ModelConfig) -> int:
 
 def _additions(config: ModelConfig, tokens: int) -> int:
     """What is added to one fast MLP: one product for every factor."""
-    return _product(tokens, 1, _factors(config))
+    return product_operations(tokens, 1, _factors(config))
 
 
 def _head(config: ModelConfig, tokens: int) -> int:
-    return _product(tokens, config.hidden_size, config.vocab_size)
+    return product_operations(tokens, config.hidden_size, config.vocab_size)
 
 
 def _hidden(config: ModelConfig) -> int:
@@ -223,7 +215,7 @@ def _beside(config: ModelConfig) -> int:
 def _loop_forward(config: ModelConfig, tokens: int) -> int:
     """What stands inside the loop, over the first `tokens` of a text: all above the first suffix block's mixer."""
     suffix = config.suffix_layers
-    attentions = (suffix - 1) * _attention(config, config.loop_window, tokens).text
+    attentions = (suffix - 1) * attention_cost(config, config.loop_window, tokens).text
     mlps = suffix * (_mlp(config, tokens, _beside(config) + config.fast_intermediate_size) + _additions(config, tokens))
     return mlps + attentions + _head(config, tokens)
 
@@ -242,183 +234,10 @@ def _inner_gradient(config: ModelConfig, tokens: int) -> int:
     fast = suffix * (
         _mlp(config, tokens, config.fast_intermediate_size) * (1 if rank else 2) + 2 * _additions(config, tokens)
     )
-    fast -= _product(tokens, config.hidden_size, 2 * config.fast_intermediate_size + rank)
+    fast -= product_operations(tokens, config.hidden_size, 2 * config.fast_intermediate_size + rank)
     # Gradients of scores and of queries go over all pairs; those of keys and values over the mini-batch's own.
-    pairs = 2 * (_pairs(tokens, config.loop_window) + tokens // b * _pairs(b, config.loop_window))
-    attention = _projections(config, tokens) + _product(pairs, config.num_attention_heads, config.head_dim)
+    pairs = 2 * (num_pairs(tokens, config.loop_window) + tokens // b * num_pairs(b, config.loop_window))
+    attention = projection_operations(config, tokens) + product_operations(
+        pairs, config.num_attention_heads, config.head_dim
+    )
     return static + fast + (suffix - 1) * attention + _head(config, tokens)
-
-
-# -- mixers ------------------------------------------------------------------------------------------------------------
-
-
-class _Mixer(NamedTuple):
-    """One mixer's part, after and over `context` tokens.
-
-    cached: numbers of its state in the compute dtype. wide: those in float32. text: operations of reading all tokens
-    from the start of a text. training: the same with its backward pass. token: of one token more.
-    """
-
-    parameters: int
-    cached: int
-    wide: int
-    text: int
-    training: int
-    token: int
-
-
-def _mixer(config: ModelConfig, name: str, context: int) -> _Mixer:
-    match name:
-        case "full":
-            return _attention(config, None, context)
-        case "window":
-            return _attention(config, config.sliding_window, context)
-        case "mamba2":
-            return _mamba2(config, context)
-        case "gated-deltanet":
-            return _gated_deltanet(config, context)
-        case "ttt-kvb":
-            return _ttt_kvb(config, context)
-        case "titans":
-            return _titans(config, context)
-    raise ValueError(f"no mixer {name!r}")
-
-
-def _pairs(tokens: int, window: int | None) -> int:
-    """Pairs of a query and a key that it sees, over the first `tokens` of a text."""
-    window = tokens if window is None else min(window, tokens)
-    return window * (window + 1) // 2 + (tokens - window) * window
-
-
-def _projections(config: ModelConfig, tokens: int) -> int:
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return _product(tokens, config.hidden_size, heads * config.head_dim)
-
-
-def _attention(config: ModelConfig, window: int | None, context: int) -> _Mixer:
-    kept = context if window is None else min(window, context)
-    seen = context + 1 if window is None else min(window, context + 1)
-    text = _projections(config, context) + _scores(config, _pairs(context, window))
-    biases = config.attention_bias * (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    biases += config.attention_out_bias * config.hidden_size
-    return _Mixer(
-        parameters=_projections(config, 1) // 2 + biases + (2 * config.head_dim if config.qk_norm else 0),
-        cached=2 * config.num_key_value_heads * config.head_dim * kept,
-        wide=0,
-        text=text,
-        training=3 * text,
-        token=_projections(config, 1) + _scores(config, seen),
-    )
-
-
-def _scores(config: ModelConfig, pairs: int) -> int:
-    """Of so many pairs in every head: the score, and the value's part in the sum."""
-    return 2 * _product(pairs, config.num_attention_heads, config.head_dim)
-
-
-def _mamba2(config: ModelConfig, context: int) -> _Mixer:
-    width, heads, states = (
-        config.hidden_size,
-        config.mamba2.expand * config.num_attention_heads,
-        config.mamba2.state_size,
-    )
-    inner, shared = config.mamba2.expand * width, config.mamba2.n_groups * states
-    channels = inner + 2 * shared  # of the convolution
-    projections = width * (2 * inner + 2 * shared + heads) + inner * width
-
-    def chunks(length: int) -> int:
-        # Scores and what they weigh, within the chunk; what the chunk adds to the state, and reads from it.
-        return _product(length, length, shared + inner) + _product(length, states, 2 * inner)
-
-    whole, rest = divmod(context, MAMBA2_CHUNK)
-    text = context * _product(1, 1, projections) + whole * chunks(MAMBA2_CHUNK) + chunks(rest)
-    return _Mixer(
-        parameters=projections + channels * (config.mamba2.conv_kernel + 1) + 3 * heads + inner,
-        cached=(config.mamba2.conv_kernel - 1) * channels,
-        wide=inner * states,
-        text=text,
-        training=3 * text,
-        token=_product(1, 1, projections) + _product(1, inner, states),
-    )
-
-
-def _gated_deltanet(config: ModelConfig, context: int) -> _Mixer:
-    keys, head_width, heads = config.hidden_size, config.head_dim, config.mamba2.expand * config.num_attention_heads
-    values = heads * head_width
-    channels = 2 * keys + values  # of the convolution
-    projections = keys * (2 * keys + 2 * values + 2 * heads) + values * keys
-
-    count = -(-context // DELTANET_CHUNK)
-    length = -(-context // count)  # chunks are of one length; the last is filled up with zeros
-    # Per chunk: keys and queries against keys, for every key head; the corrections, and what queries see of them; and
-    # three products with the memory.
-    chunk = _product(length, length, 2 * keys + 2 * values) + _product(length, head_width, 3 * values)
-    text = context * _product(1, 1, projections) + count * chunk
-    return _Mixer(
-        parameters=projections + channels * config.mamba2.conv_kernel + 2 * heads + head_width,
-        cached=(config.mamba2.conv_kernel - 1) * channels,
-        wide=values * head_width,
-        text=text,
-        training=3 * text,
-        token=_product(1, 1, projections) + _product(2, values, head_width),
-    )
-
-
-def _memory_products(config: ModelConfig) -> tuple[int, int]:
-    """For one token: reading the memory, and the gradient of its weights for a loss at what was read."""
-    read = _product(1, config.hidden_size, 3 * config.memory.intermediate_size)
-    return read, read + _product(1, config.hidden_size, config.memory.intermediate_size)
-
-
-def _ttt_kvb(config: ModelConfig, context: int) -> _Mixer:
-    width, heads, b = config.hidden_size, config.num_attention_heads, config.mini_batch_size or 1
-    attention = _attention(config, config.sliding_window, context)
-    read, gradient = _memory_products(config)
-    weights, projections = 3 * width * config.memory.intermediate_size, width * (4 * width + heads)
-    learn, pending = read + gradient, min(context, b)
-    static = _product(1, 1, projections) + read
-    text = attention.text + context * static + context // b * b * learn
-    learned = (-(-context // b) - 1) * b  # what a later token reads the memory of
-    return _Mixer(
-        parameters=attention.parameters + weights + projections + heads + config.head_dim,
-        cached=attention.cached + 2 * pending * width,
-        wide=weights + pending * heads,
-        text=text,
-        training=text + 2 * (attention.text + context * static + learned * learn),
-        token=attention.token + static + learn,
-    )
-
-
-def _titans(config: ModelConfig, context: int) -> _Mixer:
-    width, heads, b = config.hidden_size, config.num_attention_heads, config.mini_batch_size or 1
-    read, gradient = _memory_products(config)
-    weights, projections = 3 * width * config.memory.intermediate_size, width * (8 * width + 3 * heads)
-    segments, rest = divmod(context, config.sliding_window)
-
-    def attention(length: int) -> int:  # over a segment, whose every token has two keys
-        pairs = length * config.memory.num_persistent_tokens + 2 * _pairs(length, None)
-        return _scores(config, pairs)
-
-    # What the memory gave goes through the attention's projection to keys and values too.
-    static = _product(1, 1, projections + 2 * width * width) + 2 * read
-    still = context * static + segments * attention(config.sliding_window) + attention(rest)
-    learn = read + gradient + read  # one residual pulled back, then a gradient each for weights and momentum
-    text = still + context // b * b * learn
-    seen = config.memory.num_persistent_tokens + (config.sliding_window + 1 if segments else 2 * (context + 1))
-    pending = min(context, b)
-    learned = -(-context // b) - 1  # mini-batches after which a token reads the memory
-    going_back = learned * (read + gradient) + max(0, learned - 1) * read  # the last momentum is of no use
-    return _Mixer(
-        parameters=(
-            weights
-            + projections
-            + 2 * config.memory.num_persistent_tokens * width
-            + 3 * heads
-            + (4 if config.qk_norm else 2) * config.head_dim
-        ),
-        cached=(4 * min(context, config.sliding_window) + 2 * pending) * width,
-        wide=2 * weights + 3 * pending * heads,
-        text=text,
-        training=text + 2 * (still + b * going_back),
-        token=static + _scores(config, seen) + learn,
-    )

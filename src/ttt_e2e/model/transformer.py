@@ -27,7 +27,7 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers import make_mixer
 from ttt_e2e.model.mixers.attention import Attention
-from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
+from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, Positions
 from ttt_e2e.model.rope import frequencies
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, cross_entropy, rms_norm, swiglu
@@ -164,7 +164,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         positions: Positions,
         state: Any | None = None,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
         fast: Weights | None = None,
         *,
         mixer: bool = True,
@@ -361,7 +361,7 @@ class Transformer(nn.Module):
         positions: Positions,
         states: tuple[Any, ...] | None,
         dtype: torch.dtype,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Everything below the lowest fast weight: embedding, prefix, and the first suffix block's mixer.
 
@@ -394,7 +394,7 @@ class Transformer(nn.Module):
         positions: Positions,
         fast: tuple[Weights, ...],
         caches: tuple[KVCache, ...] | None,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
         *,
         second_order: bool,
     ) -> tuple[Tensor, tuple[KVCache, ...], Callable[[Tensor], list[OuterProductFactors]]]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.counting import num_pairs, projection_operations, score_operations
 from ttt_e2e.model.kv_cache import KVCache
-from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
+from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
 from ttt_e2e.ops.attention import inner_loop_attention, sdpa
 from ttt_e2e.ops.attention.inner_loop import AttentionVjp
 from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, rms_norm, rotate
@@ -52,7 +53,7 @@ class Attention(Mixer):
         x_BTD: Tensor,
         positions: Positions,
         state: KVCache | None = None,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, KVCache]:
         """Attend from x to the cached tokens and to x itself; see `Mixer.forward`. Memory is linear in T."""
         return self.forward_with_vjp(x_BTD, positions, state, cache_view, second_order=False)[:2]
@@ -62,7 +63,7 @@ class Attention(Mixer):
         x_BTD: Tensor,
         positions: Positions,
         state: KVCache | None = None,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
         second_order: bool = True,
     ) -> tuple[Tensor, KVCache, Vjp]:
         """`forward`, and the function from the output's cotangent to the input's, itself differentiable.
@@ -118,3 +119,20 @@ class Attention(Mixer):
         if config.attention_out_bias:
             out_BTD = out_BTD + self.b_out.to(x_BTD.dtype)
         return out_BTD, kept, vjp
+
+
+def attention_cost(config: ModelConfig, window: int | None, context: int) -> MixerCost:
+    """The cost of attention over `window` tokens (None: all) at `context` tokens; see `model.cost`."""
+    kept = context if window is None else min(window, context)
+    seen = context + 1 if window is None else min(window, context + 1)
+    text = projection_operations(config, context) + score_operations(config, num_pairs(context, window))
+    biases = config.attention_bias * (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    biases += config.attention_out_bias * config.hidden_size
+    return MixerCost(
+        parameters=projection_operations(config, 1) // 2 + biases + (2 * config.head_dim if config.qk_norm else 0),
+        cached=2 * config.num_key_value_heads * config.head_dim * kept,
+        accumulated=0,
+        text=text,
+        training=3 * text,
+        token=projection_operations(config, 1) + score_operations(config, seen),
+    )

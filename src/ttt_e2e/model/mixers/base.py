@@ -12,11 +12,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ttt_e2e.config.schema import ModelConfig
-
 
 class Positions(NamedTuple):
-    """The rotary angles of T tokens: cosines and sines [T, 1, K/2], or [T, B, 1, K/2] if rows are at other positions."""
+    """The rotary angles of T tokens: [T, 1, K/2], or [T, B, 1, K/2] where rows stand at different positions."""
 
     cos: Tensor
     sin: Tensor
@@ -43,6 +41,10 @@ class CacheView(NamedTuple):
 
     donated: bool = False
     """Whether the caches that are handed in may be overwritten."""
+
+
+ALL_FILLED = CacheView()
+"""No slot is empty, and nothing may be overwritten."""
 
 
 class MixerCost(NamedTuple):
@@ -76,7 +78,7 @@ class Mixer(nn.Module):
     """Names of the parameters without weight decay."""
 
     def forward(
-        self, x_BTD: Tensor, positions: Positions, state: Any | None = None, cache_view: CacheView = CacheView()
+        self, x_BTD: Tensor, positions: Positions, state: Any | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, Any]:
         """Mix `x_BTD` along the tokens.
 
@@ -89,11 +91,6 @@ class Mixer(nn.Module):
         Returns:
             The outputs [B, T, D] and the state after the last token.
         """
-        raise NotImplementedError
-
-    @staticmethod
-    def cost(config: ModelConfig, context: int) -> MixerCost:
-        """The cost of one such mixer at `context` tokens, counted as in `model.cost`."""
         raise NotImplementedError
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
+from ttt_e2e.model.counting import product_operations
+from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
-from ttt_e2e.ops.gated_delta_rule import check_kernels, gated_delta_rule
+from ttt_e2e.ops.gated_delta_rule import CHUNK, check_kernels, gated_delta_rule
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
 
@@ -80,7 +81,7 @@ class GatedDeltaNet(Mixer):
         x_BTD: Tensor,
         positions: Positions,
         state: DeltaState | None = None,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, DeltaState]:
         """Write x to the memory and read it, token by token in effect; the output, and the state for what follows.
 
@@ -113,3 +114,32 @@ class GatedDeltaNet(Mixer):
         width = self.head_width
         scale_211 = torch.stack([qk_BT2HK.new_full((1, 1), factor) for factor in (1 / width, width**-0.5)])
         return rms_norm(qk_BT2HK, scale_211, UNIT_EPS / width)[0]
+
+
+def gated_deltanet_cost(config: ModelConfig, context: int) -> MixerCost:
+    """The cost of one mixer at `context` tokens; see `model.cost`."""
+    keys, head_width, heads = (
+        config.hidden_size,
+        config.head_dim,
+        config.gated_deltanet.expand_v * config.num_attention_heads,
+    )
+    values = heads * head_width
+    channels = 2 * keys + values  # of the convolution
+    projections = keys * (2 * keys + 2 * values + 2 * heads) + values * keys
+
+    count = -(-context // CHUNK)
+    length = -(-context // count)  # chunks are of one length; the last is filled up with zeros
+    # Per chunk: keys and queries against keys, for every key head; the corrections, and what queries see of them; and
+    # three products with the memory.
+    chunk = product_operations(length, length, 2 * keys + 2 * values) + product_operations(
+        length, head_width, 3 * values
+    )
+    text = context * product_operations(1, 1, projections) + count * chunk
+    return MixerCost(
+        parameters=projections + channels * config.gated_deltanet.conv_size + 2 * heads + head_width,
+        cached=(config.gated_deltanet.conv_size - 1) * channels,
+        accumulated=values * head_width,
+        text=text,
+        training=3 * text,
+        token=product_operations(1, 1, projections) + product_operations(2, values, head_width),
+    )

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
+from ttt_e2e.model.counting import product_operations
+from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
-from ttt_e2e.ops.ssd import check_kernels, ssd
+from ttt_e2e.ops.ssd import CHUNK, check_kernels, ssd
 
 # The released code's initial values: -a uniform, dt log-uniform but at least DT_FLOOR.
 A_RANGE = (1.0, 16.0)
@@ -79,7 +80,7 @@ class Mamba2(Mixer):
         x_BTD: Tensor,
         positions: Positions,
         state: Mamba2State | None = None,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, Mamba2State]:
         """The mixed x, and the state for the tokens that follow; None starts a text. Memory is linear in T."""
         conv_BUC, ssm_BHPN = (None, None) if state is None else state
@@ -105,3 +106,30 @@ class Mamba2(Mixer):
             y_BTI.unflatten(-1, (self.groups, -1)), self.norm.unflatten(0, (self.groups, -1)), self.config.rms_norm_eps
         )
         return linear(y_BTGI.flatten(2).to(x_BTD.dtype), self.w_out), Mamba2State(conv_BUC, ssm_BHPN)
+
+
+def mamba2_cost(config: ModelConfig, context: int) -> MixerCost:
+    """The cost of one mixer at `context` tokens; see `model.cost`."""
+    width, heads, states = (
+        config.hidden_size,
+        config.mamba2.expand * config.num_attention_heads,
+        config.mamba2.state_size,
+    )
+    inner, shared = config.mamba2.expand * width, config.mamba2.n_groups * states
+    channels = inner + 2 * shared  # of the convolution
+    projections = width * (2 * inner + 2 * shared + heads) + inner * width
+
+    def chunks(length: int) -> int:
+        # Scores and what they weigh, within the chunk; what the chunk adds to the state, and reads from it.
+        return product_operations(length, length, shared + inner) + product_operations(length, states, 2 * inner)
+
+    whole, rest = divmod(context, CHUNK)
+    text = context * product_operations(1, 1, projections) + whole * chunks(CHUNK) + chunks(rest)
+    return MixerCost(
+        parameters=projections + channels * (config.mamba2.conv_kernel + 1) + 3 * heads + inner,
+        cached=(config.mamba2.conv_kernel - 1) * channels,
+        accumulated=inner * states,
+        text=text,
+        training=3 * text,
+        token=product_operations(1, 1, projections) + product_operations(1, inner, states),
+    )

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.counting import product_operations
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm, swiglu
 from ttt_e2e.ops.fast_mlp import FastWeights
 from ttt_e2e.ops.linear import batched_linear, linear, weight_gradient
@@ -142,3 +143,9 @@ def merge_heads(x_NTK: Tensor, weight_K: Tensor, config: ModelConfig) -> Tensor:
     """What the memory of every head gave, through an RMSNorm per head, side by side: [B, T, H K]."""
     x_BTHK = x_NTK.unflatten(0, (-1, config.num_attention_heads)).transpose(1, 2)
     return rms_norm(x_BTHK, weight_K, config.rms_norm_eps)[0].flatten(2)
+
+
+def memory_operations(config: ModelConfig) -> tuple[int, int]:
+    """For one token: reading the memory, and the gradient of its weights for a loss at what was read."""
+    read = product_operations(1, config.hidden_size, 3 * config.memory.intermediate_size)
+    return read, read + product_operations(1, config.hidden_size, config.memory.intermediate_size)

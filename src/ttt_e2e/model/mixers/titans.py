@@ -17,8 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
-from ttt_e2e.model.mixers.memory import Memory, ScanCoefficients, gradients, merge_heads, pieces, project, share
+from ttt_e2e.model.counting import num_pairs, product_operations, score_operations
+from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
+from ttt_e2e.model.mixers.memory import (
+    Memory,
+    ScanCoefficients,
+    gradients,
+    memory_operations,
+    merge_heads,
+    pieces,
+    project,
+    share,
+)
 from ttt_e2e.ops.attention import sdpa
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm, rotate
 from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
@@ -98,7 +108,7 @@ class Titans(Mixer):
         x_BTD: Tensor,
         positions: Positions,
         state: TitansState | None = None,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, TitansState]:
         """Walk x mini-batch by mini-batch: read the memory, attend, gate, and train the memory.
 
@@ -214,3 +224,39 @@ def _learn(
     of_weights, of_momentum = gradients(fast, k_NTK, v_NTK, own.in_weights, own.in_momentum)
     new = (weights * w + carried * s - g for w, s, g in zip(fast, momentum, of_weights, strict=True))
     return FastWeights(*new), FastWeights(*(kept * s - g for s, g in zip(momentum, of_momentum, strict=True)))
+
+
+def titans_cost(config: ModelConfig, context: int) -> MixerCost:
+    """The cost of one mixer at `context` tokens; see `model.cost`."""
+    width, heads, b = config.hidden_size, config.num_attention_heads, config.mini_batch_size or 1
+    read, gradient = memory_operations(config)
+    weights, projections = 3 * width * config.memory.intermediate_size, width * (8 * width + 3 * heads)
+    segments, rest = divmod(context, config.sliding_window)
+
+    def attention(length: int) -> int:  # over a segment, whose every token has two keys
+        pairs = length * config.memory.num_persistent_tokens + 2 * num_pairs(length, None)
+        return score_operations(config, pairs)
+
+    # What the memory gave goes through the attention's projection to keys and values too.
+    static = product_operations(1, 1, projections + 2 * width * width) + 2 * read
+    still = context * static + segments * attention(config.sliding_window) + attention(rest)
+    learn = read + gradient + read  # one residual pulled back, then a gradient each for weights and momentum
+    text = still + context // b * b * learn
+    seen = config.memory.num_persistent_tokens + (config.sliding_window + 1 if segments else 2 * (context + 1))
+    pending = min(context, b)
+    learned = -(-context // b) - 1  # mini-batches after which a token reads the memory
+    going_back = learned * (read + gradient) + max(0, learned - 1) * read  # the last momentum is of no use
+    return MixerCost(
+        parameters=(
+            weights
+            + projections
+            + 2 * config.memory.num_persistent_tokens * width
+            + 3 * heads
+            + (4 if config.qk_norm else 2) * config.head_dim
+        ),
+        cached=(4 * min(context, config.sliding_window) + 2 * pending) * width,
+        accumulated=2 * weights + 3 * pending * heads,
+        text=text,
+        training=text + 2 * (still + b * going_back),
+        token=static + score_operations(config, seen) + learn,
+    )

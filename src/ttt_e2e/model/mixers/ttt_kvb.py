@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.model.counting import product_operations
 from ttt_e2e.model.kv_cache import KVCache
-from ttt_e2e.model.mixers.attention import Attention
-from ttt_e2e.model.mixers.base import CacheView, Mixer, Positions
-from ttt_e2e.model.mixers.memory import Memory, gradients, merge_heads, pieces, project
+from ttt_e2e.model.mixers.attention import Attention, attention_cost
+from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
+from ttt_e2e.model.mixers.memory import Memory, gradients, memory_operations, merge_heads, pieces, project
 from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
 from ttt_e2e.ops.linear import linear
@@ -69,7 +70,7 @@ class TTTKVB(Mixer):
         x_BTD: Tensor,
         positions: Positions,
         state: TTTKVBState | None = None,
-        cache_view: CacheView = CacheView(),
+        cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, TTTKVBState]:
         """Attend, read from the memory, and train it with every mini-batch that x completes.
 
@@ -106,3 +107,23 @@ class TTTKVB(Mixer):
         done = (pending + length) // b * b
         left = [x_NT[:, done:].clone() for x_NT in (k_NTK, v_NTK, theta_NT)]
         return y_BTD, TTTKVBState(*cache, *(x_N.unflatten(0, (batch, -1)) for x_N in (*fast, *left)))
+
+
+def ttt_kvb_cost(config: ModelConfig, context: int) -> MixerCost:
+    """The cost of one mixer at `context` tokens; see `model.cost`."""
+    width, heads, b = config.hidden_size, config.num_attention_heads, config.mini_batch_size or 1
+    attention = attention_cost(config, config.sliding_window, context)
+    read, gradient = memory_operations(config)
+    weights, projections = 3 * width * config.memory.intermediate_size, width * (4 * width + heads)
+    learn, pending = read + gradient, min(context, b)
+    static = product_operations(1, 1, projections) + read
+    text = attention.text + context * static + context // b * b * learn
+    learned = (-(-context // b) - 1) * b  # what a later token reads the memory of
+    return MixerCost(
+        parameters=attention.parameters + weights + projections + heads + config.head_dim,
+        cached=attention.cached + 2 * pending * width,
+        accumulated=weights + pending * heads,
+        text=text,
+        training=text + 2 * (attention.text + context * static + learned * learn),
+        token=attention.token + static + learn,
+    )
