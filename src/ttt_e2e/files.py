@@ -80,8 +80,8 @@ def _temporary(target: Path, suffix: str) -> Path:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.is_symlink() or path.exists():
+        path.unlink()
 
 
 def sync(path: Path) -> None:
