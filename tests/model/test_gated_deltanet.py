@@ -17,9 +17,11 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.model.mixers.base import Positions
 from ttt_e2e.model.mixers.gated_deltanet import DeltaState, GatedDeltaNet
 from ttt_e2e.ops import gated_delta_rule as module
-from ttt_e2e.ops.gated_delta_rule import CHUNK, Library, find_library, gated_delta_rule, gated_delta_rule_reference
+from ttt_e2e.ops import tuning
+from ttt_e2e.ops.gated_delta_rule import Library, find_library, gated_delta_rule, gated_delta_rule_reference
 
 F64 = torch.float64
+CHUNK = tuning.DELTA_RULE_CHUNK
 PLACE = Positions(torch.empty(0), torch.empty(0))  # a recurrent mixer does not look at it
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 
@@ -90,7 +92,7 @@ def test_rule_starts_from_zeros() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 def test_rule_gradcheck(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite differences, with chunks of which the last is not full."""
-    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(tuning, "DELTA_RULE_CHUNK", 3)
     inputs = rule_inputs(tokens, (1, 2), (2, 3), batch=1)
     assert torch.autograd.gradcheck(lambda *x: gated_delta_rule(*x), inputs)
 
@@ -202,7 +204,7 @@ def cut(total: int, lengths: list[int]) -> list[int]:
     tokens=st.integers(1, 4 * CHUNK),
     lengths=st.lists(st.one_of(st.integers(1, 3), st.integers(1, 2 * CHUNK)), min_size=1, max_size=6),
     seed=st.integers(0, 999),
-    gated_deltanet__expand_v=st.integers(1, 3),
+    expand=st.integers(1, 3),
     conv_width=st.integers(1, 5),
 )
 def test_any_split_gives_the_same(tokens: int, lengths: list[int], seed: int, expand: int, conv_width: int) -> None:
@@ -228,7 +230,7 @@ def test_gradients_flow_through_the_state() -> None:
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_gradcheck(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of outputs and final state, in the inputs, the state before them and every parameter."""
-    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(tuning, "DELTA_RULE_CHUNK", 3)
     mixer = small_mixer(hidden_size=4, num_attention_heads=1, gated_deltanet__expand_v=2, gated_deltanet__conv_size=3)
     names = [name for name, _ in mixer.named_parameters()]
     with torch.no_grad():
@@ -390,7 +392,7 @@ def test_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it is given, and which of its functions: the recurrent one has no gradient."""
     library = Library(*(fake(name) for name in Library._fields))
     mixer = small_mixer(torch.float32)
-    x = text(module.RECURRENT + 1).bfloat16()
+    x = text(tuning.DELTA_RULE_RECURRENT_TOKENS + 1).bfloat16()
     expected, state = mixer(x, PLACE, None)
     expected_next, _ = mixer(x[:, :3], PLACE, state)
     monkeypatch.setattr(module, "_library_for", lambda v, kernels: library)

@@ -1,8 +1,7 @@
-"""A model in a folder: config.json, model.safetensors and, if it has one, tokenizer.json.
+"""A model as a folder: config.json, model.safetensors and, if it has one, tokenizer.json.
 
-The weights are safetensors and nothing else (a pickle could run code). Their header carries a digest of
-names, shapes and values as they come back in float32, so that an altered file is refused, and so that a saved
-session recognises the model that it belongs to.
+Weights are safetensors, never a pickle, which could run code. Their header holds a digest of names, shapes and float32
+values, so that an altered file is refused, and so that a saved session recognises the model that it belongs to.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ttt_e2e.config.parse import from_dict, to_dict
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path, read_json
+from ttt_e2e.files import atomic_path, check_format, read_json
 from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e model"
@@ -28,7 +27,7 @@ VERSION = 3
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 GENERATION, TOKENIZER_CONFIG, CHAT_TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
 PRETRAINED_METADATA = (GENERATION, TOKENIZER_CONFIG, CHAT_TEMPLATE, "special_tokens_map.json")
-"""What a pretrained model may have beside its tokenizer, and keeps wherever that is copied to; see `carried`."""
+"""Files that a pretrained model may have beside its tokenizer; they are copied wherever the tokenizer is copied."""
 
 
 def save_model(
@@ -38,11 +37,16 @@ def save_model(
     dtype: torch.dtype | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model` to `folder`, whole or not at all; `tokenizer_json` is a file to copy beside it, with its `PRETRAINED_METADATA`.
+    """Write `model` to `folder`, complete or not at all.
 
-    dtype: what the weights are rounded to in the file; None keeps them as they are. notes: plain values for
-    people, such as where the model comes from. Raises UserError if the disk is full or the place is not
-    writable.
+    Args:
+        model: the model.
+        folder: replaced if it exists.
+        tokenizer_json: a tokenizer file to copy into it, together with the `PRETRAINED_METADATA` beside that file.
+        dtype: the weights are rounded to this in the file; None: not rounded.
+        notes: plain values for people, such as where the model comes from.
+
+    Raises UserError if the disk is full or the folder cannot be written.
     """
     with atomic_path(Path(folder)) as part:
         part.mkdir()
@@ -56,12 +60,12 @@ def write_model_files(
     dtype: torch.dtype | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """The files of `save_model`, straight into an existing `folder`: for a caller that makes it atomic."""
+    """Write the files of `save_model` straight into an existing `folder`, which the caller makes atomic."""
     write_config(model.config, folder, notes)
     tensors = {
         name: weight.detach().to("cpu", dtype or weight.dtype).contiguous() for name, weight in model.named_parameters()
     }
-    # One entry alone: the library writes several in any order, and equal models should be equal files.
+    # One metadata entry only: the library writes several in any order, and equal models should be equal files.
     save_safetensors(tensors, folder / WEIGHTS, {"digest": _digest(tensors)})
     if tokenizer_json is not None:
         shutil.copyfile(tokenizer_json, folder / TOKENIZER)
@@ -69,22 +73,22 @@ def write_model_files(
 
 
 def copy_pretrained_metadata(source: Path, target: Path) -> None:
-    """Copy what the folder `source` has of `PRETRAINED_METADATA` to the folder `target`."""
+    """Copy those of the `PRETRAINED_METADATA` files that the folder `source` has to the folder `target`."""
     for name in PRETRAINED_METADATA:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def write_config(config: ModelConfig, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
-    """The file that says what the model in `folder` is."""
+    """Write config.json: format, version, settings and notes of the model in `folder`."""
     content = {"format": FORMAT, "version": VERSION, "model": to_dict(config), "notes": dict(notes or {})}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_transformer(folder: Path, device: str | torch.device = "cpu") -> Transformer:
-    """The model in `folder`, its weights in float32 whatever the file holds, on `device`.
+    """The model in `folder`, on `device`, its weights in float32 whatever the file holds.
 
-    Raises UserError if `folder` is no model, or if its files are incomplete, altered or from a newer version.
+    Raises UserError if `folder` is not a model, or if its files are incomplete, altered or of another version.
     """
     with torch.device("meta"):  # no initial weights are drawn, only to be overwritten
         model = Transformer(load_config(folder))
@@ -104,13 +108,9 @@ def load_config(folder: Path) -> ModelConfig:
         hint = next((f" Its newest model is {inner}." for inner in inside if (inner / WEIGHTS).is_file()), "")
         raise UserError(f"{folder} is not a model folder: it has no {missing}.{hint}")
     content = read_json(folder / CONFIG)
-    if content.get("format") != FORMAT or not isinstance(content.get("model"), dict):
-        raise UserError(f"{folder / CONFIG} does not describe a model of ttt-e2e; give a folder that it has written.")
-    if content.get("version") != VERSION:
-        raise UserError(
-            f"{folder} has model format {content.get('version')!r}, this version of ttt-e2e reads {VERSION}; "
-            "use the version that wrote it, or update."
-        )
+    check_format(content, folder / CONFIG, FORMAT, VERSION, "convert or train the model again")
+    if not isinstance(content.get("model"), dict):
+        raise UserError(f"{folder / CONFIG} is altered: it has no settings; use a complete copy.")
     return from_dict(ModelConfig, content["model"], str(folder / CONFIG))
 
 
@@ -123,7 +123,7 @@ def read_weights(model: Transformer, folder: Path) -> None:
     if "digest" not in metadata:
         raise UserError(f"{path} was not written by ttt-e2e: it has no digest; convert the model first.")
     if _digest(tensors) != metadata["digest"]:
-        raise UserError(f"{path} was altered after it was written: its digest does not fit; use an unaltered copy.")
+        raise UserError(f"{path} was altered after it was written: its digest does not match; use an unaltered copy.")
     with torch.no_grad():
         for name, weight in parameters.items():
             weight.copy_(tensors[name])
@@ -135,7 +135,7 @@ def model_digest(model: nn.Module) -> str:
 
 
 def stored_digest(folder: Path) -> str | None:
-    """The digest that the model in `folder` was written with, of its weights; None if there is none to be read."""
+    """The digest of the weights that is stored with the model in `folder`; None if there is none."""
     try:
         with safe_open(Path(folder) / WEIGHTS, "pt") as file:
             return (file.metadata() or {}).get("digest")
@@ -151,19 +151,18 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# -- files, as every other saved thing reads and writes them -------------------------------------------------
+# -- safetensors files -------------------------------------------------------------------------------------------------
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write `tensors` to `path`; unlike the library's own, a full disk is an OSError with its number."""
+    """Write `tensors` to `path` with the library, but raise OSError with its number if the disk is full."""
     try:
         path.touch()  # so that the file has the user's usual permissions; the library makes its own private
         mode = path.stat().st_mode
         save_file(dict(tensors), path, dict(metadata))
         path.chmod(mode)
     except SafetensorError as error:
-        # The library wraps the operating system's error in a text: "I/O error: No space left ... (os error
-        # 28)".
+        # The library wraps the operating system's error in a text: "I/O error: No space left ... (os error 28)".
         number = str(error).partition("(os error ")[2].partition(")")[0]
         if number.isdigit():
             raise OSError(int(number), str(error)) from error
@@ -171,7 +170,10 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappin
 
 
 def load_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors in `path` and its metadata; UserError unless they are floats, exactly those of `shapes`."""
+    """The tensors in the file `path`, and its metadata.
+
+    Raises UserError unless the tensors are floating point and have exactly the names and shapes of `shapes`.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing; use a complete copy of the folder.")
     try:

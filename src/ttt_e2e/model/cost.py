@@ -1,6 +1,6 @@
 """What a model costs, by counting: its parameters, what a text leaves behind in it, operations per token.
 
-Nothing is run and PyTorch is not needed: the figures follow from the configuration.
+Nothing is run: the figures follow from the configuration. Every mixer's part is in the mixer's file.
 
 Counted are the operations of matrix products, a product and its sum as two: linear layers, fast weights and their
 gradients, the products of attention and of the recurrences. Left out is what is small beside them: everything
@@ -15,7 +15,7 @@ convolutions of a few tokens, the triangular solves of Gated DeltaNet, the optim
 - Mamba 2 and Gated DeltaNet are counted as `ops.ssd` and `ops.gated_delta_rule` compute a text in PyTorch, by chunks.
   Other kernels have other chunks.
 
-`tests/test_cost.py` holds all of it against models that are built and run under PyTorch's own counter.
+`tests/model/test_cost.py` compares all of it with models that are built and run under PyTorch's own counter.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Operations:
         and Titans do, with every mini-batch, and each token bears its part of that. Titans' attention counts as the
         mean over a segment, once there was one.
     training: forward and backward, the mean over a sequence; with a suffix, through the inner updates (meta-training).
-    training_recomputed: the same with `recompute="mini-batch"`. Without a suffix nothing is recomputed.
+    training_recomputed: the same with `activation_checkpointing="mini-batch"`. Without a suffix nothing is recomputed.
     """
 
     prefill: float
@@ -106,7 +106,9 @@ def hours(operations: float, tokens: int, rate: float) -> float:
 
 
 def operations(config: ModelConfig, context: int, train_mode: TrainMode = "meta") -> Operations:
-    """Operations per token at `context` tokens. meta: as in `TrainConfig`; without it nothing is learned in training.
+    """Operations per token at `context` tokens.
+
+    train_mode: as in `TrainConfig`; with "pretrain" nothing is learned in training.
 
     Raises UserError if there is no token.
     """
@@ -221,9 +223,9 @@ def _loop_forward(config: ModelConfig, tokens: int) -> int:
 
 
 def _inner_gradient(config: ModelConfig, tokens: int) -> int:
-    """The inner gradients of the first `tokens` of a text, which are whole mini-batches: the chain of the pulls.
+    """The inner gradients of the first `tokens` of a text, which are whole mini-batches: the chain of the vjps.
 
-    A static layer's pull is one product for the gradient of its input; a fast MLP's has a second one for the gradient
+    A static layer's vjp is one product for the gradient of its input; a fast MLP's has a second one for the gradient
     of its weights: of its matrices or, with a rank, of the factors, where the matrices are static. Of the lowest fast
     MLP the input's gradient is not wanted, nor that of the static MLP in parallel to it. Cached keys and values are
     constants.

@@ -1,6 +1,6 @@
-"""How fast every rotary pair turns, as the model was trained and as it was then stretched to a longer context.
+"""The angular rates of rotary positions, as pretrained and as scaled for a longer context.
 
-Stretching was published in three ways: "linear" (Chen et al. 2023, arXiv 2306.15595), "yarn" (Peng et al. 2023, arXiv
+Three kinds of scaling were published: "linear" (Chen et al. 2023, arXiv 2306.15595), "yarn" (Peng et al. 2023, arXiv
 2309.00071), and "llama3", which came with the code of Llama 3.1.
 
 Shapes: P = K/2 rotary pairs of a head.
@@ -15,7 +15,7 @@ from ttt_e2e.config.schema import ModelConfig
 
 
 def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
-    """By what angle each pair turns from one token to the next, in radians, [P] in float64."""
+    """The angle in radians by which each pair turns from one token to the next, [P] in float64."""
     pairs = config.head_dim // 2
     rate_P = config.rope_theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
     scaling = config.rope_scaling
@@ -29,7 +29,7 @@ def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
 
 
 def _kept(config: ModelConfig, rate_P: Tensor) -> Tensor:
-    """How much of every pair's rate is kept, from 0 (it is stretched) to 1 (it stays as it was)."""
+    """The share of every pair's rate that is kept: 0 for a scaled rate, 1 for the original one."""
     scaling = config.rope_scaling
     slow, fast = scaling.low_freq_factor, scaling.high_freq_factor
     assert scaling.original_max_position_embeddings is not None

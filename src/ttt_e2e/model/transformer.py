@@ -2,17 +2,16 @@
 
 A block is a sequence mixer (attention, or what the configuration's pattern names), then (in the suffix only) the fast
 MLP, then the static MLP, each a residual sub-layer with RMSNorm before and after: x += post_norm(layer(norm(x))). With
-`parallel_mlp` the two MLPs are one sub-layer, of which a part is fast. The fast MLPs' weights that stand here are where
-every sequence starts; `inner_loop` gives each sequence its own copy and trains it. With a `fast_rank` that copy is not
-of the two matrices but of the factors of an addition to them.
+`parallel_mlp` the two MLPs are one sub-layer. The parameters of a fast MLP are the weights that every sequence starts
+from; `inner_loop` gives each sequence its own copy and trains it. With a `fast_rank` that copy is not of the two
+matrices but of the factors of an addition to them.
 
-Every layer of the suffix returns its output and its pull, the function that takes a gradient of the output back to one
-of the input (and, for a fast MLP, of its weights). The inner gradient is the chain of these pulls; see
-`ops.elementwise`.
+Every layer of the suffix returns its output and its vjp: the function from a cotangent of the output to one of the
+input (and, for a fast MLP, of its weights). The inner gradient is the chain of these functions; see `ops.elementwise`.
 
-Everything that a text leaves behind in a mixer is a value, passed in and handed back; see `mixers.base`.
+What a text leaves behind in a mixer is a value, passed in and handed back; see `mixers.base`.
 
-Shapes: B sequences, T tokens, D width, F hidden width, V vocabulary.
+Shapes: B sequences, T tokens, D hidden size, F hidden width of an MLP, V vocabulary.
 """
 
 import itertools
@@ -50,10 +49,10 @@ class RMSNorm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """Stands where a norm is switched off."""
+    """Takes the place of a norm that is switched off."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Vjp]:
-        """x as it is."""
+        """The identity."""
         return x, lambda g: g
 
 
@@ -80,9 +79,9 @@ class MLP(nn.Module):
 
 
 class FastMLP(nn.Module):
-    """SwiGLU with weights that every sequence learns for itself; those that stand here are where all of them start.
+    """SwiGLU with weights that every sequence learns for itself, starting from this module's parameters.
 
-    With a rank a sequence learns the factors up and down alone, and w_in and w_out stay as they are while it reads.
+    With a rank a sequence learns only the factors up and down; w_in and w_out stay the same while it reads.
     """
 
     def __init__(self, width: int, hidden: int, rank: int | None):
@@ -97,21 +96,21 @@ class FastMLP(nn.Module):
             self.down_out = nn.Parameter(torch.empty(rank, hidden))
 
     def forward(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastVjp]:
-        """The MLP with the given weights in place of those that stand here."""
+        """The MLP with the sequences' own weights `fast` in place of this module's."""
         if isinstance(fast, LowRankWeights):
             return low_rank_mlp(x_BTD, fast, self.w_in, self.w_out)
         return fast_mlp(x_BTD, fast)
 
     def start(self) -> Weights:
-        """The learned start of the fast weights, without a batch."""
+        """The learned initial fast weights, without a batch dimension."""
         if self.rank is None:
             return FastWeights(self.w_in, self.w_out)
         return LowRankWeights(self.up_in, self.down_in, self.up_out, self.down_out)
 
     def reset_factors(self, generator: torch.Generator | None = None) -> None:
-        """Set up to zero, so that nothing is added yet, and draw down so that its rows have a length of about one.
+        """Set `up` to zero, so that nothing is added yet, and draw `down` with rows of a length of about one.
 
-        The first step on up is then the step that the whole matrix would take, as far as down's rows reach.
+        The first step on `up` is then the whole matrix's step, projected onto the rows of `down`.
         """
         if self.rank is None:
             return
@@ -259,9 +258,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model that `config` describes; see `inner_loop` for how a model with a suffix is run.
+    """The language model that `config` describes; `inner_loop` and `inference` run a model with a suffix.
 
-    Weights are float32, drawn from N(0, init_std^2) with `generator` (default: PyTorch's own); norms start at one.
+    Weights are float32, drawn from N(0, initializer_range^2) with `generator` (default: PyTorch's own); norms are one.
     """
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
@@ -277,14 +276,14 @@ class Transformer(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every matrix anew, set every norm to one, and mixers and fast factors as they want it."""
+        """Draw every matrix anew and set every norm to one; mixers and low-rank factors have rules of their own."""
         mixers = [block.mixer for block in (*self.prefix, *self.suffix)]
-        theirs = {id(parameter) for mixer in mixers for parameter in mixer.parameters()}
+        excluded = {id(parameter) for mixer in mixers for parameter in mixer.parameters()}
         if self.config.fast_rank is not None:
-            theirs |= {id(factor) for block in self.suffix for factor in block.fast.start()}
+            excluded |= {id(factor) for block in self.suffix for factor in block.fast.start()}
         with torch.no_grad():
             for parameter in self.parameters():
-                if id(parameter) in theirs:
+                if id(parameter) in excluded:
                     continue
                 if parameter.dim() == 1:
                     parameter.fill_(1.0)
@@ -297,7 +296,7 @@ class Transformer(nn.Module):
 
     @property
     def prefix(self) -> list[Block]:
-        """The blocks in which nothing is ever updated."""
+        """The blocks whose weights are never updated while a text is read."""
         return list(self.blocks[: self.config.prefix_layers])  # type: ignore[arg-type]
 
     @property
@@ -332,13 +331,13 @@ class Transformer(nn.Module):
         return self.embedding if self.config.tie_word_embeddings else self.head
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """The head: logits [B, T, V] of the residual stream's end, in x's dtype."""
+        """Logits [B, T, V] in the dtype of the residual stream `x_BTD`."""
         return linear(self.final_norm(x_BTD)[0], self.head_weight)
 
     def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Vjp]:
         """Negative log-likelihood of every target, [B, T] in float32 (float64 if the model is), masked or not.
 
-        The pull takes a weight for every target's loss to the gradient of x.
+        The vjp takes a cotangent [B, T] of the losses to one of x.
         """
         n_BTD, norm_vjp = self.final_norm(x_BTD)
         weight_VD = self.head_weight
@@ -433,10 +432,10 @@ class Transformer(nn.Module):
 
     @property
     def fast_kind(self) -> type[Weights]:
-        """What every block's fast weights are: whole matrices, or with a `fast_rank` the factors of an addition."""
+        """The type of every block's fast weights: whole matrices, or with a `fast_rank` the factors of an addition."""
         return FastWeights if self.config.fast_rank is None else LowRankWeights
 
     def initial_fast_weights(self, batch: int) -> tuple[Weights, ...]:
-        """The learned start of the fast weights, the same for every sequence of the batch."""
+        """The learned initial fast weights, the same for every sequence of the batch."""
         starts = (block.fast.start() for block in self.suffix)
         return tuple(self.fast_kind(*(w.expand(batch, -1, -1) for w in start)) for start in starts)

@@ -1,6 +1,6 @@
-"""Gated DeltaNet (arXiv 2412.06464), the layer as Qwen3-Next has it.
+"""Gated DeltaNet (arXiv 2412.06464), with the layer of Qwen3-Next.
 
-Shapes: B sequences, T tokens, D width, H key heads, K width of a key or value head, A = expand H value heads,
+Shapes: B sequences, T tokens, D hidden size, H key heads, K head dimension, A = expand_v H value heads,
 C = (2 H + A) K channels of the convolution, W inputs that it remembers.
 """
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.counting import product_operations
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
-from ttt_e2e.ops.gated_delta_rule import CHUNK, check_kernels, gated_delta_rule
+from ttt_e2e.ops.gated_delta_rule import check_kernels, gated_delta_rule
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
 
@@ -35,9 +36,9 @@ class GatedDeltaNet(Mixer):
 
     A short convolution and SiLU over queries, keys and values; queries and keys of unit length, the queries then times
     K^(-1/2); the decay exp(-exp(a_log) softplus(a + dt_bias)); RMSNorm per value head, times silu of a gate.
-    Value heads a expand to a expand + expand - 1 share the queries and keys of head a.
+    Every `expand_v` consecutive value heads share the queries and keys of one head.
 
-    Raises UserError if config.kernels is "fused" and flash-linear-attention is not installed.
+    Raises UserError if `gated_deltanet.kernels` is "fused" and flash-linear-attention is not installed.
     """
 
     State = DeltaState
@@ -47,10 +48,8 @@ class GatedDeltaNet(Mixer):
         super().__init__()
         check_kernels(config.gated_deltanet.kernels)
         self.kernels, self.norm_eps = config.gated_deltanet.kernels, config.rms_norm_eps
-        self.heads, self.value_heads = (
-            config.num_attention_heads,
-            config.gated_deltanet.expand_v * config.num_attention_heads,
-        )
+        self.heads = config.num_attention_heads
+        self.value_heads = config.gated_deltanet.expand_v * self.heads
         self.head_width = config.head_dim
         keys, values = self.heads * self.head_width, self.value_heads * self.head_width
         self.w_in = nn.Parameter(torch.empty(2 * keys + 2 * values, config.hidden_size))  # rows: q, k, v, gate
@@ -83,10 +82,7 @@ class GatedDeltaNet(Mixer):
         state: DeltaState | None = None,
         cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, DeltaState]:
-        """Write x to the memory and read it, token by token in effect; the output, and the state for what follows.
-
-        None starts a text. Memory is linear in T.
-        """
+        """Write every token to the memory, then read it; see `Mixer.forward`. Memory is linear in T."""
         conv_BWC, rule_BAKK = (None, None) if state is None else state
         keys, values = self.heads * self.head_width, self.value_heads * self.head_width
         qkv_BTC, gate_BTE = linear(x_BTD, self.w_in).split((2 * keys + values, values), 2)
@@ -127,7 +123,7 @@ def gated_deltanet_cost(config: ModelConfig, context: int) -> MixerCost:
     channels = 2 * keys + values  # of the convolution
     projections = keys * (2 * keys + 2 * values + 2 * heads) + values * keys
 
-    count = -(-context // CHUNK)
+    count = -(-context // tuning.DELTA_RULE_CHUNK)
     length = -(-context // count)  # chunks are of one length; the last is filled up with zeros
     # Per chunk: keys and queries against keys, for every key head; the corrections, and what queries see of them; and
     # three products with the memory.

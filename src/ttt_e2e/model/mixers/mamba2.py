@@ -4,8 +4,8 @@ The layer is that of the paper's section 7 and its released code: one projection
 the step dt; a short convolution over values, B and C; the recurrence of `ops.ssd`; a skip around it; RMSNorm of the
 gated result over the channels of each group; an output projection.
 
-Shapes: B sequences, T tokens, D width of the model, I inner width, H heads, P head width, G groups of heads, N state
-width, S = G N, C = I + 2 S channels of the convolution, W tokens that it sees, U = W - 1.
+Shapes: B sequences, T tokens, D hidden size, I inner width, H heads, P head dimension, G groups of heads, N state
+size, S = G N, C = I + 2 S channels of the convolution, W tokens that it sees, U = W - 1.
 """
 
 import math
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.counting import product_operations
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
-from ttt_e2e.ops.ssd import CHUNK, check_kernels, ssd
+from ttt_e2e.ops.ssd import check_kernels, ssd
 
 # The released code's initial values: -a uniform, dt log-uniform but at least DT_FLOOR.
 A_RANGE = (1.0, 16.0)
@@ -37,9 +38,9 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(Mixer):
-    """Mamba 2 with `expand` times the attention's heads, of the same width; `place` is not looked at.
+    """Mamba 2 with `mamba2.expand` times the attention's heads, each of the same dimension.
 
-    `config.kernels` is that of `ops.ssd`. Raises UserError if it is "fused" and mamba-ssm is not installed.
+    Raises UserError if `mamba2.kernels` is "fused" and mamba-ssm is not installed.
     """
 
     State = Mamba2State
@@ -50,10 +51,8 @@ class Mamba2(Mixer):
         check_kernels(config.mamba2.kernels)
         self.config = config
         self.heads, self.groups = config.mamba2.expand * config.num_attention_heads, config.mamba2.n_groups
-        self.inner, self.shared = (
-            config.mamba2.expand * config.hidden_size,
-            config.mamba2.n_groups * config.mamba2.state_size,
-        )
+        self.inner = config.mamba2.expand * config.hidden_size
+        self.shared = config.mamba2.n_groups * config.mamba2.state_size
         channels = self.inner + 2 * self.shared
         self.w_in = nn.Parameter(torch.empty(self.inner + channels + self.heads, config.hidden_size))
         self.conv_weight = nn.Parameter(torch.empty(channels, config.mamba2.conv_kernel))
@@ -65,7 +64,7 @@ class Mamba2(Mixer):
         self.w_out = nn.Parameter(torch.empty(config.hidden_size, self.inner))
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """As in `Mixer`, but decays, steps and convolution as in the released code."""
+        """Draw decays, steps and convolution as the released code does, and everything else as every mixer."""
         super().reset_parameters(std, generator)
         bound = self.config.mamba2.conv_kernel**-0.5
         with torch.no_grad():
@@ -82,7 +81,7 @@ class Mamba2(Mixer):
         state: Mamba2State | None = None,
         cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, Mamba2State]:
-        """The mixed x, and the state for the tokens that follow; None starts a text. Memory is linear in T."""
+        """See `Mixer.forward`. Memory is linear in T."""
         conv_BUC, ssm_BHPN = (None, None) if state is None else state
         inner, shared, accurate = self.inner, self.shared, accumulation_dtype(x_BTD.dtype)
         z_BTI, convolved_BTC, dt_BTH = linear(x_BTD, self.w_in).split((inner, inner + 2 * shared, self.heads), -1)
@@ -110,11 +109,8 @@ class Mamba2(Mixer):
 
 def mamba2_cost(config: ModelConfig, context: int) -> MixerCost:
     """The cost of one mixer at `context` tokens; see `model.cost`."""
-    width, heads, states = (
-        config.hidden_size,
-        config.mamba2.expand * config.num_attention_heads,
-        config.mamba2.state_size,
-    )
+    width, states = config.hidden_size, config.mamba2.state_size
+    heads = config.mamba2.expand * config.num_attention_heads
     inner, shared = config.mamba2.expand * width, config.mamba2.n_groups * states
     channels = inner + 2 * shared  # of the convolution
     projections = width * (2 * inner + 2 * shared + heads) + inner * width
@@ -123,8 +119,8 @@ def mamba2_cost(config: ModelConfig, context: int) -> MixerCost:
         # Scores and what they weigh, within the chunk; what the chunk adds to the state, and reads from it.
         return product_operations(length, length, shared + inner) + product_operations(length, states, 2 * inner)
 
-    whole, rest = divmod(context, CHUNK)
-    text = context * product_operations(1, 1, projections) + whole * chunks(CHUNK) + chunks(rest)
+    whole, rest = divmod(context, tuning.SSD_CHUNK)
+    text = context * product_operations(1, 1, projections) + whole * chunks(tuning.SSD_CHUNK) + chunks(rest)
     return MixerCost(
         parameters=projections + channels * (config.mamba2.conv_kernel + 1) + 3 * heads + inner,
         cached=(config.mamba2.conv_kernel - 1) * channels,

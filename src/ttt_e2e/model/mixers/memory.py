@@ -1,25 +1,22 @@
-"""The memory of TTT-KVB and Titans: an MLP for every head that goes on learning to map keys to values as it reads.
+"""The memory of TTT-KVB and Titans: an MLP per head that keeps learning to map keys to values while it reads.
 
 The loss of a token is |f(k; W) - v|^2 / 2, f being a SwiGLU MLP; keys, queries and values have root mean square 1 in
-every head. The tokens come in mini-batches of b. All gradients of a mini-batch are taken at the weights W that stand at
-its start, and all its tokens are read with those; the update follows when the mini-batch is complete. In the running
-sums of Titans (arXiv 2501.00663, equations 13 and 14),
+every head. The tokens come in mini-batches of b. All gradients of a mini-batch are taken at the weights W at its start,
+and all its tokens are read with those; the update follows when the mini-batch is complete. In the running sums of
+Titans (arXiv 2501.00663, equations 13 and 14),
 
     S_t = eta_t S_(t-1) - theta_t grad loss_t(W)        M_t = keep_t M_(t-1) + S_t        (keep = 1 - alpha)
 
-everything is linear in the gradients, so a mini-batch needs no walk over its tokens: both sums at its end are one
+everything is linear in the gradients, so a mini-batch needs no loop over its tokens: both sums at its end are one
 gradient each, of losses weighted token by token. Plain gradient descent is the case eta = 0 and keep = 1.
 
-The step that the model chooses, between 0 and memory_lr, is divided by b (K + rho_t). There rho_t, which is
-|grad loss_t|^2 / |f(k_t) - v_t|^2, is the curvature that the token's residual meets: about 2 K in a new memory, and
-more where training has aligned the weights with the keys. A part of the residual that overshoots, because its own
-curvature is larger, grows until it makes up rho_t, and is then reined in. b equal tokens add up to one step, so a text
-that repeats one token is safe too. Measured with K = 8, b from 1 to 1024 and four kinds of keys and values: a new
-memory does not diverge up to memory_lr = 2.5, nor, at 1, one with weights of three times that size. With K alone as the
-divisor new memories did as well up to 1, but a two-block model diverged within 30 steps of its training. K keeps the
-step finite where the weights are close to zero.
+The step that the model chooses, between 0 and `memory.lr`, is divided by b (K + rho_t). There rho_t =
+|grad loss_t|^2 / |f(k_t) - v_t|^2 is the curvature along the token's residual: about 2 K in a new memory, and more
+where training has aligned the weights with the keys. It keeps the memory from diverging (docs/log.md has the
+measurements); K keeps the step finite where the weights are close to zero. b equal tokens add up to one step, so a text
+that repeats one token is safe too.
 
-Shapes: B sequences, H heads, N = B H, T tokens, D width, K head width, F hidden width, E = 2 F.
+Shapes: B sequences, H heads, N = B H, T tokens, D hidden size, K head dimension, F hidden width, E = 2 F.
 """
 
 from typing import NamedTuple
@@ -39,7 +36,7 @@ TINY = 1e-12
 
 
 class Memory(nn.Module):
-    """The weights at which every head's MLP starts a text; they are learned through the updates that follow."""
+    """The initial weights of every head's MLP, learned through the updates that follow."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -48,7 +45,7 @@ class Memory(nn.Module):
         self.w_out = nn.Parameter(torch.empty(heads, width, hidden))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw both matrices at the scale that hands a mean square on, whatever the rest of the model starts at.
+        """Draw both matrices at the scale that preserves the mean square, whatever `initializer_range` is.
 
         The gradient of each matrix is a multiple of the other one: at the usual 0.02 nothing would be learned.
         """
@@ -65,22 +62,22 @@ class Memory(nn.Module):
 
 
 class ScanCoefficients(NamedTuple):
-    """What the tokens of a mini-batch (the last dimension of the first two) and the old sums weigh in the new sums."""
+    """The coefficients of a mini-batch's gradients and of the old sums M and S in the new ones."""
 
-    in_weights: Tensor  # of every token's gradient in M, with a minus
-    in_momentum: Tensor  # of the same in S, with a minus
-    weights: Tensor  # of the old M in the new one
-    carried: Tensor  # of the old S in the new M
-    momentum: Tensor  # of the old S in the new one
+    in_weights: Tensor  # [..., T]: minus every token's gradient, in M
+    in_momentum: Tensor  # [..., T]: minus every token's gradient, in S
+    weights: Tensor  # [...]: the old M, in the new M
+    carried: Tensor  # [...]: the old S, in the new M
+    momentum: Tensor  # [...]: the old S, in the new S
 
 
-def share(theta: Tensor, eta: Tensor, keep: Tensor) -> ScanCoefficients:
-    """The running sums of Titans over a mini-batch, solved: theta, eta, keep [..., T] to weights [..., T] and [...].
+def scan_coefficients(theta: Tensor, eta: Tensor, keep: Tensor) -> ScanCoefficients:
+    """The running sums of Titans over a mini-batch in closed form; theta, eta and keep are [..., T].
 
-    Sums and products along the tokens are formed by doubling. No quotient and no logarithm is taken, so factors of 0
-    do no harm.
+    Sums and products along the tokens are formed by doubling, without quotients or logarithms, so factors of 0 are
+    safe.
     """
-    # These two have at t the factor of t + 1, and 1 at the end.
+    # The factors of t + 1 at t, and 1 at the end.
     next_eta, next_keep = (_shift(x, 1, 1.0) for x in (eta, keep))
     kept, carried, distance = next_keep, next_eta, 1
     while distance < theta.shape[-1]:  # kept_t = product of keep_s over s > t
@@ -102,9 +99,9 @@ def _shift(x: Tensor, distance: int, fill: float) -> Tensor:
 
 
 def gradients(fast: FastWeights, k_NTK: Tensor, v_NTK: Tensor, *shares_NT: Tensor) -> list[FastWeights]:
-    """sum_t share_t / (K + rho_t) grad loss_t, for each of the shares; differentiable in everything, rho included.
+    """sum_t share_t / (K + rho_t) grad loss_t, for each of the shares; differentiable in all inputs, rho included.
 
-    It is `fast_mlp`'s pull written out again, because rho is made of every token's own gradient.
+    It repeats `fast_mlp`'s vjp, because rho needs every token's own gradient.
     """
     w_in_NEK, w_out_NKF = (w.to(k_NTK.dtype) for w in fast)
     y_NTF, swiglu_vjp = swiglu(batched_linear(k_NTK, w_in_NEK))
@@ -121,26 +118,26 @@ def gradients(fast: FastWeights, k_NTK: Tensor, v_NTK: Tensor, *shares_NT: Tenso
 
 
 def _square(x: Tensor) -> Tensor:
-    """|x|^2 of the last dimension, wide."""
+    """|x|^2 over the last dimension, in the accumulation dtype."""
     return x.to(accumulation_dtype(x.dtype)).square().sum(-1)
 
 
-def pieces(pending: int, length: int, mini_batch: int) -> list[int]:
-    """How many of the next `length` tokens fall into each mini-batch, the first of which has `pending` already."""
+def split_lengths(pending: int, length: int, mini_batch: int) -> list[int]:
+    """How the next `length` tokens split into mini-batches, of which the first already has `pending` tokens."""
     first = min(length, mini_batch - pending)
     full, last = divmod(length - first, mini_batch)
     return [first, *[mini_batch] * full, *([last] if last else [])]
 
 
 def project(x_BTD: Tensor, weight: Tensor, config: ModelConfig) -> list[Tensor]:
-    """Every H K rows of `weight` applied to x, as heads of root mean square 1: a list of [N, T, K]."""
+    """Project x with every H K rows of `weight`, to heads of root mean square 1: a list of [N, T, K]."""
     x_BTJK = linear(x_BTD, weight).unflatten(-1, (-1, config.head_dim))
     unit_BTJK, _ = rms_norm(x_BTJK, x_BTD.new_ones(()), config.rms_norm_eps)
     return [x_BTHK.transpose(1, 2).flatten(0, 1) for x_BTHK in unit_BTJK.split(config.num_attention_heads, 2)]
 
 
 def merge_heads(x_NTK: Tensor, weight_K: Tensor, config: ModelConfig) -> Tensor:
-    """What the memory of every head gave, through an RMSNorm per head, side by side: [B, T, H K]."""
+    """The outputs of every head's memory, normalised per head and concatenated: [B, T, H K]."""
     x_BTHK = x_NTK.unflatten(0, (-1, config.num_attention_heads)).transpose(1, 2)
     return rms_norm(x_BTHK, weight_K, config.rms_norm_eps)[0].flatten(2)
 

@@ -8,7 +8,7 @@ The paper reads the memory as it is before and after the whole segment. Here bot
 h_t = f(q_t) and of the gate, use the weights that stand at the start of the token's mini-batch: so the layer is causal.
 
 Shapes: B sequences, H heads, N = B H, T tokens, P pending tokens, Q persistent keys, S = 2 keys for every token of the
-running segment, D width, K head width, F hidden width of the inner MLP, E = 2 F.
+running segment, D hidden size, K head dimension, F hidden width of the inner MLP, E = 2 F.
 """
 
 from typing import NamedTuple
@@ -25,9 +25,9 @@ from ttt_e2e.model.mixers.memory import (
     gradients,
     memory_operations,
     merge_heads,
-    pieces,
     project,
-    share,
+    scan_coefficients,
+    split_lengths,
 )
 from ttt_e2e.ops.attention import sdpa
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm, rotate
@@ -42,9 +42,9 @@ FORGET_BIAS = -12.0
 
 
 class TitansState(NamedTuple):
-    """The running segment's keys and values; weights and momentum; the mini-batch that is not complete yet.
+    """The running segment's keys and values; weights and momentum; the tokens of the incomplete mini-batch.
 
-    Of every token of the segment, the key of what the memory gave comes first, then its own. Both are rotated.
+    Every token of the segment has two rotated keys: that of the memory's output for it, then its own.
     """
 
     k_BHSK: Tensor
@@ -61,13 +61,13 @@ class TitansState(NamedTuple):
 
 
 class Titans(Mixer):
-    """Attention within segments, with a memory of all that was read before as context.
+    """Attention within segments, with a memory of everything before as context.
 
-    Keys and values have as many heads as queries, because the memory's reading has one vector for every head, and is as
-    wide as a token. What the memory gave for a token has that token's rotary position; persistent keys have none.
+    Keys and values have as many heads as queries, because the memory's output has one vector for every head. The
+    memory's output for a token has that token's rotary position; persistent keys have none.
 
     The steps come from the layer's input: with z = w_steps x + steps_bias, three numbers per head, eta = sigmoid(z_1),
-    keep = sigmoid(-z_2) and theta = memory_lr sigmoid(z_0) (1 - eta) / mini_batch, over what `memory` divides it by.
+    keep = sigmoid(-z_2) and theta = memory.lr sigmoid(z_0) (1 - eta) / mini_batch_size, divided as in `memory`.
     The factor 1 - eta makes momentum a mean of gradients, so that the step's bound does not depend on it.
     """
 
@@ -96,7 +96,7 @@ class Titans(Mixer):
         self.w_out = nn.Parameter(torch.empty(width, width))
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """As every mixer, but the memory at its own scale, and its steps where this file's constants say."""
+        """Draw the memory at its own scale and its steps around this file's constants, the rest as every mixer does."""
         super().reset_parameters(std, generator)
         self.memory.reset_parameters(generator)
         with torch.no_grad():
@@ -110,10 +110,10 @@ class Titans(Mixer):
         state: TitansState | None = None,
         cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, TitansState]:
-        """Walk x mini-batch by mini-batch: read the memory, attend, gate, and train the memory.
+        """Read the memory, attend, gate, and train the memory, mini-batch by mini-batch; see `Mixer.forward`.
 
-        None starts a text. For the gradient every mini-batch keeps its segment's keys up to its end, so memory grows
-        with T window / mini_batch.
+        For the backward pass every mini-batch keeps its segment's keys up to its end, so memory is proportional to
+        T x sliding_window / mini_batch_size.
         """
         config, b, persistent = self.config, self.mini_batch, self.config.memory.num_persistent_tokens
         batch, length = x_BTD.shape[:2]
@@ -128,16 +128,16 @@ class Titans(Mixer):
         k_BHTK, v_BHTK = self._keys(x_BTD, positions)
         (context_NTK,) = project(x_BTD, self.w_context, config)
         steps_NT = [torch.cat(pair, 1) for pair in zip(old_NP, self._steps(x_BTD), strict=True)]
-        shares = []  # of the mini-batches that get complete
+        coefficients = []  # of the mini-batches that become complete
         if done > 0:
-            together = share(*(x_NT[:, :done].unflatten(1, (-1, b)) for x_NT in steps_NT))
-            shares = [ScanCoefficients(*own) for own in zip(*(x.unbind(1) for x in together), strict=True)]
+            stacked = scan_coefficients(*(x_NT[:, :done].unflatten(1, (-1, b)) for x_NT in steps_NT))
+            coefficients = [ScanCoefficients(*own) for own in zip(*(x.unbind(1) for x in stacked), strict=True)]
 
         # The keys and values that are seen: the persistent ones, then the segment's.
         first_k_BHQK, first_v_BHQK = self._persistent(x_BTD)
         k_seen, v_seen = torch.cat((first_k_BHQK, state.k_BHSK), 2), torch.cat((first_v_BHQK, state.v_BHSK), 2)
         outputs = []
-        sizes = pieces(pending, length, b)
+        sizes = split_lengths(pending, length, b)
         cut = zip(
             *(x_BHTK.split(sizes, 2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)),
             context_NTK.split(sizes, 1),
@@ -157,8 +157,8 @@ class Titans(Mixer):
             outputs.append(y_BTD * torch.sigmoid(gate_BTD))
             pending_k_NPK = torch.cat((pending_k_NPK, memory_k), 1)
             pending_v_NPK = torch.cat((pending_v_NPK, memory_v), 1)
-            if i < len(shares):
-                fast, momentum = _learn(fast, momentum, pending_k_NPK, pending_v_NPK, shares[i])
+            if i < len(coefficients):
+                fast, momentum = _learn(fast, momentum, pending_k_NPK, pending_v_NPK, coefficients[i])
                 pending_k_NPK, pending_v_NPK = pending_k_NPK[:, :0], pending_v_NPK[:, :0]
             if k_seen.shape[2] == persistent + 2 * config.sliding_window:
                 k_seen, v_seen = first_k_BHQK, first_v_BHQK
@@ -185,11 +185,10 @@ class Titans(Mixer):
         return rate * torch.sigmoid(step) * torch.sigmoid(-momentum), torch.sigmoid(momentum), torch.sigmoid(-forget)
 
     def _keys(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Keys and values of the attention for tokens, or for what the memory gave for them: [B, H, T, K] each."""
+        """Keys and values of the attention for tokens, or for the memory's outputs for them: [B, H, T, K] each."""
         k_BTD, v_BTD = linear(x_BTD, self.w_kv).chunk(2, 2)
-        return self._heads(k_BTD, "k_norm", positions), v_BTD.unflatten(
-            2, (self.config.num_attention_heads, -1)
-        ).transpose(1, 2)
+        v_BTHK = v_BTD.unflatten(2, (self.config.num_attention_heads, -1))
+        return self._heads(k_BTD, "k_norm", positions), v_BTHK.transpose(1, 2)
 
     def _heads(self, x_BTD: Tensor, norm: str, positions: Positions) -> Tensor:
         """Queries or keys by heads, normalised and rotated."""
@@ -240,7 +239,7 @@ def titans_cost(config: ModelConfig, context: int) -> MixerCost:
     # What the memory gave goes through the attention's projection to keys and values too.
     static = product_operations(1, 1, projections + 2 * width * width) + 2 * read
     still = context * static + segments * attention(config.sliding_window) + attention(rest)
-    learn = read + gradient + read  # one residual pulled back, then a gradient each for weights and momentum
+    learn = read + gradient + read  # one vjp of the residual, then a gradient each for weights and momentum
     text = still + context // b * b * learn
     seen = config.memory.num_persistent_tokens + (config.sliding_window + 1 if segments else 2 * (context + 1))
     pending = min(context, b)

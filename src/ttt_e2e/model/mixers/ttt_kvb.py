@@ -4,8 +4,8 @@ The nearest published layer is LaCT (arXiv 2505.23884). As there, the memory is 
 mini-batches while reading, with a step per token and head. Its loss here is the squared error, its update plain
 gradient descent; see `memory`.
 
-Shapes: B sequences, H heads, N = B H, T tokens, P pending tokens, D width, K head width, F hidden width of the inner
-MLP, E = 2 F; G key/value heads and S keys of the attention.
+Shapes: B sequences, H heads, N = B H, T tokens, P pending tokens, D hidden size, K head dimension, F hidden width of
+the inner MLP, E = 2 F; G key/value heads and S keys of the attention.
 """
 
 from typing import NamedTuple
@@ -18,14 +18,14 @@ from ttt_e2e.model.counting import product_operations
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers.attention import Attention, attention_cost
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
-from ttt_e2e.model.mixers.memory import Memory, gradients, memory_operations, merge_heads, pieces, project
+from ttt_e2e.model.mixers.memory import Memory, gradients, memory_operations, merge_heads, project, split_lengths
 from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
 from ttt_e2e.ops.linear import linear
 
 
 class TTTKVBState(NamedTuple):
-    """The attention's cache; the memory's weights; and the tokens of the mini-batch that is not complete yet."""
+    """The attention's cache; the memory's weights; and the tokens of the incomplete mini-batch."""
 
     k_BGSK: Tensor
     v_BGSK: Tensor
@@ -37,10 +37,10 @@ class TTTKVBState(NamedTuple):
 
 
 class TTTKVB(Mixer):
-    """Attention over the last `window` tokens, plus what the memory gives for each token's query.
+    """Sliding-window attention, plus the memory's output for each token's query.
 
-    Tokens are read with the memory as it stood at the start of their mini-batch: what is younger is in the window. The
-    step is memory_lr sigmoid(w_step x_t + step_bias) / mini_batch, for every head, over what `memory` divides it by.
+    A token reads the memory as it was at the start of its mini-batch; anything younger is in the window. The step of
+    every head is memory.lr sigmoid(w_step x_t + step_bias) / mini_batch_size, divided as in `memory`.
     """
 
     State = TTTKVBState
@@ -59,7 +59,7 @@ class TTTKVB(Mixer):
         self.w_out = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """As every mixer, but the memory at its own scale, and all steps at about half of `memory_lr`."""
+        """Draw the memory at its own scale and set all steps to about half of `memory.lr`; the rest as every mixer."""
         super().reset_parameters(std, generator)
         self.memory.reset_parameters(generator)
         with torch.no_grad():
@@ -72,9 +72,9 @@ class TTTKVB(Mixer):
         state: TTTKVBState | None = None,
         cache_view: CacheView = ALL_FILLED,
     ) -> tuple[Tensor, TTTKVBState]:
-        """Attend, read from the memory, and train it with every mini-batch that x completes.
+        """Attend, read the memory, and train it with every mini-batch that x completes; see `Mixer.forward`.
 
-        None starts a text. A Python loop runs over the mini-batches. Memory is linear in T.
+        A Python loop runs over the mini-batches. Memory is linear in T.
         """
         config, b = self.config, self.mini_batch
         batch, length = x_BTD.shape[:2]
@@ -95,7 +95,7 @@ class TTTKVB(Mixer):
             theta_NT = torch.cat((state.pending_theta_BHP.flatten(0, 1), theta_NT), 1)
 
         reads = []
-        queries = q_NTK.split(pieces(pending, length, b), 1)
+        queries = q_NTK.split(split_lengths(pending, length, b), 1)
         for q, k, v, theta in zip(queries, k_NTK.split(b, 1), v_NTK.split(b, 1), theta_NT.split(b, 1), strict=True):
             reads.append(fast_mlp(q, fast)[0])
             if k.shape[1] == b:
