@@ -51,7 +51,8 @@ from ttt_e2e.config.presets import preset
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
 from ttt_e2e.hardware import machine
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.step import EAGER, LoopFunctions, sequence_loss
+from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention import operators
@@ -254,15 +255,15 @@ def time_attention(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
 
         q, do, a, b, c = (random(own) for _ in range(5))
         k, v = (random(cached + own) for _ in range(2))
-        how = dict(sliding_window=window, empty=None, implementation="auto")
+        how = dict(window=window, num_empty_slots=None, implementation="auto")
         o, lse = operators.attention_forward(q, k, v, **how)
         known = (q, k, v, o, lse, do)
         calls: dict[str, Callable[[], object]] = {
             "matrix": partial(torch.mm, square[0], square[1]),
             "forward": partial(operators.attention_forward, q, k, v, **how),
-            "inner backward": partial(operators.attention_backward, *known, own=own, **how),
-            "backward": partial(operators.attention_backward, *known, own=cached + own, **how),
-            "double backward": partial(operators.attention_double_backward, *known, a, b, c, own=own, **how),
+            "inner backward": partial(operators.attention_backward, *known, num_new_keys=own, **how),
+            "backward": partial(operators.attention_backward, *known, num_new_keys=cached + own, **how),
+            "double backward": partial(operators.attention_double_backward, *known, a, b, c, num_new_keys=own, **how),
         }
 
         def repeated(call: Callable[[], object]) -> Callable[[], None]:

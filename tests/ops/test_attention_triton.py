@@ -22,6 +22,8 @@ from ops_helpers import (
     two_orders_of_reference,
 )
 
+from ttt_e2e.ops import tuning
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -54,10 +56,8 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_both_orders(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths of a few blocks of 16, none of which they divide."""
-    from ttt_e2e.ops.attention import triton as attention_triton
-
-    small = attention_triton.Config(16, 16, 1, 1)
-    monkeypatch.setattr(attention_triton, "_config", lambda table, q: small)
+    small = tuning.TritonBlocks(16, 16, 1, 1)
+    monkeypatch.setattr(tuning, "TRITON_FLOAT32", {16: small})
     queries, keys, window, own = CASES[case].values()
     q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
     abc = directions(q, k, own)
@@ -71,10 +71,8 @@ def test_both_orders(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_slots(
     queries: int, keys: int, own: int, window: int | None, empty: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ttt_e2e.ops.attention import triton as attention_triton
-
-    small = attention_triton.Config(16, 16, 1, 1)
-    monkeypatch.setattr(attention_triton, "_config", lambda table, q: small)
+    small = tuning.TritonBlocks(16, 16, 1, 1)
+    monkeypatch.setattr(tuning, "TRITON_FLOAT32", {16: small})
     q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
     abc = directions(q, k, own)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
@@ -89,10 +87,8 @@ def test_blocks(
     queries: int, keys: int, own: int, window: int | None, block_t: int, block_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of different sizes, some of which every query sees whole."""
-    from ttt_e2e.ops.attention import triton as attention_triton
-
-    config = attention_triton.Config(block_t, block_s, 4, 1)
-    monkeypatch.setattr(attention_triton, "_config", lambda table, q: config)
+    blocks = tuning.TritonBlocks(block_t, block_s, 4, 1)
+    monkeypatch.setattr(tuning, "TRITON_FLOAT32", {16: blocks})
     q, k, v, do = inputs(1, (1, 1), queries, keys, 16, dtype=torch.float32, device=DEVICE)
     abc = directions(q, k, own)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]

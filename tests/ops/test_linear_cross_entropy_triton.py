@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops import elementwise
-from ttt_e2e.ops import linear_cross_entropy_tiled as tiled
+from ttt_e2e.ops import elementwise, tuning
 from ttt_e2e.ops.linear_cross_entropy import (
     cross_entropy_backward,
     cross_entropy_double_backward,
@@ -71,9 +70,9 @@ def test_float64(
     tokens: int, width: int, vocabulary: int, logits: int, need_weight: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third shape needs several blocks a row."""
-    monkeypatch.setattr(tiled, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(tuning, "LOGITS_AT_ONCE", logits)
     tensors = draw(tokens, width, vocabulary, torch.float64, torch.float64)
-    expected = results("plain", tensors, need_weight)
+    expected = results("reference", tensors, need_weight)
     torch.testing.assert_close(results("triton", tensors, need_weight), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -81,7 +80,7 @@ def test_float64(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float32_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same walk in PyTorch, which rounds at the same places."""
-    monkeypatch.setattr(tiled, "LOGITS_AT_ONCE", 2**10)
+    monkeypatch.setattr(tuning, "LOGITS_AT_ONCE", 2**10)
     tensors = draw(40, 16, 130, dtype, torch.float32)
     for a, b in zip(results("triton", tensors, True), results("tiled", tensors, True), strict=True):
         assert a.dtype == b.dtype
@@ -91,7 +90,7 @@ def test_float32_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
 
 @kernels
 def test_gradgradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "LOGITS_AT_ONCE", 8)
+    monkeypatch.setattr(tuning, "LOGITS_AT_ONCE", 8)
     x, weight, targets, *_ = draw(2, 2, 5, torch.float64, torch.float64)
     inputs = (x.requires_grad_(), weight.requires_grad_())
     assert torch.autograd.gradgradcheck(
@@ -123,5 +122,5 @@ def test_on_a_gpu() -> None:
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run here")
 def test_refused_on_a_cpu() -> None:
     x, weight, targets = torch.randn(4, 3), torch.randn(7, 3), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="on CUDA only, not on cpu"):
+    with pytest.raises(ValueError, match="on a CUDA device, not on cpu"):
         linear_cross_entropy(x, weight, targets, implementation="triton")

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ttt_e2e.ops.attention import sdpa
-from ttt_e2e.ops.attention import tiled as attention_tiled
+from ttt_e2e.ops import tuning
+from ttt_e2e.ops.attention import sdpa, tiled
 from ttt_e2e.ops.attention.operators import (
     attention_backward,
     attention_double_backward,
@@ -38,10 +38,10 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["plain", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled"])
 def test_both_orders(name: str, case: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_tiled, "QUERIES", 4)
-    monkeypatch.setattr(attention_tiled, "KEYS", 3)
+    monkeypatch.setattr(tuning, "TILE_QUERIES", 4)
+    monkeypatch.setattr(tuning, "TILE_KEYS", 3)
     queries, keys, window, own = CASES[case].values()
     q, k, v, do = inputs(2, heads, queries, keys, 4)
     abc = directions(q, k, own)
@@ -56,7 +56,7 @@ def test_both_orders(name: str, case: str, heads: tuple[int, int], monkeypatch: 
 
 
 @pytest.mark.parametrize(("queries", "keys", "own", "window", "empty"), EMPTY)
-@pytest.mark.parametrize("name", ["plain", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled"])
 def test_empty_slots(
     name: str,
     queries: int,
@@ -66,8 +66,8 @@ def test_empty_slots(
     empty: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention_tiled, "QUERIES", 4)
-    monkeypatch.setattr(attention_tiled, "KEYS", 3)
+    monkeypatch.setattr(tuning, "TILE_QUERIES", 4)
+    monkeypatch.setattr(tuning, "TILE_KEYS", 3)
     q, k, v, do = inputs(2, (4, 2), queries, keys, 4)
     abc = directions(q, k, own)
     theirs = two_orders_of_reference(q, k, v, do, abc, own, window, empty)
@@ -100,13 +100,13 @@ def test_tiled_equals_plain(
     q, k, v, do = inputs(batch, heads, queries, keys, 4, seed)
     abc = directions(q, k, own)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_tiled, "QUERIES", tile[0])
-        patch.setattr(attention_tiled, "KEYS", tile[1])
+        patch.setattr(tuning, "TILE_QUERIES", tile[0])
+        patch.setattr(tuning, "TILE_KEYS", tile[1])
         tiled = two_orders(q, k, v, do, abc, own, window, "tiled")
-    assert_same(tiled, two_orders(q, k, v, do, abc, own, window, "plain"), 1e-10)
+    assert_same(tiled, two_orders(q, k, v, do, abc, own, window, "reference"), 1e-10)
 
 
-@pytest.mark.parametrize("name", ["plain", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled"])
 def test_row_statistic(name: str) -> None:
     """The logsumexp of the scores, in float32 at least; no gradient flows through it."""
     q, k, v, _ = inputs(1, (4, 2), 3, 5, 8, dtype=torch.bfloat16)
@@ -126,10 +126,10 @@ def test_large_scores() -> None:
     assert_same(tiled, two_orders_of_reference(q, k, v, do, abc, 600, 40), 1e-10)
 
 
-@pytest.mark.parametrize("name", ["plain", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled"])
 def test_gradgradcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_tiled, "QUERIES", 2)
-    monkeypatch.setattr(attention_tiled, "KEYS", 2)
+    monkeypatch.setattr(tuning, "TILE_QUERIES", 2)
+    monkeypatch.setattr(tuning, "TILE_KEYS", 2)
     q, k, v, _ = inputs(1, (2, 1), 3, 5, 2)
     assert torch.autograd.gradcheck(lambda *x: windowed_attention(*x, 4, implementation=name), (q, k, v))
     assert torch.autograd.gradgradcheck(lambda *x: windowed_attention(*x, 4, implementation=name), (q, k, v))
@@ -148,7 +148,7 @@ def test_inner_gradient_gradcheck() -> None:
     assert torch.autograd.gradcheck(inner, (q, k, v, do))
 
 
-@pytest.mark.parametrize("name", ["plain", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
 def test_lower_precision(name: str, dtype: torch.dtype, tolerance: float) -> None:
     q, k, v, do = inputs(2, (4, 2), 300, 700, 32, dtype=dtype)
@@ -211,7 +211,7 @@ def test_compile(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled"])
 def test_opcheck(name: str) -> None:
     q, k, v, do = inputs(2, (4, 2), 5, 9, 4)
     o, lse = (x.detach() for x in attention_forward(q, k, v, 4, None, name))
@@ -245,9 +245,12 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors() -> None:
     q, k, v, _ = inputs(1, (2, 2), 3, 5, 4)
     for arguments, message in (
-        (dict(implementation="fast"), "none of auto, plain, tiled, triton"),
+        (
+            dict(implementation="fast"),
+            "unknown implementation 'fast': it must be one of auto, reference, tiled, triton",
+        ),
         (dict(implementation="triton"), "implementation 'triton' needs"),
-        (dict(window=0), "1 or more"),
+        (dict(window=0), "must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             windowed_attention(q, k, v, **arguments)  # type: ignore[arg-type]
@@ -292,10 +295,10 @@ def test_linear_memory(queries: int, keys: int, window: int | None) -> None:
     q, k, v, do = (x.detach() for x in inputs(1, (2, 1), queries, keys, 16, dtype=torch.float32))
     abc = directions(q, k, queries)
     with Largest() as largest:
-        o, lse = attention_tiled.forward(q, k, v, window or keys)
-        attention_tiled.backward(q, k, v, o, lse, do, queries, window or keys)
-        attention_tiled.double_backward(q, k, v, o, lse, do, *abc, queries, window or keys)
-    assert largest.elements <= max(k.numel(), q.numel(), 2 * attention_tiled.QUERIES * attention_tiled.KEYS)
+        o, lse = tiled.forward(q, k, v, window or keys)
+        tiled.backward(q, k, v, o, lse, do, queries, window or keys)
+        tiled.double_backward(q, k, v, o, lse, do, *abc, queries, window or keys)
+    assert largest.elements <= max(k.numel(), q.numel(), 2 * tuning.TILE_QUERIES * tuning.TILE_KEYS)
 
 
 @CUDA

@@ -1,4 +1,18 @@
-"""Causal attention over a whole text or a sliding window, and its derivatives."""
+"""Causal attention over a whole text or a sliding window of it.
+
+- `inner_loop_attention` returns its vjp as well, and both are differentiable: for everything the inner loop learns
+  through.
+- `sdpa` goes through PyTorch's fused kernel and is differentiable once: for everything else.
+- `windowed_attention` is differentiable twice by autograd, in memory linear in the number of tokens: the operator for
+  use outside of this package.
+
+`reference.py` holds the formulas, as plain PyTorch; `tiled.py` and `triton.py` compute the same tile by tile, and
+`operators.py` chooses between them. Which keys a query may see is said in `mask.py`.
+
+Shapes: B sequences, T queries, S keys (the queries stand at the positions of the last T), H query heads, G key/value
+heads, K head dimension, N new keys: the last N, the variables of the inner loss. The keys before them are cached, and
+constants to it.
+"""
 
 from ttt_e2e.ops.attention.inner_loop import inner_loop_attention
 from ttt_e2e.ops.attention.mask import causal_window_mask

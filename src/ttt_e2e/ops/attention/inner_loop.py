@@ -1,14 +1,4 @@
-"""Causal attention, windowed or full: for the inner loop with its pull, and for everything that is differentiated once.
-
-`attention` is for the inner loop: its gradient is written out, and differentiable itself. Where the scores are few it
-keeps them, else it goes through `windowed_attention`'s operators, which compute them again and again in tiles.
-`sdpa` goes through PyTorch's fused kernel, which has a first derivative only; it serves everything that no
-inner gradient passes through. Over a whole sequence it works block by block, so that time and memory grow with
-T x window, not with T x T.
-
-Shapes: B sequences, T queries, S keys (the last T of them at the queries' own positions), H query heads, G key/value
-heads, K head width.
-"""
+"""Attention of the inner loop: it returns its vjp, and autograd differentiates both once more."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,63 +24,73 @@ def inner_loop_attention(
     num_empty_slots: Tensor | None = None,
     attn_mask_TS: Tensor | None = None,
 ) -> tuple[Tensor, AttentionVjp]:
-    """Softmax attention of T queries over S >= T keys; returns [B, H, T, K] and its pull.
+    """Softmax attention of T queries over S >= T keys, and its vjp.
 
-    Query i stands at key S - T + i and sees the last `window` keys up to its own (all of them if None), but not the
-    first `num_empty_slots` ones (0-dim int32 tensor; None for none), which are no keys yet. attn_mask_TS: what `causal_window_mask` says of
-    these, if it is known already. The pull gives the gradients of the queries and of the last T keys and values: those
-    before are constants to the inner gradient (not to the outer one).
+    Up to `tuning.KEPT_SCORES` scores, the softmax is kept for the vjp; beyond, it is computed again in tiles.
+
+    Args:
+        q_BHTK: Queries [B, H, T, K], at the positions of the last T keys. H may be a multiple of G.
+        k_BGSK: Keys [B, G, S, K].
+        v_BGSK: Values, shaped as the keys.
+        window: Number of keys that a query sees, its own included; None for all up to its own position.
+        num_empty_slots: How many of the first keys hold nothing: a 0-dim int32 tensor, or None if there are none.
+        attn_mask_TS: What `causal_window_mask` returns for these arguments, if it is known already.
+
+    Returns:
+        The output [B, H, T, K], and a function from its gradient to those of the queries and of the last T keys and
+        values. The keys and values before these are constants to it, though not to autograd.
     """
-    own, groups = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
+    num_new_keys, groups = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
     if q_BHTK.shape[:3].numel() * k_BGSK.shape[2] > tuning.KEPT_SCORES.get(q_BHTK.device.type, 0):
         o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, "auto")
         saved = (q_BHTK, k_BGSK, v_BGSK, o_BHTK, lse_BHT)
-        return o_BHTK, lambda g: attention_backward(*saved, g, own, window, num_empty_slots, "auto")
-    bias = (
-        causal_window_mask(own, k_BGSK.shape[2], window, q_BHTK, num_empty_slots)
-        if attn_mask_TS is None
-        else attn_mask_TS
-    )
-    bias = bias.repeat(groups, 1) if groups > 1 else bias
-    # The query heads of a group stand below one another, so that each key head is multiplied once.
+        return o_BHTK, lambda g: attention_backward(*saved, g, num_new_keys, window, num_empty_slots, "auto")
+    if attn_mask_TS is None:
+        attn_mask_TS = causal_window_mask(num_new_keys, k_BGSK.shape[2], window, q_BHTK, num_empty_slots)
+    mask_RS = attn_mask_TS.repeat(groups, 1) if groups > 1 else attn_mask_TS
+    # The queries of the heads that share a key head become its rows, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
     forward = attend_reference if is_compiling() else _attend
-    y_BGRK, inner_vjp = forward(q_BGRK, k_BGSK, v_BGSK, bias, own)
+    y_BGRK, inner_vjp = forward(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys)
 
     def vjp(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dq_BGRK, dk_BGTK, dv_BGTK = inner_vjp(g_BHTK.unflatten(1, (-1, groups)).flatten(2, 3))
-        dq_BHTK = dq_BGRK.unflatten(2, (groups, own)).flatten(1, 2) * q_BHTK.shape[3] ** -0.5
+        dq_BHTK = dq_BGRK.unflatten(2, (groups, num_new_keys)).flatten(1, 2) * q_BHTK.shape[3] ** -0.5
         return dq_BHTK, dk_BGTK, dv_BGTK
 
-    return y_BGRK.unflatten(2, (groups, own)).flatten(1, 2), vjp
+    return y_BGRK.unflatten(2, (groups, num_new_keys)).flatten(1, 2), vjp
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, own: int) -> tuple[Tensor, AttentionVjp]:
-    """softmax(q k^T + bias) v, and its pull, which gives the last `own` keys and values their gradients."""
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys: int) -> tuple[Tensor, AttentionVjp]:
+    """softmax(q k^T + mask) v, and its vjp to q and to the last `num_new_keys` of k and v: the definition of `_attend`.
+
+    A compiler is given this one, and fuses it by itself.
+    """
     scores = q @ k.transpose(-1, -2)
-    p = (scores.to(accumulation_dtype(q.dtype)) + bias).softmax(-1)
+    p = (scores.to(accumulation_dtype(q.dtype)) + mask).softmax(-1)
     weights = p.to(q.dtype)
 
     def vjp(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dp = g @ v.transpose(-1, -2)
         ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).to(g.dtype)
-        return ds @ k, ds[..., -own:].transpose(-1, -2) @ q, weights[..., -own:].transpose(-1, -2) @ g
+        new = slice(-num_new_keys, None)
+        return ds @ k, ds[..., new].transpose(-1, -2) @ q, weights[..., new].transpose(-1, -2) @ g
 
     return weights @ v, vjp
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, own: int) -> tuple[Tensor, AttentionVjp]:
-    y, p = _Attend.apply(q, k, v, bias)
-    return y, lambda g: _AttendBackward.apply(p, q, k, v, g, own)
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys: int) -> tuple[Tensor, AttentionVjp]:
+    y, p = _Attend.apply(q, k, v, mask)
+    return y, lambda g: _AttendBackward.apply(p, q, k, v, g, num_new_keys)
 
 
 class _Attend(torch.autograd.Function):
-    """y = P v and P = softmax(q k^T + bias), wide: the pull is a function of P too, and sends a gradient back to it."""
+    """y = P v and P = softmax(q k^T + mask). The vjp is a function of P too, and sends a gradient back to it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ k.transpose(-1, -2)
-        p = scores.to(accumulation_dtype(q.dtype)).add_(bias).softmax(-1)
+        p = scores.to(accumulation_dtype(q.dtype)).add_(mask).softmax(-1)
         ctx.save_for_backward(q, k, v, p)
         ctx.set_materialize_grads(False)
         return p.to(q.dtype) @ v, p
@@ -103,7 +103,7 @@ class _Attend(torch.autograd.Function):
         grad_v = None
         if grad_y is not None:
             grad_v = p.to(q.dtype).transpose(-1, -2) @ grad_y
-            # In place: nobody but the pull makes this gradient, and nobody but this function is given it.
+            # In place: only the vjp makes this gradient, and only this function receives it.
             grad_p = _add_product(grad_p, grad_y, v.transpose(-1, -2))
         assert grad_p is not None
         grad_s = _softmax_backward(p, grad_p.to(p.dtype)).to(q.dtype)
@@ -111,38 +111,38 @@ class _Attend(torch.autograd.Function):
 
 
 class _AttendBackward(torch.autograd.Function):
-    """(dq, dk, dv), of the last `own` keys and values, as a function of P, q, k, v and g."""
+    """(dq, dk, dv), dk and dv of the last `num_new_keys`, as a function of P, q, k, v and g."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, own: int) -> Any:
+    def forward(ctx: Any, p: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, num_new_keys: int) -> Any:
         dp = (g @ v.transpose(-1, -2)).to(p.dtype)
         ds = _softmax_backward(p, dp).to(q.dtype)
         ctx.save_for_backward(p, q, k, v, g, dp, ds)
-        ctx.own = own
-        return ds @ k, ds[..., -own:].transpose(-1, -2) @ q, p[..., -own:].to(q.dtype).transpose(-1, -2) @ g
+        ctx.new = new = slice(-num_new_keys, None)
+        return ds @ k, ds[..., new].transpose(-1, -2) @ q, p[..., new].to(q.dtype).transpose(-1, -2) @ g
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         p, q, k, v, g, dp, ds = ctx.saved_tensors
-        own = ctx.own
+        new = ctx.new
         a, b, c = grads
         grad_ds = a @ k.transpose(-1, -2)
-        _add_product(grad_ds[..., -own:], q, b.transpose(-1, -2))
-        grad_q, grad_k = ds[..., -own:] @ b, ds.transpose(-1, -2) @ a
+        _add_product(grad_ds[..., new], q, b.transpose(-1, -2))
+        grad_q, grad_k = ds[..., new] @ b, ds.transpose(-1, -2) @ a
         grad_p, grad_dp = _softmax_backward_backward(p, dp, grad_ds.to(p.dtype))
-        _add_product(grad_p[..., -own:], g, c.transpose(-1, -2))
+        _add_product(grad_p[..., new], g, c.transpose(-1, -2))
         grad_dp = grad_dp.to(q.dtype)
-        grad_g = _add_product(grad_dp @ v, p[..., -own:].to(q.dtype), c)
+        grad_g = _add_product(grad_dp @ v, p[..., new].to(q.dtype), c)
         return grad_p, grad_q, grad_k, grad_dp.transpose(-1, -2) @ g, grad_g, None
 
 
 def _add_product(x: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """x + a @ b, in the place of x."""
+    """x + a @ b, in the memory of x; None stands for zeros."""
     if x is None:
         return a @ b
     a, b = a.flatten(0, 1), b.flatten(0, 1)
-    rows = x.view(-1, *x.shape[2:])  # a view, or an error: never a copy
+    rows = x.view(-1, *x.shape[2:])  # a view or an error, never a copy
     if x.dtype == a.dtype:
         rows.baddbmm_(a, b)
     else:
@@ -151,12 +151,12 @@ def _add_product(x: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _softmax_backward(p: Tensor, g: Tensor) -> Tensor:
-    """P (g - rowsum(P g)): the derivative of the scores, P = softmax(scores), for a gradient g of P."""
+    """P (g - rowsum(P g)): the gradient of the scores, P = softmax(scores), from a gradient g of P."""
     return torch.ops.aten._softmax_backward_data(g, p, -1, p.dtype)
 
 
 def _softmax_backward_backward(p: Tensor, g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives of <a, _softmax_backward(p, g)> in p and g."""
+    """The gradients of <a, _softmax_backward(p, g)> in p and g."""
     buffer = p * g  # large, so one serves for all
     pg = buffer.sum(-1, keepdim=True)
     pa = torch.mul(p, a, out=buffer).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Which keys a query of causal attention, windowed or full, may see."""
+"""Which keys a query of causal attention may see."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from torch import Tensor
 def causal_window_mask(
     num_queries: int, num_keys: int, window: int | None, like: Tensor, num_empty_slots: Tensor | None = None
 ) -> Tensor:
-    """0 where a query may see a key, minus infinity elsewhere: a mask to be added to attention scores.
+    """A mask to add to attention scores: 0 where a query may see a key, minus infinity elsewhere.
 
-    The queries stand at the positions of the last keys. A query sees the last `window` keys up to its own position.
+    The queries stand at the positions of the last keys. Each sees the last `window` keys up to its own position.
 
     Args:
         num_queries: T.
@@ -23,17 +23,30 @@ def causal_window_mask(
         [T, S], or [B, 1, T, S] if `num_empty_slots` is [B].
     """
     key_S = torch.arange(num_keys, device=like.device)
-    query_T = torch.arange(num_keys - num_queries, num_keys, device=like.device)
-    hidden = hidden_keys(query_T, key_S, window if window is None or window < num_keys else None)
-    if num_empty_slots is not None:
-        hidden = hidden | (key_S < (num_empty_slots[:, None, None, None] if num_empty_slots.dim() else num_empty_slots))
+    first_key = num_empty_slots
+    if first_key is not None and first_key.dim() == 1:
+        first_key = first_key[:, None, None]
+    limit = window if window is None or window < num_keys else None
+    hidden = hidden_keys(key_S[num_keys - num_queries :], key_S, limit, first_key)
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
-def hidden_keys(query_T: Tensor, key_S: Tensor, window: int | None) -> Tensor:
-    """[..., T, S]: whether a key's position is after the query's, or at least `window` before it.
+def hidden_keys(query_T: Tensor, key_S: Tensor, window: int | None, first_key: int | Tensor | None = None) -> Tensor:
+    """Whether a query may not see a key: one at a later position, `window` or more before it, or before `first_key`.
 
-    Both tensors hold positions, [..., T] and [..., S].
+    Args:
+        query_T: Positions of queries [..., T].
+        key_S: Positions of keys [..., S].
+        window: Number of keys that a query sees, its own included; None for all up to its own position.
+        first_key: The first key's position, broadcast to [..., S]; None if all keys count.
+
+    Returns:
+        Boolean, [..., T, S].
     """
     distance_TS = query_T[..., :, None] - key_S[..., None, :]
-    return distance_TS < 0 if window is None else (distance_TS < 0) | (distance_TS >= window)
+    hidden_TS = distance_TS < 0
+    if window is not None:
+        hidden_TS = hidden_TS | (distance_TS >= window)
+    if first_key is not None:
+        hidden_TS = hidden_TS | (key_S < first_key)[..., None, :]
+    return hidden_TS

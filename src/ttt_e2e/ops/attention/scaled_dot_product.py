@@ -1,4 +1,7 @@
-"""Causal attention through PyTorch's fused kernel: for everything that is differentiated only once."""
+"""Attention through PyTorch's fused kernel, which has a first derivative only.
+
+Over a whole sequence it works block by block, so that time and memory grow with T x window, not with T x T.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +20,10 @@ def sdpa(
     num_empty_slots: Tensor | None = None,
     attn_mask_TS: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of T queries over S >= T keys through PyTorch's fused kernel; differentiable once.
+    """Softmax attention of T queries over S >= T keys; differentiable once.
 
     Args:
-        q_BHTK: Queries [B, H, T, K], at the positions of the last T keys.
+        q_BHTK: Queries [B, H, T, K], at the positions of the last T keys. H may be a multiple of G.
         k_BGSK: Keys [B, G, S, K].
         v_BGSK: Values, shaped as the keys.
         window: Number of keys that a query sees, its own included; None for all up to its own position.
@@ -31,26 +34,27 @@ def sdpa(
         [B, H, T, K].
     """
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
-    if attn_mask_TS is None and num_empty_slots is not None and num_empty_slots.dim():
+    if attn_mask_TS is None and num_empty_slots is not None and num_empty_slots.dim() == 1:
         attn_mask_TS = causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots)
     if attn_mask_TS is not None:
         return _masked(q_BHTK, k_BGSK, v_BGSK, attn_mask_TS)
-    whole = queries == keys and (window is None or window >= keys) and num_empty_slots is None
-    if q_BHTK.is_cuda and not whole:
+    whole_text = queries == keys and num_empty_slots is None
+    unwindowed = whole_text and (window is None or window >= keys)
+    if q_BHTK.is_cuda and not unwindowed:
         # PyTorch's kernel knows no window, and reads a mask from memory.
         return attention_forward(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, "auto")[0]
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    if whole and grouped and q_BHTK.is_cuda and q_BHTK.dtype.itemsize > 2:
+    if unwindowed and grouped and q_BHTK.is_cuda and q_BHTK.dtype.itemsize > 2:
         k_BGSK, v_BGSK, grouped = *_every_head(q_BHTK, k_BGSK, v_BGSK), False
-    if whole:
+    if unwindowed:
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
-    if queries == keys and window is not None and keys > 2 * window and num_empty_slots is None:
+    if whole_text and window is not None and keys > 2 * window:
         return _banded(q_BHTK, k_BGSK, v_BGSK, window)
     return _masked(q_BHTK, k_BGSK, v_BGSK, causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots))
 
 
-def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> Tensor:
-    """Attention with `bias`, broadcast to [B, H, T, S], added to the scores."""
+def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Tensor:
+    """Attention with `mask`, broadcast to [B, H, T, S], added to the scores."""
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     scores = q_BHTK.shape[:3].numel() * k_BGSK.shape[2]
     if groups > 1 and q_BHTK.is_cuda:
@@ -59,28 +63,29 @@ def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor) -> Ten
         if groups > 1:
             k_BGSK, v_BGSK = _every_head(q_BHTK, k_BGSK, v_BGSK)
         scores_BHTS = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
-        return (scores_BHTS + bias.to(scores_BHTS.dtype)).softmax(-1) @ v_BGSK
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=bias, enable_gqa=groups > 1)
+        return (scores_BHTS + mask.to(scores_BHTS.dtype)).softmax(-1) @ v_BGSK
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=groups > 1)
 
 
 def _every_head(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values for every query head: PyTorch's fused CUDA kernels know grouped ones in 16 bits, unmasked, only.
+    """Keys and values [B, H, S, K], repeated for every query head.
 
-    (pytorch/pytorch#181528.) Otherwise it would hold all scores.
+    PyTorch's fused CUDA kernels take grouped heads in 16 bits and without a mask only; otherwise PyTorch would hold all
+    scores (pytorch/pytorch#181528).
     """
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     return k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
 
 
 def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:
-    """Windowed attention over a whole sequence: blocks of half a window, each against itself and what it can reach."""
+    """Windowed attention over a whole sequence: blocks of half a window, each over itself and the keys it can reach."""
     batch, length = q_BHTK.shape[0], q_BHTK.shape[2]
     block = max(1, (window + 1) // 2)
-    reach = -(-(window - 1) // block)  # blocks that a block's first query looks back
+    reach = -(-(window - 1) // block)  # number of blocks that a block's first query looks back
     blocks = -(-length // block)
     tail = blocks * block - length
 
-    def own(x: Tensor) -> Tensor:  # [B, H, T, K] -> [B * blocks, H, block, K]
+    def queries(x: Tensor) -> Tensor:  # [B, H, T, K] -> [B * blocks, H, block, K]
         return F.pad(x, (0, 0, 0, tail)).unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
 
     def reachable(x: Tensor) -> Tensor:  # [B, G, T, K] -> [B * blocks, G, (reach + 1) * block, K]
@@ -88,9 +93,10 @@ def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tens
         shifted = torch.cat([padded[:, :, i : i + blocks] for i in range(reach + 1)], 3)
         return shifted.transpose(1, 2).flatten(0, 1)
 
-    start_N1 = block * torch.arange(blocks, device=q_BHTK.device)[:, None]
-    key_NS = start_N1 + torch.arange(-reach * block, block, device=start_N1.device)
-    hidden = hidden_keys(key_NS[:, -block:], key_NS, window) | (key_NS < 0)[:, None]
-    bias = torch.zeros(hidden.shape, dtype=q_BHTK.dtype, device=start_N1.device).masked_fill_(hidden, -torch.inf)
-    out = _masked(own(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), bias.repeat(batch, 1, 1)[:, None])
+    start_Z1 = block * torch.arange(blocks, device=q_BHTK.device)[:, None]  # Z blocks
+    key_ZS = start_Z1 + torch.arange(-reach * block, block, device=start_Z1.device)
+    hidden_ZTS = hidden_keys(key_ZS[:, -block:], key_ZS, window, first_key=0)
+    mask_ZTS = torch.zeros(hidden_ZTS.shape, dtype=q_BHTK.dtype, device=start_Z1.device)
+    mask_ZTS = mask_ZTS.masked_fill_(hidden_ZTS, -torch.inf).repeat(batch, 1, 1)
+    out = _masked(queries(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), mask_ZTS[:, None])
     return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -1,92 +1,38 @@
 # mypy: allow-untyped-defs
-"""Windowed attention, its gradients and their gradients as Triton kernels.
+"""Attention, its gradients and the gradients of these as Triton kernels.
 
-`windowed_attention` holds the formulas and the operators that call these functions. Two kinds of program occur. A row
-program owns a block of queries, walks over the keys that they see, and writes what belongs to queries: o, dq, gq, gdo
-and the row statistics. A column program owns a block of keys, walks over the queries that see them (of each query head
-that shares the key head in turn, so that sums over these heads need neither atomics nor memory), and writes what
-belongs to keys: dk, dv, gk, gv. A double backward is one launch of each, rows first.
+`reference.py` holds the formulas. There are two kinds of program. A row program owns a block of queries, walks over the
+keys that they see, and writes what belongs to queries: o, dq, gq, gdo and the statistics of rows. A column program owns
+a block of keys, walks over the queries that see them (for each query head that shares the key head in turn, so that
+sums over these heads need neither atomics nor memory), and writes what belongs to keys: dk, dv, gk, gv. A double
+backward is one launch of each, rows first.
 
-Products take operands of the inputs' dtype and accumulate in float32; float32 operands are split in three, which gives
-float32's precision at the speed of the tensor cores. The softmax is computed in powers of two.
+Products take operands of the inputs' dtype and accumulate in float32; float32 operands are split in three TF32 parts,
+which gives float32's precision at the speed of tensor cores. The softmax is computed in powers of two.
 
-All tensors are contiguous here. Heads are counted over the batch: query head n reads key head n // SHARE.
+All tensors are contiguous here. Query heads are counted over the batch: head n reads key head n // SHARE.
 """
 
 import os
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class Config(NamedTuple):
-    """The sizes of one kernel's blocks and of its programs."""
-
-    block_t: int
-    block_s: int
-    num_warps: int
-    num_stages: int
-
-
-# By head width, for 16-bit inputs: the largest blocks whose registers (255 a thread) and shared memory an H100 has, by
-# what the compiler reports. Row programs hold one accumulator [block_t, K], column programs two [block_s, K], and the
-# double backward four tiles of scores besides.
-FORWARD = {
-    16: Config(128, 64, 4, 3),
-    32: Config(128, 64, 4, 3),
-    64: Config(128, 64, 4, 3),
-    128: Config(128, 64, 8, 3),
-    256: Config(64, 64, 8, 2),
-}
-BACKWARD_ROWS = {
-    16: Config(64, 64, 4, 3),
-    32: Config(64, 64, 4, 3),
-    64: Config(64, 64, 4, 3),
-    128: Config(64, 64, 4, 2),
-    256: Config(64, 32, 8, 2),
-}
-BACKWARD_COLUMNS = {
-    16: Config(64, 64, 4, 2),
-    32: Config(64, 64, 4, 2),
-    64: Config(64, 64, 4, 2),
-    128: Config(64, 128, 8, 2),
-    256: Config(32, 64, 8, 1),
-}
-DOUBLE_BACKWARD_ROWS = {
-    16: Config(64, 64, 4, 3),
-    32: Config(64, 64, 4, 3),
-    64: Config(64, 64, 4, 2),
-    128: Config(64, 64, 8, 2),
-    256: Config(32, 32, 8, 1),
-}
-DOUBLE_BACKWARD_COLUMNS = {
-    16: Config(64, 64, 4, 2),
-    32: Config(64, 64, 4, 2),
-    64: Config(64, 128, 8, 2),
-    128: Config(32, 128, 8, 2),
-    256: Config(32, 16, 8, 1),
-}
-# Float32 takes twice the memory and three products for one; every kernel gets the same small blocks.
-FLOAT32 = {
-    16: Config(32, 32, 4, 1),
-    32: Config(32, 32, 4, 1),
-    64: Config(32, 16, 4, 1),
-    128: Config(32, 16, 8, 1),
-    256: Config(16, 16, 8, 1),
-}
+from ttt_e2e.ops import tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, window: int, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int, num_empty_slots: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     o, lse = torch.empty_like(q), _statistic(q)
-    config = _config(FORWARD, q)
-    _launch(_forward_kernel, _row_grid(q, config), config, q, k, 0, window, empty, (q, k, v, o, lse))
+    blocks = _blocks(tuning.TRITON_FORWARD, q)
+    _launch(_forward_kernel, _row_grid(q, blocks), blocks, q, k, 0, window, num_empty_slots, (q, k, v, o, lse))
     return o, lse
 
 
@@ -97,19 +43,19 @@ def backward(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
-    own: int,
+    num_new_keys: int,
     window: int,
-    empty: Tensor | None = None,
+    num_empty_slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq [B, H, T, K] and dk, dv [B, G, own, K]."""
+    """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
     q, k, v, o, lse, do = (x.contiguous() for x in (q, k, v, o, lse, do))
     dq, delta = torch.empty_like(q), _statistic(q)
-    dk, dv = (k.new_empty(*k.shape[:2], own, k.shape[3]) for _ in range(2))
-    cached = k.shape[2] - own
-    rows, columns = _config(BACKWARD_ROWS, q), _config(BACKWARD_COLUMNS, q)
-    sizes = (q, k, cached, window, empty)
+    dk, dv = (k.new_empty(*k.shape[:2], num_new_keys, k.shape[3]) for _ in range(2))
+    cached = k.shape[2] - num_new_keys
+    rows, columns = _blocks(tuning.TRITON_BACKWARD_ROWS, q), _blocks(tuning.TRITON_BACKWARD_COLUMNS, q)
+    sizes = (q, k, cached, window, num_empty_slots)
     _launch(_backward_row_kernel, _row_grid(q, rows), rows, *sizes, (q, k, v, o, lse, do, delta, dq))
-    grid = (triton.cdiv(own, columns.block_s), k.shape[0] * k.shape[1])
+    grid = (triton.cdiv(num_new_keys, columns.block_s), k.shape[0] * k.shape[1])
     _launch(_backward_column_kernel, grid, columns, *sizes, (q, k, v, lse, do, delta, dk, dv))
     return dq, dk, dv
 
@@ -122,23 +68,23 @@ def double_backward(
     lse: Tensor,
     do: Tensor,
     a: Tensor,
-    b_own: Tensor,
-    c_own: Tensor,
-    own: int,
+    b_new: Tensor,
+    c_new: Tensor,
+    num_new_keys: int,
     window: int,
-    empty: Tensor | None = None,
+    num_empty_slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
-    q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (q, k, v, o, lse, do, a, b_own, c_own))
+    q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (q, k, v, o, lse, do, a, b_new, c_new))
     gq, gdo, gk, gv = (torch.empty_like(x) for x in (q, q, k, v))
     delta, mean, w = (_statistic(q) for _ in range(3))
-    cached = k.shape[2] - own
-    rows, columns = _config(DOUBLE_BACKWARD_ROWS, q), _config(DOUBLE_BACKWARD_COLUMNS, q)
-    sizes = (q, k, cached, window, empty)
+    cached = k.shape[2] - num_new_keys
+    rows, columns = _blocks(tuning.TRITON_DOUBLE_BACKWARD_ROWS, q), _blocks(tuning.TRITON_DOUBLE_BACKWARD_COLUMNS, q)
+    sizes = (q, k, cached, window, num_empty_slots)
     row_tensors = (q, k, v, o, lse, do, a, b, c, delta, mean, w, gq, gdo)
     _launch(_double_backward_row_kernel, _row_grid(q, rows), rows, *sizes, row_tensors)
-    blocks = triton.cdiv(cached, columns.block_s) + triton.cdiv(own, columns.block_s)
-    grid = (blocks, k.shape[0] * k.shape[1])
+    count = triton.cdiv(cached, columns.block_s) + triton.cdiv(num_new_keys, columns.block_s)
+    grid = (count, k.shape[0] * k.shape[1])
     column_tensors = (q, k, v, lse, do, a, b, c, delta, mean, w, gk, gv)
     _launch(_double_backward_column_kernel, grid, columns, *sizes, column_tensors)
     return gq, gk, gv, gdo
@@ -149,37 +95,37 @@ def _statistic(q_BHTK: Tensor) -> Tensor:
     return q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
 
 
-def _config(table: dict[int, Config], q_BHTK: Tensor) -> Config:
-    return (FLOAT32 if q_BHTK.dtype == torch.float32 else table)[_padded(q_BHTK)]
+def _blocks(table: dict[int, tuning.TritonBlocks], q_BHTK: Tensor) -> tuning.TritonBlocks:
+    return (tuning.TRITON_FLOAT32 if q_BHTK.dtype == torch.float32 else table)[_padded(q_BHTK)]
 
 
 def _padded(q_BHTK: Tensor) -> int:
-    """The head width of the tiles: a power of two that the tensor cores take. The columns beyond K are zeros."""
+    """The head dimension of the tiles: a power of two that the tensor cores take. The columns beyond K are zeros."""
     return max(16, triton.next_power_of_2(q_BHTK.shape[3]))
 
 
-def _row_grid(q_BHTK: Tensor, config: Config) -> tuple[int, int]:
-    return triton.cdiv(q_BHTK.shape[2], config.block_t), q_BHTK.shape[0] * q_BHTK.shape[1]
+def _row_grid(q_BHTK: Tensor, blocks: tuning.TritonBlocks) -> tuple[int, int]:
+    return triton.cdiv(q_BHTK.shape[2], blocks.block_t), q_BHTK.shape[0] * q_BHTK.shape[1]
 
 
 def _launch(
     kernel: triton.JITFunction,
     grid: tuple[int, int],
-    config: Config,
+    blocks: tuning.TritonBlocks,
     q_BHTK: Tensor,
     k_BGSK: Tensor,
     cached: int,
     window: int,
-    empty: Tensor | None,
+    num_empty_slots: Tensor | None,
     tensors: tuple[Tensor, ...],
 ) -> None:
-    """Run a kernel; all of them take the tensors, then these sizes and settings."""
+    """Run a kernel: each takes its tensors, then these sizes and settings."""
     # The interpreter cannot multiply in bfloat16.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     with torch.cuda.device_of(q_BHTK):
         kernel[grid](
             *tensors,
-            q_BHTK.new_zeros((), dtype=torch.int32) if empty is None else empty,
+            q_BHTK.new_zeros((), dtype=torch.int32) if num_empty_slots is None else num_empty_slots,
             q_BHTK.shape[2],
             k_BGSK.shape[2],
             cached,
@@ -188,11 +134,11 @@ def _launch(
             SHARE=q_BHTK.shape[1] // k_BGSK.shape[1],
             K=q_BHTK.shape[3],
             P=_padded(q_BHTK),
-            BLOCK_T=config.block_t,
-            BLOCK_S=config.block_s,
+            BLOCK_T=blocks.block_t,
+            BLOCK_S=blocks.block_s,
             OPERAND=tl.float32 if interpreted else getattr(tl, str(q_BHTK.dtype).removeprefix("torch.")),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
         )
 
 
@@ -226,9 +172,9 @@ def _store(base, rows, end, x, K: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _first_block(position, window, empty, BLOCK_S: tl.constexpr):
-    """Where the walk over keys begins for queries from `position` on."""
-    return tl.maximum(position - window + 1, empty) // BLOCK_S * BLOCK_S
+def _first_block(position, window, num_empty, BLOCK_S: tl.constexpr):
+    """The key at which the walk over keys begins for queries from `position` on."""
+    return tl.maximum(position - window + 1, num_empty) // BLOCK_S * BLOCK_S
 
 
 @triton.jit
@@ -242,7 +188,7 @@ def _softmax(
     positions,
     keys,
     window,
-    empty,
+    num_empty,
     BLOCK_S: tl.constexpr,
 ):
     """Powers of two of scaled scores less the row statistic; 0 where a query does not see a key.
@@ -251,19 +197,19 @@ def _softmax(
     """
     p = tl.exp2(scores * scale2 - lse2)
     hidden = (first_key + BLOCK_S - 1 > first_position) | (first_key <= last_position - window)
-    if hidden | (first_key < empty):  # else all see all
-        p = tl.where((keys <= positions) & (positions - keys < window) & (keys >= empty), p, 0.0)
+    if hidden | (first_key < num_empty):  # otherwise every query sees every key
+        p = tl.where((keys <= positions) & (positions - keys < window) & (keys >= num_empty), p, 0.0)
     return p
 
 
 @_kernel
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, empty_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, num_empty_slots_ptr,
     T, S, cached, window, scale,
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    empty = tl.load(empty_ptr)
+    num_empty = tl.load(num_empty_slots_ptr)
     head = tl.program_id(1).to(tl.int64)
     k_ptr += head // SHARE * S * K
     v_ptr += head // SHARE * S * K
@@ -271,15 +217,15 @@ def _forward_kernel(
     first = S - T + tl.program_id(0) * BLOCK_T
     positions = (S - T + rows)[:, None]
     q = _load(q_ptr + head * T * K, rows, T, K, P, OPERAND)
-    largest = tl.full([BLOCK_T], -1.0e30, tl.float32)  # finite: its differences are no NaN
+    largest = tl.full([BLOCK_T], -1.0e30, tl.float32)  # finite, so that differences are not NaN
     total = tl.zeros([BLOCK_T], tl.float32)
     o = tl.zeros([BLOCK_T, P], tl.float32)
-    for start in range(_first_block(first, window, empty, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
+    for start in range(_first_block(first, window, num_empty, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
         keys = start + tl.arange(0, BLOCK_S)
         k = _load(k_ptr, keys, S, K, P, OPERAND)
         scores = _dot(q, tl.trans(k)) * (scale * LOG2_E)
-        if (start + BLOCK_S - 1 > first) | (start <= first + BLOCK_T - 1 - window) | (start < empty):
-            seen = (keys[None, :] <= positions) & (positions - keys[None, :] < window) & (keys[None, :] >= empty)
+        if (start + BLOCK_S - 1 > first) | (start <= first + BLOCK_T - 1 - window) | (start < num_empty):
+            seen = (keys[None, :] <= positions) & (positions - keys[None, :] < window) & (keys[None, :] >= num_empty)
             scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         p = tl.exp2(scores - larger[:, None])
@@ -294,12 +240,12 @@ def _forward_kernel(
 
 @_kernel
 def _backward_row_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr, empty_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr, num_empty_slots_ptr,
     T, S, cached, window, scale,
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    empty = tl.load(empty_ptr)
+    num_empty = tl.load(num_empty_slots_ptr)
     head = tl.program_id(1).to(tl.int64)
     k_ptr += head // SHARE * S * K
     v_ptr += head // SHARE * S * K
@@ -313,13 +259,13 @@ def _backward_row_kernel(
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta_ptr + head * T + rows, delta, rows < T)
     dq = tl.zeros([BLOCK_T, P], tl.float32)
-    for start in range(_first_block(first, window, empty, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
+    for start in range(_first_block(first, window, num_empty, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
         keys = start + tl.arange(0, BLOCK_S)
         k = _load(k_ptr, keys, S, K, P, OPERAND)
         v = _load(v_ptr, keys, S, K, P, OPERAND)
         p = _softmax(
             _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
-            first, first + BLOCK_T - 1, start, positions, keys[None, :], window, empty, BLOCK_S,
+            first, first + BLOCK_T - 1, start, positions, keys[None, :], window, num_empty, BLOCK_S,
         )  # fmt: skip
         ds = p * (_dot(do, tl.trans(v)) - delta[:, None])
         dq += _dot(ds.to(OPERAND), k)
@@ -328,12 +274,12 @@ def _backward_row_kernel(
 
 @_kernel
 def _backward_column_kernel(
-    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, empty_ptr,
+    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, num_empty_slots_ptr,
     T, S, cached, window, scale,
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    empty = tl.load(empty_ptr)
+    num_empty = tl.load(num_empty_slots_ptr)
     key_head = tl.program_id(1).to(tl.int64)
     start = cached + tl.program_id(0) * BLOCK_S
     keys = start + tl.arange(0, BLOCK_S)
@@ -341,11 +287,11 @@ def _backward_column_kernel(
     v = _load(v_ptr + key_head * S * K, keys, S, K, P, OPERAND)
     dk = tl.zeros([BLOCK_S, P], tl.float32)
     dv = tl.zeros([BLOCK_S, P], tl.float32)
-    # Tiles stand on their side here, [BLOCK_S, BLOCK_T], so that they are left operands as they are.
+    # Tiles are transposed here, [BLOCK_S, BLOCK_T], so that they are left operands without a transposition.
     for head in range(key_head * SHARE, key_head * SHARE + SHARE):
         for t in range(
             tl.maximum(start - (S - T), 0) // BLOCK_T * BLOCK_T,
-            tl.where(start + BLOCK_S > empty, tl.minimum(start + BLOCK_S - 1 + window - (S - T), T), 0),
+            tl.where(start + BLOCK_S > num_empty, tl.minimum(start + BLOCK_S - 1 + window - (S - T), T), 0),
             BLOCK_T,
         ):
             rows = t + tl.arange(0, BLOCK_T)
@@ -356,36 +302,36 @@ def _backward_column_kernel(
             p = _softmax(
                 _dot(k, tl.trans(q)), lse2[None, :], scale * LOG2_E,
                 S - T + t, S - T + t + BLOCK_T - 1, start, (S - T + rows)[None, :], keys[:, None],
-                window, empty, BLOCK_S,
+                window, num_empty, BLOCK_S,
             )  # fmt: skip
             dv += _dot(p.to(OPERAND), do)
             ds = p * (_dot(v, tl.trans(do)) - delta[None, :])
             dk += _dot(ds.to(OPERAND), q)
-    own = S - cached
-    _store(dk_ptr + key_head * own * K, keys - cached, own, dk * scale, K, P)
-    _store(dv_ptr + key_head * own * K, keys - cached, own, dv, K, P)
+    new = S - cached
+    _store(dk_ptr + key_head * new * K, keys - cached, new, dk * scale, K, P)
+    _store(dv_ptr + key_head * new * K, keys - cached, new, dv, K, P)
 
 
 @_kernel
 def _double_backward_row_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gq_ptr, gdo_ptr,
-    empty_ptr,
+    num_empty_slots_ptr,
     T, S, cached, window, scale,
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    empty = tl.load(empty_ptr)
+    num_empty = tl.load(num_empty_slots_ptr)
     head = tl.program_id(1).to(tl.int64)
-    own = S - cached
+    new = S - cached
     k_ptr += head // SHARE * S * K
     v_ptr += head // SHARE * S * K
-    b_ptr += head // SHARE * own * K
-    c_ptr += head // SHARE * own * K
+    b_ptr += head // SHARE * new * K
+    c_ptr += head // SHARE * new * K
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     first = S - T + tl.program_id(0) * BLOCK_T
     last = first + BLOCK_T - 1
     positions = (S - T + rows)[:, None]
-    first_block, stop = _first_block(first, window, empty, BLOCK_S), tl.minimum(last + 1, S)
+    first_block, stop = _first_block(first, window, num_empty, BLOCK_S), tl.minimum(last + 1, S)
     q = _load(q_ptr + head * T * K, rows, T, K, P, OPERAND)
     do = _load(do_ptr + head * T * K, rows, T, K, P, OPERAND)
     a = _load(a_ptr + head * T * K, rows, T, K, P, OPERAND)
@@ -400,12 +346,12 @@ def _double_backward_row_kernel(
         v = _load(v_ptr, keys, S, K, P, OPERAND)
         p = _softmax(
             _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
-            first, last, start, positions, keys[None, :], window, empty, BLOCK_S,
+            first, last, start, positions, keys[None, :], window, num_empty, BLOCK_S,
         )  # fmt: skip
         x = _dot(a, tl.trans(k))
         if start + BLOCK_S > cached:
-            b = _load(b_ptr, keys - cached, own, K, P, OPERAND)
-            c = _load(c_ptr, keys - cached, own, K, P, OPERAND)
+            b = _load(b_ptr, keys - cached, new, K, P, OPERAND)
+            c = _load(c_ptr, keys - cached, new, K, P, OPERAND)
             x += _dot(q, tl.trans(b))
             gdo += _dot(p.to(OPERAND), c)
         px = p * (x * scale)
@@ -428,14 +374,14 @@ def _double_backward_row_kernel(
         v = _load(v_ptr, keys, S, K, P, OPERAND)
         p = _softmax(
             _dot(q, tl.trans(k)), lse2[:, None], scale * LOG2_E,
-            first, last, start, positions, keys[None, :], window, empty, BLOCK_S,
+            first, last, start, positions, keys[None, :], window, num_empty, BLOCK_S,
         )  # fmt: skip
         ds = p * (_dot(do, tl.trans(v)) - delta[:, None])
         x = _dot(a, tl.trans(k))
         y = -w[:, None] + tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
         if start + BLOCK_S > cached:
-            b = _load(b_ptr, keys - cached, own, K, P, OPERAND)
-            c = _load(c_ptr, keys - cached, own, K, P, OPERAND)
+            b = _load(b_ptr, keys - cached, new, K, P, OPERAND)
+            c = _load(c_ptr, keys - cached, new, K, P, OPERAND)
             x += _dot(q, tl.trans(b))
             y += _dot(do, tl.trans(c))
             gq += _dot(ds.to(OPERAND), b)
@@ -446,15 +392,16 @@ def _double_backward_row_kernel(
 
 @_kernel
 def _double_backward_column_kernel(
-    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gk_ptr, gv_ptr, empty_ptr,
+    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gk_ptr, gv_ptr,
+    num_empty_slots_ptr,
     T, S, cached, window, scale,
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    empty = tl.load(empty_ptr)
+    num_empty = tl.load(num_empty_slots_ptr)
     key_head = tl.program_id(1).to(tl.int64)
-    own = S - cached
-    # Blocks of cached keys come first; none reaches across to the others.
+    new = S - cached
+    # Blocks of cached keys come first; none reaches across to the new ones.
     cached_blocks = tl.cdiv(cached, BLOCK_S)
     variable = tl.program_id(0) >= cached_blocks
     start = tl.program_id(0) * BLOCK_S
@@ -465,15 +412,15 @@ def _double_backward_column_kernel(
     keys = start + tl.arange(0, BLOCK_S)
     k = _load(k_ptr + key_head * S * K, keys, end, K, P, OPERAND)
     v = _load(v_ptr + key_head * S * K, keys, end, K, P, OPERAND)
-    b = _load(b_ptr + key_head * own * K, keys - cached, own, K, P, OPERAND)
-    c = _load(c_ptr + key_head * own * K, keys - cached, own, K, P, OPERAND)
+    b = _load(b_ptr + key_head * new * K, keys - cached, new, K, P, OPERAND)
+    c = _load(c_ptr + key_head * new * K, keys - cached, new, K, P, OPERAND)
     gk = tl.zeros([BLOCK_S, P], tl.float32)
     gv = tl.zeros([BLOCK_S, P], tl.float32)
-    # Tiles stand on their side here, [BLOCK_S, BLOCK_T], so that they are left operands as they are.
+    # Tiles are transposed here, [BLOCK_S, BLOCK_T], so that they are left operands without a transposition.
     for head in range(key_head * SHARE, key_head * SHARE + SHARE):
         for t in range(
             tl.maximum(start - (S - T), 0) // BLOCK_T * BLOCK_T,
-            tl.where(start + BLOCK_S > empty, tl.minimum(start + BLOCK_S - 1 + window - (S - T), T), 0),
+            tl.where(start + BLOCK_S > num_empty, tl.minimum(start + BLOCK_S - 1 + window - (S - T), T), 0),
             BLOCK_T,
         ):
             rows = t + tl.arange(0, BLOCK_T)
@@ -487,7 +434,7 @@ def _double_backward_column_kernel(
             p = _softmax(
                 _dot(k, tl.trans(q)), lse2[None, :], scale * LOG2_E,
                 S - T + t, S - T + t + BLOCK_T - 1, start, (S - T + rows)[None, :], keys[:, None],
-                window, empty, BLOCK_S,
+                window, num_empty, BLOCK_S,
             )  # fmt: skip
             x = _dot(k, tl.trans(a))
             y = -w[None, :] + tl.zeros([BLOCK_S, BLOCK_T], tl.float32)

@@ -1,11 +1,11 @@
-"""`linear_cross_entropy` as a walk over chunks of vocabulary and tokens: a bounded number of logits at any time.
+"""The linear cross-entropy as a walk over chunks of vocabulary and tokens: a bounded number of logits at any time.
 
-The walk is one for PyTorch on any device and for Triton: they differ in `Pieces`, what happens to a chunk of logits
-between the matrix products. The outer loop is over the vocabulary: so each row of the weight is brought to x's dtype
-once, a chunk at a time (never a second copy of the whole), and the weight's gradient needs a float32 sum for one chunk
-only. The sums for x stay in memory throughout, as large as x itself.
+PyTorch and Triton share the walk: they differ in `ChunkFunctions`, what happens to a chunk of logits between the matrix
+products. The outer loop is over the vocabulary, so that each row of the weight is brought to x's dtype once, a chunk at
+a time, and the weight's gradient needs a float32 sum for one chunk only. The sums for x, as large as x, stay in memory
+throughout.
 
-Shapes: N tokens, D width, V vocabulary; n and v are those of a chunk.
+Shapes: n and v are tokens and words of a chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,40 +14,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
-# Logits that exist at one time, all buffers together: 32 MiB in float32. Chunks of 2048 tokens x 4096 words are large
-# enough for matrix products at full speed.
-LOGITS_AT_ONCE = 2**23
 
+class ChunkFunctions(NamedTuple):
+    """What is done with a chunk of logits z [n, v], which may be overwritten.
 
-class Pieces(NamedTuple):
-    """What is done to a chunk of logits z [n, v], which may be overwritten.
-
-    `at` [n] is the target's column in the chunk, anything outside [0, v) where it lies elsewhere. Statistics are in
+    `at` [n] is the target's column in the chunk, or anything outside [0, v) if it lies in another. Statistics are in
     float32 (float64 if z is).
     """
 
     fold_in: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    """(z, at, lse, target): takes the chunk into the logsumexp so far, and the target's logit where it is here."""
+    """(z, at, lse, target): add the chunk to the logsumexp, and copy the target's logit to `target` if it is here."""
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(z, at, lse, g): dz = g (p - onehot), in z's dtype."""
     average: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    """(z, z', at, lse, mean, target): adds rowsum(p z') to mean, and takes the target's z' where it is here."""
+    """(z, z', at, lse, mean, target): add rowsum(p z') to mean, and copy the target's z' to `target` if it is here."""
     tangent: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(z, z', at, lse, g, mean): dz and dz' = g p (z' - mean), in z's dtype."""
 
 
-def forward(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+def forward(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, functions: ChunkFunctions) -> tuple[Tensor, Tensor]:
     """See `cross_entropy_forward`."""
-    sizes = chunk_sizes(len(x_ND), len(weight_VD), LOGITS_AT_ONCE)
+    sizes = chunk_sizes(len(x_ND), len(weight_VD), tuning.LOGITS_AT_ONCE)
     lse_N = x_ND.new_full((len(x_ND),), -torch.inf, dtype=accumulation_dtype(x_ND.dtype))
-    target_N = torch.full_like(lse_N, torch.nan)  # stays so where a target is no token
+    target_N = torch.full_like(lse_N, torch.nan)  # stays NaN where a target is not a token
     for words in _slices(len(weight_VD), sizes[1]):
         w_vD = weight_VD[words].to(x_ND.dtype)
         for tokens in _slices(len(x_ND), sizes[0]):
             at_n = targets_N[tokens] - words.start
-            pieces.fold_in(x_ND[tokens] @ w_vD.T, at_n, lse_N[tokens], target_N[tokens])
+            functions.fold_in(x_ND[tokens] @ w_vD.T, at_n, lse_N[tokens], target_N[tokens])
     return lse_N - target_N, lse_N
 
 
@@ -58,10 +55,10 @@ def backward(
     lse_N: Tensor,
     g_N: Tensor,
     need_weight: bool,
-    pieces: Pieces,
+    functions: ChunkFunctions,
 ) -> tuple[Tensor, Tensor]:
     """See `cross_entropy_backward`."""
-    sizes = chunk_sizes(len(x_ND), len(weight_VD), LOGITS_AT_ONCE)
+    sizes = chunk_sizes(len(x_ND), len(weight_VD), tuning.LOGITS_AT_ONCE)
     dx_ND = torch.zeros_like(x_ND, dtype=lse_N.dtype, memory_format=torch.contiguous_format)
     dweight_VD = weight_VD.new_empty(weight_VD.shape if need_weight else 0)
     for words in _slices(len(weight_VD), sizes[1]):
@@ -69,7 +66,7 @@ def backward(
         dw_vD = torch.zeros_like(w_vD, dtype=lse_N.dtype)
         for tokens in _slices(len(x_ND), sizes[0]):
             x_nD, at_n = x_ND[tokens], targets_N[tokens] - words.start
-            dz_nv = pieces.gradient(x_nD @ w_vD.T, at_n, lse_N[tokens], g_N[tokens])
+            dz_nv = functions.gradient(x_nD @ w_vD.T, at_n, lse_N[tokens], g_N[tokens])
             _add_product(dx_ND[tokens], dz_nv, w_vD)
             if need_weight:
                 _add_product(dw_vD, dz_nv.T, x_nD)
@@ -87,10 +84,10 @@ def double_backward(
     g_N: Tensor,
     a_ND: Tensor,
     c_VD: Tensor,
-    pieces: Pieces,
+    functions: ChunkFunctions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `cross_entropy_double_backward`. A first walk gathers rowsum(p z'), a second one does the rest."""
-    sizes = chunk_sizes(len(x_ND), len(weight_VD), LOGITS_AT_ONCE // 2)  # z and z'
+    """See `cross_entropy_double_backward`. A first walk sums rowsum(p z'), a second one does the rest."""
+    sizes = chunk_sizes(len(x_ND), len(weight_VD), tuning.LOGITS_AT_ONCE // 2)  # z and z'
     along_weight = c_VD.numel() > 0
 
     def logits(x_nD: Tensor, a_nD: Tensor, w_vD: Tensor, c_vD: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +101,7 @@ def double_backward(
         for tokens in _slices(len(x_ND), sizes[0]):
             z_nv, tangent_nv = logits(x_ND[tokens], a_ND[tokens], w_vD, c_vD)
             at_n = targets_N[tokens] - words.start
-            pieces.average(z_nv, tangent_nv, at_n, lse_N[tokens], mean_N[tokens], target_N[tokens])
+            functions.average(z_nv, tangent_nv, at_n, lse_N[tokens], mean_N[tokens], target_N[tokens])
             del z_nv, tangent_nv
 
     gx_ND = torch.zeros_like(x_ND, dtype=lse_N.dtype, memory_format=torch.contiguous_format)
@@ -114,15 +111,15 @@ def double_backward(
         gw_vD = torch.zeros_like(w_vD, dtype=lse_N.dtype)
         for tokens in _slices(len(x_ND), sizes[0]):
             x_nD, a_nD, at_n = x_ND[tokens], a_ND[tokens], targets_N[tokens] - words.start
-            dz_nv, bend_nv = pieces.tangent(
+            dz_nv, dz_tangent_nv = functions.tangent(
                 *logits(x_nD, a_nD, w_vD, c_vD), at_n, lse_N[tokens], g_N[tokens], mean_N[tokens]
             )
-            _add_product(gx_ND[tokens], bend_nv, w_vD)
+            _add_product(gx_ND[tokens], dz_tangent_nv, w_vD)
             if along_weight:
                 _add_product(gx_ND[tokens], dz_nv, c_vD)
-            _add_product(gw_vD, bend_nv.T, x_nD)
+            _add_product(gw_vD, dz_tangent_nv.T, x_nD)
             _add_product(gw_vD, dz_nv.T, a_nD)
-            del dz_nv, bend_nv
+            del dz_nv, dz_tangent_nv
         gweight_VD[words] = gw_vD
     return gx_ND.to(x_ND.dtype), gweight_VD, mean_N - target_N
 
@@ -142,7 +139,7 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where only the total may be wider."""
+    """total += a @ b, where the total may have more precision than a and b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -174,15 +171,15 @@ def _tangent(
 ) -> tuple[Tensor, Tensor]:
     dtype = z_nv.dtype
     p_nv = z_nv.to(lse_n.dtype).sub_(lse_n[:, None]).exp_()
-    bend_nv = tangent_nv.to(lse_n.dtype).sub_(mean_n[:, None]).mul_(p_nv).mul_(g_n[:, None])
-    return _minus_one_hot_(p_nv, at_n).mul_(g_n[:, None]).to(dtype), bend_nv.to(dtype)
+    dz_tangent_nv = tangent_nv.to(lse_n.dtype).sub_(mean_n[:, None]).mul_(p_nv).mul_(g_n[:, None])
+    return _minus_one_hot_(p_nv, at_n).mul_(g_n[:, None]).to(dtype), dz_tangent_nv.to(dtype)
 
 
-PIECES = Pieces(_fold_in, _gradient, _average, _tangent)
+FUNCTIONS = ChunkFunctions(_fold_in, _gradient, _average, _tangent)
 
 
 def _columns(at_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Whether a target lies in the chunk, and a column to read in any case: nothing here waits for a GPU."""
+    """Whether each target lies in the chunk, and a column that can be read in any case, without waiting for a GPU."""
     return (at_n >= 0) & (at_n < width), at_n.clamp(0, width - 1)[:, None]
 
 

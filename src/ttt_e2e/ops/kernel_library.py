@@ -1,38 +1,46 @@
-"""When a library's CUDA kernel computes a mixer, and what is said where it was demanded and cannot."""
+"""When a library's CUDA kernel computes a mixer, and the errors where it is required but cannot."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ttt_e2e.config.schema import Kernels
 from ttt_e2e.errors import UserError
 
+Kernels = Literal["auto", "torch", "fused"]
 K = TypeVar("K")
 
 
-class Fused(NamedTuple):
-    """What has a kernel (for people), whose it is, and the extra that installs it."""
+class KernelLibrary(NamedTuple):
+    """A package with CUDA kernels, the mixer that they compute, and the extra of this package that installs it."""
 
+    package: str
     mixer: str
-    library: str
     extra: str
 
     def check(self, kernels: Kernels, found: object | None) -> None:
-        """Raise UserError if `kernels` demands the library and it was not found."""
+        """Raise UserError if `kernels` requires the package and it was not found."""
         if kernels == "fused" and found is None:
             raise UserError(
-                f"{self.mixer} with kernels=fused needs {self.library}; install it with "
+                f"{self.mixer} with kernels=fused needs {self.package}; install it with "
                 f"pip install 'ttt-e2e[{self.extra}]', or set kernels=auto."
             )
 
     def choose(self, kernels: Kernels, x: Tensor, find: Callable[[], K | None]) -> K | None:
-        """What `find` finds if it is to compute this for the input x, else None.
+        """The kernels that are to compute this for the input x; None for PyTorch.
 
-        "auto" takes it for 16-bit numbers on a GPU, outside of compiled code: a compiler cannot trace it, and such
-        kernels multiply float32 in TF32. Raises UserError if it is demanded and not installed, or x not on a GPU.
+        "auto" takes them for 16-bit inputs on a GPU outside of compiled code: they multiply float32 in TF32, and a
+        compiler cannot trace them. "fused" always takes them, "torch" never.
+
+        Args:
+            kernels: The setting.
+            x: The mixer's input.
+            find: Returns the kernels, or None if the package is not installed.
+
+        Raises:
+            UserError: If they are required and the package is not installed or x is not on a GPU.
         """
         if kernels == "fused":
             found = find()

@@ -1,37 +1,38 @@
 # mypy: allow-untyped-defs
-"""`linear_cross_entropy_tiled.Pieces` in Triton: every chunk of logits is read once per piece and written in place.
+"""`tiled.ChunkFunctions` in Triton: each reads a chunk of logits once and writes in its place.
 
-The matrix products stay with cuBLAS. A kernel has one program per row of a chunk, which goes over the row in blocks;
-logits come in the dtype of the products, and all arithmetic is in that of the statistics, float32 or float64.
-`WIDTH`, the length of a row, is a constant of the kernel: a run has two or three, and a loop over a constant also works
-in every version of Triton's interpreter.
+The matrix products stay with cuBLAS. A kernel has one program per row of a chunk, which goes over the row in blocks.
+Logits come in the dtype of the products, and all arithmetic is in that of the statistics, float32 or float64. `WIDTH`,
+the length of a row, is a constant of the kernel: a run has two or three, and loops over constants also work in every
+version of Triton's interpreter.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_e2e.ops.linear_cross_entropy_tiled import Pieces
+from ttt_e2e.ops import tuning
+from ttt_e2e.ops.linear_cross_entropy.tiled import ChunkFunctions
 
 
 @triton.jit
 def _fold_in_kernel(z_ptr, at_ptr, lse_ptr, target_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    wide = lse_ptr.dtype.element_ty
+    dtype = lse_ptr.dtype.element_ty
     z_ptr += row * WIDTH
-    # The logsumexp so far as a maximum and a sum of one. At the start it is -inf, and that one is multiplied by 0.
+    # The logsumexp so far is a maximum and a sum of 1. At the start it is -inf, and that 1 is multiplied by 0.
     maximum = tl.load(lse_ptr + row)
-    total = tl.full((), 1, wide)
+    total = tl.full((), 1, dtype)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + column, mask=column < WIDTH, other=-float("inf")).to(wide)
+        z = tl.load(z_ptr + column, mask=column < WIDTH, other=-float("inf")).to(dtype)
         new = tl.maximum(maximum, tl.max(z, 0))
         total = total * tl.exp(maximum - new) + tl.sum(tl.exp(z - new), 0)
         maximum = new
     tl.store(lse_ptr + row, maximum + tl.log(total))
     at = tl.load(at_ptr + row)
     here = (at >= 0) & (at < WIDTH)
-    tl.store(target_ptr + row, tl.load(z_ptr + at, mask=here, other=0).to(wide), mask=here)
+    tl.store(target_ptr + row, tl.load(z_ptr + at, mask=here, other=0).to(dtype), mask=here)
 
 
 @triton.jit
@@ -80,20 +81,18 @@ def _tangent_kernel(z_ptr, tangent_ptr, at_ptr, lse_ptr, g_ptr, mean_ptr, WIDTH:
         p = tl.exp(tl.load(z_ptr + column, mask=inside).to(lse.dtype) - lse)
         tangent = tl.load(tangent_ptr + column, mask=inside).to(lse.dtype)
         dz = g * tl.where(column == at, p - 1, p)
-        bend = g * p * (tangent - mean)
+        dz_tangent = g * p * (tangent - mean)
         tl.store(z_ptr + column, dz.to(z_ptr.dtype.element_ty), mask=inside)
-        tl.store(tangent_ptr + column, bend.to(z_ptr.dtype.element_ty), mask=inside)
+        tl.store(tangent_ptr + column, dz_tangent.to(z_ptr.dtype.element_ty), mask=inside)
 
 
 INTERPRETED = not isinstance(_fold_in_kernel, triton.runtime.JITFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: then the kernels run on the CPU, for tests."""
 
-MAX_BLOCK = 4096  # of a row, at once in registers: 16 numbers a thread
-
 
 def _launch(kernel, z_nv: Tensor, *tensors: Tensor) -> None:
     rows, width = z_nv.shape
-    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    block = min(triton.next_power_of_2(width), tuning.TRITON_LOGITS_BLOCK)
     kernel[(rows,)](z_nv, *tensors, WIDTH=width, BLOCK=block, num_warps=8)
 
 
@@ -102,7 +101,7 @@ def _fold_in(z_nv: Tensor, at_n: Tensor, lse_n: Tensor, target_n: Tensor) -> Non
 
 
 def _gradient(z_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor) -> Tensor:
-    _launch(_gradient_kernel, z_nv, at_n, lse_n, g_n.contiguous())  # a sum's gradient is one number, expanded
+    _launch(_gradient_kernel, z_nv, at_n, lse_n, g_n.contiguous())  # the gradient of a sum is an expanded scalar
     return z_nv
 
 
@@ -117,4 +116,4 @@ def _tangent(
     return z_nv, tangent_nv
 
 
-PIECES = Pieces(_fold_in, _gradient, _average, _tangent)
+FUNCTIONS = ChunkFunctions(_fold_in, _gradient, _average, _tangent)

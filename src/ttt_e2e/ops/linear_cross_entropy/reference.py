@@ -1,0 +1,66 @@
+"""The definition of the linear cross-entropy, its gradients and the gradients of these, on all logits [N, V].
+
+With z = x W^T and p = softmax(z), for one cotangent g per token:
+
+    dz = g (p - onehot)             dx = dz W            dW = dz^T x
+
+The double backward is the tangent of these along x' = a and W' = c, the cotangents of dx and dW (the Hessian is
+symmetric, so the gradient of <dx, a> + <dW, c> is that tangent):
+
+    z' = a W^T + x c^T              p' = p (z' - rowsum(p z'))                  dz' = g p'
+    gx = dz' W + dz c               gW = dz'^T x + dz^T a                       gg = rowsum((p - onehot) z')
+
+The logsumexp is a function of x and W whose effect these contain: it takes no gradient itself.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_e2e.ops.elementwise import accumulation_dtype
+
+
+def forward(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses [N] and the logits' logsumexp [N]."""
+    z_NV = _logits(x_ND, weight_VD)
+    lse_N = z_NV.logsumexp(1)
+    return lse_N - z_NV.gather(1, targets_N[:, None])[:, 0], lse_N
+
+
+def backward(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, lse_N: Tensor, g_N: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients dx [N, D] and dW [V, D], the latter empty if not needed."""
+    _, error_NV = _errors(x_ND, weight_VD, targets_N, lse_N)
+    dz_NV = (g_N[:, None] * error_NV).to(x_ND.dtype)
+    dweight_VD = (dz_NV.T @ x_ND).to(weight_VD.dtype) if need_weight else weight_VD.new_empty(0)
+    return dz_NV @ weight_VD.to(x_ND.dtype), dweight_VD
+
+
+def double_backward(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, lse_N: Tensor, g_N: Tensor, a_ND: Tensor, c_VD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients gx [N, D], gW [V, D] and gg [N]; an empty c stands for zeros."""
+    dtype = x_ND.dtype
+    w_VD = weight_VD.to(dtype)
+    c_VD = c_VD.to(dtype) if c_VD.numel() else torch.zeros_like(w_VD)
+    p_NV, error_NV = _errors(x_ND, weight_VD, targets_N, lse_N)
+    tangent_NV = (a_ND @ w_VD.T + x_ND @ c_VD.T).to(p_NV.dtype)  # z'
+    mean_N1 = (p_NV * tangent_NV).sum(1, keepdim=True)
+    dz_NV = (g_N[:, None] * error_NV).to(dtype)
+    dz_tangent_NV = (g_N[:, None] * p_NV * (tangent_NV - mean_N1)).to(dtype)  # dz'
+    return (
+        dz_tangent_NV @ w_VD + dz_NV @ c_VD,
+        (dz_tangent_NV.T @ x_ND + dz_NV.T @ a_ND).to(weight_VD.dtype),
+        (error_NV * tangent_NV).sum(1),
+    )
+
+
+def _logits(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    return F.linear(x_ND, weight_VD.to(x_ND.dtype)).to(accumulation_dtype(x_ND.dtype))
+
+
+def _errors(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, lse_N: Tensor) -> tuple[Tensor, Tensor]:
+    """p and p - onehot."""
+    p_NV = (_logits(x_ND, weight_VD) - lse_N[:, None]).exp()
+    return p_NV, p_NV.scatter_add(1, targets_N[:, None], p_NV.new_full((), -1).expand(len(targets_N), 1))
