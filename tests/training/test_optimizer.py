@@ -1,3 +1,5 @@
+"""The outer optimizer against the official schedule, exact clipping and AdamW written out."""
+
 import math
 from pathlib import Path
 
@@ -27,7 +29,7 @@ MODEL = ModelConfig(
 )
 
 
-def test_learning_rate_is_that_of_the_official_schedule(golden_dir: Path) -> None:
+def test_learning_rate_follows_the_official_schedule(golden_dir: Path) -> None:
     golden = load_file(golden_dir / "tiny_e2e.safetensors")
     config = TrainConfig(lr=3e-3, lr_init=0.0, lr_end=1e-5, warmup_steps=10, steps=100)
     ours = [learning_rate(int(step), config) for step in golden["lr_schedule_steps"]]
@@ -51,7 +53,7 @@ def test_inner_learning_rate_warms_up_from_its_first_value() -> None:
 
 
 @pytest.mark.parametrize(("clip", "scale"), [(10.0, 1.0), (5.0, 1.0), (1.0, 0.2)])
-def test_clip_is_on_the_global_norm_and_exact(clip: float, scale: float) -> None:
+def test_clip_gradients_by_the_exact_global_norm(clip: float, scale: float) -> None:
     model = nn.ParameterList([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))])
     model[0].grad, model[1].grad = torch.tensor([3.0]), torch.tensor([0.0, 4.0])
     assert clip_gradients(model, clip) == 5.0
@@ -65,7 +67,7 @@ def test_update_is_adamw_with_decay_on_every_tensor() -> None:
     optimizer = make_optimizer(model, config)
     for weight in model:
         weight.grad = torch.full_like(weight, 1e-3)
-    norm = optimizer_step(model, optimizer, lr=0.1, clip=1.0)
+    norm = optimizer_step(model, optimizer, lr=0.1, max_grad_norm=1.0)
     assert norm == pytest.approx(1e-3 * math.sqrt(7))
     for weight in model:  # the first step of Adam is lr * sign(gradient)
         torch.testing.assert_close(weight.detach(), torch.full_like(weight, 1 - 0.1 * 0.5 - 0.1), rtol=1e-4, atol=0)
@@ -76,5 +78,5 @@ def test_gradient_that_is_not_finite_changes_nothing() -> None:
     model = nn.ParameterList([nn.Parameter(torch.ones(3))])
     optimizer = make_optimizer(model, TrainConfig())
     model[0].grad = torch.tensor([1.0, math.nan, 1.0])
-    assert math.isnan(optimizer_step(model, optimizer, lr=0.1, clip=1.0))
+    assert math.isnan(optimizer_step(model, optimizer, lr=0.1, max_grad_norm=1.0))
     assert model[0].tolist() == [1.0, 1.0, 1.0]

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from helpers import made_up_tokens, small_config
@@ -24,11 +24,11 @@ from ttt_e2e.config.schema import RunConfig, TrainConfig
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.model.checkpoint import load_model, model_digest
+from ttt_e2e.model.checkpoint import load_transformer, model_digest
 from ttt_e2e.training import trainer
-from ttt_e2e.training.checkpoint import checkpoints
+from ttt_e2e.training.checkpoint import list_checkpoints
 from ttt_e2e.training.metrics import read_metrics
-from ttt_e2e.training.trainer import Summary, train
+from ttt_e2e.training.trainer import TrainResult, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,25 +54,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_up_tokens(tmp_path_factory.mktemp("data"), 100)
 
 
-def run(data: Path, out: Path, *changes: str, **options: Any) -> Summary:
+def run(data: Path, out: Path, *changes: str, **options: Any) -> TrainResult:
     return train(override(CONFIG, list(changes)), data, out, progress=False, device="cpu", **options)
 
 
 def measured(out: Path) -> list[dict[str, Any]]:
-    """The metrics without what a clock says."""
+    """The metrics without the measured times."""
     timing = {"seconds", "tokens_per_second"}
     return [{key: value for key, value in line.items() if key not in timing} for line in read_metrics(out)]
 
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed."""
+    """An undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     run(data, out)
     return out
 
 
-def test_a_run_learns_and_leaves_what_it_promises(data: Path, whole: Path) -> None:
+def test_run_learns_and_leaves_all_files(data: Path, whole: Path) -> None:
     lines = measured(whole)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
@@ -84,9 +84,9 @@ def test_a_run_learns_and_leaves_what_it_promises(data: Path, whole: Path) -> No
     last = evaluations[-1]["eval"]
     assert last["gain"] == pytest.approx(last["loss_without_learning"] - last["loss"])
     assert len(last["gain_by_quarter"]) == 4
-    assert [folder.name for folder in checkpoints(whole)] == ["step-00000012", "step-00000009"]
-    model = load_model(whole / "model")
-    assert model_digest(model) == model_digest(load_model(checkpoints(whole)[0]))
+    assert [folder.name for folder in list_checkpoints(whole)] == ["step-00000012", "step-00000009"]
+    model = load_transformer(whole / "model")
+    assert model_digest(model) == model_digest(load_transformer(list_checkpoints(whole)[0]))
     assert (whole / "model/tokenizer.json").read_bytes() == (data / "tokenizer.json").read_bytes()
     assert json.loads((whole / "config.json").read_text())["train"]["steps"] == 12
 
@@ -98,52 +98,52 @@ def test_accumulation_does_not_change_the_losses(data: Path, whole: Path, tmp_pa
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
-def test_compiled_and_resumed_it_is_the_same_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_run_is_the_same_when_resumed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = ("steps=4", "eval_every=0", "activation_checkpointing=none")
     run(data, tmp_path / "plain", *changes)
     torch._dynamo.reset()
     monkeypatch.setattr(trainer, "compiled_functions", lambda device: compiled_functions(device, "aot_eager"))
-    sequence_loss, given = trainer.sequence_loss, []
+    sequence_loss, static_caches = trainer.sequence_loss, []
 
     def interrupting(*args: Any, **options: Any) -> Any:
-        given.append(options["steps"].fixed)
-        if len(given) == 8 + 3:  # in the middle of the second run's second step
+        static_caches.append(options["functions"].static_cache)
+        if len(static_caches) == 8 + 3:  # in the middle of the second run's second step
             os.kill(os.getpid(), signal.SIGINT)
         return sequence_loss(*args, **options)
 
     monkeypatch.setattr(trainer, "sequence_loss", interrupting)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Going on without compilation")
+        warnings.filterwarnings("error", "Continuing without compilation")
         run(data, tmp_path / "whole", *changes, compile=True)
         assert run(data, tmp_path / "stopped", *changes, compile=True).step == 2
         run(data, tmp_path / "stopped", *changes, compile=True, resume=True)
-    assert all(given) and len(given) == 16
+    assert all(static_caches) and len(static_caches) == 16
     assert measured(tmp_path / "stopped") == measured(tmp_path / "whole")
     for ours, theirs in zip(measured(tmp_path / "whole"), measured(tmp_path / "plain"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
-def test_fast_weights_of_low_rank(data: Path, tmp_path: Path) -> None:
+def test_fast_weights_of_low_rank_are_trained(data: Path, tmp_path: Path) -> None:
     """They train like all others, in either way of the outer gradient; another rank is another model."""
     run(data, tmp_path / "run", "fast_rank=2")
     run(data, tmp_path / "again", "fast_rank=2", "activation_checkpointing=none")
     lines, again = ([line for line in measured(tmp_path / name) if "loss" in line] for name in ("run", "again"))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in lines], abs=1e-4)
-    model = load_model(tmp_path / "run/model")
+    model = load_transformer(tmp_path / "run/model")
     assert all(block.fast.up_in.abs().max() > 1e-4 for block in model.suffix)
     with pytest.raises(UserError, match="fast_rank = 2, not 3"):
         run(data, tmp_path / "other", "fast_rank=3", start_from=tmp_path / "run/model")
 
 
-def test_trains_on_zarr_arrays_as_they_are(data: Path, tmp_path: Path) -> None:
+def test_training_on_zarr_arrays(data: Path, tmp_path: Path) -> None:
     zarr = pytest.importorskip("zarr")
     group = zarr.open_group(str(tmp_path / "arrays"), mode="w")
     for split in ("train", "val"):
         tokens = TokenSet.open(data, split)
         flat = np.concatenate([tokens.document(i) for i in range(len(tokens))]).astype(np.uint32)
         group.create_array(split, data=flat)
-    with pytest.raises(UserError, match=r"make .* with `ttt-e2e prepare`"):
+    with pytest.raises(UserError, match=r"write .* with `ttt-e2e prepare`"):
         run(tmp_path / "arrays", tmp_path / "run")
     with pytest.raises(UserError, match="leave --tokenizer out"):
         run(data, tmp_path / "run", tokenizer=str(data / "tokenizer.json"))
@@ -152,7 +152,7 @@ def test_trains_on_zarr_arrays_as_they_are(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/model/tokenizer.json").read_bytes() == (data / "tokenizer.json").read_bytes()
 
 
-def test_a_standard_model_trains_too(data: Path, tmp_path: Path) -> None:
+def test_standard_model_is_trained(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     summary = run(data, out, "suffix_layers=0", "pattern=full", "mini_batch_size=none", "steps=2", "log_every=2")
     assert summary.evaluation is not None
@@ -160,7 +160,7 @@ def test_a_standard_model_trains_too(data: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in measured(out)] == [2, 2]
 
 
-def test_an_existing_run_is_not_overwritten(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_existing_run_is_not_overwritten(data: Path, whole: Path, tmp_path: Path) -> None:
     before = measured(whole)
     with pytest.raises(UserError, match="already holds a run; continue it with --resume"):
         run(data, whole)
@@ -181,18 +181,18 @@ def test_resuming_a_finished_run_changes_nothing(data: Path, whole: Path) -> Non
 
 
 @pytest.mark.parametrize("change", ["lr=0.5", "inner_loop.max_grad_norm=0.5", "context=24", "steps=13"])
-def test_resuming_with_another_configuration(data: Path, whole: Path, change: str) -> None:
+def test_resume_refuses_another_configuration(data: Path, whole: Path, change: str) -> None:
     with pytest.raises(UserError, match=rf"\.{change.split('=')[0]} = .* resume it with the same configuration"):
         run(data, whole, change, resume=True)
 
 
-def test_how_often_things_are_written_may_change(data: Path, whole: Path) -> None:
+def test_resume_allows_another_cadence(data: Path, whole: Path) -> None:
     assert run(data, whole, "keep_checkpoints=5", "eval_every=0", resume=True).step == 12
     run(data, whole, resume=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_the_rest_comes_out_the_same(
+def test_signal_finishes_the_step_and_the_resumed_run_is_the_same(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     sequence_loss, calls = trainer.sequence_loss, []
@@ -213,21 +213,24 @@ def test_a_signal_finishes_the_step_and_the_rest_comes_out_the_same(
     assert measured(tmp_path / "run") == measured(whole)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(
+def test_damaged_newest_checkpoint_is_skipped(
     data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     run(data, out)
     weights = (out / "model/model.safetensors").read_bytes()
-    (checkpoints(out)[0] / "optimizer.safetensors").write_bytes(b"nothing")
+    (list_checkpoints(out)[0] / "optimizer.safetensors").write_bytes(b"nothing")
     (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text() + '{"step": 13, "lo')
+    (out / "checkpoints/.step-00000013.123.part").mkdir()
+    (out / ".metrics.jsonl.123.part").write_text("left by a killed process")
     run(data, out, resume=True)
-    assert "not whole: optimizer.safetensors has 7 of" in capsys.readouterr().out
+    assert not list(out.rglob(".*"))
+    assert "is incomplete: optimizer.safetensors has 7 of" in capsys.readouterr().out
     assert measured(out) == measured(whole)
     assert (out / "model/model.safetensors").read_bytes() == weights
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequence_loss, calls = trainer.sequence_loss, []
 
     def exploding(*args: Any, **options: Any) -> Any:
@@ -241,18 +244,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, mon
     assert [line["step"] for line in measured(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
 
 
-def test_data_of_another_vocabulary(data: Path, tmp_path: Path) -> None:
+def test_data_of_another_vocabulary_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vocabulary of 272, but the model has 300"):
         run(data, tmp_path / "run", "vocab_size=300")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_does_not_split(data: Path, tmp_path: Path) -> None:
+def test_batch_that_does_not_split_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not split"):
         run(data, tmp_path / "run", "batch=3")
 
 
-def test_a_device_that_is_not_there(data: Path, tmp_path: Path) -> None:
+def test_missing_device_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no device 'abacus'"):
         train(CONFIG, data, tmp_path / "run", device="abacus")
     if not torch.cuda.is_available():
@@ -260,7 +263,7 @@ def test_a_device_that_is_not_there(data: Path, tmp_path: Path) -> None:
             train(CONFIG, data, tmp_path / "run", device="cuda")
 
 
-def test_extension_starts_from_the_weights_at_another_context(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_extension_starts_from_trained_weights(data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     changes = ("context=40", "batch=2", "steps=2", "inner_warmup_steps=0", "rope_theta=1e6")
     (whole / "model/chat_template.jinja").write_text("{{ messages }}")
@@ -270,20 +273,20 @@ def test_extension_starts_from_the_weights_at_another_context(data: Path, whole:
     assert first < fresh - 0.5
     assert json.loads((out / "config.json").read_text())["start_from"] == str((whole / "model").resolve())
     with pytest.raises(UserError, match=r"started from .*/model, not from"):
-        run(data, out, *changes, resume=True, start_from=checkpoints(whole)[-1])
+        run(data, out, *changes, resume=True, start_from=list_checkpoints(whole)[-1])
     shutil.copytree(whole / "model", tmp_path / "moved")
     assert run(data, out, *changes, resume=True, start_from=tmp_path / "moved").step == 2
 
 
-def test_extension_of_a_model_that_does_not_fit(data: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has window = 12, not 10; set model\.window=12"):
+def test_start_from_a_model_that_does_not_fit_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has sliding_window = 12, not 10; set model\.sliding_window=12"):
         run(data, tmp_path / "run", "sliding_window=10", start_from=whole / "model")
     with pytest.raises(UserError, match="There is no model folder"):
         run(data, tmp_path / "run", start_from=tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard(data: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_the_losses(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -294,7 +297,7 @@ def test_tensorboard(data: Path, tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(v, rel=1e-6)) for s, v in expected]
 
 
-def test_weights_and_biases(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_continues_its_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[dict[str, Any]] = []
     logged: list[tuple[str, int]] = []
 
@@ -324,11 +327,15 @@ def test_weights_and_biases(data: Path, tmp_path: Path, monkeypatch: pytest.Monk
 # -- in processes of their own -----------------------------------------------------------------------------------------
 
 
-def command(data: Path, out: Path, *changes: str) -> list[str]:
-    return [sys.executable, __file__, str(data), str(out), *changes]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # where the helpers are
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def wait_for_line(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def command(data: Path, out: Path, *changes: str, launcher: Sequence[str] = ()) -> list[str]:
+    return [sys.executable, *launcher, __file__, str(data), str(out), *changes]
+
+
+def wait_for_lines(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     while process.poll() is None:
         metrics = out / "metrics.jsonl"
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
@@ -337,18 +344,23 @@ def wait_for_line(out: Path, count: int, process: subprocess.Popen[bytes]) -> No
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_it_is_the_same_run(data: Path, tmp_path: Path) -> None:
+def test_run_killed_at_any_moment_is_the_same_when_resumed(data: Path, tmp_path: Path) -> None:
     changes = ("steps=40", "checkpoint_every=2", "eval_every=10")
-    subprocess.run(command(data, tmp_path / "whole", *changes), check=True, stdout=subprocess.DEVNULL)
-    out, choose, killed = tmp_path / "killed", random.Random(), 0
+    subprocess.run(command(data, tmp_path / "whole", *changes), check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    out, choose = tmp_path / "killed", random.Random()
     for target in (1, 12, 23, 34):
-        process = subprocess.Popen(command(data, out, *changes), stdout=subprocess.DEVNULL)
-        wait_for_line(out, target, process)
+        # A run that has come to its end waits to be killed, in case this process is slow.
+        process = subprocess.Popen(
+            command(data, out, *changes),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=ENVIRONMENT | {"WAIT_AT_END": "1"},
+        )
+        wait_for_lines(out, target, process)
         time.sleep(choose.uniform(0, 0.15))
         process.kill()
-        killed += process.wait() == -signal.SIGKILL
-    assert killed >= 3
-    subprocess.run(command(data, out, *changes), check=True, stdout=subprocess.DEVNULL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command(data, out, *changes), check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     assert measured(out) == measured(tmp_path / "whole")
     assert len(measured(out)) == 40 + 4
     for name in ("model/model.safetensors", "checkpoints/step-00000040/optimizer.safetensors"):
@@ -359,8 +371,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(data: Path, tmp_pat
 @pytest.mark.slow
 def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     changes = ("steps=4", "accumulate=1")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, *command(data, tmp_path / "two", *changes)[1:]], check=True)
+    subprocess.run(command(data, tmp_path / "two", *changes, launcher=TORCHRUN), check=True, env=ENVIRONMENT)
     run(data, tmp_path / "one", *changes)
     for two, one in zip(measured(tmp_path / "two"), measured(tmp_path / "one"), strict=True):
         assert two["step"] == one["step"]
@@ -373,22 +384,40 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_under_torchrun_and_on(data: Path, tmp_path: Path) -> None:
-    """Only one of the two hears it; both stop after the same step, and what comes after is as if nothing had been."""
-    changes = ("steps=40", "accumulate=1", "checkpoint_every=0", "eval_every=0")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, *command(data, tmp_path / "whole", *changes)[1:]], check=True)
+def test_ctrl_c_under_torchrun_stops_all_processes(data: Path, tmp_path: Path) -> None:
+    """Only one of the two gets the signal; both stop after the same step, and the resumed run is the same."""
+    changes = ("steps=12", "accumulate=1", "checkpoint_every=0", "eval_every=0")
+    subprocess.run(command(data, tmp_path / "whole", *changes, launcher=TORCHRUN), check=True, env=ENVIRONMENT)
     out = tmp_path / "run"
-    process = subprocess.Popen([*launcher, *command(data, out, *changes)[1:]], stdout=subprocess.PIPE, text=True)
-    wait_for_line(out, 5, process)
-    worker = next(p for p in psutil.Process(process.pid).children() if str(out) in p.cmdline())
-    worker.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "Stopped after step" in told
-    assert 5 <= len(measured(out)) < 40
-    subprocess.run([*launcher, *command(data, out, *changes)[1:]], check=True)
+    done = subprocess.run(
+        command(data, out, *changes, launcher=TORCHRUN),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | {"INTERRUPT_RANK_1_IN_STEP": "5"},
+    )
+    assert "Stopped after step 5;" in done.stdout
+    assert len(measured(out)) == 5
+    subprocess.run(command(data, out, *changes, launcher=TORCHRUN), check=True, env=ENVIRONMENT)
     assert measured(out) == measured(tmp_path / "whole")
 
 
+def interrupt_in_step(step: int) -> None:
+    """Send SIGINT to this process in the middle of a step that it makes with one micro-batch a step."""
+    sequence_loss, calls = trainer.sequence_loss, []
+
+    def interrupting(*args: Any, **options: Any) -> Any:
+        calls.append(0)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sequence_loss(*args, **options)
+
+    trainer.sequence_loss = interrupting
+
+
 if __name__ == "__main__":
+    if os.environ.get("RANK") == "1" and "INTERRUPT_RANK_1_IN_STEP" in os.environ:
+        interrupt_in_step(int(os.environ["INTERRUPT_RANK_1_IN_STEP"]))
     run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:], resume=True, threads=1)
+    if "WAIT_AT_END" in os.environ:
+        sys.stdin.read()

@@ -1,1 +1,1 @@
-"""Training of the outer loop: schedules and AdamW, checkpoints, metrics, and the loop that uses them."""
+"""Training of the outer loop: the loop itself, its optimizer, checkpoints, metrics and evaluation."""

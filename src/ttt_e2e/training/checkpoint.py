@@ -1,16 +1,14 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
-A checkpoint RUN/checkpoints/step-00000100 is a model folder with two more files: optimizer.safetensors
-(AdamW's moments by parameter name) and trainer.json (how far the run is, its configuration, and the digest of
-every other file). It is written beside its place and renamed into it, so that it is whole or not there.
+The checkpoint RUN/checkpoints/step-00000100 is a model folder with two more files: optimizer.safetensors, AdamW's
+moments by parameter name, and trainer.json, the state of the trainer, its configuration and the digests of all other
+files. It is written under a temporary name and then renamed, so it is complete or absent.
 """
 
-import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,8 @@ import torch
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path
-from ttt_e2e.model.checkpoint import (
-    load_safetensors,
-    read_json,
-    read_weights,
-    save_safetensors,
-    write_model_files,
-)
+from ttt_e2e.files import atomic_path, check_format, read_json, remove_atomically
+from ttt_e2e.model.checkpoint import load_safetensors, read_weights, save_safetensors, write_model_files
 from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e checkpoint"
@@ -36,33 +28,38 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Progress:
-    """How far a run is: finished steps, tokens read, seconds spent, and where the data loader stands."""
+class TrainerState:
+    """How far a run is."""
 
     step: int = 0
+    """Finished optimiser steps."""
     tokens: int = 0
+    """Tokens that were trained on."""
     seconds: float = 0.0
-    loader: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Time spent on them."""
+    loader: dict[str, Any] = field(default_factory=dict)
+    """Position in the data, as `SequenceLoader.state` returns it."""
 
 
 def save_checkpoint(
     run: Path,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    state: TrainerState,
     config: RunConfig,
     tokenizer_json: Path | None,
 ) -> Path:
-    """Write the checkpoint of `progress.step`, then remove those beyond `keep_checkpoints`; returns its folder.
+    """Write the checkpoint of `state.step` in the folder `run`, then remove the oldest ones but `keep_checkpoints`.
 
-    Raises UserError if the disk is full; what was there before is then still there.
+    tokenizer_json: a file to copy into the checkpoint. Returns the checkpoint's folder. Raises UserError if the disk is
+    full; the checkpoints that exist are then kept.
     """
-    folder = run / "checkpoints" / f"step-{progress.step:08d}"
+    folder = run / "checkpoints" / f"step-{state.step:08d}"
     with atomic_path(folder) as part:
         part.mkdir()
-        write_model_files(model, part, tokenizer_json, notes={"step": progress.step, "tokens": progress.tokens})
+        write_model_files(model, part, tokenizer_json, notes={"step": state.step, "tokens": state.tokens})
         moments = {
-            # A weight that no loss has depended on yet has none: a memory's step in texts of one mini-batch.
+            # A weight that no loss has depended on yet has no moments, such as a memory's in texts of one mini-batch.
             f"{moment}.{name}": optimizer.state[weight].get(moment, torch.zeros_like(weight)).to("cpu")
             for name, weight in model.named_parameters()
             for moment in _MOMENTS
@@ -71,89 +68,78 @@ def save_checkpoint(
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "progress": dataclasses.asdict(progress),
+            "progress": {
+                "step": state.step,
+                "tokens": state.tokens,
+                "seconds": state.seconds,
+                "loader": state.loader,
+            },
             "config": to_dict(config),
             "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in part.iterdir()},
         }
         (part / TRAINER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    older = [other for other in checkpoints(run) if other.name < folder.name]
+    older = [other for other in list_checkpoints(run) if other.name < folder.name]
     for other in older[config.train.keep_checkpoints - 1 :]:
-        hidden = other.with_name(f".{other.name}.old")
-        other.rename(hidden)  # so that nobody meets a checkpoint of which half is removed
-        shutil.rmtree(hidden)
+        remove_atomically(other)
     return folder
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress:
-    """Fill `model` and `optimizer` from `folder`. Raises UserError if that is not whole, or another's."""
-    content = check_checkpoint(folder)
+def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Fill `model` and `optimizer` from a checkpoint. Raises UserError if it is damaged or of another model."""
+    progress = check_checkpoint(folder)["progress"]
     read_weights(model, folder)
     shapes = {
         f"{moment}.{name}": tuple(weight.shape) for name, weight in model.named_parameters() for moment in _MOMENTS
     }
     moments, _ = load_safetensors(folder / OPTIMIZER, shapes)
-    progress = Progress(**content["progress"])
     for name, weight in model.named_parameters():
         optimizer.state[weight] = {
-            "step": torch.tensor(float(progress.step), device=weight.device),
+            "step": torch.tensor(float(progress["step"]), device=weight.device),
             **{moment: moments[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS},
         }
-    return progress
+    return TrainerState(progress["step"], progress["tokens"], progress["seconds"], progress["loader"])
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """What trainer.json in `folder` says, if every file is there and unaltered; else UserError."""
+    """The content of trainer.json; raises UserError unless all files of the checkpoint are there and unaltered."""
     content = read_json(folder / TRAINER)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{folder} is not a checkpoint of ttt-e2e; give a folder that its training has written.")
-    if content.get("version") != VERSION:
-        raise UserError(
-            f"{folder} has checkpoint format {content.get('version')!r}, this version of ttt-e2e reads {VERSION}; "
-            "update ttt-e2e to read it."
-        )
+    check_format(
+        content, folder, FORMAT, VERSION, "finish the run with the version that wrote it, or start another run"
+    )
     for name, expected in content["files"].items():
         file = folder / name
         if not file.is_file():
-            raise UserError(f"The checkpoint {folder} is not whole: {name} is missing.")
+            raise UserError(f"The checkpoint {folder} is incomplete: {name} is missing.")
         if file.stat().st_size != expected["bytes"]:
             raise UserError(
-                f"The checkpoint {folder} is not whole: {name} has {file.stat().st_size} of {expected['bytes']} bytes."
+                f"The checkpoint {folder} is incomplete: {name} has {file.stat().st_size} of {expected['bytes']} bytes."
             )
         if _sha256(file) != expected["sha256"]:
-            raise UserError(f"The checkpoint {folder} was altered: the digest of {name} does not fit.")
+            raise UserError(f"The checkpoint {folder} was altered: the digest of {name} does not match.")
     return content
 
 
-def checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of `run`, the newest first."""
     return sorted((run / "checkpoints").glob("step-????????"), reverse=True)
 
 
-def latest(run: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest whole checkpoint of `run`, None if there is none at all; `say` hears of what is passed over.
+def latest_checkpoint(run: Path, log: Callable[[str], None] = print) -> Path | None:
+    """The newest intact checkpoint of `run`; None if it has no checkpoints. `log` is told why others are skipped.
 
-    Raises UserError if there are checkpoints, but not one of them is whole.
+    Raises UserError if there are checkpoints, but none of them is intact.
     """
-    folders = checkpoints(run)
+    folders = list_checkpoints(run)
     for folder in folders:
         try:
             check_checkpoint(folder)
         except UserError as error:
-            say(f"{error} Looking for an earlier one.")
+            log(f"{error} Looking for an earlier one.")
         else:
             return folder
     if folders:
-        raise UserError(f"No checkpoint in {run / 'checkpoints'} is whole; start anew in another folder.")
+        raise UserError(f"No checkpoint in {run / 'checkpoints'} is intact; start again in another folder.")
     return None
-
-
-def remove_leftovers(run: Path) -> None:
-    """Remove what a run that was killed while saving has left half-written."""
-    for left in [*(run / "checkpoints").glob(".step-*"), *run.glob(".*.part"), *run.glob(".*.old")]:
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
 
 
 def _sha256(file: Path) -> str:

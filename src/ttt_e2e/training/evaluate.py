@@ -1,4 +1,4 @@
-"""Evaluation as training goes on: the loss on held-out documents, with and without learning while reading."""
+"""Evaluation during training: the loss on validation documents, with and without learning while reading."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,41 +8,41 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.config.schema import TrainConfig
-from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.training.parallelize import Processes
+from ttt_e2e.training.parallelize import DistributedContext
 
 QUARTERS = 4
 
 
-def evaluate(
-    model: Transformer,
-    sequences: Sequence[np.ndarray],
-    bos: int,
-    config: TrainConfig,
-    dist: Processes,
+def evaluate_sequences(
+    model: Transformer, sequences: Sequence[np.ndarray], bos: int, config: TrainConfig, dist: DistributedContext
 ) -> dict[str, Any]:
-    """Mean nats a token over `sequences`, each of which starts a document; every process reads its share.
+    """The mean loss of `sequences`, in nats per token; the processes share them.
 
-    For a model with a suffix also the loss of the same weights without learning, what learning gains, and
-    that gain by quarter of the context (None where no sequence is long enough).
+    Args:
+        model: any model.
+        sequences: token ids, at most `config.context` + 1 each; each sequence starts a text.
+        bos: targets equal to this id do not count.
+        config: gives context, batch and dtype.
+        dist: the processes.
+
+    Returns:
+        "loss" and the number of "tokens". For a model with a suffix also "loss_without_learning" of the same weights,
+        the "gain" from learning, and "gain_by_quarter" of the context, None where no sequence is long enough.
     """
-    learns = model.config.suffix_layers > 0
-    modes = [True, False] if learns else [True]
-    # [learning or not, quarter]: sums over tokens, and how many tokens.
+    has_suffix = model.config.suffix_layers > 0
+    modes = [True, False] if has_suffix else [True]
+    # Sums of losses by mode (learning or not) and quarter, and the number of tokens by quarter.
     sums = torch.zeros(len(modes), QUARTERS, dtype=torch.float64)
     counts = torch.zeros(QUARTERS, dtype=torch.float64)
-    mine = sequences[dist.rank :: dist.world]
-    for tokens_BT1 in _batches(mine, config.batch // config.accumulate // dist.world, bos):
+    own_sequences = sequences[dist.rank :: dist.world_size]
+    for tokens_BT1 in _batches(own_sequences, config.batch // config.accumulate // dist.world_size, bos):
         quarter_T = torch.arange(tokens_BT1.shape[1] - 1) * QUARTERS // config.context
         for row, learn in enumerate(modes):
             with torch.no_grad():
                 result = sequence_loss(
-                    model,
-                    tokens_BT1.to(dist.device),
-                    bos=bos,
-                    learn=learn,
-                    dtype=getattr(torch, config.dtype),
+                    model, tokens_BT1.to(dist.device), bos=bos, learn=learn, dtype=getattr(torch, config.dtype)
                 )
             mask_BT = result.mask_BT.cpu().double()
             nll_BT = result.nll_BT.cpu().double() * mask_BT
@@ -53,7 +53,7 @@ def evaluate(
     dist.sum_([sums, counts])
     means = [float(total / counts.sum()) for total in sums.sum(1)]
     measured: dict[str, Any] = {"loss": means[0], "tokens": int(counts.sum())}
-    if learns:
+    if has_suffix:
         gains = ((sums[1] - sums[0]) / counts).tolist()
         measured["loss_without_learning"] = means[1]
         measured["gain"] = means[1] - means[0]
@@ -64,7 +64,7 @@ def evaluate(
 
 
 def _batches(sequences: Sequence[np.ndarray], size: int, bos: int) -> Iterator[Tensor]:
-    """Batches of up to `size` sequences of about one length, padded with `bos`, which is masked as a target."""
+    """Batches of up to `size` sequences of similar length, padded with `bos`, which does not count as a target."""
     ordered = sorted((torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences), key=len, reverse=True)
-    for at in range(0, len(ordered), size):
-        yield torch.nn.utils.rnn.pad_sequence(ordered[at : at + size], batch_first=True, padding_value=bos)
+    for start in range(0, len(ordered), size):
+        yield torch.nn.utils.rnn.pad_sequence(ordered[start : start + size], batch_first=True, padding_value=bos)

@@ -1,4 +1,4 @@
-"""The outer optimiser: AdamW on every tensor, a clip on the global norm, two learning rates by step."""
+"""The outer optimizer: AdamW, clipping by the global norm, and the schedules of both learning rates."""
 
 import math
 
@@ -12,8 +12,7 @@ from ttt_e2e.model.mixers.base import Mixer
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The outer learning rate of the 0-based `step`: linear from `lr_init` to `lr`, then cosine to `lr_end`.
 
-    The first step of a warm-up therefore runs at `lr_init`, which fills AdamW's moments and, at 0, changes
-    nothing.
+    The first step of a warm-up therefore has `lr_init`; at 0 it only fills AdamW's moments.
     """
     if step < config.warmup_steps:
         return config.lr_init + (config.lr - config.lr_init) * step / config.warmup_steps
@@ -30,10 +29,9 @@ def inner_learning_rate(step: int, config: TrainConfig, model: ModelConfig) -> f
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over every parameter of `model`, decay on norms and embeddings too, but not on what mixers exempt."""
-    exempt = [
-        getattr(module, name) for module in model.modules() if isinstance(module, Mixer) for name in module.undecayed
-    ]
+    """AdamW over all parameters of `model`, with weight decay on all but those that mixers exempt."""
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    exempt = [getattr(mixer, name) for mixer in mixers for name in mixer.no_weight_decay]
     ids = {id(parameter) for parameter in exempt}
     groups: list[dict] = [{"params": [p for p in model.parameters() if id(p) not in ids]}]
     if exempt:
@@ -49,22 +47,22 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, clip: float) -> float:
-    """Scale all gradients together so that their global norm is at most `clip`; returns the norm before."""
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale all gradients together so that their global norm is at most `max_norm`; returns the norm before."""
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
-    # Not torch's clip_grad_norm_: that adds 1e-6 to the norm, which the published training does not.
-    if norm >= clip and math.isfinite(norm):
-        torch._foreach_mul_(gradients, clip / norm)
+    # Not torch's clip_grad_norm_, which adds 1e-6 to the norm; the published training does not.
+    if norm >= max_norm and math.isfinite(norm):
+        torch._foreach_mul_(gradients, max_norm / norm)
     return norm
 
 
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """One update of `model` from its gradients, which are cleared; returns their global norm.
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
+    """Clip the gradients of `model`, update it and clear them; returns their global norm before the clip.
 
-    If that norm is not finite, nothing is changed.
+    Nothing is changed if that norm is not finite.
     """
-    norm = clip_gradients(model, clip)
+    norm = clip_gradients(model, max_grad_norm)
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
