@@ -35,8 +35,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)  # left by a killed process with the same id, which is common in containers
         yield part
-        for path in (part, *part.rglob("*")):
-            sync(path)
+        _sync_tree(part)
         if target.is_dir():
             old = _temporary(target, "old")
             target.rename(old)
@@ -91,6 +90,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    for one in (path, *path.rglob("*")):
+        sync(one)
 
 
 def lock_folder(folder: Path, in_use: str, wait_seconds: float = 0.0) -> IO[bytes]:

@@ -1,4 +1,4 @@
-"""Reading a document beside its frozen twin: the curve, the report, the summary and the picture."""
+"""Reading a document beside a twin that does not learn: the report, the summary, the plot, and saving on the way."""
 
 import os
 import signal
@@ -18,10 +18,11 @@ from ttt_e2e.inference import session_file as session_files
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import session_facts
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.step import sequence_loss
-from ttt_e2e.reading.document import ReadingReport, read_document, sparkline, summary
-from ttt_e2e.reading.loss_curve import BINS, Curve
-from ttt_e2e.reading.plot import reading_picture
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.reading.document import read_document
+from ttt_e2e.reading.loss_curve import BINS
+from ttt_e2e.reading.plot import plot_reading
+from ttt_e2e.reading.report import ReadingReport, sparkline, summary
 
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed east, and the sea was calm.\n" for i in range(45))
 TOKENIZER = Tokenizer.train([TEXT], 290)
@@ -33,21 +34,7 @@ def report_of(text: str = TEXT, **options: object) -> ReadingReport:
     return read_document(Session(MODEL, TOKENIZER), [text], progress=False, **options)  # type: ignore[arg-type]
 
 
-@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12), bins=st.sampled_from([2, 4, 16]))
-@settings(deadline=None)
-def test_a_curve_keeps_sums_and_means(sizes: list[int], bins: int) -> None:
-    losses = np.random.default_rng(0).random(sum(sizes)).astype(np.float32)
-    curve = Curve(bins)
-    for piece in np.split(losses, np.cumsum(sizes)[:-1]):
-        curve.add(piece)
-    assert curve.tokens == len(losses) <= curve.width * bins
-    assert curve.total() == pytest.approx(losses.sum(), abs=1e-4)
-    for start in range(0, len(losses), curve.width):
-        stop = min(start + curve.width, len(losses))
-        assert curve.mean(start, stop) == pytest.approx(losses[start:stop].mean(), abs=1e-5)
-
-
-def test_the_report_holds_the_losses_of_sequence_loss() -> None:
+def test_report_has_the_losses_of_sequence_loss() -> None:
     report = report_of()
     tokens = torch.tensor([[TOKENIZER.bos, *TOKENIZER.encode(TEXT)]])
     learned = sequence_loss(TRAINABLE, tokens).nll_BT[0].detach()
@@ -66,14 +53,14 @@ def test_the_report_holds_the_losses_of_sequence_loss() -> None:
     assert report.curve[3].loss == pytest.approx(float(learned[start:stop].mean()), abs=1e-4)
 
 
-def test_any_split_gives_the_same_report() -> None:
+def test_report_does_not_depend_on_how_the_text_was_split() -> None:
     whole = report_of()
     split = read_document(Session(MODEL, TOKENIZER), (c for c in TEXT), progress=False)
     assert (whole.loss, whole.loss_without, whole.curve) == (split.loss, split.loss_without, split.curve)
 
 
 @pytest.mark.filterwarnings("error:Going on without compilation")
-def test_compiled_it_is_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_session_gives_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(
         "ttt_e2e.inference.session.compiled_functions", lambda device: compiled_functions(device, "aot_eager")
@@ -84,7 +71,7 @@ def test_compiled_it_is_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None
     assert [part.loss for part in compiled.curve] == pytest.approx([part.loss for part in plain.curve], abs=1e-4)
 
 
-def test_a_session_goes_on_with_another_text() -> None:
+def test_a_session_can_read_another_text() -> None:
     session = Session(MODEL, TOKENIZER)
     half = len(TEXT) // 2
     read_document(session, [TEXT[:half]], progress=False, baseline=False)
@@ -93,8 +80,8 @@ def test_a_session_goes_on_with_another_text() -> None:
     assert report.gain is not None
 
 
-def test_ctrl_c_stops_at_a_mini_batch_and_reports() -> None:
-    def pieces() -> Iterator[str]:
+def test_ctrl_c_stops_the_reading_and_reports() -> None:
+    def chunks() -> Iterator[str]:
         yield TEXT * 12  # a segment and more
         os.kill(os.getpid(), signal.SIGINT)
         yield TEXT
@@ -102,14 +89,14 @@ def test_ctrl_c_stops_at_a_mini_batch_and_reports() -> None:
     model = small_model(vocab_size=TOKENIZER.vocab_size, mini_batch_size=64, sliding_window=64)
     session = Session(model, TOKENIZER)
     before = signal.getsignal(signal.SIGINT)
-    report = read_document(session, pieces(), progress=False)
+    report = read_document(session, chunks(), progress=False)
     assert report.interrupted and report.gain is not None
     assert 0 < report.tokens < 12 * len(TOKENIZER.encode(TEXT))
     assert session.position + session.pending == report.tokens
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_learning_that_diverges_is_reported_and_the_session_is_sound() -> None:
+def test_divergence_is_reported_and_the_session_stays_usable() -> None:
     model = small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=1e30)
     session = Session(model, TOKENIZER)
     report = read_document(session, [TEXT], progress=False)
@@ -118,13 +105,13 @@ def test_learning_that_diverges_is_reported_and_the_session_is_sound() -> None:
     assert len(list(session.generate_tokens(max_tokens=3))) == 3
 
 
-def test_a_text_of_nothing() -> None:
-    for pieces in ([], [""]):
+def test_an_empty_text_is_refused() -> None:
+    for chunks in ([], [""]):
         with pytest.raises(UserError, match="nothing to read in text"):
-            read_document(Session(MODEL, TOKENIZER), pieces, progress=False)
+            read_document(Session(MODEL, TOKENIZER), chunks, progress=False)
 
 
-def test_short_texts() -> None:
+def test_a_short_text_is_read_without_learning() -> None:
     report = report_of("Hi")
     assert report.tokens == len(TOKENIZER.encode("Hi")) and report.gain == pytest.approx(0)
     assert "nothing could be learned" in summary(report)
@@ -135,21 +122,21 @@ def test_a_standard_model_is_read_without_comparison(tmp_path: Path) -> None:
     report = read_document(Session(model, TOKENIZER), [TEXT], progress=False)
     assert report.gain is None and report.quarters is None
     assert "no fast weights" in summary(report)
-    reading_picture(report, tmp_path / "p.svg")
+    plot_reading(report, tmp_path / "p.svg")
 
 
-def test_summary_and_picture(tmp_path: Path) -> None:
+def test_summary_and_plot(tmp_path: Path) -> None:
     report = report_of(name="ships_$x$.txt")
     text = summary(report)
     assert f"{report.gain:+.4f}" in text and "first 10 %" in text and "last 10 %" in text
-    reading_picture(report, tmp_path / "p.png")
+    plot_reading(report, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    reading_picture(report_of("Hi"), tmp_path / "short.pdf")
-    reading_picture(report_of(name=os.fsdecode(b"caf\xe9.txt")), tmp_path / "latin.png")
+    plot_reading(report_of("Hi"), tmp_path / "short.pdf")
+    plot_reading(report_of(name=os.fsdecode(b"caf\xe9.txt")), tmp_path / "latin.png")
     with pytest.raises(UserError, match=r"\.png"):
-        reading_picture(report, tmp_path / "p.docx")
+        plot_reading(report, tmp_path / "p.docx")
     with pytest.raises(UserError, match="folder"):
-        reading_picture(report, tmp_path)
+        plot_reading(report, tmp_path)
 
 
 def test_sparkline() -> None:
@@ -157,7 +144,7 @@ def test_sparkline() -> None:
     assert sparkline([]) == ""
 
 
-# -- readings that are saved as they go --------------------------------------------------------------------------------
+# -- saving while reading --------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -170,17 +157,17 @@ def but_times(report: ReadingReport) -> dict:
 
 
 def read_saving(path: Path, text: str = TEXT, killed_at: int | None = None, **options: object) -> ReadingReport:
-    """Read with a save after every chunk; at the chunk `killed_at` of this process the reading is torn off."""
+    """Read with a save after every chunk; at chunk number `killed_at` the process ends, so to speak."""
     session = options.pop("session", None) or Session(MODEL, TOKENIZER, learn=bool(options.pop("learn", True)))
     with pytest.MonkeyPatch.context() as patch:
-        reads, read = iter(range(10**6)), Session.steps
+        reads, read_chunks = iter(range(10**6)), Session.read_chunks
 
-        def steps(self: Session, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        def killed_chunks(self: Session, tokens: np.ndarray) -> Iterator[np.ndarray]:
             if self is session and next(reads) == killed_at:
                 raise Killed
-            return read(self, tokens)
+            return read_chunks(self, tokens)
 
-        patch.setattr(Session, "steps", steps)
+        patch.setattr(Session, "read_chunks", killed_chunks)
         settings = {"progress": False, "save": path, "save_every": 0.0, **options}
         return read_document(session, [text], **settings)  # type: ignore[arg-type]
 
@@ -191,7 +178,7 @@ def read_saving(path: Path, text: str = TEXT, killed_at: int | None = None, **op
     before=st.sampled_from(["", "Hi", TEXT[:200]]),
 )
 @settings(max_examples=6, deadline=None)
-def test_torn_off_and_begun_again_it_comes_to_the_same_end(
+def test_killed_and_run_again_it_comes_to_the_same_end(
     tmp_path_factory: pytest.TempPathFactory, kills: list[int], baseline: bool, before: str
 ) -> None:
     folder, text = tmp_path_factory.mktemp("s"), TEXT[:900]
@@ -205,14 +192,14 @@ def test_torn_off_and_begun_again_it_comes_to_the_same_end(
     for kill in kills:
         with pytest.raises(Killed):
             read_saving(folder / "s", text, killed_at=kill, session=session(), baseline=baseline)
-            raise Killed  # it had come to its end before
+            raise Killed  # it was finished before
     report = read_saving(folder / "s", text, session=session(), baseline=baseline)
     assert but_times(report) == but_times(expected)
     assert (folder / "s").read_bytes() == (folder / "whole").read_bytes()
     assert "unfinished" not in session_facts(folder / "s")
 
 
-def test_a_session_that_is_read_on_in_its_own_file(tmp_path: Path) -> None:
+def test_a_session_that_continues_in_its_own_file_can_be_resumed(tmp_path: Path) -> None:
     for name in ("whole", "s"):
         session = Session(MODEL, TOKENIZER)
         session.read(TEXT[:300])
@@ -231,10 +218,10 @@ def test_a_session_that_is_read_on_in_its_own_file(tmp_path: Path) -> None:
     assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_ctrl_c_and_the_same_again(tmp_path: Path) -> None:
+def test_ctrl_c_and_the_same_command_again(tmp_path: Path) -> None:
     text = TEXT * 12
 
-    def pieces() -> Iterator[str]:
+    def chunks() -> Iterator[str]:
         yield text[:40000]
         os.kill(os.getpid(), signal.SIGINT)
         yield text[40000:]
@@ -245,7 +232,7 @@ def test_ctrl_c_and_the_same_again(tmp_path: Path) -> None:
 
     model = small_model(vocab_size=TOKENIZER.vocab_size, mini_batch_size=64, sliding_window=64)
     expected = read("whole", iter([text]))
-    stopped = read("s", pieces())
+    stopped = read("s", chunks())
     assert stopped.interrupted and stopped.tokens < expected.tokens
     facts = session_facts(tmp_path / "s")
     assert facts["unfinished"]["tokens"] == stopped.tokens
@@ -254,7 +241,7 @@ def test_ctrl_c_and_the_same_again(tmp_path: Path) -> None:
     assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_ctrl_c_while_the_rest_is_scored_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_pending_tokens_are_scored_is_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Session.score_pending
 
     def score_pending(self: Session) -> np.ndarray:
@@ -263,13 +250,13 @@ def test_ctrl_c_while_the_rest_is_scored_comes_too_late(tmp_path: Path, monkeypa
 
     expected = read_saving(tmp_path / "expected.session", baseline=False)
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "score_rest", score_pending)
+        patch.setattr(Session, "score_pending", score_pending)
         report = read_saving(tmp_path / "s.session", baseline=False)
     assert not report.interrupted and report.tokens == expected.tokens
     assert (tmp_path / "s.session").read_bytes() == (tmp_path / "expected.session").read_bytes()
 
 
-def test_an_unfinished_reading_is_gone_on_with_or_left_alone(tmp_path: Path) -> None:
+def test_an_unfinished_reading_is_resumed_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with pytest.raises(Killed):
         read_saving(path, killed_at=6)
@@ -296,23 +283,21 @@ def test_an_unfinished_reading_is_gone_on_with_or_left_alone(tmp_path: Path) -> 
     assert but_times(read_saving(path, longer)) == but_times(expected)
 
 
-def test_a_finished_session_is_written_over_as_ever(tmp_path: Path) -> None:
+def test_a_finished_session_is_overwritten(tmp_path: Path) -> None:
     expected = read_saving(tmp_path / "s")
     assert but_times(read_saving(tmp_path / "s")) == but_times(expected)
     read_saving(tmp_path / "s", "Another text.")
     assert session_facts(tmp_path / "s")["text_bytes"] == len("Another text.")
 
 
-def test_divergence_after_a_save_leaves_a_finished_sound_session(tmp_path: Path) -> None:
+def test_divergence_after_a_save_leaves_a_finished_session(tmp_path: Path) -> None:
     model = small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=1e30)
     report = read_saving(tmp_path / "s", session=Session(model, TOKENIZER))
     assert report.diverged is not None
     assert session_facts(tmp_path / "s")["position"] == 0 and "unfinished" not in session_facts(tmp_path / "s")
 
 
-def test_a_disk_that_is_full_on_the_way_does_not_end_the_reading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_while_reading_does_not_end_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, save = iter(range(1000)), session_files.save_safetensors
 
     def full_at_first(*arguments: object) -> None:
@@ -321,12 +306,12 @@ def test_a_disk_that_is_full_on_the_way_does_not_end_the_reading(
         save(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(session_files, "save_safetensors", full_at_first)
-    with pytest.warns(UserWarning, match="goes on, but could not be saved on the way: No space left"):
+    with pytest.warns(UserWarning, match="continues, but could not be saved: No space left"):
         report = read_saving(tmp_path / "s")
     assert report.tokens == len(TOKENIZER.encode(TEXT)) and (tmp_path / "s").exists()
 
 
-def test_what_a_kill_in_the_middle_of_saving_left_is_removed(tmp_path: Path) -> None:
+def test_stale_parts_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     for name in (".s.123.part", ".other.123.part"):
         (tmp_path / name).write_bytes(b"half")
     read_saving(tmp_path / "s")
@@ -334,6 +319,6 @@ def test_what_a_kill_in_the_middle_of_saving_left_is_removed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("nan")])
-def test_seconds_that_are_none(tmp_path: Path, seconds: float) -> None:
+def test_save_every_rejects_negative_and_nan(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(UserError, match="seconds"):
         read_saving(tmp_path / "s", save_every=seconds)

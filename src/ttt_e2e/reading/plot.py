@@ -1,4 +1,4 @@
-"""Pictures of reports, drawn without a display."""
+"""The plot of a reading, drawn without a display."""
 
 from pathlib import Path
 
@@ -8,29 +8,29 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
-from ttt_e2e.reading.document import ReadingReport
+from ttt_e2e.reading.report import ReadingReport
 
 SUFFIXES = (".png", ".pdf", ".svg")
 _WITH, _WITHOUT, _GREY = "#1565c0", "#d9822b", "#667085"
-_SMOOTH = 25  # a smoothed point is the mean over one such share of the text
+_SMOOTHING = 25  # a smoothed point is the mean over one part in so many of the text
 
 
-def check_picture_target(path: Path) -> None:
-    """Raise UserError if no picture can be written to `path`: a folder, or a suffix other than `SUFFIXES`."""
+def check_plot_target(path: Path) -> None:
+    """Raise UserError if no plot can be written to `path`: a folder, or a suffix other than `SUFFIXES`."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file for the picture.")
+        raise UserError(f"{path} is a folder; name a file for the plot.")
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"A picture cannot be written as {path.name!r}; end its name in {', '.join(SUFFIXES)}.")
+        raise UserError(f"A plot cannot be written as {path.name!r}; use a name that ends in {', '.join(SUFFIXES)}.")
 
 
-def reading_picture(report: ReadingReport, path: Path) -> None:
-    """Draw the loss along the document, with and without learning, and below it the gain; whole or not at all.
+def plot_reading(report: ReadingReport, path: Path) -> None:
+    """Draw the loss along the document, with and without learning, and the gain below it, to the file `path`.
 
-    Thin lines are bins of tokens, thick ones their mean over a twenty-fifth of the text. Raises UserError for a name
-    that is no picture's, for a full disk and for a place that is not writable.
+    Thin lines are bins of tokens, thick ones their mean over a twenty-fifth of the text. Raises UserError as
+    `check_plot_target` does, for a full disk, and if `path` cannot be written.
     """
     path = Path(path)
-    check_picture_target(path)
+    check_plot_target(path)
     compared = report.gain is not None
     figure = Figure(figsize=(9, 5.6 if compared else 3.8), dpi=150, layout="constrained")
     rows = figure.subplots(2 if compared else 1, 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + compared])
@@ -71,16 +71,15 @@ def reading_picture(report: ReadingReport, path: Path) -> None:
     title = f"Reading {report.name}: {report.tokens:,} tokens with {report.model}"
     if report.gain is not None and report.gain_percent is not None:
         title += f"\nlearning gains {report.gain:+.3f} nats per token ({report.gain_percent:+.1f} %)"
-    title = title.encode("utf-8", "replace").decode()  # a file's name may be no text
-    # A name is not mathematics, whatever it contains.
-    axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)
+    title = title.encode("utf-8", "replace").decode()  # the name of a file may be invalid UTF-8
+    axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)  # a name may contain $
     with atomic_path(path) as part_path:
         figure.savefig(part_path, format=path.suffix[1:].lower())
 
 
 def _smooth(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Running mean, weighted by tokens, over a twenty-fifth of the bins, centred; shorter at the ends."""
-    reach = max(0, len(values) // _SMOOTH // 2)
+    reach = max(0, len(values) // _SMOOTHING // 2)
     sums = np.concatenate(([0.0], (values * weights).cumsum()))
     counts = np.concatenate(([0.0], weights.cumsum()))
     at = np.arange(len(values))

@@ -1,13 +1,13 @@
-"""A reading whose text is also noted: in which notebook, where the text begins in it, and what that holds before it.
+"""Recording a text in a notebook while it is read: which notebook, where the text begins in it, and what lies before.
 
-A session file and its notebook are two things on the disk, and a process may be killed between any two writes. Here is
-what keeps them together:
+A session file and its notebook are two things on the disk, and a process may be killed between any two writes. Three
+rules keep them consistent:
 
-1. The session file is written first, as a reading of nothing yet, and says at which character of the notebook the text
-   begins (see `unfinished`). Only then is the notebook touched.
-2. Each piece of the text is noted before it is read. So a notebook may have more than its session, never less.
-3. While nothing was read, what the notebook has beyond that character is cut. Once something was, the text is walked
-   again from its beginning, and what the notebook already has is compared with it instead of noted twice.
+1. The session file is written first, as an unfinished reading of zero tokens that says at which character of the
+   notebook the text begins (see `resume`). Only then is the notebook changed.
+2. Every chunk of the text is recorded before it is read. So a notebook may have more text than its session, never less.
+3. While nothing was read, the notebook's text beyond that character is cut off. Once something was, the text is gone
+   through again from its beginning and compared with what the notebook has, instead of being recorded twice.
 """
 
 import shutil
@@ -17,109 +17,115 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path
+from ttt_e2e.files import atomic_path, remove_stale_parts
 from ttt_e2e.inference.session_file import session_facts
-from ttt_e2e.reading.resume import leftovers, unfinished_reading
-from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
+from ttt_e2e.reading.resume import unfinished_reading
+from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
 
 
-class Noting(NamedTuple):
-    """How a text will be noted: in the notebook `folder`, from its character `begin` on.
-
-    resumed: a reading goes on whose text begins there. Otherwise the notebook is first made anew if `anew`, as a copy
-    of `source` (None: empty), and then cut to its first `begin` characters. remarks: sentences for people.
-    """
+class Recording(NamedTuple):
+    """How a text will be recorded: in the notebook `folder`, from its character `start` on."""
 
     folder: Path
-    begin: int
+    start: int
+    size: int
+    """Characters of a passage, as for `Notebook`."""
     resumed: bool = False
-    anew: bool = False
+    """An unfinished reading continues."""
+    replaced: bool = False
+    """The notebook is first replaced by a copy of `source`, or by an empty one."""
     source: Path | None = None
     remarks: tuple[str, ...] = ()
+    """Sentences for people."""
 
 
-def plan_noting(save: Path, session: Path | None, size: int) -> Noting:
-    """How a reading that goes on with `session` (None: with none) and is saved to `save` will be noted.
+def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
+    """Plan how a text is recorded that is read with the session file `session` (None: a new one) and saved to `save`.
 
-    Read on in its own file, a session has its notebook go on too. In another file its notebook begins as a copy of that
-    of `session`, and without a session it begins empty. Nothing is written here, except what a killed process left
-    undone. size: as for `Notebook`. Raises UserError if a notebook that is needed is in use or not sound, if another
-    folder has its name, and if the one to be replaced belongs to no session.
+    If `save` is `session`, the text is appended to its notebook. Otherwise the notebook of `save` starts as a copy of
+    that of `session`, or empty without a session. Nothing is written here, except to finish what a killed process left
+    undone. window: of the model, in tokens. Raises UserError if a notebook that is needed is in use or damaged, if
+    something else has its name, and if the one to be replaced belongs to no session.
     """
-    folder = notebook_folder(save)
-    if going_on := unfinished_reading(save):
-        begin = going_on.get("begin")
-        # Without a notebook so far: `read_document` will say which option differs.
-        return Noting(folder, 0 if begin is None else begin, resumed=True)
+    folder, size = notebook_folder(save), passage_size(window)
+    if unfinished := unfinished_reading(save):
+        # If it was not recorded so far, `read_document` says that the options differ.
+        return Recording(folder, unfinished["notebook_start"] or 0, size, resumed=True)
     source = None if session is None else notebook_folder(session)
-    has = None if session is None else _characters(session, size)
+    characters = None if session is None else _characters(session, size)
     remarks = []
-    if session is not None and has is None:
-        remarks.append(f"What {session} has read before is not in its notebook; that begins with this text.")
-    own = source is not None and source.resolve() == folder.resolve()
-    if folder.exists() and not own:
-        with Notebook(folder, size=size) as replaced:
-            characters = replaced.characters
-        if characters and not save.exists():
+    if session is not None and characters is None:
+        remarks.append(f"What {session} has read before is not in its notebook, which begins with this text.")
+    in_place = source is not None and source.resolve() == folder.resolve()
+    if folder.exists() and not in_place:
+        with Notebook(folder, size=size) as notebook:
+            is_empty = notebook.characters == 0
+        if not is_empty and not save.exists():
             raise UserError(
                 f"There is a notebook {folder}, but no session {save} that it belongs to; "
-                "save to another file, or remove the notebook to begin a new one."
+                "save to another file, or remove the notebook to start a new one."
             )
-        if characters:
-            remarks.append(f"The notebook {folder} begins anew, as the session {save} does.")
-    return Noting(folder, has or 0, anew=not own, source=None if has is None else source, remarks=tuple(remarks))
+        if not is_empty:
+            remarks.append(f"The notebook {folder} is replaced, like the session {save}.")
+    return Recording(
+        folder,
+        characters or 0,
+        size,
+        replaced=not in_place,
+        source=None if characters is None else source,
+        remarks=tuple(remarks),
+    )
 
 
-def noted(pieces: Iterable[str], noting: Noting, size: int) -> Iterator[str]:
-    """Pass the text on, each piece once it is in the notebook; for `read_document`, together with `noting.begin`.
+def record_text(chunks: Iterable[str], recording: Recording) -> Iterator[str]:
+    """Yield the chunks of the text, each after it was recorded.
 
-    Nothing is written before the first piece is asked for: by then the session file says where the text begins. size:
-    as for `Notebook`. Raises UserError as `Notebook` and `Notebook.noting` do.
+    Nothing is written before the first chunk is asked for; by then the session file has to say where the text begins.
+    Raises UserError as `Notebook` and `Notebook.record` do.
     """
-    if noting.anew and not noting.resumed:
-        _make(noting.folder, noting.source, size)
-    with Notebook(noting.folder, size=size) as notebook:
-        if not noting.resumed:
-            notebook.cut(noting.begin)
-        yield from notebook.noting(pieces, at=noting.begin)
+    if recording.replaced and not recording.resumed:
+        _replace(recording.folder, recording.source, recording.size)
+    with Notebook(recording.folder, size=recording.size) as notebook:
+        if not recording.resumed:
+            notebook.cut(recording.start)
+        yield from notebook.record(chunks, start=recording.start)
 
 
 def forget_unread(session: Path) -> None:
-    """Cut from a session file's notebook the text of which it has read nothing, before the file is written anew.
+    """Cut the text of which a session file has read nothing off its notebook, before the file is written anew.
 
-    So a killed process left them; the new file will not say where that text began. Raises UserError as `Notebook` does.
+    A killed process left it; the new file will not say where that text began. Raises UserError as `Notebook` does.
     """
-    folder, begin = notebook_folder(session), _unread_from(session)
-    if begin is not None and folder.exists():
+    folder, start = notebook_folder(session), _unread_from(session)
+    if start is not None and folder.exists():
         with Notebook(folder, create=False) as notebook:
-            notebook.cut(begin)
+            notebook.cut(start)
 
 
 def _unread_from(session: Path) -> int | None:
-    """Where in the notebook a text begins of which the session in a file has read nothing yet; None: there is none."""
-    unfinished = session_facts(session).get("unfinished")
-    begin: int | None = unfinished.get("begin") if unfinished and not unfinished["tokens"] else None
-    return begin
+    """Where in the notebook a text begins of which the session file has read nothing yet; None if there is none."""
+    unfinished = session_facts(session).get("unfinished") if session.exists() else None
+    start: int | None = unfinished["notebook_start"] if unfinished and not unfinished["tokens"] else None
+    return start
 
 
 def _characters(session: Path, size: int) -> int | None:
-    """How many characters the notebook of a session file has that belong to it; None if it has no notebook."""
-    folder, begin = notebook_folder(session), _unread_from(session)
+    """How many characters of a session file's notebook belong to it; None if it has no notebook."""
+    folder, start = notebook_folder(session), _unread_from(session)
     if not folder.exists():
         return None
     with Notebook(folder, size=size) as notebook:
-        return notebook.characters if begin is None else min(begin, notebook.characters)
+        return notebook.characters if start is None else min(start, notebook.characters)
 
 
-def _make(folder: Path, source: Path | None, size: int) -> None:
-    """Put a copy of the notebook `source`, or an empty one, in place of what notebook is in `folder`."""
-    for left in leftovers(folder):
-        shutil.rmtree(left)
-    with ExitStack() as held:
+def _replace(folder: Path, source: Path | None, size: int) -> None:
+    """Replace the notebook in `folder`, if there is one, by a copy of the notebook `source`, or by an empty one."""
+    remove_stale_parts(folder.parent, folder.name)
+    with ExitStack() as locks:
         for used in filter(None, (folder if folder.exists() else None, source)):
-            held.enter_context(Notebook(used, size=size))
+            locks.enter_context(Notebook(used, size=size))
         with atomic_path(folder) as part:
             if source is None:
                 Notebook(part, size=size).close()
             else:
-                shutil.copytree(source, part, ignore=shutil.ignore_patterns("lock", ".*"))
+                shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))

@@ -1,12 +1,13 @@
-"""A text cut into passages that overlap, as it comes: where they lie depends on the text, not on how it was split."""
+"""Cutting a text into overlapping passages as it comes in; the cuts depend on the text, not on how it was split."""
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
-# Where a passage may end, the best first: after a sentence or a paragraph, a line, a word.
-_BORDERS = (
+# Where a passage may end, the best kind first: after a sentence or a paragraph, a line, a word.
+_BOUNDARIES = (
     re.compile(r"[.!?…][\"'”’»)\]]*\s+|[。！？][」』”’]*\s*|\n\s*\n\s*"),
     re.compile(r"\n"),
     re.compile(r"\s"),
@@ -14,9 +15,9 @@ _BORDERS = (
 
 
 class Passage(NamedTuple):
-    """Characters `start` to `stop` of a text. The same place in bytes of UTF-8: `start_byte`, `stop_byte`.
+    """A passage that a search found: characters `start` to `stop` of a text, bytes `start_byte` to `stop_byte` of it.
 
-    number: the how manieth passage it is, from 0. score: how well it fits the query, comparable within one search.
+    number: index of the passage, from 0. score: how well it fits the query; comparable within one search.
     """
 
     text: str
@@ -28,8 +29,11 @@ class Passage(NamedTuple):
     score: float
 
 
-class Place(NamedTuple):
-    """Where a passage lies. digest: of its text, its place, and all passages before it; "" where there is none."""
+class Span(NamedTuple):
+    """Where a passage lies in the text, in characters and in bytes of UTF-8.
+
+    digest: of its text, its position, and all passages before it; "" before the first one.
+    """
 
     start: int
     stop: int
@@ -38,82 +42,100 @@ class Place(NamedTuple):
     digest: str
 
     @classmethod
-    def of(cls, text: str, start: int, start_byte: int, before: str) -> "Place":
-        """The place of `text`, which begins there; `before` is the digest of the passage before it."""
+    def of(cls, text: str, start: int, start_byte: int, previous_digest: str) -> "Span":
+        """The span of the passage `text` that begins at character `start` and byte `start_byte`."""
         data = text.encode()
         stop, stop_byte = start + len(text), start_byte + len(data)
-        digest = hashlib.sha256(f"{before} {start} {stop} {start_byte} {stop_byte} ".encode() + data).hexdigest()
-        return cls(start, stop, start_byte, stop_byte, digest[:32])
+        position = f"{previous_digest} {start} {stop} {start_byte} {stop_byte} "
+        return cls(start, stop, start_byte, stop_byte, hashlib.sha256(position.encode() + data).hexdigest()[:32])
 
     @classmethod
-    def from_json(cls, line: bytes) -> "Place":
-        """The place that `json` wrote; raises ValueError for anything else."""
+    def from_json(cls, line: bytes) -> "Span":
+        """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
-            place = cls(**json.loads(line))
-        except TypeError as error:
+            values = json.loads(line)
+            span = cls(*(values[key] for key in ("start", "stop", "start_byte", "stop_byte", "digest")))
+        except (TypeError, KeyError) as error:
             raise ValueError(line) from error
-        if any(type(number) is not int for number in place[:4]) or not 0 <= place.start_byte < place.stop_byte:
+        if any(type(number) is not int for number in span[:4]) or not 0 <= span.start_byte < span.stop_byte:
             raise ValueError(line)
-        return place
+        return span
 
-    def json(self) -> bytes:
-        """The place as a line."""
-        return json.dumps(self._asdict()).encode() + b"\n"
+    def to_json(self) -> bytes:
+        """The span as a line of a file."""
+        values = {
+            "start": self.start,
+            "stop": self.stop,
+            "start_byte": self.start_byte,
+            "stop_byte": self.stop_byte,
+            "digest": self.digest,
+        }
+        return json.dumps(values).encode() + b"\n"
+
+
+BEFORE_FIRST = Span(0, 0, 0, 0, "")
 
 
 class OpenPassage(NamedTuple):
-    """The end of a text that is cut as it comes: a passage that is not full yet, and the one before it.
+    """The end of a text that is cut as it comes in: a passage that is not full yet, and the full one before it.
 
-    text: of the passage so far, which begins at character `start` and byte `start_byte`.
+    text: of the open passage so far, which begins at character `start` and byte `start_byte`.
     """
 
-    last: Place = Place(0, 0, 0, 0, "")
+    previous: Span = BEFORE_FIRST
     text: str = ""
     start: int = 0
     start_byte: int = 0
 
     @property
     def stop(self) -> int:
-        """How many characters the whole text has."""
+        """Characters of the whole text."""
         return self.start + len(self.text)
 
-    def add(self, text: str, size: int) -> tuple[list[Place], "OpenPassage"]:
-        """More of the text; returns the passages that it fills, and what is left.
+    def add(self, text: str, size: int) -> tuple[list[Span], "OpenPassage"]:
+        """Append `text`; returns the passages that are now full, and the open one after them.
 
         A passage ends with the first sentence (else line, else word) that ends between `size` and 2 `size` characters
-        after its start. The next one begins with the first that ends in its last quarter of `size`.
+        after its start. The next one begins at the first boundary in the last `size` / 4 characters of it.
         """
-        last, text, start, start_byte = self.last, self.text + text, self.start, self.start_byte
+        previous, text, start, start_byte = self.previous, self.text + text, self.start, self.start_byte
         at, full = 0, []
         while len(text) - at >= 2 * size:
-            stop = _border(text, at + size, at + 2 * size, otherwise=at + 2 * size)
-            last = Place.of(text[at:stop], start, start_byte, last.digest)
-            full.append(last)
-            following = _next(text, stop, size)
+            stop = _boundary(text, at + size, at + 2 * size, default=at + 2 * size)
+            previous = Span.of(text[at:stop], start, start_byte, previous.digest)
+            full.append(previous)
+            following = _next_start(text, stop, size)
             start += following - at
             start_byte += len(text[at:following].encode())
             at = following
-        return full, OpenPassage(last, text[at:], start, start_byte)
+        return full, OpenPassage(previous, text[at:], start, start_byte)
 
     @classmethod
-    def after(cls, last: Place, text: str, size: int) -> "OpenPassage":
-        """What is left right after a passage was filled; `text` is that passage's."""
-        rest = text[_next(text, len(text), size) :]
-        return cls(last, rest, last.stop - len(rest), last.stop_byte - len(rest.encode()))
+    def after(cls, previous: Span, text: str, size: int) -> "OpenPassage":
+        """The open passage right after the passage `previous`, whose text is `text`, was full."""
+        rest = text[_next_start(text, len(text), size) :]
+        return cls(previous, rest, previous.stop - len(rest), previous.stop_byte - len(rest.encode()))
 
-    def place(self) -> Place | None:
-        """The passage as it stands, if there is anything in it that is in no other."""
-        if not self.text[self.last.stop - self.start :].strip():
+    def span(self) -> Span | None:
+        """The span of the open passage so far; None if everything in it is in the previous one."""
+        if not self.text[self.previous.stop - self.start :].strip():
             return None
-        return Place.of(self.text, self.start, self.start_byte, self.last.digest)
+        return Span.of(self.text, self.start, self.start_byte, self.previous.digest)
 
 
-def _next(text: str, stop: int, size: int) -> int:
+def format_passages(passages: Iterable[Passage]) -> str:
+    """Passages for people: each with its score and position, on lines of its own."""
+    return "\n\n".join(
+        f"characters {p.start:,} to {p.stop:,} (score {p.score:.3g})\n{p.text.strip()}" for p in passages
+    )
+
+
+def _next_start(text: str, stop: int, size: int) -> int:
     """Where the passage begins that follows the one that ends at `stop`."""
-    return _border(text, stop - size // 4, stop, otherwise=stop - size // 4)
+    return _boundary(text, stop - size // 4, stop, default=stop - size // 4)
 
 
-def _border(text: str, first: int, last: int, otherwise: int) -> int:
-    """The first of the best kind of border between `first` and `last`, both left out."""
-    ends = (match.end() for kind in _BORDERS for match in kind.finditer(text, first, last) if match.end() < last)
-    return next(ends, otherwise)
+def _boundary(text: str, first: int, last: int, default: int) -> int:
+    """The first boundary of the best kind between `first` and `last`, both exclusive."""
+    ends = (match.end() for kind in _BOUNDARIES for match in kind.finditer(text, first, last) if match.end() < last)
+    return next(ends, default)

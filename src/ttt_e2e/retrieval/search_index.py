@@ -1,9 +1,9 @@
-"""How well a notebook's passages fit a query: by words (bm25s), and by meaning where an embedding is given.
+"""The indexes of a notebook's passages: of their words (bm25s), and of their meaning if an embedding is given.
 
-What either needs is kept in the notebook's folder and made anew when more has been noted. Both are given the passages
-as `digests`, of which each stands for its passage and all before it, and `text_of(i)`, which reads passage i.
+Both are kept in the folder of the notebook and rebuilt when text was added. Passages are given as `digests`, each of
+which stands for its passage and all before it, and a function `text_of(i)` that reads passage i.
 
-Shapes: N passages, D dimensions of an embedding.
+Shapes: N passages, D dimensions of the embedding.
 """
 
 import hashlib
@@ -21,26 +21,24 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 
 Embed = Callable[[list[str]], np.ndarray]
-"""Texts to vectors, float [texts, D]; of any length, since only their directions count."""
+"""Texts to vectors, float [texts, D], of any length: only their directions count."""
 
-KEPT = ("index", "vectors.safetensors")
-
-_VERSION = 1  # of the words that are indexed, and of what is kept
-_EMBEDDED_AT_ONCE = 256
+_VERSION = 1  # of the rules for words, and of the files
+_EMBED_BATCH = 256
 _RANK_OFFSET = 60  # of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): score = sum of 1 / (60 + rank)
-_PROBE = ["Who is it that embeds?"]
+_PROBE = ["Which embedding is this?"]
 
-# Words; where a script does not part its words, its characters.
+# A word, or a single character in scripts without spaces between words.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as they are compared: without regard to case, numbers among them, punctuation not."""
+    """The words of a text, numbers included and punctuation not, as they are compared: regardless of case."""
     return _WORD.findall(text.casefold())
 
 
 def word_index(folder: Path, digests: list[str], text_of: Callable[[int], str]) -> Any:
-    """bm25s's index of at least one passage (its method "lucene", k1 1.5, b 0.75): the one in `folder`, or a new one.
+    """The bm25s index (method "lucene", k1 1.5, b 0.75) of at least one passage, from `folder` or rebuilt.
 
     Raises UserError if bm25s is missing.
     """
@@ -55,8 +53,8 @@ def word_index(folder: Path, digests: list[str], text_of: Callable[[int], str]) 
         if saved == about | {"files": _files(folder)}:
             return bm25s.BM25.load(folder, show_progress=False)
     except (OSError, ValueError):
-        pass  # there is none yet, or a broken one: it is made anew
-    vocabulary = {"": 0}  # of passages without words: bm25s divides by their mean length
+        pass  # missing or broken: rebuild it
+    vocabulary = {"": 0}  # for passages without words: bm25s divides by their mean length
     ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in words(text_of(i)) or [""]] for i in range(len(digests))]
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index((ids, vocabulary), show_progress=False)
@@ -71,8 +69,8 @@ def passage_vectors(
 ) -> np.ndarray:
     """Unit vectors of at least one passage, float32 [N, D].
 
-    full: the first so many passages will never change; their vectors are kept in `folder`, and used again if `embed`
-    is the same, which a probe tells. Raises UserError if `embed` gives something other than vectors.
+    full: number of passages that will never change. Their vectors are kept in `folder`, and used again if `embed` is
+    the same, which is tested on a fixed sentence. Raises UserError if `embed` does not return vectors.
     """
     path = folder / "vectors.safetensors"
     probe_1D = unit_vectors(embed, _PROBE)
@@ -85,40 +83,40 @@ def passage_vectors(
         if fits and saved_1D.shape == probe_1D.shape and np.allclose(saved_1D, probe_1D, atol=1e-5):
             kept_ND = saved_ND
     except (SafetensorError, OSError):
-        pass  # there are none yet, or broken ones: they are made anew
+        pass  # missing or broken: compute them
     parts = [kept_ND]
-    for start in range(len(kept_ND), len(digests), _EMBEDDED_AT_ONCE):
-        stop = min(start + _EMBEDDED_AT_ONCE, len(digests))
+    for start in range(len(kept_ND), len(digests), _EMBED_BATCH):
+        stop = min(start + _EMBED_BATCH, len(digests))
         parts.append(unit_vectors(embed, [text_of(i) for i in range(start, stop)]))
-    every_ND = np.concatenate(parts)
+    all_ND = np.concatenate(parts)
     if len(kept_ND) < full:
         with atomic_path(path) as part:
-            save_file({"vectors": every_ND[:full], "probe": probe_1D}, part, {"digest": digests[full - 1]})
-    return every_ND
+            save_file({"vectors": all_ND[:full], "probe": probe_1D}, part, {"digest": digests[full - 1]})
+    return all_ND
 
 
 def unit_vectors(embed: Embed, texts: list[str]) -> np.ndarray:
-    """The embedding of texts with lengths of one, float32 [texts, D]; raises UserError if it is not of that shape."""
+    """The embedding of texts, normalized, float32 [texts, D]. Raises UserError if it has another shape."""
     vectors_ND = np.asarray(embed(texts), np.float32)
     if vectors_ND.ndim != 2 or len(vectors_ND) != len(texts):
         raise UserError(
             f"The embedding gave an array {list(vectors_ND.shape)} for {len(texts)} texts; "
-            f"it must be [{len(texts)}, D], one row a text."
+            f"it must be [{len(texts)}, D], one row per text."
         )
     return vectors_ND / np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
 
 
 def reciprocal_ranks(scores_N: np.ndarray) -> np.ndarray:
-    """1 / (60 + rank) for each positive score, the best having rank 1; 0 for the others. Sums of it fuse rankings."""
+    """1 / (60 + rank) for each positive score, the best having rank 1; 0 for the others. Their sums fuse rankings."""
     ranks_N = np.empty(len(scores_N))
     ranks_N[np.argsort(-scores_N, kind="stable")] = np.arange(1, len(scores_N) + 1)
     return np.where(scores_N > 0, 1 / (_RANK_OFFSET + ranks_N), 0.0)
 
 
 def load_embed(folder: Path) -> Embed:
-    """An embedding of the library model2vec from a folder on this disk; nothing is fetched.
+    """The embedding that the library model2vec has saved in `folder`; nothing is downloaded.
 
-    Raises UserError if model2vec is missing, or if the folder holds none.
+    Raises UserError if model2vec is missing, or if the folder holds no embedding.
     """
     folder = Path(folder)
     try:
@@ -129,11 +127,13 @@ def load_embed(folder: Path) -> Embed:
         raise UserError(f"{folder} holds no embedding; give a folder that model2vec has saved.")
     try:
         return StaticModel.from_pretrained(folder).encode
-    except Exception as error:  # the library names none
-        raise UserError(f"{folder} is no embedding of model2vec ({error}); give a folder that it has saved.") from error
+    except Exception as error:  # the library documents none
+        raise UserError(
+            f"{folder} is not an embedding of model2vec ({error}); give a folder that it has saved."
+        ) from error
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """SHA-256 of an index's files."""
+    """SHA-256 of the files of an index."""
     files = sorted(file for file in folder.iterdir() if file.name != "about.json")
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

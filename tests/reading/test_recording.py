@@ -1,8 +1,7 @@
-"""A reading that is noted: killed at any moment and begun again, it ends with the same session and notebook."""
+"""Recording a text while it is read: killed at any moment and run again, session and notebook end the same."""
 
 import itertools
 import shutil
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ttt_e2e import files
-from ttt_e2e.cli.notebook import noted_pieces
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import session_file as session_files
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import session_facts
 from ttt_e2e.reading.document import read_document
-from ttt_e2e.reading.recording import noted, plan_noting
+from ttt_e2e.reading.recording import plan_recording, record_text
 from ttt_e2e.retrieval import notebook as notebook_module
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
 
@@ -34,21 +32,24 @@ MODEL = (
     .eval()
     .requires_grad_(False)
 )
-SIZE = passage_size(MODEL.config.sliding_window)
+WINDOW = MODEL.config.sliding_window
+SIZE = passage_size(WINDOW)
 
 
 class Killed(BaseException):
     """As if the process ended here."""
 
 
-def read(save: Path, text: str = TEXT, session: Path | None = None, noting: bool = True, **options: Any) -> None:
-    """As `ttt-e2e read` does it, in small pieces, the session saved after every chunk."""
-    arguments = Namespace(save=save, session=session, notebook=noting)
+def read(
+    save: Path, text: str = TEXT, session: Path | None = None, record: bool = True, **options: Any
+) -> tuple[str, ...]:
+    """Read as `ttt-e2e read` does, in small chunks, saving after every one; returns what it tells the user."""
     reader = Session(MODEL, TOKENIZER) if session is None else Session.load(session, MODEL, TOKENIZER)
-    split = iter([text[i : i + 60] for i in range(0, len(text), 60)])
-    pieces, plan = noted_pieces(arguments, split, MODEL.config.sliding_window)
+    chunks = iter([text[i : i + 60] for i in range(0, len(text), 60)])
+    recording = plan_recording(save, session, WINDOW) if record else None
     settings = {"progress": False, "baseline": False, "save": save, "save_every": 0.0, **options}
-    read_document(reader, pieces, begin=plan.begin if plan else None, **settings)
+    read_document(reader, chunks, recording=recording, **settings)
+    return recording.remarks if recording else ()
 
 
 def read_killed(at: int, *arguments: Any, **options: Any) -> bool:
@@ -56,10 +57,12 @@ def read_killed(at: int, *arguments: Any, **options: Any) -> bool:
 
     Nothing is tidied up, as after a `kill -9`; what is being written is there in part.
     """
-    moments = itertools.count()
+    moments, is_killed = itertools.count(), False
 
     def moment() -> None:
+        nonlocal is_killed
         if next(moments) == at:
+            is_killed = True
             raise Killed
 
     def around(function: Callable[..., Any], *values: Any, **named: Any) -> Any:
@@ -83,18 +86,18 @@ def read_killed(at: int, *arguments: Any, **options: Any) -> bool:
         shutil.rmtree(target)
         copytree(source, target, **named)
 
-    copytree, steps = shutil.copytree, Session.steps
+    copytree, read_chunks, remove = shutil.copytree, Session.read_chunks, files._remove
 
-    def some_steps(self: Session, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    def kill_before_reading(self: Session, tokens: np.ndarray) -> Iterator[np.ndarray]:
         moment()
-        return steps(self, tokens)
+        return read_chunks(self, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(notebook_module, "_write", write_by_halves)
         patch.setattr("shutil.copytree", copy_by_halves)
-        patch.setattr(Session, "steps", some_steps)
-        patch.setattr(files, "_remove", lambda path: None)
-        patch.setattr(files, "_sync", partial(around, files._sync))
+        patch.setattr(Session, "read_chunks", kill_before_reading)
+        patch.setattr(files, "_remove", lambda path: None if is_killed else remove(path))
+        patch.setattr(files, "_sync_tree", partial(around, files._sync_tree))
         patch.setattr(session_files, "save_safetensors", partial(around, session_files.save_safetensors))
         for owner, name in ((Notebook, "cut"), (Notebook, "_resume"), (Notebook, "_lock"), (Path, "rename")):
             function = getattr(owner, name)
@@ -111,10 +114,9 @@ def notebook_text(save: Path) -> str:
     return (folder / "text.txt").read_text(encoding="utf-8", errors="ignore") if folder.exists() else ""
 
 
-def noted_text(folder: Path, *texts: str) -> Path:
+def make_notebook(folder: Path, text: str) -> Path:
     with Notebook(folder, size=SIZE) as notebook:
-        for text in texts:
-            notebook.add(text)
+        notebook.add(text)
     return folder
 
 
@@ -127,7 +129,9 @@ def same_files(one: Path, other: Path) -> bool:
 
 @given(cuts=st.lists(st.integers(0, len(TEXT) + 5), min_size=1, max_size=3), size=st.integers(20, 60))
 @settings(max_examples=15, deadline=None)
-def test_what_was_cut_was_never_there(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], size: int) -> None:
+def test_cut_leaves_a_notebook_as_if_the_rest_had_never_been_added(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], size: int
+) -> None:
     folder = tmp_path_factory.mktemp("cut")
     text = TEXT
     with Notebook(folder / "n", size=size) as notebook, Notebook(folder / "expected", size=size) as expected:
@@ -168,7 +172,7 @@ Restarted = Callable[[list[int]], bool]
 
 @pytest.fixture
 def restarted(request: pytest.FixtureRequest, tmp_path: Path) -> Restarted:
-    """A function that reads, is killed at some moments, each after a new start, and goes on to the end.
+    """A function that reads, is killed at some moments, each after a new start, and continues to the end.
 
     It checks what is on the disk after each kill, and that in the end all is as without them; it returns whether the
     last kill found anything left to kill.
@@ -194,8 +198,8 @@ def restarted(request: pytest.FixtureRequest, tmp_path: Path) -> Restarted:
             if not killed:
                 break
             if save.exists() and session_facts(save).get("unfinished", {}).get("tokens"):
-                noted = notebook_text(save).encode()
-                assert text.encode().startswith(noted) and len(noted) >= session_facts(save)["text_bytes"]
+                recorded = notebook_text(save).encode()
+                assert text.encode().startswith(recorded) and len(recorded) >= session_facts(save)["text_bytes"]
         else:
             read(save, session=session)
         assert save.read_bytes() == (whole / "s").read_bytes()
@@ -210,7 +214,7 @@ def restarted(request: pytest.FixtureRequest, tmp_path: Path) -> Restarted:
 @pytest.mark.parametrize("restarted", KINDS, indirect=True)
 @given(moments=st.lists(st.integers(0, 70), min_size=1, max_size=3))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_killed_and_begun_again_it_comes_to_the_same_end(restarted: Restarted, moments: list[int]) -> None:
+def test_killed_and_run_again_it_comes_to_the_same_end(restarted: Restarted, moments: list[int]) -> None:
     restarted(moments)
 
 
@@ -223,7 +227,7 @@ def test_killed_all_over_a_reading(restarted: Restarted) -> None:
         restarted([moment, 3, moment + 5])
 
 
-def test_who_killed_it_may_read_another_text_instead_while_nothing_was_read(tmp_path: Path) -> None:
+def test_another_text_may_be_read_instead_while_nothing_was_read(tmp_path: Path) -> None:
     save = tmp_path / "s"
     read(save, OTHER)
     kept = session_facts(save)["text_digest"]
@@ -237,18 +241,18 @@ def test_who_killed_it_may_read_another_text_instead_while_nothing_was_read(tmp_
     assert notebook_text(save) == OTHER + TEXT
 
 
-def test_what_was_read_before_is_compared_and_options_have_to_be_the_same(tmp_path: Path) -> None:
+def test_a_resumed_reading_needs_the_same_text_and_options(tmp_path: Path) -> None:
     save = tmp_path / "s"
     tear(save)
-    assert session_facts(save)["unfinished"]["begin"] == 0
+    assert session_facts(save)["unfinished"]["notebook_start"] == 0
     kept, text = save.read_bytes(), notebook_text(save)
     with pytest.raises(UserError, match="holds another text"):
         read(save, "A" + TEXT)
     with pytest.raises(UserError, match="--notebook"):
-        read(save, noting=False)
+        read(save, record=False)
     assert save.read_bytes() == kept and notebook_text(save) == text
     plain = tmp_path / "plain"
-    tear(plain, noting=False)
+    tear(plain, record=False)
     with pytest.raises(UserError, match="--notebook"):
         read(plain)
     assert not notebook_folder(plain).exists()
@@ -273,38 +277,34 @@ def test_a_text_that_is_read_again_is_a_new_text(tmp_path: Path) -> None:
     read(save)
     read(save, session=save)
     assert notebook_text(save) == TEXT + TEXT
-    read(save)  # a session that begins anew
+    read(save)  # a new session
     assert notebook_text(save) == TEXT
-    assert same_files(notebook_folder(save), noted_text(tmp_path / "expected", TEXT))
+    assert same_files(notebook_folder(save), make_notebook(tmp_path / "expected", TEXT))
 
 
-def test_another_file_another_notebook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_session_saved_to_another_file_gets_a_notebook_of_its_own(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    read(a)
-    assert capsys.readouterr().err == ""
-    read(b, OTHER, session=a)
-    assert capsys.readouterr().err == ""
+    assert read(a) == ()
+    assert read(b, OTHER, session=a) == ()
     assert notebook_text(a) == TEXT and notebook_text(b) == TEXT + OTHER
-    read(a, "More.", session=a)
-    read(b, OTHER, session=a)
-    assert "begins anew" in capsys.readouterr().err
+    assert read(a, "More.", session=a) == ()
+    (remark,) = read(b, OTHER, session=a)
+    assert "b.notebook is replaced" in remark
     assert notebook_text(b) == TEXT + "More." + OTHER
 
 
-def test_what_was_not_noted_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_was_not_recorded_is_remarked(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    read(a, noting=False)
-    assert capsys.readouterr().err == ""
-    read(b, OTHER, session=a)
-    assert "has read before is not in its notebook" in capsys.readouterr().err
+    read(a, record=False)
+    (remark,) = read(b, OTHER, session=a)
+    assert "has read before is not in its notebook" in remark
     assert notebook_text(b) == OTHER
     for save in (b, tmp_path / "c"):
-        read(save, session=b, noting=False)
-        assert f"{notebook_folder(b)} will not have this text" in capsys.readouterr().err
+        read(save, session=b, record=False)
     assert notebook_text(b) == OTHER
 
 
-def test_a_notebook_without_its_session_is_left_alone(tmp_path: Path) -> None:
+def test_a_notebook_without_its_session_is_not_replaced(tmp_path: Path) -> None:
     save = tmp_path / "s"
     read(save)
     save.unlink()
@@ -313,7 +313,7 @@ def test_a_notebook_without_its_session_is_left_alone(tmp_path: Path) -> None:
     assert notebook_text(save) == TEXT and not save.exists()
 
 
-def test_nothing_is_written_where_a_notebook_cannot_be_had(tmp_path: Path) -> None:
+def test_nothing_is_written_if_the_notebook_cannot_be_opened(tmp_path: Path) -> None:
     save = tmp_path / "s"
     with Notebook(notebook_folder(save)) as used, pytest.raises(UserError, match="in use"):
         used.add("x")
@@ -321,27 +321,38 @@ def test_nothing_is_written_where_a_notebook_cannot_be_had(tmp_path: Path) -> No
     assert not save.exists()
     (notebook_folder(tmp_path / "t")).mkdir()
     (notebook_folder(tmp_path / "t") / "diary").write_text("mine")
-    with pytest.raises(UserError, match="is no notebook"):
+    with pytest.raises(UserError, match="is not a notebook"):
         read(tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
 
-def test_only_what_killed_processes_left_of_this_file_is_removed(tmp_path: Path) -> None:
-    save, theirs = tmp_path / "s", [".s.b.12.part", ".s.part", ".t.12.part", ".s.12.parts"]
-    for name in (".s.12.part", ".s.123.old", *theirs):
+def test_only_stale_parts_of_this_session_are_removed(tmp_path: Path) -> None:
+    save, others = tmp_path / "s", [".s.b.12.part", ".s.part", ".t.12.part", ".s.12.parts"]
+    for name in (".s.12.part", ".s.123.old", *others):
         (tmp_path / name).write_text("half")
     for name in (".s.notebook.12.part", ".s.notebook.12.old", ".s.notebook.b.12.part"):
         (tmp_path / name).mkdir()
     read(save)
     left = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
-    assert left == sorted([*theirs, ".s.notebook.b.12.part"])
+    assert left == sorted([*others, ".s.notebook.b.12.part"])
 
 
-def test_the_notebook_is_not_asked_for_before_the_session_says_where_the_text_begins(tmp_path: Path) -> None:
-    plan = plan_noting(tmp_path / "s", None, SIZE)
-    pieces = noted([TEXT], plan, SIZE)
+def test_record_text_writes_nothing_before_the_first_chunk_is_asked_for(tmp_path: Path) -> None:
+    recording = plan_recording(tmp_path / "s", None, WINDOW)
+    chunks = record_text([TEXT], recording)
     assert list(tmp_path.iterdir()) == []
-    assert next(pieces) == TEXT and notebook_text(tmp_path / "s") == TEXT
-    pieces.close()
-    with Notebook(plan.folder, create=False) as notebook:
+    assert next(chunks) == TEXT and notebook_text(tmp_path / "s") == TEXT
+    chunks.close()
+    with Notebook(recording.folder, create=False) as notebook:
         assert notebook.characters == len(TEXT)
+
+
+def test_a_stream_that_is_not_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    def chunks() -> Iterator[str]:
+        raise UserError("not text")
+        yield ""
+
+    recording = plan_recording(tmp_path / "s", None, WINDOW)
+    with pytest.raises(UserError, match="not text"):
+        read_document(Session(MODEL, TOKENIZER), chunks(), save=tmp_path / "s", recording=recording, progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,62 @@
+"""`ttt-e2e info`: describe a model folder or a session file."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ttt_e2e.cli.common import add_options, print_json
+from ttt_e2e.config.parse import flatten
+from ttt_e2e.files import read_json
+
+HELP = "describe a model folder or a session"
+DESCRIPTION = "Describe what a model folder or a session file holds: sizes, parameters, digests."
+EPILOG = """examples:
+  ttt-e2e info                      the shipped model
+  ttt-e2e info run/model
+  ttt-e2e info book.session"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `info`."""
+    parser.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder or a session file")
+    add_options(parser, "json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the description; returns 0."""
+    from ttt_e2e.inference.load import shipped_model
+
+    path = shipped_model() if arguments.path is None else arguments.path
+    facts = _session(path) if path.is_file() else _model(path)
+    if arguments.json:
+        print_json(facts)
+        return 0
+    width = max(map(len, facts)) + 2
+    for key, value in facts.items():
+        print(f"{key:<{width}}{f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")
+    return 0
+
+
+def _session(path: Path) -> dict[str, Any]:
+    from ttt_e2e.inference.session_file import session_facts
+
+    facts = session_facts(path)
+    if unfinished := facts.pop("unfinished", None):
+        facts["unfinished"] = f"after {unfinished['tokens']:,} tokens of {unfinished['name']}"
+    return {"kind": "session", "path": str(path), "bytes": path.stat().st_size, **facts}
+
+
+def _model(path: Path) -> dict[str, Any]:
+    from ttt_e2e.model.checkpoint import load_transformer, model_digest
+
+    model = load_transformer(path)
+    return {
+        "kind": "model",
+        "path": str(path),
+        "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "fast_weights": sum(w.numel() for pair in model.initial_fast_weights(1) for w in pair),
+        "digest": model_digest(model),
+        **flatten(model.config),
+        "notes": read_json(path / "config.json").get("notes", {}),
+    }

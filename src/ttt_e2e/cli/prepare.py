@@ -1,0 +1,68 @@
+"""`ttt-e2e prepare`: turn texts into tokens to train on."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from ttt_e2e.cli.common import add_options, print_json
+
+HELP = "turn texts into tokens to train on"
+DESCRIPTION = """Tokenize texts into a folder to train on. A tokenizer is trained on them unless one is named.
+Text files are one document each; JSONL and parquet files one per row; folders are searched. Some of the documents
+are held out for validation. If interrupted, run the same command again to continue."""
+EPILOG = """examples:
+  ttt-e2e prepare --out tokens                          Python's own library, a small corpus that everyone has
+  ttt-e2e prepare books/ more.jsonl --out tokens --vocab-size 8192
+  ttt-e2e prepare c4.parquet --out tokens --tokenizer gpt2 --text-column content"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `prepare`."""
+    parser.add_argument(
+        "sources", nargs="*", type=Path, metavar="SOURCE", help="files and folders (default: Python's library)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="a tokenizer.json, a folder with one, or a name on Hugging Face"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train (default: 4096)"
+    )
+    add_options(parser, "text-column")
+    parser.add_argument(
+        "--val", type=Path, nargs="+", metavar="SOURCE", help="the documents to hold out (default: some of the sources)"
+    )
+    parser.add_argument(
+        "--val-share", type=float, default=0.02, metavar="SHARE", help="the share to hold out (default: 0.02)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the choice of held-out documents (default: 0)"
+    )
+    add_options(parser, "json", "quiet")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare the tokens and print what they are; returns 0."""
+    from ttt_e2e.data.prepare import prepare
+
+    prepared = prepare(
+        arguments.sources or None,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        vocab_size=arguments.vocab_size,
+        text_column=arguments.text_column,
+        val=arguments.val,
+        val_share=arguments.val_share,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    if arguments.json:
+        print_json(asdict(prepared) | {"folder": str(prepared.folder)})
+        return 0
+    for split, count in prepared.documents.items():
+        print(f"{split}: {count:,} documents, {prepared.tokens[split]:,} tokens")
+    print(f"vocabulary: {prepared.vocab_size:,} tokens")
+    if prepared.skipped:
+        print(f"skipped: {len(prepared.skipped)}, the first: {prepared.skipped[0]}")
+    print(f"Train on it with: ttt-e2e train tiny --data {prepared.folder} --out run")
+    return 0

@@ -1,0 +1,147 @@
+"""`ttt-e2e read`: read a text while learning from it, and show what learning was worth."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ttt_e2e.cli.common import add_options, note, open_session, print_json
+from ttt_e2e.errors import INTERRUPTED, UserError
+
+HELP = "read a text while learning from it"
+DESCRIPTION = """Read a text of any length, learning from it mini-batch by mini-batch, and show what that was worth:
+the loss along the text with learning and without it (the same weights and window, nothing updated).
+Losses are in nats per token; lower is better."""
+EPILOG = """examples:
+  ttt-e2e read                            the source of Python's asyncio package
+  ttt-e2e read BOOK.txt --save book.session
+  ttt-e2e generate --session book.session "Once more"
+  cat *.txt | ttt-e2e read -              standard input
+  ttt-e2e read BOOK.txt --json > report.json
+
+Ctrl-C stops within eight mini-batches; summary, plot and session are still written. With --save, running the same
+command again continues where it stopped, whether by Ctrl-C or by a power cut."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `read`."""
+    parser.add_argument("file", nargs="?", metavar="FILE", help="a UTF-8 text; - for standard input")
+    add_options(parser, "model", "dtype", "device", "threads")
+    parser.add_argument("--session", type=Path, metavar="SESSION", help="continue from this saved session")
+    parser.add_argument("--save", type=Path, metavar="SESSION", help="save what was learned to this file")
+    parser.add_argument(
+        "--save-every",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="with --save: save every SECONDS while reading (default: 30)",
+    )
+    add_options(parser, "precision")
+    parser.add_argument(
+        "--notebook", action="store_true", help="with --save: also record the exact text, in SESSION.notebook"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="the file of the plot (default: NAME.reading.png in this folder)"
+    )
+    parser.add_argument("--no-plot", action="store_true", help="draw no plot")
+    parser.add_argument(
+        "--no-baseline", action="store_true", help="do not read the text a second time without learning; faster"
+    )
+    parser.add_argument("--no-learning", action="store_true", help="read without learning")
+    add_options(parser, "compile", "json", "quiet")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the text and print the report; returns the exit code."""
+    if arguments.no_plot and arguments.plot:
+        raise UserError("--plot and --no-plot contradict each other; leave one of them out.")
+    if arguments.session and arguments.no_learning:
+        raise UserError("A session continues as it began; leave --no-learning or --session out.")
+    if arguments.notebook and not arguments.save:
+        raise UserError("A notebook belongs to a saved session; add --save SESSION, or leave --notebook out.")
+    name, chunks, size = _open_text(arguments.file)
+    from ttt_e2e.inference.session_file import check_session_target
+    from ttt_e2e.reading.document import read_document
+    from ttt_e2e.reading.plot import check_plot_target, plot_reading
+    from ttt_e2e.reading.report import summary
+
+    # Fail now, not after the work.
+    plot = arguments.plot or Path(f"{_file_stem(name)}.reading.png")
+    if not arguments.no_plot:
+        check_plot_target(plot)
+    if arguments.save:
+        check_session_target(arguments.save)
+    session = open_session(arguments, learn=not arguments.no_learning, compile=arguments.compile)
+    if arguments.compile and not session.learn:
+        note("Nothing is compiled: only a model that learns while it reads is.")
+    recording = None
+    if arguments.notebook:
+        from ttt_e2e.reading.recording import plan_recording
+
+        recording = plan_recording(arguments.save, arguments.session, session.model.config.sliding_window)
+        for remark in recording.remarks:
+            note(remark)
+    elif arguments.save:
+        _note_missing_text(arguments.save, arguments.session)
+    report = read_document(
+        session,
+        chunks,
+        name=name,
+        model_name="the shipped model" if arguments.model is None else str(arguments.model),
+        total_bytes=size,
+        baseline=not arguments.no_baseline,
+        progress=not arguments.quiet,
+        save=arguments.save,
+        save_every=arguments.save_every,
+        precision=arguments.precision,
+        recording=recording,
+    )
+    if arguments.json:
+        print_json(report.to_dict())
+    else:
+        print(summary(report))
+    say = note if arguments.json else print
+    if arguments.save:
+        say(f"session: {arguments.save}")
+    if recording:
+        say(f"notebook: {recording.folder}")
+    if not arguments.no_plot:
+        try:
+            plot_reading(report, plot)
+            say(f"plot: {plot}")
+        except UserError as error:
+            if arguments.plot:
+                raise
+            note(f"No plot: {error}")
+    if report.diverged:
+        raise UserError(report.diverged)
+    return INTERRUPTED if report.interrupted else 0
+
+
+def _open_text(file: str | None) -> tuple[str, Iterator[str], int | None]:
+    """Name, chunks and size in bytes of the text. A regular file is checked from end to end before it is read."""
+    from ttt_e2e.data.text import standard_library_document, text_chunks
+
+    if file is None:
+        document = standard_library_document()
+        return f"Python's {document.name}", document.chunks(), len(document.text.encode())
+    if file == "-":
+        return "standard input", text_chunks(sys.stdin.buffer), None
+    path = Path(file)
+    can_be_read_twice = not path.exists() or path.is_file() or path.is_dir()  # unlike a pipe
+    size = sum(len(chunk.encode()) for chunk in text_chunks(path)) if can_be_read_twice else None
+    return path.name, text_chunks(path), size
+
+
+def _file_stem(name: str) -> str:
+    """A file name made of a text's name."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(name).stem.replace("'s ", "-")) or "text"
+
+
+def _note_missing_text(save: Path, session: Path | None) -> None:
+    """Say if there is a notebook that will lack the text."""
+    from ttt_e2e.retrieval.notebook import notebook_folder
+
+    folders = [notebook_folder(path) for path in (save, session) if path]
+    if existing := next((folder for folder in folders if folder.exists()), None):
+        note(f"The notebook {existing} will not have this text; --notebook records it.")

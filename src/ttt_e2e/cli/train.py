@@ -1,0 +1,92 @@
+"""`ttt-e2e train`: train a model that learns well while it reads."""
+
+import argparse
+from pathlib import Path
+
+from ttt_e2e.cli.common import add_options
+from ttt_e2e.config.parse import override
+from ttt_e2e.config.presets import extend_model, extend_training, preset
+from ttt_e2e.config.schema import RunConfig
+from ttt_e2e.errors import INTERRUPTED, UserError
+from ttt_e2e.units import count
+
+HELP = "train a model to learn well while it reads"
+DESCRIPTION = """Train a preset on prepared tokens, through the inner updates, so that learning while reading helps.
+Change settings with NAME=VALUE, such as train.steps=500 or sliding_window=512. Ctrl-C writes a checkpoint;
+the same command with --resume continues from the last one as if nothing had happened."""
+EPILOG = """examples:
+  ttt-e2e train tiny --data tokens --out run
+  ttt-e2e train tiny --data tokens --out run --resume
+  ttt-e2e train tiny --data tokens --out mine sliding_window=256 mini_batch_size=32 inner_loop.lr=3
+  ttt-e2e train tiny-window --data tokens --out window train.steps=2000
+  ttt-e2e train tiny --data tokens --out long --from run/model --extend 8192
+  torchrun --nproc-per-node 8 -m ttt_e2e train 125m --data tokens --out run
+
+The tokens must have the vocabulary of the preset: 4,096 for tiny, which is what `prepare` makes, 8,192 for small, and
+that of Llama 3's tokenizer for the published sizes; or set vocab_size. `ttt-e2e presets --json` lists all settings;
+ttt_e2e/config/schema.py explains them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `train`."""
+    parser.add_argument("preset", metavar="PRESET", help="see `ttt-e2e presets`")
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the preset")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a folder that `prepare` has written, or the official zarr arrays",
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="the tokenizer of the zarr arrays")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
+    parser.add_argument(
+        "--from",
+        dest="start_from",
+        type=Path,
+        metavar="MODEL",
+        help="start with the weights and the shape of this model folder or checkpoint",
+    )
+    parser.add_argument(
+        "--extend",
+        type=count,
+        metavar="TOKENS",
+        help="with --from: train further at this context, by the published recipe",
+    )
+    add_options(parser, "device", "threads", "compile")
+    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, in RUN/tensorboard")
+    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
+    add_options(parser, "quiet")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; returns the exit code."""
+    config = preset(arguments.preset)
+    if arguments.extend is not None and arguments.start_from is None:
+        raise UserError("--extend trains a model further; name the model with --from.")
+    if arguments.start_from is not None:
+        from ttt_e2e.model.checkpoint import load_config
+
+        config = RunConfig(load_config(arguments.start_from), config.train)
+    if arguments.extend is not None:
+        longer = extend_training(config.train, arguments.extend, config.train.steps)
+        config = RunConfig(extend_model(config.model, arguments.extend), longer)
+    config = override(config, arguments.settings)
+    from ttt_e2e.training.trainer import train
+
+    result = train(
+        config,
+        arguments.data,
+        arguments.out,
+        resume=arguments.resume,
+        start_from=arguments.start_from,
+        tokenizer=arguments.tokenizer,
+        device=arguments.device,
+        tensorboard=arguments.tensorboard,
+        wandb=arguments.wandb,
+        progress=not arguments.quiet,
+        threads=arguments.threads,
+        compile=arguments.compile,
+    )
+    return INTERRUPTED if result.interrupted else 0

@@ -1,0 +1,72 @@
+"""Generating with passages of a notebook in the model's window, so that it sees exact words that it has read."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.errors import UserError
+from ttt_e2e.inference.session import Session
+from ttt_e2e.retrieval.notebook import Notebook
+from ttt_e2e.retrieval.passages import Passage
+
+
+def generate_with_notebook(
+    session: Session,
+    notebook: Notebook,
+    prompt: str,
+    *,
+    count: int = 3,
+    max_passage_tokens: int | None = None,
+    learn: bool = False,
+    **sampling: Any,
+) -> tuple[Iterator[str], list[Passage]]:
+    """Continue `prompt` with passages of the notebook that match it in the window.
+
+    Args:
+        session: It is read from, and not changed unless `sampling` says so.
+        notebook: Searched for the words of the prompt.
+        prompt: The text to continue.
+        count: Passages at most.
+        max_passage_tokens: Tokens of the passages at most; None is half the window.
+        learn: Learn from passages and prompt, as `Session.generate` does from a prompt. Otherwise they are only in the
+            window, and nothing learns from them, not even a fork.
+        sampling: As for `Session.generate`.
+
+    Returns:
+        The text in chunks, and the passages that were put into the window.
+
+    Raises:
+        UserError: As `Session.generate` and `Notebook.search` do.
+    """
+    if session.tokenizer is None:
+        raise UserError("Showing passages to a session needs a tokenizer; make the session with one.")
+    if max_passage_tokens is None:
+        max_passage_tokens = session.model.config.sliding_window // 2
+    found = notebook.search(prompt, count)
+    text, sources = prompt_with_passages(prompt, found, session.tokenizer, max_passage_tokens)
+    reader = session
+    if not learn:
+        reader = session.fork()
+        reader.learn = False
+    return reader.generate(text, **sampling), sources
+
+
+def prompt_with_passages(
+    question: str, passages: Iterable[Passage], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[str, list[Passage]]:
+    """The question with passages before it, and the passages that were taken, in the order given.
+
+    passages: the best first. In the prompt the best comes last, next to the question; each has its position in
+    characters above it. max_tokens: of the text before the question; passages that do not fit are left out.
+    """
+    taken: list[Passage] = []
+    before = ""
+    for passage in passages:
+        longer = _format([*taken, passage])
+        if len(tokenizer.encode(longer)) <= max_tokens:
+            taken, before = [*taken, passage], longer
+    return before + question, taken
+
+
+def _format(passages: list[Passage]) -> str:
+    return "\n\n" + "".join(f"[{p.start}-{p.stop}]\n{p.text.strip()}\n\n" for p in reversed(passages))
