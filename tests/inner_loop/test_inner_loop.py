@@ -13,7 +13,8 @@ from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import mini_batch_mean, sequence_loss
 from ttt_e2e.inner_loop.recompute import RecomputedLoop
 from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch, inner_gradient_reference, inner_step
-from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.transformer import MLP, Transformer
+from ttt_e2e.ops.elementwise import Vjp
 
 F64 = torch.float64
 SHAPES = {
@@ -291,6 +292,39 @@ def test_states_kept_grow_as_the_square_root(monkeypatch: pytest.MonkeyPatch) ->
     for recompute in ("mini-batch", "sqrt"):
         gradient(model, tokens(64 * 5, batch=1), activation_checkpointing=recompute)
     assert kept == {True: 62, False: 7 + 6}  # the last two mini-batches keep their graph instead
+
+
+class ScaledMLP(MLP):
+    """A static MLP with one parameter more than `loop_parameters` may have been written for."""
+
+    def __init__(self, plain: MLP) -> None:
+        super().__init__(plain.w_in.shape[1], plain.w_out.shape[1])
+        self.load_state_dict(plain.state_dict())
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
+        y_BTD, vjp = super().forward(x_BTD)
+        return y_BTD * self.scale, lambda g: vjp(g * self.scale)
+
+
+@pytest.mark.parametrize("recompute", ["mini-batch", "sqrt"])
+def test_recomputation_reaches_every_module_of_the_suffix(recompute: str) -> None:
+    """A module that is added gets the same gradient from the recomputed loop as from plain autograd."""
+    model = small_model(F64)
+    for block in model.suffix:
+        block.mlp = ScaledMLP(block.mlp).to(F64)
+    plain, again = gradient(model, tokens(23)), gradient(model, tokens(23), activation_checkpointing=recompute)
+    assert all(float(block.mlp.scale.grad.abs()) > 0 for block in model.suffix)
+    torch.testing.assert_close(again[1], plain[1], rtol=1e-9, atol=1e-12)
+
+
+def test_every_block_is_called_as_a_module() -> None:
+    """Hooks, profilers and sharding see each block's every use: once a text, and once a mini-batch in the loop."""
+    model, calls = small_model(F64), dict.fromkeys(range(4), 0)
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.update({i: calls[i] + 1}))
+    sequence_loss(model, tokens(25), dtype=F64)
+    assert calls == {0: 1, 1: 1, 2: 1 + 5, 3: 5}
 
 
 @pytest.mark.parametrize("recompute", ["mini-batch", "sqrt"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt_e2e.cli import main as cli
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.evaluation.documents import evaluate
+from ttt_e2e.evaluation.documents import evaluate_documents
 from ttt_e2e.inference import session as session_module
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
@@ -265,7 +265,7 @@ def test_compiled_reading(model: Transformer, monkeypatch: pytest.MonkeyPatch) -
 
 def test_whole_documents_at_once(model: Transformer, tokenizer: Tokenizer) -> None:
     documents = [Document(f"d{i}", TEXT[:size]) for i, size in enumerate((400, 90, 250))]
-    report = evaluate(model, tokenizer, documents, batch=3, progress=False)
+    report = evaluate_documents(model, tokenizer, documents, batch=3, progress=False)
     for result, document in zip(report.documents, documents, strict=True):
         session = Session(model, tokenizer)
         alone = np.concatenate((session.read(document.text), session.score_pending()))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.config.schema import ModelConfig, replace
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import load_transformer, model_digest, save_model
 from ttt_e2e.model.transformer import Transformer
@@ -122,13 +122,14 @@ def test_truncated_configuration(folder: Path) -> None:
 
 def test_foreign_configuration(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="does not describe a model of ttt-e2e"):
+    with pytest.raises(UserError, match="is not a ttt-e2e model"):
         load_transformer(folder)
 
 
-def test_newer_format(folder: Path) -> None:
-    rewrite(folder, version=3)
-    with pytest.raises(UserError, match="format 3, this version of ttt-e2e reads 2; use"):
+@pytest.mark.parametrize(("version", "remedy"), [(2, "convert or train the model again"), (4, "update ttt-e2e")])
+def test_load_transformer_refuses_other_format_versions(folder: Path, version: int, remedy: str) -> None:
+    rewrite(folder, version=version)
+    with pytest.raises(UserError, match=f"format version {version}, and this ttt-e2e reads version 3; {remedy}"):
         load_transformer(folder)
 
 
@@ -153,3 +154,35 @@ def test_weights_of_another_program(model: Transformer, folder: Path) -> None:
     save_file({name: weight.int() for name, weight in tensors.items()}, folder / "model.safetensors")
     with pytest.raises(UserError, match="not floating point"):
         load_transformer(folder)
+
+
+MIXER = "mixer.b_out mixer.b_qkv mixer.k_norm mixer.q_norm mixer.w_out mixer.w_qkv mixer_norm.weight"
+MLP = "mixer_post_norm.weight mlp.w_in mlp.w_out mlp_norm.weight mlp_post_norm.weight"
+FAST = "fast.down_in fast.down_out fast.up_in fast.up_out fast.w_in fast.w_out fast_norm.weight fast_post_norm.weight"
+NAMES = {
+    *("embedding", "final_norm.weight", "head"),
+    *(f"blocks.0.{name}" for name in f"{MIXER} {MLP}".split()),
+    *(f"blocks.1.{name}" for name in f"{MIXER} {MLP} {FAST}".split()),
+}
+MIXER_NAMES = {
+    "mamba2": "a_log conv_bias conv_weight d_skip dt_bias norm w_in w_out",
+    "gated-deltanet": "a_log dt_bias norm w_ba w_conv w_in w_out",
+    "ttt-kvb": "attention.k_norm attention.q_norm attention.w_out attention.w_qkv memory.w_in memory.w_out read_norm "
+    "step_bias w_out w_qkv w_step",
+    "titans": "context_norm gate_norm k_norm memory.w_in memory.w_out persistent_k persistent_v q_norm steps_bias "
+    "w_context w_kv w_memory w_out w_q w_steps",
+}
+
+
+def test_names_in_the_weights_file_do_not_follow_renames_in_the_code(tmp_path: Path) -> None:
+    """They are a file format: a module that is renamed must keep the names under which its weights were saved."""
+    config = replace(
+        CONFIG, {"fast_rank": 2, "tie_word_embeddings": False, "attention_bias": True, "attention_out_bias": True}
+    )
+    save_model(Transformer(config), tmp_path / "model", None)
+    assert set(load_file(tmp_path / "model" / "model.safetensors")) == NAMES
+    for mixer, names in MIXER_NAMES.items():
+        config = replace(CONFIG, {"suffix_layers": 0, "num_hidden_layers": 1, "pattern": (mixer,)})
+        save_model(Transformer(config), tmp_path / mixer, None)
+        found = {name for name in load_file(tmp_path / mixer / "model.safetensors") if ".mixer." in name}
+        assert found == {f"blocks.0.mixer.{name}" for name in names.split()}

@@ -1,6 +1,8 @@
-"""Gated DeltaNet against its recurrence, against Qwen3-Next's layer in transformers, and the laws of every mixer."""
+"""Gated DeltaNet against Qwen3-Next's layer in transformers, and the laws of every mixer."""
 
-from collections.abc import Callable
+import inspect
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -9,36 +11,19 @@ from helpers import make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.mixers.base import Positions
 from ttt_e2e.model.mixers.gated_deltanet import DeltaState, GatedDeltaNet
-from ttt_e2e.ops import gated_delta_rule as module
 from ttt_e2e.ops import tuning
-from ttt_e2e.ops.gated_delta_rule import Library, find_library, gated_delta_rule, gated_delta_rule_reference
+from ttt_e2e.ops.gated_delta_rule import gated_delta_rule_reference
+from ttt_e2e.ops.kernel_library import KernelLibrary, find_functions
 
 F64 = torch.float64
 CHUNK = tuning.DELTA_RULE_CHUNK
 PLACE = Positions(torch.empty(0), torch.empty(0))  # a recurrent mixer does not look at it
-LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
-
-
-def rule_inputs(
-    tokens: int, heads: tuple[int, int] = (2, 4), widths: tuple[int, int] = (4, 6), batch: int = 2, seed: int = 0
-) -> list[Tensor]:
-    """q, k, v, g, beta and a state that is not zero, in float64, with gradients."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=F64)
-
-    q, k = (F.normalize(draw(batch, tokens, heads[0], widths[0]), dim=-1) for _ in range(2))
-    v, g = draw(batch, tokens, heads[1], widths[1]), -F.softplus(draw(batch, tokens, heads[1]) - 2)
-    beta, state = draw(batch, tokens, heads[1]).sigmoid(), draw(batch, heads[1], *widths)
-    return [x.requires_grad_() for x in (q, k, v, g, beta, state)]
 
 
 def small_mixer(dtype: torch.dtype = F64, seed: int = 0, **changes: object) -> GatedDeltaNet:
@@ -66,76 +51,17 @@ def assert_same(ours: object, theirs: object, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-# -- the rule ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("heads", [(1, 1), (2, 4)])
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_rule_is_the_recurrence(tokens: int, heads: tuple[int, int]) -> None:
-    """Outputs, final state and all gradients."""
-    inputs = rule_inputs(tokens, heads)
-    results = []
-    for rule in (gated_delta_rule, gated_delta_rule_reference):
-        out = rule(*inputs)
-        generator = torch.Generator().manual_seed(1)
-        directions = [torch.randn(x.shape, generator=generator, dtype=F64) for x in out]
-        results.append([*out, *torch.autograd.grad(out, inputs, directions)])
-    assert_same(*results)
-
-
-def test_rule_starts_from_zeros() -> None:
-    *inputs, state = rule_inputs(CHUNK + 3)
-    assert_same(gated_delta_rule(*inputs, None), gated_delta_rule(*inputs, torch.zeros_like(state)), 0)
-    assert_same(gated_delta_rule_reference(*inputs, None), gated_delta_rule(*inputs, None))
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 5])
-def test_rule_gradcheck(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite differences, with chunks of which the last is not full."""
-    monkeypatch.setattr(tuning, "DELTA_RULE_CHUNK", 3)
-    inputs = rule_inputs(tokens, (1, 2), (2, 3), batch=1)
-    assert torch.autograd.gradcheck(lambda *x: gated_delta_rule(*x), inputs)
-
-
-def test_rule_with_strong_decay() -> None:
-    """Decays whose products leave float64's range within a chunk: their ratios stay exact, and the gradients."""
-    inputs = rule_inputs(2 * CHUNK + 1)
-    inputs[3] = (inputs[3].detach() * 400).requires_grad_()
-    results = []
-    for rule in (gated_delta_rule, gated_delta_rule_reference):
-        out = rule(*inputs)
-        results.append([*out, *torch.autograd.grad(out[0].square().sum() + out[1].sum(), inputs)])
-    assert all(x.isfinite().all() for x in results[0])
-    assert_same(*results)
-
-
-def test_rule_with_equal_keys() -> None:
-    """The same key at every token, beta one, no decay: the memory holds the last value only."""
-    _, k, v, g, beta, _ = rule_inputs(100, (1, 1))
-    k = k[:, :1].expand_as(k)
-    o, _ = gated_delta_rule(k.float(), k.float(), v.float(), 0 * g.float(), 1 + 0 * beta.float(), None)
-    assert_same(o, v.float(), 1e-5)
-
-
-@pytest.mark.parametrize("tokens", [7, 70, 128])
-@pytest.mark.parametrize("heads", [(2, 2), (2, 4)])
-def test_rule_is_that_of_transformers(tokens: int, heads: tuple[int, int]) -> None:
-    """Which computes in float32."""
-    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    q, k, v, g, beta, state = (x.detach().float() for x in rule_inputs(tokens, heads, (16, 16)))
-    ours = gated_delta_rule(q * 16**-0.5, k, v, g, beta, state)
-    for name in ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"):
-        theirs = getattr(qwen, name)(q, k, v, g, beta, initial_state=state.clone(), output_final_state=True)
-        assert_same(ours, theirs, 1e-5)
-
-
 # -- the mixer against transformers ------------------------------------------------------------------------------------
 
 
-def qwen_layer(mixer: GatedDeltaNet, expand: int) -> torch.nn.Module:
+def qwen_layer(mixer: GatedDeltaNet, expand: int, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     """Qwen3-Next's layer with the mixer's weights. Its input rows are grouped by key head."""
     qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+
+    # Wrapped, they call flash-linear-attention where it is installed, which needs a GPU.
+    for name in ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"):
+        monkeypatch.setattr(qwen, name, inspect.unwrap(getattr(qwen, name)))
 
     heads, width = mixer.heads, mixer.head_width
     config = Qwen3NextConfig(
@@ -167,10 +93,10 @@ def qwen_layer(mixer: GatedDeltaNet, expand: int) -> torch.nn.Module:
 @pytest.mark.parametrize("expand", [1, 2])
 @pytest.mark.parametrize("conv_width", [2, 4])
 @pytest.mark.parametrize("tokens", [3, 70, 128])
-def test_mixer_is_qwens_layer(expand: int, conv_width: int, tokens: int) -> None:
+def test_mixer_is_qwens_layer(expand: int, conv_width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The outputs, and the gradient of the inputs."""
     mixer = small_mixer(torch.float32, gated_deltanet__expand_v=expand, gated_deltanet__conv_size=conv_width)
-    layer = qwen_layer(mixer, expand)
+    layer = qwen_layer(mixer, expand, monkeypatch)
     x = text(tokens).float().requires_grad_()
     ours, theirs = mixer(x, PLACE, None)[0], layer(x)
     assert_same(ours, theirs, 1e-5)
@@ -356,90 +282,30 @@ def test_initial_values() -> None:
 
 # -- flash-linear-attention --------------------------------------------------------------------------------------------
 
-CALLS: list[str] = []
+
+def test_it_hands_the_library_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, whole and continued, the result stays close to PyTorch's."""
+
+    def rule(**arguments: Any) -> tuple[Tensor, Tensor]:
+        assert arguments["q"].dtype == arguments["k"].dtype == arguments["v"].dtype == torch.bfloat16
+        assert arguments["g"].dtype == arguments["beta"].dtype == torch.float32
+        inputs = (arguments[name].float() for name in ("q", "k", "v", "g", "beta"))
+        o, state = gated_delta_rule_reference(*inputs, arguments["initial_state"])
+        return o.bfloat16(), state
+
+    mixer, x = small_mixer(torch.float32), text(CHUNK + 9).bfloat16()
+    results = []
+    for functions in (None, (rule, rule)):
+        monkeypatch.setattr(KernelLibrary, "choose", lambda *_, functions=functions: functions)
+        y, state = mixer(x, PLACE, None)
+        y.sum().backward()
+        results.append((y, mixer(x[:, :3], PLACE, state)[0]))
+    assert_same(*results, 0.02)
 
 
-def fake(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A function with the library's arguments that are used, which checks them and computes the plain thing."""
-
-    def rule(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        scale: float,
-        initial_state: Tensor | None,
-        output_final_state: bool,
-    ) -> tuple[Tensor, Tensor]:
-        CALLS.append(name)
-        (batch, tokens, value_heads, width), heads = v.shape, k.shape[2]
-        assert q.dtype == k.dtype == v.dtype
-        assert g.dtype == beta.dtype == torch.float32
-        assert q.shape == k.shape == (batch, tokens, heads, width) and value_heads % heads == 0
-        assert g.shape == beta.shape == (batch, tokens, value_heads)
-        if initial_state is not None:
-            assert initial_state.shape == (batch, value_heads, width, width)
-            assert initial_state.dtype == torch.float32
-        assert scale == 1.0 and output_final_state
-        o, state = gated_delta_rule_reference(q.float(), k.float(), v.float(), g, beta, initial_state)
-        return o.to(v.dtype), state
-
-    return rule
-
-
-def test_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it is given, and which of its functions: the recurrent one has no gradient."""
-    library = Library(*(fake(name) for name in Library._fields))
-    mixer = small_mixer(torch.float32)
-    x = text(tuning.DELTA_RULE_RECURRENT_TOKENS + 1).bfloat16()
-    expected, state = mixer(x, PLACE, None)
-    expected_next, _ = mixer(x[:, :3], PLACE, state)
-    monkeypatch.setattr(module, "_library_for", lambda v, kernels: library)
-    CALLS.clear()
-    y, state = mixer(x, PLACE, None)
-    assert_same(y, expected, 0.02)
-    y.sum().backward()
-    assert_same(mixer(x[:, :3], PLACE, state)[0], expected_next, 0.02)
-    with torch.no_grad():
-        mixer(x, PLACE, None)
-        assert_same(mixer(x[:, :3], PLACE, state)[0], expected_next, 0.02)
-    assert CALLS == ["chunk_gated_delta_rule"] * 3 + ["fused_recurrent_gated_delta_rule"]
-
-
-def test_when_the_library_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Library(*(fake(name) for name in Library._fields))
-    monkeypatch.setattr(module, "find_library", lambda: library)
-    with FakeTensorMode():
-        on_gpu = {dtype: torch.empty(1, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float32)}
-    for kernels, dtype, expected in (
-        ("auto", torch.bfloat16, library),
-        ("auto", torch.float32, None),
-        ("torch", torch.bfloat16, None),
-        ("fused", torch.float32, library),
-    ):
-        assert module._library_for(on_gpu[dtype], kernels) is expected  # type: ignore[arg-type]
-    assert module._library_for(torch.empty(1, dtype=torch.bfloat16), "auto") is None
-    mixer = small_mixer(gated_deltanet__kernels="fused")
-    with pytest.raises(UserError, match="on a GPU only, but its input is on cpu"):
-        mixer(text(3), PLACE, None)
-    monkeypatch.setattr(module, "find_library", lambda: None)
-    assert module._library_for(on_gpu[torch.bfloat16], "auto") is None
+def test_kernels_that_are_required_but_missing_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)  # its import fails
+    find_functions.cache_clear()
     with pytest.raises(UserError, match=r"needs flash-linear-attention; install it with pip install 'ttt-e2e\[fla\]'"):
         small_mixer(gated_deltanet__kernels="fused")
-
-
-def test_finding_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> object:
-        raise ImportError(name)
-
-    package = type("Package", (), dict(zip(Library._fields, "ab", strict=True)))
-    for imported, expected in (
-        (absent, None),
-        (lambda name: object(), None),
-        (lambda name: package, Library("a", "b")),
-    ):
-        find_library.cache_clear()
-        monkeypatch.setattr(module.importlib, "import_module", imported)
-        assert find_library() == expected
-    find_library.cache_clear()
+    find_functions.cache_clear()

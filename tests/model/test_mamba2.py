@@ -1,8 +1,7 @@
-"""Mamba 2 against transformers' and against the literal recurrence, and the laws of every mixer."""
+"""Mamba 2 against transformers', and the laws of every mixer."""
 
 import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +16,8 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.mixers.base import Positions
 from ttt_e2e.model.mixers.mamba2 import Mamba2, Mamba2State
-from ttt_e2e.ops import ssd as ssd_module
-from ttt_e2e.ops.ssd import find_kernel, ssd, ssd_reference
+from ttt_e2e.ops.kernel_library import KernelLibrary, find_functions
+from ttt_e2e.ops.ssd import ssd_reference
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -154,47 +153,6 @@ def test_its_steps_are_transformers(groups: int) -> None:
         expected = torch.cat([theirs(piece, cache_params=cache) for piece in x.split([11, *[1] * 5], 1)], 1)
     y, state = read(mixer, x, [11, *[1] * 5])
     assert_same((y, state.ssm_BHPN), (expected, cache.get_recurrent_state(0)))
-
-
-# -- the recurrence ----------------------------------------------------------------------------------------------------
-
-
-def ssd_inputs(tokens: int, groups: int = 2, seed: int = 0, dtype: torch.dtype = F64) -> list[Tensor]:
-    """x, dt, a, b, c and a state, at two sequences of four heads."""
-    wide = F64 if dtype == F64 else torch.float32
-    return [
-        draw(2, tokens, 4, 3, seed=seed, dtype=dtype),
-        draw(2, tokens, 4, seed=seed + 1, dtype=wide).exp(),
-        -draw(4, seed=seed + 2, dtype=wide).exp(),
-        draw(2, tokens, groups, 5, seed=seed + 3, dtype=dtype),
-        draw(2, tokens, groups, 5, seed=seed + 4, dtype=dtype),
-        draw(2, 4, 3, 5, seed=seed + 5, dtype=wide),
-    ]
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("start", [True, False])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 24])
-def test_chunks_are_the_recurrence(tokens: int, start: bool, groups: int) -> None:
-    """Outputs, state and gradients, with and without a state to start from."""
-    inputs = [t.requires_grad_() for t in ssd_inputs(tokens, groups)]
-    args = [*inputs[:5], inputs[5] if start else None]
-    leaves = inputs if start else inputs[:5]
-    g = [draw(2, tokens, 4, 3, seed=8), draw(2, 4, 3, 5, seed=9)]
-    ours, reference = ssd(*args, chunk=8), ssd_reference(*args)
-    assert_same(ours, reference)
-    assert_same(torch.autograd.grad(ours, leaves, g), torch.autograd.grad(reference, leaves, g))
-
-
-def test_decays_of_any_strength() -> None:
-    """Decays that leave nothing, and none at all: finite, and the recurrence's."""
-    x, _, a, b, c, state = ssd_inputs(24)
-    dt = torch.tensor([0.0, 1e-12, 1.0, 1e6], dtype=F64)[torch.randint(4, (2, 24, 4), generator=torch.manual_seed(0))]
-    args = [t.requires_grad_() for t in (x, dt, a, b, c, state)]
-    ours, reference = ssd(*args, chunk=8), ssd_reference(*args)
-    assert_same(ours, reference)
-    g = [draw(2, 24, 4, 3, seed=8), draw(2, 4, 3, 5, seed=9)]
-    assert_same(torch.autograd.grad(ours, args, g), torch.autograd.grad(reference, args, g))
 
 
 # -- the laws of every mixer -------------------------------------------------------------------------------------------
@@ -358,44 +316,6 @@ def fake_scan(
     return (y, state) if return_final_states else y
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    """Lets mamba-ssm, as `fake_scan`, be installed or not."""
-    name = "mamba_ssm.ops.triton.ssd_combined"
-    module = types.ModuleType(name)
-    module.mamba_chunk_scan_combined = fake_scan  # type: ignore[attr-defined]
-
-    def install(there: bool) -> None:
-        for parent in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
-            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-        monkeypatch.setitem(sys.modules, name, module if there else None)  # None: its import fails
-        find_kernel.cache_clear()
-
-    yield install
-    find_kernel.cache_clear()
-
-
-def on_gpu(dtype: torch.dtype) -> Any:
-    """What `_kernel_for` asks of a tensor."""
-    return types.SimpleNamespace(is_cuda=True, dtype=dtype)
-
-
-def test_which_kernel(installed: Callable[[bool], None]) -> None:
-    installed(True)
-    assert ssd_module._kernel_for(on_gpu(torch.bfloat16), "auto") is fake_scan
-    assert ssd_module._kernel_for(on_gpu(torch.float32), "auto") is None
-    assert ssd_module._kernel_for(on_gpu(torch.float32), "fused") is fake_scan
-    assert ssd_module._kernel_for(on_gpu(torch.bfloat16), "torch") is None
-    assert ssd_module._kernel_for(torch.empty(0, dtype=torch.bfloat16), "auto") is None
-    with pytest.raises(UserError, match="runs on a GPU only, but its input is on cpu"):
-        Mamba2(mamba_config(mamba2__kernels="fused"))(draw(1, 2, 16), NOWHERE, None)
-    installed(False)
-    assert ssd_module._kernel_for(on_gpu(torch.bfloat16), "auto") is None
-    Mamba2(mamba_config(mamba2__kernels="auto"))
-    with pytest.raises(UserError, match=r"needs mamba-ssm; install it with pip install 'ttt-e2e\[mamba\]'"):
-        Mamba2(mamba_config(mamba2__kernels="fused"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_is_called_as_it_wants(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
@@ -407,7 +327,16 @@ def test_the_kernel_is_called_as_it_wants(dtype: torch.dtype, monkeypatch: pytes
     x, mixer = draw(2, 40, 16, seed=1, dtype=dtype), make_mixer(torch.float32, mamba2__n_groups=2)
     with torch.no_grad():
         expected, last = read(mixer, x, [20, 1, 19])
-        monkeypatch.setattr(ssd_module, "_kernel_for", lambda x, kernels: counted)
+        monkeypatch.setattr(KernelLibrary, "choose", lambda self, kernels, x: (counted,))
         y, state = read(mixer, x, [20, 1, 19])
     assert len(calls) == 2  # not for the single token
     assert_same((y, *state), (expected, *last), 2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_kernels_that_are_required_but_missing_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", None)  # its import fails
+    find_functions.cache_clear()
+    Mamba2(mamba_config(mamba2__kernels="auto"))
+    with pytest.raises(UserError, match=r"needs mamba-ssm; install it with pip install 'ttt-e2e\[mamba\]'"):
+        Mamba2(mamba_config(mamba2__kernels="fused"))
+    find_functions.cache_clear()

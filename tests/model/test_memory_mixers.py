@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e.model.mixers.base import Mixer, Positions
-from ttt_e2e.model.mixers.memory import gradients, share
+from ttt_e2e.model.mixers.memory import gradients, scan_coefficients
 from ttt_e2e.model.mixers.titans import Titans
 from ttt_e2e.model.mixers.ttt_kvb import TTTKVB
 from ttt_e2e.ops.fast_mlp import FastWeights, fast_mlp
@@ -53,7 +53,7 @@ def text(length: int, batch: int = 2, seed: int = 0, width: int = 16) -> Tensor:
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def place(start: int, length: int, head_width: int = 8, dtype: torch.dtype = F64) -> Positions:
+def positions(start: int, length: int, head_width: int = 8, dtype: torch.dtype = F64) -> Positions:
     frequency = 100.0 ** -(torch.arange(head_width // 2, dtype=F64) / head_width)
     angle = torch.arange(start, start + length, dtype=F64)[:, None, None] * frequency
     return Positions(angle.cos().to(dtype), angle.sin().to(dtype))
@@ -65,7 +65,7 @@ def read(mixer: Mixer, x_BTD: Tensor, sizes: list[int] | None = None, state: Any
     head_width = mixer.config.head_dim  # type: ignore[union-attr]
     wide = F64 if x_BTD.dtype == F64 else torch.float32
     for piece in x_BTD.split(sizes or [x_BTD.shape[1]], 1):
-        y, state = mixer(piece, place(start, piece.shape[1], head_width, wide), state)
+        y, state = mixer(piece, positions(start, piece.shape[1], head_width, wide), state)
         outputs.append(y)
         start += piece.shape[1]
     return torch.cat(outputs, 1), state
@@ -197,7 +197,7 @@ def test_the_literal_recurrence(kind: str, shape: str, length: int) -> None:
     y_BTD, state = read(mixer, x_BTD)
     for row, x_TD in enumerate(x_BTD):
         with torch.no_grad():
-            y_TD, memories = LITERAL[kind](mixer, x_TD, place(0, length))
+            y_TD, memories = LITERAL[kind](mixer, x_TD, positions(0, length))
         torch.testing.assert_close(y_BTD[row], y_TD, rtol=1e-9, atol=1e-9)
         for head, memory in enumerate(memories):
             ours = [state.w_in_BHEK, state.w_out_BHKF]
@@ -218,7 +218,7 @@ def test_shares_are_the_running_sums(length: int, seed: int, zeros: bool) -> Non
     if zeros:
         eta, keep = (x.mul(3).sub(1).clamp(0, 1) for x in (eta, keep))
     m, s = torch.randn(2, generator=generator, dtype=F64)
-    ours = share(theta, eta, keep)
+    ours = scan_coefficients(theta, eta, keep)
     new_m = ours.weights * m + ours.carried * s - (ours.in_weights * gradient).sum()
     new_s = ours.momentum * s - (ours.in_momentum * gradient).sum()
     for t in range(length):
@@ -287,7 +287,7 @@ def test_gradcheck(kind: str, length: int) -> None:
         for i, t in zip(used, values[: len(used)], strict=True):
             parts[i] = t
         parameters = dict(zip(names, values[len(used) :], strict=True))
-        args = (x_BTD, place(3, length, 2), mixer.State(*parts))
+        args = (x_BTD, positions(3, length, 2), mixer.State(*parts))
         y_BTD, after = torch.func.functional_call(mixer, parameters, args)
         return y_BTD, *after
 
@@ -383,7 +383,7 @@ def test_a_token_alone_costs_a_token(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_in_one_graph(kind: str) -> None:
-    mixer, x_BTD, at = make(kind, sliding_window=10), text(12), place(0, 12)
+    mixer, x_BTD, at = make(kind, sliding_window=10), text(12), positions(0, 12)
     expected = mixer(x_BTD, at, None)
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")(x_BTD, at, None)
     assert_same(compiled, expected)

@@ -190,12 +190,12 @@ def test_dynamic_evaluation_is_trained_like_any_other_and_learns_at_test_time() 
         ),
         (
             {"suffix_layers": 0, "sliding_window": 12, "pattern": ("titans",)},
-            "window 12 is not a multiple of mini_batch 5",
+            "window 12 is not a multiple of mini_batch_size 5",
         ),
         ({"suffix_layers": 0, "sliding_window": 3, "pattern": ("ttt-kvb",)}, "longer than the window"),
         ({"suffix_layers": 0, "pattern": ("mamba2",), "mamba2.n_groups": 3}, "do not divide into 3 groups"),
-        ({"suffix_layers": 0, "pattern": ("mamba2",), "mamba2.state_size": 0}, "state_width must be at least 1"),
-        ({"suffix_layers": 0, "pattern": ("ttt-kvb",), "memory.lr": -1.0}, "memory_lr must not be negative"),
+        ({"suffix_layers": 0, "pattern": ("mamba2",), "mamba2.state_size": 0}, "state_size must be at least 1"),
+        ({"suffix_layers": 0, "pattern": ("ttt-kvb",), "memory.lr": -1.0}, "memory.lr must be at least 0"),
     ],
 )
 def test_what_does_not_fit_is_said(change: dict, sentence: str) -> None:
@@ -205,7 +205,8 @@ def test_what_does_not_fit_is_said(change: dict, sentence: str) -> None:
 
 @pytest.mark.parametrize(("mixer", "extra"), [("mamba2", "mamba"), ("gated-deltanet", "fla")])
 def test_a_missing_extra_is_said(mixer: str, extra: str) -> None:
-    config = make_config(**{**SMALL, "num_hidden_layers": 1, "intermediate_size": 8}, mamba2__kernels="fused")
+    fused = {f"{mixer.replace('-', '_')}.kernels": "fused"}
+    config = make_config(**{**SMALL, "num_hidden_layers": 1, "intermediate_size": 8, **fused})
     with pytest.raises(UserError, match=rf"pip install 'ttt-e2e\[{extra}\]'"):
         make_mixer(mixer, config)
 
