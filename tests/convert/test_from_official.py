@@ -1,6 +1,5 @@
 """Checkpoints of the official trainer, as model folders: the reference one, and small ones written here alike."""
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -12,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import make_config, small_config, small_model
+from helpers import small_config, small_model
 from safetensors.torch import load_file
 
-from ttt_e2e.cli import convert as command
+from ttt_e2e.cli.main import main
+from ttt_e2e.config.schema import replace
 from ttt_e2e.convert.from_official import convert_from_official, official_config, state_dict_from_official
 from ttt_e2e.convert.orbax import find_step
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop.step import sequence_loss
-from ttt_e2e.model.checkpoint import load_config, load_model, save_model
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.model.checkpoint import load_config, load_transformer, save_model
 from ttt_e2e.model.transformer import Transformer
 
 ITEM = "model_weights"
@@ -36,10 +36,10 @@ def tensorstore() -> Any:
 # -- what the official trainer would have written ----------------------------------------------------------------------
 
 
-def neighbours(rows: np.ndarray, head_width: int) -> np.ndarray:
+def neighbours(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows with rotary pairs (i, i + K/2) in every head, reordered to neighbouring pairs."""
-    order = [i // 2 + (i % 2) * (head_width // 2) for i in range(head_width)]
-    heads = rows.reshape(-1, head_width, *rows.shape[1:])
+    order = [i // 2 + (i % 2) * (head_dim // 2) for i in range(head_dim)]
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
     return heads[:, order].reshape(rows.shape)
 
 
@@ -83,9 +83,9 @@ def official_arrays(model: Transformer) -> dict[str, np.ndarray]:
 def write_step(
     folder: Path, arrays: dict[str, np.ndarray], layers: int | None = None, dtype: str = "float32", **metadata: Any
 ) -> Path:
-    """A step's folder in the layout of the reference checkpoint, chunks of so many `layers` (None: all).
+    """A step's folder in the layout of the reference checkpoint, with chunks of `layers` layers (None: all).
 
-    metadata: instead of what `_CHECKPOINT_METADATA` has.
+    metadata: changes of `_CHECKPOINT_METADATA`.
     """
     import tensorstore as ts
 
@@ -142,11 +142,10 @@ def test_official_arrays_become_our_weights(changes: dict[str, Any]) -> None:
     shapes = {name: array.shape for name, array in arrays.items()}
     changed = [f"{name}={value}" for name, value in changes.items()]
     found = official_config(shapes, None, [*SETTINGS, *changed])
-    mini_batch = 5 if model.suffix else None
-    assert found == make_config(**{**vars(model.config), "initializer_range": 0.02, "mini_batch_size": mini_batch or 5})
+    assert found == replace(model.config, {"initializer_range": 0.02})
 
 
-def test_norms_that_are_switched_off_are_left_alone() -> None:
+def test_weights_of_norms_that_are_switched_off_are_ignored() -> None:
     """The official model has the weights of all norms, used or not."""
     arrays = official_arrays(small_model())
     off = {"qk_norm": False, "pre_norm": False, "post_norm": False}
@@ -156,7 +155,7 @@ def test_norms_that_are_switched_off_are_left_alone() -> None:
         state_dict_from_official({**arrays, "language_model.extra_norm.weight": np.zeros(3)}, small_config(**off))
 
 
-def test_arrays_that_do_not_fit() -> None:
+def test_arrays_that_do_not_fit_are_refused() -> None:
     arrays = official_arrays(small_model())
     config = small_config()
     embedding = "language_model.model.wte.weight"
@@ -170,25 +169,30 @@ def test_arrays_that_do_not_fit() -> None:
         state_dict_from_official(arrays, small_config(pattern=("mamba2", "window", "window", "window")))
 
 
-def test_what_the_shapes_do_not_tell() -> None:
+def test_official_config_needs_what_the_shapes_do_not_tell() -> None:
     shapes = {name: array.shape for name, array in official_arrays(small_model()).items()}
-    with pytest.raises(UserError, match=r"does not say pattern, rope_theta, window, mini_batch: name a preset"):
+    with pytest.raises(
+        UserError, match=r"does not tell pattern, rope_theta, sliding_window, mini_batch_size: name a preset"
+    ):
         official_config(shapes, None, [])
-    with pytest.raises(UserError, match=r"does not say mini_batch:"):
+    with pytest.raises(UserError, match=r"does not tell mini_batch_size:"):
         official_config(shapes, None, ["model.pattern=window", "rope_theta=1e4", "sliding_window=12"])
     full = official_config(shapes, None, ["pattern=full", "rope_theta=1e4", "mini_batch_size=5"])
     assert (full.mixers[0], full.rope_theta) == ("full", 1e4)
-    with pytest.raises(UserError, match=r"has layers 4, where the configuration has 3;"):
+    with pytest.raises(UserError, match=r"has num_hidden_layers 4, where the configuration has 3;"):
         official_config(shapes, None, [*SETTINGS, "num_hidden_layers=3"])
-    with pytest.raises(UserError, match=r"has vocab_size 50, width 16, layers 4, .* configuration has 4096, 128, 8, "):
+    with pytest.raises(
+        UserError, match=r"has vocab_size 50, hidden_size 16, num_hidden_layers 4, .* configuration has 4096, 128, 8, "
+    ):
         official_config(shapes, "tiny", [])
     with pytest.raises(UserError, match="no preset"):
         official_config(shapes, "tinny", [])
-    with pytest.raises(UserError, match="leave those of train out"):
+    with pytest.raises(UserError, match="leave out those that begin with train"):
         official_config(shapes, None, [*SETTINGS, "train.steps=3"])
-    as_preset = [f"{n}={getattr(small_config(), n)}" for n in ("vocab_size", "width", "layers", "heads", "mlp_width")]
-    assert official_config(shapes, "tiny", [*as_preset, "sliding_window=512"]).mini_batch == 64
-    with pytest.raises(UserError, match="it is none of the official implementation"):
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    changes = [f"{name}={getattr(small_config(), name)}" for name in names]
+    assert official_config(shapes, "tiny", [*changes, "sliding_window=512"]).mini_batch_size == 64
+    with pytest.raises(UserError, match="give a checkpoint of the official implementation"):
         official_config({"params.dense.kernel": (3, 4)}, None, SETTINGS)
 
 
@@ -202,7 +206,7 @@ def step_folder(folder: Path, *, metadata: dict[str, Any] | None = None, item: s
     return folder
 
 
-def test_which_step(tmp_path: Path) -> None:
+def test_find_step_takes_the_last_complete_one(tmp_path: Path) -> None:
     committed = {"init_timestamp_nsecs": 1, "commit_timestamp_nsecs": 2}
     for number in (9, 100, 20):
         step_folder(tmp_path / str(number), metadata=committed)
@@ -211,11 +215,11 @@ def test_which_step(tmp_path: Path) -> None:
     assert find_step(tmp_path, ITEM) == tmp_path / "100"
     assert find_step(tmp_path, ITEM, 9) == find_step(tmp_path / "9", ITEM) == tmp_path / "9"
     step_folder(tmp_path / "200", metadata={**committed, "commit_timestamp_nsecs": None})
-    with pytest.warns(UserWarning, match=r"Step 200 is left out, it was never committed\."):
+    with pytest.warns(UserWarning, match=r"Step 200 is skipped: it was never committed\."):
         assert find_step(tmp_path, ITEM) == tmp_path / "100"
     with pytest.raises(UserError, match="has no step 7; there are: 9, 20, 100, 200"):
         find_step(tmp_path, ITEM, 7)
-    with pytest.raises(UserError, match="is one step already; leave the number 9 out"):
+    with pytest.raises(UserError, match="is a single step; leave out the number 9"):
         find_step(tmp_path / "9", ITEM, 9)
     (tmp_path / "200/commit_success.txt").touch()  # an object store's own mark
     assert find_step(tmp_path, ITEM) == tmp_path / "200"
@@ -232,7 +236,7 @@ def test_which_step(tmp_path: Path) -> None:
         ("manifest.ocdbt", "its model_weights has no manifest.ocdbt"),
     ],
 )
-def test_incomplete_steps(tmp_path: Path, damage: str, match: str, alone: bool) -> None:
+def test_find_step_refuses_incomplete_steps(tmp_path: Path, damage: str, match: str, alone: bool) -> None:
     metadata = {"init_timestamp_nsecs": 1, "commit_timestamp_nsecs": None if damage == "uncommitted" else 2}
     step = step_folder(tmp_path / "100", metadata=metadata)
     if damage == "item":
@@ -247,22 +251,22 @@ def test_incomplete_steps(tmp_path: Path, damage: str, match: str, alone: bool) 
         find_step(tmp_path, ITEM, 100)
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
+def test_find_step_refuses_other_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no folder"):
         find_step(tmp_path / "nowhere", ITEM)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"holds no checkpoint; give a step's folder"):
         find_step(tmp_path, ITEM)
     unfinished = step_folder(tmp_path / "300.orbax-checkpoint-tmp-17")
-    with pytest.raises(UserError, match="only steps that were never finished"):
+    with pytest.raises(UserError, match="only unfinished steps"):
         find_step(tmp_path, ITEM)
     with pytest.raises(UserError, match="incomplete: it was never finished"):
         find_step(unfinished, ITEM)
-    with pytest.raises(UserError, match="no step 300; there are: none that is finished"):
+    with pytest.raises(UserError, match="no step 300; there are: no finished ones"):
         find_step(tmp_path, ITEM, 300)
 
 
-def test_without_tensorstore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tensorstore_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = step_folder(tmp_path / "0")
     value = {"key_metadata": [{"key": "a"}], "value_metadata": {"value_type": "jax.Array"}}
     (step / ITEM / "_METADATA").write_text(json.dumps({"tree_metadata": {"a": value}}))
@@ -276,7 +280,7 @@ def test_without_tensorstore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("layers", [None, 1, 3])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"suffix_layers": 0, "mini_batch_size": 5}])
-def test_a_checkpoint_becomes_the_folder_that_save_model_writes(
+def test_converted_folder_is_what_save_model_writes(
     tensorstore: Any, tmp_path: Path, layers: int | None, changes: dict[str, Any]
 ) -> None:
     model = small_model(**changes, initializer_range=0.02)
@@ -288,7 +292,7 @@ def test_a_checkpoint_becomes_the_folder_that_save_model_writes(
     save_model(model, tmp_path / "saved", None)
     converted, saved = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "saved"))
     assert converted == saved
-    loaded = load_model(tmp_path / "model")  # its digest fits
+    loaded = load_transformer(tmp_path / "model")  # its digest fits
     assert all(torch.equal(weight, loaded.get_parameter(name)) for name, weight in model.named_parameters())
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     notes = json.loads((tmp_path / "model/config.json").read_text())["notes"]
@@ -302,13 +306,13 @@ def test_bfloat16_stays_bfloat16(tensorstore: Any, tmp_path: Path) -> None:
     save_model(model, tmp_path / "saved", None, dtype=torch.bfloat16)
     converted, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "saved"))
     assert all(converted[name].dtype == torch.bfloat16 and torch.equal(converted[name], saved[name]) for name in saved)
-    loaded = load_model(tmp_path / "model")
+    loaded = load_transformer(tmp_path / "model")
     assert torch.equal(loaded.embedding, model.embedding.bfloat16().float())
 
 
-def test_the_tokenizer_comes_along(tmp_path: Path, checkpoint: Path) -> None:
+def test_tokenizer_is_copied(tmp_path: Path, checkpoint: Path) -> None:
     Tokenizer.train(["a b"], 300).save(tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match=r"has \d+ tokens, the checkpoint's vocabulary 50"):
+    with pytest.raises(UserError, match=r"has \d+ tokens, but the checkpoint has a vocabulary of 50"):
         convert_from_official(
             checkpoint, tmp_path / "model", settings=SETTINGS, tokenizer=str(tmp_path / "tokenizer.json")
         )
@@ -322,56 +326,56 @@ def test_the_tokenizer_comes_along(tmp_path: Path, checkpoint: Path) -> None:
     assert Tokenizer.load(tmp_path / "model").digest == tokenizer.digest
 
 
-def test_nothing_is_overwritten(tmp_path: Path, checkpoint: Path) -> None:
+def test_existing_folder_is_not_overwritten(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/diary.txt").write_text("mine")
-    with pytest.raises(UserError, match="model exists already"):
+    with pytest.raises(UserError, match="model exists; name another folder"):
         convert_from_official(checkpoint, tmp_path / "model", settings=SETTINGS)
     assert (tmp_path / "model/diary.txt").read_text() == "mine"
 
 
-def refused(folder: Path, match: str) -> None:
-    """The conversion is refused, and leaves nothing behind."""
+def assert_refused(folder: Path, match: str) -> None:
+    """The conversion is refused and leaves nothing behind."""
     out = folder / "model"
     with pytest.raises(UserError, match=match):
         convert_from_official(folder / "100", out, settings=SETTINGS)
     assert sorted(path.name for path in folder.iterdir()) == ["100"]
 
 
-def test_damaged_data(tmp_path: Path, checkpoint: Path) -> None:
+def test_damaged_data_are_refused(tmp_path: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "100")
     for data in (tmp_path / "100" / ITEM / "d").iterdir():
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    refused(tmp_path, r"'language_model\..*' in .* is missing or damaged \([A-Z_]+\); use a complete copy")
+    assert_refused(tmp_path, r"'language_model\..*' in .* is missing or damaged \([A-Z_]+\); use a complete copy")
 
 
-def test_a_missing_piece_is_not_read_as_zeros(tensorstore: Any, tmp_path: Path) -> None:
+def test_missing_chunk_is_not_read_as_zeros(tensorstore: Any, tmp_path: Path) -> None:
     write_step(tmp_path / "100", official_arrays(small_model()), 1)
     database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path / '100' / ITEM}/"}}
     store = tensorstore.KvStore.open(database).result()
     name = "language_model.model.h.blocks.feed_forward.w2.weight"
     store.delete_range(tensorstore.KvStore.KeyRange(f"{name}/3", f"{name}/4")).result()
-    refused(tmp_path, rf"'{name}' in .* is missing or damaged")
+    assert_refused(tmp_path, rf"'{name}' in .* is missing or damaged")
 
 
-def test_an_array_that_is_listed_but_not_there(tmp_path: Path, checkpoint: Path) -> None:
+def test_missing_array_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "100")
     listed = tmp_path / "100" / ITEM / "_METADATA"
     listed.write_text(listed.read_text().replace("ln_f", "ln_g"))
-    refused(tmp_path, r"'language_model\.model\.ln_g\.weight' in .* is missing or damaged")
+    assert_refused(tmp_path, r"'language_model\.model\.ln_g\.weight' in .* is missing or damaged")
     listed.write_text(listed.read_text().replace('"key"', '"kex"'))
-    refused(tmp_path, "_METADATA is altered")
+    assert_refused(tmp_path, "_METADATA is altered")
 
 
-def test_missing_and_misshapen_arrays(tensorstore: Any, tmp_path: Path) -> None:
+def test_missing_and_misshapen_arrays_are_refused(tensorstore: Any, tmp_path: Path) -> None:
     arrays = official_arrays(small_model())
     norm = "language_model.model.ln_f.weight"
     write_step(tmp_path / "a/100", {name: array for name, array in arrays.items() if name != norm})
-    refused(tmp_path / "a", rf"lack '{norm}'")
+    assert_refused(tmp_path / "a", rf"lack '{norm}'")
     write_step(tmp_path / "b/100", {**arrays, norm: np.ones(17, np.float32)})
-    refused(tmp_path / "b", rf"'{norm}' has shape \(17,\); the configuration asks for \(16,\)")
+    assert_refused(tmp_path / "b", rf"'{norm}' has shape \(17,\); the configuration requires \(16,\)")
     write_step(tmp_path / "c/100", arrays, dtype="float64")
-    refused(tmp_path / "c", "is float64; weights are float32")
+    assert_refused(tmp_path / "c", "is float64; weights are float32")
 
 
 MEASURE = """
@@ -381,7 +385,7 @@ from ttt_e2e.convert.from_official import convert_from_official
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 folder, settings = Path(sys.argv[1]), sys.argv[2:]
-convert_from_official(folder / "small", folder / "warm", settings=settings)  # what is imported on the way is not meant
+convert_from_official(folder / "small", folder / "warm", settings=settings)  # without the memory of imports
 before = peak()
 convert_from_official(folder / "large", folder / "model", settings=settings)
 print(peak() - before)
@@ -404,14 +408,14 @@ def test_memory_does_not_grow_with_the_model(tensorstore: Any, tmp_path: Path) -
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    assert list(command.add_actions(parser)) == ["from-hf", "from-standard", "from-official", "to-hf"]
-    words = ["from-official", str(checkpoint.parent), str(tmp_path / "model"), *SETTINGS, "--step", "100", "--quiet"]
-    assert command.run(parser.parse_args(words)) == 0
+def test_convert_from_official_on_the_command_line(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", "from-official", str(checkpoint.parent), str(tmp_path / "model"), *SETTINGS]
+    assert main([*command, "--step", "100", "--quiet"]) == 0
     count = sum(weight.numel() for weight in small_model().parameters())
     assert capsys.readouterr().out == f"{tmp_path / 'model'}: step 100, {count:,} parameters in float32\n"
-    assert load_model(tmp_path / "model").config == small_config(initializer_range=0.02)
+    assert load_transformer(tmp_path / "model").config == small_config(initializer_range=0.02)
 
 
 # -- the reference checkpoint ------------------------------------------------------------------------------------------
@@ -426,13 +430,13 @@ def test_the_official_checkpoint(tensorstore: Any, golden_dir: Path, tmp_path: P
         done = convert_from_official(golden_dir / "orbax_tiny_e2e" / inside, tmp_path / "model", settings=settings)
     reference = load_file(golden_dir / "tiny_e2e.safetensors")
     assert done.parameters == json.loads((golden_dir / "tiny_e2e.json").read_text())["info"]["n_params"]
-    model = load_model(tmp_path / "model")
+    model = load_transformer(tmp_path / "model")
     arrays = {name.removeprefix("params."): t.numpy() for name, t in reference.items() if name.startswith("params.")}
     expected = state_dict_from_official(arrays, model.config)
     ours = dict(model.named_parameters())
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], weight) for name, weight in expected.items())
-    for inner_lr, name in ((None, "token_nll"), (0.0, "token_nll_no_ttt")):
+    for learn, name in ((True, "token_nll"), (False, "token_nll_no_ttt")):
         with torch.no_grad():
-            found = sequence_loss(model, reference["tokens"], bos=1, inner_lr=inner_lr)
+            found = sequence_loss(model, reference["tokens"], bos=1, learn=learn)
         assert (found.nll_BT - reference[name]).abs().max() < 2e-5

@@ -9,10 +9,10 @@ from helpers import small_model
 
 from ttt_e2e.cli import main as cli
 from ttt_e2e.convert.from_standard import convert_from_standard, learning_config, warm_start
-from ttt_e2e.convert.start import Start
+from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop.step import sequence_loss
-from ttt_e2e.model.checkpoint import load_model, save_model
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.model.checkpoint import load_transformer, save_model
 from ttt_e2e.model.transformer import Transformer
 
 
@@ -21,9 +21,9 @@ def standard(**changes: Any) -> Transformer:
     return small_model(torch.float64, **{**values, **changes})
 
 
-def losses(model: Transformer, tokens_BT: torch.Tensor, inner_lr: float | None) -> torch.Tensor:
+def losses(model: Transformer, tokens_BT: torch.Tensor, learn: bool = True) -> torch.Tensor:
     with torch.no_grad():
-        return sequence_loss(model, tokens_BT, inner_lr=inner_lr, dtype=torch.float64).nll_BT
+        return sequence_loss(model, tokens_BT, learn=learn, dtype=torch.float64).nll_BT
 
 
 @pytest.mark.parametrize(
@@ -37,22 +37,24 @@ def losses(model: Transformer, tokens_BT: torch.Tensor, inner_lr: float | None) 
     ],
 )
 @pytest.mark.parametrize("rank", [None, 3])
-def test_predictions_are_the_original_s_until_the_first_update(fast: Any, changes: dict, rank: int | None) -> None:
+def test_predictions_are_the_original_until_the_first_update(fast: Any, changes: dict, rank: int | None) -> None:
     model = standard(**changes)
-    start = Start(window=12, mini_batch=4, suffix=0.5, fast=fast, fast_share=0.5, fast_rank=rank)
-    config = learning_config(model.config, start)
+    options = LearningOptions(
+        sliding_window=12, mini_batch_size=4, suffix=0.5, fast=fast, fast_share=0.5, fast_rank=rank
+    )
+    config = learning_config(model.config, options)
     assert config.fast_rank == rank
     learner = warm_start(model, config)
     assert config.suffix_layers == 2 and config.sliding_window == 12 and set(config.mixers) == {"window"}
     tokens = torch.randint(50, (3, 13), generator=torch.Generator().manual_seed(1))
-    before = losses(model, tokens, None)
-    torch.testing.assert_close(losses(learner, tokens, 0.0), before, rtol=1e-12, atol=1e-12)
-    learning = losses(learner, tokens, None)
+    before = losses(model, tokens)
+    torch.testing.assert_close(losses(learner, tokens, learn=False), before, rtol=1e-12, atol=1e-12)
+    learning = losses(learner, tokens)
     torch.testing.assert_close(learning[:, :4], before[:, :4], rtol=1e-12, atol=1e-12)
     assert (learning[:, 4:] - before[:, 4:]).abs().max() > 1e-4
-    # Beyond the window the text is seen no more: another model than the original over full attention.
+    # Beyond the window it differs from an original with full attention.
     longer = torch.randint(50, (3, 31), generator=torch.Generator().manual_seed(2))
-    far = (losses(learner, longer, 0.0) - losses(model, longer, None))[:, 12:].abs().max()
+    far = (losses(learner, longer, learn=False) - losses(model, longer))[:, 12:].abs().max()
     assert (far < 1e-12) == (model.config.pattern == ("window",))
 
 
@@ -70,17 +72,17 @@ def test_predictions_are_the_original_s_until_the_first_update(fast: Any, change
         ),
     ],
 )
-def test_what_cannot_be_converted(model: Any, options: dict, sentence: str) -> None:
+def test_models_and_options_that_do_not_fit_are_refused(model: Any, options: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        learning_config(model().config, Start(**options))
+        learning_config(model().config, LearningOptions(**options))
 
 
-def test_a_folder_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_from_standard_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(standard().float(), tmp_path / "standard", None)
     command = ["convert", "from-standard", str(tmp_path / "standard"), str(tmp_path / "out"), "--window", "12"]
     assert cli.main([*command, "--mini-batch", "4", "--fast", "split", "--fast-rank", "2"]) == 0
     assert "1 of 4 blocks learn" in capsys.readouterr().out
-    model = load_model(tmp_path / "out")
+    model = load_transformer(tmp_path / "out")
     assert (
         model.config.fast_intermediate_size == 6
         and model.config.suffix_intermediate_size == 18
@@ -88,4 +90,4 @@ def test_a_folder_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert cli.main(command) == 1 and "exists" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing"):
-        convert_from_standard(tmp_path / "nothing", tmp_path / "other", Start())
+        convert_from_standard(tmp_path / "nothing", tmp_path / "other", LearningOptions())

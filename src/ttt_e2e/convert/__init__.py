@@ -1,1 +1,1 @@
-"""Other formats in and out."""
+"""Models of other formats, and standard models, converted into model folders."""

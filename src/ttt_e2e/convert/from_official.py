@@ -1,11 +1,11 @@
-"""Checkpoints of the official JAX implementation: their names and layouts, how they map to ours, and the conversion.
+"""Checkpoints of the official JAX implementation: how their arrays map to our parameters, and their conversion.
 
-There, linear weights are [in, out] and stacked over layers, and rotary pairs are neighbours (2i, 2i + 1). Here they are
-[out, in] with query, key and value (and gate and value) in one matrix, and rotary pairs are (i, i + K/2). The mapping
-is linear and one to one, so it serves gradients and optimiser moments as well as weights.
+There, linear weights are [in, out] and stacked over layers, and rotary pairs are neighbours (2i, 2i + 1). Here, linear
+weights are [out, in], with query, key and value (and gate and value) in one matrix, and rotary pairs are (i, i + K/2).
+The mapping is linear and one to one, so it can also be used for gradients and optimizer moments.
 
-Source: the repository test-time-training/e2e, commit a4fc478. A checkpoint of its trainer holds the weights, the
-optimiser's state and the loader's position, and no configuration.
+Source: the repository test-time-training/e2e, commit a4fc478. Checkpoints of its trainer hold the weights, the
+optimizer's state and the position in the data, but no configuration.
 """
 
 import itertools
@@ -28,6 +28,7 @@ from ttt_e2e.convert.orbax import find_step, stored_arrays
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER
+from ttt_e2e.model.cost import parameters
 
 WEIGHTS_ITEM = "model_weights"
 _HEAD = "language_model.lm_head.weight"
@@ -40,100 +41,98 @@ _PRIME = _MODEL + "h.prime_storage."
 _FAST = _PRIME + "feed_forward_prime."
 
 
-class Part(NamedTuple):
-    """A piece of an official array, and the rows of a parameter of ours that it becomes.
-
-    source: the array's name; shape: its shape. layer: which index of its first axis; None: all of it. target: our name;
-    row: the first of its rows. change: what makes our rows of it.
-    """
+class ArrayCopy(NamedTuple):
+    """An official array, or a layer of it, and the rows of our parameter that it becomes."""
 
     source: str
     shape: tuple[int, ...]
+    """Of the whole array."""
     layer: int | None
+    """Index on the first axis; None: the whole array."""
     target: str
-    row: int
-    change: Callable[[Tensor], Tensor]
+    target_row: int
+    transform: Callable[[Tensor], Tensor]
 
 
-def official_parts(config: ModelConfig) -> list[Part]:
-    """All pieces of the official arrays that make up the model `config`, those of one array in a row."""
-    layers, suffix, width, hidden = (
-        config.num_hidden_layers,
-        config.suffix_layers,
-        config.hidden_size,
-        config.intermediate_size,
-    )
-    head_width = config.head_dim
-    queries, keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
-    parts = [
-        Part(_EMBEDDING, (config.vocab_size, width), None, "embedding", 0, _same),
-        Part(_MODEL + "ln_f.weight", (width,), None, "final_norm.weight", 0, _same),
+def array_copies(config: ModelConfig) -> list[ArrayCopy]:
+    """How the official arrays make up the model `config`; the copies of an array are next to each other."""
+    layers, suffix, head_dim = config.num_hidden_layers, config.suffix_layers, config.head_dim
+    width, hidden = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    copies = [
+        ArrayCopy(_EMBEDDING, (config.vocab_size, width), None, "embedding", 0, _same),
+        ArrayCopy(_MODEL + "ln_f.weight", (width,), None, "final_norm.weight", 0, _same),
     ]
     if not config.tie_word_embeddings:
-        parts.append(Part(_HEAD, (width, config.vocab_size), None, "head", 0, _turned))
+        copies.append(ArrayCopy(_HEAD, (width, config.vocab_size), None, "head", 0, _transposed))
 
     def stacked(
         source: str,
         shape: tuple[int, ...],
         target: str,
-        change: Callable[[Tensor], Tensor] = _same,
+        transform: Callable[[Tensor], Tensor] = _same,
         row: int = 0,
         count: int = layers,
     ) -> None:
-        """An array stacked over the last `count` layers."""
+        """Add an array that is stacked over the last `count` layers."""
         first = layers - count
-        parts.extend(
-            Part(f"{source}.weight", (count, *shape), i, f"blocks.{first + i}.{target}", row, change)
+        copies.extend(
+            ArrayCopy(f"{source}.weight", (count, *shape), i, f"blocks.{first + i}.{target}", row, transform)
             for i in range(count)
         )
 
-    def pairs(turn: bool) -> Callable[[Tensor], Tensor]:
-        return lambda weight: _halves(weight.T if turn else weight, head_width)
+    def split_pairs(weight: Tensor) -> Tensor:
+        return _split_pairs(weight, head_dim)
 
-    stacked(_MIXER + "wq", (width, queries), "mixer.w_qkv", pairs(turn=True))
-    stacked(_MIXER + "wk", (width, keys), "mixer.w_qkv", pairs(turn=True), row=queries)
-    stacked(_MIXER + "wv", (width, keys), "mixer.w_qkv", _turned, row=queries + keys)
-    stacked(_MIXER + "wo", (queries, width), "mixer.w_out", _turned)
+    stacked(_MIXER + "wq", (width, queries), "mixer.w_qkv", lambda weight: split_pairs(weight.T))
+    stacked(_MIXER + "wk", (width, keys), "mixer.w_qkv", lambda weight: split_pairs(weight.T), row=queries)
+    stacked(_MIXER + "wv", (width, keys), "mixer.w_qkv", _transposed, row=queries + keys)
+    stacked(_MIXER + "wo", (queries, width), "mixer.w_out", _transposed)
     if config.qk_norm:
         for name in ("q_norm", "k_norm"):
-            stacked(_MIXER + name, (head_width,), f"mixer.{name}", pairs(turn=False))
+            stacked(_MIXER + name, (head_dim,), f"mixer.{name}", split_pairs)
     for source, target, count in ((_MLP, "mlp", layers), (_FAST, "fast", suffix)):
-        stacked(source + "w1", (width, hidden), f"{target}.w_in", _turned, count=count)
-        stacked(source + "w3", (width, hidden), f"{target}.w_in", _turned, row=hidden, count=count)
-        stacked(source + "w2", (hidden, width), f"{target}.w_out", _turned, count=count)
+        stacked(source + "w1", (width, hidden), f"{target}.w_in", _transposed, count=count)
+        stacked(source + "w3", (width, hidden), f"{target}.w_in", _transposed, row=hidden, count=count)
+        stacked(source + "w2", (hidden, width), f"{target}.w_out", _transposed, count=count)
     for wanted, post in ((config.pre_norm, ""), (config.post_norm, "post_")):
         if wanted:
             stacked(f"{_BLOCKS}seq_{post}norm", (width,), f"mixer_{post}norm.weight")
             stacked(f"{_BLOCKS}ffn_{post}norm", (width,), f"mlp_{post}norm.weight")
             stacked(f"{_PRIME}ffn_prime_{post}norm", (width,), f"fast_{post}norm.weight", count=suffix)
-    return parts
+    return copies
 
 
 def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict from the official flat parameter names and arrays, of any floating dtype.
+    """Our state dict from official arrays of any floating dtype.
 
-    arrays: such as "language_model.model.wte.weight" [V, D]; per-layer arrays are stacked on their first axis. A name
-    may carry anything in front of "language_model". Raises UserError for a missing, unknown or misshapen array.
+    Args:
+        arrays: by name, such as "language_model.model.wte.weight" [V, D]. Arrays of layers are stacked on their first
+            axis. Whatever stands before "language_model" in a name is ignored.
+        config: the model.
+
+    Raises:
+        UserError: for a missing, unknown or misshapen array.
     """
     named = {name[name.find("language_model") :]: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
-    parts = official_parts(config)
-    require_shapes({name: tuple(array.shape) for name, array in named.items()}, parts, config)
+    copies = array_copies(config)
+    require_shapes({name: tuple(array.shape) for name, array in named.items()}, copies, config)
     rows: dict[str, list[Tensor]] = {}
-    for part in sorted(parts, key=lambda part: part.row):
-        array = named[part.source]
-        rows.setdefault(part.target, []).append(part.change(array if part.layer is None else array[part.layer]))
-    return {name: torch.cat(pieces).contiguous() for name, pieces in rows.items()}
+    for copy in sorted(copies, key=lambda copy: copy.target_row):
+        array = named[copy.source]
+        rows.setdefault(copy.target, []).append(copy.transform(array if copy.layer is None else array[copy.layer]))
+    return {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
 
 
-def require_shapes(found: Mapping[str, tuple[int, ...]], parts: Sequence[Part], config: ModelConfig) -> None:
-    """Raise UserError unless the arrays `found` by name, with their shapes, are those of the model `config`."""
-    expected = {part.source: part.shape for part in parts}
+def require_shapes(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayCopy], config: ModelConfig) -> None:
+    """Raise UserError unless the arrays whose shapes were `found` are those of the model `config`."""
+    expected = {copy.source: copy.shape for copy in copies}
     for name, shape in expected.items():
         if name not in found:
             raise UserError(f"The official parameters lack {name!r}.")
         if found[name] != shape:
-            raise UserError(f"{name!r} has shape {found[name]}; the configuration asks for {shape}.")
-    # The official model has the weights of norms that are switched off, and does not use them.
+            raise UserError(f"{name!r} has shape {found[name]}; the configuration requires {shape}.")
+    # The official model also has the weights of norms that are switched off.
     off = [_BLOCKS, _PRIME] if not (config.pre_norm and config.post_norm and config.qk_norm) else []
     unknown = sorted(
         name
@@ -143,14 +142,14 @@ def require_shapes(found: Mapping[str, tuple[int, ...]], parts: Sequence[Part], 
     if unknown:
         raise UserError(f"Unknown official parameters: {', '.join(unknown)}.")
     sizes = Counter[str]()
-    for part in parts:
-        sizes[part.target] += math.prod(part.shape if part.layer is None else part.shape[1:])
+    for copy in copies:
+        sizes[copy.target] += math.prod(copy.shape if copy.layer is None else copy.shape[1:])
     ours = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
     others = sorted(name for name in ours.keys() | sizes.keys() if ours.get(name) != sizes.get(name))
     if others:
         raise UserError(
-            f"No official model has such a {others[0]}: they have attention in all blocks, no biases, and in those of "
-            "the suffix a fast and a static MLP, equally wide, in turn; change the settings that say otherwise."
+            f"No official model has such a {others[0]}: they have attention in all blocks, no biases, and in the blocks "
+            "of the suffix a fast and then a static MLP of the same width; change the settings that say otherwise."
         )
 
 
@@ -158,25 +157,27 @@ def _same(weight: Tensor) -> Tensor:
     return weight
 
 
-def _turned(weight: Tensor) -> Tensor:
+def _transposed(weight: Tensor) -> Tensor:
     return weight.T
 
 
-def _halves(rows: Tensor, head_width: int) -> Tensor:
-    """Rows of neighbouring rotary pairs, reordered head by head to the pairs (i, i + K/2)."""
-    heads = rows.unflatten(0, (-1, head_width))
+def _split_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows, head by head, from rotary pairs (2i, 2i + 1) to (i, i + K/2)."""
+    heads = rows.unflatten(0, (-1, head_dim))
     return torch.cat((heads[:, 0::2], heads[:, 1::2]), 1).flatten(0, 1)
 
 
 # -- a checkpoint as a model folder ------------------------------------------------------------------------------------
 
 
-class Converted(NamedTuple):
-    """What was converted: the step's folder, its number of parameters, and what the weights are kept in."""
+class OfficialConversion(NamedTuple):
+    """The result of `convert_from_official`."""
 
     step: Path
+    """Folder of the step that was converted."""
     parameters: int
     dtype: str
+    """Of the weights in the file."""
 
 
 def convert_from_official(
@@ -188,112 +189,120 @@ def convert_from_official(
     settings: Sequence[str] = (),
     tokenizer: str | None = None,
     progress: bool = False,
-) -> Converted:
-    """Write the model folder `out` from a checkpoint of the official trainer.
+) -> OfficialConversion:
+    """Convert the weights in a checkpoint of the official trainer to the model folder `out`.
 
-    folder: of a step, or of steps, of which the last complete one is taken unless `step` names another. preset_name and
-    settings ("NAME=VALUE"): see `official_config`. tokenizer: what made the training tokens, as for
-    `Tokenizer.load`; it is put into the folder. progress: show a bar.
+    They are written in bfloat16 if all of them are, else in float32. About a layer of an array is in memory at a time,
+    or a whole chunk of arrays that are stored in chunks of several layers.
 
-    Weights stay in bfloat16 if all of them are, else they are float32. The optimiser's state is left alone. At any time
-    about one layer of one array is in memory; of arrays that were stored in one piece, that piece.
+    Args:
+        folder: of a step, or of several steps.
+        out: the folder to write.
+        step: which of several; None: the last complete one.
+        preset_name: see `official_config`.
+        settings: see `official_config`.
+        tokenizer: the tokenizer of the training tokens, as for `Tokenizer.load`; it is copied into `out`.
+        progress: show a progress bar.
 
-    Raises UserError if `out` exists, if the checkpoint is missing, incomplete, damaged or of another shape, if the
-    configuration is not known, or if tensorstore is not installed.
+    Raises:
+        UserError: if `out` exists, if the checkpoint is missing, incomplete, damaged or of another shape, if settings
+            are missing, or if tensorstore is not installed.
     """
     out = Path(out)
     if out.exists():
-        raise UserError(f"{out} exists already; name a folder that does not.")
+        raise UserError(f"{out} exists; name another folder for the model, or remove it first.")
     found = find_step(folder, WEIGHTS_ITEM, step)
     arrays = stored_arrays(found / WEIGHTS_ITEM)
     shapes = {name: array.shape for name, array in arrays.items()}
     config = official_config(shapes, preset_name, settings)
-    parts = official_parts(config)
-    require_shapes(shapes, parts, config)
-    tokens = None if tokenizer is None else Tokenizer.load(tokenizer)
-    if tokens is not None and tokens.vocab_size != config.vocab_size:
+    copies = array_copies(config)
+    require_shapes(shapes, copies, config)
+    loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
+    if loaded is not None and loaded.vocab_size != config.vocab_size:
         raise UserError(
-            f"The tokenizer {tokenizer} has {tokens.vocab_size} tokens, the checkpoint's vocabulary "
-            f"{config.vocab_size}; name the one that made its training tokens."
+            f"The tokenizer {tokenizer} has {loaded.vocab_size} tokens, but the checkpoint has a vocabulary of "
+            f"{config.vocab_size}; name the tokenizer of its training tokens."
         )
-    halved = all(array.dtype == "bfloat16" for array in arrays.values())
-    dtype = torch.bfloat16 if halved else torch.float32
+    dtype = torch.bfloat16 if all(array.dtype == "bfloat16" for array in arrays.values()) else torch.float32
     notes = {"from": "a checkpoint of the official implementation", "step": found.name, "preset": preset_name}
-    with model_folder(out, config, dtype, notes) as (part_folder, put):
-        bar = tqdm(total=len(parts), unit="array", disable=not progress)
-        for source, pieces in itertools.groupby(parts, key=lambda part: part.source):
-            read = arrays[source].open()
-            for part in pieces:
-                put(part.target, part.row, part.change(read(part.layer)))
-                bar.update()
-        bar.close()
-        if tokens is not None:
-            tokens.save(part_folder / TOKENIZER)
-    count = sum(int(np.prod(shape)) for shape in parameter_shapes(config).values())
-    return Converted(found, count, str(dtype).removeprefix("torch."))
+    with model_folder(out, config, dtype, notes) as (part, write_rows):
+        with tqdm(total=len(copies), unit="array", disable=not progress) as bar:
+            for source, of_source in itertools.groupby(copies, key=lambda copy: copy.source):
+                read = arrays[source].open()
+                for copy in of_source:
+                    write_rows(copy.target, copy.target_row, copy.transform(read(copy.layer)))
+                    bar.update()
+        if loaded is not None:
+            loaded.save(part / TOKENIZER)
+    return OfficialConversion(found, parameters(config), str(dtype).removeprefix("torch."))
 
 
 def official_config(
     shapes: Mapping[str, tuple[int, ...]], preset_name: str | None, settings: Sequence[str]
 ) -> ModelConfig:
-    """The configuration of a checkpoint with arrays of these shapes.
+    """The configuration of a checkpoint.
 
-    They tell vocabulary, widths, layers, heads, suffix and whether the head is tied. The rest is that of the preset,
-    changed by `settings`; without a preset these must name what a checkpoint does not say and released models differ
-    in: pattern, rope_theta and, where it has them, window and mini_batch. What they do not name is as released: rms
-    norms everywhere, inner_lr 1, inner_clip 1, norm_eps 1e-6.
+    The shapes of its arrays determine vocabulary, widths, layers, heads, suffix and whether the head is tied. All other
+    settings are those of the preset. Without a preset, `settings` must include those that differ between the released
+    models: pattern, rope_theta and, where they apply, sliding_window and mini_batch_size; the others are as released.
 
-    Raises UserError if something is missing or contradicts the shapes.
+    Args:
+        shapes: of the checkpoint's arrays, by name.
+        preset_name: a preset, or None.
+        settings: changes, "NAME=VALUE".
+
+    Raises:
+        UserError: if settings are missing or contradict the shapes.
     """
-    told = _told_by(shapes)
+    from_shapes = _settings_from_shapes(shapes)
     if preset_name is not None:
         base = preset(preset_name)
     else:
         named = dict(setting.removeprefix("model.").partition("=")[::2] for setting in settings)
         needed = ["pattern", "rope_theta"]
-        needed += ["window"] if "window" in named.get("pattern", "window") else []
-        needed += ["mini_batch"] if told["suffix_layers"] else []
+        needed += ["sliding_window"] if "window" in named.get("pattern", "window") else []
+        needed += ["mini_batch_size"] if from_shapes["suffix_layers"] else []
         missing = [name for name in needed if name not in named]
         if missing:
             raise UserError(
-                f"The checkpoint does not say {', '.join(missing)}: name a preset with --preset, or give them as "
-                "NAME=VALUE, such as pattern=window rope_theta=500000 window=8192 mini_batch=1024."
+                f"The checkpoint does not tell {', '.join(missing)}: name a preset with --preset, or give them as "
+                "NAME=VALUE, such as pattern=window rope_theta=500000 sliding_window=8192 mini_batch_size=1024."
             )
-        base = RunConfig(ModelConfig(**told, mini_batch_size=1024 if told["suffix_layers"] else None))
+        base = RunConfig(ModelConfig(**from_shapes, mini_batch_size=1024 if from_shapes["suffix_layers"] else None))
     config = override(base, list(settings))
     model = config.model
     if config.train != base.train:
-        raise UserError("A model folder has no training settings; leave those of train out.")
-    differing = [name for name, value in told.items() if getattr(model, name) != value]
+        raise UserError("A model folder has no settings of training; leave out those that begin with train.")
+    differing = [name for name, value in from_shapes.items() if getattr(model, name) != value]
     if differing:
-        ours = ", ".join(f"{name} {told[name]}" for name in differing)
-        theirs = ", ".join(str(getattr(model, name)) for name in differing)
+        found = ", ".join(f"{name} {from_shapes[name]}" for name in differing)
+        configured = ", ".join(str(getattr(model, name)) for name in differing)
         raise UserError(
-            f"The checkpoint has {ours}, where the configuration has {theirs}; name another preset or other values."
+            f"The checkpoint has {found}, where the configuration has {configured}; name another preset or other values."
         )
     return model
 
 
-def _told_by(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of `ModelConfig` that the arrays' shapes tell."""
+def _settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The settings of `ModelConfig` that follow from the arrays' shapes."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in shapes:
-            raise UserError(f"The checkpoint has no {name!r}; it is none of the official implementation.")
+            raise UserError(f"The checkpoint has no {name!r}; give a checkpoint of the official implementation.")
         if len(shapes[name]) != axes:
-            raise UserError(f"{name!r} has shape {shapes[name]}; the official implementation's has {axes} axes.")
+            raise UserError(f"{name!r} has shape {shapes[name]}; in official checkpoints it has {axes} axes.")
         return shapes[name]
 
-    vocab_size, width = shape(_EMBEDDING, 2)
-    layers, _, mlp_width = shape(_MLP + "w1.weight", 3)
-    _, head_width = shape(_MIXER + "q_norm.weight", 2)
-    prime = _FAST + "w1.weight"
+    vocab_size, hidden_size = shape(_EMBEDDING, 2)
+    layers, _, intermediate_size = shape(_MLP + "w1.weight", 3)
+    _, head_dim = shape(_MIXER + "q_norm.weight", 2)
+    fast = _FAST + "w1.weight"
     return {
         "vocab_size": vocab_size,
-        "hidden_size": width,
+        "hidden_size": hidden_size,
         "num_hidden_layers": layers,
-        "num_attention_heads": width // head_width,
-        "intermediate_size": mlp_width,
-        "suffix_layers": shape(prime, 3)[0] if prime in shapes else 0,
+        "num_attention_heads": hidden_size // head_dim,
+        "intermediate_size": intermediate_size,
+        "suffix_layers": shape(fast, 3)[0] if fast in shapes else 0,
         "tie_word_embeddings": _HEAD not in shapes,
     }

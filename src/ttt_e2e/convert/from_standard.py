@@ -1,6 +1,6 @@
-"""Standard Transformers of this project, made into models that can learn while they read.
+"""Standard Transformers trained by this package, converted into models that learn while they read.
 
-The two starts are those of `from_hf`: a new fast MLP that adds nothing yet, or a part of each trained MLP split off.
+The fast MLPs are made as in `from_hf`: new ones that add nothing yet, or a part of each trained MLP.
 """
 
 import dataclasses
@@ -9,96 +9,88 @@ from pathlib import Path
 import torch
 
 from ttt_e2e.config.schema import ATTENTIONS, ModelConfig
-from ttt_e2e.convert.start import Source, Start, model_config
+from ttt_e2e.convert.learning import LearningOptions, SourceModel, config_from_source
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_model, save_model
+from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_transformer, save_model
 from ttt_e2e.model.transformer import Transformer
 
-# What a model that learns has otherwise than the standard one that it was.
-_DECIDED = (
-    *("window", "mini_batch", "suffix_layers", "pattern", "static_mlp"),
-    *("fast_mlp_width", "suffix_mlp_width", "parallel_mlp", "fast_rank"),
+# Settings of the new model that do not come from the standard one.
+_REPLACED = (
+    *("sliding_window", "mini_batch_size", "suffix_layers", "pattern", "static_mlp", "parallel_mlp"),
+    *("fast_intermediate_size", "suffix_intermediate_size", "fast_rank"),
 )
-_SEED = 0  # of the fast MLPs and factors that are new
+_SEED = 0  # of new fast MLPs and factors
 
 
-def learning_config(config: ModelConfig, start: Start) -> ModelConfig:
-    """What a standard model of this `config` becomes.
+def learning_config(config: ModelConfig, options: LearningOptions) -> ModelConfig:
+    """The configuration of a standard model after its conversion.
 
-    Without a window in `start` it is the model's own, or 8192 over full attention. Raises UserError for a model that
-    learns already, for one with other mixers than attentions, and for "new" where a norm after the MLP would make much
-    of the little that it adds at first.
+    If `options` has no window, it is that of the model, or 8192 with full attention. Raises UserError for a model that
+    has fast MLPs already or mixers other than attentions, and for a "new" fast MLP with `post_norm`: the norm after it
+    would scale up the little that it adds at first.
     """
     if config.suffix_layers:
         raise UserError("This model has fast MLPs already; train it further with `ttt-e2e train --from`.")
     others = sorted(set(config.mixers) - set(ATTENTIONS))
     if others:
         raise UserError(f"Only a Transformer of attentions can be converted, not one with {', '.join(others)}.")
-    if config.post_norm and start.fast == "new":
+    if config.post_norm and options.fast == "new":
         raise UserError(
-            "After its MLPs this model has norms (post_norm), which would blow up what a new fast MLP adds at first; "
+            "This model has norms after its MLPs (post_norm), which would scale up what a new fast MLP adds at first; "
             "split the MLPs instead (--fast split)."
         )
-    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _DECIDED}
-    own = None if "full" in config.mixers else config.sliding_window
-    source = Source(
-        "ttt-e2e",
-        shape,
-        config.num_hidden_layers,
-        config.intermediate_size,
-        own or 2**62,
-        "the window it was trained with",
-    )
-    return model_config(source, start)
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _REPLACED}
+    max_window = 2**62 if "full" in config.mixers else config.sliding_window
+    source = SourceModel("ttt-e2e", settings, max_window, "the window it was trained with")
+    return config_from_source(source, options)
 
 
 def warm_start(model: Transformer, config: ModelConfig) -> Transformer:
-    """The standard `model` in the shape of `config`, which may see less and may learn, see `learning_config`.
+    """A copy of the standard `model` in the shape of `config`, as `learning_config` returns it.
 
-    Without static MLPs in the suffix, those of the model become the fast ones: dynamic evaluation. Where a window
-    covers the text, it predicts the same, until the first update.
+    Without static MLPs in the suffix, the trained ones become the fast ones: dynamic evaluation. Until the first
+    update, and as far as a window covers the text, the copy predicts the same.
     """
     trained = dict(model.named_parameters())
-    new = Transformer(config, torch.Generator().manual_seed(_SEED)).to(model.embedding)
+    converted = Transformer(config, torch.Generator().manual_seed(_SEED)).to(model.embedding)
     fast_units = config.fast_intermediate_size if config.parallel_mlp else 0
     with torch.no_grad():
-        for name, weight in new.named_parameters():
-            block, _, layer = name.rpartition(".mlp.")
+        for name, weight in converted.named_parameters():
+            static_name = name.replace(".fast", ".mlp")
+            is_fast, is_mlp = ".fast" in name, ".mlp." in name
             if ".fast.up_" in name or ".fast.down_" in name:
-                continue  # an addition that begins at zero
-            static = name.replace(".fast", ".mlp")
-            if ".fast" in name and not config.static_mlp:
-                weight.copy_(trained[static])
-            elif ".fast" in name and not config.parallel_mlp:
+                continue  # factors of an addition that begins at zero
+            if is_fast and config.static_mlp and not config.parallel_mlp:
                 if name.endswith("fast_norm.weight"):
-                    weight.copy_(trained[static])
+                    weight.copy_(trained[static_name])
                 elif name.endswith("w_out"):
                     weight.zero_()
-            elif ".fast." in name:
-                weight.copy_(_units(trained[static], slice(fast_units), name))
-            elif block and weight.shape != trained[name].shape:
-                weight.copy_(_units(trained[name], slice(fast_units, None), layer))
+            elif is_fast and config.parallel_mlp:
+                weight.copy_(_units(trained[static_name], slice(fast_units), name))
+            elif is_mlp and weight.shape != trained[name].shape:
+                weight.copy_(_units(trained[name], slice(fast_units, None), name))
             else:
-                weight.copy_(trained[name])
-    return new
+                weight.copy_(trained[static_name])
+    return converted
 
 
-def convert_from_standard(folder: Path, out: Path, start: Start) -> ModelConfig:
-    """Write the model folder `out` from that of a standard Transformer; returns its configuration.
+def convert_from_standard(folder: Path, out: Path, options: LearningOptions) -> ModelConfig:
+    """Convert the standard Transformer in `folder` to the model folder `out`; returns its configuration.
 
-    Raises UserError as `learning_config` does, and if `out` exists or `folder` is no model.
+    Raises UserError as `learning_config` does, and if `out` exists or `folder` is not a model.
     """
     if out.exists():
         raise UserError(f"{out} exists; name another folder for the model, or remove it first.")
-    config = learning_config(load_config(folder), start)
+    config = learning_config(load_config(folder), options)
     tokenizer = folder / TOKENIZER
-    notes = {"source": str(folder), "fast": start.fast}
-    save_model(warm_start(load_model(folder), config), out, tokenizer if tokenizer.is_file() else None, notes=notes)
+    converted = warm_start(load_transformer(folder), config)
+    notes = {"source": str(folder), "fast": options.fast}
+    save_model(converted, out, tokenizer if tokenizer.is_file() else None, notes=notes)
     return config
 
 
 def _units(weight: torch.Tensor, units: slice, name: str) -> torch.Tensor:
-    """Some hidden units of a trained MLP: rows of gate and value side by side, or columns of what goes out."""
+    """Some hidden units of an MLP's matrix: rows of gate and value in w_in, columns in w_out."""
     if name.endswith("w_out"):
         return weight[:, units]
     gate, value = weight.chunk(2)

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face checkpoint: where they are, what tensors they hold, and a part of one at a time.
+"""The files of a Hugging Face checkpoint: where they are, which tensors they hold, and how to read parts of these.
 
 Only safetensors and JSON are read: a pickle could run code.
 """
@@ -11,36 +11,38 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.checkpoint import TOKENIZER, read_json
+from ttt_e2e.files import read_json
+from ttt_e2e.model.checkpoint import TOKENIZER
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Some repositories hold the same weights once more in another format, in a folder or beside.
+# Some repositories hold the same weights a second time in another format.
 _WANTED, _UNWANTED = ["*.json", "*.safetensors", "*.jinja"], ["*/*", "consolidated*"]
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a checkpoint, of which nothing is read yet. dtype: as safetensors calls it, such as "BF16"."""
+    """A tensor of a checkpoint that is read in parts."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    """As in safetensors, such as "BF16"."""
 
     def read(self, rows: slice, columns: slice = slice(None)) -> Tensor:
-        """Some rows of it, and of a matrix some columns; the file is closed again, so that its memory is free."""
+        """Some of its rows and, of a matrix, columns. The file is closed again to free its memory."""
         with safe_open(self.file, "pt") as file:
             part = file.get_slice(self.name)
             return part[rows, columns] if len(self.shape) > 1 else part[rows]
 
 
 def find_checkpoint(path_or_name: str | Path) -> Path:
-    """The folder of a checkpoint: itself, or what a name such as "owner/model" stands for on Hugging Face.
+    """The folder of a checkpoint, given that folder or a name on Hugging Face such as "owner/model".
 
-    A name is looked up in the local cache, and downloaded into it where it is not there, or not whole. Raises UserError
-    if there is no such folder or name, or if it cannot be downloaded.
+    A name is looked up in the local cache, and downloaded if it is not there or incomplete. Raises UserError if there
+    is no such folder or name, or if it cannot be downloaded.
     """
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
     if path.is_dir():
@@ -52,35 +54,35 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    whole = None  # what is in the cache, if that is all but perhaps the tokenizer, which not every checkpoint has
+    complete = None  # the folder in the cache, if it has everything but perhaps a tokenizer, which is optional
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
         if (cached / CONFIG).is_file() and all(file.is_file() for file in weight_files(cached)):
-            whole = cached
+            complete = cached
     except (LocalEntryNotFoundError, UserError):
         pass
-    if whole is not None and (whole / TOKENIZER).is_file():
-        return whole
+    if complete is not None and (complete / TOKENIZER).is_file():
+        return complete
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except Exception as error:  # the library's own, those of its HTTP client, and the system's
-        if whole is not None:
-            return whole
-        raise _not_there(name, error) from error
+    except Exception as error:  # errors of the library, of its HTTP client and of the system
+        if complete is not None:
+            return complete
+        raise _not_found(name, error) from error
 
 
-def _not_there(name: str, error: Exception) -> UserError:
+def _not_found(name: str, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(
-        f"{name} is no folder here, is not whole in the Hugging Face cache and could not be downloaded ({reason}); "
-        "check the name and the connection."
+        f"{name} is not a folder here, is not complete in the Hugging Face cache and could not be downloaded "
+        f"({reason}); check the name and the connection."
     )
 
 
 def find_config(path_or_name: str | Path) -> Path:
-    """The config.json of a checkpoint: the file itself, in its folder, or by its name on Hugging Face.
+    """The config.json of a checkpoint, given that file, its folder or its name on Hugging Face.
 
-    Raises UserError if there is none, or if it cannot be downloaded.
+    Raises UserError if it does not exist or cannot be downloaded.
     """
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
     file = path / CONFIG if path.is_dir() else path
@@ -92,14 +94,14 @@ def find_config(path_or_name: str | Path) -> Path:
 
     try:
         return Path(hf_hub_download(name, CONFIG))
-    except Exception as error:  # as above
-        raise _not_there(name, error) from error
+    except Exception as error:  # as in find_checkpoint
+        raise _not_found(name, error) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of the checkpoint in `folder`, which need not be there.
+    """The files that should hold the weights of the checkpoint in `folder`; they may be missing.
 
-    Raises UserError if the folder has weights in no format that is read here, or its list of files makes no sense.
+    Raises UserError if the folder has no safetensors, or if its index is invalid.
     """
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX).get("weight_map")
@@ -111,21 +113,23 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise UserError(
-            f"{folder} has its weights as pickles alone, which may run code and are not read; save them as safetensors "
-            "with the program that made them."
+            f"{folder} has its weights only as pickles, which may run code and are not read; save them as safetensors "
+            "with the program that wrote them."
         )
-    raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; give the folder of a whole checkpoint.")
+    raise UserError(
+        f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; give the folder of a complete checkpoint."
+    )
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of the checkpoint in `folder`, by name.
 
-    Raises UserError if files are missing, truncated or not those of its index, and for numbers that are not floats.
+    Raises UserError if files are missing, truncated or do not match the index, and for tensors that are not floats.
     """
     found: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         if not path.is_file():
-            raise UserError(f"{path} is missing, which {INDEX} lists; use a complete copy of the checkpoint.")
+            raise UserError(f"{path}, which {INDEX} lists, is missing; use a complete copy of the checkpoint.")
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -136,12 +140,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     if (folder / INDEX).is_file():
         wrong = [n for n, file in read_json(folder / INDEX)["weight_map"].items() if _file(found.get(n)) != file]
         if wrong:
-            raise UserError(f"{folder / INDEX} places {wrong[0]} in a file that lacks it; use an unaltered copy.")
+            raise UserError(
+                f"{folder / INDEX} places {wrong[0]} in a file that does not have it; use an unaltered copy."
+            )
     for tensor in found.values():
         if tensor.dtype not in _FLOATS:
             raise UserError(
                 f"{tensor.name} in {tensor.file} is of type {tensor.dtype}: a quantised checkpoint cannot be trained "
-                "further; convert the one that it was made of."
+                "further; convert the one that it was made from."
             )
     return found
 

@@ -1,7 +1,7 @@
-"""A model folder that is written piece by piece, for models that do not fit into memory.
+"""A model folder that is written some rows at a time, for models that do not fit into memory.
 
-It ends up as `model_files.save_model` writes it, byte for byte. The pieces may come in any order: where each one lies
-in the file is known from the shapes.
+The result is, byte for byte, what `model.checkpoint.save_model` writes. Rows may come in any order, because the shapes
+determine where they lie in the file.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from ttt_e2e.model.transformer import Transformer
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK = 1 << 22  # numbers that are hashed at once
 
-Put = Callable[[str, int, Tensor], None]
+WriteRows = Callable[[str, int, Tensor], None]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the model that `config` describes; nothing is allocated."""
+    """The shape of every parameter of a model by name; nothing is allocated."""
     with torch.device("meta"):
         model = Transformer(config)
     return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -36,24 +36,34 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 @contextmanager
 def model_folder(
     out: Path, config: ModelConfig, dtype: torch.dtype, notes: Mapping[str, Any]
-) -> Iterator[tuple[Path, Put]]:
-    """Write the model folder `out`, whole or not at all.
+) -> Iterator[tuple[Path, WriteRows]]:
+    """Write the model folder `out`, complete or not at all.
 
-    Yields the folder that is to become `out`, for what lies beside the weights, and `put(name, row, rows)`, which
-    writes rows of a parameter, from its row `row` on. dtype: of the weights in the file, float32 or bfloat16. All rows
-    of all parameters must have been put when the block ends. Raises UserError as `files.atomic_path` does.
+    Args:
+        out: the folder.
+        config: of the model.
+        dtype: of the weights in the file, float32 or bfloat16.
+        notes: plain values for people, kept in config.json.
+
+    Yields:
+        The temporary folder that becomes `out`, for other files, and the function `write_rows(name, row, rows)`, which
+        writes rows [n, ...] of a parameter, beginning with its row `row`. All rows of all parameters must have been
+        written when the block ends.
+
+    Raises:
+        UserError: as `files.atomic_path` does.
     """
     with atomic_path(out) as part:
         part.mkdir()
         write_config(config, part, notes)
         with (part / WEIGHTS).open("w+b") as file:
-            weights = _Weights(file, parameter_shapes(config), dtype)
-            yield part, weights.put
+            weights = _SafetensorsWriter(file, parameter_shapes(config), dtype)
+            yield part, weights.write_rows
             weights.finish()
 
 
-class _Weights:
-    """A safetensors file: the length of its header, the header, then every parameter in the order of their names."""
+class _SafetensorsWriter:
+    """A safetensors file: the length of the header, the header, then all parameters in the order of their names."""
 
     def __init__(self, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         self.file, self.dtype = file, dtype
@@ -66,8 +76,8 @@ class _Weights:
         self.start = len(self._header())
         file.truncate(self.start + self.missing)
 
-    def put(self, name: str, row: int, rows: Tensor) -> None:
-        """Write `rows` [n, ...] of the parameter `name`, from its row `row` on."""
+    def write_rows(self, name: str, row: int, rows: Tensor) -> None:
+        """Write `rows` [n, ...] of the parameter `name`, beginning with its row `row`."""
         assert rows.shape[1:] == self.shapes[name][1:] and row + len(rows) <= self.shapes[name][0], name
         values = rows.to(self.dtype).contiguous().view(torch.uint8).numpy()
         self.file.seek(self._position(name) + row * (values.size // len(rows)))
@@ -75,8 +85,8 @@ class _Weights:
         self.missing -= values.size
 
     def finish(self) -> None:
-        """Write the header, with the digest of all that was put."""
-        assert self.missing == 0, f"{self.missing} bytes of the weights were never put"
+        """Write the header, with the digest of all rows."""
+        assert self.missing == 0, f"{self.missing} bytes of the weights were never written"
         self.digest = self._digest()
         self.file.seek(0)
         self.file.write(self._header())
@@ -95,7 +105,7 @@ class _Weights:
         return len(text).to_bytes(8, "little") + text
 
     def _digest(self) -> str:
-        """What `model_files.model_digest` gives, a block at a time."""
+        """The value of `model.checkpoint.model_digest`, computed block by block."""
         digest = hashlib.sha256()
         for name, shape in self.shapes.items():
             digest.update(f"{name} {list(shape)}\n".encode())

@@ -1,9 +1,9 @@
-"""Checkpoints as orbax writes them, read without JAX: array by array, layer by layer, by tensorstore.
+"""Checkpoints of orbax, read without JAX: array by array and layer by layer, with tensorstore.
 
-A step is a folder named by its number, with `_CHECKPOINT_METADATA`, which says when it was committed, and a folder for
-every item that was saved. An item has `_METADATA`, the names of its arrays, and a database of zarr arrays, whose root
-is `manifest.ocdbt`. What is still being written has ".orbax-checkpoint-tmp" in its name; where folders cannot be
-renamed, as in object stores, it lacks the time of the commit instead.
+A step is a folder named by its number. It has `_CHECKPOINT_METADATA`, with the time of the commit, and a folder for
+every item. An item has `_METADATA`, with the names of its arrays, and a database of zarr arrays, whose root is
+`manifest.ocdbt`. What is still being written has ".orbax-checkpoint-tmp" in its name or, in object stores, where
+folders cannot be renamed, no time of the commit.
 
 Source: orbax-checkpoint 0.11.13, `path/step.py` and the checkpoints that it writes.
 """
@@ -19,33 +19,34 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.checkpoint import read_json
+from ttt_e2e.files import read_json
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "commit_success.txt"
 _STEP, _ITEM, _ROOT = "_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"
 _DTYPES = ("float32", "bfloat16", "float16")
-_SLACK = 1 << 24  # bytes; what would only just fit is not kept
+_SLACK = 1 << 24  # bytes; the cache evicts what would only just fit
 
 
 class StoredArray(NamedTuple):
-    """An array of a checkpoint; nothing of it is read yet. chunk: the shape of the pieces that it is stored in."""
+    """An array of a checkpoint that is read in parts."""
 
     spec: dict[str, Any]
     where: str
     shape: tuple[int, ...]
     dtype: str
     chunk: tuple[int, ...]
+    """Shape of the chunks that it is stored in."""
 
     def open(self) -> Callable[[int | None], Tensor]:
-        """A function that reads one layer, an index of the first axis, or everything (None).
+        """A function that reads a layer, given its index on the first axis, or the whole array, given None.
 
-        It remembers the pieces that hold several layers, so that each is unpacked once; letting go of the function
-        frees them. It raises UserError where the data are missing or damaged.
+        Chunks of several layers are cached, so that each is decompressed once, until the function is deleted. The
+        function raises UserError if data are missing or damaged.
         """
         layers = self.chunk[0] if len(self.shape) > 2 else 1
-        kept = 4 * layers * math.prod(self.shape[1:]) + _SLACK if layers > 1 else 0
-        store = _open(self.spec, kept, self.where)
+        cache_bytes = 4 * layers * math.prod(self.shape[1:]) + _SLACK if layers > 1 else 0
+        store = _open(self.spec, cache_bytes, self.where)
 
         def read(layer: int | None) -> Tensor:
             try:
@@ -60,44 +61,49 @@ class StoredArray(NamedTuple):
 
 
 def find_step(folder: Path, item: str, step: int | None = None) -> Path:
-    """The folder of a complete step: `folder` itself, or one inside it, the last complete one unless `step` names it.
+    """The folder of a complete step: `folder` itself, or a step inside it.
 
-    item: what must have been saved with it. Warns of later steps that are incomplete. Raises UserError if there is no
-    such step, or if it is incomplete.
+    Args:
+        folder: of a step, or of several.
+        item: what must have been saved with the step.
+        step: its number; None: the last complete step, with a warning about later ones that are incomplete.
+
+    Raises:
+        UserError: if there is no such step, or if it is incomplete.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; give the folder of an official checkpoint.")
     if _UNFINISHED in folder.name or any((folder / name).exists() for name in (_STEP, item)):
         if step is not None:
-            raise UserError(f"{folder} is one step already; leave the number {step} out, or give the folder above it.")
+            raise UserError(f"{folder} is a single step; leave out the number {step}, or give the folder above it.")
         _require_complete(folder, item)
         return folder
     steps = {int(path.name): path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()}
     if step is not None:
         if step not in steps:
-            there = ", ".join(map(str, sorted(steps))) or "none that is finished"
+            there = ", ".join(map(str, sorted(steps))) or "no finished ones"
             raise UserError(f"{folder} has no step {step}; there are: {there}.")
         _require_complete(steps[step], item)
         return steps[step]
     if not steps:
-        what = "only steps that were never finished" if list(folder.glob(f"*{_UNFINISHED}*")) else "no checkpoint"
+        what = "only unfinished steps" if list(folder.glob(f"*{_UNFINISHED}*")) else "no checkpoint"
         raise UserError(
             f"{folder} holds {what}; give a step's folder (it has {item} in it), or the folder with the steps."
         )
-    left_out: list[str] = []
+    skipped: list[str] = []
     for number in sorted(steps, reverse=True):
         reason = incomplete(steps[number], item)
         if reason is None:
-            for sentence in left_out:
+            for sentence in skipped:
                 warnings.warn(sentence, stacklevel=2)
             return steps[number]
-        left_out.append(f"Step {number} is left out, {reason}.")
-    raise UserError(f"{folder} has no complete step. {left_out[0]} Use a complete copy.")
+        skipped.append(f"Step {number} is skipped: {reason}.")
+    raise UserError(f"{folder} has no complete step. {skipped[0]} Use a complete copy.")
 
 
 def incomplete(folder: Path, item: str) -> str | None:
-    """Why the step in `folder` cannot be read; None if it can."""
+    """Why the step in `folder` cannot be read, None if it can."""
     if _UNFINISHED in folder.name:
         return "it was never finished"
     if (folder / _STEP).is_file():
@@ -119,9 +125,9 @@ def _require_complete(folder: Path, item: str) -> None:
 
 
 def stored_arrays(folder: Path) -> dict[str, StoredArray]:
-    """The arrays of an item by name, the keys of its tree joined by dots. `folder` is that of the item.
+    """The arrays of the item in `folder` by name, the keys of its tree joined by dots.
 
-    Raises UserError if tensorstore is not installed, if an array is missing, damaged or not of floating point.
+    Raises UserError if tensorstore is not installed, or if an array is missing, damaged or not of floating point.
     """
     metadata = read_json(folder / _ITEM)
     arrays = {}
@@ -131,7 +137,7 @@ def stored_arrays(folder: Path) -> dict[str, StoredArray]:
             "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}},
             "path": name,
             "fill_missing_data_reads": False,
-            # The folder does not change while it is read.
+            # The folder must not change while it is read.
             "recheck_cached_metadata": False,
             "recheck_cached_data": False,
         }
@@ -144,7 +150,7 @@ def stored_arrays(folder: Path) -> dict[str, StoredArray]:
 
 
 def _names(metadata: dict[str, Any], path: Path) -> list[str]:
-    """The names of the arrays that `metadata`, read from `path`, lists; a tree's leaves without a value are none."""
+    """The names of the arrays in `metadata`, read from `path`; leaves of the tree without a value are left out."""
     names = []
     try:
         for entry in metadata["tree_metadata"].values():
@@ -152,17 +158,17 @@ def _names(metadata: dict[str, Any], path: Path) -> list[str]:
             if not value.get("skip_deserialize") and value["value_type"] != "None":
                 names.append(".".join(str(part["key"]) for part in entry["key_metadata"]))
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is altered, it does not list arrays as orbax does; use a complete copy.") from error
+        raise UserError(f"{path} is altered: it does not list arrays as orbax does; use a complete copy.") from error
     return names
 
 
-def _open(spec: dict[str, Any], kept: int, where: str) -> Any:
-    """The array that `spec` describes, with a memory of `kept` bytes for what was unpacked."""
+def _open(spec: dict[str, Any], cache_bytes: int, where: str) -> Any:
+    """The array that `spec` describes, with a cache for decompressed chunks."""
     try:
         import tensorstore
     except ImportError as error:
         raise UserError('Reading official checkpoints needs tensorstore: pip install "ttt-e2e[official]".') from error
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": kept}})
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     try:
         return tensorstore.open(spec, context=context, open=True, read=True).result()
     except ValueError as error:

@@ -1,0 +1,84 @@
+"""How a standard Transformer becomes one that learns while it reads: options, and the configuration that follows."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.errors import UserError
+
+FastInit = Literal["new", "split"]
+
+_PUBLISHED_WINDOW, _PUBLISHED_MINI_BATCH = 8192, 1024
+
+
+@dataclass(frozen=True)
+class LearningOptions:
+    """What can be chosen for a model that starts to learn while it reads."""
+
+    sliding_window: int | None = None
+    """Tokens that attention sees. None: 8192, or as many as the original can see."""
+
+    suffix: float = 0.25
+    """The part of the blocks, counted from the last, that get a fast MLP; at least one does."""
+
+    mini_batch_size: int | None = None
+    """Tokens per inner step. None: an eighth of the window, at most 1024."""
+
+    fast: FastInit = "new"
+    """"new": a new fast MLP before the static one. "split": a part of the pretrained MLP becomes the fast one."""
+
+    fast_share: float = 0.25
+    """Width of the fast MLP, as a part of that of the pretrained one."""
+
+    fast_rank: int | None = None
+    """Rank of what a sequence learns; None: the whole fast MLP. See `ModelConfig.fast_rank`."""
+
+
+class SourceModel(NamedTuple):
+    """A model to convert."""
+
+    family: str
+    settings: dict[str, Any]
+    """The settings of `ModelConfig` that stay the same."""
+    max_window: int
+    """The longest window that the model can have."""
+    max_window_reason: str
+    """What limits it, for messages."""
+
+
+def full_attention_config(source: SourceModel) -> ModelConfig:
+    """The original model itself, with full attention."""
+    return ModelConfig(**source.settings, pattern=("full",), mini_batch_size=None)
+
+
+def config_from_source(source: SourceModel, options: LearningOptions) -> ModelConfig:
+    """The configuration of the converted model. Raises UserError for options that do not fit the original."""
+    layers, mlp = source.settings["num_hidden_layers"], source.settings["intermediate_size"]
+    window, mini_batch, share = options.sliding_window, options.mini_batch_size, options.fast_share
+    if window is None:
+        window = min(_PUBLISHED_WINDOW, source.max_window)
+    if mini_batch is None:
+        mini_batch = min(_PUBLISHED_MINI_BATCH, max(1, window // 8))
+    if window > source.max_window:
+        raise UserError(
+            f"The window of {window} tokens is longer than {source.max_window}, {source.max_window_reason}; "
+            "choose a shorter one."
+        )
+    if not 0 < options.suffix <= 1:
+        raise UserError(f"The suffix is a part of the blocks, above 0 and up to 1, not {options.suffix}.")
+    if not 0 < share <= 1:
+        raise UserError(f"The fast MLP's share of the pretrained one is above 0 and up to 1, not {share}.")
+    fast_mlp = max(1, round(share * mlp))
+    widths: dict[str, Any] = {"fast_intermediate_size": fast_mlp}
+    if options.fast == "split":
+        if fast_mlp >= mlp:
+            raise UserError(f"A share of {share} leaves nothing of {mlp} hidden units; choose a smaller one.")
+        widths |= {"suffix_intermediate_size": mlp - fast_mlp, "parallel_mlp": True}
+    return ModelConfig(
+        **source.settings,
+        **widths,
+        suffix_layers=max(1, round(options.suffix * layers)),
+        sliding_window=window,
+        mini_batch_size=mini_batch,
+        fast_rank=options.fast_rank,
+    )

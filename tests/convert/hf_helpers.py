@@ -1,0 +1,76 @@
+"""What the tests of Hugging Face checkpoints share: checkpoints that transformers itself has written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_e2e.convert.from_hf import convert_from_hf
+from ttt_e2e.convert.learning import LearningOptions
+
+SHAPE: dict[str, Any] = dict(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=128,
+    initializer_range=0.15,
+    rms_norm_eps=1e-5,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
+SHARDED = "20KB"
+# name: family, what is other than in SHAPE, the size of a shard
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("Llama", {}, "1GB"),
+    "llama, one key head, sharded": ("Llama", {"num_key_value_heads": 1}, SHARDED),
+    "llama, tied, llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}, SHARDED),
+    "llama, biases, linear": (
+        "Llama",
+        {"attention_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+        "1GB",
+    ),
+    "llama, wide heads": ("Llama", {"head_dim": 12, "num_key_value_heads": 4}, "1GB"),
+    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}, "1GB"),
+    "qwen2, yarn, sharded": ("Qwen2", {"rope_parameters": YARN}, SHARDED),
+    "qwen3, wide heads, tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}, "1GB"),
+    "qwen3, biases, yarn": (
+        "Qwen3",
+        {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN | {"attention_factor": 1.3}},
+        SHARDED,
+    ),
+    "mistral, wide heads": ("Mistral", {"sliding_window": None, "head_dim": 12}, "1GB"),
+    "mistral, sliding window": ("Mistral", {"sliding_window": 24, "rope_parameters": {"rope_theta": 1e4}}, SHARDED),
+}
+Pretrained = Callable[[str], tuple[Any, Path]]
+
+
+def tokens(length: int = 60, batch: int = 2) -> Tensor:
+    return torch.randint(96, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def convert(folder: Path, tmp_path: Path, dtype: str | None = None, **options: Any) -> Path:
+    convert_from_hf(
+        folder,
+        tmp_path / "out",
+        LearningOptions(**{"sliding_window": 60, "mini_batch_size": 5, **options}),
+        dtype=dtype,
+    )
+    return tmp_path / "out"

@@ -1,0 +1,159 @@
+"""Configurations of Hugging Face: rotary positions, windows, and what cannot be converted."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_helpers import LLAMA3, SHAPE, YARN, Pretrained, change_config, convert
+
+from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.convert.from_hf import convert_from_hf
+from ttt_e2e.convert.hf_config import read_source
+from ttt_e2e.convert.learning import LearningOptions
+from ttt_e2e.errors import UserError
+from ttt_e2e.model.checkpoint import load_config
+from ttt_e2e.model.rope import frequencies
+
+transformers = pytest.importorskip("transformers", reason="transformers, which writes the checkpoints, is missing")
+
+
+def rope_config(head_dim: int, rope: dict[str, Any], limit: int) -> tuple[Any, ModelConfig]:
+    config = transformers.LlamaConfig(
+        **{**SHAPE, "head_dim": head_dim, "max_position_embeddings": limit, "rope_parameters": dict(rope)}
+    )
+    written = json.loads(config.to_json_string())
+    return config, ModelConfig(**read_source(written, Path("config.json")).settings)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "limit", "rope"),
+    [
+        (128, 131_072, LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 8192}),
+        (64, 131_072, LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 8192, "factor": 32.0}),
+        (128, 32_768, YARN | {"rope_theta": 1e6, "original_max_position_embeddings": 32_768, "beta_fast": None}),
+        (64, 4096, YARN | {"factor": 16.0, "mscale": 1.0, "mscale_all_dim": 0.707}),
+        (32, 4096, YARN | {"factor": 16.0, "beta_fast": 32.0, "beta_slow": 31.9}),
+        (64, 16_384, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+        (64, 2048, {"rope_type": "default", "rope_theta": 1e4}),
+    ],
+)
+def test_rope_frequencies_are_those_of_transformers(head_dim: int, limit: int, rope: dict[str, Any]) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs, ours = rope_config(head_dim, {k: v for k, v in rope.items() if v is not None}, limit)
+    module = LlamaRotaryEmbedding(theirs)
+    torch.testing.assert_close(frequencies(ours, "cpu"), module.inv_freq.double(), rtol=2e-6, atol=0)
+    assert ours.rope_scaling.attention_factor == pytest.approx(module.attention_scaling, rel=1e-12)
+
+
+def test_read_source_understands_older_configurations(pretrained: Pretrained, tmp_path: Path) -> None:
+    """As transformers wrote them before version 5: `rope_theta` beside `rope_scaling`, its kind called `type` once."""
+    new = json.loads((pretrained("llama, tied, llama3")[1] / "config.json").read_text())
+    expected = read_source(new, tmp_path)
+    rope = new.pop("rope_parameters")
+    old = {**new, "rope_theta": rope.pop("rope_theta")}
+    assert read_source({**old, "rope_scaling": rope}, tmp_path) == expected
+    rope["type"] = rope.pop("rope_type")
+    assert read_source({**old, "rope_scaling": rope}, tmp_path) == expected
+    plain = read_source({**old, "rope_scaling": None}, tmp_path)
+    assert "rope_scaling" not in plain.settings and plain.settings["rope_theta"] == 500
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "window"),
+    [
+        ("llama", {}, 128),
+        ("llama", {"max_position_embeddings": 131_072}, 8192),
+        ("qwen2, yarn, sharded", {}, 128),
+        ("qwen2, yarn, sharded", {"max_position_embeddings": 32}, 128),  # as Qwen's own writes it: the factor counts
+        ("mistral, sliding window", {}, 24),
+        ("mistral, wide heads", {}, 128),
+        (
+            "qwen2, tied",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0, "layer_types": None},
+            16,
+        ),
+        (
+            "qwen2, tied",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4, "layer_types": None},
+            128,
+        ),
+        ("qwen2, tied", {"use_sliding_window": False, "sliding_window": 16}, 128),
+    ],
+)
+def test_default_window_is_what_the_original_can_see(
+    pretrained: Pretrained, tmp_path: Path, name: str, changes: dict[str, Any], window: int
+) -> None:
+    folder = Path(shutil.copytree(pretrained(name)[1], tmp_path / "checkpoint"))
+    change_config(folder, **changes)
+    config = convert_from_hf(folder, tmp_path / "out").config
+    assert (config.sliding_window, config.mini_batch_size) == (window, min(1024, window // 8))
+    assert load_config(tmp_path / "out") == config
+    with pytest.raises(UserError, match=rf"window of {10**6} tokens is longer than"):
+        convert_from_hf(folder, tmp_path / "other", LearningOptions(sliding_window=10**6))
+
+
+def test_missing_window_of_mistral_is_the_default_of_transformers(pretrained: Pretrained, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pretrained("mistral, wide heads")[1], tmp_path / "checkpoint"))
+    change_config(folder, max_position_embeddings=1 << 17)
+    assert convert_from_hf(folder, tmp_path / "none").config.sliding_window == 8192  # null: it sees everything
+    said = json.loads((folder / "config.json").read_text())
+    del said["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(said))
+    assert convert_from_hf(folder, tmp_path / "out").config.sliding_window == 4096
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "gpt2"}, r"model_type 'gpt2', which cannot be converted; Llama, Qwen2, Qwen3, Mistral can"),
+        ({"model_type": None}, "model_type 'nothing'"),
+        ({"model_type": "qwen3_moe"}, r"is a mixture of experts \(qwen3_moe\)"),
+        ({"num_local_experts": 8}, "is a mixture of experts"),
+        ({"quantization_config": {"bits": 4}}, "describes a quantised checkpoint"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "describes a LlamaForTokenClassification"),
+        ({"hidden_act": "gelu"}, "has hidden_act = gelu; only silu"),
+        ({"mlp_bias": True}, "has mlp_bias = True; only False"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic', which is unsupported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'.*; default, linear, llama3, yarn are"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "has truncate = False"),
+        ({"rope_parameters": {"full_attention": YARN}}, "has more than one kind of rotary positions"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
+        ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor = 0.5"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide', which is not a whole number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small', which is not a number"),
+        ({"tie_word_embeddings": 3}, "neither true nor false"),
+        ({"num_attention_heads": 3, "head_dim": None}, "hidden_size 32 does not divide into 3 heads"),
+        ({"num_attention_heads": 3}, "3 query heads cannot share|has shape"),
+        ({"num_attention_heads": 8, "head_dim": None}, r"self_attn.k_proj.weight in .* has shape \[8, 32\]"),
+        ({"intermediate_size": 64}, r"has shape \[48, 32\], but the configuration requires \[64, 32\]"),
+        ({"vocab_size": 97}, r"model.embed_tokens.weight in .* has shape \[96, 32\]"),
+        ({"num_hidden_layers": 5}, r"lacks model.layers.4.*and more"),
+        ({"num_hidden_layers": 3}, r"does not explain, such as model.layers.3"),
+        ({"attention_bias": True}, r"lacks model.layers.0.self_attn.k_proj.bias"),
+        ({"model_type": "qwen3"}, r"lacks model.layers.0.self_attn.k_norm.weight"),
+        ({"tie_word_embeddings": True}, "the checkpoint has another one"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "a sliding window in some layers only",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            "a sliding window in some layers only",
+        ),
+    ],
+)
+def test_configurations_that_are_refused(
+    checkpoint: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    change_config(checkpoint, **changes)
+    with pytest.raises(UserError, match=sentence):
+        convert(checkpoint, tmp_path)
+    assert not (tmp_path / "out").exists()
