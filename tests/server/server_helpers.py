@@ -1,21 +1,25 @@
-"""For the tests of the service: an engine that only pretends, and servers that run in a thread."""
+"""For the tests of the service: a fake engine, and servers that run in a thread."""
 
 import asyncio
 import hashlib
+import json
 import logging
+import math
 import secrets
+import socket
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 import uvicorn
-from fastapi import FastAPI
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it would rather have another package than httpx
@@ -23,38 +27,49 @@ with warnings.catch_warnings():
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.sampling import SamplingOptions
-from ttt_e2e.server.app import Settings, create_app
-from ttt_e2e.server.records import NoSession, Piece, Progress, Prompt, SessionRecord, TooMuch
+from ttt_e2e.server.app import create_app
+from ttt_e2e.server.engine.records import (
+    LimitReachedError,
+    Prompt,
+    ReadProgress,
+    SessionNotFoundError,
+    SessionSummary,
+    TextChunk,
+)
+from ttt_e2e.server.settings import Settings
+
+PATIENCE = 300.0
+"""Seconds after which a test fails that waits for something. No test waits that long unless something is broken."""
+
+PLAIN_TEXT = {"content-type": "text/plain"}
+PLAIN_TEXT_EVENTS = {**PLAIN_TEXT, "accept": "text/event-stream"}
 
 
 @dataclass
-class Pretended:
-    """A session of `FakeEngine`."""
-
+class FakeSession:
     id: str
     owner: str
     text: str = ""
     created: float = field(default_factory=time.time)
 
-    def record(self) -> SessionRecord:
-        digest = hashlib.sha256(self.text.encode()).hexdigest()
-        size = len(self.text.encode())
-        return SessionRecord(self.id, self.created, 1 + len(self.text.split()), size, digest, 2 * size, True, True)
+    def summary(self) -> SessionSummary:
+        size, digest = len(self.text.encode()), hashlib.sha256(self.text.encode()).hexdigest()
+        tokens = 1 + len(self.text.split())
+        return SessionSummary(self.id, int(self.created), tokens, size, digest, 2 * size, True, True, None)
 
 
 class FakeEngine:
-    """Sessions that only hold their text: a word is a token, and what is written is counted words.
+    """Sessions that only hold their text: a word is a token, and generated text is counted words.
 
-    Losses are 2, and 1 for the last words of a text.
-
-    pause: seconds between two pieces. trouble: raised after `sound` pieces of reading or writing.
+    Losses are 2, and 1 for the last words of a text. failure: raised from step `fail_from` of a request on. Steps from
+    `hold_from` on wait until it is raised.
     """
 
-    def __init__(self, pause: float = 0.0, trouble: Exception | None = None, sound: int = 0) -> None:
-        self.pause, self.trouble, self.sound = pause, trouble, sound
-        self.all: dict[str, Pretended] = {}
+    def __init__(self, failure: Exception | None = None, fail_from: int = 0, hold_from: float = math.inf) -> None:
+        self.failure, self.fail_from, self.hold_from = failure, fail_from, hold_from
+        self.all: dict[str, FakeSession] = {}
         self.running = self.most_running = self.read_tokens = self.written_tokens = 0
-        self.asked: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
         self.started = self.stopped = False
         self.ready = True
 
@@ -64,26 +79,26 @@ class FakeEngine:
     async def stop(self, seconds: float = 10.0) -> None:
         self.stopped = True
 
-    async def create(self, owner: str, text: str = "") -> SessionRecord:
+    async def create(self, owner: str, text: str = "") -> SessionSummary:
         if sum(one.owner == owner for one in self.all.values()) >= 100:
-            raise TooMuch("There are 100 sessions; delete one.")
-        made = Pretended(f"sess-{secrets.token_hex(16)}", owner, text)
+            raise LimitReachedError("There are 100 sessions; delete one.")
+        made = FakeSession(f"sess-{secrets.token_hex(16)}", owner, text)
         self.all[made.id] = made
-        return made.record()
+        return made.summary()
 
-    def _of(self, owner: str, id: str) -> Pretended:
+    def _of(self, owner: str, id: str) -> FakeSession:
         found = self.all.get(id)
         if found is None or found.owner != owner:
-            raise NoSession
+            raise SessionNotFoundError
         return found
 
-    async def session(self, owner: str, id: str) -> SessionRecord:
-        return self._of(owner, id).record()
+    async def session(self, owner: str, id: str) -> SessionSummary:
+        return self._of(owner, id).summary()
 
-    async def sessions(self, owner: str) -> list[SessionRecord]:
-        return [one.record() for one in self.all.values() if one.owner == owner]
+    async def sessions(self, owner: str) -> list[SessionSummary]:
+        return [one.summary() for one in self.all.values() if one.owner == owner]
 
-    async def fork(self, owner: str, id: str) -> SessionRecord:
+    async def fork(self, owner: str, id: str) -> SessionSummary:
         return await self.create(owner, self._of(owner, id).text)
 
     async def delete(self, owner: str, id: str) -> None:
@@ -95,32 +110,34 @@ class FakeEngine:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
 
-    async def export(self, owner: str, id: str, target: Path) -> None:
+    async def export_session(self, owner: str, id: str, target: Path) -> None:
         target.write_bytes(b"session:" + self._of(owner, id).text.encode())
 
-    async def take_in(self, owner: str, source: Path) -> SessionRecord:
+    async def import_session(self, owner: str, source: Path) -> SessionSummary:
         content = source.read_bytes()
         if not content.startswith(b"session:"):
-            raise UserError("The file is no session; send one.")
+            raise UserError("The file is not a session; send one.")
         return await self.create(owner, content[8:].decode())
 
-    async def _step(self, done: int) -> None:
-        if self.trouble is not None and done >= self.sound:
-            raise self.trouble
-        await asyncio.sleep(self.pause)
+    async def _step(self, number: int) -> None:
+        if self.failure is not None and number >= self.fail_from:
+            raise self.failure
+        await asyncio.sleep(0)
+        while number >= self.hold_from:
+            await asyncio.sleep(0.001)
 
-    async def read(self, owner: str, id: str, pieces: Iterable[str]) -> AsyncIterator[Progress]:
+    async def read(self, owner: str, id: str, chunks: Iterable[str]) -> AsyncIterator[ReadProgress]:
         one = self._of(owner, id)
-        with self._at_work():
-            words = "".join(pieces).split()
+        with self._request():
+            words = "".join(chunks).split()
             for done in range(0, len(words), 5):
                 await self._step(done // 5)
-                yield Progress(done, 2.0 if done else None, 2.0 if done else None, None)
+                yield ReadProgress(done, 2.0 if done else None, 2.0 if done else None)
             await self._step(len(words))
             self.read_tokens += len(words)
             one.text += " ".join(words)
             last = len(words) - done
-            yield Progress(len(words), 1.0, (2.0 * done + 1.0 * last) / len(words), one.record())
+            yield ReadProgress(len(words), (2.0 * done + 1.0 * last) / len(words), 1.0, one.summary())
 
     async def generate(
         self,
@@ -133,30 +150,30 @@ class FakeEngine:
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
-        turns: asyncio.Semaphore | None = None,
-    ) -> AsyncIterator[Piece]:
+        limit: asyncio.Semaphore | None = None,
+    ) -> AsyncIterator[TextChunk]:
         one = None if id is None else self._of(owner, id)
         if callable(prompt):
             prompt = prompt(one is not None and bool(one.text))
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
-        self.asked.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
+        self.calls.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
         read, text = len(words.split()), ""
-        async with turns or nullcontext():
-            with self._at_work():
+        async with limit or nullcontext():
+            with self._request():
                 for count in range(1, max_tokens + 1):
                     await self._step(count)
                     word = f" w{count}ä"
                     text += word
                     self.written_tokens += 1
-                    yield Piece(word, None, read, count)
+                    yield TextChunk(word, None, read, count)
                     if any(end in text for end in stop):
                         break
                 if learn and one is not None:
                     one.text += words + text + "".join(str(part) for part in closing)
-                yield Piece("", "length" if count == max_tokens else "stop", read, count)
+                yield TextChunk("", "length" if count == max_tokens else "stop", read, count)
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def _request(self) -> Iterator[None]:
         self.running += 1
         self.most_running = max(self.running, self.most_running)
         try:
@@ -164,7 +181,7 @@ class FakeEngine:
         finally:
             self.running -= 1
 
-    def numbers(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         return dict(
             sessions_in_memory=len(self.all),
             sessions_on_disk=len(self.all),
@@ -176,6 +193,11 @@ class FakeEngine:
         )
 
 
+def words(count: int) -> str:
+    """What `FakeEngine` generates."""
+    return "".join(f" w{i}ä" for i in range(1, count + 1))
+
+
 @contextmanager
 def client_of(engine: Any, *, host: str = "localhost", **settings: Any) -> Iterator[TestClient]:
     """A client of the service over `engine`, without a network between them."""
@@ -185,8 +207,9 @@ def client_of(engine: Any, *, host: str = "localhost", **settings: Any) -> Itera
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The address of `app`, which a server of its own serves inside the block."""
+def served(engine: Any, **settings: Any) -> Iterator[str]:
+    """The address of a server in a thread, for the service over `engine`."""
+    app = create_app(engine, Settings("tiny", **settings))
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -196,21 +219,68 @@ def served(app: FastAPI) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
-def until(condition: Any, seconds: float = 20.0) -> None:
-    """Wait for something that must come; so long a wait fails."""
-    end = time.monotonic() + seconds
+@contextmanager
+def client_at(address: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=PATIENCE) as client:
+        yield client
+
+
+@contextmanager
+def connection_to(address: str) -> Iterator[socket.socket]:
+    """A connection that is closed at the end of the block, whether the server has answered or not."""
+    to = urlsplit(address)
+    with socket.create_connection((to.hostname, to.port), timeout=PATIENCE) as connection:
+        yield connection
+
+
+def send_post(connection: socket.socket, path: str, body: bytes, headers: Mapping[str, str]) -> None:
+    lines = {"host": "localhost", "content-length": str(len(body)), **headers}
+    head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
+    connection.sendall(head.encode() + body)
+
+
+def receive_until(connection: socket.socket, found: bytes) -> None:
+    received = b""
+    while found not in received:
+        part = connection.recv(1 << 16)
+        assert part, received
+        received += part
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for a condition that must come true."""
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, "the condition did not come true"
         time.sleep(0.01)
+
+
+def parse_events(text: str) -> list[Any]:
+    """The events of a stream; each is a line of data and an empty line."""
+    assert text.endswith("\n\n")
+    lines = text.removesuffix("\n\n").split("\n\n")
+    assert all(line.startswith("data: ") and "\n" not in line for line in lines)
+    return [line if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error in a response, which must have OpenAI's form."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    message = body["error"]["message"]
+    assert message.endswith(".") and "Traceback" not in message
+    error: dict[str, Any] = body["error"]
+    return error
 
 
 @contextmanager
 def log_lines() -> Iterator[list[str]]:
-    """The lines that the service logs inside the block."""
+    """The lines of the request log inside the block."""
     lines: list[str] = []
 
     class Keep(logging.Handler):

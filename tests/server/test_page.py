@@ -11,24 +11,25 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from server_helpers import FakeEngine, served, until
+from ttt_e2e.server.keys import Keys
 
 from ttt_e2e.server.app import Settings, create_app
-from ttt_e2e.server.keys import Keys
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH"),
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH"),
 ]
 KEY = "a-long-key-for-the-page"
-PHONE = {"hidden_size": 360, "height": 740}
+PHONE = {"width": 360, "height": 740}
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    # Its sandbox does not work for root, as whom tests run in containers.
+    # In containers tests run as root, for whom its sandbox does not work.
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    sync_api.expect.set_options(timeout=1000 * PATIENCE)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         yield browser
@@ -36,10 +37,11 @@ def browser() -> Iterator[Any]:
 
 
 class Watched:
-    """A page, and what its browser complains about: nothing may be refused by its policy."""
+    """A page, and what its browser complains about, such as a script that the policy refuses."""
 
     def __init__(self, browser: Any, address: str, **options: Any) -> None:
         context = browser.new_context(**options)
+        context.set_default_timeout(1000 * PATIENCE)
         self.page = context.new_page()
         self.complaints: list[str] = []
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -51,11 +53,13 @@ def text_of(page: Any, selector: str) -> str:
     return page.locator(selector).inner_text()
 
 
-def test_drop_a_text_see_the_loss_ask_and_see_text(browser: Any, tmp_path: Path) -> None:
-    engine = FakeEngine(pause=0.02)
+def test_read_generate_export_and_delete(
+    browser: Any, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ttt_e2e.server.api.sessions.EVENT_SECONDS", 0.0)
     file = tmp_path / "book.txt"
     file.write_text("Die Straße war naß. " * 30)
-    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+    with served(engine) as address:
         watched = Watched(browser, address, accept_downloads=True)
         page = watched.page
         page.set_input_files("#file", file)
@@ -70,7 +74,7 @@ def test_drop_a_text_see_the_loss_ask_and_see_text(browser: Any, tmp_path: Path)
         (session,) = engine.all.values()
         assert session.text.startswith("Die Straße")
 
-        # A text is a text, whatever it spells.
+        # Markup in a prompt is text.
         page.fill("#prompt", "<img src=x onerror=alert(1)>")
         page.fill("#most", "5")
         page.check("#learn")
@@ -83,6 +87,7 @@ def test_drop_a_text_see_the_loss_ask_and_see_text(browser: Any, tmp_path: Path)
             page.get_by_role("button", name="Export").click()
         assert Path(download.value.path()).read_bytes().startswith(b"session:Die")
 
+        engine.hold_from = 8
         page.fill("#most", "16000")
         page.click("#send")
         sync_api.expect(written).to_contain_text(" w7")
@@ -96,9 +101,8 @@ def test_drop_a_text_see_the_loss_ask_and_see_text(browser: Any, tmp_path: Path)
         assert watched.complaints == []
 
 
-def test_a_text_that_is_dropped_and_one_that_is_none(browser: Any) -> None:
-    engine = FakeEngine()
-    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+def test_dropped_texts_are_read_or_refused(browser: Any, engine: FakeEngine) -> None:
+    with served(engine) as address:
         watched = Watched(browser, address)
         drop = """content => {
             const data = new DataTransfer();
@@ -114,12 +118,11 @@ def test_a_text_that_is_dropped_and_one_that_is_none(browser: Any) -> None:
         assert session.text == "one two three"
 
 
-def test_a_text_goes_where_it_was_said_to_go(browser: Any, tmp_path: Path) -> None:
-    engine = FakeEngine()
+def test_text_goes_to_the_selected_session(browser: Any, engine: FakeEngine, tmp_path: Path) -> None:
     files = [tmp_path / f"{word}.txt" for word in ("one", "two", "three")]
     for file in files:
         file.write_text(file.stem)
-    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+    with served(engine) as address:
         page = Watched(browser, address).page
 
         def read(file: Path) -> list[str]:
@@ -140,9 +143,8 @@ def test_a_text_goes_where_it_was_said_to_go(browser: Any, tmp_path: Path) -> No
         assert read(files[2]) == ["one", "twothree"]
 
 
-def test_the_page_asks_for_a_key_and_takes_it(browser: Any) -> None:
-    engine = FakeEngine()
-    with served(create_app(engine, Settings("tiny", Keys({"me": KEY})))) as address:  # type: ignore[arg-type]
+def test_page_asks_for_a_key(browser: Any, engine: FakeEngine) -> None:
+    with served(engine, keys=Keys({"me": KEY})) as address:
         page = Watched(browser, address).page
         page.wait_for_selector("#error:visible")
         assert "API key is missing" in text_of(page, "#error")
@@ -156,9 +158,8 @@ def test_the_page_asks_for_a_key_and_takes_it(browser: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_on_a_phone(browser: Any, scheme: str) -> None:
-    engine = FakeEngine()
-    with served(create_app(engine, Settings("tiny"))) as address:  # type: ignore[arg-type]
+def test_page_on_a_phone(browser: Any, engine: FakeEngine, scheme: str) -> None:
+    with served(engine) as address:
         page = Watched(browser, address, viewport=PHONE, color_scheme=scheme).page
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -17,7 +17,7 @@ from ttt_e2e.server.middleware.keys import Keys, is_loopback
 
 _PUBLIC_PATHS = ("/", "/health", "/openapi.json")  # these need no key
 _IMPORT_PATH = "/v1/sessions/import"
-_DRAIN_SECONDS = 1.0
+DRAIN_SECONDS = 1.0  # how long the body of a refused request is discarded
 _MAX_JSON_BYTES = 4 << 20  # JSON is held in memory
 
 
@@ -147,7 +147,7 @@ async def _drain(receive: Receive) -> None:
             pass
 
     with suppress(TimeoutError):
-        await asyncio.wait_for(drain(), _DRAIN_SECONDS)
+        await asyncio.wait_for(drain(), DRAIN_SECONDS)
 
 
 def _hostname(address: str) -> str:
