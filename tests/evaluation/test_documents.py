@@ -9,7 +9,7 @@ from helpers import small_model
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.evaluation.documents import evaluate, table
+from ttt_e2e.evaluation.documents import evaluate_documents, format_report
 from ttt_e2e.inference.session import Session
 
 TEXT = "".join(f"Day {i}: the wind came from {'north' if i % 3 else 'the sea'}.\n" for i in range(60))
@@ -25,7 +25,7 @@ def alone(document: Document, learn: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_equals_sessions_one_by_one(batch: int) -> None:
-    report = evaluate(MODEL, TOKENIZER, DOCUMENTS, batch=batch, progress=False)
+    report = evaluate_documents(MODEL, TOKENIZER, DOCUMENTS, batch=batch, progress=False)
     assert [result.name for result in report.documents] == [document.name for document in DOCUMENTS]
     gains = []
     for result, document in zip(report.documents, DOCUMENTS, strict=True):
@@ -58,28 +58,28 @@ def test_equals_sessions_one_by_one(batch: int) -> None:
 
 
 def test_max_tokens() -> None:
-    report = evaluate(MODEL, TOKENIZER, DOCUMENTS[:2], max_tokens=33, progress=False)
+    report = evaluate_documents(MODEL, TOKENIZER, DOCUMENTS[:2], max_tokens=33, progress=False)
     assert all(result.tokens <= 33 for result in report.documents)
     assert report.documents[0].loss == pytest.approx(alone(DOCUMENTS[0], True)[:33].mean(), abs=1e-5)
 
 
 def test_a_standard_model() -> None:
     model = small_model(vocab_size=TOKENIZER.vocab_size, suffix_layers=0)
-    report = evaluate(model, TOKENIZER, DOCUMENTS, progress=False)
+    report = evaluate_documents(model, TOKENIZER, DOCUMENTS, progress=False)
     assert report.gain is None and report.documents[0].loss_without is None
-    assert "mean over documents" in table(report)
+    assert "mean over documents" in format_report(report)
 
 
 def test_table_and_json() -> None:
-    report = evaluate(MODEL, TOKENIZER, DOCUMENTS, progress=False)
-    lines = table(report).splitlines()
+    report = evaluate_documents(MODEL, TOKENIZER, DOCUMENTS, progress=False)
+    lines = format_report(report).splitlines()
     assert sum(line.startswith("d") for line in lines) == 1 + len(DOCUMENTS)  # with the head, "document"
-    assert f"± {report.gain_error:.4f}" in table(report)
+    assert f"± {report.gain_error:.4f}" in format_report(report)
     json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_nothing_to_evaluate() -> None:
     with pytest.raises(UserError, match="no documents"):
-        evaluate(MODEL, TOKENIZER, [], progress=False)
+        evaluate_documents(MODEL, TOKENIZER, [], progress=False)
     with pytest.raises(UserError, match="at least 1"):
-        evaluate(MODEL, TOKENIZER, DOCUMENTS, batch=0, progress=False)
+        evaluate_documents(MODEL, TOKENIZER, DOCUMENTS, batch=0, progress=False)

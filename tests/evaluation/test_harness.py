@@ -10,7 +10,8 @@ from helpers import small_model
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.session import Session, load_reader
+from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.session import Session
 from ttt_e2e.model.checkpoint import save_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; it is in the extra `harness`")
@@ -41,7 +42,7 @@ def sentence(count: int, seed: int) -> str:
 
 def twin(folder: Path, context: str, continuation: str, learn: bool) -> tuple[float, bool]:
     """The same by a session alone: losses as it reads, and greedy writing."""
-    model, tokenizer = load_reader(folder)
+    model, tokenizer = load_model(folder)
     ids = tokenizer.encode(context + continuation)
     split = len(tokenizer.encode(context))
     session = Session(model, tokenizer, learn=learn)
@@ -74,7 +75,7 @@ def test_what_is_written_greedily_is_scored_as_greedy(folder: Path) -> None:
     context = sentence(12, 3)
     request = Instance("generate_until", {}, (context, {"until": [], "max_gen_toks": 6}), 0)
     text = lm.generate_until([request], True)[0]
-    model, tokenizer = load_reader(folder)
+    model, tokenizer = load_model(folder)
     assert text == "".join(Session(model, tokenizer).generate(context, max_tokens=6, temperature=0))
     ids = tokenizer.encode(context)
     written = list(Session(model, tokenizer).generate_tokens(ids, max_tokens=6, temperature=0))
@@ -97,7 +98,7 @@ def test_few_logits_at_once_are_the_same_scores(folder: Path, monkeypatch: pytes
     lm = HarnessModel(str(folder))
     requests = [Instance("loglikelihood", {}, ("red", f" {word}"), i) for i, word in enumerate(TOKENIZER_CONFIG[:5])]
     expected = lm.loglikelihood(requests, disable_tqdm=True)
-    monkeypatch.setattr("ttt_e2e.evaluation.harness.LOGITS", 1)
+    monkeypatch.setattr("ttt_e2e.evaluation.harness.MAX_LOGITS", 1)
     for found, whole in zip(lm.loglikelihood(requests, disable_tqdm=True), expected, strict=True):
         assert found[0] == pytest.approx(whole[0], abs=1e-5) and found[1] == whole[1]
 

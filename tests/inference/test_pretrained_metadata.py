@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.load import load_pretrained
+from ttt_e2e.inference.load import load_model
 from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template, end_tokens
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
@@ -90,10 +90,10 @@ def test_a_models_template(tmp_path: Path) -> None:
 
 
 def test_templates_that_are_none_or_reach_out() -> None:
-    with pytest.raises(UserError, match="no sound Jinja"):
+    with pytest.raises(UserError, match="not a valid Jinja template"):
         ChatFormat(ChatTemplate("{% if %}", "", ""))
     for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ nothing.there.atall }}"):
-        with pytest.raises(UserError, match="cannot take these messages"):
+        with pytest.raises(UserError, match="rejects these messages"):
             ChatFormat(ChatTemplate(source, "", "")).prompt(TALK, False)
 
 
@@ -151,7 +151,7 @@ def test_writing_ends_with_it(tmp_path: Path) -> None:
     third = text.index(text[2])
     write(tmp_path, generation_config={"eos_token_id": text[third]})
     save_model(model, tmp_path / "model", tmp_path / "tokenizer.json")
-    loaded, knowing = load_pretrained(tmp_path / "model")
+    loaded, knowing = load_model(tmp_path / "model")
     session = Session(loaded, knowing)
     assert list(session.generate_tokens("Once", **greedy)) == text[:third]
     pool = SessionPool(session)
@@ -164,7 +164,7 @@ def test_writing_ends_with_it(tmp_path: Path) -> None:
 def test_it_comes_along(tmp_path: Path) -> None:
     """Into a trained model, and to transformers."""
     transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
-    from ttt_e2e.convert.to_hf import convert_to_hf
+    from ttt_e2e.hf.export import convert_to_hf
 
     tokenizer = words()
     tokenizer.save(tmp_path / "tokenizer.json")

@@ -12,7 +12,8 @@ from tokenizers import decoders, models, normalizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.sampling import SamplingOptions, TextStream, begun, min_p, sample, top_k, top_p
+from ttt_e2e.inference.sampling import SamplingOptions, min_p, sample, top_k, top_p
+from ttt_e2e.inference.text_stream import TextStream, partial_stop_length
 
 BYTES = Tokenizer.train([""], 257)  # every byte is a token
 TOKENIZER_CONFIG = Tokenizer.train(["the end of it. the end. ab abab Straße 雨 🌧️\n"] * 9, 290)
@@ -71,7 +72,7 @@ def test_filters_keep_the_likeliest(logits: list[float], k: int, p: float) -> No
         torch.testing.assert_close(kept_V[:count], p_V[:count] / p_V[:count].sum())
     assert int((top_k(p_V, k) > 0).sum()) <= k
     nucleus = int((top_p(p_V, p) > 0).sum())
-    assert p_V[:nucleus].sum() >= p - 1e-9 and (nucleus == 1 or p_V[: nucleus - 1].sum() < p)
+    assert p_V[:nucleus].sum() >= p - 1e-9 and (nucleus == 1 or p_V[: nucleus - 1].sum() < p + 1e-9)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-9])
@@ -111,7 +112,7 @@ def written(tokenizer: Tokenizer, ids: list[int], stop: list[str]) -> tuple[list
         pieces.append(stream.add(token))
         if stream.stopped:
             break
-    return [*pieces, stream.rest()], stream
+    return [*pieces, stream.flush()], stream
 
 
 def before_stop(text: str, stop: list[str]) -> str:
@@ -144,15 +145,15 @@ def test_the_tokens_of_what_was_given_out(text: str, cut: int) -> None:
     stream = TextStream(BYTES, ["the end", "ab雨"])
     since, given_out = [], []
     for token in ids:
-        if not stream.waiting:
+        if not stream.has_pending:
             since = []
         since.append(token)
         given_out.append(stream.add(token))
         if stream.stopped:
             break
-    given_out.append(stream.rest())
+    given_out.append(stream.flush())
     before = BYTES.encode("".join(given_out)).tolist()
-    kept = stream.tokens_given()
+    kept = stream.emitted_tokens()
     assert before[len(before) - len(kept) :] == kept
     assert len(before) - len(kept) == len(ids[: len(given_out) - 1]) - len(since)
 
@@ -164,17 +165,17 @@ def test_a_token_that_a_stop_string_cuts_is_made_anew() -> None:
     given_out = "".join(stream.add(token) for token in ids)
     assert given_out == "ab the e" and stream.stopped
     assert (
-        TOKENIZER_CONFIG.decode(stream.tokens_given())
-        == "ab the e"[-len(TOKENIZER_CONFIG.decode(stream.tokens_given())) :]
+        TOKENIZER_CONFIG.decode(stream.emitted_tokens())
+        == "ab the e"[-len(TOKENIZER_CONFIG.decode(stream.emitted_tokens())) :]
     )
 
 
 def test_what_may_be_the_beginning_of_a_stop_string_waits() -> None:
-    assert begun("The e", ["end", "x"]) == 1 and begun("The en", ["end"]) == 2 and begun("The end", ["end"]) == 0
-    assert begun("aab", ["aabaac"]) == 3 and begun("", ["a"]) == 0
+    assert partial_stop_length("The e", ["end", "x"]) == 1 and partial_stop_length("The en", ["end"]) == 2 and partial_stop_length("The end", ["end"]) == 0
+    assert partial_stop_length("aab", ["aabaac"]) == 3 and partial_stop_length("", ["a"]) == 0
     stream = TextStream(BYTES, "end")
     assert [stream.add(token) for token in BYTES.encode("tene").tolist()] == ["t", "", "", "en"]
-    assert stream.waiting and stream.rest() == "e" and not stream.stopped
+    assert stream.has_pending and stream.flush() == "e" and not stream.stopped
 
 
 def sentencepiece_like() -> Tokenizer:
@@ -198,9 +199,9 @@ def test_text_of_a_tokenizer_that_falls_back_on_bytes(before: str, text: str) ->
     tokenizer = sentencepiece_like()
     begun, ids = tokenizer.encode(before).tolist(), tokenizer.encode(before + text).tolist()
     assume(ids[: len(begun)] == begun)
-    stream = TextStream(tokenizer, before=begun)
+    stream = TextStream(tokenizer, context=begun)
     pieces = [stream.add(token) for token in ids[len(begun) :]]
-    assert tokenizer.decode(begun) + "".join(pieces) + stream.rest() == tokenizer.decode(ids) == before + text
+    assert tokenizer.decode(begun) + "".join(pieces) + stream.flush() == tokenizer.decode(ids) == before + text
 
 
 def test_an_empty_stop_string_is_refused() -> None:

@@ -20,13 +20,15 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import session as session_module
 from ttt_e2e.inference import session_file as session_files
-from ttt_e2e.inference.session import Diverged, Session, load_reader
+from ttt_e2e.inference.divergence import Diverged
+from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import session_facts
 from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.inference.streaming import forward, start_reading
 from ttt_e2e.inference.text_digest import token_bytes
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
 
 TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8
@@ -47,11 +49,11 @@ def tokens_of(count: int, seed: int = 0, vocabulary: int = 50) -> np.ndarray:
 
 
 def same_state(one: Session, other: Session) -> bool:
-    pairs = zip(one._state.loop.tensors(), other._state.loop.tensors(), strict=True)
-    static = zip(one._state.static or (), other._state.static or (), strict=True)
+    pairs = zip(one._state.read_state.loop.tensors(), other._state.read_state.loop.tensors(), strict=True)
+    static = zip(one._state.read_state.static or (), other._state.read_state.static or (), strict=True)
     return (
         one.position == other.position
-        and np.array_equal(one._pending, other._pending)
+        and np.array_equal(one._state.pending, other._state.pending)
         and all(torch.equal(a, b) for a, b in pairs)
         and all(torch.equal(a, b) for x, y in static for a, b in zip(x, y, strict=True))
     )
@@ -87,7 +89,7 @@ def test_losses_are_those_of_sequence_loss(learn: bool, dtype: str, inner_lr: fl
     model, tokens = small_model(kind, inner_loop__lr=inner_lr), tokens_of(98)
     session = Session(model, learn=learn, dtype=kind)
     losses = np.concatenate((session.read(tokens), session.score_pending()))
-    expected = sequence_loss(model, torch.tensor(tokens)[None], inner_lr=None if learn else 0.0, dtype=kind)
+    expected = sequence_loss(model, torch.tensor(tokens)[None], learn=learn, dtype=kind)
     np.testing.assert_allclose(losses, expected.nll_BT[0].numpy(), atol=atol)
 
 
@@ -102,7 +104,7 @@ def test_scoring_the_rest_changes_nothing() -> None:
 def test_text_in_pieces_is_one_text(model: Transformer, tokenizer: Tokenizer) -> None:
     whole, split = Session(model, tokenizer), Session(model, tokenizer)
     expected = whole.read(TEXT)
-    got = np.concatenate(list(split.read_pieces(TEXT[i : i + 7] for i in range(0, len(TEXT), 7))))
+    got = np.concatenate(list(split.read_stream(TEXT[i : i + 7] for i in range(0, len(TEXT), 7))))
     assert np.array_equal(expected, got)
     assert same_state(whole, split)
     assert len(expected) + whole.pending == len(tokenizer.encode(TEXT))  # BOS comes first: every token has a loss
@@ -127,7 +129,7 @@ def test_info(model: Transformer, tokenizer: Tokenizer) -> None:
     assert info.tokens == 1 + len(tokenizer.encode(TEXT)) == info.position + info.pending + 1
     flat = [
         torch.cat([w.flatten() for pair in fast for w in pair])
-        for fast in (session._state.loop.fast, model.initial_fast_weights(1))
+        for fast in (session._state.read_state.loop.fast, model.initial_fast_weights(1))
     ]
     assert info.learned_norm == pytest.approx(float((flat[0] - flat[1]).norm()), rel=1e-5) and info.learned_norm > 0
     caches = 2 * 4 * model.config.num_hidden_layers * model.config.sliding_window * model.config.hidden_size
@@ -175,8 +177,8 @@ def test_float32_is_kept_bit_for_bit_where_a_difference_would_not_be(
     model, path = small_model(), tmp_path_factory.mktemp("s") / "s"
     session = having_read(Session(model), tokens_of(40))
     generator = torch.Generator().manual_seed(seed)
-    fast = [type(w)(*(scale * torch.randn(t.shape, generator=generator) for t in w)) for w in session._state.loop.fast]
-    session._state = session._state._replace(loop=session._state.loop._replace(fast=tuple(fast)))
+    fast = [type(w)(*(scale * torch.randn(t.shape, generator=generator) for t in w)) for w in session._state.read_state.loop.fast]
+    session._state = session._state._replace(read_state=session._state.read_state._replace(loop=session._state.read_state.loop._replace(fast=tuple(fast))))
     start = model.initial_fast_weights(1)[0].w_in_BED.detach()
     differs = not torch.equal(start + (fast[0].w_in_BED - start), fast[0].w_in_BED)
     assert differs or scale > 1e6
@@ -195,7 +197,7 @@ def test_half_precision_is_half_the_size_and_nearly_the_same(
     assert (tmp_path / "whole").stat().st_size - (tmp_path / "half").stat().st_size == pytest.approx(2 * fast, abs=200)
     loaded = Session.load(tmp_path / "half", model, tokenizer)
     assert not same_state(session, loaded)
-    pairs = zip(session._state.loop.fast, loaded._state.loop.fast, model.initial_fast_weights(1), strict=True)
+    pairs = zip(session._state.read_state.loop.fast, loaded._state.read_state.loop.fast, model.initial_fast_weights(1), strict=True)
     for now, back, start in ((w, v, w0) for pair in pairs for w, v, w0 in zip(*pair, strict=True)):
         # Half a unit of what was learned, and the last bits of float32 and of the smallest halves.
         assert ((now - back).abs() <= rounding * (now - start).abs() + 3e-7 * now.abs() + 1e-7).all()
@@ -212,8 +214,8 @@ def test_precisions_that_do_not_fit(tmp_path: Path) -> None:
     session = having_read(Session(small_model()), tokens_of(20))
     with pytest.raises(UserError, match=r"'int8'.*float16"):
         session.save(tmp_path / "s", "int8")  # type: ignore[arg-type]
-    fast = [type(w)(*(t + 1e6 for t in w)) for w in session._state.loop.fast]
-    session._state = session._state._replace(loop=session._state.loop._replace(fast=tuple(fast)))
+    fast = [type(w)(*(t + 1e6 for t in w)) for w in session._state.read_state.loop.fast]
+    session._state = session._state._replace(read_state=session._state.read_state._replace(loop=session._state.read_state.loop._replace(fast=tuple(fast))))
     with pytest.raises(UserError, match="too large for float16"):
         session.save(tmp_path / "s", "float16")
     assert not (tmp_path / "s").exists()
@@ -276,11 +278,11 @@ def test_refused_session_files(tmp_path: Path, model: Transformer, tokenizer: To
         refused(data[:cut], "truncated")
     refused(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:], "altered")
     refused(data.replace(b'position\\": 30', b'position\\": 31'), "altered")
-    refused(b"\x80\x04pickle", "no session")
-    refused(data.replace(b'version\\": 2', b'version\\": 1'), "version 1, this program reads 2; read its text anew")
-    refused(data.replace(b'version\\": 2', b'version\\": 3'), "version 3, this program reads 2; update")
+    refused(b"\x80\x04pickle", "not a session")
+    refused(data.replace(b'version\\": 3', b'version\\": 2'), "version 2, and this ttt-e2e reads version 3; read its text again")
+    refused(data.replace(b'version\\": 3', b'version\\": 4'), "version 4, and this ttt-e2e reads version 3; update")
     save_file({"x": torch.zeros(3)}, tmp_path / "foreign")
-    refused((tmp_path / "foreign").read_bytes(), "no session")
+    refused((tmp_path / "foreign").read_bytes(), "not a session")
     refused(data, "another model", small_model(seed=1, vocab_size=tokenizer.vocab_size))
     refused(data, "another model", small_model(vocab_size=tokenizer.vocab_size, inner_loop__lr=0.5))
     with pytest.raises(UserError, match="another tokenizer"):
@@ -323,7 +325,7 @@ def test_divergence_returns_to_the_last_good_state() -> None:
     with pytest.raises(Diverged, match=r"at tokens 5 to 10") as caught:
         session.read(tokens)
     assert caught.value.position == session.position == 0  # the very first update was the bad one
-    assert all(torch.isfinite(t).all() for t in session._state.loop.tensors())
+    assert all(torch.isfinite(t).all() for t in session._state.read_state.loop.tensors())
     fresh = Session(model)
     fresh.read(tokens[:1])
     assert same_state(session, fresh)
@@ -346,8 +348,8 @@ def test_divergence_later_keeps_what_was_learned_before(tmp_path: Path) -> None:
     session.read(tokens[:31])
     good = session.fork()
     session.read(tokens[31:36])  # this update will turn out bad
-    fast = [type(w)(*(t * math.nan for t in w)) for w in session._state.loop.fast]
-    session._state = session._state._replace(loop=session._state.loop._replace(fast=tuple(fast)))
+    fast = [type(w)(*(t * math.nan for t in w)) for w in session._state.read_state.loop.fast]
+    session._state = session._state._replace(read_state=session._state.read_state._replace(loop=session._state.read_state.loop._replace(fast=tuple(fast))))
     with pytest.raises(Diverged, match="35 to 40"):
         session.read(tokens[36:])
     assert session.position == 30
@@ -412,18 +414,18 @@ _TOKENIZER = Tokenizer.train([""], 257)  # every byte is a token: most character
 
 
 def test_writing_that_cannot_be(model: Transformer, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="nothing to go on from"):
+    with pytest.raises(UserError, match="no text to continue"):
         next(Session(model).generate_tokens())
     with pytest.raises(UserError, match="top_p"):
         next(Session(model, tokenizer).generate_tokens("x", top_p=0))
-    with pytest.raises(UserError, match="-1 tokens"):
+    with pytest.raises(UserError, match="max_tokens"):
         next(Session(model, tokenizer).generate("x", max_tokens=-1))
 
 
 def test_a_session_holds_no_more_than_it_says_and_costs_the_same_all_along(model: Transformer) -> None:
     session, ids = Session(model), np.random.default_rng(0).integers(0, model.config.vocab_size, 5000)
     session.read(ids[:100])
-    before = weakref.ref(session.standing().state.loop.fast[0][0])
+    before = weakref.ref(session.state().read_state.loop.fast[0][0])
     operations = []
     for part in (ids[100:200], ids[200:4800], ids[4800:4900]):
         with FlopCounterMode(display=False) as counter:
@@ -431,14 +433,14 @@ def test_a_session_holds_no_more_than_it_says_and_costs_the_same_all_along(model
         operations.append(counter.get_total_flops())
     gc.collect()
     assert before() is None and operations[0] == operations[2]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in session.standing().state.tensors()}
-    b, window = session.mini_batch, model.config.sliding_window
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in session.state().read_state.tensors()}
+    b, window = session.mini_batch_size, model.config.sliding_window
     # A cache is cut from one that has room for a mini-batch more.
     assert sum(held.values()) <= session.info().memory_bytes * (window + b) / window
-    assert session.standing().pending.base is None
+    assert session.state().pending.base is None
     pool = SessionPool(session)
-    taken = pool.peek(pool.add(session)).standing()
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in taken.state.tensors()}
+    taken = pool.peek(pool.add(session)).state()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in taken.read_state.tensors()}
     assert sum(held.values()) == session.info().memory_bytes and taken.pending.base is None
 
 
@@ -456,7 +458,7 @@ def test_what_is_written_becomes_part_of_the_session(
     # Each token was the likeliest by all that had been learned until then, its mini-batch included.
     aside.read(prompt)
     for token in got:
-        logits, _ = forward(model, aside._state, torch.tensor(aside._pending)[None])
+        logits, _ = forward(model, aside._state.read_state, torch.tensor(aside._state.pending)[None])
         assert int(logits[0, -1].argmax()) == token
         aside.read([token])
 
@@ -544,7 +546,7 @@ def test_models_to_read_with(tmp_path: Path, model: Transformer, tokenizer: Toke
     save_model(model, tmp_path / "good", tmp_path / "t.json")
     save_model(model, tmp_path / "mismatched", tmp_path / "other.json")
     save_model(model, tmp_path / "without", None)
-    loaded, _ = load_reader(tmp_path / "good")
+    loaded, _ = load_model(tmp_path / "good")
     assert not any(weight.requires_grad for weight in loaded.parameters())
     for name, match in (
         ("mismatched", "vocabulary"),
@@ -552,7 +554,7 @@ def test_models_to_read_with(tmp_path: Path, model: Transformer, tokenizer: Toke
         ("nowhere", "no model folder"),
     ):
         with pytest.raises(UserError, match=match):
-            load_reader(tmp_path / name)
+            load_model(tmp_path / name)
 
 
 def test_a_session_file_is_safetensors(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> None:

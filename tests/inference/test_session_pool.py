@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import session_pool as pool_module
+from ttt_e2e.inference.divergence import Diverged
+from ttt_e2e.inference.row_batch import single_row
 from ttt_e2e.inference.sampling import SamplingOptions, sample
-from ttt_e2e.inference.session import Diverged, Session
+from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_pool import Done, Event, Losses, SessionPool, Token
 from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, start_reading
 from ttt_e2e.inference.text_digest import TextDigest
@@ -25,7 +27,7 @@ F64 = torch.float64
 ONE_TOKENIZER = Tokenizer.train([""], 257)
 RECURRENT = dict(suffix_layers=0, pattern=("mamba2", "gated-deltanet", "ttt-kvb", "titans"))
 PATTERNS = {
-    "sliding_window": dict(),
+    "window": dict(),
     "full": dict(pattern=("full",)),
     "recurrent": RECURRENT,
     "low rank": dict(fast_rank=2),
@@ -127,18 +129,18 @@ class Check:
 
     def remove(self, id: int) -> None:
         """Take a session out, in the midst of its work maybe, and compare all it gave so far."""
-        peeked, text = self.pool.peek(id).standing(), self.pool.remove(id).standing()
-        assert_same_state(peeked.state, text.state, 0)
+        peeked, text = self.pool.peek(id).state(), self.pool.remove(id).state()
+        assert_same_state(peeked.read_state, text.read_state, 0)
         losses, written, ends = of(self.events, id)
         assert ends == [None] * len(ends)
         jobs = self.jobs.pop(id)
         begun = np.concatenate([np.empty(0, np.int64), *(tokens for tokens, count, _ in jobs if count is None)])
-        begun = begun[: text.state.position + len(text.pending)]  # reads that were not begun are dropped
-        np.testing.assert_array_equal(text.pending, begun[text.state.position :])
-        assert text.text == TextDigest().add(begun[: text.state.position], self.pool.piece, None)
-        upto = begun[: text.state.position + 1] if text.state.position else begun[:0]
+        begun = begun[: text.read_state.position + len(text.pending)]  # reads that were not begun are dropped
+        np.testing.assert_array_equal(text.pending, begun[text.read_state.position :])
+        assert text.text == TextDigest().add(begun[: text.read_state.position], 5, None)
+        upto = begun[: text.read_state.position + 1] if text.read_state.position else begun[:0]
         state, alone, _ = read_alone(self.model, upto, self.dtype)
-        assert_same_state(text.state, state, self.tolerance)
+        assert_same_state(text.read_state, state, self.tolerance)
         np.testing.assert_allclose(losses, alone, atol=self.tolerance)
         seen = np.empty(0, np.int64)
         for i, (tokens, count, learn) in enumerate(jobs[: len(ends) + 1]):
@@ -233,7 +235,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         monkeypatch.setattr(pool_module, name, counted)
 
     count("forward")
-    count("read_mini_batch")
+    count("read_rows")
     return rows
 
 
@@ -252,7 +254,7 @@ def test_rows_at_different_positions_share_a_call(calls: dict[str, list[int]]) -
     for id in range(4):
         pool.submit_read(id, tokens_of(10, 10 + id))
     run(pool)
-    assert calls["read_mini_batch"] == [4, 4]
+    assert calls["read_rows"] == [4, 4]
     for id in range(4):
         pool.submit_generate(id, tokens_of(2), max_tokens=6)
     run(pool)
@@ -283,14 +285,14 @@ def test_no_call_has_too_many_rows(calls: dict[str, list[int]]) -> None:
 def test_what_stays_together_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pool_at(MODELS["window"], [11, 16, 46])
     copied = []
-    plain = pool_module._gathered
+    plain = pool_module.gather
 
     def gathered(rows: list, copy: bool = False) -> object:
         stack = plain(rows, copy)
-        copied.append(all(row.stack is not stack for row in rows))
+        copied.append(all(row.batch is not stack for row in rows))
         return stack
 
-    monkeypatch.setattr(pool_module, "_gathered", gathered)
+    monkeypatch.setattr(pool_module, "gather", gathered)
     monkeypatch.setattr(pool_module, "_REPLAY", 5)
     for id in range(3):
         pool.submit_read(id, tokens_of(20, id))
@@ -309,10 +311,10 @@ def test_a_mini_batch_takes_the_memory_of_the_one_before() -> None:
     pool = pool_at(model, [26, 26])
 
     def places() -> list[int]:
-        return [w.data_ptr() for pair in pool._members[1].own.row.stack.state.loop.fast for w in pair]
+        return [w.data_ptr() for pair in pool._slots[1].own.row.batch.state.loop.fast for w in pair]
 
     before = places()
-    peeked, state = pool.peek(0).standing().state, read_alone(model, tokens_of(26))[0]
+    peeked, state = pool.peek(0).state().read_state, read_alone(model, tokens_of(26))[0]
     for id in range(2):
         pool.submit_read(id, tokens_of(10, 7))
     run(pool)
@@ -340,14 +342,14 @@ def test_rows_that_are_left_behind_keep_little_memory() -> None:
     for id in range(7):
         pool.remove(id)
     pool.step()
-    (member,) = pool._members.values()
+    (member,) = pool._slots.values()
     rows = member.own.rows
     assert len(rows) == 2
-    assert [len(row.stack.positions) for row in rows] == [1, 1]
-    assert all(len(t.untyped_storage()) == t.nbytes for row in rows for t in row.stack.state.tensors())
-    text = pool.remove(7).standing()
+    assert [len(row.batch.positions) for row in rows] == [1, 1]
+    assert all(len(t.untyped_storage()) == t.nbytes for row in rows for t in row.batch.state.tensors())
+    text = pool.remove(7).state()
     state, _, done = read_alone(MODELS["window"], tokens_of(11, 7))
-    assert_same_state(text.state, state)
+    assert_same_state(text.read_state, state)
     assert text.pending.tolist() == tokens_of(11, 7)[done:].tolist()
 
 
@@ -363,8 +365,8 @@ def test_a_session_comes_back_where_it_left() -> None:
     second.submit_read(moved, text[33:])
     run(second)
     state, _, done = read_alone(model, text)
-    left = second.remove(moved).standing()
-    assert_same_state(left.state, state)
+    left = second.remove(moved).state()
+    assert_same_state(left.read_state, state)
     np.testing.assert_array_equal(left.pending, text[done:])
 
 
@@ -383,7 +385,7 @@ def test_a_session_joins_and_stays_as_it_is() -> None:
         (Session(model, ONE_TOKENIZER, dtype=F64), "tokenizer"),
         (Session(model, learn=False, dtype=F64), "learn"),
     ):
-        with pytest.raises(UserError, match=f"its own {what}"):
+        with pytest.raises(UserError, match=f"another {what}"):
             pool.add(other)
 
 
@@ -392,7 +394,7 @@ def test_a_session_joins_and_stays_as_it_is() -> None:
 def test_a_session_that_went_through_a_pool_is_like_any_other(tmp_path: Path, learn: bool, read_before: int) -> None:
     model = small_model(F64, vocab_size=ONE_TOKENIZER.vocab_size, sliding_window=10).requires_grad_(False)
     alone = Session(model, ONE_TOKENIZER, learn=learn, dtype=F64)
-    assert not learn or alone.piece == 5 < Session(model, learn=False).piece
+    assert not learn or alone.chunk_size == 5 < Session(model, learn=False).chunk_size
     text = ONE_TOKENIZER.encode("Straße, 雨が降った. " * 6)
     alone.read(text[:read_before])
     pool = SessionPool(Session(model, ONE_TOKENIZER, learn=learn, dtype=F64))
@@ -403,7 +405,7 @@ def test_a_session_that_went_through_a_pool_is_like_any_other(tmp_path: Path, le
     alone.read(text[read_before:])
     ours, info = pool.remove(id), alone.info()
     if learn:  # without learning, one alone reads several mini-batches at once, and more is pending
-        assert_same_state(ours.standing().state, alone.standing().state)
+        assert_same_state(ours.state().read_state, alone.state().read_state)
     ours.save(tmp_path / "s")
     loaded = Session.load(tmp_path / "s", model, ONE_TOKENIZER)
     for session in (ours, loaded):
@@ -421,11 +423,13 @@ def test_a_session_that_went_through_a_pool_is_like_any_other(tmp_path: Path, le
 
 
 def poisoned(session: Session) -> Session:
-    """The same with fast weights that are no numbers."""
-    standing = session.standing()
-    loop = standing.state.loop
+    """The session with fast weights that are not numbers."""
+    state = session.state()
+    loop = state.read_state.loop
     fast = tuple(type(pair)(*(w * math.nan for w in pair)) for pair in loop.fast)
-    return session.standing_at(standing._replace(state=standing.state._replace(loop=loop._replace(fast=fast))))
+    return session.with_state(
+        state._replace(read_state=state.read_state._replace(loop=loop._replace(fast=fast)))
+    )
 
 
 def test_a_row_that_fails_does_not_spoil_others() -> None:
@@ -446,7 +450,7 @@ def test_a_row_that_fails_does_not_spoil_others() -> None:
         np.testing.assert_allclose(losses, read_alone(model, text)[1][25:], atol=1e-9)
         options = SamplingOptions(seed=id)
         assert written == write_alone(model, np.concatenate((text, tokens_of(3))), 4, options)
-        assert_same_state(pool.remove(id).standing().state, read_alone(model, text)[0])
+        assert_same_state(pool.remove(id).state().read_state, read_alone(model, text)[0])
 
 
 def test_a_row_that_fails_writing_does_not_spoil_others() -> None:
@@ -466,8 +470,8 @@ def test_divergence_goes_back_to_the_last_good_state() -> None:
     pool = pool_at(model, [31, 31])
     pool.submit_read(0, tokens_of(5, 2))  # the update of this mini-batch turns out bad
     run(pool)
-    own = pool._members[0].own
-    own.row = pool_module._Row(pool_module._stack(poisoned(pool.peek(0)).standing().state, (35,)), 0)
+    own = pool._slots[0].own
+    own.row = single_row(poisoned(pool.peek(0)).state().read_state)
     for id in (0, 1):
         pool.submit_read(id, tokens_of(10, 7))
     events = run(pool)
@@ -477,7 +481,7 @@ def test_divergence_goes_back_to_the_last_good_state() -> None:
     more = tokens_of(20, 8)
     pool.submit_read(0, more)  # it can be read on from there
     assert of(run(pool), 0)[2] == [None]
-    assert_same_state(pool.remove(0).standing().state, read_alone(model, np.concatenate((text, more)))[0])
+    assert_same_state(pool.remove(0).state().read_state, read_alone(model, np.concatenate((text, more)))[0])
 
 
 @pytest.mark.parametrize("mini_batches", [1, 2, 4])
@@ -490,41 +494,41 @@ def test_a_text_read_in_place_is_read_again_to_its_last_good_state(
     for id in range(2):
         pool.submit_read(id, more)
     run(pool)
-    own = pool._members[0].own
+    own = pool._slots[0].own
     if what == "weights":  # the last update turns out bad
-        own.row.stack.state.loop.fast[0][0][own.row.at] *= math.nan
+        own.row.batch.state.loop.fast[0][0][own.row.row_index] *= math.nan
     else:
-        plain = read_mini_batch
+        plain = pool_module.read_rows
 
         def read(*args: object, **more: object) -> object:
-            after, nll, norm = plain(*args, **more)  # type: ignore[arg-type]
-            norm[own.row.at] = math.nan
-            return after, nll, norm
+            after, losses, norms = plain(*args, **more)  # type: ignore[arg-type]
+            norms[own.row.row_index] = math.nan
+            return after, losses, norms
 
-        monkeypatch.setattr(pool_module, "read_mini_batch", read)
+        monkeypatch.setattr(pool_module, "read_rows", read)
     for id in range(2):
         pool.submit_read(id, tokens_of(5, 7))
     events = run(pool)
     (error,) = of(events, 0)[2]
     kept = 25 + 5 * mini_batches - (5 if what == "weights" else 0)
     assert isinstance(error, Diverged) and error.position == kept and "back at its last good" in str(error)
-    left = pool.remove(0).standing()
+    left = pool.remove(0).state()
     whole = np.concatenate((text, more))
-    assert_same_state(left.state, read_alone(model, whole[: kept + 1])[0])
+    assert_same_state(left.read_state, read_alone(model, whole[: kept + 1])[0])
     assert left.pending.tolist() == whole[kept : kept + 1].tolist()
     assert left.text == TextDigest().add(whole[:kept], 5, None)
     assert of(events, 1)[2] == [None]
     beside = np.concatenate((tokens_of(31, 1), more, tokens_of(5, 7)))
-    assert_same_state(pool.remove(1).standing().state, read_alone(model, beside)[0])
+    assert_same_state(pool.remove(1).state().read_state, read_alone(model, beside)[0])
 
 
 def test_a_text_that_goes_wrong_again_while_it_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "_REPLAY", 3)
     pool = pool_at(MODELS["window"], [26, 26])
-    own = pool._members[0].own
-    assert own.good is not None and own.good.row.position == 15
+    own = pool._slots[0].own
+    assert own.checkpoint is not None and own.checkpoint.row.position == 15
     for row in own.rows:
-        row.stack.state.loop.fast[0][0][row.at] *= math.nan
+        row.batch.state.loop.fast[0][0][row.row_index] *= math.nan
     for id in range(2):
         pool.submit_read(id, tokens_of(5, 7))
     events = run(pool)
@@ -536,26 +540,26 @@ def test_a_text_that_goes_wrong_again_while_it_is_read_again(monkeypatch: pytest
 
 def test_ctrl_c_amid_an_update_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = MODELS["window"], [tokens_of(26), tokens_of(26, 1)]
-    pool = pool_at(model, [26, 26])
+    pool, plain = pool_at(model, [26, 26]), pool_module.read_rows
 
     def read(*args: object, **more: object) -> object:
         before = args[1].loop.fast[0][0].clone()  # type: ignore[attr-defined]
-        read_mini_batch(*args, **more)  # type: ignore[arg-type]
+        plain(*args, **more)  # type: ignore[arg-type]
         assert not torch.equal(args[1].loop.fast[0][0], before)  # type: ignore[attr-defined]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool_module, "read_mini_batch", read)
+        patch.setattr(pool_module, "read_rows", read)
         for id in range(2):
             pool.submit_read(id, tokens_of(10, 7))
         with pytest.raises(KeyboardInterrupt):
             pool.step()
     for id, text in enumerate(texts):
-        assert_same_state(pool.peek(id).standing().state, read_alone(model, text)[0])
+        assert_same_state(pool.peek(id).state().read_state, read_alone(model, text)[0])
     run(pool)
     for id, text in enumerate(texts):
         whole = np.concatenate((text, tokens_of(10, 7)))
-        assert_same_state(pool.remove(id).standing().state, read_alone(model, whole)[0])
+        assert_same_state(pool.remove(id).state().read_state, read_alone(model, whole)[0])
 
 
 def test_a_learning_rate_that_is_too_large_ends_every_session_at_its_start() -> None:
@@ -568,8 +572,8 @@ def test_a_learning_rate_that_is_too_large_ends_every_session_at_its_start() -> 
     for id in range(2):
         (error,) = of(events, id)[2]
         assert isinstance(error, Diverged) and error.position == 0
-        text = pool.remove(id).standing()
-        assert text.state.position == 0 and text.pending.tolist() == tokens_of(1, id).tolist()
+        text = pool.remove(id).state()
+        assert text.read_state.position == 0 and text.pending.tolist() == tokens_of(1, id).tolist()
 
 
 def test_a_pool_can_leave_learning_out() -> None:
@@ -580,7 +584,7 @@ def test_a_pool_can_leave_learning_out() -> None:
     logits, _ = forward(model, start_reading(model, 1, F64), torch.from_numpy(text)[None], F64)
     alone = torch.nn.functional.cross_entropy(logits[0, :-1], torch.from_numpy(text[1:]), reduction="none")
     np.testing.assert_allclose(losses, alone[: len(losses)], atol=1e-6)
-    for ours, start in zip(pool.remove(0).standing().state.loop.fast, model.initial_fast_weights(1), strict=True):
+    for ours, start in zip(pool.remove(0).state().read_state.loop.fast, model.initial_fast_weights(1), strict=True):
         torch.testing.assert_close(tuple(ours), tuple(start), rtol=0, atol=0)
 
 
@@ -592,7 +596,7 @@ def test_writing_ends_at_a_documents_end_and_text_begins_with_bos() -> None:
     pool.submit_generate(id, max_tokens=2000, options=SamplingOptions(temperature=5.0, top_p=1.0))
     _, written, ends = of(run(pool), id)
     assert 0 < len(written) < 2000 and bos not in written and ends == [None]
-    assert pool.remove(id).standing().pending.tolist() == [bos]
+    assert pool.remove(id).state().pending.tolist() == [bos]
 
 
 def test_work_can_be_cancelled() -> None:
@@ -603,8 +607,8 @@ def test_work_can_be_cancelled() -> None:
     pool.step()
     pool.cancel(0), pool.cancel(1)
     assert not pool.busy and pool.step() == []
-    left = pool.remove(0).standing()
-    assert left.state.position == 5
+    left = pool.remove(0).state()
+    assert left.read_state.position == 5
     np.testing.assert_array_equal(left.pending, np.concatenate((tokens_of(1), text))[5:])
 
 
@@ -624,5 +628,5 @@ def test_what_cannot_be_done_is_said() -> None:
         SessionPool(Session(model), max_batch=0)
     pool.submit_generate(id)
     (done,) = run(pool)
-    assert done.id == id and "nothing to go on from" in str(done.error)
+    assert done.id == id and "no text to continue" in str(done.error)
     assert pool.step() == []

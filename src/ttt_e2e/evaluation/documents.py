@@ -1,8 +1,8 @@
-"""Whole documents, several at once: what learning while reading is worth, by document and by position.
+"""What learning while reading is worth on whole documents, by document and by position.
 
-Every document is a row of a batch with fast weights of its own, all starting at its first token. The rows are sorted by
-length, so that those that have ended are dropped from the end of the batch. The losses are those that a `Session` gives
-for each document by itself.
+Several documents are read at once, each as a row of a batch with fast weights of its own, from its first token. The
+rows are sorted by length, so that documents that have ended are dropped from the end of the batch. The losses are those
+of a `Session` that reads the document alone.
 """
 
 import math
@@ -18,33 +18,31 @@ from tqdm import tqdm
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.session import Diverged, batches_without_learning
-from ttt_e2e.inference.streaming import read_mini_batch, start_reading
+from ttt_e2e.inference.divergence import Diverged, find_divergence
+from ttt_e2e.inference.row_batch import chunk_size, read_rows
+from ttt_e2e.inference.streaming import start_reading
 from ttt_e2e.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class DocumentResult:
-    """One document. Losses in nats per token; None for what a model that does not learn, or a short text, lacks.
-
-    first_quarter, last_quarter: gain of learning in these parts of the document.
-    """
+    """One document. Losses in nats per token; None for what a standard model or a short document does not have."""
 
     name: str
     tokens: int
     bytes: int
     loss: float
-    loss_without: float | None
+    loss_without: float | None  # learning
     gain: float | None
     bits_per_byte: float
     bits_per_byte_without: float | None
-    first_quarter: float | None
+    first_quarter: float | None  # the gain in this part of the document
     last_quarter: float | None
 
 
 @dataclass(frozen=True)
 class PositionResult:
-    """Tokens `start` to `stop` of the documents: means over the `documents` that reach to `stop`."""
+    """Tokens `start` to `stop` of the documents: means over the `documents` that reach `stop`."""
 
     start: int
     stop: int
@@ -56,19 +54,16 @@ class PositionResult:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Means are over documents, each counting the same; `gain_error` is the standard error of the paired difference.
-
-    loss_per_token: over all tokens instead. positions: bins that double in length.
-    """
+    """Means over documents, each of which counts the same."""
 
     documents: list[DocumentResult]
-    positions: list[PositionResult]
+    positions: list[PositionResult]  # bins that double in length
     tokens: int
     loss: float
     loss_without: float | None
-    loss_per_token: float
+    loss_per_token: float  # mean over all tokens instead
     gain: float | None
-    gain_error: float | None
+    gain_error: float | None  # standard error of the paired difference
     bits_per_byte: float
     bits_per_byte_without: float | None
 
@@ -83,7 +78,14 @@ class _Text(NamedTuple):
     bytes: int
 
 
-def evaluate(
+class _Losses(NamedTuple):
+    """Of a document's tokens, in nats [n], and those of the same model without learning, if it can learn."""
+
+    loss: np.ndarray
+    without: np.ndarray | None
+
+
+def evaluate_documents(
     model: Transformer,
     tokenizer: Tokenizer,
     documents: Iterable[Document],
@@ -93,37 +95,44 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> EvaluationReport:
-    """Read every document, up to `max_tokens` of each, with learning and with the same weights frozen.
+    """Read every document with learning, and with the same weights without.
 
-    batch: how many documents are walked at once. Raises UserError for documents that cannot be read, if there are
-    none, and Diverged if a loss is not finite.
+    Args:
+        model, tokenizer: as `load_model` returns them.
+        documents: to read. Their tokens are in memory all at once.
+        batch: how many documents are read at once.
+        max_tokens: read at most so many tokens of each; None: all.
+        dtype: of the matrix products.
+        progress: whether to show a bar.
+
+    Raises:
+        UserError: a document is empty or cannot be read, or there are none.
+        Diverged: learning diverged on a document.
     """
     if batch < 1 or (max_tokens is not None and max_tokens < 1):
         raise UserError(f"batch ({batch}) and max_tokens ({max_tokens}) must be at least 1.")
     texts = [_tokenise(tokenizer, document, max_tokens) for document in documents]
     if not texts:
         raise UserError("There are no documents to evaluate on; name text files.")
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens))
+    by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens))
     learns = model.config.can_learn
-    results: list[DocumentResult | None] = [None] * len(texts)
-    bins = _PositionBins(model.config.read_batch)
+    losses: dict[int, _Losses] = {}
     total = sum(len(text.tokens) - 1 for text in texts) * (1 + learns)
     with tqdm(total=total, unit="token", unit_scale=True, disable=not progress, desc="evaluating") as bar:
-        for first in range(0, len(order), batch):
-            rows = order[first : first + batch]
+        for first in range(0, len(texts), batch):
+            rows = by_length[first : first + batch]
             some = [texts[i] for i in rows]
-            frozen = _walk(model, some, False, dtype, bar)
-            learned = _walk(model, some, True, dtype, bar) if learns else None
-            for row, i in enumerate(rows):
-                loss, without = (frozen[row], None) if learned is None else (learned[row], frozen[row])
-                results[i] = _result(texts[i], loss, without)
-                bins.add(loss, without)
-    return _report([result for result in results if result is not None], bins.results())
+            without = _read(model, some, False, dtype, bar)
+            learned = _read(model, some, True, dtype, bar) if learns else [None] * len(rows)
+            for i, with_learning, plain in zip(rows, learned, without, strict=True):
+                losses[i] = _Losses(plain, None) if with_learning is None else _Losses(with_learning, plain)
+    results = [_document_result(text, losses[i]) for i, text in enumerate(texts)]
+    return _report(results, _by_position(list(losses.values()), model.config.tokens_per_read))
 
 
 def _tokenise(tokenizer: Tokenizer, document: Document, max_tokens: int | None) -> _Text:
     parts, count = [np.array([tokenizer.bos])], 0
-    for tokens in tokenizer.encode_pieces(document.pieces()):
+    for tokens in tokenizer.encode_chunks(document.chunks()):
         parts.append(tokens if max_tokens is None else tokens[: max_tokens - count])
         count += len(parts[-1])
         if count == max_tokens:
@@ -134,56 +143,58 @@ def _tokenise(tokenizer: Tokenizer, document: Document, max_tokens: int | None) 
     return _Text(document.name, np.concatenate(parts).astype(np.int32), size)
 
 
-def _walk(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtype, bar: tqdm) -> list[np.ndarray]:
-    """The losses of every text, float32; `texts` sorted by length, the longest first."""
-    config, device = model.config, model.embedding.device
-    length = config.read_batch * (1 if learn else batches_without_learning(config))
+def _read(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtype, bar: tqdm) -> list[np.ndarray]:
+    """The losses of every text, float32. `texts` are sorted by length, the longest first."""
+    device, size = model.embedding.device, chunk_size(model, learn)
     counts = [len(text.tokens) - 1 for text in texts]
     losses = [np.empty(count, np.float32) for count in counts]
     state = start_reading(model, len(texts), dtype)
-    if learn:  # memory of each text's own, to learn in place; without learning all share the model's
+    if learn:  # in memory of its own, to be donated; without learning all rows share the model's weights
         state = state.map(torch.clone)
-    for start in range(0, counts[0], length):
-        rows = sum(count > start for count in counts)
-        state = state.map(itemgetter(slice(rows)))
-        stop = min(start + length, counts[0])
+    rows = len(texts)
+    for start in range(0, counts[0], size):
+        if counts[rows - 1] <= start:
+            rows = sum(count > start for count in counts)
+            state = state.map(itemgetter(slice(rows)))
+        stop = min(start + size, counts[0])
         ids = np.zeros((rows, stop - start + 1), np.int64)
         mask = np.zeros((rows, stop - start), np.float32)
         for row in range(rows):
-            some = texts[row].tokens[start : stop + 1]
-            ids[row, : len(some)] = some
-            mask[row, : len(some) - 1] = 1
-        ids_BT = torch.from_numpy(ids).to(device)
-        state, nll_BT, _ = read_mini_batch(
+            part = texts[row].tokens[start : stop + 1]
+            ids[row, : len(part)] = part
+            mask[row, : len(part) - 1] = 1
+        state, nll, norms = read_rows(
             model,
             state,
-            ids_BT[:, :-1],
-            ids_BT[:, 1:],
+            torch.from_numpy(ids).to(device),
             torch.from_numpy(mask).to(device),
             learn=learn,
             dtype=dtype,
-            in_place=learn,
+            donate_state=learn,
         )
-        nll = nll_BT.float().cpu().numpy()
         for row in range(rows):
             count = min(counts[row], stop) - start
             losses[row][start : start + count] = nll[row, :count]
-            if not np.isfinite(nll[row, :count]).all():
-                how = "with learning" if learn else "without learning"
+            norm = norms[row] if counts[row] > stop else 0.0  # nothing more is read with what was learned
+            found = find_divergence(
+                nll[row, :count], norm, start, learns=learn, vocab_size=model.config.vocab_size, text=texts[row].name
+            )
+            if found is not None:
                 raise Diverged(
-                    f"Reading {texts[row].name} {how}, a loss is not finite at tokens {start} to {start + count}; "
-                    "use another model, or --max-tokens to stop before.",
+                    f"Learning diverged: {found.what}. Use a model with a smaller inner_loop.lr, or --max-tokens to "
+                    "stop before.",
                     start,
+                    found.what,
                 )
         bar.update(int(mask.sum()))
     return losses
 
 
-def _result(text: _Text, loss: np.ndarray, without: np.ndarray | None) -> DocumentResult:
+def _document_result(text: _Text, losses: _Losses) -> DocumentResult:
+    loss, without = losses
     tokens = len(loss)
     to_bits = tokens / math.log(2) / max(text.bytes, 1)
-    mean = _mean(loss)
-    mean_without = None if without is None else _mean(without)
+    mean, mean_without = _mean(loss), None if without is None else _mean(without)
     quarter = tokens // 4
     first = last = None
     if without is not None and quarter:
@@ -203,104 +214,76 @@ def _result(text: _Text, loss: np.ndarray, without: np.ndarray | None) -> Docume
     )
 
 
-def _mean(losses: np.ndarray) -> float:
-    return float(losses.mean(dtype=np.float64))
-
-
-class _PositionBins:
-    """Mean losses of documents in [0, b), [b, 2b), [2b, 4b), ...; only where a document fills the bin."""
-
-    def __init__(self, first: int) -> None:
-        self._first = first
-        self._bins: list[list[tuple[float, float | None]]] = []
-
-    def _edges(self, i: int) -> tuple[int, int]:
-        return (self._first << (i - 1) if i else 0), self._first << i
-
-    def add(self, loss: np.ndarray, without: np.ndarray | None) -> None:
-        i = 0
-        while self._edges(i)[1] <= len(loss):
-            start, stop = self._edges(i)
-            if i == len(self._bins):
-                self._bins.append([])
-            self._bins[i].append((_mean(loss[start:stop]), None if without is None else _mean(without[start:stop])))
-            i += 1
-
-    def results(self) -> list[PositionResult]:
-        results = []
-        for i, pairs in enumerate(self._bins):
-            loss = sum(pair[0] for pair in pairs) / len(pairs)
-            withouts = [pair[1] for pair in pairs if pair[1] is not None]
-            without = sum(withouts) / len(withouts) if withouts else None
-            gain = None if without is None else without - loss
-            results.append(PositionResult(*self._edges(i), len(pairs), loss, without, gain))
-        return results
+def _by_position(losses: list[_Losses], b: int) -> list[PositionResult]:
+    """Means over tokens 0 to b, b to 2 b, 2 b to 4 b, ... of the documents that fill the bin."""
+    results: list[PositionResult] = []
+    start, stop = 0, b
+    while reaching := [both for both in losses if len(both.loss) >= stop]:
+        loss = _mean([_mean(both.loss[start:stop]) for both in reaching])
+        withouts = [_mean(both.without[start:stop]) for both in reaching if both.without is not None]
+        without = _mean(withouts) if withouts else None
+        gain = None if without is None else without - loss
+        results.append(PositionResult(start, stop, len(reaching), loss, without, gain))
+        start, stop = stop, 2 * stop
+    return results
 
 
 def _report(documents: list[DocumentResult], positions: list[PositionResult]) -> EvaluationReport:
-    def mean(values: list[float | None]) -> float | None:
-        present = [value for value in values if value is not None]
-        return float(np.mean(present)) if present else None
+    def mean(name: str) -> Any:
+        values = [getattr(document, name) for document in documents]
+        return None if None in values else _mean(values)
 
-    gains = [document.gain for document in documents if document.gain is not None]
     tokens = sum(document.tokens for document in documents)
     return EvaluationReport(
         documents=documents,
         positions=positions,
         tokens=tokens,
-        loss=float(np.mean([document.loss for document in documents])),
-        loss_without=mean([document.loss_without for document in documents]),
+        loss=mean("loss"),
+        loss_without=mean("loss_without"),
         loss_per_token=sum(document.loss * document.tokens for document in documents) / tokens,
-        gain=mean([document.gain for document in documents]),
-        gain_error=standard_error(gains),
-        bits_per_byte=float(np.mean([document.bits_per_byte for document in documents])),
-        bits_per_byte_without=mean([document.bits_per_byte_without for document in documents]),
+        gain=mean("gain"),
+        gain_error=standard_error([document.gain for document in documents if document.gain is not None]),
+        bits_per_byte=mean("bits_per_byte"),
+        bits_per_byte_without=mean("bits_per_byte_without"),
     )
 
 
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values, dtype=np.float64))
+
+
 def standard_error(values: Sequence[float]) -> float | None:
-    """The standard error of their mean, with the unbiased variance; None for fewer than two."""
+    """The standard error of the mean of `values`, with the unbiased variance; None for fewer than two."""
     if len(values) < 2:
         return None
-    middle = sum(values) / len(values)
-    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-def table(report: EvaluationReport) -> str:
-    """The report as text: one line a document, their mean, and the losses by position."""
+def format_report(report: EvaluationReport) -> str:
+    """The report as text: one line for each document, their mean, and the losses by position."""
 
-    def number(value: float | None, form: str) -> str:
+    def number(value: float | None, form: str = ".4f") -> str:
         return "-" if value is None else format(value, form)
+
+    def losses(result: DocumentResult | PositionResult | EvaluationReport) -> str:
+        learned, without = (None, result.loss) if result.gain is None else (result.loss, result.loss_without)
+        return f"{number(without):>10}{number(learned):>10}{number(result.gain, '+.4f'):>9}"
 
     columns = f"{'without':>10}{'learning':>10}{'gain':>9}"
     lines = [f"{'document':<28}{'tokens':>10}{columns}{'bits/byte':>11}{'last quarter':>14}"]
     for document in report.documents:
         name = document.name if len(document.name) <= 27 else f"{document.name[:26]}…"
-        learned = document.loss if document.gain is not None else None
-        without = document.loss if document.gain is None else document.loss_without
         lines.append(
-            f"{name:<28}{document.tokens:>10,}{number(without, '.4f'):>10}{number(learned, '.4f'):>10}"
-            f"{number(document.gain, '+.4f'):>9}{document.bits_per_byte:>11.4f}"
+            f"{name:<28}{document.tokens:>10,}{losses(document)}{document.bits_per_byte:>11.4f}"
             f"{number(document.last_quarter, '+.4f'):>14}"
         )
-    learned = report.loss if report.gain is not None else None
-    without = report.loss if report.gain is None else report.loss_without
     error = f"  (gain ± {report.gain_error:.4f})" if report.gain_error is not None else ""
-    lines.append(
-        f"{'mean over documents':<28}{report.tokens:>10,}{number(without, '.4f'):>10}{number(learned, '.4f'):>10}"
-        f"{number(report.gain, '+.4f'):>9}{report.bits_per_byte:>11.4f}{error}"
-    )
+    lines.append(f"{'mean over documents':<28}{report.tokens:>10,}{losses(report)}{report.bits_per_byte:>11.4f}{error}")
     if report.positions:
-        lines += [
-            "",
-            f"{'position in the document':<28}{'documents':>10}{'without':>10}{'learning':>10}{'gain':>9}",
-        ]
-        for bin_ in report.positions:
-            learned = bin_.loss if bin_.gain is not None else None
-            without = bin_.loss if bin_.gain is None else bin_.loss_without
-            lines.append(
-                f"{f'{bin_.start:,} to {bin_.stop:,}':<28}{bin_.documents:>10}{number(without, '.4f'):>10}"
-                f"{number(learned, '.4f'):>10}{number(bin_.gain, '+.4f'):>9}"
-            )
+        lines += ["", f"{'position in the document':<28}{'documents':>10}{columns}"]
+        for position in report.positions:
+            span = f"{position.start:,} to {position.stop:,}"
+            lines.append(f"{span:<28}{position.documents:>10}{losses(position)}")
     lines += ["", "Losses and gains in nats per token; the gain of learning is positive where it helps."]
     return "\n".join(lines)

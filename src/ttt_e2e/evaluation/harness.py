@@ -1,16 +1,16 @@
-"""The models of this project under `lm-eval`, the evaluation harness, with learning or without.
+"""Models of this package under `lm-eval`, the evaluation harness.
 
     python -m ttt_e2e.evaluation.harness run --model ttt-e2e --model_args pretrained=run/model --tasks arc_easy
 
-It is the harness's own command line with one model more. A request's context is read as a text is: the model learns
-from each whole mini-batch of it, and then scores or writes what the request asks for. Every request begins afresh.
-`learn=false` reads without learning.
+This is the harness's own command line with one more model. A request's context is read as any text is: the model learns
+from each full mini-batch of it, and then scores or generates what the request asks for. Every request starts from the
+model's own weights. `learn=false` reads without learning.
 
 Shapes: B requests, T tokens, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,13 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.session import DTYPES, LOGITS, Session, load_reader
-from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
-from ttt_e2e.training.parallelize import choose_device
+from ttt_e2e.hardware import choose_device
+from ttt_e2e.inference.divergence import Diverged, find_divergence
+from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.row_batch import MAX_LOGITS
+from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.session_file import DTYPES
+from ttt_e2e.inference.streaming import forward, start_reading
 
 Score = tuple[float, bool]
 """Log-likelihood of a continuation in nats, and whether every token of it was the likeliest."""
@@ -33,12 +37,19 @@ Score = tuple[float, bool]
 
 @register_model("ttt-e2e")
 class HarnessModel(TemplateLM):
-    """A model folder as the harness wants it.
+    """A model folder with the harness's interface.
 
-    pretrained: the folder (default: the shipped model). learn: whether the model learns while it reads. dtype: of the
-    matrix products, "float32" or "bfloat16". device: "auto", "cpu" or "cuda". batch_size: requests at once where none
-    of them is long enough to learn from. max_gen_toks: tokens to write where a task does not say. Raises UserError for
-    values that do not fit.
+    Args:
+        pretrained: the folder (default: the shipped model).
+        learn: whether the model learns while it reads.
+        dtype: of the matrix products, "float32" or "bfloat16".
+        device: "auto", "cpu" or "cuda".
+        batch_size: requests at once that are too short to learn from.
+        max_gen_toks: how many tokens to generate where a task does not say.
+        max_batch_size: ignored; the harness passes it.
+
+    Raises:
+        UserError: a value is invalid.
     """
 
     def __init__(
@@ -59,136 +70,141 @@ class HarnessModel(TemplateLM):
         if batch_size == "auto":
             batch_size = 16
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise UserError(f"batch_size must be a number from 1 on, not {batch_size!r}.")
+            raise UserError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
         # The harness's command line asks for cuda:0 unless it is told otherwise.
         absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
         self._device = choose_device("auto" if absent else str(device))
-        self.model, self.texts = load_reader(None if pretrained is None else Path(pretrained), self._device)
-        self.fresh = Session(self.model, self.texts, learn=str(learn).lower() == "true", dtype=DTYPES[dtype])
+        self._model, self._tokenizer = load_model(None if pretrained is None else Path(pretrained), self._device)
+        self._template = Session(self._model, self._tokenizer, learn=str(learn).lower() == "true", dtype=DTYPES[dtype])
         self.batch_size, self.max_gen_toks = int(batch_size), max_gen_toks
         self._name = f"ttt-e2e {pretrained or 'shipped'}"
 
     @property
     def eot_token_id(self) -> int:
         """The token that begins every document, and so ends the one before."""
-        return self.texts.bos
+        return self._tokenizer.bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells the caches of requests apart."""
+        """Distinguishes the harness's caches of requests."""
         return self._name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The tokens of `string`, without BOS: a session begins with it by itself."""
-        return self.texts.encode(string).tolist()
+        """The tokens of `string`, without BOS, which a session begins with anyway."""
+        return self._tokenizer.encode(string).tolist()
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Score]:
         scores: list[Score] = [(0.0, True)] * len(requests)
-        # Requests of one context stand together, and those of about the same length.
+        # Requests with one context come together, and those of about the same length.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i][1]), requests[i][1], len(requests[i][2])))
-        longest = self.fresh.mini_batch
+        longest = self._template.mini_batch_size
         short = [i for i in order if len(requests[i][1]) + len(requests[i][2]) <= longest]
         long = [i for i in order if len(requests[i][1]) + len(requests[i][2]) > longest]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as bar:
             for start in range(0, len(short), self.batch_size):
                 some = short[start : start + self.batch_size]
-                found = self._score_short([(self._body(requests[i][1]), requests[i][2]) for i in some])
+                found = self._score_short([(self._without_bos(requests[i][1]), requests[i][2]) for i in some])
                 for i, score in zip(some, found, strict=True):
                     scores[i] = score
                 bar.update(len(some))
             context: list[int] | None = None
-            session = self.fresh
+            session = self._template
             for i in long:
                 if requests[i][1] != context:
-                    context, session = requests[i][1], self.fresh.fork()
-                    session.read(np.array(self._body(context), np.int64))
-                scores[i] = self._score(session, requests[i][2])
+                    context, session = requests[i][1], self._template.fork()
+                    session.read(np.array(self._without_bos(context), np.int64))
+                scores[i] = self._score_long(session, requests[i][2])
                 bar.update(1)
         for request, score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], score)
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, each read from its first token to its last, as one."""
+        """The log-likelihood of whole texts, each read from its first token to its last."""
         sums = []
         for request in tqdm(requests, disable=disable_tqdm, desc="reading"):
-            session = self.fresh.fork()
-            losses = [*session.read_pieces([request.args[0]]), session.score_pending()]
+            session = self._template.fork()
+            losses = [*session.read_stream([request.args[0]]), session.score_pending()]
             sums.append(-float(np.concatenate(losses).astype(np.float64).sum()))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, sums[-1])
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What is written after each context, up to the first stop string of the request, or its number of tokens."""
+        """The text generated after each context, up to the request's first stop string or number of tokens."""
         texts = []
-        asked: Counter[str] = Counter()  # the harness repeats a request to have another text
-        for request in tqdm(requests, disable=disable_tqdm, desc="writing"):
+        repeats: Counter[str] = Counter()  # the harness repeats a request to get another text
+        for request in tqdm(requests, disable=disable_tqdm, desc="generating"):
             context, options = request.args
-            again = asked[repr(request.args)]
-            asked[repr(request.args)] += 1
+            seed = repeats[repr(request.args)]
+            repeats[repr(request.args)] += 1
             wanted = dict(normalize_gen_kwargs(options, self.max_gen_toks))
             names = ("temperature", "top_p", "top_k", "min_p")
             sampling = {"temperature": 0.0} | {name: wanted[name] for name in names if name in wanted}
             stop = [text for text in wanted["until"] if text]
-            pieces = self.fresh.generate(context, max_tokens=wanted["max_gen_toks"], stop=stop, seed=again, **sampling)
-            texts.append("".join(pieces))
+            parts = self._template.generate(
+                context, max_tokens=wanted["max_gen_toks"], stop=stop, seed=seed, **sampling
+            )
+            texts.append("".join(parts))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 
-    # -- scoring ---------------------------------------------------------------------------------------------------
+    # -- scoring -------------------------------------------------------------------------------------------------------
 
-    def _body(self, context: Sequence[int]) -> list[int]:
-        """The context without the BOS that the harness puts where there is none: a session has it already."""
-        return list(context[1:] if context and context[0] == self.texts.bos else context)
+    def _without_bos(self, context: Sequence[int]) -> list[int]:
+        """The context without the BOS that the harness puts in front: a session has it already."""
+        return list(context[1:] if context and context[0] == self._tokenizer.bos else context)
 
     def _score_short(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
-        """Score continuations, each after its context; all that nothing is learned from, in one call."""
-        rows = [[self.texts.bos, *context, *continuation] for context, continuation in pairs]
+        """Score continuations, each after its context, which are too short to learn from, in one call."""
+        rows = [[self._tokenizer.bos, *context, *continuation] for context, continuation in pairs]
         ids_BT = np.zeros((len(rows), max(map(len, rows))), np.int64)
         for row, ids in zip(ids_BT, rows, strict=True):
-            row[: len(ids)] = ids  # what stands behind is never seen: every mixer is causal
+            row[: len(ids)] = ids  # the padding behind is never seen: every mixer is causal
         tokens_BT = torch.from_numpy(ids_BT).to(self._device)
-        at_once = max(1, LOGITS // (ids_BT.shape[1] * self.model.config.vocab_size))
-        judged = []
+        at_once = max(1, MAX_LOGITS // (ids_BT.shape[1] * self._model.config.vocab_size))
+        parts = []
         for some_BT in tokens_BT.split(at_once):
-            state = start_reading(self.model, len(some_BT), self.fresh.dtype)
-            logits_BTV, _ = forward(self.model, state, some_BT[:, :-1], self.fresh.dtype)
-            judged.append(_judged(logits_BTV, some_BT[:, 1:]))
-        nll_BT, greedy_BT = (np.concatenate(parts) for parts in zip(*judged, strict=True))
-        spans = [slice(len(ids) - 1 - len(pair[1]), len(ids) - 1) for ids, pair in zip(rows, pairs, strict=True)]
-        return [
-            (-float(nll[span].sum()), bool(greedy[span].all()))
-            for nll, greedy, span in zip(nll_BT, greedy_BT, spans, strict=True)
-        ]
+            state = start_reading(self._model, len(some_BT), self._template.dtype)
+            logits_BTV, _ = forward(self._model, state, some_BT[:, :-1], self._template.dtype)
+            parts.append(_losses(logits_BTV, some_BT[:, 1:]))
+        nll_BT, greedy_BT = (np.concatenate(part) for part in zip(*parts, strict=True))
+        scores = []
+        for ids, (_, continuation), nll_T, greedy_T in zip(rows, pairs, nll_BT, greedy_BT, strict=True):
+            span = slice(len(ids) - 1 - len(continuation), len(ids) - 1)
+            scores.append((-float(nll_T[span].sum()), bool(greedy_T[span].all())))
+        return scores
 
-    def _score(self, session: Session, continuation: list[int]) -> Score:
-        """Score a continuation after what `session` has read, and learn on the way where a mini-batch fills."""
+    def _score_long(self, session: Session, continuation: list[int]) -> Score:
+        """Score a continuation after what `session` has read, and learn from every mini-batch that it fills."""
         if not continuation:
             return 0.0, True
-        parts = list(self._walk(session, continuation))
-        nll, greedy = (np.concatenate([part[i] for part in parts])[-len(continuation) :] for i in (0, 1))
+        reader, size, pending = session.fork(), session.chunk_size, session.state().pending
+        ids, num_pending = np.concatenate((pending, np.array(continuation, np.int64))), len(pending)
+        parts = []
+        while len(ids) > 1:
+            tokens_1T = torch.from_numpy(ids[: size + 1]).to(self._device)[None]
+            logits_1TV, _ = forward(self._model, reader.state().read_state, tokens_1T[:, :-1], session.dtype)
+            nll_1T, greedy_1T = _losses(logits_1TV, tokens_1T[:, 1:])
+            found = find_divergence(
+                nll_1T[0], 0.0, reader.position, learns=session.learn, vocab_size=self._model.config.vocab_size
+            )
+            if found is not None:
+                raise Diverged(
+                    f"Learning diverged: {found.what}. Use a model with a smaller inner_loop.lr, or learn=false.",
+                    reader.position,
+                    found.what,
+                )
+            parts.append((nll_1T[0], greedy_1T[0]))
+            if len(ids) > size + 1:  # else nothing would be read with what is learned
+                reader.read(ids[num_pending : size + 1])
+            ids, num_pending = ids[size:], 1
+        nll, greedy = (np.concatenate(part)[-len(continuation) :] for part in zip(*parts, strict=True))
         return -float(nll.sum()), bool(greedy.all())
 
-    def _walk(self, session: Session, ids: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Losses and likeliest-or-not of everything that is pending in `session`, and of `ids` after it."""
-        state, pending = session.standing().state, session.standing().pending
-        left, size = np.concatenate((pending, np.array(ids, np.int64))), session.mini_batch
-        while len(left) > 1:
-            tokens_1T = torch.from_numpy(left[: size + 1]).to(self._device)[None]
-            inputs_1T, targets_1T = tokens_1T[:, :-1], tokens_1T[:, 1:]
-            logits_1TV, _ = forward(self.model, state, inputs_1T, session.dtype)
-            nll_1T, greedy_1T = _judged(logits_1TV, targets_1T)
-            yield nll_1T[0], greedy_1T[0]
-            if len(left) > size + 1:  # else nothing would read what is learned
-                state, _, _ = read_mini_batch(
-                    self.model, state, inputs_1T, targets_1T, learn=session.learn, dtype=session.dtype
-                )
-            left = left[size:]
 
-
-def _judged(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _losses(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Each target's loss in nats, float64 [B, T], and whether it was the likeliest token."""
     logits_BTV = logits_BTV.float()
     nll_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)

@@ -1,8 +1,8 @@
 """What a batch of texts has left behind in the model: the cache of the transformers library.
 
-A text is read as a `Session` reads it. It learns at the borders of its own mini-batches, counted from its own first
-token, and only once the token after them is known. Tokens since the last border are kept, so that they can be learned
-from together when they are a mini-batch; a second state, which nothing was learned on the way to, stands after them.
+A text is read as a `Session` reads it. It learns at the end of each of its own mini-batches, counted from its own first
+token, and only once the token after that is known. Tokens since then are kept, so that they can be learned from
+together when they are a mini-batch; a second state, which nothing was learned on the way to, stands after them.
 
 Texts share a call wherever they can: to learn, those at the same position; to be predicted, all that are given the same
 number of tokens.
@@ -10,9 +10,8 @@ number of tokens.
 Shapes: B texts, T tokens of a call, V vocabulary.
 """
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,38 +20,31 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.session import batches_without_learning, find_divergence, token_ids
-from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, stacked, start_reading
-from ttt_e2e.model.mixers.attention import Cache
+from ttt_e2e.inference.divergence import find_divergence
+from ttt_e2e.inference.row_batch import BatchedState, RowRef, chunk_size, compact, gather, ids_tensor, read_rows
+from ttt_e2e.inference.session import check_token_ids
+from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 from ttt_e2e.model.transformer import Transformer
 
-NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the library calls a cache, in arguments and in outputs: past_key_values in its older versions."""
 
 
-class _Place(NamedTuple):
-    """One text's state: a row of a state of several texts that went through a call together."""
-
-    state: ReadState
-    row: int
-    position: int
-
-
 class _Text(NamedTuple):
-    """One text. It is a value.
+    """One text: a value.
 
-    border: after its last whole mini-batch. pending: the tokens since then, int64 [n]; columns: where in the input they
-    were. end: after all of these; None if that is not known yet.
+    border: its state after its last full mini-batch. pending: the tokens since then, int64 [n]. columns: where in the
+    input these were. end: the state after them; None if it is not known yet.
     """
 
-    border: _Place
+    border: RowRef
     pending: np.ndarray
     columns: np.ndarray
-    end: _Place | None
+    end: RowRef | None
 
 
 class ReadingCache(TransformersCache):
-    """Many texts, one a row of the input. It begins empty; `read` fills it.
+    """The texts of a batch, one for each row of the input. It begins empty, and `read` fills it.
 
     width: columns of the input so far, padding included.
     """
@@ -68,23 +60,34 @@ class ReadingCache(TransformersCache):
         model: Transformer,
         tokens_BT: Tensor,
         mask: Tensor | None,
-        keep: int,
+        logits_to_keep: int,
         *,
         learn: bool,
-        later: bool,
+        keep_pending: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Read on; returns the logits [B, keep, V] after the last `keep` columns, zeros where a column is masked.
+        """Read more of every text.
 
-        mask [B, T], or [B, width + T] for everything from the start: 0 where a token is none of the text. Tokens since
-        the last border are forgotten if the mask now leaves them out. learn: from all mini-batches that are whole.
-        later: whether these tokens may have to be read again: to learn from them, if that is not now, or without those
-        that a later mask leaves out. dtype: of the matrix products.
-        Raises UserError if the batch has another size than before, for ids outside of the vocabulary, and if learning
-        diverged; all is as before then.
+        Args:
+            model: to read with.
+            tokens_BT: token ids [B, T].
+            mask: 0 where a token is not part of the text, [B, T], or [B, width + T] for everything from the start.
+                Pending tokens are forgotten if it leaves them out now.
+            logits_to_keep: for how many of the last columns logits are returned.
+            learn: whether to learn from all full mini-batches.
+            keep_pending: whether these tokens may have to be read again: to learn from them, if that is not now, or
+                without those that a later mask leaves out.
+            dtype: of the matrix products.
+
+        Returns:
+            The logits [B, logits_to_keep, V], zeros where a column is masked.
+
+        Raises:
+            UserError: the batch has another size than before, ids are outside of the vocabulary, or learning diverged.
+                The cache is then unchanged.
         """
         batch, length = tokens_BT.shape
-        texts = self._texts or _fresh(model, batch, dtype)
+        texts = self._texts or _empty_texts(model, batch, dtype)
         if len(texts) != batch:
             raise UserError(f"The cache is of {len(texts)} texts, the input of {batch}; give each batch its own cache.")
         ids, seen = tokens_BT.cpu().numpy(), np.ones((batch, length), bool)
@@ -97,28 +100,30 @@ class ReadingCache(TransformersCache):
             marks = mask.cpu().numpy() != 0
             seen = marks[:, -length:]
             if marks.shape[1] > length:
-                texts = tuple(_without(text, marks[i]) for i, text in enumerate(texts))
-        token_ids(ids[seen], model.config.vocab_size)
-        call = _Call(model, dtype, texts, [row[s] for row, s in zip(ids, seen, strict=True)], seen[:, -keep:].sum(1))
+                texts = tuple(_without_masked(text, marks[i]) for i, text in enumerate(texts))
+        check_token_ids(ids[seen], model.config.vocab_size)
+        new = [row[s] for row, s in zip(ids, seen, strict=True)]
+        call = _Call(model, dtype, texts, new, seen[:, -logits_to_keep:].sum(1))
         if learn:
             call.learn()
         call.predict()
         added = [self.width + np.flatnonzero(row) for row in seen]
-        self._texts = call.outcome(added, later)
+        self._texts = call.texts_after(added, keep_pending)
         self.width += length
-        logits_BTV = torch.zeros(batch, keep, model.config.vocab_size, dtype=dtype, device=model.embedding.device)
-        for i, pieces in enumerate(call.logits):
-            logits_BTV[i, np.flatnonzero(seen[i, -keep:])] = torch.cat(pieces)
+        shape = (batch, logits_to_keep, model.config.vocab_size)
+        logits_BTV = torch.zeros(shape, dtype=dtype, device=model.embedding.device)
+        for i, parts in enumerate(call.logits):
+            logits_BTV[i, np.flatnonzero(seen[i, -logits_to_keep:])] = torch.cat(parts)
         return logits_BTV
 
-    # -- what the transformers library asks of a cache -----------------------------------------------------------------
+    # -- the interface of the transformers library ---------------------------------------------------------------------
 
     is_compileable = False
     is_croppable = False
     is_linear = [False]  # noqa: RUF012 - so that `generate` gives it only what it has not read yet, of ids from the start
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the input so far, padding included; they are the same for every layer."""
+        """Columns of the input so far, padding included; the same for every layer."""
         return self.width
 
     def reset(self) -> None:
@@ -126,7 +131,7 @@ class ReadingCache(TransformersCache):
         self.width, self._texts = 0, ()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on with these rows in this order; a row may come several times."""
+        """Keep these rows, in this order; a row may come several times."""
         self._texts = tuple(self._texts[i] for i in beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -134,17 +139,17 @@ class ReadingCache(TransformersCache):
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Take every row so many times."""
+        """Repeat every row."""
         self._texts = tuple(text for text in self._texts for _ in range(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: raises UserError, unless nothing is to be removed."""
+        """Not supported: raises UserError, unless nothing is to be removed."""
         if tokens_to_remove != 0:
-            raise UserError("What was read cannot be taken back; keep a copy of the cache from before (copy.copy).")
+            raise UserError("Tokens that were read cannot be removed; keep a copy of the cache (copy.copy).")
 
 
 class _Call:
-    """Some tokens more for every text. wanted: after how many of the last ones each text's logits are wanted."""
+    """More tokens for every text. wanted: for how many of each text's last ones logits are wanted."""
 
     def __init__(
         self,
@@ -161,106 +166,88 @@ class _Call:
         self.borders = [text.border for text in texts]
         self.pending = [np.concatenate((text.pending, more)) for text, more in zip(texts, new, strict=True)]
         self.ends = [text.end for text in texts]
-        dummy = torch.empty(0, model.config.vocab_size, dtype=dtype, device=model.embedding.device)
-        self.logits = [[dummy] for _ in texts]
+        none = torch.empty(0, model.config.vocab_size, dtype=dtype, device=model.embedding.device)
+        self.logits = [[none] for _ in texts]
 
     def learn(self) -> None:
-        """Learn from all whole mini-batches whose next token is known, as many texts at a time as stand together."""
-        b = self.model.config.mini_batch_size
-        assert b is not None
+        """Learn from all full mini-batches whose next token is known, as many texts at a time as share a position."""
+        b, vocab_size = self.model.config.tokens_per_read, self.model.config.vocab_size
         while ready := [i for i, pending in enumerate(self.pending) if len(pending) > b]:
             for rows in _groups(ready, lambda i: self.borders[i].position):
-                state = _settled(_together([self.borders[i] for i in rows]), self.borders[rows[0]].position)
-                ids_BT = self._tensor([self.pending[i][: b + 1] for i in rows])
+                batch = gather([self.borders[i] for i in rows])
+                ids_BT = ids_tensor(self.model, [self.pending[i][: b + 1] for i in rows])
                 wanted = [self.wanted[i] + b - len(self.pending[i]) for i in rows]
                 if max(wanted) > 0:
-                    self._score(state, ids_BT[:, :-1], rows, wanted)
-                after, nll_Bb, norm_B = read_mini_batch(
-                    self.model, state, ids_BT[:, :-1], ids_BT[:, 1:], dtype=self.dtype
-                )
-                losses, norms = nll_Bb.float().cpu().numpy(), norm_B.tolist()
-                for at, i in enumerate(rows):
-                    position = self.borders[i].position
-                    found = find_divergence(losses[at], norms[at], position, position > 0, self.model.config.vocab_size)
+                    self._read(batch, ids_BT[:, :-1], rows, wanted)
+                after, losses_BT, norm_B = read_rows(self.model, batch.state, ids_BT, learn=True, dtype=self.dtype)
+                new = BatchedState(after, tuple(position + b for position in batch.positions))
+                for row, i in enumerate(rows):
+                    found = find_divergence(
+                        losses_BT[row], norm_B[row], batch.positions[row], learns=True, vocab_size=vocab_size
+                    )
                     if found is not None:
                         raise UserError(
-                            f"Learning diverged in row {i} of the batch: {found[0]}; the cache is as it was before. "
-                            "Read with learn_while_reading=False, or with a model of a smaller inner_loop.lr."
+                            f"Learning diverged in row {i} of the batch: {found.what}; the cache is unchanged. "
+                            "Read with learn_while_reading=False, or use a model with a smaller inner_loop.lr."
                         )
-                    self.borders[i] = _Place(after, at, position + b)
+                    self.borders[i] = RowRef(new, row)
                     self.pending[i], self.ends[i] = self.pending[i][b:], None
 
     def predict(self) -> None:
-        """Go on to the end of every text, without learning, and keep the logits that are wanted there."""
+        """Read every text to its end without learning, and keep the logits that are wanted there."""
         starts, tokens = [], []
         for border, end, pending, new in zip(self.borders, self.ends, self.pending, self.new, strict=True):
             starts.append(border if end is None else end)
             tokens.append(pending if end is None else new)
         given = [i for i in range(len(starts)) if len(tokens[i])]
-        for rows in _groups(given, lambda i: (len(tokens[i]), _kind(starts[i].state))):
-            state = _together([starts[i] for i in rows])
-            after = self._score(state, self._tensor([tokens[i] for i in rows]), rows, [self.wanted[i] for i in rows])
-            for at, i in enumerate(rows):
-                self.ends[i] = _Place(after, at, starts[i].position + len(tokens[i]))
+        for rows in _groups(given, lambda i: (len(tokens[i]), starts[i].batch.kind)):
+            batch = gather([starts[i] for i in rows])
+            ids_BT = ids_tensor(self.model, [tokens[i] for i in rows])
+            after = self._read(batch, ids_BT, rows, [self.wanted[i] for i in rows])
+            for row, i in enumerate(rows):
+                self.ends[i] = RowRef(after, row)
 
-    def outcome(self, added: Sequence[np.ndarray], later: bool) -> tuple[_Text, ...]:
-        """The texts as they are now. added: the columns of the new tokens."""
+    def texts_after(self, added: Sequence[np.ndarray], keep_pending: bool) -> tuple[_Text, ...]:
+        """The texts with the tokens that were read. added: the columns of these."""
         texts = []
-        borders = _less(self.borders) if later else self.borders
-        for i, (text, border) in enumerate(zip(self.texts, borders, strict=True)):
-            end = self.ends[i]
-            if later or end is None:
-                columns = np.concatenate((text.columns, added[i]))
-                kept = len(self.pending[i])
-                texts.append(_Text(border, self.pending[i], columns[len(columns) - kept :], end))
+        copies = compact(self.borders) if keep_pending else {}
+        for i, (text, border, end) in enumerate(zip(self.texts, self.borders, self.ends, strict=True)):
+            if keep_pending or end is None:
+                pending, columns = self.pending[i], np.concatenate((text.columns, added[i]))
+                columns = columns[len(columns) - len(pending) :]
+                texts.append(_Text(copies.get(border, border), pending, columns, end))
             else:
                 texts.append(_Text(end, self.pending[i][:0], added[i][:0], end))
         return tuple(texts)
 
-    def _score(self, state: ReadState, ids_BT: Tensor, rows: Sequence[int], wanted: Sequence[int]) -> ReadState:
-        """The state after `ids`, nothing learned; keeps the logits after each row's last `wanted` ones of them."""
-        length = ids_BT.shape[1]
+    def _read(self, batch: BatchedState, ids_BT: Tensor, rows: Sequence[int], wanted: Sequence[int]) -> BatchedState:
+        """The state after all ids, without learning; keeps the logits after each row's last `wanted` ones of them."""
+        state, length = batch.state, ids_BT.shape[1]
         first = length - min(length, max(0, *wanted))
-        piece = self.model.config.read_batch * batches_without_learning(self.model.config)
-        for at in range(0, first, piece):  # no logits of a whole text at once
-            part_BT = ids_BT[:, at : min(at + piece, first)]
+        size = chunk_size(self.model, learn=False)
+        for start in range(0, first, size):  # no logits of a whole text at once
+            part_BT = ids_BT[:, start : min(start + size, first)]
             state, _, _ = read_mini_batch(self.model, state, part_BT, part_BT, learn=False, dtype=self.dtype)
         if first < length:
             logits_BTV, state = forward(self.model, state, ids_BT[:, first:], self.dtype)
-            for at, (i, count) in enumerate(zip(rows, wanted, strict=True)):
+            for row, (i, count) in enumerate(zip(rows, wanted, strict=True)):
                 if count > 0:
-                    self.logits[i].append(logits_BTV[at, -min(length, count) :])
-        return state
-
-    def _tensor(self, rows: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(rows)).to(self.model.embedding.device)
+                    self.logits[i].append(logits_BTV[row, -min(length, count) :])
+        return BatchedState(state, tuple(position + length for position in batch.positions))
 
 
-def _fresh(model: Transformer, batch: int, dtype: torch.dtype) -> tuple[_Text, ...]:
-    """Texts of which nothing is read yet."""
-    state, nothing = start_reading(model, batch, dtype), np.empty(0, np.int64)
-    return tuple(_Text(_Place(state, row, 0), nothing, nothing, None) for row in range(batch))
+def _empty_texts(model: Transformer, batch: int, dtype: torch.dtype) -> tuple[_Text, ...]:
+    """Texts of which nothing was read yet."""
+    state, nothing = BatchedState(start_reading(model, batch, dtype), (0,) * batch), np.empty(0, np.int64)
+    return tuple(_Text(RowRef(state, row), nothing, nothing, None) for row in range(batch))
 
 
-def _without(text: _Text, marks: np.ndarray) -> _Text:
-    """The text less the pending tokens whose columns are not marked."""
+def _without_masked(text: _Text, marks: np.ndarray) -> _Text:
+    """The text without the pending tokens whose columns are not marked."""
     kept = marks[text.columns]
     if kept.all():
         return text
     return text._replace(pending=text.pending[kept], columns=text.columns[kept], end=None)
-
-
-def _less(places: Sequence[_Place]) -> list[_Place]:
-    """The same places, copied out of states most of whose rows none of them is, so that the rest is freed."""
-    used = Counter(state for state, _ in {(id(place.state), place.row) for place in places})
-
-    def alone(place: _Place) -> _Place:
-        tensors = place.state.tensors()
-        if place.position == 0 or 2 * used[id(place.state)] >= len(tensors[0]):  # at the start all rows are one
-            return place
-        return _Place(stacked([place.state], [place.row], [place.position]), 0, place.position)
-
-    return [alone(place) for place in places]
 
 
 def _groups(rows: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
@@ -269,35 +256,3 @@ def _groups(rows: Iterable[int], key: Callable[[int], Hashable]) -> list[list[in
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return list(groups.values())
-
-
-def _kind(state: ReadState) -> Hashable:
-    """What states must have in common to be one: the shapes of a row, whatever the number of slots of its caches."""
-
-    values = (*(state.static or ()), *state.loop.caches)
-    return tuple(Cache if isinstance(value, Cache) else tuple(tuple(t.shape[1:]) for t in value) for value in values)
-
-
-def _settled(state: ReadState, position: int) -> ReadState:
-    """The state of texts at `position`, less the slots that are empty where they were read beside others further on."""
-    if state.position_offsets_B is None:
-        return state
-
-    def cut(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            Cache(*(t[:, :, max(0, t.shape[2] - position) :] for t in value)) if isinstance(value, Cache) else value
-            for value in values
-        )
-
-    loop = state.loop._replace(caches=cut(state.loop.caches))
-    return ReadState(position, None if state.static is None else cut(state.static), loop)
-
-
-def _together(places: Sequence[_Place]) -> ReadState:
-    """One state of several rows, in their order: the one that they are all of, else a copy."""
-    first = places[0].state
-    tensors = first.tensors()
-    whole = not tensors or len(tensors[0]) == len(places)
-    if whole and all(place.state is first and place.row == row for row, place in enumerate(places)):
-        return first
-    return stacked([p.state for p in places], [p.row for p in places], [p.position for p in places])

@@ -1,4 +1,4 @@
-"""The configuration of a model in the transformers library: ours, in a field of it, and how it reads and writes."""
+"""The configuration of a model in the transformers library: `ModelConfig` in a field of it."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,12 +10,15 @@ from ttt_e2e.config.schema import ModelConfig
 
 
 class TTTE2EConfig(PreTrainedConfig):
-    """What `TTTE2EForCausalLM` is made of.
+    """The configuration of `TTTE2EForCausalLM`.
 
-    settings: the fields of `ttt_e2e.config.schema.ModelConfig`. learn_while_reading: whether the model learns from what it
-    reads. learn_from_writing: whether it also learns from what it writes as soon as that fills a mini-batch; otherwise
-    `generate` leaves the weights alone after the prompt, and what was written is learned from when a later prompt goes
-    on after it.
+    Args:
+        settings: the fields of `ttt_e2e.config.schema.ModelConfig`.
+        learn_while_reading: whether the model learns from what it reads.
+        learn_from_writing: whether `generate` also learns from what it generates, as soon as that fills a mini-batch.
+            Otherwise it is learned from only once a later prompt follows it.
+        bos_token_id, eos_token_id, pad_token_id: as in every configuration of the library.
+        others: fields of the library's.
     """
 
     model_type = "ttt-e2e"
@@ -41,7 +44,7 @@ class TTTE2EConfig(PreTrainedConfig):
 
     @property
     def model(self) -> ModelConfig:
-        """The settings as our configuration. Raises UserError if they are none."""
+        """The settings as a `ModelConfig`. Raises UserError if they are invalid."""
         return from_dict(ModelConfig, self.settings, "the field settings of config.json")
 
     @property
@@ -51,12 +54,12 @@ class TTTE2EConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream."""
+        """Size of the residual stream."""
         return self.model.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return self.model.num_hidden_layers
 
     @property

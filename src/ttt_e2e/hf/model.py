@@ -1,7 +1,7 @@
-"""A model in the transformers library: it generates there, and is trained there, as it is here.
+"""A model with the interface of the transformers library.
 
-`forward` reads, as a `Session` does: it learns from every mini-batch that is whole, and the cache that it returns is
-the text so far. With labels it gives the loss that training minimises, differentiable through the inner updates.
+`forward` reads as a `Session` does: it learns from every full mini-batch, and the cache that it returns is the text so
+far. With labels it gives the loss that training minimises, differentiable through the inner updates.
 
 Shapes: B texts, T tokens, V vocabulary.
 """
@@ -15,18 +15,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.hf.cache import NAME, ReadingCache
+from ttt_e2e.hf.cache import CACHE_NAME, ReadingCache
 from ttt_e2e.hf.configuration import TTTE2EConfig
-from ttt_e2e.inner_loop.step import sequence_loss
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
 
-_LEFT_OUT = -100  # the library's mark in labels
+_IGNORED = -100  # the library's mark in labels
 
 
 class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `Transformer` with the interface of the transformers library; it is the attribute `model`.
+    """A `Transformer`, the attribute `model`, with the interface of the transformers library.
 
-    The weights are float32 always. The dtype that `from_pretrained` is given, or config.json, is that of the matrix
+    The weights are always float32. The dtype given to `from_pretrained`, or in config.json, is that of the matrix
     products; under autocast it is autocast's.
     """
 
@@ -47,7 +47,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def learns(self) -> bool:
-        """Whether it learns while it reads."""
+        """Whether the model learns while it reads."""
         return self.config.learn_while_reading and self.model.config.can_learn
 
     @can_return_tuple
@@ -59,26 +59,32 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        writing: bool = False,
+        generated: bool = False,
         past_key_values: ReadingCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Read `input_ids` [B, T], going on from `cache`, or score them with `labels`.
+        """Read `input_ids` after what is in `cache`, or score them with `labels`.
 
-        attention_mask: 0 where a token is none of the text, which begins with its first real one; of the input, or of
-        all input so far. The logits [B, T, V] are those after each token (zeros where it is masked), before anything is
-        learned of its mini-batch; logits_to_keep: only after the last so many columns; 0: all. They carry no gradient.
-        writing: whether the model wrote these tokens itself; `generate` says so. The cache is changed in place; a
-        `copy.copy` of it stays. past_key_values: what the library's older versions call the cache, here and in what is
-        returned.
+        Args:
+            input_ids: token ids [B, T].
+            attention_mask: 0 where a token is not part of the text, for the input or for all input so far.
+            cache: the text so far. It is changed in place; a `copy.copy` of it is not.
+            labels: the input ids, with -100 for tokens that are not targets: BOS, and padding at the end.
+            use_cache: whether the cache is returned (default: yes).
+            logits_to_keep: for how many of the last columns logits are returned; 0: all.
+            generated: whether the model generated these tokens itself, as `generate` says.
+            past_key_values: what the library's older versions call `cache`, here and in the output.
 
-        labels: the input ids, with -100 where a token is no target: BOS, and padding at the end. The loss is that of
-        `inner_loop.sequence_loss`, and there are neither logits nor a cache. Raises UserError for other labels, for
-        another kind of cache, and as `ReadingCache.read` does.
+        Returns:
+            The logits [B, T, V] after each token, before the model learns from its mini-batch (zeros where it is
+            masked). They carry no gradient. With labels, the loss of `sequence_loss` alone.
+
+        Raises:
+            UserError: the labels or the cache are of another kind, or as `ReadingCache.read` does.
         """
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise UserError("A model that learns from tokens reads tokens: give input_ids, not inputs_embeds.")
-        # What is mixed in precision here is decided here: autocast would leave no gradient of a gradient.
+        # The model decides itself what is computed in which precision: autocast would lose the gradient of a gradient.
         device = input_ids.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.compute_dtype
         if labels is not None:
@@ -94,12 +100,12 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
                 input_ids,
                 attention_mask,
                 min(logits_to_keep or input_ids.shape[1], input_ids.shape[1]),
-                learn=self.learns and (self.config.learn_from_writing or not writing),
-                later=self.learns or writing,
+                learn=self.learns and (self.config.learn_from_writing or not generated),
+                keep_pending=self.learns or generated,
                 dtype=dtype,
             )
-        left_behind: dict[str, Any] = {} if use_cache is False else {NAME: cache}
-        return CausalLMOutputWithPast(logits=logits_BTV, **left_behind)
+        caches: dict[str, Any] = {} if use_cache is False else {CACHE_NAME: cache}
+        return CausalLMOutputWithPast(logits=logits_BTV, **caches)
 
     def _loss(self, ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor, dtype: torch.dtype) -> Tensor:
         bos = self.config.bos_token_id
@@ -109,9 +115,9 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             if bos is None or (padding_BT[:, :-1] & ~padding_BT[:, 1:]).any():
                 raise UserError("In training texts are padded at their end only, with BOS; set padding_side='right'.")
             tokens_BT = ids_BT.masked_fill(padding_BT, bos)
-        left_out_BT = labels_BT == _LEFT_OUT
-        free_BT = left_out_BT if bos is None else left_out_BT & (tokens_BT != bos)
-        if (~left_out_BT & (labels_BT != ids_BT)).any() or free_BT[:, 1:].any():
+        ignored_BT = labels_BT == _IGNORED
+        wrongly_ignored_BT = ignored_BT if bos is None else ignored_BT & (tokens_BT != bos)
+        if (~ignored_BT & (labels_BT != ids_BT)).any() or wrongly_ignored_BT[:, 1:].any():
             raise UserError(
                 "The model learns from all that it reads: labels are the input ids, with -100 only for BOS and padding."
             )
@@ -129,10 +135,10 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """What `forward` is given: the prompt is read, what comes after it is written."""
+        """The arguments of `forward`: the prompt is read, and what comes after it was generated."""
         library: Any = super()
         inputs = library.prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        return {**inputs, "writing": not is_first_iteration}
+        return {**inputs, "generated": not is_first_iteration}
 
     def _prepare_cache_for_generation(
         self,
@@ -143,10 +149,10 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> Any:
         if generation_config.use_cache is False:
-            raise UserError("Writing goes on from what was read, which is in the cache; leave use_cache=True.")
+            raise UserError("Generation continues from the cache; leave use_cache=True.")
         if generation_config.cache_implementation is not None:
             raise UserError("This model has a cache of its own; leave cache_implementation out.")
-        if model_kwargs.get(NAME) is None:
-            model_kwargs[NAME] = ReadingCache()
+        if model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = ReadingCache()
         else:
-            model_kwargs[NAME]._is_user_defined = True  # as the library marks it
+            model_kwargs[CACHE_NAME]._is_user_defined = True  # as the library marks it

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.checkpoint import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG, read_json
+from ttt_e2e.files import read_json
+from ttt_e2e.model.checkpoint import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG
 
 
 class ChatTemplate(NamedTuple):

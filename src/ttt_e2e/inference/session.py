@@ -1,16 +1,14 @@
-"""Test time: one text that is being read, by a model that learns from it (or, as a baseline, does not).
+"""One text that a model reads and learns from (or, as a baseline, reads without learning).
 
-A `Session` is fed tokens in pieces of any size and advances by whole mini-batches only: what came in between waits. So
-its state depends on the tokens alone and not on how they were split, and it never grows beyond the fast weights, the
-window and one mini-batch. It can be copied (`fork`), saved, loaded, and asked to write on.
+A `Session` is fed tokens in chunks of any size and advances by whole mini-batches only; tokens in between are pending.
+So its state depends on the tokens alone and not on how they were split, and never grows beyond the fast weights, the
+window and one mini-batch. A session can be forked, saved, loaded, and asked to generate.
 """
 
 import copy
-import importlib.resources
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.errors import Divergence, UserError
-from ttt_e2e.inference.pretrained_metadata import end_tokens
-from ttt_e2e.inference.sampling import CONTEXT, SamplingOptions, TextStream, sample
+from ttt_e2e.errors import UserError
+from ttt_e2e.inference.divergence import Diverged, check_mini_batch
+from ttt_e2e.inference.row_batch import chunk_size, ids_tensor, read_rows
+from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens, sample
 from ttt_e2e.inference.session_file import (
     DTYPES,
     Precision,
@@ -36,39 +34,23 @@ from ttt_e2e.inference.session_file import (
     state_tensors,
     write_session_file,
 )
-from ttt_e2e.inference.streaming import ReadState, forward, has_fixed_caches, read_mini_batch, start_reading
+from ttt_e2e.inference.streaming import ReadState, forward, start_reading, supports_static_cache
 from ttt_e2e.inference.text_digest import TextDigest, token_bytes
+from ttt_e2e.inference.text_stream import TextStream
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.step import EAGER
-from ttt_e2e.model.checkpoint import load_model
+from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.model.transformer import Transformer
-
-_BATCHES_WITHOUT_LEARNING = 8
-LOGITS = 1 << 26  # at most so many at once when nothing is learned: 256 MiB
-_ABSURD = 10.0  # a mean loss of so many times ln(vocabulary), the loss of a uniform guess, is divergence
-
-
-class Diverged(Divergence):
-    """Inner learning went wrong, and the session is back at its last good state, at token `position`.
-
-    what: the loss, or the gradient, that showed it; empty if it was no learning that went wrong.
-    """
-
-    def __init__(self, message: str, position: int, what: str = "") -> None:
-        super().__init__(message)
-        self.position = position
-        self.what = what
 
 
 class SessionState(NamedTuple):
-    """Where a session stands in its text: a value.
+    """All that reading has changed in a session: a value.
 
-    state: what the tokens have left that were read, in whole mini-batches; text: their digest and size. pending: the
-    token ids [n] after them, int64. The first is the input to the next prediction; every other one has its loss still
-    to come.
+    read_state: what the tokens left behind that were read, in whole mini-batches. text: their digest and size.
+    pending: the token ids [n] after them, int64. The first one is the input to the next prediction, and every other
+    one is still to be scored.
     """
 
-    state: ReadState
+    read_state: ReadState
     text: TextDigest
     pending: np.ndarray
 
@@ -76,15 +58,20 @@ class SessionState(NamedTuple):
 class Session:
     """One text, as a model reads it.
 
-    model: as `load_reader` gives it; it is never changed. tokenizer: needed for texts, not for token ids; with one,
-    the text begins with its BOS token. learn: whether the model learns while it reads (a standard model never does).
-    dtype: of the matrix products; the fast weights are float32. compile: run the mini-batches compiled, which is worth
-    it for long texts; `compiled` says whether that is done, namely where the model learns and has a window. The state
-    is of the same form either way.
+    Positions count tokens, BOS among them. Every token but the first is scored, in nats, before the model learns from
+    it. `compiled` says whether reading is compiled, and `token_sizes` how many bytes of text each token is, [V] (None
+    without a tokenizer that works on bytes).
 
-    Positions count tokens with BOS. Every token but the first gets a loss, in nats, before anything is learned of it.
-    token_sizes: how many bytes of text each token is, [V]; None without a tokenizer that works on bytes.
+    Args:
+        model: as `load_model` returns it. It is never changed.
+        tokenizer: needed to read text, but not token ids. With one, the text begins with its BOS token.
+        learn: whether the model learns while it reads. A standard model never does.
+        dtype: of the matrix products. Fast weights are float32.
+        compile: whether to compile the mini-batches, which is worth it for long texts. It is done where the model
+            learns and every mixer is windowed attention, and does not change the form of the state.
     """
+
+    _state: SessionState
 
     def __init__(
         self,
@@ -100,7 +87,7 @@ class Session:
         self.tokenizer = tokenizer
         self.learn = learn and config.can_learn
         self.dtype = dtype
-        self.compiled = compile and self.learn and has_fixed_caches(config)
+        self.compiled = compile and self.learn and supports_static_cache(config)
         if compile and self.learn and not self.compiled:
             others = ", ".join(sorted({*config.mixers} - {"window"}))
             warnings.warn(f"Reading without compilation, which needs a window everywhere, not {others}.", stacklevel=2)
@@ -109,102 +96,217 @@ class Session:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: the session is as it was made. Forks of it stay as they are."""
+        """Forget everything that was read. Forks are not affected."""
         begin = np.array([] if self.tokenizer is None else [self.tokenizer.bos], np.int64)
         self._restore(SessionState(start_reading(self.model, 1, self.dtype), TextDigest(), begin))
 
-    def _restore(self, standing: SessionState, before: SessionState | None = None) -> None:
-        """Go to where a session of the same model stood; before: one mini-batch ago, when the loss was good."""
-        self._state = standing.state
-        self._text = standing.text  # of the tokens that the state has read
-        self._pending = standing.pending
-        self._before = before
+    @property
+    def mini_batch_size(self) -> int:
+        """Tokens of a mini-batch; see `ModelConfig.tokens_per_read`."""
+        return self.model.config.tokens_per_read
 
     @property
-    def mini_batch(self) -> int:
-        """Tokens of a mini-batch, see `ModelConfig.read_batch`."""
-        return self.model.config.read_batch
-
-    @property
-    def piece(self) -> int:
-        """How many tokens the session takes at once: a mini-batch, or several where nothing is learned."""
-        return self.mini_batch * (1 if self.learn else batches_without_learning(self.model.config))
+    def chunk_size(self) -> int:
+        """How many tokens the session reads at once: a mini-batch, or several where nothing is learned."""
+        return chunk_size(self.model, self.learn)
 
     @property
     def position(self) -> int:
-        """Tokens that the state has read, in whole mini-batches."""
-        return self._state.position
+        """Tokens read so far, in whole mini-batches."""
+        return self._state.read_state.position
 
     @property
     def pending(self) -> int:
-        """Tokens after those that have no loss yet; they get it when their mini-batch is full."""
-        return max(0, len(self._pending) - 1)
-
-    @cached_property
-    def _model_digest(self) -> str:
-        return model_fingerprint(self.model)
+        """Tokens after these that are scored once their mini-batch is full."""
+        return max(0, len(self._state.pending) - 1)
 
     def info(self) -> SessionInfo:
-        """What the session is at this moment."""
-        text = self._text.add(self._pending, self.mini_batch, self.token_sizes)
+        """What there is to know about the session at this moment."""
+        state, text, pending = self._state
+        text = text.add(pending, self.mini_batch_size, self.token_sizes)
         return SessionInfo(
             position=self.position,
             pending=self.pending,
-            tokens=self.position + len(self._pending),
+            tokens=self.position + len(pending),
             text_bytes=None if self.token_sizes is None else text.bytes,
             text_digest=text.digest.hex(),
-            model=self._model_digest,
+            model=self._model_fingerprint,
             learn=self.learn,
             dtype=str(self.dtype).removeprefix("torch."),
-            memory_bytes=memory_bytes(self._state),
-            learned_norm=learned_norm(self.model, self._state),
+            memory_bytes=memory_bytes(state),
+            learned_norm=learned_norm(self.model, state),
         )
 
+    # -- reading -------------------------------------------------------------------------------------------------------
+
     def read(self, tokens: str | np.ndarray | Iterable[int]) -> np.ndarray:
-        """Read on; returns the losses of the tokens that have become part of a whole mini-batch, float32 [n].
+        """Read more of the text, a string or token ids.
 
-        A str is tokenised by itself; for a text in pieces use `read_pieces`. Raises UserError for ids outside of the
-        vocabulary, and Diverged.
+        A string is tokenised by itself; for a text that comes in parts use `read_stream`.
+
+        Returns:
+            The losses of the tokens that were scored, those of full mini-batches, in nats, float32 [n].
+
+        Raises:
+            UserError: ids are outside of the vocabulary.
+            Diverged: learning diverged; the session is back at its last good state.
         """
-        return np.concatenate([np.empty(0, np.float32), *self.steps(tokens)])
+        return np.concatenate([np.empty(0, np.float32), *self.read_chunks(tokens)])
 
-    def read_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Read a text that comes in pieces, as one text however it is split; yields losses as `read` does."""
-        for tokens in self._tokenizer().encode_pieces(pieces):
-            yield from self.steps(tokens)
+    def read_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Read a text that comes in parts, as one text however it is split; yields losses as `read_chunks` does."""
+        for tokens in self._require_tokenizer().encode_chunks(texts):
+            yield from self.read_chunks(tokens)
 
-    def steps(self, tokens: str | np.ndarray | Iterable[int]) -> Iterator[np.ndarray]:
-        """`read`, one mini-batch each time the iterator is advanced."""
-        ids = self._ids(tokens)
-        self._pending = np.concatenate((self._pending, ids))
-        while len(self._pending) > self.piece:
-            yield self._step()
-        self._pending = self._pending.copy()  # a view would keep all the ids
+    def read_chunks(self, tokens: str | np.ndarray | Iterable[int]) -> Iterator[np.ndarray]:
+        """`read`, `chunk_size` tokens each time the iterator is advanced; yields their losses."""
+        if isinstance(tokens, str):
+            ids = self._require_tokenizer().encode(tokens)
+        else:
+            ids = check_token_ids(tokens, self.model.config.vocab_size)
+        self._state = self._state._replace(pending=np.concatenate((self._state.pending, ids)))
+        while len(self._state.pending) > self.chunk_size:
+            yield self._read_chunk()
+        self._state = self._state._replace(pending=self._state.pending.copy())  # a view would keep all the ids
 
     def score_pending(self) -> np.ndarray:
-        """The losses of the pending tokens, float32 [pending]; nothing is learned and the session stays as it is."""
+        """The losses of the pending tokens, float32 [pending]. Nothing is learned, and the session does not change."""
         if self.pending == 0:
             return np.empty(0, np.float32)
-        ids_1T = self._tensor(self._pending)
-        inputs_1T, targets_1T = ids_1T[:, :-1], ids_1T[:, 1:]
-        _, nll_1T, _ = read_mini_batch(self.model, self._state, inputs_1T, targets_1T, learn=False, dtype=self.dtype)
-        losses = nll_1T[0].float().cpu().numpy()
-        self._check(losses, 0.0)
-        return losses
+        ids_1T = ids_tensor(self.model, [self._state.pending])
+        _, losses_1T, _ = read_rows(self.model, self._state.read_state, ids_1T, learn=False, dtype=self.dtype)
+        self._check(losses_1T[0], 0.0)
+        return losses_1T[0]
+
+    def _read_chunk(self) -> np.ndarray:
+        """Read a chunk of the pending tokens. The state changes last and at once, or not at all."""
+        size, (read_state, text, pending) = self.chunk_size, self._state
+        after, losses_1T, norm_1 = read_rows(
+            self.model,
+            read_state,
+            ids_tensor(self.model, [pending[: size + 1]]),
+            learn=self.learn,
+            dtype=self.dtype,
+            functions=self._functions,
+        )
+        self._check(losses_1T[0], norm_1[0])
+        last_good = SessionState(read_state, text, pending[:1].copy()) if self.learn else None
+        text = text.add(pending[:size], self.mini_batch_size, self.token_sizes)
+        self._restore(SessionState(after, text, pending[size:]), last_good)
+        return losses_1T[0]
+
+    def _check(self, losses: np.ndarray, norm: float) -> None:
+        """Raise Diverged if a mini-batch shows that learning diverged."""
+        check_mini_batch(
+            losses,
+            norm,
+            self.position,
+            learns=self.learn,
+            vocab_size=self.model.config.vocab_size,
+            roll_back=self._roll_back,
+        )
+
+    def _roll_back(self, last_update: bool) -> tuple[int, bool]:
+        known = not last_update or self._last_good is not None
+        good = self._last_good if last_update and self._last_good is not None else self._state
+        self._restore(good._replace(pending=good.pending[:1]))
+        return self.position, known
+
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def fork(self) -> "Session":
-        """A session that goes on from here by itself. It costs nothing: states are values."""
+        """An independent copy of the session. It costs nothing: states are values."""
         return copy.copy(self)
 
-    def standing(self) -> SessionState:
-        """Where the session stands: all that reading has changed in it."""
-        return SessionState(self._state, self._text, self._pending)
+    def state(self) -> SessionState:
+        """All that reading has changed in the session."""
+        return self._state
 
-    def standing_at(self, standing: SessionState) -> "Session":
-        """A session made as this one was, that goes on from where another one of the same model stood."""
+    def with_state(self, state: SessionState) -> "Session":
+        """A session with this one's settings and the state of another session of the same model."""
         other = self.fork()
-        other._restore(standing)
+        other._restore(state)
         return other
+
+    def save(self, path: str | Path, precision: Precision = "float32") -> None:
+        """Write the session to one file, whole or not at all.
+
+        Args:
+            path: the file. Another session there is replaced.
+            precision: "float32" keeps the fast weights bit for bit. "bfloat16" and "float16" keep their difference to
+                the model's, rounded, in half the space.
+
+        Raises:
+            UserError: `path` is something other than a session, or cannot be written.
+        """
+        write_session_file(Path(path), *self.pack(precision))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: Transformer, tokenizer: Tokenizer | None = None, *, compile: bool = False
+    ) -> "Session":
+        """The session in the file `path`, exactly as it was saved.
+
+        Raises:
+            UserError: the file is not a session of this version, is truncated or altered, or belongs to another model
+                or tokenizer.
+        """
+        facts, tensors = read_session_file(Path(path))
+        learn, dtype = facts["learn"], DTYPES[facts["dtype"]]
+        session = cls(model, tokenizer, learn=learn, dtype=dtype, compile=compile)
+        session.unpack(facts, tensors, str(path))
+        return session
+
+    def pack(self, precision: Precision = "float32") -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The session as facts, which are plain values, and tensors on the CPU; see `session_file`."""
+        facts = {
+            **self.info().to_facts(),
+            "precision": precision,
+            "tokenizer": self._tokenizer_digest,
+            "state_digest": self._state.text.digest.hex(),
+            "state_bytes": self._state.text.bytes,
+        }
+        tensors = state_tensors(self.model, self._state.read_state, self.learn, precision)
+        return facts, {**tensors, "pending": torch.from_numpy(self._state.pending.copy())}
+
+    def unpack(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "The session") -> None:
+        """Take on the state that was packed. `learn` stays as it is. Raises UserError as `load` does."""
+        if facts["model"] != self._model_fingerprint:
+            raise UserError(f"The session {name} belongs to another model; give the model that it was read with.")
+        if facts["tokenizer"] != self._tokenizer_digest:
+            raise UserError(
+                f"The session {name} was read with another tokenizer; give the model folder that it was read with."
+            )
+        try:
+            state = state_from_tensors(self.model, tensors, facts["position"], facts["learn"], facts["precision"])
+            pending = tensors["pending"].numpy()
+        except KeyError as error:
+            raise UserError(f"The session {name} lacks {error}; use an unaltered copy.") from error
+        text = TextDigest(bytes.fromhex(facts["state_digest"]), facts["state_bytes"])
+        self._restore(SessionState(state, text, pending))
+
+    @cached_property
+    def _model_fingerprint(self) -> str:
+        return model_fingerprint(self.model)
+
+    @property
+    def _tokenizer_digest(self) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.digest
+
+    def _restore(self, state: SessionState, last_good: SessionState | None = None) -> None:
+        """Take on a state of the same model. last_good: one mini-batch before, when the loss was good."""
+        self._state = state
+        self._last_good = last_good
+
+    def _adopt(self, other: "Session") -> None:
+        self._restore(other.state(), other._last_good)
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("This session has no tokenizer; give it token ids, or make it with a tokenizer.")
+        return self.tokenizer
+
+    # -- generation ----------------------------------------------------------------------------------------------------
 
     def generate_tokens(
         self,
@@ -214,36 +316,47 @@ class Session:
         learn_from_writing: bool = False,
         **sampling: Any,
     ) -> Iterator[int]:
-        """Write on after what was read and `prompt`; yields token ids, up to one that ends the text or `max_tokens`.
+        """Continue the text after `prompt`; yields token ids, until one ends the text or there are `max_tokens`.
 
-        sampling: the fields of `SamplingOptions`. The session itself stays as it is: a fork reads the prompt, and
-        learns from its whole mini-batches, but not from what it writes. With `learn_from_writing` the session itself
-        goes on: prompt and written tokens become part of it as if they had been read, each when it is yielded, and
-        nothing else may be read until the writing has ended. Raises UserError for numbers out of range and if there is
-        nothing to go on from, and Diverged.
+        The session does not change: a fork reads the prompt, and learns from its full mini-batches, but not from what
+        is generated.
+
+        Args:
+            prompt: what to read first, a string or token ids.
+            max_tokens: how many tokens to generate at most.
+            learn_from_writing: whether the prompt and the generated tokens become part of the session, as if they had
+                been read, each when it is yielded. Nothing else may be read until generation has ended.
+            sampling: the fields of `SamplingOptions`.
+
+        Raises:
+            UserError: a number is out of range, or there is neither text nor prompt to continue.
+            Diverged: learning diverged.
         """
-        options = sampling_options(max_tokens, sampling)
+        check_max_tokens(max_tokens)
+        options = SamplingOptions(**sampling)
         writer = self if learn_from_writing else self.fork()
         if not isinstance(prompt, str) or prompt:
             writer.read(prompt)
-        if len(writer._pending) == 0:
-            raise UserError("There is nothing to go on from; give a prompt.")
+        if not len(writer._state.pending):
+            raise UserError("There is no text to continue; give a prompt.")
         generator = torch.Generator().manual_seed(options.seed)
-        state, ids_1T = writer._state, writer._tensor(writer._pending)
+        state, ids_1T = writer._state.read_state, ids_tensor(self.model, [writer._state.pending])
         for _ in range(max_tokens):
             logits_1TV, state = forward(self.model, state, ids_1T, self.dtype)
             logits_V = logits_1TV[0, -1].float().cpu()
             if not logits_V.isfinite().all():
                 writer._check(np.array([math.nan]), 0.0)
             chosen = sample(logits_V, options, generator)
-            if self.tokenizer is not None and chosen in self.tokenizer.ends:
+            if self.tokenizer is not None and chosen in self.tokenizer.end_ids:
                 return
             token = np.array([chosen])
             if learn_from_writing:
-                for _ in writer.steps(token):
-                    state = writer._state  # a mini-batch was full: on with what was learned, the token alone pending
+                for _ in writer.read_chunks(token):
+                    state = (
+                        writer._state.read_state
+                    )  # a mini-batch was full and learned from; the token alone is pending
             yield chosen
-            ids_1T = writer._tensor(token)
+            ids_1T = ids_tensor(self.model, [token])
 
     def generate(
         self,
@@ -254,30 +367,39 @@ class Session:
         learn_from_writing: bool = False,
         **sampling: Any,
     ) -> Iterator[str]:
-        """`generate_tokens` as text, in whole characters: a character whose bytes are not all there yet waits.
+        """`generate_tokens` as text, in whole characters: a character waits until all its bytes are there.
 
-        stop: strings before which the text ends. With `learn_from_writing` the session goes on with exactly the text
-        that was yielded, whatever was drawn beyond it.
+        Args:
+            prompt: what to read first.
+            max_tokens: how many tokens to generate at most.
+            stop: strings before which the text ends.
+            learn_from_writing: whether the prompt and exactly the text that was yielded become part of the session.
+            sampling: the fields of `SamplingOptions`.
+
+        Raises:
+            UserError, Diverged: as `generate_tokens` does.
         """
-        sampling_options(max_tokens, sampling)  # nothing becomes part of the session before all is checked
-        ids = self._tokenizer().encode(prompt)
-        stream = TextStream(self._tokenizer(), stop, before=np.concatenate((self._pending, ids))[-CONTEXT:].tolist())
+        check_max_tokens(max_tokens)  # all is checked before anything becomes part of the session
+        SamplingOptions(**sampling)
+        tokenizer = self._require_tokenizer()
+        ids = tokenizer.encode(prompt)
+        stream = TextStream(tokenizer, stop, context=np.concatenate((self._state.pending, ids)))
         reader = self if learn_from_writing else self.fork()
         reader.read(ids)
         # The writer runs ahead: a stop string may turn out to have begun some tokens ago.
         writer, behind = reader.fork(), False
-        written = writer.generate_tokens(max_tokens=max_tokens, learn_from_writing=learn_from_writing, **sampling)
+        tokens = writer.generate_tokens(max_tokens=max_tokens, learn_from_writing=learn_from_writing, **sampling)
         try:
-            for token in written:
+            for token in tokens:
                 text = stream.add(token)
-                behind = stream.waiting
+                behind = stream.has_pending
                 if not behind:
                     reader._adopt(writer)
                 if text:
                     yield text
                 if stream.stopped:
                     break
-            if text := stream.rest():
+            if text := stream.flush():
                 yield text
         except Diverged:
             reader._adopt(writer)
@@ -285,199 +407,17 @@ class Session:
             raise
         finally:
             if learn_from_writing and behind:
-                reader.read(np.array(stream.tokens_given(), np.int64))
-
-    def save(self, path: Path, precision: Precision = "float32") -> None:
-        """Write the session to one file, whole or not at all: what was learned, what is cached, what is pending.
-
-        precision: "float32" keeps the fast weights bit for bit; "bfloat16" and "float16" keep what they differ from
-        the model's by, rounded, in half the space. Raises UserError if `path` is something other than a session, if
-        the disk is full or the place not writable.
-        """
-        write_session_file(path, *self.pack(precision))
-
-    @classmethod
-    def load(
-        cls, path: Path, model: Transformer, tokenizer: Tokenizer | None = None, *, compile: bool = False
-    ) -> "Session":
-        """The session in the file `path`, to go on with exactly where it was saved, compiled or not.
-
-        Raises UserError if it is no session, truncated or altered, or if it belongs to another model or tokenizer.
-        """
-        facts, tensors = read_session_file(Path(path))
-        learn, dtype = facts["learn"], DTYPES[facts["dtype"]]
-        session = cls(model, tokenizer, learn=learn, dtype=dtype, compile=compile)
-        session.unpack(facts, tensors, str(path))
-        return session
-
-    def pack(self, precision: Precision = "float32") -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The session as facts, which are plain values, and tensors on the CPU; see `session_files`."""
-        facts = {
-            **asdict(self.info()),
-            "precision": precision,
-            "tokenizer": None if self.tokenizer is None else self.tokenizer.digest,
-            "state_digest": self._text.digest.hex(),
-            "state_bytes": self._text.bytes,
-        }
-        tensors = state_tensors(self.model, self._state, self.learn, precision)
-        return facts, {**tensors, "pending": torch.from_numpy(self._pending.copy())}
-
-    def unpack(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "The session") -> None:
-        """Become what was packed, learning or not as this session was made. Raises UserError as `load` does."""
-        if facts["model"] != self._model_digest:
-            raise UserError(
-                f"The session {name} belongs to another model than this one; give the model that it was read with."
-            )
-        if facts["tokenizer"] != (None if self.tokenizer is None else self.tokenizer.digest):
-            raise UserError(
-                f"The session {name} was read with another tokenizer; give the model folder it was read with."
-            )
-        try:
-            state = state_from_tensors(self.model, tensors, facts["position"], facts["learn"], facts["precision"])
-            pending = tensors["pending"].numpy()
-        except KeyError as error:
-            raise UserError(f"The session {name} lacks {error}; use an unaltered copy.") from error
-        text = TextDigest(bytes.fromhex(facts["state_digest"]), facts["state_bytes"])
-        self._restore(SessionState(state, text, pending))
-
-    # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _adopt(self, other: "Session") -> None:
-        self._restore(other.standing(), other._before)
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise UserError("This session has no tokenizer; give it token ids, or make it with a tokenizer.")
-        return self.tokenizer
-
-    def _ids(self, tokens: str | np.ndarray | Iterable[int]) -> np.ndarray:
-        if isinstance(tokens, str):
-            return self._tokenizer().encode(tokens)
-        return token_ids(tokens, self.model.config.vocab_size)
-
-    def _tensor(self, ids: np.ndarray) -> Tensor:
-        return torch.tensor(ids, device=self.model.embedding.device)[None]
-
-    def _step(self) -> np.ndarray:
-        """Read one piece of the pending tokens. The state changes last and at once, or not at all."""
-        piece = self.piece
-        ids_1T = self._tensor(self._pending[: piece + 1])
-        inputs_1T, targets_1T = ids_1T[:, :-1], ids_1T[:, 1:]
-        after, nll_1T, norm_1 = read_mini_batch(
-            self.model,
-            self._state,
-            inputs_1T,
-            targets_1T,
-            learn=self.learn,
-            dtype=self.dtype,
-            functions=self._functions,
-        )
-        losses = nll_1T[0].float().cpu().numpy()
-        self._check(losses, float(norm_1))
-        before = SessionState(self._state, self._text, self._pending[:1].copy()) if self.learn else None
-        text = self._text.add(self._pending[:piece], self.mini_batch, self.token_sizes)
-        self._restore(SessionState(after, text, self._pending[piece:]), before)
-        return losses
-
-    def _check(self, losses: np.ndarray, norm: float) -> None:
-        """Raise Diverged unless the losses are sound; the session then has forgotten what led to them."""
-        learned = self.learn and self.position > 0
-        found = find_divergence(losses, norm, self.position, learned, self.model.config.vocab_size)
-        if found is None:
-            return
-        what, update = found
-        known = not update or self._before is not None
-        if update and self._before is not None:
-            self._restore(self._before)
-        self._before, self._pending = None, self._pending[:1]
-        raise rolled_back_error(what, self.position, known)
+                reader.read(np.array(stream.emitted_tokens(), np.int64))
 
 
-def token_ids(tokens: np.ndarray | Iterable[int], vocabulary: int) -> np.ndarray:
-    """Token ids as int64 [n]. Raises UserError if they are no row of whole numbers below `vocabulary`."""
+def check_token_ids(tokens: np.ndarray | Iterable[int], vocab_size: int) -> np.ndarray:
+    """Token ids as int64 [n]. Raises UserError if they are not a sequence of whole numbers below `vocab_size`."""
     ids = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
     if ids.size == 0:
         return np.empty(0, np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size:
         raise UserError(
-            f"Tokens must be a row of whole numbers from 0 to {vocabulary - 1}; "
+            f"Tokens must be a sequence of whole numbers from 0 to {vocab_size - 1}; "
             "was the text tokenised with another tokenizer?"
         )
     return ids.astype(np.int64)
-
-
-def find_divergence(
-    losses: np.ndarray, norm: float, position: int, learned: bool, vocabulary: int
-) -> tuple[str, bool] | None:
-    """What is wrong with a mini-batch read at `position`, and whether the update before it is to blame; None: nothing.
-
-    A mini-batch's loss judges the update before it, if one was `learned`: the last good state is then the one before
-    that. A gradient that is not finite would only spoil the next state. Raises Diverged if nothing was learned yet and
-    the loss is not finite: then the weights themselves are to blame.
-    """
-    at = f"at tokens {position} to {position + len(losses)}"
-    loss, limit = float(losses.mean()), _ABSURD * math.log(vocabulary)
-    if not math.isfinite(loss) and not learned:
-        raise Diverged(
-            f"The model has a loss of {loss} {at} although nothing was learned; "
-            "its weights are not fit for use, train or load another model.",
-            position,
-        )
-    if learned and not loss <= limit:
-        return f"the loss {at} is {loss:.4g} nats per token", True
-    return None if math.isfinite(norm) else (f"the gradient {at} is {norm}", False)
-
-
-def rolled_back_error(what: str, position: int, known: bool) -> Diverged:
-    """The error that says so, once a session is back at its last good state, at `position`, if that was `known`."""
-    back = "back at its last good state" if known else "at its last state, and may be spoiled: no earlier one is known"
-    return Diverged(
-        f"Learning diverged: {what}; the session is {back}, after {position} tokens. "
-        "Read without learning, or with a model of a smaller inner_loop.lr.",
-        position,
-        what,
-    )
-
-
-def batches_without_learning(config: ModelConfig) -> int:
-    """How many mini-batches are read at once where nothing is learned: fewer for a large vocabulary."""
-    return max(1, min(_BATCHES_WITHOUT_LEARNING, LOGITS // (config.vocab_size * config.read_batch)))
-
-
-def sampling_options(max_tokens: int, sampling: Mapping[str, Any]) -> SamplingOptions:
-    """The options that `sampling` names. Raises UserError for those and a number of tokens out of range."""
-    if max_tokens < 0:
-        raise UserError(f"Cannot write {max_tokens} tokens; give a number from 0 on.")
-    return SamplingOptions(**sampling)
-
-
-# -- models to read with -----------------------------------------------------------------------------------------------
-
-
-def shipped_model() -> Path:
-    """The folder of the model that comes with the package. Raises UserError if this installation lacks it."""
-    folder = Path(str(importlib.resources.files("ttt_e2e"))) / "shipped"
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            "This installation comes without the shipped model; name a model folder with --model, or reinstall."
-        )
-    return folder
-
-
-def load_reader(folder: Path | None = None, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
-    """The model in `folder` (None: the shipped one) ready to read with, and its tokenizer.
-
-    Raises UserError if the folder is no model, has no tokenizer, or one of another vocabulary.
-    """
-    folder = shipped_model() if folder is None else Path(folder)
-    model = load_model(folder, device).eval().requires_grad_(False)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer.json; put the tokenizer that made its training tokens there.")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but its model has a vocabulary of "
-            f"{model.config.vocab_size}; put the tokenizer that made its training tokens there."
-        )
-    tokenizer.ends = end_tokens(folder, tokenizer)
-    return model, tokenizer

@@ -1,15 +1,14 @@
 """Sessions as files: one safetensors file each, written whole or not at all, that knows which model it belongs to.
 
-What a file holds: the fast weights (only if they were learned with; see `state_tensors` for how), the mixers' states as
-they are, the pending tokens, and, in its header, facts in JSON: those that `Session.info` gives, the version, and the
-SHA-256 of everything. A reading that is not finished keeps more in the same file, under names of its own (see
-`unfinished`).
+A file holds the fast weights (if the session learns), the mixers' states and the pending tokens, and, in its header,
+facts in JSON: those of `SessionInfo` and `Session.pack`, format and version, and the SHA-256 of everything. An
+unfinished reading keeps more in the same file, under names of its own (see `reading.resume`).
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,41 +17,63 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ttt_e2e.config.parse import to_dict
+from ttt_e2e.config.parse import from_dict, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path
+from ttt_e2e.files import atomic_path, check_format
 from ttt_e2e.inference.streaming import ReadState
-from ttt_e2e.inner_loop.step import State, tree_map
+from ttt_e2e.inner_loop.step import InnerLoopState, tree_map
 from ttt_e2e.model.checkpoint import model_digest, save_safetensors
+from ttt_e2e.model.kv_cache import KVCache
+from ttt_e2e.model.mixers.gated_deltanet import DeltaState
+from ttt_e2e.model.mixers.mamba2 import Mamba2State
+from ttt_e2e.model.mixers.titans import TitansState
+from ttt_e2e.model.mixers.ttt_kvb import TTTKVBState
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.ops.fast_mlp import FastWeights, LowRankWeights
 
-VERSION = 3
+FORMAT, VERSION = "ttt-e2e session", 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Names in a file, in the order of the fields. A field may be renamed, what is on disk may not.
+_TENSORS: dict[type, str] = {
+    KVCache: "k v",
+    DeltaState: "conv rule",
+    Mamba2State: "conv ssm",
+    TTTKVBState: "k v w_in w_out pending_k pending_v pending_theta",
+    TitansState: "k v w_in w_out momentum_in momentum_out pending_k pending_v pending_theta pending_eta pending_keep",
+    FastWeights: "w_in w_out",
+    LowRankWeights: "up_in down_in up_out down_out",
+}
+_INFO = "position pending tokens text_bytes text_digest model learn dtype memory_bytes learned_norm"
+
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """What a session is.
+    """What there is to know about a session."""
 
-    position, pending: as in `Session`. tokens: all that were read, BOS among them. text_bytes: of their text in UTF-8;
-    None without a tokenizer that works on bytes. text_digest: of those tokens, the same however they were split.
-    model: the digest of the model's weights and configuration. learn, dtype: as given. memory_bytes: of the fast
-    weights and the mixers' states. learned_norm: of the difference between the fast weights and the model's.
-    """
+    position: int  # tokens read, in whole mini-batches
+    pending: int  # tokens after these that have no loss yet
+    tokens: int  # all tokens so far, BOS and pending ones among them
+    text_bytes: int | None  # their text in UTF-8; None without a tokenizer that works on bytes
+    text_digest: str  # of these tokens, the same however they were split
+    model: str  # digest of the model's weights and configuration
+    learn: bool  # whether the session learns while it reads
+    dtype: str  # of the matrix products
+    memory_bytes: int  # of the fast weights and the mixers' states
+    learned_norm: float  # Euclidean norm of the difference between the fast weights and the model's
 
-    position: int
-    pending: int
-    tokens: int
-    text_bytes: int | None
-    text_digest: str
-    model: str
-    learn: bool
-    dtype: str
-    memory_bytes: int
-    learned_norm: float
+    def to_facts(self) -> dict[str, Any]:
+        """As plain values, by their names in a file."""
+        return dict(zip(_INFO.split(), astuple(self), strict=True))
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "SessionInfo":
+        """The reverse of `to_facts`. Raises UserError if a fact is missing or of another type."""
+        named = zip(fields(cls), _INFO.split(), strict=True)
+        return from_dict(cls, {field.name: facts[name] for field, name in named if name in facts}, "the session")
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -61,76 +82,83 @@ class SessionInfo:
 def state_tensors(
     model: Transformer, state: ReadState, learned: bool, precision: Precision = "float32"
 ) -> dict[str, Tensor]:
-    """The tensors of `state` by the names they have in a file, on the CPU.
+    """The tensors of a session's state by their names in a file, on the CPU.
 
-    learned: whether the fast weights are other than the model's; if not, they are left out. precision: "float32" keeps
-    the fast weights themselves, bit for bit. A difference would be as large and not exact: w - w0 is rounded, and so is
-    w0 + (w - w0). The other two keep the difference to the model's weights in half the space: so what is rounded is
-    what was learned, and not the weights. Raises UserError for another precision, or a difference beyond its range.
+    learned: whether fast weights differ from the model's; if not, they are left out. precision: "float32" keeps the
+    fast weights bit for bit. (Their difference to the model's weights would take as much space and lose bits, since
+    w - w0 is rounded, and w0 + (w - w0) again.) The other two keep that difference in half the space, so that rounding
+    affects what was learned and not the weights. Raises UserError for another precision, or a difference beyond its
+    range.
     """
     if precision != "float32" and precision not in _HALVES:
         raise UserError(f"There is no precision {precision!r} for a session; choose float32, {' or '.join(_HALVES)}.")
-    tensors: dict[str, Tensor] = {}
-    for kind, values in (("static", state.static or ()), ("loop", state.loop.caches)):
-        for i, value in enumerate(values):
-            tensors |= dict(zip(_names(kind, i, type(value)), value, strict=True))
-    for i, (now, start) in enumerate(zip(state.loop.fast, model.initial_fast_weights(1), strict=True)):
-        if not learned:
-            break
-        if precision == "float32":
-            tensors |= dict(zip(_names("fast", i, model.fast_kind), now, strict=True))
-            continue
-        for name, w, w0 in zip(_names("learned", i, model.fast_kind), now, start, strict=True):
-            tensors[name] = (w - w0).to(_HALVES[precision])
-            if not tensors[name].isfinite().all():
-                raise UserError(f"What was learned is too large for {precision}; save the session in float32.")
+    below, above, fast = _state_kinds(model)
+    tensors = _named("static", below, state.static or ()) | _named("loop", above, state.loop.caches)
+    if learned and precision == "float32":
+        tensors |= _named("fast", fast, state.loop.fast)
+    elif learned:
+        dtype = _HALVES[precision]
+        pairs = zip(state.loop.fast, model.initial_fast_weights(1), strict=True)
+        differences = [[(w - w0).to(dtype) for w, w0 in zip(now, start, strict=True)] for now, start in pairs]
+        if not all(difference.isfinite().all() for of_block in differences for difference in of_block):
+            raise UserError(f"What was learned is too large for {precision}; save the session in float32.")
+        tensors |= _named("learned", fast, differences)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def state_from_tensors(
     model: Transformer, tensors: Mapping[str, Tensor], position: int, learned: bool, precision: Precision
 ) -> ReadState:
-    """The state that `state_tensors` was given, on the model's device. Raises KeyError if one is missing."""
-    device, suffix = model.embedding.device, model.suffix
+    """The reverse of `state_tensors`, on the model's device. Raises KeyError if a tensor is missing."""
+    below, above, kinds = _state_kinds(model)
 
-    def values(kind: str, types: list[Any]) -> tuple[Any, ...]:
-        rows = [_names(kind, i, cls) for i, cls in enumerate(types)]
-        return tuple(cls(*(tensors[name].to(device) for name in row)) for cls, row in zip(types, rows, strict=True))
+    def values(group: str, kinds: list[Any]) -> tuple[Any, ...]:
+        rows = [[f"{group}.{i}.{name}" for name in _TENSORS[kind].split()] for i, kind in enumerate(kinds)]
+        device = model.embedding.device
+        return tuple(kind(*(tensors[name].to(device) for name in row)) for kind, row in zip(kinds, rows, strict=True))
 
-    kind: Any = model.fast_kind
-    kinds = [kind] * len(suffix)
     fast = tree_map(model.initial_fast_weights(1), Tensor.detach)
     if learned and precision == "float32":
         fast = values("fast", kinds)
     elif learned:
-        learned_of = zip(fast, values("learned", kinds), strict=True)
-        fast = tuple(kind(*(w0 + d.to(w0.dtype) for w0, d in zip(*pair, strict=True))) for pair in learned_of)
-    below = [block.mixer.State for block in (*model.prefix, *suffix[:1])]
-    static = values("static", below) if position else None
-    return ReadState(position, static, State(fast, values("loop", [block.mixer.State for block in suffix[1:]])))
+        pairs = zip(fast, values("learned", kinds), strict=True)
+        fast = tuple(type(w)(*(w0 + d.to(w0.dtype) for w0, d in zip(w, dw, strict=True))) for w, dw in pairs)
+    return ReadState(
+        position, values("static", below) if position else None, InnerLoopState(fast, values("loop", above))
+    )
+
+
+def _state_kinds(model: Transformer) -> tuple[list[Any], list[Any], list[Any]]:
+    """The types of the mixers' states below the loop and in it, and of the fast weights."""
+    mixers = [block.mixer.State for block in (*model.prefix, *model.suffix)]
+    below = len(model.prefix) + 1
+    return mixers[:below], mixers[below:], [model.fast_kind] * len(model.suffix)
+
+
+def _named(group: str, kinds: list[Any], values: Sequence[Any]) -> dict[str, Tensor]:
+    return {
+        f"{group}.{i}.{name}": tensor
+        for i, (kind, value) in enumerate(zip(kinds, values, strict=False))  # no values at the start of a text
+        for name, tensor in zip(_TENSORS[kind].split(), value, strict=True)
+    }
 
 
 def memory_bytes(state: ReadState) -> int:
-    """How much memory `state` takes: fast weights and mixers' states."""
+    """The size of `state`: fast weights and mixers' states."""
     return sum(tensor.nbytes for tensor in state.tensors())
 
 
 def learned_norm(model: Transformer, state: ReadState) -> float:
-    """The Euclidean norm of the difference between the fast weights and the model's: 0 where nothing was learned."""
+    """The Euclidean norm of the difference between the fast weights and the model's: 0 if nothing was learned."""
     pairs = zip(state.loop.fast, model.initial_fast_weights(1), strict=True)
     norms = [float((w - w0).detach().norm()) for now, start in pairs for w, w0 in zip(now, start, strict=True)]
     return float(np.linalg.norm(norms))
 
 
 def model_fingerprint(model: Transformer) -> str:
-    """Equal for models that compute alike: weights and configuration."""
+    """A digest of weights and configuration, equal for models that compute the same."""
     config = json.dumps(to_dict(model.config), sort_keys=True)
     return hashlib.sha256(f"{model_digest(model)} {config}".encode()).hexdigest()
-
-
-def _names(kind: str, i: int, cls: Any) -> list[str]:
-    """What the tensors of a state are called in a file; the letters of their shapes are left out."""
-    return [f"{kind}.{i}.{field.rpartition('_')[0]}" for field in cls._fields]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -139,11 +167,10 @@ def _names(kind: str, i: int, cls: Any) -> list[str]:
 def write_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write facts and tensors to `path`, whole or not at all.
 
-    Raises UserError if `path` is something other than a session, if the disk is full or the place not writable.
+    Raises UserError if `path` is something other than a session, if the disk is full or the folder is not writable.
     """
-    path = Path(path)
     check_session_target(path)
-    facts = {"version": VERSION, **facts}
+    facts = {"format": FORMAT, "version": VERSION, **facts}
     facts["sha256"] = _sha256(tensors, facts)
     with atomic_path(path) as part:
         # One entry alone: the library writes several in any order, and equal sessions should be equal files.
@@ -151,7 +178,10 @@ def write_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[st
 
 
 def read_session_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Facts and tensors of the session in `path`. Raises UserError if it is none, truncated, altered or older."""
+    """Facts and tensors of the session in `path`.
+
+    Raises UserError if it is not a session of this version, or is truncated or altered.
+    """
     facts = session_facts(path)
     while True:
         try:
@@ -160,17 +190,17 @@ def read_session_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{path} is truncated, or is being written at this moment; use a whole copy.") from error
         before, facts = facts, session_facts(path)
-        if facts == before:  # else the session was saved anew in between
+        if facts == before:  # else the session was saved again in between
             break
     if facts.get("sha256") != _sha256(tensors, {name: fact for name, fact in facts.items() if name != "sha256"}):
-        raise UserError(f"{path} was altered after it was written: its digest does not fit; use another copy.")
+        raise UserError(f"{path} was altered after it was written: its digest does not match; use another copy.")
     return facts, tensors
 
 
 def session_facts(path: Path) -> dict[str, Any]:
-    """What the file `path` says of its session; its tensors are not read.
+    """The facts in the header of the session file `path`, without reading its tensors.
 
-    Raises UserError if it is no session of this version.
+    Raises UserError if it is not a session of this version.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -181,14 +211,11 @@ def session_facts(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
         facts = json.loads(metadata["session"])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no session, or a truncated one; give a whole session file.") from error
+        raise UserError(f"{path} is not a session, or is truncated; give a complete session file.") from error
     if not isinstance(facts, dict) or "version" not in facts:
-        raise UserError(f"{path} is no session; give a file that `ttt-e2e read --save` has written.")
-    version = facts["version"]
-    if version != VERSION:
-        older = isinstance(version, int) and version < VERSION
-        remedy = "read its text anew, or use the version that wrote it" if older else "update ttt-e2e"
-        raise UserError(f"{path} is a session of version {version}, this program reads {VERSION}; {remedy}.")
+        raise UserError(f"{path} is not a session; give a file that `ttt-e2e read --save` has written.")
+    remedy = "read its text again, or use the version of ttt-e2e that wrote it"
+    check_format({"format": FORMAT, **facts}, path, FORMAT, VERSION, remedy)  # versions 1 and 2 had no format
     return facts
 
 
@@ -201,7 +228,7 @@ def check_session_target(path: Path) -> None:
             session_facts(path)
         except UserError as error:
             raise UserError(
-                f"{path} exists and is no session of this version; it is left as it is, choose another name."
+                f"{path} exists and is not a session of this version, so it is kept; choose another name."
             ) from error
 
 

@@ -1,36 +1,45 @@
-"""Many sessions on one model: they read and write together, a row of a batch each, and join and leave at any time.
+"""Many sessions on one model: they read and generate together, a row of a batch each, and join and leave at any time.
 
 Each gives what it would give alone, up to rounding: sums run in another order. No row ever sees another's text.
 
-Rows share a call if they take the same number of tokens and their states have the same shapes, wherever they stand:
-all whose window is full do, and all whose mixers are recurrent. Where nothing is learned, in writing, the keys and
-values of a shorter text get empty slots in front. The rows of a call stay stacked in one state after it, and the same
-rows go on from there without a copy; rows are copied only when one comes or goes.
+Rows share a call if they take the same number of tokens and their states have the same shapes, wherever they are in
+their texts: all with a full window do, and all whose mixers are recurrent. To generate, where nothing is learned, the
+caches of a shorter text get empty slots in front.
 
-Where rows learn, the state after a mini-batch takes the memory of the one before it: to move what 16 texts have learned
-would take longer than to learn it. From time to time they are copied nevertheless, and the copy is where a text goes
-back to if it goes wrong: it reads again from there.
+When rows learn, the state after a mini-batch takes the memory of the one before it: moving what 16 texts have learned
+would take longer than learning it. Now and then they are copied nevertheless, and the copy is the checkpoint that a
+text returns to if it diverges: it reads again from there.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.sampling import SamplingOptions, sample
-from ttt_e2e.inference.session import Diverged, Session, SessionState, find_divergence, rolled_back_error, token_ids
-from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, stacked
+from ttt_e2e.inference.divergence import Diverged, check_mini_batch
+from ttt_e2e.inference.row_batch import (
+    BatchedState,
+    RowRef,
+    compact,
+    detach_row,
+    gather,
+    ids_tensor,
+    read_rows,
+    single_row,
+)
+from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens, sample
+from ttt_e2e.inference.session import Session, SessionState, check_token_ids
+from ttt_e2e.inference.streaming import forward
 from ttt_e2e.inference.text_digest import TextDigest
-from ttt_e2e.model.mixers.attention import Cache
 
 
 class Losses(NamedTuple):
@@ -41,16 +50,16 @@ class Losses(NamedTuple):
 
 
 class Token(NamedTuple):
-    """The session `id` has written a token."""
+    """The session `id` has generated a token."""
 
     id: int
     token: int
 
 
 class Done(NamedTuple):
-    """What was submitted first to the session `id` is done.
+    """The request that was submitted first to the session `id` is done.
 
-    error: None, or why it failed. What was submitted to the session after it is then dropped.
+    error: None, or why it failed. Requests that were submitted to the session after it are then dropped.
     """
 
     id: int
@@ -60,57 +69,35 @@ class Done(NamedTuple):
 Event = Losses | Token | Done
 
 _REPLAY = 64
-"""How many mini-batches are read in place, and so are read again at most by a text that went wrong."""
+"""How many mini-batches are learned in place, which a text that diverges has to read again."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Stack:
-    """Rows that went through a call together.
+class Checkpoint(NamedTuple):
+    """A good state of a text, and the tokens that were read since, in mini-batches."""
 
-    positions: those of `state`, row by row, known without asking a GPU. shapes: what states must have in common to be
-    read together. loose: to be written on together.
-    """
-
-    state: ReadState
-    positions: tuple[int, ...]
-    shapes: tuple[Any, ...]
-    loose: tuple[Any, ...]
-
-
-class _Row(NamedTuple):
-    """The state of one text: a row of a stack. A value, as every state is."""
-
-    stack: _Stack
-    at: int
-
-    @property
-    def position(self) -> int:
-        return self.stack.positions[self.at]
-
-
-class _Good(NamedTuple):
-    """Where a text stood when its loss was good, and the tokens that were read from there on, in pieces."""
-
-    row: _Row
+    row: RowRef
     text: TextDigest
     read: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(eq=False)
-class _Run:
-    """A text that goes on, a session's own or the copy that is written on."""
+class Sequence:
+    """A text that advances: a session's own, or the copy that is generated from. Fields as in `SessionState`."""
 
-    row: _Row
+    row: RowRef
     text: TextDigest
     pending: np.ndarray
-    good: _Good | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
-    def rows(self) -> list[_Row]:
-        return [self.row] if self.good is None else [self.row, self.good.row]
+    def rows(self) -> list[RowRef]:
+        """The rows that it needs."""
+        return [self.row] if self.checkpoint is None else [self.row, self.checkpoint.row]
 
 
-class _Write(NamedTuple):
+class GenerateRequest(NamedTuple):
+    """See `SessionPool.submit_generate`."""
+
     prompt: np.ndarray
     max_tokens: int
     options: SamplingOptions
@@ -118,108 +105,112 @@ class _Write(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Writing:
-    """A `_Write` at work: the copy of the session that it writes on, and how many tokens are still to come.
+class Generation:
+    """A `GenerateRequest` in progress.
 
-    border: where it learns from what it writes, the copy after the last whole mini-batch, with all tokens since then
-    pending; None where `run` stands there itself.
+    sequence: the copy of the session that it generates from. left: tokens that may still come. border: if it learns
+    from what it generates, the sequence after the last full mini-batch, with all tokens since then pending; None while
+    that is `sequence` itself.
     """
 
-    work: _Write
-    run: _Run
+    request: GenerateRequest
+    sequence: Sequence
     left: int
     generator: torch.Generator
-    border: _Run | None = None
+    border: Sequence | None = None
 
 
 @dataclass(eq=False)
-class _Member:
-    """A session. job: what it is at (a read is its tokens); jobs: what comes then. waiting: since that step."""
+class Slot:
+    """A session of the pool.
+
+    queue: its requests; a read is its tokens. job: the request in progress. waiting_since: the step of its last turn.
+    """
 
     id: int
-    own: _Run
-    jobs: deque[np.ndarray | _Write] = field(default_factory=deque)
-    job: np.ndarray | _Writing | None = None
-    waiting: int = 0
+    own: Sequence
+    queue: deque[np.ndarray | GenerateRequest] = field(default_factory=deque)
+    job: np.ndarray | Generation | None = None
+    waiting_since: int = 0
 
     @property
-    def run(self) -> _Run:
-        return self.job.run if isinstance(self.job, _Writing) else self.own
+    def sequence(self) -> Sequence:
+        """The sequence that advances."""
+        return self.job.sequence if isinstance(self.job, Generation) else self.own
 
 
 class SessionPool:
-    """Sessions that share a model, and calls to it.
+    """Sessions that share a model and its calls.
 
-    fresh: what a new session begins as; it stays as it is. All have its model, tokenizer, dtype and kind of learning,
-    and none is compiled. max_batch: rows of a call at most, 1 or more; beyond some 16 a CPU gains nothing.
+    Requests are submitted, and done in `step`; each session does its own in order. A step generates one token for every
+    session that generates, in as many calls as that takes, and then makes one call to read, which includes the session
+    that has waited longest. So nobody starves: a session that reads waits for at most as many steps as there are
+    sessions that read, and one that generates for one reading call between two tokens.
 
-    Work is submitted and done in `step`. A session does what was submitted to it in that order. A step writes one token
-    for everyone who writes, in as many calls as that takes, and then makes one call of reading, with the session in it
-    that has waited longest. So nobody starves: a reader waits for at most as many steps as there are readers, and a
-    writer for one call of reading between two tokens.
+    Args:
+        template: what a new session is a copy of. All sessions have its model, tokenizer, dtype and `learn`, and none
+            is compiled.
+        max_batch: the most rows in a call. A CPU gains nothing beyond about 16.
     """
 
-    def __init__(self, fresh: Session, *, max_batch: int = 16) -> None:
+    def __init__(self, template: Session, *, max_batch: int = 16) -> None:
         if max_batch < 1:
-            raise UserError(f"A pool needs calls of at least one row, not max_batch={max_batch}; give 1 or more.")
-        self.fresh = fresh.fork()
+            raise UserError(f"max_batch must be at least 1, not {max_batch}.")
+        self.template = template.fork()
         self.max_batch = max_batch
-        self._members: dict[int, _Member] = {}
+        self._model = template.model
+        self._mini_batch_size = template.mini_batch_size
+        self._slots: dict[int, Slot] = {}
         self._ids = itertools.count()
         self._steps = 0
 
     @property
-    def piece(self) -> int:
-        """Tokens that a session reads at once: a mini-batch. Where nothing is learned, one alone takes several."""
-        return self.fresh.mini_batch
-
-    @property
     def busy(self) -> bool:
-        """Whether something submitted is not done yet."""
-        return any(member.job is not None or member.jobs for member in self._members.values())
+        """Whether some request is not done yet."""
+        return any(slot.job is not None or slot.queue for slot in self._slots.values())
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._slots)
 
     def add(self, session: Session | None = None) -> int:
-        """Let a session join, a fresh one if None; returns its id, which no other session of this pool ever has.
+        """Add a copy of a session, the template if None; returns its id, which is never used again.
 
-        The given one stays as it is. Raises UserError if it has another model, tokenizer, dtype or kind of learning.
+        Raises UserError if it has another model, tokenizer, dtype or `learn` than the template.
         """
-        session = session or self.fresh
+        session = session or self.template
         for name in ("model", "tokenizer", "dtype", "learn"):
-            if getattr(session, name) is not getattr(self.fresh, name):
-                raise UserError(f"A session can only join a pool of its own {name}; make both with the same.")
-        state, text, pending = session.standing()
+            if getattr(session, name) is not getattr(self.template, name):
+                raise UserError(f"The session has another {name} than the pool; make both with the same.")
+        read_state, text, pending = session.state()
         id = next(self._ids)
-        self._members[id] = _Member(id, _Run(_Row(_stack(state, (state.position,)), 0), text, pending))
+        self._slots[id] = Slot(id, Sequence(single_row(read_state), text, pending))
         return id
 
     def remove(self, id: int) -> Session:
-        """Let a session leave, at any time; returns it as it stands.
+        """Remove a session, at any time; returns it in its present state.
 
-        Tokens of the read at work that are not read yet come along as pending. Writing at work ends, and what was
-        submitted after the work at hand is dropped. Raises UserError for an id that is not here.
+        Tokens of a read in progress that were not read yet are pending. Generation ends, and queued requests are
+        dropped. Raises UserError for an unknown id.
         """
         session = self.peek(id)
         self.drop(id)
         return session
 
     def peek(self, id: int) -> Session:
-        """The session as it stands now, as `remove` gives it, with the same error; the one in the pool goes on."""
-        run = self._member(id).own
-        return self._session(run.row, run.text, run.pending)
+        """The session in its present state, as `remove` returns it; it stays in the pool."""
+        own = self._slot(id).own
+        return self._session(own.row, own.text, own.pending)
 
     def drop(self, id: int) -> None:
-        """Let a session leave that nobody needs any more. Raises UserError for an id that is not here."""
-        del self._members[self._member(id).id]
+        """Remove a session that is not needed any more. Raises UserError for an unknown id."""
+        del self._slots[self._slot(id).id]
 
     def submit_read(self, id: int, tokens: np.ndarray | Iterable[int]) -> None:
-        """Have the session read on, as `Session.read` does; the events are `Losses`, one a mini-batch, then `Done`.
+        """Have a session read, as `Session.read` does. The events are `Losses`, one a mini-batch, then `Done`.
 
-        Raises UserError for an id that is not here, and for tokens outside of the vocabulary.
+        Raises UserError for an unknown id, and for tokens outside of the vocabulary.
         """
-        self._submit(id, token_ids(tokens, self.fresh.model.config.vocab_size))
+        self._submit(id, check_token_ids(tokens, self._model.config.vocab_size))
 
     def submit_generate(
         self,
@@ -230,269 +221,249 @@ class SessionPool:
         options: SamplingOptions | None = None,
         learn_from_writing: bool = False,
     ) -> None:
-        """Have the session written on after `prompt`; the events are `Token`, one at a time, then `Done`.
+        """Have a session generate. The events are `Token`, one at a time, then `Done`.
 
-        It ends after `max_tokens`, or with a token that ends a text. The session itself stays as it is: a copy reads
-        the prompt, and learns from its whole mini-batches, but not from what it writes unless `learn_from_writing`. To
-        keep what was written, submit it as a read. options: default `SamplingOptions()`. For stop strings, look at the
-        text and `cancel`. Raises UserError for an id that is not here, tokens outside of the vocabulary and a negative
-        number.
+        The session itself does not change: a copy reads the prompt, and learns from its full mini-batches. To keep what
+        was generated, submit it as a read. For stop strings, look at the text and `cancel`.
+
+        Args:
+            id: of the session.
+            prompt: token ids to read first.
+            max_tokens: how many tokens to generate at most; one that ends a text comes before.
+            options: how tokens are drawn; default `SamplingOptions()`.
+            learn_from_writing: whether the copy also learns from what it generates.
+
+        Raises:
+            UserError: the id is unknown, a token is outside of the vocabulary, or `max_tokens` is negative.
         """
-        if max_tokens < 0:
-            raise UserError(f"Cannot write {max_tokens} tokens; max_tokens must be 0 or more.")
-        ids, learn = token_ids(prompt, self.fresh.model.config.vocab_size), learn_from_writing and self.fresh.learn
-        self._submit(id, _Write(ids, max_tokens, options or SamplingOptions(), learn))
+        check_max_tokens(max_tokens)
+        ids = check_token_ids(prompt, self._model.config.vocab_size)
+        learn = learn_from_writing and self.template.learn
+        self._submit(id, GenerateRequest(ids, max_tokens, options or SamplingOptions(), learn))
 
     def cancel(self, id: int) -> None:
-        """End what the session is at, without a `Done`, and drop what was submitted after it.
+        """End a session's request in progress, without a `Done`, and drop those in its queue.
 
-        Tokens of a read at work that are not read yet stay pending. Raises UserError for an id that is not here.
+        Tokens of a read that were not read yet stay pending. Raises UserError for an unknown id.
         """
-        member = self._member(id)
-        member.job = None
-        member.jobs.clear()
+        slot = self._slot(id)
+        slot.job = None
+        slot.queue.clear()
 
     def step(self) -> list[Event]:
-        """Advance: one token for everyone who writes, and one mini-batch for as many readers as share a call.
+        """Generate one token for every session that generates, and read one mini-batch of as many as share a call.
 
-        Returns what happened, nothing if nobody is busy. A row that goes wrong fails alone, with an error in its
-        `Done`. An exception (such as too little memory) leaves everyone as they were before the call that failed.
+        Returns what happened; nothing if no session is busy. A row that goes wrong fails alone, with an error in its
+        `Done`. An exception (such as too little memory) leaves all sessions as they were before the call that failed.
         """
         self._steps += 1
         events: list[Event] = []
-        for member in self._members.values():
-            self._settle(member, events)
-        busy = [member for member in self._members.values() if member.job is not None]
-        writers = [member for member in busy if len(member.run.pending) <= self.piece]
-        for call in self._calls(writers):
-            self._write(call, events)
-        readers = [member for member in busy if len(member.run.pending) > self.piece]
+        for slot in self._slots.values():
+            self._advance_queue(slot, events)
+        busy = [slot for slot in self._slots.values() if slot.job is not None]
+        for batch in self._batches([slot for slot in busy if not self._must_read(slot.sequence)]):
+            self._generate(batch, events)
+        readers = [slot for slot in busy if self._must_read(slot.sequence)]
         if readers:
-            self._read(min(self._calls(readers), key=lambda call: min(member.waiting for member in call)), events)
-        self._let_go()
+            self._read(min(self._batches(readers), key=lambda batch: min(s.waiting_since for s in batch)), events)
+        self._compact()
         return events
 
-    # -- work ------------------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------------
 
-    def _member(self, id: int) -> _Member:
-        if id not in self._members:
+    def _slot(self, id: int) -> Slot:
+        if id not in self._slots:
             raise UserError(f"There is no session {id} in this pool; it was removed, or never added.")
-        return self._members[id]
+        return self._slots[id]
 
-    def _submit(self, id: int, job: np.ndarray | _Write) -> None:
-        member = self._member(id)
-        if member.job is None and not member.jobs:
-            member.waiting = self._steps
-        member.jobs.append(job)
+    def _submit(self, id: int, request: np.ndarray | GenerateRequest) -> None:
+        slot = self._slot(id)
+        if slot.job is None and not slot.queue:
+            slot.waiting_since = self._steps
+        slot.queue.append(request)
 
-    def _session(self, row: _Row, text: TextDigest, pending: np.ndarray) -> Session:
-        state = _alone(row).stack.state._replace(position_offsets_B=None)
-        return self.fresh.standing_at(SessionState(state, text, pending.copy()))
-
-    def _runs(self) -> set[_Run]:
-        members = self._members.values()
-        return {run for m in members for run in (m.own, m.run, getattr(m.job, "border", None)) if run is not None}
-
-    def _settle(self, member: _Member, events: list[Event]) -> None:
-        """End jobs that have no work left and begin those that come next, up to one that has work."""
-        while member.job is not None or member.jobs:
-            run = member.own
-            if member.job is None:
-                job = member.jobs.popleft()
-                if isinstance(job, np.ndarray):
-                    member.job = job
-                    run.pending = np.concatenate((run.pending, job))
+    def _advance_queue(self, slot: Slot, events: list[Event]) -> None:
+        """End requests that have nothing left to do and begin the next ones, up to one that has."""
+        while slot.job is not None or slot.queue:
+            own = slot.own
+            if slot.job is None:
+                request = slot.queue.popleft()
+                if isinstance(request, np.ndarray):
+                    slot.job = request
+                    own.pending = np.concatenate((own.pending, request))
                 else:
-                    copy = _Run(run.row, run.text, np.concatenate((run.pending, job.prompt)))
-                    generator = torch.Generator().manual_seed(job.options.seed)
-                    member.job = _Writing(job, copy, job.max_tokens, generator)
-            if isinstance(member.job, _Writing):
-                if member.job.left > 0:
-                    if len(member.job.run.pending) == 0:
-                        self._fail(member, UserError("There is nothing to go on from; give a prompt."), events)
+                    copy = Sequence(own.row, own.text, np.concatenate((own.pending, request.prompt)))
+                    generator = torch.Generator().manual_seed(request.options.seed)
+                    slot.job = Generation(request, copy, request.max_tokens, generator)
+            if isinstance(slot.job, Generation):
+                if slot.job.left > 0:
+                    if len(slot.job.sequence.pending) == 0:
+                        self._fail(slot, UserError("There is no text to continue; give a prompt."), events)
                     return
-            elif len(run.pending) > self.piece:
+            elif self._must_read(own):
                 return
-            member.job = None
-            events.append(Done(member.id))
+            slot.job = None
+            events.append(Done(slot.id))
 
-    def _fail(self, member: _Member, error: UserError, events: list[Event]) -> None:
-        member.job = None
-        member.jobs.clear()
-        events.append(Done(member.id, error))
+    def _fail(self, slot: Slot, error: UserError, events: list[Event]) -> None:
+        slot.job = None
+        slot.queue.clear()
+        events.append(Done(slot.id, error))
 
-    def _calls(self, members: list[_Member]) -> list[list[_Member]]:
-        """Members in groups that can share a call of at most `max_batch` rows. Those of one stack stay together."""
-        stacks: dict[Any, list[_Member]] = {}
-        for member in members:
-            tokens = min(len(member.run.pending), self.piece + 1)
-            stacks.setdefault((tokens, member.run.row.stack), []).append(member)
-        calls: dict[Any, list[list[_Member]]] = {}
-        for (tokens, stack), some in stacks.items():
-            some.sort(key=lambda member: member.run.row.at)
-            alike = calls.setdefault((tokens, stack.shapes if tokens > self.piece else stack.loose), [])
-            room = next((call for call in alike if len(call) + len(some) <= self.max_batch), None)
+    def _must_read(self, sequence: Sequence) -> bool:
+        """Whether a full mini-batch is pending, and the token after it."""
+        return len(sequence.pending) > self._mini_batch_size
+
+    def _batches(self, slots: list[Slot]) -> list[list[Slot]]:
+        """Slots in groups that can share a call of at most `max_batch` rows. Those of one state stay together."""
+        states: dict[Any, list[Slot]] = {}
+        for slot in slots:
+            tokens = min(len(slot.sequence.pending), self._mini_batch_size + 1)
+            states.setdefault((tokens, slot.sequence.row.batch), []).append(slot)
+        batches: dict[Any, list[list[Slot]]] = {}
+        for (tokens, state), some in states.items():
+            some.sort(key=lambda slot: slot.sequence.row.row_index)
+            # Caches in a call differ by less than a factor of two: a short text does not bear the cost of a long one.
+            lengths = tuple(slots.bit_length() for slots in state.cache_slots)
+            alike = state.shapes if tokens > self._mini_batch_size else (state.kind, lengths)
+            open_batches = batches.setdefault((tokens, alike), [])
+            room = next((batch for batch in open_batches if len(batch) + len(some) <= self.max_batch), None)
             if room is None:
-                alike.append(some)
+                open_batches.append(some)
             else:
                 room += some
-        return [call for alike in calls.values() for call in alike]
+        return [batch for open_batches in batches.values() for batch in open_batches]
 
-    def _read(self, members: list[_Member], events: list[Event]) -> None:
-        """A mini-batch for each of the members; each one's state changes last and at once, or not at all."""
-        learn, runs = self.fresh.learn, [member.run for member in members]
-        in_place = learn and self._may_overwrite(runs)
-        stack = _gathered([run.row for run in runs], copy=learn and not in_place)
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _read(self, slots: list[Slot], events: list[Event]) -> None:
+        """Read a mini-batch of each slot. Every sequence changes last and at once, or not at all."""
+        learn, sequences = self.template.learn, [slot.sequence for slot in slots]
+        in_place = learn and self._may_overwrite(sequences)
+        batch = gather([sequence.row for sequence in sequences], copy=learn and not in_place)
         try:
-            self._read_stack(members, stack, in_place, events)
-        except KeyboardInterrupt:  # maybe amid an update
-            for run in runs:
-                if in_place and run.row.stack is stack:
-                    self._go_back(run, 0)
+            self._read_batch(slots, batch, in_place, events)
+        except KeyboardInterrupt:  # perhaps in the middle of an update
+            for sequence in sequences:
+                if in_place and sequence.row.batch is batch:
+                    self._replay(sequence, 0)
             raise
 
-    def _read_stack(self, members: list[_Member], stack: _Stack, in_place: bool, events: list[Event]) -> None:
-        """`stack`: the members' runs; in_place: it is their own, and no copy."""
-        fresh, piece, runs = self.fresh, self.piece, [member.run for member in members]
-        ids_BT = self._tensor([run.pending[: piece + 1] for run in runs])
-        after, nll_BT, norm_B = read_mini_batch(
-            fresh.model,
-            stack.state,
-            ids_BT[:, :-1],
-            ids_BT[:, 1:],
-            learn=fresh.learn,
-            dtype=fresh.dtype,
-            in_place=fresh.learn,
+    def _read_batch(self, slots: list[Slot], batch: BatchedState, in_place: bool, events: list[Event]) -> None:
+        """in_place: whether `batch` is the sequences' own state, and not a copy."""
+        template, b = self.template, self._mini_batch_size
+        after, losses_BT, norm_B = read_rows(
+            self._model,
+            batch.state,
+            ids_tensor(self._model, [slot.sequence.pending[: b + 1] for slot in slots]),
+            learn=template.learn,
+            dtype=template.dtype,
+            donate_state=template.learn,
         )
-        new = _stack(after, tuple(position + piece for position in stack.positions))
-        losses, norms = nll_BT.float().cpu().numpy(), norm_B.tolist()
-        for i, (member, run) in enumerate(zip(members, runs, strict=True)):
-            member.waiting = self._steps
-            error = self._judge(run, losses[i], norms[i], in_place)
-            if error is not None:
-                self._fail(member, error, events)
+        new = BatchedState(after, tuple(position + b for position in batch.positions))
+        for i, slot in enumerate(slots):
+            slot.waiting_since, sequence = self._steps, slot.sequence
+            try:
+                check_mini_batch(
+                    losses_BT[i],
+                    norm_B[i],
+                    sequence.row.position,
+                    learns=template.learn,
+                    vocab_size=self._model.config.vocab_size,
+                    roll_back=partial(self._roll_back, sequence, in_place),
+                )
+            except Diverged as error:
+                self._fail(slot, error, events)
                 continue
-            good = None
-            if fresh.learn:
-                good = run.good if in_place and run.good is not None else _Good(run.row, run.text)
-                good = good._replace(read=(*good.read, run.pending[:piece]))
-            text = run.text.add(run.pending[:piece], piece, fresh.token_sizes)
-            run.row, run.text, run.pending, run.good = _Row(new, i), text, run.pending[piece:], good
-            if run is member.own:
-                events.append(Losses(member.id, losses[i]))
-            self._settle(member, events)
+            checkpoint = None
+            if template.learn:
+                checkpoint = sequence.checkpoint if in_place else None
+                checkpoint = checkpoint or Checkpoint(sequence.row, sequence.text)
+                checkpoint = checkpoint._replace(read=(*checkpoint.read, sequence.pending[:b]))
+            sequence.text = sequence.text.add(sequence.pending[:b], b, template.token_sizes)
+            sequence.row, sequence.pending, sequence.checkpoint = RowRef(new, i), sequence.pending[b:], checkpoint
+            if sequence is slot.own:
+                events.append(Losses(slot.id, losses_BT[i]))
+            self._advance_queue(slot, events)
 
-    def _may_overwrite(self, runs: list[_Run]) -> bool:
-        """Whether the state of these runs is their own alone, and how to come back to it is known."""
-        stack = runs[0].row.stack
-        users = [row for run in self._runs() for row in run.rows if row.stack is stack]
-        whole = [run.row for run in runs] == [_Row(stack, at) for at in range(len(stack.positions))]
-        known = all(run.good is not None and len(run.good.read) < _REPLAY for run in runs)
-        return whole and known and len(users) == len(runs)
+    def _may_overwrite(self, sequences: list[Sequence]) -> bool:
+        """Whether the sequences share a state that nothing else needs, and have checkpoints that are not too old."""
+        batch = sequences[0].row.batch
+        users = [row for sequence in self._sequences() for row in sequence.rows if row.batch is batch]
+        whole = [sequence.row for sequence in sequences] == [RowRef(batch, i) for i in range(len(batch.positions))]
+        recent = all(s.checkpoint is not None and len(s.checkpoint.read) < _REPLAY for s in sequences)
+        return whole and recent and len(users) == len(sequences)
 
-    def _judge(self, run: _Run, losses: np.ndarray, norm: float, in_place: bool) -> Diverged | None:
-        """What is wrong with a mini-batch, as in `Session`; the run is then back at its last good state."""
-        first = run.row.position
-        try:
-            found = find_divergence(
-                losses, norm, first, self.fresh.learn and first > 0, self.fresh.model.config.vocab_size
-            )
-        except Diverged as error:
-            return error
-        if found is None:
-            return None
-        what, update = found
-        known = not update or run.good is not None
-        if in_place or (update and known):
-            self._go_back(run, 1 if update else 0)
-        run.good, run.pending = None, run.pending[:1]
-        return rolled_back_error(what, run.row.position, known)
+    def _roll_back(self, sequence: Sequence, in_place: bool, last_update: bool) -> tuple[int, bool]:
+        """Return to the last good state; see `check_mini_batch`."""
+        known = not last_update or sequence.checkpoint is not None
+        if in_place or (last_update and known):
+            self._replay(sequence, 1 if last_update else 0)
+        sequence.checkpoint, sequence.pending = None, sequence.pending[:1]
+        return sequence.row.position, known
 
-    def _go_back(self, run: _Run, mini_batches: int) -> None:
-        """Take back so many mini-batches that were read: read again, from where the run was good, what came before."""
-        assert run.good is not None
-        row, text, read = run.good
-        tokens = np.concatenate((*read, run.pending))
-        session = self._session(row, text, tokens[: (len(read) - mini_batches) * self.piece + 1])
-        with suppress(Diverged):  # by another rounding; it is at its last good state then as well
+    def _replay(self, sequence: Sequence, without: int) -> None:
+        """Read again from the checkpoint on, without the last mini-batches."""
+        assert sequence.checkpoint is not None
+        row, text, read = sequence.checkpoint
+        tokens = np.concatenate((*read, sequence.pending))
+        session = self._session(row, text, tokens[: (len(read) - without) * self._mini_batch_size + 1])
+        with suppress(Diverged):  # because of other rounding; the session is at its last good state then as well
             session.read(())
-        state, run.text, _ = session.standing()
-        run.row, run.pending = _Row(_stack(state, (state.position,)), 0), tokens[state.position - row.position :]
-        run.good = None
+        read_state, sequence.text, _ = session.state()
+        sequence.row, sequence.checkpoint = single_row(read_state), None
+        sequence.pending = tokens[read_state.position - row.position :]
 
-    def _write(self, members: list[_Member], events: list[Event]) -> None:
-        """A token for each of the members."""
-        tokenizer, runs = self.fresh.tokenizer, [member.run for member in members]
-        stack = _gathered([run.row for run in runs])
-        ids_BT = self._tensor([run.pending for run in runs])
-        logits_BTV, after = forward(self.fresh.model, stack.state, ids_BT, self.fresh.dtype)
-        new = _stack(after, tuple(position + ids_BT.shape[1] for position in stack.positions))
+    def _session(self, row: RowRef, text: TextDigest, pending: np.ndarray) -> Session:
+        return self.template.with_state(SessionState(detach_row(row).batch.state, text, pending.copy()))
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def _generate(self, slots: list[Slot], events: list[Event]) -> None:
+        """Generate a token for each slot."""
+        tokenizer, sequences = self.template.tokenizer, [slot.sequence for slot in slots]
+        batch = gather([sequence.row for sequence in sequences])
+        ids_BT = ids_tensor(self._model, [sequence.pending for sequence in sequences])
+        logits_BTV, after = forward(self._model, batch.state, ids_BT, self.template.dtype)
+        new = BatchedState(after, tuple(position + ids_BT.shape[1] for position in batch.positions))
         logits_BV = logits_BTV[:, -1].float().cpu()
-        sound = logits_BV.isfinite().all(1).tolist()
-        for i, (member, run) in enumerate(zip(members, runs, strict=True)):
-            job = member.job
-            assert isinstance(job, _Writing)
-            if not sound[i]:
-                message = f"The model's logits after {run.row.position} tokens are not finite; nothing can be written."
-                self._fail(member, UserError(message), events)
+        is_finite = logits_BV.isfinite().all(1).tolist()
+        for i, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
+            job = slot.job
+            assert isinstance(job, Generation)
+            if not is_finite[i]:
+                message = (
+                    f"The model's logits after {sequence.row.position} tokens are not finite; nothing is generated."
+                )
+                self._fail(slot, UserError(message), events)
                 continue
-            token = sample(logits_BV[i], job.work.options, job.generator)
-            if tokenizer is not None and token in tokenizer.ends:
+            token = sample(logits_BV[i], job.request.options, job.generator)
+            if tokenizer is not None and token in tokenizer.end_ids:
                 job.left = 0
             else:
                 job.left -= 1
-                events.append(Token(member.id, token))
-            written = np.array([token], np.int64)
-            job.run = _Run(_Row(new, i), run.text, written)
-            if job.work.learn:
-                job.border = job.border or run
-                job.border.pending = np.concatenate((job.border.pending, written))
-                if len(job.border.pending) > self.piece:  # a whole mini-batch: to be read, with the token left over
-                    job.run, job.border = job.border, None
-            self._settle(member, events)
+                events.append(Token(slot.id, token))
+            generated = np.array([token], np.int64)
+            job.sequence = Sequence(RowRef(new, i), sequence.text, generated)
+            if job.request.learn:
+                job.border = job.border or sequence
+                job.border.pending = np.concatenate((job.border.pending, generated))
+                if self._must_read(job.border):
+                    job.sequence, job.border = job.border, None
+            self._advance_queue(slot, events)
 
-    def _tensor(self, rows: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(rows)).to(self.fresh.model.embedding.device)
+    # -- memory --------------------------------------------------------------------------------------------------------
 
-    def _let_go(self) -> None:
-        """Copy rows out of stacks most of whose rows nobody needs any more, so that the rest is freed."""
-        runs = self._runs()
-        needed: dict[_Stack, set[int]] = {}
-        for run in runs:
-            for row in run.rows:
-                needed.setdefault(row.stack, set()).add(row.at)
-        alone: dict[_Row, _Row] = {}
-        for stack, indices in needed.items():
-            if 2 * len(indices) < len(stack.positions):
-                alone |= {_Row(stack, i): _alone(_Row(stack, i)) for i in indices}
-        for run in runs:
-            run.row = alone.get(run.row, run.row)
-            if run.good is not None:
-                run.good = run.good._replace(row=alone.get(run.good.row, run.good.row))
+    def _sequences(self) -> set[Sequence]:
+        slots = self._slots.values()
+        return {s for slot in slots for s in (slot.own, slot.sequence, getattr(slot.job, "border", None)) if s}
 
-
-# -- stacks ------------------------------------------------------------------------------------------------------------
-
-
-def _stack(state: ReadState, positions: tuple[int, ...]) -> _Stack:
-    values = (*(state.static or ()), *state.loop.fast, *state.loop.caches)
-    shapes = tuple(tuple(t.shape[1:]) for value in values for t in value)
-    # Caches in a call differ by less than a factor of two: a short text is not written on at the cost of a long one.
-    slots = tuple(value.k_BGSK.shape[2].bit_length() for value in values if isinstance(value, Cache))
-    others = tuple(tuple(t.shape[1:]) for value in values if not isinstance(value, Cache) for t in value)
-    return _Stack(state, positions, shapes, (slots, others))
-
-
-def _alone(row: _Row) -> _Row:
-    """A copy of the row, as the only one of a stack."""
-    stack, at = row
-    return _Row(_stack(stacked([stack.state], [at], [row.position]), (row.position,)), 0)
-
-
-def _gathered(rows: Sequence[_Row], copy: bool = False) -> _Stack:
-    """Rows in one stack, in their order: the stack they are in if they are all of it, else or if wanted a copy."""
-    first = rows[0].stack
-    if not copy and list(rows) == [_Row(first, at) for at in range(len(first.positions))]:
-        return first
-    positions = tuple(row.position for row in rows)
-    return _stack(stacked([row.stack.state for row in rows], [row.at for row in rows], positions), positions)
+    def _compact(self) -> None:
+        """Copy rows out of states most of whose rows are not needed any more, so that the rest is freed."""
+        sequences = self._sequences()
+        copies = compact(row for sequence in sequences for row in sequence.rows)
+        for sequence in sequences:
+            sequence.row = copies.get(sequence.row, sequence.row)
+            if sequence.checkpoint is not None:
+                row = sequence.checkpoint.row
+                sequence.checkpoint = sequence.checkpoint._replace(row=copies.get(row, row))

@@ -1,0 +1,88 @@
+"""Whether a mini-batch's loss or gradient shows that learning diverged, and the error that says so."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from ttt_e2e.errors import Divergence
+
+_LIMIT = 10.0  # a mean loss above this many times ln(vocabulary), the loss of a uniform guess, is divergence
+
+
+class Diverged(Divergence):
+    """Learning while reading diverged; the reader is back at its last good state, after `position` tokens.
+
+    what: the loss or the gradient that showed it; empty if nothing had been learned.
+    """
+
+    def __init__(self, message: str, position: int, what: str = "") -> None:
+        super().__init__(message)
+        self.position = position
+        self.what = what
+
+
+class Finding(NamedTuple):
+    """What is wrong with a mini-batch. bad_update: whether the update before it is to blame."""
+
+    what: str
+    bad_update: bool
+
+
+def find_divergence(
+    losses: np.ndarray, norm: float, position: int, *, learns: bool, vocab_size: int, text: str = ""
+) -> Finding | None:
+    """What is wrong with a mini-batch; None if nothing is.
+
+    Its loss judges the update before it. A gradient that is not finite would only spoil the next state.
+
+    Args:
+        losses: of its tokens, in nats [n].
+        norm: of its gradient; 0 if nothing is learned from it.
+        position: tokens before it.
+        learns: whether the text is learned from; the first update comes after the first mini-batch.
+        vocab_size: of the model.
+        text: the text's name, for the message.
+
+    Raises:
+        Diverged: nothing was learned yet and the loss is not finite, so the model's weights are to blame.
+    """
+    at = f"at tokens {position} to {position + len(losses)}{f' of {text}' if text else ''}"
+    loss, learned = float(losses.mean()), learns and position > 0
+    if not learned and not math.isfinite(loss):
+        raise Diverged(
+            f"The model has a loss of {loss} {at} although nothing was learned; "
+            "its weights are not fit for use, train or load another model.",
+            position,
+        )
+    if learned and not loss <= _LIMIT * math.log(vocab_size):
+        return Finding(f"the loss {at} is {loss:.4g} nats per token", bad_update=True)
+    return None if math.isfinite(norm) else Finding(f"the gradient {at} is {norm}", bad_update=False)
+
+
+def check_mini_batch(
+    losses: np.ndarray,
+    norm: float,
+    position: int,
+    *,
+    learns: bool,
+    vocab_size: int,
+    roll_back: Callable[[bool], tuple[int, bool]],
+) -> None:
+    """Raise Diverged if `find_divergence` finds something, after the reader went back to its last good state.
+
+    roll_back: called with whether the last update is to be undone, too; returns the position after that, and whether
+    the last good state was known.
+    """
+    found = find_divergence(losses, norm, position, learns=learns, vocab_size=vocab_size)
+    if found is None:
+        return
+    position, known = roll_back(found.bad_update)
+    back = "back at its last good state" if known else "at a state that may be unusable: no earlier one is known"
+    raise Diverged(
+        f"Learning diverged: {found.what}; the session is {back}, after {position} tokens. "
+        "Read without learning, or use a model with a smaller inner_loop.lr.",
+        position,
+        found.what,
+    )

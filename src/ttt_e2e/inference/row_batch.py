@@ -1,0 +1,170 @@
+"""Several texts as rows of one state: joining and leaving it, and reading a mini-batch of every row.
+
+A text is a reference to a row (`RowRef`) of the state that it went through its last call in. Texts that stay together
+stay in that state, and go on from there without a copy; rows are copied only when one comes or goes.
+
+Shapes: B rows, T tokens.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_e2e.inference.streaming import ReadState, read_mini_batch
+from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
+from ttt_e2e.inner_loop.step import InnerLoopState
+from ttt_e2e.model.kv_cache import KVCache
+from ttt_e2e.model.transformer import Transformer
+
+MAX_LOGITS = 1 << 26  # in memory at once where nothing is learned: 256 MiB
+_BATCHES_WITHOUT_LEARNING = 8
+
+
+def chunk_size(model: Transformer, learn: bool) -> int:
+    """How many tokens a text reads at once: a mini-batch, or up to eight where nothing is learned."""
+    b = model.config.tokens_per_read
+    if learn:
+        return b
+    return b * max(1, min(_BATCHES_WITHOUT_LEARNING, MAX_LOGITS // (model.config.vocab_size * b)))
+
+
+@dataclass(frozen=True, eq=False)
+class BatchedState:
+    """A state of several texts. positions: tokens that each row has read, known without asking a GPU."""
+
+    state: ReadState
+    positions: tuple[int, ...]
+
+    @cached_property
+    def shapes(self) -> Hashable:
+        """The shapes of a row's tensors: rows with equal ones can be learned from in one call."""
+        return tuple(tuple(t.shape[1:]) for t in self.state.tensors())
+
+    @cached_property
+    def cache_slots(self) -> tuple[int, ...]:
+        """The number of slots of each of the row's caches."""
+        return tuple(value.num_slots for value in self._mixer_states if isinstance(value, KVCache))
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """The shapes of all but the caches: rows of one kind can be read in one call if nothing is learned."""
+        others = (value for value in self._mixer_states if not isinstance(value, KVCache))
+        return len(self._mixer_states), tuple(tuple(t.shape[1:]) for value in others for t in value)
+
+    @property
+    def _mixer_states(self) -> tuple:
+        return (*(self.state.static or ()), *self.state.loop.caches)
+
+
+class RowRef(NamedTuple):
+    """One text's state: a row of a state of several. A value, as every state is."""
+
+    batch: BatchedState
+    row_index: int
+
+    @property
+    def position(self) -> int:
+        """Tokens that the text has read."""
+        return self.batch.positions[self.row_index]
+
+
+def gather(rows: Sequence[RowRef], copy: bool = False) -> BatchedState:
+    """The rows as one state, in their order. Their kind must be the same.
+
+    It is the state that they are in if they are all of it and no copy is wanted, and otherwise a copy. In that, caches
+    of texts that have read less than others have empty slots in front; there are none if all have read the same.
+    """
+    first = rows[0].batch
+    if not copy and list(rows) == [RowRef(first, i) for i in range(len(first.positions))]:
+        return first
+
+    def join(values: tuple[Any, ...]) -> Any:
+        parts = [[t[row.row_index : row.row_index + 1] for t in value] for row, value in zip(rows, values, strict=True)]
+        if isinstance(values[0], KVCache):
+            slots = max(min(value.num_slots, row.position) for row, value in zip(rows, values, strict=True))
+            parts = [[F.pad(t, (0, 0, slots - t.shape[2], 0)) for t in part] for part in parts]  # or cut, if negative
+        return type(values[0])(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def join_all(trees: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+        return tuple(join(values) for values in zip(*trees, strict=True))
+
+    states, positions = [row.batch.state for row in rows], tuple(row.position for row in rows)
+    start, position_offsets_B = min(positions), None
+    if max(positions) > start:
+        device = first.state.tensors()[0].device
+        position_offsets_B = torch.tensor([position - start for position in positions], device=device)
+    static = None if states[0].static is None else join_all([state.static or () for state in states])
+    loop = InnerLoopState(join_all([s.loop.fast for s in states]), join_all([s.loop.caches for s in states]))
+    return BatchedState(ReadState(start, static, loop, position_offsets_B), positions)
+
+
+def single_row(state: ReadState) -> RowRef:
+    """The only row of the state of one text."""
+    return RowRef(BatchedState(state, (state.position,)), 0)
+
+
+def detach_row(row: RowRef) -> RowRef:
+    """A copy of the row, as the only one of its state."""
+    return RowRef(gather([row], copy=True), 0)
+
+
+def compact(rows: Iterable[RowRef]) -> dict[RowRef, RowRef]:
+    """Copies of rows that keep a state alive most of whose rows are not among `rows`."""
+    used: dict[BatchedState, set[int]] = {}
+    for row in rows:
+        used.setdefault(row.batch, set()).add(row.row_index)
+    return {
+        RowRef(batch, i): detach_row(RowRef(batch, i))
+        for batch, indices in used.items()
+        # At the start of a text all rows are views of the model's own weights.
+        if 2 * len(indices) < len(batch.positions) and any(batch.positions)
+        for i in indices
+    }
+
+
+def ids_tensor(model: Transformer, rows: Sequence[np.ndarray]) -> Tensor:
+    """Token ids of equally many tokens a row as a tensor [B, T] on the model's device."""
+    return torch.from_numpy(np.stack(rows)).to(model.embedding.device)
+
+
+def read_rows(
+    model: Transformer,
+    state: ReadState,
+    ids_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    *,
+    learn: bool,
+    dtype: torch.dtype,
+    functions: LoopFunctions = EAGER,
+    donate_state: bool = False,
+) -> tuple[ReadState, np.ndarray, list[float]]:
+    """Read a mini-batch of every row: all ids but the last, each of which predicts the one after it.
+
+    Args:
+        model: to read with.
+        state: of the texts so far.
+        ids_BT: token ids [B, T + 1].
+        mask_BT: 0 for predictions that do not count, [B, T]; None: all count.
+        learn, dtype, functions, donate_state: as for `read_mini_batch`.
+
+    Returns:
+        The state after T tokens, the losses in nats, float32 [B, T], and the norm of every row's gradient.
+    """
+    state, nll_BT, norm_B = read_mini_batch(
+        model,
+        state,
+        ids_BT[:, :-1],
+        ids_BT[:, 1:],
+        mask_BT,
+        learn=learn,
+        dtype=dtype,
+        functions=functions,
+        donate_state=donate_state,
+    )
+    return state, nll_BT.float().cpu().numpy(), norm_B.tolist()
