@@ -386,7 +386,7 @@ def test_damaged_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{shard.name} is truncated or not a safetensors file"):
         convert(checkpoint, tmp_path)
     shard.unlink()
-    with pytest.raises(UserError, match=rf"{shard.name} which model.safetensors.index.json lists, is missing"):
+    with pytest.raises(UserError, match=rf"{shard.name}, which model.safetensors.index.json lists, is missing"):
         convert(checkpoint, tmp_path)
     tensors = load_file(shards(checkpoint)[0])
     save_file({name + "x": weight for name, weight in tensors.items()}, shard)

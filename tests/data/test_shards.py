@@ -77,7 +77,7 @@ def test_open_refuses_damaged_folders(folder: Path) -> None:
         TokenSet.open(folder)
     shard.write_bytes(data)
     index.write_text(names[:-3])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"train-00000.json is truncated or altered"):
         TokenSet.open(folder)
     index.write_text(names)
     Tokenizer.train(["other"], 257).save(folder / "tokenizer.json")
@@ -88,10 +88,10 @@ def test_open_refuses_damaged_folders(folder: Path) -> None:
     with pytest.raises(UserError, match="format version 99, and this ttt-e2e reads version 1; prepare it anew"):
         TokenSet.open(folder)
     (folder / "meta.json").write_text("[]")
-    with pytest.raises(UserError, match="does not hold prepared tokens"):
+    with pytest.raises(UserError, match=r"meta.json is altered"):
         TokenSet.open(folder)
     (folder / "meta.json").unlink()
-    with pytest.raises(UserError, match=r"meta.json is missing"):
+    with pytest.raises(UserError, match="not a folder of prepared tokens"):
         TokenSet.open(folder)
     (folder / "progress.json").touch()
     with pytest.raises(UserError, match="is unfinished; run the same `ttt-e2e prepare` again"):

@@ -143,7 +143,7 @@ def test_training_on_zarr_arrays(data: Path, tmp_path: Path) -> None:
         tokens = TokenSet.open(data, split)
         flat = np.concatenate([tokens.document(i) for i in range(len(tokens))]).astype(np.uint32)
         group.create_array(split, data=flat)
-    with pytest.raises(UserError, match=r"write .* with `ttt-e2e prepare`"):
+    with pytest.raises(UserError, match=r"is not a folder of prepared tokens; write it with `ttt-e2e prepare`"):
         run(tmp_path / "arrays", tmp_path / "run")
     with pytest.raises(UserError, match="leave --tokenizer out"):
         run(data, tmp_path / "run", tokenizer=str(data / "tokenizer.json"))

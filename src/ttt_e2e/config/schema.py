@@ -49,7 +49,6 @@ class InnerLoopConfig:
 
     lr: float = 1.0
     """Learning rate of the inner steps."""
-
     max_grad_norm: float = 1.0
     """The inner gradient of a sequence, over all fast weights together, is clipped to this norm."""
 
@@ -66,19 +65,14 @@ class RopeScaling:
     """"default" leaves all angles alone and "linear" divides them by `factor`. "llama3" and "yarn" divide those that
     turn fewer than `low_freq_factor` times in the original context, keep those that turn more than `high_freq_factor`
     times, and interpolate in between."""
-
     factor: float = 1.0
     """What angles are divided by."""
-
     original_max_position_embeddings: int | None = None
     """Length of the original context in tokens. Required for "llama3" and "yarn"."""
-
     low_freq_factor: float = 1.0
     """Lower end of the interpolation, in turns (`beta_slow` of YaRN)."""
-
     high_freq_factor: float = 4.0
     """Upper end of the interpolation, in turns (`beta_fast` of YaRN)."""
-
     attention_factor: float = 1.0
     """Queries and keys are multiplied by this (YaRN)."""
 
@@ -106,16 +100,12 @@ class Mamba2Config:
 
     expand: int = 2
     """Inner width, as a multiple of `hidden_size`."""
-
     state_size: int = 128
     """State per channel (N)."""
-
     n_groups: int = 1
     """Groups of heads that share their B and C."""
-
     conv_kernel: int = 4
     """Tokens that the short convolution sees."""
-
     kernels: Kernels = "auto"
     """"torch": plain PyTorch. "fused": the kernels of `mamba-ssm`, on CUDA only. "auto": these kernels where they are
     installed, for 16-bit numbers on a GPU outside compiled code; else PyTorch."""
@@ -130,10 +120,8 @@ class GatedDeltaNetConfig:
 
     expand_v: int = 2
     """Width of the values, as a multiple of `hidden_size`."""
-
     conv_size: int = 4
     """Tokens that the short convolutions see."""
-
     kernels: Kernels = "auto"
     """Like `mamba2.kernels`, with the kernels of `flash-linear-attention`."""
 
@@ -147,10 +135,8 @@ class MemoryConfig:
 
     intermediate_size: int = _DERIVED
     """Hidden width of a head's MLP. None becomes 4 x `head_dim`."""
-
     lr: float = 1.0
     """Largest learning rate of the MLP; the model chooses between 0 and this for every token."""
-
     num_persistent_tokens: int = 16
     """Learned keys and values that the attention of Titans always sees."""
 
@@ -169,85 +155,58 @@ class ModelConfig:
 
     vocab_size: int
     """Tokens in the vocabulary (V)."""
-
     hidden_size: int
     """Width of the residual stream (D)."""
-
     num_hidden_layers: int
     """Number of blocks."""
-
     num_attention_heads: int
     """Number of query heads (H)."""
-
     intermediate_size: int
     """Hidden width of the MLPs (F)."""
-
     num_key_value_heads: int = _DERIVED
     """Number of key and value heads (G). None becomes `num_attention_heads`."""
-
     head_dim: int = _DERIVED
     """Width of an attention head (K). None becomes `hidden_size / num_attention_heads`."""
-
     pattern: tuple[str, ...] = ("window",)
     """Sequence mixers of the blocks, repeated over the depth: "full", "window", "mamba2", "gated-deltanet", "ttt-kvb",
     "titans"."""
-
     sliding_window: int = 8192
     """Tokens that a query of a "window" mixer sees, itself included (k)."""
-
     rope_theta: float = 500_000.0
     """Base of the rotary positions."""
-
     rope_scaling: RopeScaling = RopeScaling()
-
     rms_norm_eps: float = 1e-6
     """Added to the mean square under the root of every RMSNorm."""
-
     qk_norm: bool = True
     """Whether queries and keys get an RMSNorm per head."""
-
     pre_norm: bool = True
     """Whether every sub-layer has an RMSNorm before it."""
-
     post_norm: bool = True
     """Whether every sub-layer has an RMSNorm after it."""
-
     attention_bias: bool = False
     """Whether the projections to queries, keys and values have biases."""
-
     attention_out_bias: bool = False
     """Whether the output projection of attention has a bias."""
-
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
-
     initializer_range: float = 0.02
     """Standard deviation of the initial embedding and matrices."""
-
     suffix_layers: int = 0
     """How many of the last blocks have a fast MLP (a quarter in the paper); 0 makes a standard Transformer."""
-
     mini_batch_size: int | None = 1024
     """Tokens per inner step (b), at most `sliding_window`. None is for models that learn nothing while reading."""
-
     inner_loop: InnerLoopConfig = InnerLoopConfig()
-
     static_mlp: bool = True
     """Whether the suffix blocks have a static MLP beside the fast one."""
-
     parallel_mlp: bool = False
     """Whether fast and static MLP form one sub-layer, x += post_norm(fast(norm(x)) + mlp(norm(x))), not two in turn."""
-
     fast_intermediate_size: int = _DERIVED
     """Hidden width of the fast MLPs. None becomes `intermediate_size`."""
-
     suffix_intermediate_size: int = _DERIVED
     """Hidden width of the static MLPs in the suffix. None becomes `intermediate_size`."""
-
     fast_rank: int | None = None
     """Rank R of what a sequence learns: an addition, up @ down, to every fast matrix, which itself stays fixed. None: a
     sequence learns the whole matrices."""
-
     mamba2: Mamba2Config = Mamba2Config()
     gated_deltanet: GatedDeltaNetConfig = GatedDeltaNetConfig()
     memory: MemoryConfig = MemoryConfig()
@@ -362,72 +321,50 @@ class TrainConfig:
 
     context: int = 8192
     """Tokens per sequence (T)."""
-
     batch: int = 64
     """Sequences per optimiser step."""
-
     accumulate: int = 1
     """Forward and backward passes that a batch is split into."""
-
     steps: int = 4800
     """Optimiser steps."""
-
     lr: float = 3e-3
     """Peak learning rate: linear warm-up from `lr_init`, then cosine decay to `lr_end`."""
-
     lr_init: float = 0.0
     """Learning rate of the first step of the warm-up."""
-
     lr_end: float = 1e-5
     """Learning rate after the last step."""
-
     warmup_steps: int = _DERIVED
     """Optimiser steps of the warm-up. None becomes a tenth of `steps`."""
-
     train_mode: TrainMode = "meta"
     """"meta": the fast weights learn during training, and the outer gradient goes through their updates. "pretrain": a
     model with a suffix is trained like a standard one and learns at test time only (dynamic evaluation)."""
-
     inner_lr_init: float = 0.1
     """Inner learning rate at the first step, warmed up linearly to the model's `inner_loop.lr`."""
-
     inner_warmup_steps: int = _DERIVED
     """Optimiser steps of the inner learning rate's warm-up. None becomes a tenth of `steps`."""
-
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
-
     adam_eps: float = 1e-8
     """Added to the denominator of AdamW's update."""
-
     weight_decay: float = 0.1
     """Weight decay of AdamW, on all weights but those that a mixer exempts."""
-
     max_grad_norm: float = 1.0
     """The outer gradient is clipped to this global norm."""
-
     activation_checkpointing: ActivationCheckpointing = "mini-batch"
     """What is stored of the inner loop for the outer gradient. "none": everything. "mini-batch": only the state between
     mini-batches. "sqrt": only about 2 sqrt(N) of those N states, at the price of a second recomputation."""
-
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products; weights, fast weights and losses are always float32."""
-
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
-
     log_every: int = 1
     """Steps between two lines of training metrics. 0: only at the end."""
-
     eval_every: int = 100
     """Steps between two evaluations on the validation data; another one ends the run. 0: never."""
-
     eval_tokens: int = 65_536
     """Tokens of validation data that an evaluation reads, at most."""
-
     checkpoint_every: int = 100
     """Steps between two checkpoints; another one ends the run. 0: only at the end."""
-
     keep_checkpoints: int = 2
     """How many of the latest checkpoints are kept."""
 

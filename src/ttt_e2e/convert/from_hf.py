@@ -15,20 +15,20 @@ Tensors are read in blocks that are written at once, so memory does not grow wit
 """
 
 import hashlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.hf_files import CONFIG, StoredTensor, find_checkpoint, stored_tensors
 from ttt_e2e.convert.learning import LearningOptions, config_from_source
-from ttt_e2e.convert.model_folder import WriteRows, model_folder, parameter_shapes
+from ttt_e2e.convert.model_folder import WriteRows, model_folder, parameter_shapes, require_shapes
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import read_json
@@ -45,9 +45,11 @@ _ALL = slice(None)
 class SliceCopy(NamedTuple):
     """A slice of a stored tensor that becomes rows of a parameter."""
 
-    target: str
-    target_row: int
     source: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    target: str
+    target_row: int = 0
     rows: slice = _ALL
     columns: slice = _ALL
 
@@ -99,8 +101,8 @@ def convert_from_hf(
     source.settings["vocab_size"] -= unused_ids
     config = config_from_source(source, options)
     stored = stored_tensors(folder)
-    copies = list(_slice_copies(config))
-    _check_tensors(stored, config, unused_ids, folder)
+    copies = list(_slice_copies(config, unused_ids))
+    _check_tensors(stored, copies, config.tie_word_embeddings, folder)
     if dtype is None:
         dtype = "bfloat16" if {stored[copy.source].dtype for copy in copies} == {"BF16"} else "float32"
     notes = {
@@ -111,8 +113,9 @@ def convert_from_hf(
     }
     with model_folder(out, config, _DTYPES[dtype], notes) as (part, write_rows):
         for copy in tqdm(copies, "converting", disable=not progress, leave=False):
-            for row, rows in _read_blocks(stored[copy.source], copy):
-                write_rows(copy.target, row, rows)
+            for rows in _row_blocks(copy.shape, copy.rows):
+                row = copy.target_row + rows.start - (copy.rows.start or 0)
+                write_rows(copy.target, row, stored[copy.source].read(rows, copy.columns))
         if options.fast == "new":
             _write_new_fast_mlps(config, write_rows)
         if config.fast_rank is not None:
@@ -138,112 +141,80 @@ def _count_unused_ids(tokenizer: Tokenizer | None, vocab_size: int, folder: Path
 # -- which tensor goes where -------------------------------------------------------------------------------------------
 
 
-def _slice_copies(config: ModelConfig) -> Iterator[SliceCopy]:
+def _slice_copies(config: ModelConfig, unused_ids: int) -> Iterator[SliceCopy]:
     """Where all parameters come from, except for what is new in the fast MLPs."""
-    yield SliceCopy("embedding", 0, "model.embed_tokens.weight", slice(config.vocab_size))
-    yield SliceCopy("final_norm.weight", 0, "model.norm.weight")
-    if not config.tie_word_embeddings:
-        yield SliceCopy("head", 0, "lm_head.weight", slice(config.vocab_size))
+    vocab, width, hidden = config.vocab_size, config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    stored_vocab = vocab + unused_ids
+    yield SliceCopy("model.embed_tokens.weight", (stored_vocab, width), "embedding", rows=slice(vocab))
+    yield SliceCopy("model.norm.weight", (width,), "final_norm.weight")
+    if not config.tie_word_embeddings:
+        yield SliceCopy("lm_head.weight", (stored_vocab, width), "head", rows=slice(vocab))
     for i in range(config.num_hidden_layers):
         block, layer = f"blocks.{i}", f"model.layers.{i}"
-        yield SliceCopy(f"{block}.mixer_norm.weight", 0, f"{layer}.input_layernorm.weight")
-        yield SliceCopy(f"{block}.mlp_norm.weight", 0, f"{layer}.post_attention_layernorm.weight")
-        for name, row in (("q_proj", 0), ("k_proj", queries), ("v_proj", queries + keys)):
-            yield SliceCopy(f"{block}.mixer.w_qkv", row, f"{layer}.self_attn.{name}.weight")
+        attention = f"{layer}.self_attn"
+        yield SliceCopy(f"{layer}.input_layernorm.weight", (width,), f"{block}.mixer_norm.weight")
+        yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.mlp_norm.weight")
+        for name, row, count in (("q_proj", 0, queries), ("k_proj", queries, keys), ("v_proj", queries + keys, keys)):
+            yield SliceCopy(f"{attention}.{name}.weight", (count, width), f"{block}.mixer.w_qkv", row)
             if config.attention_bias:
-                yield SliceCopy(f"{block}.mixer.b_qkv", row, f"{layer}.self_attn.{name}.bias")
-        yield SliceCopy(f"{block}.mixer.w_out", 0, f"{layer}.self_attn.o_proj.weight")
+                yield SliceCopy(f"{attention}.{name}.bias", (count,), f"{block}.mixer.b_qkv", row)
+        yield SliceCopy(f"{attention}.o_proj.weight", (width, queries), f"{block}.mixer.w_out")
         if config.attention_out_bias:
-            yield SliceCopy(f"{block}.mixer.b_out", 0, f"{layer}.self_attn.o_proj.bias")
+            yield SliceCopy(f"{attention}.o_proj.bias", (width,), f"{block}.mixer.b_out")
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
-                yield SliceCopy(f"{block}.mixer.{name}", 0, f"{layer}.self_attn.{name}.weight")
+                yield SliceCopy(f"{attention}.{name}.weight", (config.head_dim,), f"{block}.mixer.{name}")
         in_suffix = i >= config.prefix_layers
         fast_units = config.fast_intermediate_size if in_suffix and config.parallel_mlp else 0
-        yield from _copy_mlp(f"{block}.mlp", f"{layer}.mlp", fast_units, config.intermediate_size)
+        parts = {"mlp": slice(fast_units, hidden)}
         if fast_units:
-            yield from _copy_mlp(f"{block}.fast", f"{layer}.mlp", 0, fast_units)
-        elif in_suffix:
+            parts["fast"] = slice(fast_units)
+        for part, units in parts.items():  # rows of gate and value, columns of the second matrix
+            count = len(range(hidden)[units])
+            yield SliceCopy(f"{layer}.mlp.gate_proj.weight", (hidden, width), f"{block}.{part}.w_in", 0, units)
+            yield SliceCopy(f"{layer}.mlp.up_proj.weight", (hidden, width), f"{block}.{part}.w_in", count, units)
+            yield SliceCopy(f"{layer}.mlp.down_proj.weight", (width, hidden), f"{block}.{part}.w_out", columns=units)
+        if in_suffix and not fast_units:
             # A new fast MLP reads the same residual stream as the MLP after it, so the pretrained norm suits it, too.
-            yield SliceCopy(f"{block}.fast_norm.weight", 0, f"{layer}.post_attention_layernorm.weight")
+            yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.fast_norm.weight")
 
 
-def _copy_mlp(target: str, source: str, start: int, stop: int) -> Iterator[SliceCopy]:
-    """Hidden units of an MLP: rows of gate and value, columns of the second matrix."""
-    units = slice(start, stop)
-    yield SliceCopy(f"{target}.w_in", 0, f"{source}.gate_proj.weight", units)
-    yield SliceCopy(f"{target}.w_in", stop - start, f"{source}.up_proj.weight", units)
-    yield SliceCopy(f"{target}.w_out", 0, f"{source}.down_proj.weight", columns=units)
-
-
-def _check_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, unused_ids: int, folder: Path) -> None:
+def _check_tensors(stored: Mapping[str, StoredTensor], copies: list[SliceCopy], is_tied: bool, folder: Path) -> None:
     """Raise UserError unless the checkpoint has the tensors that its configuration requires, and no others."""
-    expected = _expected_shapes(config, unused_ids)
-    missing = sorted(set(expected) - set(stored))
-    if missing:
-        more = " and more" if len(missing) > 3 else ""
-        raise UserError(
-            f"The checkpoint {folder} lacks {', '.join(missing[:3])}{more}, which its configuration requires; use a "
-            "complete copy."
-        )
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
-            raise UserError(
-                f"{name} in {stored[name].file} has shape {list(stored[name].shape)}, but the configuration requires "
-                f"{list(shape)}; use a checkpoint and a configuration that belong together."
-            )
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    unknown = require_shapes(found, {copy.source: copy.shape for copy in copies}, f"The checkpoint {folder}")
     # Old checkpoints of Llama hold the rotary rates, too.
-    extra = sorted(name for name in set(stored) - set(expected) if not name.endswith(".rotary_emb.inv_freq"))
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
+    unknown = [name for name in unknown if not name.endswith(".rotary_emb.inv_freq")]
+    if is_tied and "lm_head.weight" in unknown:
+        unknown.remove("lm_head.weight")
         if not _equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
             raise UserError(
                 f"{folder / CONFIG} says that the output head is the embedding, but the checkpoint has another one; "
                 "set tie_word_embeddings to false there if that is how it was trained."
             )
-    if extra:
+    if unknown:
         raise UserError(
-            f"The checkpoint {folder} has tensors that its configuration does not explain, such as {extra[0]}; "
+            f"The checkpoint {folder} has tensors that its configuration does not explain, such as {unknown[0]}; "
             "use a checkpoint and a configuration that belong together."
         )
 
 
-def _expected_shapes(config: ModelConfig, unused_ids: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors that are read."""
-    width, hidden, vocab = config.hidden_size, config.intermediate_size, config.vocab_size + unused_ids
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": width, "gate_proj": hidden}
-    outputs |= {"up_proj": hidden, "down_proj": width, "embed_tokens": vocab, "lm_head": vocab}
-    inputs = {"o_proj": queries, "down_proj": hidden}
-    norms = {"q_norm": config.head_dim, "k_norm": config.head_dim}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for copy in _slice_copies(config):
-        layer, kind = copy.source.split(".")[-2:]
-        if layer not in outputs:
-            shapes[copy.source] = (norms.get(layer, width),)
-        else:
-            shapes[copy.source] = (outputs[layer], inputs.get(layer, width)) if kind == "weight" else (outputs[layer],)
-    return shapes
-
-
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    step = max(1, _BLOCK // one.shape[1])
-    blocks = (slice(row, row + step) for row in range(0, one.shape[0], step))
-    return all(torch.equal(one.read(rows).float(), other.read(rows).float()) for rows in blocks)
+    return one.shape == other.shape and all(
+        torch.equal(one.read(rows).float(), other.read(rows).float()) for rows in _row_blocks(one.shape, _ALL)
+    )
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def _read_blocks(stored: StoredTensor, copy: SliceCopy) -> Iterator[tuple[int, Tensor]]:
-    """The rows of a copy in blocks, each with the row of the target that it begins at."""
-    start, stop, _ = copy.rows.indices(stored.shape[0])
-    step = max(1, _BLOCK // (stored.shape[1] if len(stored.shape) > 1 else 1))
+def _row_blocks(shape: tuple[int, ...], rows: slice) -> Iterator[slice]:
+    """Cut `rows` of a tensor into slices of about `_BLOCK` numbers."""
+    start, stop, _ = rows.indices(shape[0])
+    step = max(1, _BLOCK // math.prod(shape[1:]))
     for row in range(start, stop, step):
-        yield copy.target_row + row - start, stored.read(slice(row, min(row + step, stop)), copy.columns)
+        yield slice(row, min(row + step, stop))
 
 
 def _write_new_fast_mlps(config: ModelConfig, write_rows: WriteRows) -> None:
@@ -252,11 +223,9 @@ def _write_new_fast_mlps(config: ModelConfig, write_rows: WriteRows) -> None:
     shapes = parameter_shapes(config)
     for i in range(config.prefix_layers, config.num_hidden_layers):
         for name, std in ((f"blocks.{i}.fast.w_in", config.initializer_range), (f"blocks.{i}.fast.w_out", 0.0)):
-            rows, columns = shapes[name]
-            step = max(1, _BLOCK // columns)
-            for row in range(0, rows, step):
-                values = torch.zeros(min(step, rows - row), columns)
-                write_rows(name, row, values.normal_(0.0, std, generator=generator) if std else values)
+            for rows in _row_blocks(shapes[name], _ALL):
+                values = torch.zeros(rows.stop - rows.start, shapes[name][1])
+                write_rows(name, rows.start, values.normal_(0.0, std, generator=generator) if std else values)
 
 
 def _write_factors(config: ModelConfig, write_rows: WriteRows) -> None:

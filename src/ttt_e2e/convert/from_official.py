@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import preset
 from ttt_e2e.config.schema import ModelConfig, RunConfig
-from ttt_e2e.convert.model_folder import model_folder, parameter_shapes
+from ttt_e2e.convert.model_folder import model_folder, parameter_shapes, require_shapes
 from ttt_e2e.convert.orbax import find_step, stored_arrays
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -116,7 +116,7 @@ def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConf
     """
     named = {name[name.find("language_model") :]: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
     copies = array_copies(config)
-    require_shapes({name: tuple(array.shape) for name, array in named.items()}, copies, config)
+    check_arrays({name: tuple(array.shape) for name, array in named.items()}, copies, config)
     rows: dict[str, list[Tensor]] = {}
     for copy in sorted(copies, key=lambda copy: copy.target_row):
         array = named[copy.source]
@@ -124,23 +124,16 @@ def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConf
     return {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
 
 
-def require_shapes(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayCopy], config: ModelConfig) -> None:
+def check_arrays(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayCopy], config: ModelConfig) -> None:
     """Raise UserError unless the arrays whose shapes were `found` are those of the model `config`."""
     expected = {copy.source: copy.shape for copy in copies}
-    for name, shape in expected.items():
-        if name not in found:
-            raise UserError(f"The official parameters lack {name!r}.")
-        if found[name] != shape:
-            raise UserError(f"{name!r} has shape {found[name]}; the configuration requires {shape}.")
-    # The official model also has the weights of norms that are switched off.
-    off = [_BLOCKS, _PRIME] if not (config.pre_norm and config.post_norm and config.qk_norm) else []
-    unknown = sorted(
-        name
-        for name in found.keys() - expected.keys()
-        if not (name.endswith("norm.weight") and name.startswith(tuple(off)))
-    )
+    unknown = require_shapes(found, expected, "The official checkpoint")
+    if not (config.pre_norm and config.post_norm and config.qk_norm):
+        # The official model also has the weights of norms that are switched off.
+        norms = (name for name in unknown if name.startswith((_BLOCKS, _PRIME)) and name.endswith("norm.weight"))
+        unknown = sorted({*unknown} - {*norms})
     if unknown:
-        raise UserError(f"Unknown official parameters: {', '.join(unknown)}.")
+        raise UserError(f"The official checkpoint has unknown parameters: {', '.join(unknown)}.")
     sizes = Counter[str]()
     for copy in copies:
         sizes[copy.target] += math.prod(copy.shape if copy.layer is None else copy.shape[1:])
@@ -148,8 +141,8 @@ def require_shapes(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayC
     others = sorted(name for name in ours.keys() | sizes.keys() if ours.get(name) != sizes.get(name))
     if others:
         raise UserError(
-            f"No official model has such a {others[0]}: they have attention in all blocks, no biases, and in the blocks "
-            "of the suffix a fast and then a static MLP of the same width; change the settings that say otherwise."
+            f"No official model has such a {others[0]}: all blocks have attention without biases, and in the suffix "
+            "a fast and then a static MLP of the same width; change the settings that say otherwise."
         )
 
 
@@ -216,7 +209,7 @@ def convert_from_official(
     shapes = {name: array.shape for name, array in arrays.items()}
     config = official_config(shapes, preset_name, settings)
     copies = array_copies(config)
-    require_shapes(shapes, copies, config)
+    check_arrays(shapes, copies, config)
     loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
     if loaded is not None and loaded.vocab_size != config.vocab_size:
         raise UserError(
@@ -278,7 +271,7 @@ def official_config(
         found = ", ".join(f"{name} {from_shapes[name]}" for name in differing)
         configured = ", ".join(str(getattr(model, name)) for name in differing)
         raise UserError(
-            f"The checkpoint has {found}, where the configuration has {configured}; name another preset or other values."
+            f"The checkpoint has {found}, where the configuration has {configured}; name another preset or values."
         )
     return model
 

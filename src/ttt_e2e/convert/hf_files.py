@@ -71,14 +71,6 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
         raise _not_found(name, error) from error
 
 
-def _not_found(name: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(
-        f"{name} is not a folder here, is not complete in the Hugging Face cache and could not be downloaded "
-        f"({reason}); check the name and the connection."
-    )
-
-
 def find_config(path_or_name: str | Path) -> Path:
     """The config.json of a checkpoint, given that file, its folder or its name on Hugging Face.
 
@@ -96,6 +88,14 @@ def find_config(path_or_name: str | Path) -> Path:
         return Path(hf_hub_download(name, CONFIG))
     except Exception as error:  # as in find_checkpoint
         raise _not_found(name, error) from error
+
+
+def _not_found(name: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{name} is not a folder here, is not complete in the Hugging Face cache and could not be downloaded "
+        f"({reason}); check the name and the connection."
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

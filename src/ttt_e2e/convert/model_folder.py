@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 from ttt_e2e.model.checkpoint import WEIGHTS, write_config
 from ttt_e2e.model.transformer import Transformer
@@ -31,6 +32,28 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Transformer(config)
     return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
+def require_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> list[str]:
+    """Raise UserError unless a checkpoint has tensors of the `expected` shapes; returns the names of all others.
+
+    where: the checkpoint, as the subject of a sentence.
+    """
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        more = " and more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{where} lacks {', '.join(missing[:3])}{more}, which its configuration requires; use a complete copy."
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(
+                f"{where} has {name} of shape {list(found[name])}, but the configuration requires {list(shape)}; use a "
+                "checkpoint and a configuration that belong together."
+            )
+    return sorted(set(found) - set(expected))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path, write_text
+from ttt_e2e.files import atomic_path, read_json, write_text
 
 FORMAT_VERSION = 1
 _ZARR_SAMPLE = 1 << 20
@@ -117,9 +117,11 @@ class TokenSet:
         meta.json.
         """
         folder = Path(folder)
-        meta = _read_json(folder / "meta.json", folder)
-        if not isinstance(meta, dict) or "splits" not in meta:
-            raise UserError(f"{folder} does not hold prepared tokens; write it with `ttt-e2e prepare`.")
+        if (folder / "progress.json").exists() and not (folder / "meta.json").exists():
+            raise UserError(f"{folder} is unfinished; run the same `ttt-e2e prepare` again to complete it.")
+        if not (folder / "meta.json").is_file():
+            raise UserError(f"{folder} is not a folder of prepared tokens; write it with `ttt-e2e prepare`.")
+        meta = read_json(folder / "meta.json")
         if meta.get("version") != FORMAT_VERSION:
             raise UserError(
                 f"{folder} has tokens of format version {meta.get('version')}, and this ttt-e2e reads version "
@@ -133,7 +135,7 @@ class TokenSet:
         arrays, names, lengths = [], [], []
         for shard in shards:
             path = folder / f"{shard['name']}.bin"
-            index = _read_json(path.with_suffix(".json"), folder)
+            index = read_json(path.with_suffix(".json"))
             size = path.stat().st_size if path.exists() else None
             if size is None:
                 raise UserError(f"{path} is missing; prepare {folder} anew.")
@@ -255,16 +257,3 @@ def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> TokenS
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _read_json(path: Path, folder: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder of prepared tokens; run `ttt-e2e prepare`.") from error
-        if path.name == "meta.json" and (folder / "progress.json").exists():
-            raise UserError(f"{folder} is unfinished; run the same `ttt-e2e prepare` again to complete it.") from error
-        raise UserError(f"{path} is missing; write {folder} with `ttt-e2e prepare`.") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); prepare {folder} anew.") from error
