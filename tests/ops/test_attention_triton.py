@@ -56,8 +56,8 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_both_orders(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths of a few blocks of 16, none of which they divide."""
-    small = tuning.TritonBlocks(16, 16, 1, 1)
-    monkeypatch.setattr(tuning, "TRITON_FLOAT32", {16: small})
+    small = (16, 16, 1, 1)
+    monkeypatch.setattr(tuning, "TRITON_FLOAT32", (small,))
     queries, keys, window, own = CASES[case].values()
     q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
     abc = directions(q, k, own)
@@ -71,8 +71,8 @@ def test_both_orders(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_slots(
     queries: int, keys: int, own: int, window: int | None, empty: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = tuning.TritonBlocks(16, 16, 1, 1)
-    monkeypatch.setattr(tuning, "TRITON_FLOAT32", {16: small})
+    small = (16, 16, 1, 1)
+    monkeypatch.setattr(tuning, "TRITON_FLOAT32", (small,))
     q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
     abc = directions(q, k, own)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
@@ -87,8 +87,8 @@ def test_blocks(
     queries: int, keys: int, own: int, window: int | None, block_t: int, block_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of different sizes, some of which every query sees whole."""
-    blocks = tuning.TritonBlocks(block_t, block_s, 4, 1)
-    monkeypatch.setattr(tuning, "TRITON_FLOAT32", {16: blocks})
+    blocks = (block_t, block_s, 4, 1)
+    monkeypatch.setattr(tuning, "TRITON_FLOAT32", (blocks,))
     q, k, v, do = inputs(1, (1, 1), queries, keys, 16, dtype=torch.float32, device=DEVICE)
     abc = directions(q, k, own)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]

@@ -17,8 +17,8 @@ from ttt_e2e.ops.linear_cross_entropy import (
     cross_entropy_forward,
     linear_cross_entropy,
     operators,
-    tiled,
 )
+from ttt_e2e.ops.linear_cross_entropy.tiled import Tiled, chunk_sizes
 
 IMPLEMENTATIONS = ("reference", "tiled")
 
@@ -198,17 +198,17 @@ def test_tiled_holds_few_logits() -> None:
     x, weight, targets = draw(tokens, width, vocabulary, dtype=torch.float32)
     x, weight, a, c = x.detach(), weight.detach(), torch.randn_like(x), torch.randn_like(weight)
     with Largest() as largest:  # over what the operators do: inside them, below autograd
-        nll, lse = tiled.forward(x, weight, targets, tiled.FUNCTIONS)
-        tiled.backward(x, weight, targets, lse, nll, True, tiled.FUNCTIONS)
+        nll, lse = Tiled().forward(x, weight, targets)
+        Tiled().backward(x, weight, targets, lse, nll, True)
         assert largest.numel == 2**16
-        tiled.double_backward(x, weight, targets, lse, nll, a, c, tiled.FUNCTIONS)
+        Tiled().double_backward(x, weight, targets, lse, nll, a, c)
     assert largest.numel == 2**16 < tokens * vocabulary / 200
 
 
 @settings(max_examples=200, deadline=None)
 @given(tokens=st.integers(0, 10**6), vocabulary=st.integers(1, 10**6), logits=st.integers(1, 2**25))
 def test_chunk_sizes(tokens: int, vocabulary: int, logits: int) -> None:
-    n, v = tiled.chunk_sizes(tokens, vocabulary, logits)
+    n, v = chunk_sizes(tokens, vocabulary, logits)
     assert n >= 1 and v >= 1 and n * v <= logits
     if tokens * vocabulary >= logits >= 2**10:  # what there is to spend is spent
         assert min(n, tokens) * min(v, vocabulary) > logits / 4
@@ -239,7 +239,7 @@ def test_targets_outside() -> None:
 
 def test_auto_takes_the_reference_for_few_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, targets = draw(4, 3, 7)
-    monkeypatch.delattr(tiled, "forward")
+    monkeypatch.delattr(Tiled, "forward")
     linear_cross_entropy(x, weight, targets)
     monkeypatch.setattr(tuning, "REFERENCE_LOGITS", 4 * 7 - 1)
     with pytest.raises(AttributeError, match="forward"):

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention import sdpa, tiled
+from ttt_e2e.ops.attention.mask import KeyView
 from ttt_e2e.ops.attention.operators import (
     attention_backward,
     attention_double_backward,
@@ -294,10 +295,11 @@ def test_linear_memory(queries: int, keys: int, window: int | None) -> None:
     """No tensor is larger than the inputs or a tile, at any of the three levels."""
     q, k, v, do = (x.detach() for x in inputs(1, (2, 1), queries, keys, 16, dtype=torch.float32))
     abc = directions(q, k, queries)
+    view = KeyView(window or keys, num_new_keys=queries)
     with Largest() as largest:
-        o, lse = tiled.forward(q, k, v, window or keys)
-        tiled.backward(q, k, v, o, lse, do, queries, window or keys)
-        tiled.double_backward(q, k, v, o, lse, do, *abc, queries, window or keys)
+        o, lse = tiled.forward(q, k, v, view)
+        tiled.backward(q, k, v, o, lse, do, view)
+        tiled.double_backward(q, k, v, o, lse, do, *abc, view)
     assert largest.elements <= max(k.numel(), q.numel(), 2 * tuning.TILE_QUERIES * tuning.TILE_KEYS)
 
 

@@ -1,7 +1,9 @@
-"""When a library's CUDA kernel computes a mixer, and the errors where it is required but cannot."""
+"""Optional packages whose CUDA kernels compute a mixer's recurrence."""
 
+import functools
+import importlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,46 +12,50 @@ from torch.compiler import is_compiling
 from ttt_e2e.errors import UserError
 
 Kernels = Literal["auto", "torch", "fused"]
-K = TypeVar("K")
 
 
 class KernelLibrary(NamedTuple):
-    """A package with CUDA kernels, the mixer that they compute, and the extra of this package that installs it."""
+    """Functions of a package, the mixer that they compute, and the extra of this package that installs it."""
 
     package: str
-    mixer: str
     extra: str
+    mixer: str
+    module: str
+    functions: tuple[str, ...]
 
-    def check(self, kernels: Kernels, found: object | None) -> None:
-        """Raise UserError if `kernels` requires the package and it was not found."""
-        if kernels == "fused" and found is None:
+    def check(self, kernels: Kernels) -> None:
+        """Raise UserError if `kernels` requires the package and it cannot be imported."""
+        if kernels == "fused" and find_functions(self.module, self.functions) is None:
             raise UserError(
                 f"{self.mixer} with kernels=fused needs {self.package}; install it with "
                 f"pip install 'ttt-e2e[{self.extra}]', or set kernels=auto."
             )
 
-    def choose(self, kernels: Kernels, x: Tensor, find: Callable[[], K | None]) -> K | None:
-        """The kernels that are to compute this for the input x; None for PyTorch.
+    def choose(self, kernels: Kernels, x: Tensor) -> tuple[Callable[..., Any], ...] | None:
+        """The functions if they are to compute the mixer for the input x, None if PyTorch is.
 
-        "auto" takes them for 16-bit inputs on a GPU outside of compiled code: they multiply float32 in TF32, and a
-        compiler cannot trace them. "fused" always takes them, "torch" never.
-
-        Args:
-            kernels: The setting.
-            x: The mixer's input.
-            find: Returns the kernels, or None if the package is not installed.
+        "auto" takes them, if they are installed, for 16-bit inputs on a GPU outside of compiled code: they multiply
+        float32 in TF32, and a compiler cannot trace them. "fused" always takes them, "torch" never.
 
         Raises:
-            UserError: If they are required and the package is not installed or x is not on a GPU.
+            UserError: If kernels is "fused" and the package is not installed or x is not on a GPU.
         """
-        if kernels == "fused":
-            found = find()
-            self.check(kernels, found)
-            if not x.is_cuda:
-                raise UserError(
-                    f"{self.mixer} with kernels=fused runs on a GPU only, but its input is on {x.device.type}; move "
-                    "the model and its input to a GPU, or set kernels=auto."
-                )
-            return found
+        self.check(kernels)
+        if kernels == "fused" and not x.is_cuda:
+            raise UserError(
+                f"{self.mixer} with kernels=fused runs on a GPU only, but its input is on {x.device.type}; move "
+                "the model and its input to a GPU, or set kernels=auto."
+            )
         fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not is_compiling()
-        return find() if kernels == "auto" and fits else None
+        wanted = kernels == "fused" or (kernels == "auto" and fits)
+        return find_functions(self.module, self.functions) if wanted else None
+
+
+@functools.cache
+def find_functions(module: str, names: tuple[str, ...]) -> tuple[Callable[..., Any], ...] | None:
+    """The functions of a module by name; None if it is not installed, cannot be imported or does not have them."""
+    try:
+        found = importlib.import_module(module)
+        return tuple(getattr(found, name) for name in names)
+    except (ImportError, AttributeError):
+        return None

@@ -1,7 +1,5 @@
 """Thresholds and tile sizes of the operators, each with the measurement behind it."""
 
-from typing import NamedTuple
-
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 # Up to this many scores (B H T S), by type of device, `inner_loop_attention` keeps them and computes nothing again: 64
@@ -22,62 +20,18 @@ REFERENCE_SCORES = 2**15
 TILE_QUERIES = 256
 TILE_KEYS = 512
 
-
-class TritonBlocks(NamedTuple):
-    """Queries and keys of a block of a Triton kernel, and the warps and pipeline stages of its programs."""
-
-    block_t: int
-    block_s: int
-    num_warps: int
-    num_stages: int
-
-
-# By head dimension, for 16-bit inputs: the largest blocks that fit an H100's registers (255 a thread) and shared
-# memory, by the compiler's report. Row programs hold one accumulator [block_t, K], column programs two [block_s, K],
-# and the double backward four tiles of scores besides.
-TRITON_FORWARD = {
-    16: TritonBlocks(128, 64, 4, 3),
-    32: TritonBlocks(128, 64, 4, 3),
-    64: TritonBlocks(128, 64, 4, 3),
-    128: TritonBlocks(128, 64, 8, 3),
-    256: TritonBlocks(64, 64, 8, 2),
-}
-TRITON_BACKWARD_ROWS = {
-    16: TritonBlocks(64, 64, 4, 3),
-    32: TritonBlocks(64, 64, 4, 3),
-    64: TritonBlocks(64, 64, 4, 3),
-    128: TritonBlocks(64, 64, 4, 2),
-    256: TritonBlocks(64, 32, 8, 2),
-}
-TRITON_BACKWARD_COLUMNS = {
-    16: TritonBlocks(64, 64, 4, 2),
-    32: TritonBlocks(64, 64, 4, 2),
-    64: TritonBlocks(64, 64, 4, 2),
-    128: TritonBlocks(64, 128, 8, 2),
-    256: TritonBlocks(32, 64, 8, 1),
-}
-TRITON_DOUBLE_BACKWARD_ROWS = {
-    16: TritonBlocks(64, 64, 4, 3),
-    32: TritonBlocks(64, 64, 4, 3),
-    64: TritonBlocks(64, 64, 4, 2),
-    128: TritonBlocks(64, 64, 8, 2),
-    256: TritonBlocks(32, 32, 8, 1),
-}
-TRITON_DOUBLE_BACKWARD_COLUMNS = {
-    16: TritonBlocks(64, 64, 4, 2),
-    32: TritonBlocks(64, 64, 4, 2),
-    64: TritonBlocks(64, 128, 8, 2),
-    128: TritonBlocks(32, 128, 8, 2),
-    256: TritonBlocks(32, 16, 8, 1),
-}
-# Float32 takes twice the memory and three products for one: every kernel gets the same small blocks.
-TRITON_FLOAT32 = {
-    16: TritonBlocks(32, 32, 4, 1),
-    32: TritonBlocks(32, 32, 4, 1),
-    64: TritonBlocks(32, 16, 4, 1),
-    128: TritonBlocks(32, 16, 8, 1),
-    256: TritonBlocks(16, 16, 8, 1),
-}
+# Blocks of the Triton kernels as (queries, keys, warps, pipeline stages), by head dimension. In 16 bits: the largest
+# that fit an H100's registers (255 a thread) and shared memory, by the compiler's report. Row programs hold one
+# accumulator [queries, K], column programs two [keys, K], and the double backward four tiles of scores besides. Float32
+# takes twice the memory and three products for one: every kernel gets the same small blocks.
+TritonBlocks = tuple[int, int, int, int]
+TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
+TRITON_FORWARD = ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2))
+TRITON_BACKWARD_ROWS = ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2))
+TRITON_BACKWARD_COLUMNS = ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 1))
+TRITON_DOUBLE_BACKWARD_ROWS = ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1))
+TRITON_DOUBLE_BACKWARD_COLUMNS = ((64, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 16, 8, 1))
+TRITON_FLOAT32 = ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1))
 
 # -- linear cross-entropy ----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from ttt_e2e.model.counting import product_operations
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
-from ttt_e2e.ops.gated_delta_rule import check_kernels, gated_delta_rule
+from ttt_e2e.ops.gated_delta_rule import LIBRARY, gated_delta_rule
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
 
@@ -46,7 +46,7 @@ class GatedDeltaNet(Mixer):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        check_kernels(config.gated_deltanet.kernels)
+        LIBRARY.check(config.gated_deltanet.kernels)
         self.kernels, self.norm_eps = config.gated_deltanet.kernels, config.rms_norm_eps
         self.heads = config.num_attention_heads
         self.value_heads = config.gated_deltanet.expand_v * self.heads

@@ -22,7 +22,7 @@ from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm
 from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
-from ttt_e2e.ops.ssd import check_kernels, ssd
+from ttt_e2e.ops.ssd import LIBRARY, ssd
 
 # The released code's initial values: -a uniform, dt log-uniform but at least DT_FLOOR.
 A_RANGE = (1.0, 16.0)
@@ -48,7 +48,7 @@ class Mamba2(Mixer):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        check_kernels(config.mamba2.kernels)
+        LIBRARY.check(config.mamba2.kernels)
         self.config = config
         self.heads, self.groups = config.mamba2.expand * config.num_attention_heads, config.mamba2.n_groups
         self.inner = config.mamba2.expand * config.hidden_size

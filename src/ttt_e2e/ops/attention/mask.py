@@ -1,7 +1,17 @@
 """Which keys a query of causal attention may see."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class KeyView(NamedTuple):
+    """What the queries of one call see of the S keys, and which keys are variables of the inner loss."""
+
+    window: int  # number of keys that a query sees, its own included, at most S
+    num_empty_slots: Tensor | None = None  # how many of the first keys hold nothing, a 0-dim integer tensor
+    num_new_keys: int = 0  # N: the last N keys are variables, those before are constants
 
 
 def causal_window_mask(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ttt_e2e.ops import HAS_TRITON, tuning
 from ttt_e2e.ops.attention import reference, tiled
+from ttt_e2e.ops.attention.mask import KeyView
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
@@ -78,7 +79,7 @@ def attention_forward(
     `num_empty_slots`: how many of the first keys hold nothing and are seen by no query, a 0-dim integer tensor (None:
     no such keys). It is a tensor so that a captured graph can be run again while a cache of fixed size fills up.
     """
-    return _choose(implementation, q, k).forward(q, k, v, _clamp(window, k), num_empty_slots)
+    return _choose(implementation, q, k).forward(q, k, v, _view(k, window, num_empty_slots))
 
 
 @torch.library.custom_op("ttt_e2e::attention_backward", mutates_args=())
@@ -99,8 +100,8 @@ def attention_backward(
     `o` and `lse` are what `attention_forward` returned for q, k, v and window. Differentiable once more, in q, k, v and
     do. The effect of o and lse as functions of q, k and v is contained in that derivative, so they take no gradient.
     """
-    chosen = _choose(implementation, q, k)
-    return chosen.backward(q, k, v, o, lse, do, num_new_keys, _clamp(window, k), num_empty_slots)
+    view = _view(k, window, num_empty_slots, num_new_keys)
+    return _choose(implementation, q, k).backward(q, k, v, o, lse, do, view)
 
 
 @torch.library.custom_op("ttt_e2e::attention_double_backward", mutates_args=())
@@ -112,8 +113,8 @@ def attention_double_backward(
     lse: Tensor,
     do: Tensor,
     a: Tensor,
-    b_new: Tensor,
-    c_new: Tensor,
+    b: Tensor,
+    c: Tensor,
     num_new_keys: int,
     window: int | None,
     num_empty_slots: Tensor | None,
@@ -124,15 +125,13 @@ def attention_double_backward(
     a [B, H, T, K] and b, c [B, G, N, K] are the gradients of what `attention_backward` returned. gk and gv cover all
     keys, the cached ones included. Not differentiable.
     """
-    chosen = _choose(implementation, q, k)
-    return chosen.double_backward(
-        q, k, v, o, lse, do, a, b_new, c_new, num_new_keys, _clamp(window, k), num_empty_slots
-    )
+    view = _view(k, window, num_empty_slots, num_new_keys)
+    return _choose(implementation, q, k).double_backward(q, k, v, o, lse, do, a, b, c, view)
 
 
-def _clamp(window: int | None, k_BGSK: Tensor) -> int:
-    """The window, at most the number of keys."""
-    return k_BGSK.shape[2] if window is None else min(window, k_BGSK.shape[2])
+def _view(k_BGSK: Tensor, window: int | None, num_empty_slots: Tensor | None, num_new_keys: int = 0) -> KeyView:
+    num_keys = k_BGSK.shape[2]
+    return KeyView(num_keys if window is None else min(window, num_keys), num_empty_slots, num_new_keys)
 
 
 def _choose(implementation: str, q_BHTK: Tensor, k_BGSK: Tensor) -> Any:
@@ -204,10 +203,10 @@ def _save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, num_empty_slots)
 
 
-def _differentiate_backward(ctx: Any, a: Tensor, b_new: Tensor, c_new: Tensor) -> tuple:
+def _differentiate_backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> tuple:
     *tensors, num_empty_slots = ctx.saved_tensors
     settings = (ctx.num_new_keys, ctx.window, num_empty_slots, ctx.implementation)
-    gq, gk, gv, gdo = attention_double_backward(*tensors, a, b_new, c_new, *settings)
+    gq, gk, gv, gdo = attention_double_backward(*tensors, a, b, c, *settings)
     return gq, gk, gv, None, None, gdo, None, None, None, None
 
 

@@ -19,60 +19,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_e2e.ops.attention.mask import hidden_keys
+from ttt_e2e.ops.attention.mask import KeyView, hidden_keys
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, num_empty_slots: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Tensor]:
     """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
     q_BHTK, k_BHSK, v_BHSK = _widen(q, k, v)
-    scores_BHTS = _scores(q_BHTK, k_BHSK, window, num_empty_slots)
+    scores_BHTS = _scores(q_BHTK, k_BHSK, view)
     return (scores_BHTS.softmax(-1) @ v_BHSK).to(q.dtype), scores_BHTS.logsumexp(-1)
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    num_new_keys: int,
-    window: int,
-    num_empty_slots: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
     q_BHTK, k_BHSK, v_BHSK, o_BHTK, do_BHTK = _widen(q, k, v, o, do)
     scale = q.shape[3] ** -0.5
-    p = (_scores(q_BHTK, k_BHSK, window, num_empty_slots) - lse[..., None]).exp()
+    p = (_scores(q_BHTK, k_BHSK, view) - lse[..., None]).exp()
     ds = p * (do_BHTK @ v_BHSK.mT - (do_BHTK * o_BHTK).sum(-1, keepdim=True))
-    dk_BHNK = scale * ds[..., -num_new_keys:].mT @ q_BHTK
-    dv_BHNK = p[..., -num_new_keys:].mT @ do_BHTK
+    dk_BHNK = scale * ds[..., -view.num_new_keys :].mT @ q_BHTK
+    dv_BHNK = p[..., -view.num_new_keys :].mT @ do_BHTK
     return (scale * ds @ k_BHSK).to(q.dtype), _narrow(dk_BHNK, k), _narrow(dv_BHNK, v)
 
 
 def double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    a: Tensor,
-    b_new: Tensor,
-    c_new: Tensor,
-    num_new_keys: int,
-    window: int,
-    num_empty_slots: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, a: Tensor, b: Tensor, c: Tensor, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
-    cached = k.shape[2] - num_new_keys
-    b, c = (F.pad(x, (0, 0, cached, 0)) for x in (b_new, c_new))  # constants have no tangent
+    b, c = (F.pad(x, (0, 0, k.shape[2] - view.num_new_keys, 0)) for x in (b, c))  # constants have no tangent
     q_BHTK, k_BHSK, v_BHSK, o_BHTK, do_BHTK, a_BHTK, b_BHSK, c_BHSK = _widen(q, k, v, o, do, a, b, c)
     scale = q.shape[3] ** -0.5
-    p = (_scores(q_BHTK, k_BHSK, window, num_empty_slots) - lse[..., None]).exp()
+    p = (_scores(q_BHTK, k_BHSK, view) - lse[..., None]).exp()
     ds = p * (do_BHTK @ v_BHSK.mT - (do_BHTK * o_BHTK).sum(-1, keepdim=True))
     x = scale * (a_BHTK @ k_BHSK.mT + q_BHTK @ b_BHSK.mT)
     x = x - (p * x).sum(-1, keepdim=True)
@@ -96,8 +74,8 @@ def _narrow(x_BHSK: Tensor, like_BGSK: Tensor) -> Tensor:
     return x_BHSK.unflatten(1, (like_BGSK.shape[1], -1)).sum(2).to(like_BGSK.dtype)
 
 
-def _scores(q_BHTK: Tensor, k_BHSK: Tensor, window: int, num_empty_slots: Tensor | None) -> Tensor:
+def _scores(q_BHTK: Tensor, k_BHSK: Tensor, view: KeyView) -> Tensor:
     """[B, H, T, S], minus infinity where a query does not see a key."""
     key_S = torch.arange(k_BHSK.shape[2], device=q_BHTK.device)
-    hidden_TS = hidden_keys(key_S[-q_BHTK.shape[2] :], key_S, window, num_empty_slots)
+    hidden_TS = hidden_keys(key_S[-q_BHTK.shape[2] :], key_S, view.window, view.num_empty_slots)
     return (q_BHTK.shape[3] ** -0.5 * q_BHTK @ k_BHSK.mT).masked_fill(hidden_TS, -torch.inf)

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.ops import tuning
-from ttt_e2e.ops.attention.mask import hidden_keys
+from ttt_e2e.ops.attention.mask import KeyView, hidden_keys
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, num_empty_slots: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Tensor]:
     """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
-    rows = _Rows(q, k, window, num_empty_slots)
+    rows = _Rows(q, k, view)
     k_PSK, v_PSK = k.flatten(0, 1), v.flatten(0, 1)
     o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), rows.statistic()
     for block in rows.blocks():
@@ -45,21 +43,16 @@ def forward(
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    num_new_keys: int,
-    window: int,
-    num_empty_slots: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
-    rows = _Rows(q, k, window, num_empty_slots, num_new_keys)
+    rows = _Rows(q, k, view)
     k_PSK, v_PSK = k.flatten(0, 1), v.flatten(0, 1)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk_PNK, dv_PNK = rows.zeros(k_PSK[:, :num_new_keys], k.shape[3]), rows.zeros(v_PSK[:, :num_new_keys], k.shape[3])
+    dk_PNK, dv_PNK = (
+        rows.zeros(k_PSK[:, : view.num_new_keys], k.shape[3]),
+        rows.zeros(v_PSK[:, : view.num_new_keys], k.shape[3]),
+    )
     for block in rows.blocks():
         q_PRK, do_PRK = rows.take(q, block) * rows.scale, rows.take(do, block)
         lse_PR1 = rows.take(lse[..., None], block)
@@ -78,22 +71,11 @@ def backward(
 
 
 def double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    a: Tensor,
-    b_new: Tensor,
-    c_new: Tensor,
-    num_new_keys: int,
-    window: int,
-    num_empty_slots: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, a: Tensor, b: Tensor, c: Tensor, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
-    rows = _Rows(q, k, window, num_empty_slots, num_new_keys)
-    k_PSK, v_PSK, b_PNK, c_PNK = (x.flatten(0, 1) for x in (k, v, b_new, c_new))
+    rows = _Rows(q, k, view)
+    k_PSK, v_PSK, b_PNK, c_PNK = (x.flatten(0, 1) for x in (k, v, b, c))
     gq, gdo = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))
     gk_PSK, gv_PSK = rows.zeros(k_PSK, k.shape[3]), rows.zeros(v_PSK, k.shape[3])
     for block in rows.blocks():
@@ -139,13 +121,11 @@ def double_backward(
 class _Rows:
     """The walk over blocks of queries and keys, and the conversion of [B, H, T, ...] to a block's rows [P, R, ...]."""
 
-    def __init__(
-        self, q_BHTK: Tensor, k_BGSK: Tensor, window: int, num_empty_slots: Tensor | None, num_new_keys: int = 0
-    ):
+    def __init__(self, q_BHTK: Tensor, k_BGSK: Tensor, view: KeyView):
         self.batch, self.heads_q, self.queries, width = q_BHTK.shape
         self.heads_k, self.keys = k_BGSK.shape[1:3]
-        self.window, self.first_key = window, 0 if num_empty_slots is None else int(num_empty_slots)
-        self.cached = self.keys - num_new_keys  # number of constant keys; no block of keys reaches across
+        self.window, self.first_key = view.window, 0 if view.num_empty_slots is None else int(view.num_empty_slots)
+        self.cached = self.keys - view.num_new_keys  # number of constant keys; no block of keys reaches across
         self.offset = self.keys - self.queries  # query i stands at the position of key offset + i
         self.scale = width**-0.5
         self.dtype = accumulation_dtype(q_BHTK.dtype)

@@ -14,6 +14,7 @@ All tensors are contiguous here. Query heads are counted over the batch: head n 
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,72 +22,58 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt_e2e.ops import tuning
+from ttt_e2e.ops.attention.mask import KeyView
+
+
+class _Blocks(NamedTuple):
+    """Queries and keys of a kernel's blocks, and the warps and pipeline stages of its programs."""
+
+    block_t: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, num_empty_slots: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Tensor]:
     """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     o, lse = torch.empty_like(q), _statistic(q)
     blocks = _blocks(tuning.TRITON_FORWARD, q)
-    _launch(_forward_kernel, _row_grid(q, blocks), blocks, q, k, 0, window, num_empty_slots, (q, k, v, o, lse))
+    _launch(_forward_kernel, _row_grid(q, blocks), blocks, q, k, view, (q, k, v, o, lse))
     return o, lse
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    num_new_keys: int,
-    window: int,
-    num_empty_slots: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
     q, k, v, o, lse, do = (x.contiguous() for x in (q, k, v, o, lse, do))
     dq, delta = torch.empty_like(q), _statistic(q)
-    dk, dv = (k.new_empty(*k.shape[:2], num_new_keys, k.shape[3]) for _ in range(2))
-    cached = k.shape[2] - num_new_keys
+    dk, dv = (k.new_empty(*k.shape[:2], view.num_new_keys, k.shape[3]) for _ in range(2))
     rows, columns = _blocks(tuning.TRITON_BACKWARD_ROWS, q), _blocks(tuning.TRITON_BACKWARD_COLUMNS, q)
-    sizes = (q, k, cached, window, num_empty_slots)
-    _launch(_backward_row_kernel, _row_grid(q, rows), rows, *sizes, (q, k, v, o, lse, do, delta, dq))
-    grid = (triton.cdiv(num_new_keys, columns.block_s), k.shape[0] * k.shape[1])
-    _launch(_backward_column_kernel, grid, columns, *sizes, (q, k, v, lse, do, delta, dk, dv))
+    _launch(_backward_row_kernel, _row_grid(q, rows), rows, q, k, view, (q, k, v, o, lse, do, delta, dq))
+    grid = (triton.cdiv(view.num_new_keys, columns.block_s), k.shape[0] * k.shape[1])
+    _launch(_backward_column_kernel, grid, columns, q, k, view, (q, k, v, lse, do, delta, dk, dv))
     return dq, dk, dv
 
 
 def double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    a: Tensor,
-    b_new: Tensor,
-    c_new: Tensor,
-    num_new_keys: int,
-    window: int,
-    num_empty_slots: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, a: Tensor, b: Tensor, c: Tensor, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
-    q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (q, k, v, o, lse, do, a, b_new, c_new))
+    q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (q, k, v, o, lse, do, a, b, c))
     gq, gdo, gk, gv = (torch.empty_like(x) for x in (q, q, k, v))
     delta, mean, w = (_statistic(q) for _ in range(3))
-    cached = k.shape[2] - num_new_keys
     rows, columns = _blocks(tuning.TRITON_DOUBLE_BACKWARD_ROWS, q), _blocks(tuning.TRITON_DOUBLE_BACKWARD_COLUMNS, q)
-    sizes = (q, k, cached, window, num_empty_slots)
     row_tensors = (q, k, v, o, lse, do, a, b, c, delta, mean, w, gq, gdo)
-    _launch(_double_backward_row_kernel, _row_grid(q, rows), rows, *sizes, row_tensors)
-    count = triton.cdiv(cached, columns.block_s) + triton.cdiv(num_new_keys, columns.block_s)
-    grid = (count, k.shape[0] * k.shape[1])
+    _launch(_double_backward_row_kernel, _row_grid(q, rows), rows, q, k, view, row_tensors)
+    cached_and_new = (k.shape[2] - view.num_new_keys, view.num_new_keys)
+    grid = (sum(triton.cdiv(count, columns.block_s) for count in cached_and_new), k.shape[0] * k.shape[1])
     column_tensors = (q, k, v, lse, do, a, b, c, delta, mean, w, gk, gv)
-    _launch(_double_backward_column_kernel, grid, columns, *sizes, column_tensors)
+    _launch(_double_backward_column_kernel, grid, columns, q, k, view, column_tensors)
     return gq, gk, gv, gdo
 
 
@@ -95,8 +82,10 @@ def _statistic(q_BHTK: Tensor) -> Tensor:
     return q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
 
 
-def _blocks(table: dict[int, tuning.TritonBlocks], q_BHTK: Tensor) -> tuning.TritonBlocks:
-    return (tuning.TRITON_FLOAT32 if q_BHTK.dtype == torch.float32 else table)[_padded(q_BHTK)]
+def _blocks(table: tuple[tuning.TritonBlocks, ...], q_BHTK: Tensor) -> _Blocks:
+    """The entry of a table of `tuning` for these queries."""
+    table = tuning.TRITON_FLOAT32 if q_BHTK.dtype == torch.float32 else table
+    return _Blocks(*table[tuning.TRITON_HEAD_DIMS.index(_padded(q_BHTK))])
 
 
 def _padded(q_BHTK: Tensor) -> int:
@@ -104,19 +93,17 @@ def _padded(q_BHTK: Tensor) -> int:
     return max(16, triton.next_power_of_2(q_BHTK.shape[3]))
 
 
-def _row_grid(q_BHTK: Tensor, blocks: tuning.TritonBlocks) -> tuple[int, int]:
+def _row_grid(q_BHTK: Tensor, blocks: _Blocks) -> tuple[int, int]:
     return triton.cdiv(q_BHTK.shape[2], blocks.block_t), q_BHTK.shape[0] * q_BHTK.shape[1]
 
 
 def _launch(
     kernel: triton.JITFunction,
     grid: tuple[int, int],
-    blocks: tuning.TritonBlocks,
+    blocks: _Blocks,
     q_BHTK: Tensor,
     k_BGSK: Tensor,
-    cached: int,
-    window: int,
-    num_empty_slots: Tensor | None,
+    view: KeyView,
     tensors: tuple[Tensor, ...],
 ) -> None:
     """Run a kernel: each takes its tensors, then these sizes and settings."""
@@ -125,11 +112,11 @@ def _launch(
     with torch.cuda.device_of(q_BHTK):
         kernel[grid](
             *tensors,
-            q_BHTK.new_zeros((), dtype=torch.int32) if num_empty_slots is None else num_empty_slots,
+            q_BHTK.new_zeros((), dtype=torch.int32) if view.num_empty_slots is None else view.num_empty_slots,
             q_BHTK.shape[2],
             k_BGSK.shape[2],
-            cached,
-            window,
+            k_BGSK.shape[2] - view.num_new_keys,
+            view.window,
             q_BHTK.shape[3] ** -0.5,
             SHARE=q_BHTK.shape[1] // k_BGSK.shape[1],
             K=q_BHTK.shape[3],

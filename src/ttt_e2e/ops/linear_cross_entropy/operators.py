@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ttt_e2e.ops import HAS_TRITON, tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype
-from ttt_e2e.ops.linear_cross_entropy import reference, tiled
+from ttt_e2e.ops.linear_cross_entropy import reference
+from ttt_e2e.ops.linear_cross_entropy.tiled import Tiled
 
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
 
@@ -61,10 +62,7 @@ def cross_entropy_forward(
 
     The logsumexp takes no gradient. Arguments as in `linear_cross_entropy`, unchecked.
     """
-    functions = _choose(implementation, x_ND, weight_VD)
-    if functions is None:
-        return reference.forward(x_ND, weight_VD, targets_N)
-    return tiled.forward(x_ND, weight_VD, targets_N, functions)
+    return _choose(implementation, x_ND, weight_VD).forward(x_ND, weight_VD, targets_N)
 
 
 @torch.library.custom_op("ttt_e2e::cross_entropy_backward", mutates_args=())
@@ -78,10 +76,8 @@ def cross_entropy_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of sum(g * losses) in x [N, D] and in weight [V, D], the latter an empty tensor if not needed."""
-    functions = _choose(implementation, x_ND, weight_VD)
-    if functions is None:
-        return reference.backward(x_ND, weight_VD, targets_N, lse_N, g_N, need_weight)
-    return tiled.backward(x_ND, weight_VD, targets_N, lse_N, g_N, need_weight, functions)
+    chosen = _choose(implementation, x_ND, weight_VD)
+    return chosen.backward(x_ND, weight_VD, targets_N, lse_N, g_N, need_weight)
 
 
 @torch.library.custom_op("ttt_e2e::cross_entropy_double_backward", mutates_args=())
@@ -96,10 +92,8 @@ def cross_entropy_double_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of <dx, a> + <dweight, c> in x [N, D], weight [V, D] and g [N]; an empty c stands for zeros."""
-    functions = _choose(implementation, x_ND, weight_VD)
-    if functions is None:
-        return reference.double_backward(x_ND, weight_VD, targets_N, lse_N, g_N, a_ND, c_VD)
-    return tiled.double_backward(x_ND, weight_VD, targets_N, lse_N, g_N, a_ND, c_VD, functions)
+    chosen = _choose(implementation, x_ND, weight_VD)
+    return chosen.double_backward(x_ND, weight_VD, targets_N, lse_N, g_N, a_ND, c_VD)
 
 
 def _check_implementation(implementation: str, device: str) -> None:
@@ -111,16 +105,15 @@ def _check_implementation(implementation: str, device: str) -> None:
         raise ValueError(f"implementation 'triton' needs tensors on a CUDA device, not on {device}")
 
 
-def _choose(implementation: str, x_ND: Tensor, weight_VD: Tensor) -> tiled.ChunkFunctions | None:
-    """What the walk over chunks calls between the matrix products; None for the reference."""
+def _choose(implementation: str, x_ND: Tensor, weight_VD: Tensor) -> Any:
+    """What has the `forward`, `backward` and `double_backward` that serve these tensors."""
     _check_implementation(implementation, x_ND.device.type)
-    if implementation == "auto" and x_ND.shape[0] * weight_VD.shape[0] <= tuning.REFERENCE_LOGITS:
-        implementation = "reference"
-    if implementation == "auto":
-        implementation = "triton" if x_ND.is_cuda and HAS_TRITON else "tiled"
-    if implementation == "reference":
-        return None
-    return _triton().FUNCTIONS if implementation == "triton" else tiled.FUNCTIONS
+    few = x_ND.shape[0] * weight_VD.shape[0] <= tuning.REFERENCE_LOGITS
+    if implementation == "reference" or (implementation == "auto" and few):
+        return reference
+    if implementation == "triton" or (implementation == "auto" and x_ND.is_cuda and HAS_TRITON):
+        return _triton().TritonTiled()
+    return Tiled()
 
 
 def _triton() -> Any:

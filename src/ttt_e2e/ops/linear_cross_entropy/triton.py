@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""`tiled.ChunkFunctions` in Triton: each reads a chunk of logits once and writes in its place.
+"""`Tiled` with the work between its matrix products in Triton: each kernel reads a chunk once and writes in its place.
 
 The matrix products stay with cuBLAS. A kernel has one program per row of a chunk, which goes over the row in blocks.
 Logits come in the dtype of the products, and all arithmetic is in that of the statistics, float32 or float64. `WIDTH`,
@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt_e2e.ops import tuning
-from ttt_e2e.ops.linear_cross_entropy.tiled import ChunkFunctions
+from ttt_e2e.ops.linear_cross_entropy.tiled import Tiled
 
 
 @triton.jit
-def _fold_in_kernel(z_ptr, at_ptr, lse_ptr, target_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _add_to_lse_kernel(z_ptr, at_ptr, lse_ptr, target_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     dtype = lse_ptr.dtype.element_ty
     z_ptr += row * WIDTH
@@ -49,7 +49,7 @@ def _gradient_kernel(z_ptr, at_ptr, lse_ptr, g_ptr, WIDTH: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _average_kernel(
+def _add_to_mean_kernel(
     z_ptr, tangent_ptr, at_ptr, lse_ptr, mean_ptr, target_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0)
@@ -69,7 +69,9 @@ def _average_kernel(
 
 
 @triton.jit
-def _tangent_kernel(z_ptr, tangent_ptr, at_ptr, lse_ptr, g_ptr, mean_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _gradient_and_tangent_kernel(
+    z_ptr, tangent_ptr, at_ptr, lse_ptr, g_ptr, mean_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0)
     z_ptr += row * WIDTH
     tangent_ptr += row * WIDTH
@@ -86,34 +88,37 @@ def _tangent_kernel(z_ptr, tangent_ptr, at_ptr, lse_ptr, g_ptr, mean_ptr, WIDTH:
         tl.store(tangent_ptr + column, dz_tangent.to(z_ptr.dtype.element_ty), mask=inside)
 
 
-INTERPRETED = not isinstance(_fold_in_kernel, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(_add_to_lse_kernel, triton.runtime.JITFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: then the kernels run on the CPU, for tests."""
+
+
+class TritonTiled(Tiled):
+    """`Tiled` with Triton kernels between the matrix products."""
+
+    def add_to_lse(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, target_n: Tensor) -> None:
+        """See `Tiled`."""
+        _launch(_add_to_lse_kernel, z_nv, at_n, lse_n, target_n)
+
+    def gradient(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor) -> Tensor:
+        """See `Tiled`."""
+        _launch(_gradient_kernel, z_nv, at_n, lse_n, g_n.contiguous())  # the gradient of a sum is an expanded scalar
+        return z_nv
+
+    def add_to_mean(
+        self, z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, mean_n: Tensor, target_n: Tensor
+    ) -> None:
+        """See `Tiled`."""
+        _launch(_add_to_mean_kernel, z_nv, tangent_nv, at_n, lse_n, mean_n, target_n)
+
+    def gradient_and_tangent(
+        self, z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor, mean_n: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Tiled`."""
+        _launch(_gradient_and_tangent_kernel, z_nv, tangent_nv, at_n, lse_n, g_n.contiguous(), mean_n)
+        return z_nv, tangent_nv
 
 
 def _launch(kernel, z_nv: Tensor, *tensors: Tensor) -> None:
     rows, width = z_nv.shape
     block = min(triton.next_power_of_2(width), tuning.TRITON_LOGITS_BLOCK)
     kernel[(rows,)](z_nv, *tensors, WIDTH=width, BLOCK=block, num_warps=8)
-
-
-def _fold_in(z_nv: Tensor, at_n: Tensor, lse_n: Tensor, target_n: Tensor) -> None:
-    _launch(_fold_in_kernel, z_nv, at_n, lse_n, target_n)
-
-
-def _gradient(z_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor) -> Tensor:
-    _launch(_gradient_kernel, z_nv, at_n, lse_n, g_n.contiguous())  # the gradient of a sum is an expanded scalar
-    return z_nv
-
-
-def _average(z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, mean_n: Tensor, target_n: Tensor) -> None:
-    _launch(_average_kernel, z_nv, tangent_nv, at_n, lse_n, mean_n, target_n)
-
-
-def _tangent(
-    z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor, mean_n: Tensor
-) -> tuple[Tensor, Tensor]:
-    _launch(_tangent_kernel, z_nv, tangent_nv, at_n, lse_n, g_n.contiguous(), mean_n)
-    return z_nv, tangent_nv
-
-
-FUNCTIONS = ChunkFunctions(_fold_in, _gradient, _average, _tangent)

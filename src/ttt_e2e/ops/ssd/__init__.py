@@ -9,11 +9,6 @@ Shapes: B sequences, T tokens, H heads, P head dimension, G groups of R heads th
 of Q tokens.
 """
 
-import functools
-import importlib
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
 from ttt_e2e.ops import tuning
@@ -21,9 +16,15 @@ from ttt_e2e.ops.kernel_library import KernelLibrary, Kernels
 from ttt_e2e.ops.ssd.chunked import ssd_chunked
 from ttt_e2e.ops.ssd.reference import ssd_reference, ssd_step
 
-__all__ = ["Kernel", "check_kernels", "find_kernel", "ssd", "ssd_reference"]
+__all__ = ["LIBRARY", "ssd", "ssd_reference"]
 
-Kernel = Callable[..., Any]  # mamba-ssm's mamba_chunk_scan_combined
+LIBRARY = KernelLibrary(
+    package="mamba-ssm",
+    extra="mamba",
+    mixer="Mamba 2",
+    module="mamba_ssm.ops.triton.ssd_combined",
+    functions=("mamba_chunk_scan_combined",),
+)
 
 
 def ssd(
@@ -55,35 +56,13 @@ def ssd(
     Raises:
         UserError: If kernels is "fused" and mamba-ssm is not installed or the inputs are not on a GPU.
     """
-    kernel = _kernel_for(x_BTHP, kernels)
+    functions = LIBRARY.choose(kernels, x_BTHP)
     batch, tokens, heads, width = x_BTHP.shape
     if state_BHPN is None:
         state_BHPN = dt_BTH.new_zeros(batch, heads, width, b_BTGN.shape[-1])
     inputs = (x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN)
     if tokens == 1:
         return ssd_step(*inputs, state_BHPN)
-    if kernel is not None:
-        return kernel(*inputs, tuning.SSD_KERNEL_CHUNK, initial_states=state_BHPN, return_final_states=True)
+    if functions is not None:
+        return functions[0](*inputs, tuning.SSD_KERNEL_CHUNK, initial_states=state_BHPN, return_final_states=True)
     return ssd_chunked(*inputs, state_BHPN, chunk)
-
-
-_MAMBA = KernelLibrary("mamba-ssm", "Mamba 2", "mamba")
-
-
-@functools.cache
-def find_kernel() -> Kernel | None:
-    """mamba-ssm's kernel, or None if the package is not installed."""
-    try:
-        return importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    except ImportError:
-        return None
-
-
-def check_kernels(kernels: Kernels) -> None:
-    """Raise UserError if `kernels` requires mamba-ssm and it is not installed."""
-    _MAMBA.check(kernels, find_kernel())
-
-
-def _kernel_for(x: Tensor, kernels: Kernels) -> Kernel | None:
-    """The kernel if it is to compute this."""
-    return _MAMBA.choose(kernels, x, find_kernel)
