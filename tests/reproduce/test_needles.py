@@ -1,4 +1,4 @@
-"""Needles in a haystack: what the examples are, how answers score, and a run that is interrupted."""
+"""Needles in a haystack: the examples, the scores, and runs that are interrupted and continued."""
 
 import json
 import random
@@ -11,12 +11,28 @@ from helpers import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ttt_e2e.data.text import standard_library_document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.session import Diverged, Session
+from ttt_e2e.inference.divergence import Diverged
+from ttt_e2e.inference.session import Session
 from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.reproduce import needles
-from ttt_e2e.reproduce.needles import SENTENCE, ModelReader, Result, ask, cells, make, run_needles, sentences
+from ttt_e2e.reproduce.needles import (
+    ADJECTIVES,
+    MAX_SENTENCE,
+    NOISE,
+    NOUNS,
+    Example,
+    NeedleResult,
+    SessionModel,
+    ask,
+    example_for,
+    make_example,
+    mean_results,
+    run_needles,
+    split_sentences,
+)
 
 STORY = (
     "The lamp had gone out. Nobody in the house could say when! Had it been the wind?\n\n"
@@ -25,8 +41,8 @@ STORY = (
 )
 
 
-def words_tokenizer() -> Tokenizer:
-    """One that is neither byte-level nor lossless."""
+def word_tokenizer() -> Tokenizer:
+    """A tokenizer that is neither byte-level nor lossless."""
     vocabulary = {"[UNK]": 0, "<s>": 1} | {word: i for i, word in enumerate(sorted(set(STORY.split())), 2)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -36,7 +52,7 @@ def words_tokenizer() -> Tokenizer:
 TOKENIZERS = {
     "bytes": Tokenizer.train([STORY], 257),
     "pairs": Tokenizer.train([STORY], 400),
-    "words": words_tokenizer(),
+    "words": word_tokenizer(),
 }
 texts = st.one_of(
     st.just(STORY),
@@ -46,9 +62,9 @@ texts = st.one_of(
 
 
 class Oracle:
-    """It looks the value up in the prompt."""
+    """A model that looks the value up in the prompt."""
 
-    def answer(self, prompt: str, max_tokens: int) -> str:
+    def generate(self, prompt: str, max_tokens: int) -> str:
         key = prompt.rsplit(" of ", 1)[1].removesuffix(" is")
         found = re.search(rf"of {re.escape(key)} is (\S+)\.\s", prompt)
         assert found is not None
@@ -59,12 +75,12 @@ class Oracle:
 
 
 class Guesser:
-    """It writes a value of the right kind."""
+    """A model that writes a random value of the right kind."""
 
     def __init__(self) -> None:
         self.random = random.Random(1)
 
-    def answer(self, prompt: str, max_tokens: int) -> str:
+    def generate(self, prompt: str, max_tokens: int) -> str:
         return f" {self.random.randrange(10**6, 10**7)}"
 
     def nll(self, prompt: str, answer: str) -> float | None:
@@ -77,13 +93,13 @@ class Guesser:
 @given(text=texts)
 @settings(max_examples=50, deadline=None)
 def test_sentences_join_to_the_text(text: str) -> None:
-    cut = sentences(text)
+    cut = split_sentences(text)
     assert text.endswith("".join(cut)) and text.strip() in "".join(cut)
-    assert all(0 < len(s) <= SENTENCE for s in cut)
+    assert all(0 < len(s) <= MAX_SENTENCE for s in cut)
 
 
-def test_sentences_end_where_people_end_them() -> None:
-    assert sentences("  \nOne. Two!  Three?\n\nx = 1.5\ny") == ["One. ", "Two!  ", "Three?\n\n", "x = 1.5\n", "y"]
+def test_sentences_end_with_marks_or_lines() -> None:
+    assert split_sentences("  \nOne. Two!  Three?\n\nx = 1.5\ny") == ["One. ", "Two!  ", "Three?\n\n", "x = 1.5\n", "y"]
 
 
 @given(
@@ -95,19 +111,19 @@ def test_sentences_end_where_people_end_them() -> None:
     text=texts,
 )
 @settings(max_examples=60, deadline=None)
-def test_an_example_is_as_long_as_it_may_be_and_holds_one_needle_at_its_depth(
+def test_example_fills_the_context_and_has_one_needle_at_its_depth(
     task: int, kind: str, context: int, depth: float, seed: int, text: str
 ) -> None:
     tokenizer = TOKENIZERS[kind]
     try:
-        example = make(task, tokenizer, context, depth, random.Random(seed), text)
+        example = make_example(task, tokenizer, context, depth, random.Random(seed), text)
     except UserError as error:  # one sentence may have 960 bytes
         assert "too small" in str(error) and context < 1600
         return
     prompt = example.prompt
     # Length: it fits, and another sentence would not.
     count = 1 + len(tokenizer.encode(prompt)) + len(tokenizer.encode(f" {example.answer}"))
-    hay = needles._NOISE if task == 1 else sentences(text)
+    hay = NOISE if task == 1 else split_sentences(text)
     longest = max(len(tokenizer.encode(s)) for s in hay)
     assert count == example.tokens <= context
     assert context - count <= longest + 8
@@ -122,7 +138,7 @@ def test_an_example_is_as_long_as_it_may_be_and_holds_one_needle_at_its_depth(
     first, last = prompt.index("\n\n") + 2, prompt.rindex("\n\n")
     total = last - first - len(needle) - 1
     at = prompt.index(needle) - first
-    assert abs(at - depth / 100 * total) <= SENTENCE / 2 + 200 * (total == 0) + 3 + _blanks(text)
+    assert abs(at - depth / 100 * total) <= MAX_SENTENCE / 2 + 200 * (total == 0) + 3 + _blanks(text)
     # Tokens before it.
     assert example.position == 1 + len(tokenizer.encode(prompt[: prompt.index(needle)]))
 
@@ -132,18 +148,20 @@ def _blanks(text: str) -> int:
     return max((len(run) for run in re.findall(r"\s+", text)), default=0)
 
 
-def test_depths_zero_and_a_hundred_are_the_ends() -> None:
-    first, last = (make(2, TOKENIZERS["pairs"], 700, depth, random.Random(0), STORY).prompt for depth in (0, 100))
+def test_depths_0_and_100_are_the_ends_of_the_text() -> None:
+    first, last = (
+        make_example(2, TOKENIZERS["pairs"], 700, depth, random.Random(0), STORY).prompt for depth in (0, 100)
+    )
     assert first.split("\n\n")[1].startswith("The secret number of")
     question = last.rsplit("\n\n", 1)[1]
     assert question.startswith("Which secret number")
     assert re.search(r"The secret number of \S+ is \d{7}\.\n\nWhich", last)
 
 
-def test_the_seed_decides_and_only_the_seed() -> None:
-    def example(seed: int, **changes: object) -> needles.Example:
+def test_example_depends_on_the_seed_alone() -> None:
+    def example(seed: int, **changes: object) -> Example:
         values = dict(task=2, context=500, depth=25.0, sample=0) | changes
-        return needles.example_of(
+        return example_for(
             values["task"], TOKENIZERS["pairs"], values["context"], values["depth"], values["sample"], seed, STORY
         )
 
@@ -152,61 +170,65 @@ def test_the_seed_decides_and_only_the_seed() -> None:
     assert len({e.answer for e in (example(0), *others)}) == 6
 
 
-def test_a_text_full_of_keys_and_values_is_searched_for_free_ones() -> None:
-    taken = " ".join(f"{a}-{b}." for a in needles._FIRST for b in needles._SECOND if (a, b) != ("opal", "mirror"))
+def test_key_does_not_occur_in_the_haystack() -> None:
+    taken = " ".join(f"{a}-{b}." for a in ADJECTIVES for b in NOUNS if (a, b) != ("opal", "mirror"))
     tokenizer = TOKENIZERS["bytes"]
     for seed in range(3):
         try:
-            assert make(2, tokenizer, 20_000, 50, random.Random(seed), taken).key == "opal-mirror"
+            assert make_example(2, tokenizer, 20_000, 50, random.Random(seed), taken).key == "opal-mirror"
         except UserError as error:
-            assert "full of needles" in str(error)
+            assert "occur in the haystack" in str(error)
 
 
-def test_what_cannot_be_made_is_refused() -> None:
+def test_make_example_rejects_invalid_values() -> None:
     tokenizer, rng = TOKENIZERS["pairs"], random.Random(0)
     with pytest.raises(UserError, match="no needle task 4"):
-        make(4, tokenizer, 500, 50, rng, STORY)
+        make_example(4, tokenizer, 500, 50, rng, STORY)
     with pytest.raises(UserError, match="from 0 to 100"):
-        make(1, tokenizer, 500, 101, rng, STORY)
+        make_example(1, tokenizer, 500, 101, rng, STORY)
     with pytest.raises(UserError, match="give a haystack"):
-        make(2, tokenizer, 500, 50, rng, " \n")
+        make_example(2, tokenizer, 500, 50, rng, " \n")
     with pytest.raises(UserError, match="too small for needle task 3") as error:
-        make(3, tokenizer, 60, 50, rng, STORY)
+        make_example(3, tokenizer, 60, 50, rng, STORY)
     least = int(re.findall(r"take (\d+)", str(error.value))[0])
-    assert make(3, tokenizer, least + SENTENCE, 50, rng, STORY).tokens <= least + SENTENCE
+    assert make_example(3, tokenizer, least + MAX_SENTENCE, 50, rng, STORY).tokens <= least + MAX_SENTENCE
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reader", [Oracle(), Guesser()])
-def test_an_oracle_scores_100_and_a_guess_0(reader: Oracle | Guesser) -> None:
-    tokenizer, results = TOKENIZERS["pairs"], []
+@pytest.mark.parametrize(
+    ("model", "found", "nll"), [(Oracle(), 100.0, 0.0), (Guesser(), 0.0, None)], ids=["oracle", "guesser"]
+)
+def test_oracle_scores_100_and_guesser_0(model: Oracle | Guesser, found: float, nll: float | None) -> None:
+    tokenizer = TOKENIZERS["pairs"]
+    results: list[NeedleResult] = []
     for task in (1, 2, 3):
         for depth in (0.0, 50.0, 100.0):
             for sample in range(3):
-                example = needles.example_of(task, tokenizer, 600, depth, sample, 0, STORY)
-                results.append(Result("it", task, 600, depth, sample, *ask(reader, tokenizer, example)))
-    means = cells(results)
+                example = example_for(task, tokenizer, 600, depth, sample, 0, STORY)
+                answer = ask(model, tokenizer, example)
+                results.append(
+                    {"model": "it", "task": task, "context": 600, "depth": depth, "sample": sample, **answer}
+                )
+    means = mean_results(results)
     assert len(means) == 9
-    assert {(cell.found, cell.samples) for cell in means.values()} == {
-        (100.0 if isinstance(reader, Oracle) else 0.0, 3)
-    }
-    assert {cell.nll for cell in means.values()} == {0.0 if isinstance(reader, Oracle) else None}
+    assert {(mean.found, mean.samples) for mean in means.values()} == {(found, 3)}
+    assert {mean.nll for mean in means.values()} == {nll}
 
 
-def test_a_model_answers_as_a_session_does() -> None:
+def test_session_model_answers_as_a_session_does() -> None:
     tokenizer = TOKENIZERS["pairs"]
     model = small_model(vocab_size=tokenizer.vocab_size, inner_loop__lr=0.01)
-    reader, prompt = ModelReader(model, tokenizer), "The lamp had gone out. Nobody in the house could say"
+    asked, prompt = SessionModel(model, tokenizer), "The lamp had gone out. Nobody in the house could say"
     session = Session(model, tokenizer)
     session.read(prompt)
-    assert reader.answer(prompt, 9) == "".join(session.generate(max_tokens=9, temperature=0.0))
+    assert asked.generate(prompt, 9) == "".join(session.generate(max_tokens=9, temperature=0.0))
     ids = tokenizer.encode(" when")
-    rest = session.fork()
-    losses = [*rest.read(ids), *rest.score_pending()]
-    assert reader.nll(prompt, " when") == pytest.approx(sum(losses[-len(ids) :]) / len(ids))
-    assert reader.nll("The lamp", " when") != reader.nll(prompt, " when")
+    fork = session.fork()
+    losses = [*fork.read(ids), *fork.score_pending()]
+    assert asked.nll(prompt, " when") == pytest.approx(sum(losses[-len(ids) :]) / len(ids))
+    assert asked.nll("The lamp", " when") != asked.nll(prompt, " when")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -216,7 +238,7 @@ def test_a_model_answers_as_a_session_does() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     TOKENIZERS["pairs"].save(folder / "tokenizer.json")
-    kinds = {"ttt-e2e": dict(inner_loop__lr=0.01), "sliding_window": dict(suffix_layers=0, mini_batch_size=None)}
+    kinds = {"ttt-e2e": dict(inner_loop__lr=0.01), "window": dict(suffix_layers=0, mini_batch_size=None)}
     for name, changes in kinds.items():
         model = small_model(vocab_size=TOKENIZERS["pairs"].vocab_size, **changes)
         save_model(model, folder / name, folder / "tokenizer.json")
@@ -230,14 +252,14 @@ def story(tmp_path: Path) -> Path:
     return path
 
 
-ASKED: dict = dict(tasks=(1, 3), contexts=(300, 400), depths=(0, 100), device="cpu", progress=False)
+QUESTIONS: dict = dict(tasks=(1, 3), contexts=(300, 400), depths=(0, 100), device="cpu", progress=False)
 
 
-def test_a_run_writes_its_files_and_goes_on_where_it_was_interrupted(
+def test_interrupted_run_continues_with_the_same_results(
     models: dict[str, Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_needles(tmp_path / "whole", models=models, haystack=story, samples=1, **ASKED)
-    assert len(whole) == 16 and all(result.nll is not None and result.nll > 0 for result in whole)
+    whole = run_needles(tmp_path / "whole", models=models, haystack=story, samples=1, **QUESTIONS)
+    assert len(whole) == 16 and all(result["nll"] is not None and result["nll"] > 0 for result in whole)
     assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == ["needles.json", "needles.md", "needles.png"]
     assert "| ttt-e2e | 3: a UUID in a text | all |" in (tmp_path / "whole" / "needles.md").read_text()
     assert (tmp_path / "whole" / "needles.png").read_bytes().startswith(b"\x89PNG")
@@ -253,46 +275,48 @@ def test_a_run_writes_its_files_and_goes_on_where_it_was_interrupted(
 
     monkeypatch.setattr(needles, "ask", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_needles(tmp_path / "split", models=models, haystack=story, samples=1, **ASKED)
+        run_needles(tmp_path / "split", models=models, haystack=story, samples=1, **QUESTIONS)
     assert len(json.loads((tmp_path / "split" / "needles.json").read_text())["results"]) == 5
-    assert run_needles(tmp_path / "split", models=models, haystack=story, samples=1, **ASKED) == whole
+    assert run_needles(tmp_path / "split", models=models, haystack=story, samples=1, **QUESTIONS) == whole
     assert calls == 17
     for name in ("needles.json", "needles.md"):
         assert (tmp_path / "split" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_more_may_be_asked_but_not_of_another_text_or_model(
+def test_questions_are_added_but_not_for_another_text_or_model(
     models: dict[str, Path], story: Path, tmp_path: Path
 ) -> None:
-    one = {"sliding_window": models["window"]}
-    few = ASKED | dict(tasks=(1,), contexts=(300,))
+    one = {"window": models["window"]}
+    few = QUESTIONS | dict(tasks=(1,), contexts=(300,))
     first = run_needles(tmp_path / "out", models=one, haystack=story, samples=1, **few)
     more = run_needles(tmp_path / "out", models=one, haystack=story, samples=2, **few)
-    assert len(first) == 2 and len(more) == 4 and set(first) < set(more)
+    assert len(first) == 2 and len(more) == 4 and all(result in more for result in first)
     with pytest.raises(UserError, match="another seed"):
         run_needles(tmp_path / "out", models=one, haystack=story, samples=1, seed=1, **few)
     with pytest.raises(UserError, match="another haystack"):
         run_needles(tmp_path / "out", models=one, haystack=None, samples=1, **few)
     with pytest.raises(UserError, match="another model called 'window'"):
-        run_needles(tmp_path / "out", models={"sliding_window": models["ttt-e2e"]}, haystack=story, samples=1, **few)
+        run_needles(tmp_path / "out", models={"window": models["ttt-e2e"]}, haystack=story, samples=1, **few)
 
 
-def test_divergence_counts_as_not_found(
+def test_divergence_is_not_found(
     models: dict[str, Path], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverges(self: Session, tokens: object) -> object:
         raise Diverged("Learning diverged: the loss is inf.", 0)
 
     monkeypatch.setattr(Session, "read", diverges)
-    few = ASKED | dict(tasks=(1,), contexts=(300,))
+    few = QUESTIONS | dict(tasks=(1,), contexts=(300,))
     results = run_needles(tmp_path / "out", models=models, haystack=story, samples=1, **few)
-    assert {(r.found, r.nll, r.diverged) for r in results} == {(False, None, "Learning diverged: the loss is inf.")}
+    assert {(r["found"], r["nll"], r["diverged"]) for r in results} == {
+        (False, None, "Learning diverged: the loss is inf.")
+    }
     assert "| 0 % |" in (tmp_path / "out" / "needles.md").read_text()
 
 
-def test_a_run_that_cannot_be_is_refused_before_it_begins(models: dict[str, Path], story: Path, tmp_path: Path) -> None:
+def test_invalid_run_is_refused_before_it_begins(models: dict[str, Path], story: Path, tmp_path: Path) -> None:
     def refused(match: str, **changes: object) -> None:
-        values = dict(models=models, haystack=story, samples=1) | ASKED | changes
+        values = dict(models=models, haystack=story, samples=1) | QUESTIONS | changes
         with pytest.raises(UserError, match=match):
             run_needles(tmp_path / "out", **values)  # type: ignore[arg-type]
         assert not (tmp_path / "out").exists()
@@ -305,4 +329,21 @@ def test_a_run_that_cannot_be_is_refused_before_it_begins(models: dict[str, Path
     refused("no model folder", models={"a": tmp_path / "none"})
     save_model(small_model(), tmp_path / "bare", None)
     refused("no tokenizer.json", models={"a": tmp_path / "bare"})
-    assert needles.default_haystack().startswith("# file: asyncio")
+    assert standard_library_document().text.startswith("# file: asyncio")  # the default haystack
+
+
+def test_results_of_an_older_version_are_refused(models: dict[str, Path], story: Path, tmp_path: Path) -> None:
+    (tmp_path / "needles.json").write_text('{"seed": 0, "dtype": "float32", "models": {}, "results": []}')
+    with pytest.raises(UserError, match=r"format version 2, .* reads version 3; choose another folder"):
+        run_needles(tmp_path, models=models, haystack=story, samples=1, **QUESTIONS)
+
+
+def test_needles_file_has_these_keys(models: dict[str, Path], story: Path, tmp_path: Path) -> None:
+    few = QUESTIONS | dict(tasks=(1,), contexts=(300,), depths=(0,))
+    run_needles(tmp_path, models=models, haystack=story, samples=1, **few)
+    found = json.loads((tmp_path / "needles.json").read_text())
+    assert (found["format"], found["version"]) == ("ttt-e2e needles", 3)
+    assert sorted(found) == ["dtype", "format", "haystack", "machine", "models", "results", "seed", "version"]
+    assert sorted(found["results"][0]) == [
+        *("context", "depth", "diverged", "found", "model", "nll", "sample", "task", "written"),
+    ]

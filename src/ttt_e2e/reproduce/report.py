@@ -1,4 +1,4 @@
-"""What the finished jobs say, as JSON, as tables and as pictures; a part of them gives a part of the report."""
+"""The report of a comparison: all numbers of the jobs that are done, as JSON, as tables and as pictures."""
 
 import json
 from collections.abc import Mapping
@@ -8,107 +8,103 @@ from typing import Any
 from ttt_e2e import __version__
 from ttt_e2e.files import write_text
 from ttt_e2e.hardware import machine
-from ttt_e2e.model.cost import in_tokens
+from ttt_e2e.reproduce import tables
 from ttt_e2e.reproduce.plan import (
-    Plan,
-    best_sweep,
-    estimates,
+    Comparison,
+    best_rate,
     first_stages,
-    jobs,
-    latency,
+    latency_jobs,
+    read_plan,
     sweep_rates,
-    timed,
-    trained,
+    trained_system,
+    training_jobs,
 )
-from ttt_e2e.reproduce.statistics import Losses, Mean, difference, mean
+from ttt_e2e.reproduce.statistics import Losses, difference, mean
 from ttt_e2e.reproduce.systems import BASELINE, System
 from ttt_e2e.reproduce.workers import result_of
 
 
-def write(plan: Plan, out: Path, troubles: Mapping[str, str]) -> dict[str, Any]:
-    """Write OUT/WHAT.json, OUT/WHAT.md, OUT/WHAT.png and OUT/WHAT-along.png from the results that stand in OUT.
+def write_report(comparison: Comparison, out: Path, problems: Mapping[str, str]) -> None:
+    """Write NAME.json, NAME.md, NAME.png and NAME-by-position.png into `out`, from the results that it has so far.
 
-    troubles: by job folder, why a job could not be done. Returns what the JSON file says.
+    problems: by job, why it could not be done.
     """
-    from ttt_e2e.reproduce.plots import along, comparison  # matplotlib takes its time
+    from ttt_e2e.reproduce import plots  # matplotlib is slow to import
 
-    report = collect(plan, out, troubles)
-    write_text(out / f"{plan.what}.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    write_text(out / f"{plan.what}.md", tables(report))
+    name = comparison.name
+    report = build_report(comparison, out, problems)
+    write_text(out / f"{name}.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(out / f"{name}.md", tables.comparison_tables(report))
     if report["comparison"]:
-        comparison(report, out / f"{plan.what}.png")
-        along(report, out / f"{plan.what}-along.png")
-    return report
+        plots.plot_comparison(report, out / f"{name}.png")
+    if report["by_position"]:
+        plots.plot_by_position(report, out / f"{name}-by-position.png")
 
 
-def collect(plan: Plan, out: Path, troubles: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that is known, as plain values.
+def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str]) -> dict[str, Any]:
+    """All that is known, as plain values.
 
-    systems: label, colour, parameters, the sweep of each, those that others start from among them. evaluations: every
-    finished one, book by book and by position. comparison: for each system and context the mean loss and its difference
-    to the baseline. along: the same by position, at the longest context that the baseline has reached. latency: rows in
-    microseconds per token. failed: what went wrong, by job.
+    Keys:
+        plan: plan.json, without the paths of the data.
+        machine, version: What it was measured on and with.
+        finished, hours: Whether all jobs are done, and the time that they took together.
+        systems: By name the label, parameters and sweep of each system, first stages among them.
+        evaluations: The results of all evaluations: losses by book and by position.
+        comparison: For each system and context its mean loss, the loss with frozen fast weights, and the difference
+            from the baseline.
+        by_position: The same by position in the sequence, at the longest context that the baseline was evaluated at.
+        latency: Microseconds per token by system and context.
+        failed: By job, what went wrong.
     """
-    all_jobs = jobs(plan)
-    results = {job.folder: r for job in all_jobs if (r := result_of(out / job.folder)) is not None}
+    jobs = [*training_jobs(comparison), *latency_jobs(comparison)]
+    results = {job.folder: r for job in jobs if (r := result_of(out / job.folder)) is not None}
     evaluations = [
         {"system": job.system.name, "seed": job.seed, **results[job.folder]}
-        for job in all_jobs
-        if job.kind == "evaluate" and job.system is not None and "books" in results.get(job.folder, {})
+        for job in jobs
+        if job.system is not None and "books" in results.get(job.folder, {})
     ]
-    measured = result_of(out / latency(plan).folder) or {}
-    failed = dict(troubles) | {f: r["failed"] for f, r in results.items() if "failed" in r}
-    if "failed" in measured:
-        failed[latency(plan).folder] = measured["failed"]
-    spent = [result_of(out / job.folder) or {} for job in estimates(plan)]
+    failed = dict(problems) | {folder: result["failed"] for folder, result in results.items() if "failed" in result}
+    plan = {key: value for key, value in read_plan(out).items() if key not in ("data", "books")}
     return {
-        "what": plan.what,
-        "baseline": BASELINE[plan.what],
+        "name": comparison.name,
+        "baseline": BASELINE[comparison.name],
         "version": __version__,
-        "plan": _plan(out),
-        "machine": machine(plan.device),
-        "finished": len(results) == len(all_jobs) and not failed and (bool(measured) or not timed(plan)),
-        "hours": sum(result["seconds"] for result in [*results.values(), measured, *spent] if result) / 3600,
+        "plan": plan,
+        "machine": machine(comparison.device),
+        "finished": len(results) == len(jobs) and not failed,
+        "hours": sum(result["seconds"] for result in results.values()) / 3600,
         "systems": {
-            system.name: _system(plan, system, results, evaluations) for system in (*first_stages(plan), *plan.systems)
+            system.name: _system(comparison, system, results, evaluations)
+            for system in (*first_stages(comparison), *comparison.systems)
         },
         "evaluations": evaluations,
-        "comparison": _comparison(plan, evaluations),
-        "along": _along(plan, evaluations),
-        "latency": measured.get("rows", []),
+        "comparison": _comparison(comparison, evaluations),
+        "by_position": _by_position(comparison, evaluations),
+        "latency": [row for result in results.values() for row in result.get("rows", [])],
         "failed": failed,
     }
 
 
-def _plan(out: Path) -> dict[str, Any]:
-    """The plan; where its tokens lie is this machine's affair."""
-    plan: dict[str, Any] = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-    for key in ("data", "books"):
-        plan[key] = {"digest": plan[key]["digest"]}
-    return plan
-
-
 def _system(
-    plan: Plan, system: System, results: Mapping[str, Any], evaluations: list[dict[str, Any]]
+    comparison: Comparison, system: System, results: Mapping[str, Any], evaluations: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    own = trained(system)
-    swept = []
-    for folder, lr in sweep_rates(plan.scale, own, results).items() if own.rate_of is None else ():
-        result = results.get(folder)
-        if result is not None:
-            swept.append({"lr": lr, "loss": result.get("loss"), "failed": result.get("failed")})
-    best = best_sweep(plan.scale, own, results)
-    done = [row["loss"] for row in swept]
-    parameters = [e["parameters"] for e in evaluations if e["system"] == system.name]
+    scale, trained = comparison.scale, trained_system(system)
+    rates = {} if trained.lr_from is not None else sweep_rates(scale, trained, results)
+    sweep = [
+        {"lr": lr, "loss": results[folder].get("loss"), "failed": results[folder].get("failed")}
+        for folder, lr in rates.items()
+        if folder in results
+    ]
+    best = best_rate(scale, trained, results)
     return {
         "label": system.label,
         "colour": system.colour,
-        "parameters": parameters[0] if parameters else None,
-        "trained_as": system.trained_as,
-        "sweep": swept,
-        "rate_of": own.rate_of,
+        "parameters": next((e["parameters"] for e in evaluations if e["system"] == system.name), None),
+        "weights_from": system.weights_from,
+        "sweep": sweep,
+        "lr_from": trained.lr_from,
         "lr": best,
-        "lr_at_edge": len(done) > 1 and best in (swept[0]["lr"], swept[-1]["lr"]),
+        "lr_at_edge": len(sweep) > 1 and best in (sweep[0]["lr"], sweep[-1]["lr"]),
     }
 
 
@@ -120,170 +116,48 @@ def _losses(evaluations: list[dict[str, Any]], system: str, context: int, key: s
     }
 
 
-def _comparison(plan: Plan, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _comparison(comparison: Comparison, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
-    for system in plan.systems:
-        for context in plan.contexts:
-            ours = _losses(evaluations, system.name, context)
-            theirs = _losses(evaluations, BASELINE[plan.what], context)
-            if ours:
-                frozen = mean(_losses(evaluations, system.name, context, "frozen"))
+    for system in comparison.systems:
+        for context in comparison.contexts:
+            losses = _losses(evaluations, system.name, context)
+            if losses:
+                baseline = _losses(evaluations, BASELINE[comparison.name], context)
                 rows.append(
                     {
                         "system": system.name,
                         "context": context,
-                        "loss": _plain(mean(ours)),
-                        "difference": _plain(difference(ours, theirs)),
-                        "frozen_loss": _plain(frozen),
+                        "loss": mean(losses),
+                        "difference": difference(losses, baseline),
+                        "frozen_loss": mean(_losses(evaluations, system.name, context, "frozen")),
                     }
                 )
     return rows
 
 
-def _along(plan: Plan, evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Loss by position at the longest context that the baseline has reached, of every system that has, too."""
-    baseline = BASELINE[plan.what]
-    contexts = [e["context"] for e in evaluations if e["system"] == baseline]
-    if not contexts:
+def _by_position(comparison: Comparison, evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The loss in each bin of positions, of all systems evaluated at the baseline's longest context."""
+    baseline = BASELINE[comparison.name]
+    context = max((e["context"] for e in evaluations if e["system"] == baseline), default=None)
+    if context is None:
         return None
-    some = [e for e in evaluations if e["context"] == max(contexts)]
-    edges = some[0]["position_edges"]
+    evaluations = [e for e in evaluations if e["context"] == context]
+    edges = evaluations[0]["position_edges"]
+
+    def losses_in_bin(system: str, i: int) -> Losses:
+        return {
+            e["seed"]: {b["name"]: b["by_position"][i] for b in e["books"] if b["by_position"][i] is not None}
+            for e in evaluations
+            if e["system"] == system
+        }
+
     rows = []
-    for system in plan.systems:
-        by_bin = []
+    for system in comparison.systems:
+        bins = []
         for i in range(len(edges) - 1):
-            ours, theirs = (
-                {
-                    e["seed"]: {b["name"]: b["by_position"][i] for b in e["books"] if b["by_position"][i] is not None}
-                    for e in some
-                    if e["system"] == name
-                }
-                for name in (system.name, baseline)
-            )
-            by_bin.append({"loss": _plain(mean(ours)), "difference": _plain(difference(ours, theirs))})
-        if by_bin[0]["loss"] is not None:
-            rows.append({"system": system.name, "bins": by_bin})
-    return {"context": max(contexts), "position_edges": edges, "rows": rows}
-
-
-def _plain(value: Mean | None) -> dict[str, Any] | None:
-    return None if value is None else value._asdict()
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def _time(row: dict[str, Any], figure: str) -> str:
-    mark = "~" if figure == "prefill_us" and not row.get("whole", True) else ""
-    return "-" if row[figure] is None else f"{mark}{row[figure]:,.1f}"
-
-
-def tables(report: dict[str, Any]) -> str:
-    """The report as markdown."""
-    systems, contexts = report["systems"], sorted({row["context"] for row in report["comparison"]})
-    cells = {(row["system"], row["context"]): row for row in report["comparison"]}
-    baseline = systems[report["baseline"]]["label"]
-    facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    state = "All of it is done." if report["finished"] else "Not all of it is done yet."
-    scale = report["plan"]["scale"]["name"]
-    lines = [
-        f"# {report['what']}, scale {scale}",
-        "",
-        f"{state} {report['hours']:.2f} hours of work. Measured on: {facts}.",
-        "",
-    ]
-
-    def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-        if rows:
-            lines.extend([f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"])
-            lines.extend(f"| {' | '.join(row)} |" for row in rows)
-            lines.append("")
-
-    def by_context(title: str, key: str, form: str) -> None:
-        rows = []
-        for name, system in systems.items():
-            values = [(cells.get((name, context)) or {}).get(key) for context in contexts]
-            if any(values):
-                parameters = f"{system['parameters'] / 1e6:,.2f} M" if system["parameters"] else ""
-                rows.append([system["label"], parameters, *(_cell(value, form) for value in values)])
-        table(title, ["system", "parameters", *map(in_tokens, contexts)], rows)
-
-    by_context(f"Loss minus that of {baseline}, by context", "difference", "+.4f")
-    by_context("Loss by context, nats per token", "loss", ".4f")
-    by_context("Loss of the same weights with nothing learned while reading", "frozen_loss", ".4f")
-    if report["what"] == "warmstart":
-        rows = []
-        for name, system in systems.items():
-            shares = [_share(cells, name, context) for context in contexts]
-            if any(share is not None for share in shares):
-                rows.append([system["label"], *("-" if share is None else f"{share:.0%}" for share in shares)])
-        title = "Share of the gain over the sliding window that TTT-E2E from the start has"
-        table(title, ["system", *map(in_tokens, contexts)], rows)
-    lines += [
-        "After ± stands the standard error over books, in a difference paired by book; after seeds the one over seeds.",
-        "",
-    ]
-    swept = [
-        [
-            system["label"],
-            ", ".join(
-                f"{row['lr']:g}: {'diverged' if row['loss'] is None else format(row['loss'], '.4f')}"
-                for row in system["sweep"]
-            ),
-            "-" if system["lr"] is None else f"{system['lr']:g}{_edge(system['lr_at_edge'])}",
-        ]
-        for system in systems.values()
-        if system["sweep"]
-    ]
-    table("Learning rates tried for a short while, with their training losses", ["system", "tried", "taken"], swept)
-    chosen = [
-        [
-            systems[e["system"]]["label"],
-            str(e["seed"]),
-            in_tokens(e["context"]),
-            ", ".join(f"{lr:g}: {'diverged' if v is None else format(v, '.4f')}" for lr, v in e["inner_lr_losses"]),
-            f"{e['inner_lr']:g}{_edge(e['inner_lr'] in (e['inner_lr_losses'][0][0], e['inner_lr_losses'][-1][0]))}",
-        ]
-        for e in report["evaluations"]
-        if "inner_lr" in e
-    ]
-    columns = ["system", "seed", "context", "losses on training text", "taken"]
-    table("Inner learning rates of what was trained without meta-learning", columns, chosen)
-    times = [
-        [
-            systems[row["system"]]["label"],
-            in_tokens(row["context"]),
-            *(_time(row, figure) for figure in ("prefill_us", "decode_us")),
-        ]
-        for row in report["latency"]
-        if row["system"] in systems
-    ]
-    table(
-        "Microseconds per token (~: interpolated from stretches of the text)",
-        ["system", "context", "prefill", "decode"],
-        times,
-    )
-    table("What went wrong", ["job", "why"], [[job, why.replace("|", "/")] for job, why in report["failed"].items()])
-    return "\n".join(lines)
-
-
-def _share(cells: Mapping[tuple[str, int], dict[str, Any]], name: str, context: int) -> float | None:
-    """What a warm start has of the gain of TTT-E2E from the start; None where there is no such gain."""
-    own, whole = ((cells.get((n, context)) or {}).get("difference") for n in (name, "ttt-on"))
-    return None if not own or not whole or whole["mean"] >= 0 else own["mean"] / whole["mean"]
-
-
-def _edge(there: bool) -> str:
-    """Says that a value further on was not tried."""
-    return " (at the edge)" if there else ""
-
-
-def _cell(value: dict[str, Any] | None, form: str) -> str:
-    if value is None:
-        return "-"
-    text = format(value["mean"], form)
-    if value["books_error"] is not None:
-        text += f" ± {value['books_error']:.4f}"
-    if value["seeds_error"] is not None:
-        text += f" (seeds {value['seeds_error']:.4f})"
-    return text
+            losses = losses_in_bin(system.name, i)
+            minus_baseline = difference(losses, losses_in_bin(baseline, i))
+            bins.append({"loss": mean(losses), "difference": minus_baseline})
+        if bins[0]["loss"] is not None:
+            rows.append({"system": system.name, "bins": bins})
+    return {"context": context, "position_edges": edges, "rows": rows}

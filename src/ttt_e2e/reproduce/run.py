@@ -10,17 +10,20 @@ from typing import Any
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.cost import in_bytes, in_tokens
+from ttt_e2e.files import lock_folder
+from ttt_e2e.hardware import choose_device
+from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.reproduce import report, workers
-from ttt_e2e.reproduce.evaluate import books as cut_books
-from ttt_e2e.reproduce.plan import Job, Plan, estimates, jobs, keep, latency, specification, timed
+from ttt_e2e.reproduce.held_out import held_out_books
+from ttt_e2e.reproduce.plan import Comparison, Job, job_settings, latency_jobs, training_jobs, write_plan
 from ttt_e2e.reproduce.scales import Scale
 from ttt_e2e.reproduce.systems import choose
-from ttt_e2e.training.parallelize import choose_device
+
+LOCK_SECONDS = 60.0
 
 
 def reproduce(
-    what: str,
+    name: str,
     scale: Scale,
     out: Path,
     *,
@@ -29,87 +32,80 @@ def reproduce(
     systems: list[str] | None = None,
     seeds: list[int] | None = None,
     contexts: list[int] | None = None,
-    worker_count: int | None = None,
+    num_workers: int | None = None,
     compile: bool = False,
     device: str = "auto",
     dry_run: bool = False,
     progress: bool = True,
 ) -> workers.Outcome:
-    """Make the comparison `what`, a key of `systems.BASELINE`, at a scale, in the folder `out` that `plan` describes.
+    """Make a comparison in the folder `out`, see `plan`: do the jobs that are missing there, and write the report.
 
-    What is done there already, by another comparison too, is not done again, and what was interrupted goes on. data:
-    prepared tokens (default: Python's library, prepared in OUT/tokens). books: those to train on for longer contexts
-    and to evaluate on (default: `data`). systems, seeds, contexts: only these (default: all; seed 0). worker_count:
-    jobs at a time (default: one a core, on a GPU one; 0: in this process, one after the other). compile: train
-    compiled; it may differ from call to call. dry_run: only say what would be done. Raises UserError for what does not
-    fit.
+    Args:
+        name: A key of `systems.BASELINE`.
+        scale: The numbers of the comparison.
+        out: The folder. Another comparison at the same scale may be in it too.
+        data: Prepared tokens to train on. None: those of Python's library, prepared in OUT/tokens.
+        books: Prepared tokens to train on for longer contexts, and to evaluate on. None: `data`.
+        systems: Names of the systems. None: the default ones.
+        seeds: Every training is done once with each. None: 0.
+        contexts: Some of the scale's. None: all.
+        num_workers: Jobs at a time. None: one a CPU core, or one on a GPU. 0: one after the other in this process.
+        compile: Whether to train compiled.
+        device: "auto", "cpu" or "cuda".
+        dry_run: Only print the plan.
+        progress: Whether to show progress bars.
+
+    Raises:
+        UserError: For unknown names, data that does not fit the scale, or a folder of another comparison.
     """
-    if worker_count is not None and worker_count < 0:
-        raise UserError(f"--workers must not be negative, it is {worker_count}.")
-    with workers.locked(out) as lock:
-        plan = _plan(what, scale, out, data, books, systems, seeds, contexts, device, compile, progress)
-        whole = keep(plan, out)
-        count = worker_count
-        if count is None:
-            count = 1 if plan.device == "cuda" else os.cpu_count() or 1
-
-        def told(job: Job, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-            return specification(plan, job, out, results)
-
-        print(f"{scale.needs}\nMeasuring how fast every system is here.")
-        measured = workers.run(estimates(plan), out, told, lock=lock, workers=count, progress=progress)
-        if measured.interrupted:
-            return _stopped(measured, out)
-        todo = jobs(plan)
-        seconds = _expected(todo, measured.results)
-        print(_described(plan, todo, seconds, count, measured, out))
-        if dry_run:
-            return measured
-
-        # The report has all that this folder knows, also of systems that this call leaves alone.
-        union = dataclasses.replace(
-            plan,
-            systems=choose(what, scale, whole["systems"]),
-            seeds=tuple(whole["seeds"]),
-            contexts=tuple(sorted(whole["contexts"])),
+    if num_workers is not None and num_workers < 0:
+        raise UserError(f"--workers must not be negative, it is {num_workers}.")
+    out.mkdir(parents=True, exist_ok=True)
+    in_use = f"Another `ttt-e2e reproduce` is using {out}; wait until it has ended."
+    with lock_folder(out, in_use, LOCK_SECONDS) as lock:
+        comparison = _comparison(name, scale, out, data, books, systems, seeds, contexts, device, compile, progress)
+        named = write_plan(comparison, out)
+        # The report covers all that the folder has of this comparison, also what this call does not name.
+        whole = dataclasses.replace(
+            comparison,
+            systems=choose(name, scale, named["systems"]),
+            seeds=tuple(named["seeds"]),
+            contexts=tuple(sorted(named["contexts"])),
         )
+        jobs = training_jobs(comparison)
+        jobs += latency_jobs(whole, needs=tuple(job.folder for job in jobs))
+        print(_describe(comparison, jobs, out))
+        if dry_run:
+            return workers.Outcome()
 
-        def tell(job: Job, result: dict[str, Any]) -> None:
+        def settings(job: Job, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+            return job_settings(whole, job, out, results)
+
+        def on_result(job: Job) -> None:
             if job.kind == "evaluate":
-                report.write(union, out, {})
+                report.write_report(whole, out, {})
 
+        if num_workers is None:
+            num_workers = 1 if comparison.device == "cuda" else os.cpu_count() or 1
         outcome = workers.run(
-            todo,
+            jobs,
             out,
-            told,
-            lock=lock,
-            workers=count,
-            seconds=seconds,
-            done=tell,
+            settings,
+            lock=lock.fileno(),
+            num_workers=num_workers,
+            on_result=on_result,
             progress=progress,
         )
-        if timed(union) and not outcome.interrupted:
-            # Alone: other work would be in its way. Of all systems, so that they can be compared.
-            timing = workers.run(
-                [latency(union)],
-                out,
-                lambda job, _: specification(union, job, out, {}),
-                lock=lock,
-                workers=min(count, 1),
-                progress=progress,
-            )
-            outcome.interrupted = timing.interrupted
-            outcome.results |= timing.results
-            outcome.troubles |= timing.troubles
-        report.write(union, out, outcome.troubles)
-        if outcome.interrupted:
-            return _stopped(outcome, out)
-        print(f"{out / what}.md, {out / what}.png, {out / what}-along.png; all numbers in {out / what}.json")
-        return outcome
+        report.write_report(whole, out, outcome.problems)
+    if outcome.interrupted:
+        print(f"Stopped. Nothing that is done is lost: repeat the command to continue in {out}.", file=sys.stderr)
+    else:
+        print(f"The report is {out / name}.md, with pictures and all numbers ({name}.json) beside it.")
+    return outcome
 
 
-def _plan(
-    what: str,
+def _comparison(
+    name: str,
     scale: Scale,
     out: Path,
     data: Path | None,
@@ -120,97 +116,61 @@ def _plan(
     device: str,
     compile: bool,
     progress: bool,
-) -> Plan:
-    chosen = choose(what, scale, systems)
+) -> Comparison:
+    """Check what the user named, and prepare tokens if there are none."""
+    chosen = choose(name, scale, systems)
     for context in contexts or []:
         if context not in scale.contexts:
             known = ", ".join(map(in_tokens, scale.contexts))
             raise UserError(f"Scale {scale.name} has no context of {in_tokens(context)}; it has {known}.")
     if any(seed < 0 for seed in seeds or []):
         raise UserError("A seed must not be negative.")
-    place = choose_device(device).type
-    if scale.processes > 1 and place == "cpu":
-        raise UserError(f"Scale {scale.name} does not run here. {scale.needs}")
+    device_type = choose_device(device).type
+    if scale.processes > 1 and device_type == "cpu":
+        raise UserError(f"Scale {scale.name} does not run on a CPU. {scale.requirements}")
     if data is None:
         data = out / "tokens"
         prepare(None, data, vocab_size=scale.vocab_size, val_share=scale.val_share, progress=progress)
     books = data if books is None else books
-    first, held = TokenSet.open(data, "train"), TokenSet.open(books, "val")
-    first.check_vocabulary(scale.vocab_size)
-    held.check_vocabulary(scale.vocab_size)
-    more = TokenSet.open(books, "train")
-    read = cut_books(held, max(scale.contexts), scale.eval_tokens)
-    return Plan(
-        what,
-        scale,
-        chosen,
-        tuple(seeds or [0]),
-        tuple(sorted(contexts or scale.contexts)),
-        data,
-        books,
-        first.digest,
-        held.digest,
-        more.digest,
-        place,
-        sum(len(book.tokens) - 1 for book in read),
-        compile,
+    tokens = {"data": TokenSet.open(data, "train")}
+    tokens |= {f"books_{split}": TokenSet.open(books, split) for split in ("train", "val")}
+    for some in tokens.values():
+        some.check_vocabulary(scale.vocab_size)
+    read = held_out_books(tokens["books_val"], max(scale.contexts), scale.eval_tokens)
+    return Comparison(
+        name=name,
+        scale=scale,
+        systems=chosen,
+        seeds=tuple(seeds or [0]),
+        contexts=tuple(sorted(contexts or scale.contexts)),
+        data=data,
+        books=books,
+        digests={key: some.digest for key, some in tokens.items()},
+        device=device_type,
+        book_tokens=sum(len(book.tokens) - 1 for book in read),
+        compile=compile,
     )
 
 
-def _expected(todo: list[Job], measured: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-    """Seconds that each job should take, from the speeds at the shortest context and the longest.
-
-    A token's cost is a constant and, for full attention, a share that grows with the context.
-    """
-    seconds = {}
-    for job in todo:
-        assert job.system is not None
-        speeds = measured.get(f"estimate/{job.system.name}", {}).get("speeds")
-        if speeds:
-            key = "read" if job.kind == "evaluate" else "train"
-            (x0, y0), (x1, y1) = ((speed["context"], speed[key]) for speed in speeds)
-            slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
-            per_token = max(min(y0, y1), y0 + slope * (job.context - x0))
-            seconds[job.folder] = workers.START_SECONDS + job.tokens * per_token
-    return seconds
-
-
-def _described(
-    plan: Plan, todo: list[Job], seconds: Mapping[str, float], count: int, measured: workers.Outcome, out: Path
-) -> str:
-    """What will be done, for people."""
-    contexts = ", ".join(map(in_tokens, plan.contexts))
+def _describe(comparison: Comparison, jobs: list[Job], out: Path) -> str:
+    """The plan, as a table."""
     lines = [
-        f"\n{plan.what} at scale {plan.scale.name}: {', '.join(system.name for system in plan.systems)}",
-        f"seeds {', '.join(map(str, plan.seeds))}; contexts {contexts}; {plan.book_tokens:,} tokens of held-out books",
+        f"{comparison.name} at scale {comparison.scale.name}: {', '.join(s.name for s in comparison.systems)}",
+        f"Seeds {', '.join(map(str, comparison.seeds))}; contexts {', '.join(map(in_tokens, comparison.contexts))}; "
+        f"{comparison.book_tokens:,} tokens of held-out books. {comparison.scale.requirements}",
         "",
-        f"{'':<30}{'jobs':>6}{'done':>6}{'tokens':>20}{'hours of one worker':>22}",
+        f"{'':<30}{'jobs':>6}{'done':>6}{'tokens':>20}",
     ]
-    left = 0.0
-    for kind, words in (
-        ("sweep", "learning rates tried"),
+    for kind, label in (
+        ("sweep", "sweep of learning rates"),
         ("pretrain", "pre-training"),
-        ("extend", "training on, by context"),
+        ("extend", "further training, by context"),
         ("evaluate", "evaluation on books"),
+        ("latency", "latency"),
     ):
-        some = [job for job in todo if job.kind == kind]
-        missing = [job for job in some if workers.result_of(out / job.folder) is None]
-        hours = sum(seconds.get(job.folder, 0.0) for job in missing) / 3600
-        left += hours
-        tokens = sum(job.tokens for job in some)
-        lines.append(f"{words:<30}{len(some):>6}{len(some) - len(missing):>6}{tokens:>20,}{hours:>22.2f}")
-    memory = sorted((result.get("bytes", 0) for result in measured.results.values()), reverse=True)[: max(1, count)]
-    lines += [
-        "",
-        f"To do: about {left / max(1, count):.1f} hours with {max(1, count)} at a time on {plan.device}, and up to "
-        f"{in_bytes(sum(memory))} of memory.{' (Then the latency of all systems, in a few minutes.)' * timed(plan)}",
-    ]
-    unknown = [f"{folder}: {why}" for folder, why in measured.troubles.items()]
-    unknown += [f"{folder}: {result['failed']}" for folder, result in measured.results.items() if "failed" in result]
-    return "\n".join([*lines, *(f"Not measured, and not in these figures: {line}" for line in unknown)])
-
-
-def _stopped(outcome: workers.Outcome, out: Path) -> workers.Outcome:
-    outcome.interrupted = True
-    print(f"Stopped; nothing that is done is lost: the same command goes on in {out}.", file=sys.stderr)
-    return outcome
+        some = [job for job in jobs if job.kind == kind]
+        done = sum(workers.result_of(out / job.folder) is not None for job in some)
+        if some:
+            tokens = f"{sum(job.tokens for job in some):,}" if kind != "latency" else ""
+            lines.append(f"{label:<30}{len(some):>6}{done:>6}{tokens:>20}".rstrip())
+    return "\n".join(lines)

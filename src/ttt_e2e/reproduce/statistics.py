@@ -1,7 +1,7 @@
-"""Differences between systems, with what their books and their seeds leave uncertain."""
+"""Mean losses and differences of losses, with their standard errors over books and over seeds."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TypedDict
 
 from ttt_e2e.evaluation.documents import standard_error
 
@@ -9,38 +9,38 @@ Losses = Mapping[int, Mapping[str, float]]
 """Mean losses by seed and by book."""
 
 
-class Mean(NamedTuple):
-    """A mean over seeds of means over books.
-
-    books_error: its standard error over books (each book's value being its mean over seeds); None for fewer than two.
-    seeds_error: its standard error over seeds; None for fewer than two.
-    """
+class Mean(TypedDict):
+    """A mean over seeds of means over books, as the report has it. An error over fewer than two values is None."""
 
     mean: float
-    books_error: float | None
-    seeds_error: float | None
+    books_error: float | None  # standard error over books, each book's value being its mean over seeds
+    seeds_error: float | None  # standard error over seeds
     books: int
     seeds: int
 
 
-def mean(values: Losses) -> Mean | None:
-    """The mean of `values`; None if there are none. Every seed has the same books."""
-    if not values:
+def mean(losses: Losses) -> Mean | None:
+    """The mean of `losses`, in which every seed has the same books; None if there are none."""
+    if not losses:
         return None
-    by_seed = [sum(books.values()) / len(books) for books in values.values()]
-    names = next(iter(values.values()))
-    by_book = [sum(books[name] for books in values.values()) / len(values) for name in names]
-    return Mean(
-        sum(by_seed) / len(by_seed), standard_error(by_book), standard_error(by_seed), len(by_book), len(by_seed)
-    )
+    by_seed = [sum(books.values()) / len(books) for books in losses.values()]
+    names = next(iter(losses.values()))
+    by_book = [sum(books[name] for books in losses.values()) / len(losses) for name in names]
+    return {
+        "mean": sum(by_seed) / len(by_seed),
+        "books_error": standard_error(by_book),
+        "seeds_error": standard_error(by_seed),
+        "books": len(by_book),
+        "seeds": len(by_seed),
+    }
 
 
-def difference(ours: Losses, theirs: Losses) -> Mean | None:
-    """The mean of `ours` minus `theirs`, paired by book and by seed; None if no seed is in both."""
+def difference(losses: Losses, baseline: Losses) -> Mean | None:
+    """The mean of `losses` minus `baseline`, paired by book and by seed; None if they have no seed in common."""
     return mean(
         {
-            seed: {name: loss - theirs[seed][name] for name, loss in books.items()}
-            for seed, books in ours.items()
-            if seed in theirs
+            seed: {name: loss - baseline[seed][name] for name, loss in books.items()}
+            for seed, books in losses.items()
+            if seed in baseline
         }
     )

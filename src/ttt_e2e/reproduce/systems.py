@@ -1,16 +1,16 @@
-"""What is compared: the systems of figure 1, the rows of the ablations and the warm starts.
+"""The systems that are compared (figure 1, the ablations, the warm starts), and how each is trained.
 
-Each is a preset and what it changes.
+A system is a preset with changes. Every system reads the same tokens in the same order, in each stage.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
 from ttt_e2e.config.parse import override
-from ttt_e2e.config.presets import at_context, preset, with_parameters
-from ttt_e2e.config.schema import RunConfig, replace
+from ttt_e2e.config.presets import extend_model, preset
+from ttt_e2e.config.schema import ModelConfig, RunConfig, replace
 from ttt_e2e.convert.from_standard import learning_config
-from ttt_e2e.convert.start import Fast, Start
+from ttt_e2e.convert.learning import FastInit, LearningOptions
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.cost import parameters
 from ttt_e2e.reproduce.scales import Scale
@@ -18,29 +18,25 @@ from ttt_e2e.reproduce.scales import Scale
 
 @dataclass(frozen=True)
 class System:
-    """One row of a comparison.
+    """One row of a comparison."""
 
-    name, label, colour: on the command line, for people, in pictures.
-    preset: what follows the size in the preset's name; "" is TTT-E2E.
-    changes: settings as NAME=VALUE, after those of the scale.
-    same_size: whether the MLPs' width makes up for parameters that `changes` add or take away.
-    trained_as: the system whose trained weights this one takes, because its own training would be the same.
-    starts_from: the system whose first stage comes before this one's, which is then short: `warm_tokens` of the scale.
-    rate_of: the system whose sweep finds the outer learning rate for this one, too; None: its own does.
-    fast, fast_share: how it then gets its fast MLPs, see `convert.standard`; None: not at all, or it has them.
-    """
-
-    name: str
-    label: str
+    name: str  # on the command line and on disk
+    label: str  # in tables and pictures
     colour: str
-    preset: str
-    changes: tuple[str, ...] = ()
-    same_size: bool = False
-    trained_as: str | None = None
-    starts_from: str | None = None
-    fast: Fast | None = None
+    preset: str  # suffix of the preset's name, after the size; an empty one is TTT-E2E
+    changes: tuple[str, ...] = ()  # settings, NAME=VALUE, applied after the scale's
+    same_size: bool = False  # whether the MLPs' width makes up for parameters that `changes` add or remove
+    weights_from: str | None = (
+        None  # the system whose trained weights it uses, where its own training would be the same
+    )
+    starts_from: str | None = None  # the system whose first stage it starts from, with a short second one
+    lr_from: str | None = None  # the system whose sweep finds its outer learning rate; None: its own does
+
+    fast: FastInit | None = None
+    """How its fast MLPs are made from the model that it starts from, see `convert.learning`. None: that has them, or
+    they are not needed."""
+
     fast_share: float = 1.0
-    rate_of: str | None = None
 
 
 SYSTEMS = (
@@ -51,156 +47,186 @@ SYSTEMS = (
     System("gated-deltanet", "Gated DeltaNet", "#00897b", "-gated-deltanet"),
     System("ttt-kvb", "TTT-KVB", "#8e24aa", "-ttt-kvb"),
     System("titans", "Titans", "#c2185b", "-titans"),
-    System("dynamic", "dynamic evaluation", "#d9822b", "-dynamic", trained_as="window"),
+    System("dynamic", "dynamic evaluation", "#d9822b", "-dynamic", weights_from="window"),
     System("ttt-e2e", "TTT-E2E", "#1565c0", ""),
     System("full-prefix", "TTT-E2E over full attention", "#64b5f6", "-full-prefix"),
 )
-# No norms after the sub-layers, as in most pretrained Transformers: with them, a new fast MLP cannot start small.
-_PLAIN = ("post_norm=false",)
+_NOT_BY_DEFAULT = "full-prefix"  # it is not in the paper's figure
+
+# Most pretrained Transformers have no norms after the sub-layers. With them, a new fast MLP could not start small.
+_NO_POST_NORM = ("post_norm=false",)
 
 
-def _warm(name: str, label: str, colour: str, fast: Fast, share: float, *changes: str) -> System:
-    """TTT-E2E that starts from full attention."""
-    changes = (*_PLAIN, *changes)
+def _warm_start(name: str, label: str, colour: str, fast: FastInit, share: float, *changes: str) -> System:
     label = f"full, then TTT-E2E, {label}"
-    return System(name, label, colour, "", changes, starts_from="full-first", fast=fast, fast_share=share)
+    return System(
+        name, label, colour, "", (*_NO_POST_NORM, *changes), starts_from="full-first", fast=fast, fast_share=share
+    )
 
 
 WARM_STARTS = (
-    System("window-on", "sliding window", "#98a2b3", "-window", _PLAIN, starts_from="window-first"),
-    System("full-on", "full attention", "#101828", "-full", _PLAIN, starts_from="full-first"),
-    System("switch", "full attention, then a window, untrained", "#d9822b", "-window", _PLAIN, trained_as="full-on"),
-    System("switch-on", "full attention, then a window", "#8e24aa", "-window", _PLAIN, starts_from="full-first"),
-    System("ttt-on", "TTT-E2E", "#1565c0", "", _PLAIN, starts_from="ttt-first"),
-    _warm("warm-new", "MLPs new", "#00897b", "new", 1.0),
-    _warm("warm-new-3", "MLPs new, inner rate 3", "#2e7d32", "new", 1.0, "inner_loop.lr=3"),
-    _warm("warm-split", "split", "#64b5f6", "split", 0.5),
-    _warm("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_loop.lr=3"),
+    System("window-on", "sliding window", "#98a2b3", "-window", _NO_POST_NORM, starts_from="window-first"),
+    System("full-on", "full attention", "#101828", "-full", _NO_POST_NORM, starts_from="full-first"),
+    System(
+        *("switch", "full attention, then a window, untrained", "#d9822b", "-window", _NO_POST_NORM),
+        weights_from="full-on",
+    ),
+    System(
+        *("switch-on", "full attention, then a window", "#8e24aa", "-window", _NO_POST_NORM), starts_from="full-first"
+    ),
+    System("ttt-on", "TTT-E2E", "#1565c0", "", _NO_POST_NORM, starts_from="ttt-first"),
+    _warm_start("warm-new", "MLPs new", "#00897b", "new", 1.0),
+    _warm_start("warm-new-3", "MLPs new, inner rate 3", "#2e7d32", "new", 1.0, "inner_loop.lr=3"),
+    _warm_start("warm-split", "split", "#64b5f6", "split", 0.5),
+    _warm_start("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_loop.lr=3"),
 )
-_FIRST = (
-    System("window-first", "sliding window, first stage", "#98a2b3", "-window", _PLAIN),
-    System("full-first", "full attention, first stage", "#101828", "-full", _PLAIN),
-    System("ttt-first", "TTT-E2E, first stage", "#1565c0", "", _PLAIN),
+_FIRST_STAGES = (
+    System("window-first", "sliding window, first stage", "#98a2b3", "-window", _NO_POST_NORM),
+    System("full-first", "full attention, first stage", "#101828", "-full", _NO_POST_NORM),
+    System("ttt-first", "TTT-E2E, first stage", "#1565c0", "", _NO_POST_NORM),
 )
+
 BASELINE = {"figure1": "full", "ablations": "ttt-e2e", "warmstart": "window-on"}
-"""What the others' losses are compared with."""
-_EXTRA = "full-prefix"  # not in the paper's figure: only where it is named
+"""By comparison, the system from whose loss the others' losses are subtracted."""
 
 
-def rows(what: str, scale: Scale) -> tuple[System, ...]:
-    """The systems that `what`, a key of `BASELINE`, can compare at this scale, the baseline among them."""
-    if what == "ablations":
+def comparison_systems(comparison: str, scale: Scale) -> tuple[System, ...]:
+    """All systems of a comparison (a key of `BASELINE`) at this scale, the baseline among them."""
+    if comparison == "ablations":
         return ablations(scale)
-    return SYSTEMS if what == "figure1" else WARM_STARTS
+    return SYSTEMS if comparison == "figure1" else WARM_STARTS
 
 
-def named(name: str) -> System:
-    """The system that another one is `trained_as` or `starts_from`, or has its rate from."""
-    return next(system for system in (*SYSTEMS, *WARM_STARTS, *_FIRST) if system.name == name)
+def default_names(comparison: str, scale: Scale) -> tuple[str, ...]:
+    """The names of the systems that are compared unless the user names some."""
+    return tuple(s.name for s in comparison_systems(comparison, scale) if s.name != _NOT_BY_DEFAULT)
 
 
-def default_rows(what: str, scale: Scale) -> tuple[str, ...]:
-    """The names of those that it compares unless told otherwise."""
-    return tuple(system.name for system in rows(what, scale) if system.name != _EXTRA)
+def find_system(name: str) -> System:
+    """The system that another one names in `weights_from`, `starts_from` or `lr_from`."""
+    return next(system for system in (*SYSTEMS, *WARM_STARTS, *_FIRST_STAGES) if system.name == name)
 
 
-def ablations(scale: Scale) -> tuple[System, ...]:
-    """TTT-E2E and what becomes of it when one choice is made otherwise, with as many parameters and the same rate."""
-    model = override(preset(scale.size), list(scale.settings)).model
-    rows = [System("ttt-e2e", "TTT-E2E", "#1565c0", "")]
-    for window in (scale.window // 2, scale.window * 2):
-        rows.append(System(f"window-{window}", f"window k = {window}", "#667085", "", (f"sliding_window={window}",)))
-    for b in (scale.mini_batch // 4, scale.mini_batch // 2, scale.mini_batch * 2, scale.mini_batch * 4):
-        if 1 <= b <= scale.window:
-            rows.append(System(f"mini-batch-{b}", f"mini-batch b = {b}", "#2e7d32", "", (f"mini_batch_size={b}",)))
-    for count in sorted(
-        {
-            max(1, model.num_hidden_layers // 8),
-            model.num_hidden_layers // 4,
-            model.num_hidden_layers // 2,
-            model.num_hidden_layers,
-        }
-    ):
-        if count != model.suffix_layers:
-            label = f"{count} of {model.num_hidden_layers} blocks updated"
-            rows.append(System(f"suffix-{count}", label, "#8e24aa", "", (f"suffix_layers={count}",), same_size=True))
-    rows.append(
-        System("no-static-mlp", "no static MLP beside the fast one", "#c2185b", "", ("static_mlp=false",), True)
-    )
-    rows.append(System("no-meta", "without meta-learning", "#d9822b", "", ("train_mode=pretrain",)))
-    # One choice is made otherwise, and the learning rate is not that choice.
-    return rows[0], *(dataclasses.replace(row, rate_of="ttt-e2e") for row in rows[1:])
+def choose(comparison: str, scale: Scale, names: list[str] | None) -> tuple[System, ...]:
+    """The systems called `names` (None: the default ones) and the baseline, in their usual order.
 
-
-def choose(what: str, scale: Scale, names: list[str] | None) -> tuple[System, ...]:
-    """The systems called `names` (None: the default ones), the baseline always among them, in their usual order.
-
-    Raises UserError for a name that is none.
+    Raises UserError for an unknown name.
     """
-    known = {system.name: system for system in rows(what, scale)}
-    wanted = {BASELINE[what], *(default_rows(what, scale) if names is None else names)}
+    known = {system.name: system for system in comparison_systems(comparison, scale)}
+    wanted = {BASELINE[comparison], *(default_names(comparison, scale) if names is None else names)}
     for name in sorted(wanted - set(known)):
-        raise UserError(f"There is no system {name!r} in {what}; there are: {', '.join(known)}.")
+        raise UserError(f"There is no system {name!r} in {comparison}; there are: {', '.join(known)}.")
     return tuple(system for name, system in known.items() if name in wanted)
 
 
-# -- configurations ----------------------------------------------------------------------------------------------------
+def ablations(scale: Scale) -> tuple[System, ...]:
+    """TTT-E2E, then the same with one choice changed in each, at as many parameters and the same learning rate."""
+    model = override(preset(scale.size), list(scale.settings)).model
+    k, b, depth = scale.sliding_window, scale.mini_batch_size, model.num_hidden_layers
+    changed = [
+        System(f"window-{window}", f"window k = {window}", "#667085", "", (f"sliding_window={window}",))
+        for window in (k // 2, k * 2)
+    ]
+    changed += [
+        System(f"mini-batch-{size}", f"mini-batch b = {size}", "#2e7d32", "", (f"mini_batch_size={size}",))
+        for size in (b // 4, b // 2, b * 2, b * 4)
+        if 1 <= size <= k
+    ]
+    for count in sorted({max(1, depth // 8), depth // 4, depth // 2, depth} - {model.suffix_layers}):
+        label = f"{count} of {depth} blocks updated"
+        changed.append(System(f"suffix-{count}", label, "#8e24aa", "", (f"suffix_layers={count}",), same_size=True))
+    label = "no static MLP beside the fast one"
+    changed.append(System("no-static-mlp", label, "#c2185b", "", ("static_mlp=false",), same_size=True))
+    changed.append(System("no-meta", "without meta-learning", "#d9822b", "", ("train_mode=pretrain",)))
+    return System("ttt-e2e", "TTT-E2E", "#1565c0", ""), *(dataclasses.replace(s, lr_from="ttt-e2e") for s in changed)
+
+
+# -- how a system is trained -------------------------------------------------------------------------------------------
 
 
 def pretraining(
     scale: Scale, system: System, seed: int, lr: float | None = None, tokens: int | None = None
 ) -> RunConfig:
-    """How `system` is trained first. lr: the outer learning rate. None: the preset's rate, the scale's tokens.
+    """The configuration of a system's first stage, or of the second one of a system that starts from another's.
 
-    A system that starts from another one goes on like an extension, but in the first stage's context.
+    Args:
+        scale: The numbers of the comparison.
+        system: What is trained.
+        seed: Of the weights and of the order of the data. A second stage reads other tokens than the first.
+        lr: Outer learning rate. None: the preset's, or in a second stage the scale's `extend_lr`.
+        tokens: Length of the stage. None: the scale's.
     """
     config = preset(scale.size + system.preset)
-    # A standard model has no mini-batches, at any scale.
-    mini_batch = None if config.model.mini_batch_size is None else scale.mini_batch
-    config = replace(config, {"model.sliding_window": scale.window, "model.mini_batch_size": mini_batch})
+    # A standard model has no mini-batches at any scale.
+    mini_batch_size = None if config.model.mini_batch_size is None else scale.mini_batch_size
+    config = replace(config, {"model.sliding_window": scale.sliding_window, "model.mini_batch_size": mini_batch_size})
     config = override(config, list(scale.settings))
     count = parameters(config.model)
     config = override(config, list(system.changes))
     if system.same_size:
-        config = dataclasses.replace(config, model=with_parameters(config.model, count, 8))
+        config = replace(config, {"model": with_parameters(config.model, count, 8)})
     stage_tokens, stage_lr = scale.pretrain_tokens, config.train.lr
     if system.starts_from is not None:
-        stage_tokens, stage_lr = scale.warm_tokens, scale.extend_lr
-        seed += 1  # other tokens than in the first stage
+        stage_tokens, stage_lr = scale.warm_start_tokens, scale.extend_lr
+        seed += 1
     if system.fast is not None:
         assert system.starts_from is not None
-        standard = pretraining(scale, named(system.starts_from), 0).model
-        suffix = config.model.suffix_layers / config.model.num_hidden_layers
-        start = Start(scale.window, suffix, scale.mini_batch, system.fast, system.fast_share)
-        model = dataclasses.replace(learning_config(standard, start), inner_loop=config.model.inner_loop)
-        config = dataclasses.replace(config, model=model)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=stage_lr if lr is None else lr))
-    return _stage(scale, config, scale.pretrain_context, tokens or stage_tokens, scale.tokens_per_step, seed)
+        options = LearningOptions(
+            scale.sliding_window,
+            config.model.suffix_layers / config.model.num_hidden_layers,
+            scale.mini_batch_size,
+            system.fast,
+            system.fast_share,
+        )
+        model = learning_config(pretraining(scale, find_system(system.starts_from), 0).model, options)
+        config = replace(config, {"model": replace(model, {"inner_loop": config.model.inner_loop})})
+    return _stage(
+        scale,
+        config,
+        context=scale.pretrain_context,
+        tokens=stage_tokens if tokens is None else tokens,
+        tokens_per_step=scale.tokens_per_step,
+        lr=stage_lr if lr is None else lr,
+        seed=seed,
+    )
 
 
 def extending(scale: Scale, system: System, seed: int, context: int) -> RunConfig:
-    """How the pre-trained model is trained on for a longer `context`, by the paper's recipe."""
+    """The configuration of a system's further training for a longer `context`, by the paper's recipe."""
     config = pretraining(scale, system, seed)
-    train = dataclasses.replace(config.train, lr=scale.extend_lr, inner_warmup_steps=0)
-    config = RunConfig(at_context(config.model, context), train)
-    return _stage(scale, config, context, scale.extend_tokens, scale.extend_tokens_per_step, seed)
-
-
-def _stage(scale: Scale, config: RunConfig, context: int, tokens: int, step: int, seed: int) -> RunConfig:
-    """`config` for a stage of `tokens` tokens, `step` a step, in sequences of `context`: alike for every system."""
-    batch = max(1, step // context)
-    piece = max(1, scale.piece_tokens // context)
-    accumulate = next(
-        n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or batch // n <= piece * scale.processes)
-    )
-    train = dataclasses.replace(
-        config.train,
+    config = _stage(
+        scale,
+        replace(config, {"model": extend_model(config.model, context)}),
         context=context,
-        batch=batch,
-        accumulate=accumulate,
-        steps=max(1, tokens // (batch * context)),
+        tokens=scale.extend_tokens,
+        tokens_per_step=scale.extend_tokens_per_step,
+        lr=scale.extend_lr,
         seed=seed,
-        eval_every=0,
-        log_every=1,
     )
-    return RunConfig(config.model, train)
+    return replace(config, {"train.inner_warmup_steps": 0})
+
+
+def with_parameters(model: ModelConfig, count: int, step: int) -> ModelConfig:
+    """`model` with about `count` parameters, by the width of its MLPs, a multiple of `step`."""
+    one, two = (parameters(replace(model, {"intermediate_size": width})) for width in (1, 2))
+    return replace(model, {"intermediate_size": max(step, round((count - one) / (two - one) / step) * step)})
+
+
+def _stage(
+    scale: Scale, config: RunConfig, *, context: int, tokens: int, tokens_per_step: int, lr: float, seed: int
+) -> RunConfig:
+    """`config` for `tokens` tokens in sequences of `context`: the same batches for every system."""
+    batch = max(1, tokens_per_step // context)
+    at_once = max(1, scale.micro_batch_tokens // context) * scale.processes
+    accumulate = next(n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or batch // n <= at_once))
+    changes = {
+        "context": context,
+        "batch": batch,
+        "accumulate": accumulate,
+        "steps": max(1, tokens // (batch * context)),
+        "lr": lr,
+        "seed": seed,
+        "eval_every": 0,
+        "log_every": 1,
+    }
+    return replace(config, {f"train.{name}": value for name, value in changes.items()})

@@ -1,0 +1,158 @@
+"""The loss on held-out books, each cut into sequences of one length that are read independently.
+
+The text is the same for every length: the first tokens of each book, as many as fill whole sequences of the longest
+one. Sequences overlap by one token, as in training, so that every token but a book's first is a target once.
+
+Shapes: B sequences, T tokens.
+"""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ttt_e2e.data.loader import SequenceLoader
+from ttt_e2e.data.shards import TokenSet
+from ttt_e2e.errors import Divergence, UserError
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.model.transformer import Transformer
+
+_FIRST_BIN = 16
+_BINS_PER_OCTAVE = 2
+
+
+class Book(NamedTuple):
+    """The part of a book that is read: a multiple of the longest context in tokens, and one more."""
+
+    name: str
+    tokens: np.ndarray
+
+
+def held_out_books(tokens: TokenSet, longest_context: int, max_tokens: int) -> list[Book]:
+    """Of every document at most `max_tokens`, in whole sequences of `longest_context`. Shorter documents are skipped.
+
+    Raises UserError if all are shorter.
+    """
+    books = []
+    for i, length in enumerate(tokens.lengths):
+        count = min(max_tokens, int(length) - 1) // longest_context * longest_context
+        if count:
+            ids = tokens.check_ids(tokens.document(i, 0, count + 1)).astype(np.int64)
+            books.append(Book(f"{i} {tokens.names[i]}", ids))
+    if not books:
+        raise UserError(
+            f"{tokens.where} holds out no document of more than {longest_context} tokens, too few for one sequence; "
+            "hold out longer documents (`ttt-e2e prepare --val` or --val-share)."
+        )
+    return books
+
+
+class BookReader:
+    """Reads sequences with a model, `batch_tokens` tokens at once, and tells its losses.
+
+    bos: id of the token that begins a document; as a target it does not count. dtype: of the matrix products.
+    """
+
+    def __init__(self, model: Transformer, bos: int, batch_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.bos, self.batch_tokens, self.dtype = model, bos, batch_tokens, dtype
+
+    def book_losses(
+        self, books: list[Book], context: int, *, learn: bool = True, inner_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """The loss of each book in sequences of `context` tokens, in nats per token.
+
+        Args:
+            books: See `held_out_books`.
+            context: A length that divides those of the books.
+            learn: Whether the fast weights learn.
+            inner_lr: Inner learning rate; None for the model's own.
+
+        Returns:
+            For each book "name", "tokens" (that count), "loss", and "by_position": the means in the bins of
+            `position_edges`, None where no token counts.
+
+        Raises:
+            Divergence: If a loss is not finite.
+        """
+        results = []
+        for book in books:
+            starts = np.arange(0, len(book.tokens) - 1, context)
+            sequences_BT1 = torch.from_numpy(np.stack([book.tokens[start : start + context + 1] for start in starts]))
+            nll_BT, mask_BT = self._read(sequences_BT1, learn, inner_lr)
+            loss = float((nll_BT * mask_BT).sum() / mask_BT.sum())
+            if not math.isfinite(loss):
+                raise Divergence(f"Reading {book.name} in sequences of {context} tokens diverged: its loss is {loss}.")
+            bins = list(pairwise(position_edges(context)))
+            sums = [float((nll_BT * mask_BT)[:, start:stop].sum()) for start, stop in bins]
+            counts = [float(mask_BT[:, start:stop].sum()) for start, stop in bins]
+            by_position = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+            tokens = int(mask_BT.sum())
+            results.append({"name": book.name, "tokens": tokens, "loss": loss, "by_position": by_position})
+        return results
+
+    def inner_lr_losses(self, sequences_BT1: torch.Tensor, inner_lrs: list[float]) -> dict[float, float | None]:
+        """The loss of sequences at each of several inner learning rates; None where it diverges.
+
+        Raises Divergence if all do.
+        """
+        losses: dict[float, float | None] = {}
+        for lr in inner_lrs:
+            nll_BT, mask_BT = self._read(sequences_BT1, True, lr)
+            loss = float((nll_BT * mask_BT).sum() / mask_BT.sum())
+            losses[lr] = loss if math.isfinite(loss) else None
+        if all(loss is None for loss in losses.values()):
+            context = sequences_BT1.shape[1] - 1
+            raise Divergence(f"Every inner learning rate diverged at a context of {context}: {inner_lrs}.")
+        return losses
+
+    @torch.no_grad()
+    def _read(
+        self, sequences_BT1: torch.Tensor, learn: bool, inner_lr: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens' losses, and which of them count, [B, T] float64 on the CPU."""
+        losses, masks = [], []
+        for some_BT1 in sequences_BT1.split(max(1, self.batch_tokens // (sequences_BT1.shape[1] - 1))):
+            tokens_BT1 = some_BT1.to(self.model.embedding.device)
+            result = sequence_loss(
+                self.model, tokens_BT1, bos=self.bos, learn=learn, inner_lr=inner_lr, dtype=self.dtype
+            )
+            losses.append(result.nll_BT.double().cpu())
+            masks.append(result.mask_BT.double().cpu())
+        return torch.cat(losses), torch.cat(masks)
+
+
+def position_edges(context: int) -> list[int]:
+    """Edges of the bins of positions, two bins to a doubling: 0, 16, 22, 32, 45, ..., `context`."""
+    edges = [0]
+    while True:
+        edge = int(_FIRST_BIN * 2 ** ((len(edges) - 1) / _BINS_PER_OCTAVE))
+        if edge >= context:
+            return [*edges, context]
+        edges.append(edge)
+
+
+def evaluate_books(model: Transformer, settings: dict[str, Any]) -> dict[str, Any]:
+    """The result of an evaluation job whose job.json has these settings, see `plan.job_settings`."""
+    folder, context = Path(settings["books"]), settings["context"]
+    held_out = TokenSet.open(folder, "val")
+    books = held_out_books(held_out, settings["longest_context"], settings["book_tokens"])
+    reader = BookReader(model, held_out.bos, settings["batch_tokens"], getattr(torch, settings["dtype"]))
+    result: dict[str, Any] = {
+        "context": context,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "position_edges": position_edges(context),
+    }
+    inner_lr = None
+    if settings["inner_lrs"]:
+        count = max(1, settings["inner_lr_tokens"] // context)
+        sequences_BT1 = next(SequenceLoader(TokenSet.open(folder, "train"), context, count, settings["seed"]))
+        losses = reader.inner_lr_losses(sequences_BT1, settings["inner_lrs"])
+        inner_lr = min((lr for lr, loss in losses.items() if loss is not None), key=lambda lr: losses[lr] or 0.0)
+        result |= {"inner_lr": inner_lr, "inner_lr_losses": [[lr, loss] for lr, loss in losses.items()]}
+    result["books"] = reader.book_losses(books, context, inner_lr=inner_lr)
+    if model.suffix:
+        result["frozen"] = reader.book_losses(books, context, learn=False)
+    return result

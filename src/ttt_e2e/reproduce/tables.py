@@ -1,0 +1,128 @@
+"""The tables of a comparison's report, as markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ttt_e2e.model.cost import in_tokens
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, and an empty one."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return [lines[0], "|---" * len(columns) + "|", *lines[1:], ""]
+
+
+def comparison_tables(report: dict[str, Any]) -> str:
+    """The report that `report.build_report` makes."""
+    systems, contexts = report["systems"], sorted({row["context"] for row in report["comparison"]})
+    cells = {(row["system"], row["context"]): row for row in report["comparison"]}
+    by_context = [in_tokens(context) for context in contexts]
+    state = "Finished" if report["finished"] else "Not finished yet"
+    facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    lines = [
+        f"# {report['name']}, scale {report['plan']['scale']['name']}",
+        "",
+        f"{state}; {report['hours']:.2f} hours of work. Measured on: {facts}.",
+        "",
+        'After ± comes the standard error over books, for differences paired by book; after "seeds" the one over '
+        "seeds.",
+        "",
+    ]
+
+    def add(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if rows:
+            lines.extend([f"## {title}", "", *markdown_table(columns, rows)])
+
+    def add_losses(title: str, key: str, sign: str = "") -> None:
+        rows = []
+        for name, system in systems.items():
+            values = [(cells.get((name, context)) or {}).get(key) for context in contexts]
+            if any(values):
+                parameters = f"{system['parameters'] / 1e6:,.2f} M" if system["parameters"] else ""
+                rows.append([system["label"], parameters, *(_mean(value, sign) for value in values)])
+        add(title, ["system", "parameters", *by_context], rows)
+
+    add_losses(f"Loss minus that of {systems[report['baseline']]['label']}, by context", "difference", "+")
+    add_losses("Loss by context, in nats per token", "loss")
+    add_losses("Loss with frozen fast weights", "frozen_loss")
+    if report["name"] == "warmstart":
+        shares = {name: [_share_of_gain(cells, name, context) for context in contexts] for name in systems}
+        add(
+            "Share of the gain over the sliding window that TTT-E2E has when it is trained from the start",
+            ["system", *by_context],
+            [
+                [systems[name]["label"], *("-" if share is None else f"{share:.0%}" for share in some)]
+                for name, some in shares.items()
+                if any(share is not None for share in some)
+            ],
+        )
+    add(
+        "Outer learning rates tried for a short while, with their training losses",
+        ["system", "tried", "taken"],
+        [
+            [
+                system["label"],
+                _tried([(row["lr"], row["loss"]) for row in system["sweep"]]),
+                "-" if system["lr"] is None else _taken(system["lr"], system["lr_at_edge"]),
+            ]
+            for system in systems.values()
+            if system["sweep"]
+        ],
+    )
+    add(
+        "Inner learning rates of models trained without meta-learning",
+        ["system", "seed", "context", "losses on training text", "taken"],
+        [
+            [
+                systems[e["system"]]["label"],
+                str(e["seed"]),
+                in_tokens(e["context"]),
+                _tried(e["inner_lr_losses"]),
+                _taken(e["inner_lr"], e["inner_lr"] in (e["inner_lr_losses"][0][0], e["inner_lr_losses"][-1][0])),
+            ]
+            for e in report["evaluations"]
+            if "inner_lr" in e
+        ],
+    )
+    add(
+        "Microseconds per token (~: interpolated from segments of the text)",
+        ["system", "context", "prefill", "decode"],
+        [
+            [
+                systems[row["system"]]["label"],
+                in_tokens(row["context"]),
+                microseconds(row["prefill_us"], row["whole"]),
+                microseconds(row["decode_us"]),
+            ]
+            for row in report["latency"]
+        ],
+    )
+    add("What went wrong", ["job", "why"], [[job, why.replace("|", "/")] for job, why in report["failed"].items()])
+    return "\n".join(lines)
+
+
+def microseconds(value: float | None, whole: bool = True) -> str:
+    """A cell of a table of times; not `whole`: interpolated."""
+    return "-" if value is None else f"{'' if whole else '~'}{value:,.1f}"
+
+
+def _mean(value: dict[str, Any] | None, sign: str) -> str:
+    if value is None:
+        return "-"
+    books = "" if value["books_error"] is None else f" ± {value['books_error']:.4f}"
+    seeds = "" if value["seeds_error"] is None else f" (seeds {value['seeds_error']:.4f})"
+    return f"{value['mean']:{sign}.4f}{books}{seeds}"
+
+
+def _tried(losses: Sequence[tuple[float, float | None]]) -> str:
+    return ", ".join(f"{lr:g}: {'diverged' if loss is None else format(loss, '.4f')}" for lr, loss in losses)
+
+
+def _taken(lr: float, at_edge: bool) -> str:
+    return f"{lr:g}{' (at the edge)' if at_edge else ''}"  # of what was tried
+
+
+def _share_of_gain(cells: Mapping[tuple[str, int], dict[str, Any]], name: str, context: int) -> float | None:
+    """A warm start's share of the gain that TTT-E2E from the start has; None if that has none."""
+    own, whole = ((cells.get((system, context)) or {}).get("difference") for system in (name, "ttt-on"))
+    return None if not own or not whole or whole["mean"] >= 0 else own["mean"] / whole["mean"]

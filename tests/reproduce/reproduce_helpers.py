@@ -1,0 +1,90 @@
+"""A comparison at a scale of a few steps. Run as a program, this file makes it in a process that a test can kill."""
+
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ttt_e2e.errors import INTERRUPTED
+from ttt_e2e.reproduce import workers
+from ttt_e2e.reproduce.run import reproduce
+from ttt_e2e.reproduce.scales import SCALES, Scale
+from ttt_e2e.reproduce.timing import LatencyRow
+
+MINUTE = dataclasses.replace(
+    SCALES["tiny"],
+    name="minute",
+    sliding_window=8,
+    mini_batch_size=4,
+    settings=(
+        "hidden_size=16",
+        "num_attention_heads=2",
+        "num_hidden_layers=4",
+        "intermediate_size=24",
+        "vocab_size=272",
+        "checkpoint_every=2",
+    ),
+    pretrain_context=8,
+    pretrain_tokens=64 * 8,
+    contexts=(8, 32),
+    extend_tokens=64 * 3,
+    warm_start_tokens=64 * 2,
+    tokens_per_step=64,
+    extend_tokens_per_step=64,
+    micro_batch_tokens=32,
+    sweep_factors=(0.25, 1.0, 4.0),
+    sweep_tokens=64 * 3,
+    inner_lr_tokens=64,
+    eval_tokens=64,
+    eval_batch_tokens=64,
+    latency_contexts=(8, 32),
+    vocab_size=272,
+)
+SYSTEMS = ["full", "window", "dynamic", "ttt-e2e"]
+
+
+def make_comparison(
+    out: Path, data: Path, scale: Scale = MINUTE, name: str = "figure1", **options: Any
+) -> workers.Outcome:
+    """Make a comparison in this process, with invented latencies."""
+
+    def measure(models: dict[str, Any], contexts: list[int], **_: Any) -> list[LatencyRow]:
+        return [
+            {
+                "system": name,
+                "context": context,
+                "prefill_us": 1.0 * context,
+                "decode_us": 2.0,
+                "train_us": None,
+                "whole": context == 8,
+            }
+            for context in contexts
+            for name in models
+        ]
+
+    options = {"systems": SYSTEMS, "num_workers": 0, "device": "cpu", "progress": False} | options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ttt_e2e.reproduce.timing.measure", measure)
+        return reproduce(name, scale, out, data=data, **options)
+
+
+def read_report(out: Path, name: str = "figure1") -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
+    return report
+
+
+def read_results(out: Path) -> dict[str, dict[str, Any]]:
+    """The results of all trainings and evaluations, by job."""
+    return {str(f.parent.relative_to(out)): json.loads(f.read_text()) for f in out.glob("runs/**/result.json")}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background processes
+    torch.set_num_threads(1)
+    outcome = make_comparison(Path(sys.argv[1]), Path(sys.argv[2]), num_workers=int(sys.argv[3]))
+    sys.exit(INTERRUPTED if outcome.interrupted else 0)

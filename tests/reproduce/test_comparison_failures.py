@@ -1,0 +1,182 @@
+"""Comparisons in which jobs fail, or that are interrupted or killed, and then continued."""
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reproduce_helpers
+from reproduce_helpers import MINUTE, make_comparison, read_report, read_results
+
+from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
+from ttt_e2e.files import lock_folder
+from ttt_e2e.reproduce import job
+from ttt_e2e.training import trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PATIENCE = 600.0  # seconds, for a machine under load
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_diverging_learning_rate_is_not_chosen(data: Path, tmp_path: Path) -> None:
+    scale = dataclasses.replace(MINUTE, sweep_factors=(1.0, 1e30))
+    make_comparison(tmp_path, data, scale, systems=["full"], contexts=[8])
+    report = read_report(tmp_path)
+    *good, bad = report["systems"]["full"]["sweep"]
+    assert all(row["loss"] for row in good) and bad["loss"] is None and "has a loss of" in bad["failed"]
+    assert [row["lr"] for row in good] == pytest.approx([0.0015, 0.003, 0.006])
+    assert report["systems"]["full"]["lr"] == min(good, key=lambda row: row["loss"])["lr"]
+    assert len(report["evaluations"]) == 1
+    assert "diverged" in (tmp_path / "figure1.md").read_text()
+
+
+def test_failing_system_does_not_stop_the_others(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = job.train
+
+    def train_or_diverge(config: Any, *arguments: Any, **options: Any) -> Any:
+        if config.model.suffix_layers and config.train.context == 8:
+            raise Divergence("Step 2 has a loss of nan.")
+        return train(config, *arguments, **options)
+
+    monkeypatch.setattr(job, "train", train_or_diverge)
+    outcome = make_comparison(tmp_path, data, systems=["ttt-e2e"])
+    assert set(outcome.problems) == {
+        *(f"runs/ttt-e2e/seed0/{n}" for n in ("pretrain", "extend-32", "evaluate-8", "evaluate-32")),
+        *(f"runs/ttt-e2e/sweep/{n}" for n in ("below", "above")),
+    }
+    assert "Step 2 has a loss of nan" in capsys.readouterr().out
+    report = read_report(tmp_path)
+    assert not report["finished"] and len(report["evaluations"]) == 2
+    assert "every learning rate of the sweep failed" in report["failed"]["runs/ttt-e2e/sweep/above"]
+
+
+def test_compile_option_reaches_every_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, compiled = job.train, []
+
+    def train_eagerly(*arguments: Any, compile: bool, **options: Any) -> Any:
+        compiled.append(compile)
+        return train(*arguments, **options)  # the compiler has tests of its own
+
+    monkeypatch.setattr(job, "train", train_eagerly)
+    make_comparison(tmp_path, data, systems=["ttt-e2e"], contexts=[8], compile=True)
+    assert compiled == [True] * len(compiled) and len(compiled) == 2 * (5 + 1)
+    make_comparison(tmp_path, data, systems=["ttt-e2e"])  # the same folder continues without
+    assert compiled[12:] == [False] * 2
+    assert read_report(tmp_path)["comparison"][-1]["loss"] is not None
+
+
+def test_full_disk_is_tried_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise UserError("No space left on the disk.") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", full)
+        outcome = make_comparison(tmp_path, data, systems=["full"], contexts=[8])
+    assert outcome.problems and not read_results(tmp_path)
+    assert "No space left" in (tmp_path / "runs/full/sweep/lr-0.003/log.txt").read_text()
+    assert not make_comparison(tmp_path, data, systems=["full"], contexts=[8]).problems
+    assert read_report(tmp_path)["finished"]
+
+
+def test_folder_is_used_by_one_call_at_a_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttt_e2e.reproduce.run.LOCK_SECONDS", 0.0)
+    with lock_folder(tmp_path, "in use"), pytest.raises(UserError, match=r"Another .* is using"):
+        make_comparison(tmp_path, data, dry_run=True)
+    make_comparison(tmp_path, data, dry_run=True)
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_and_the_same_command_again(
+    data: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sequence_loss, calls = trainer.sequence_loss, []
+
+    def interrupting(*arguments: Any, **options: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 33:  # in the pre-training
+            os.kill(os.getpid(), signal.SIGINT)
+        return sequence_loss(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "sequence_loss", interrupting)
+    assert make_comparison(tmp_path, data, systems=["full"]).interrupted
+    assert "repeat the command to continue" in capsys.readouterr().err
+    assert not make_comparison(tmp_path, data, systems=["full"]).interrupted
+    books = {(e["system"], e["seed"], e["context"]): e["books"] for e in read_report(undisturbed)["evaluations"]}
+    evaluations = read_report(tmp_path)["evaluations"]
+    assert {(e["seed"], e["context"]): e["books"] for e in evaluations} == {
+        (0, context): books["full", 0, context] for context in (8, 32)
+    }
+
+
+def start_process(out: Path, data: Path, num_workers: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, reproduce_helpers.__file__, str(out), str(data), str(num_workers)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for_results(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until there are `count` results. Folders may vanish meanwhile, which os.walk allows and glob does not."""
+    deadline = time.monotonic() + PATIENCE
+    while sum("result.json" in files for *_, files in os.walk(out / "runs")) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def assert_same_results(out: Path, undisturbed: Path) -> None:
+    """All numbers but times are those of the comparison that was not interrupted."""
+    results, expected = read_results(out), read_results(undisturbed)
+    assert len(results) > 10
+    for folder, result in results.items():
+        assert {**result, "seconds": 0} == {**expected[folder], "seconds": 0}
+
+
+@pytest.mark.slow
+def test_killed_comparison_continues_with_the_same_results(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    for count in (2, 9):
+        process = start_process(tmp_path, data, 0)
+        wait_for_results(tmp_path, count, process)
+        time.sleep(random.uniform(0, 0.1))  # so that it is killed anywhere in its work
+        process.kill()
+        process.wait()
+    make_comparison(tmp_path, data)
+    assert_same_results(tmp_path, undisturbed)
+    assert read_report(tmp_path)["finished"]
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent_and_with_ctrl_c(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    process = start_process(tmp_path, data, 2)
+    wait_for_results(tmp_path, 2, process)
+    process.kill()  # the workers notice, and give up the folder's lock
+    process.wait()
+    with lock_folder(tmp_path, "the workers of a killed process still run", PATIENCE):
+        done = len(read_results(tmp_path))
+    process = start_process(tmp_path, data, 2)
+    wait_for_results(tmp_path, done + 2, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == INTERRUPTED
+    make_comparison(tmp_path, data)
+    assert_same_results(tmp_path, undisturbed)
