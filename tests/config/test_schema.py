@@ -15,7 +15,7 @@ from ttt_e2e.errors import UserError
     [
         ("mini_batch_size=1024", "mini-batch b = 1024 is longer than the window k = 512"),
         ("mini_batch_size=none", "set mini_batch_size"),
-        ("suffix_layers=9", "suffix of 9 blocks does not fit a model of 8"),
+        ("suffix_layers=9", "suffix of 9 blocks does not fit 8 blocks"),
         ("num_attention_heads=3", "hidden_size 128 does not divide into 3 heads"),
         ("num_key_value_heads=3", "cannot share 3 key/value heads"),
         ("head_dim=5", "need an even head_dim, not 5"),
@@ -26,7 +26,7 @@ from ttt_e2e.errors import UserError
         ("inner_loop.lr=-1", "inner_loop.lr must be at least 0"),
         ("mamba2.expand=0", "mamba2.expand must be at least 1"),
         ("rope_scaling.factor=2", "rope_scaling.factor needs a rope_scaling.rope_type"),
-        ("rope_scaling.rope_type=yarn", "set rope_scaling.original_max_position_embeddings"),
+        ("rope_scaling.rope_type=yarn", "rope_type yarn needs original_max_position_embeddings"),
         ("rope_scaling.attention_factor=0", "rope_scaling.attention_factor must be positive"),
         ("pattern=mamba3", "no mixer 'mamba3'. Did you mean 'mamba2'"),
         ("steps=0", "steps must be at least 1"),
@@ -46,16 +46,22 @@ def test_settings_that_do_not_fit_are_refused(assignment: str, sentence: str) ->
 @pytest.mark.parametrize(
     ("assignments", "sentence"),
     [
-        (["parallel_mlp=true", "static_mlp=false"], "it needs static_mlp=true"),
+        (["parallel_mlp=true", "static_mlp=false"], "parallel_mlp needs static_mlp=true"),
         (
             ["rope_type=llama3", "original_max_position_embeddings=64", "low_freq_factor=4"],
-            "below rope_scaling.high_freq_factor = 4.0",
+            "low_freq_factor must be positive and below high_freq_factor, not 4.0, 4.0",
         ),
         (["pattern=full,window", "suffix_layers=3"], "all its mixers must be 'window', or all 'full'"),
-        (["pattern=mamba2,window", "attention_bias=true"], "if all mixers are attentions, not for mamba2"),
-        (["pattern=mamba2,window", "n_groups=3"], "do not divide into 3 groups; change mamba2.n_groups"),
-        (["pattern=titans,window", "mini_batch_size=60"], "is not a multiple of mini_batch_size 60"),
-        (["pattern=ttt-kvb,window", "suffix_layers=0", "mini_batch_size=none"], "ttt-kvb learns mini-batch by mini"),
+        (
+            ["pattern=mamba2,window", "attention_bias=true"],
+            "With mamba2, neither head_dim nor biases of attention can be set",
+        ),
+        (["pattern=mamba2,window", "n_groups=3"], "do not divide into mamba2.n_groups = 3"),
+        (["pattern=titans,window", "mini_batch_size=60"], "must be a multiple of the mini-batch 60"),
+        (
+            ["pattern=ttt-kvb,window", "suffix_layers=0", "mini_batch_size=none"],
+            "ttt-kvb and titans learn mini-batch by mini",
+        ),
     ],
 )
 def test_combinations_that_do_not_fit_are_refused(assignments: list[str], sentence: str) -> None:

@@ -12,10 +12,10 @@ from ttt_e2e.errors import UserError
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """`config` with assignments such as "model.sliding_window=256" or "train.lr=1e-3" applied.
+    """`config` with assignments such as "model.sliding_window=256" applied.
 
     The beginning of a name may be left out: "lr" is "train.lr" and "inner_loop.lr" is "model.inner_loop.lr". Of several
-    full names that end in the given one, the one with the fewest parts is meant. Raises UserError for an unknown or
+    full names that end in the given one, that with the fewest parts is meant. Raises UserError for an unknown or
     ambiguous name and for a value of another type.
     """
     known = _settings(RunConfig)
@@ -44,10 +44,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration") -> C:
-    """The reverse of `to_dict`: a configuration of type `cls` from plain values.
+    """The reverse of `to_dict`: a configuration of type `cls`.
 
-    Raises UserError, naming `where` the values come from, for unknown or missing settings and for values of another
-    type.
+    Raises UserError, naming `where` the values come from, for unknown, missing and mistyped settings.
     """
     return _from_dict(cls, values, where, "")
 
@@ -102,10 +101,14 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
+def _choices(kind: Any) -> tuple[str, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
 def _check(value: Any, hint: Any, where: str) -> Any:
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is Literal:
-            if value in typing.get_args(kind):
+            if value in _choices(kind):
                 return value
         elif typing.get_origin(kind) is tuple:
             if isinstance(value, (list, tuple)):
@@ -120,7 +123,7 @@ def _check(value: Any, hint: Any, where: str) -> Any:
 def _parse(text: str, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return tuple(_parse(item.strip(), typing.get_args(hint)[0], where) for item in text.split(","))
-    choices = [c for kind in _alternatives(hint) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
+    choices = [choice for kind in _alternatives(hint) for choice in _choices(kind)]
     try:
         value = text if text in choices else None if text.lower() in ("none", "null") else json.loads(text.lower())
     except json.JSONDecodeError:
@@ -132,10 +135,6 @@ def _parse(text: str, hint: Any, where: str) -> Any:
 
 def _describe(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
-    described: list[str] = []
-    for kind in _alternatives(hint):
-        if typing.get_origin(kind) is Literal:
-            described += [repr(choice) for choice in typing.get_args(kind)]
-        else:
-            described.append("a list" if typing.get_origin(kind) is tuple else names.get(kind, "an object"))
-    return " or ".join(described)
+    names |= {tuple: "a list"}
+    kinds = [choice for kind in _alternatives(hint) for choice in _choices(kind) or [typing.get_origin(kind) or kind]]
+    return " or ".join(repr(kind) if isinstance(kind, str) else names.get(kind, "an object") for kind in kinds)

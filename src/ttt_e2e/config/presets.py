@@ -103,10 +103,9 @@ def preset(name: str) -> RunConfig:
 
 
 def extend_training(train: TrainConfig, context: int, pretrain_steps: int) -> TrainConfig:
-    """The published recipe for training a pretrained model on at a longer `context`.
+    """The published recipe for further training at a longer `context`.
 
-    The learning rate is 4e-4, the steps are a fortieth of those of pretraining with as many tokens each, and there is
-    no inner warm-up.
+    A learning rate of 4e-4, a fortieth of the steps of pretraining, as many tokens per step, and no inner warm-up.
     """
     batch = max(1, train.batch * train.context // context)
     return replace(

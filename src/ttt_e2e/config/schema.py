@@ -82,16 +82,9 @@ class RopeScaling:
         if self.rope_type == "default":
             _require(self.factor == 1, "rope_scaling.factor needs a rope_scaling.rope_type: linear, llama3 or yarn.")
         elif self.rope_type != "linear":
-            _require(
-                self.original_max_position_embeddings is not None,
-                f"rope_type {self.rope_type} needs the length of the original context; "
-                "set rope_scaling.original_max_position_embeddings.",
-            )
-            _require(
-                0 < self.low_freq_factor < self.high_freq_factor,
-                f"rope_scaling.low_freq_factor = {self.low_freq_factor} must be positive and below "
-                f"rope_scaling.high_freq_factor = {self.high_freq_factor}.",
-            )
+            original, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
+            _require(original is not None, f"rope_type {self.rope_type} needs original_max_position_embeddings.")
+            _require(0 < low < high, f"low_freq_factor must be positive and below high_freq_factor, not {low}, {high}.")
 
 
 @dataclass(frozen=True)
@@ -212,33 +205,23 @@ class ModelConfig:
     memory: MemoryConfig = MemoryConfig()
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "vocab_size hidden_size num_hidden_layers num_attention_heads")
-        _require_at_least(1, self, "num_key_value_heads head_dim intermediate_size")
-        _require(
-            self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads.",
-        )
+        hidden_size, heads, layers = self.hidden_size, self.num_attention_heads, self.num_hidden_layers
+        _require_at_least(1, self, "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size")
+        _require_at_least(1, self, "num_key_value_heads head_dim fast_intermediate_size suffix_intermediate_size")
+        _require_at_least(1, self, "fast_rank sliding_window mini_batch_size")
+        _require_at_least(0, self, "initializer_range rms_norm_eps suffix_layers")
+        _require_positive(self, "rope_theta")
+        if self.head_dim is None:
+            _require(hidden_size % heads == 0, f"hidden_size {hidden_size} does not divide into {heads} heads.")
         _fill_in(self)
         if self.memory.intermediate_size is None:
             memory = dataclasses.replace(self.memory, intermediate_size=4 * self.head_dim)
             object.__setattr__(self, "memory", memory)
-        _require_at_least(1, self, "fast_intermediate_size suffix_intermediate_size fast_rank")
-        _require_at_least(1, self, "sliding_window mini_batch_size")
-        _require_at_least(0, self, "initializer_range rms_norm_eps")
-        _require_positive(self, "rope_theta")
+        groups = self.num_key_value_heads
+        _require(heads % groups == 0, f"{heads} query heads cannot share {groups} key/value heads evenly.")
         _require(self.head_dim % 2 == 0, f"Rotary positions need an even head_dim, not {self.head_dim}.")
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly.",
-        )
-        _require(
-            0 <= self.suffix_layers <= self.num_hidden_layers,
-            f"A suffix of {self.suffix_layers} blocks does not fit a model of {self.num_hidden_layers} blocks.",
-        )
-        _require(
-            self.static_mlp or not self.parallel_mlp,
-            "parallel_mlp sets a static MLP beside every fast one; it needs static_mlp=true.",
-        )
+        _require(self.suffix_layers <= layers, f"A suffix of {self.suffix_layers} blocks does not fit {layers} blocks.")
+        _require(self.static_mlp or not self.parallel_mlp, "parallel_mlp needs static_mlp=true.")
         self._check_mixers()
         self._check_mini_batch()
 
@@ -249,45 +232,31 @@ class ModelConfig:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             _require(name in MIXERS, f"There is no mixer {name!r}.{hint} There are: {', '.join(MIXERS)}.")
         others = sorted(set(self.mixers) - set(ATTENTIONS))
-        if others:
-            default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
-            _require(
-                default_heads and not (self.attention_bias or self.attention_out_bias),
-                "head_dim, attention_bias and attention_out_bias can only be set if all mixers are attentions, not for "
-                f"{', '.join(others)}.",
-            )
+        default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
+        if others and (self.attention_bias or self.attention_out_bias or not default_heads):
+            raise UserError(f"With {', '.join(others)}, neither head_dim nor biases of attention can be set.")
         inside = self.mixers[self.prefix_layers + 1 :]
-        _require(
-            set(inside) <= {"full"} or set(inside) <= {"window"},
-            "The suffix learns through its attentions: after its first block all its mixers must be 'window', or all "
-            f"'full'; they are {', '.join(inside)}.",
-        )
-        if "mamba2" in self.mixers:
-            heads = self.mamba2.expand * self.num_attention_heads
-            _require(
-                heads % self.mamba2.n_groups == 0,
-                f"Mamba 2's {heads} heads (mamba2.expand x num_attention_heads) do not divide into "
-                f"{self.mamba2.n_groups} groups; change mamba2.n_groups.",
+        if set(inside) not in (set(), {"full"}, {"window"}):
+            raise UserError(
+                "The suffix learns through its attentions: after its first block all its mixers must be 'window', or "
+                f"all 'full'; they are {', '.join(inside)}."
             )
+        if "mamba2" in self.mixers:
+            heads, groups = self.mamba2.expand * self.num_attention_heads, self.mamba2.n_groups
+            _require(heads % groups == 0, f"Mamba 2's {heads} heads do not divide into mamba2.n_groups = {groups}.")
 
     def _check_mini_batch(self) -> None:
-        learning = ["The suffix"] if self.suffix_layers else []
-        learning += [name for name in ("ttt-kvb", "titans") if name in self.mixers]
-        if self.mini_batch_size is None:
-            _require(not learning, f"{'; '.join(learning)} learns mini-batch by mini-batch: set mini_batch_size.")
-            return
-        if "ttt-kvb" in learning or (self.suffix_layers and "window" in self.mixers):
-            _require(
-                self.mini_batch_size <= self.sliding_window,
-                f"The mini-batch b = {self.mini_batch_size} is longer than the window k = {self.sliding_window}, so "
-                "tokens would leave the window before they are learned; choose b <= k.",
+        b, window, mixers = self.mini_batch_size, self.sliding_window, self.mixers
+        if b is None:
+            learns = self.suffix_layers > 0 or {"ttt-kvb", "titans"} & set(mixers)
+            _require(not learns, "A suffix, ttt-kvb and titans learn mini-batch by mini-batch: set mini_batch_size.")
+        elif b > window and ("ttt-kvb" in mixers or (self.suffix_layers and "window" in mixers)):
+            raise UserError(
+                f"The mini-batch b = {b} is longer than the window k = {window}, so tokens would leave the window "
+                "before they are learned; choose b <= k."
             )
-        if "titans" in learning:
-            _require(
-                self.sliding_window % self.mini_batch_size == 0,
-                f"Titans' segments are windows of whole mini-batches, but sliding_window {self.sliding_window} is not "
-                f"a multiple of mini_batch_size {self.mini_batch_size}.",
-            )
+        elif "titans" in mixers:
+            _require(window % b == 0, f"For titans, the window {window} must be a multiple of the mini-batch {b}.")
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -374,14 +343,10 @@ class TrainConfig:
         _require_at_least(0, self, "log_every eval_every eval_tokens checkpoint_every seed warmup_steps lr lr_init")
         _require_at_least(0, self, "lr_end inner_lr_init inner_warmup_steps adam_eps weight_decay")
         _require_positive(self, "max_grad_norm")
-        _require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"betas must be two numbers from 0 to below 1, not {', '.join(map(str, self.betas))}.",
-        )
-        _require(
-            self.batch % self.accumulate == 0,
-            f"A batch of {self.batch} sequences does not split into {self.accumulate} equal parts.",
-        )
+        betas, parts = self.betas, self.accumulate
+        is_valid = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        _require(is_valid, f"betas must be two numbers from 0 to below 1, not {', '.join(map(str, betas))}.")
+        _require(self.batch % parts == 0, f"A batch of {self.batch} sequences does not split into {parts} equal parts.")
 
 
 @dataclass(frozen=True)
@@ -418,8 +383,7 @@ def replace(config: C, changes: Mapping[str, Any]) -> C:
     Fields that have the value that is derived from others (`head_dim`, `warmup_steps`, ...) are derived anew, unless
     they are changed themselves. Raises UserError if the values do not fit together.
     """
-    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
-    values |= {name: None for name, value in _derived(config).items() if values[name] == value}
+    values = dict(vars(config)) | {n: None for n, value in _derived(config).items() if getattr(config, n) == value}
     if isinstance(config, ModelConfig) and config.memory.intermediate_size == 4 * config.head_dim:
         values["memory"] = dataclasses.replace(config.memory, intermediate_size=None)  # type: ignore[arg-type]
     nested: dict[str, dict[str, Any]] = {}
