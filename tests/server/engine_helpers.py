@@ -77,7 +77,7 @@ async def generate(engine: Engine, owner: str, id: str | None, prompt: str, **mo
 
 async def export(engine: Engine, owner: str, id: str, folder: Path) -> Session:
     target = folder / f"exported-{secrets.token_hex(8)}"
-    await engine.export_session(owner, id, target)
+    await engine.sessions.export_session(owner, id, target)
     return Session.load(target, TEMPLATE.model, TOKENIZER)
 
 

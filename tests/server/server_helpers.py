@@ -72,6 +72,7 @@ class FakeEngine:
         self.calls: list[dict[str, Any]] = []
         self.started = self.stopped = False
         self.ready = True
+        self.sessions = self  # it is its own registry
 
     async def start(self) -> None:
         self.started = True
@@ -92,10 +93,10 @@ class FakeEngine:
             raise SessionNotFoundError
         return found
 
-    async def session(self, owner: str, id: str) -> SessionSummary:
+    async def summary(self, owner: str, id: str) -> SessionSummary:
         return self._of(owner, id).summary()
 
-    async def sessions(self, owner: str) -> list[SessionSummary]:
+    async def summaries(self, owner: str) -> list[SessionSummary]:
         return [one.summary() for one in self.all.values() if one.owner == owner]
 
     async def fork(self, owner: str, id: str) -> SessionSummary:

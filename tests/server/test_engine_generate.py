@@ -38,7 +38,7 @@ def test_generate_equals_session_generate(tmp_path: Path, learn: bool, stop: str
         return text, session
 
     async def check(engine: Engine, seed: int) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         await read(engine, "me", id, text_of(seed, 4 * seed))
         whole, _ = generated_alone(seed, ())
         stops = (whole[8:11] or "x",) if isinstance(stop, str) else stop
@@ -70,7 +70,7 @@ def test_chunks_count_tokens_and_give_the_finish_reason(tmp_path: Path) -> None:
         assert await generate(engine, "me", None, prompt, max_tokens=0) == ("", "length")
         *_, last = await collect(engine.generate("me", None, prompt, max_tokens=5000, options=hot))
         assert last.finish_reason == "stop" and last.completion_tokens < 5000  # a token that ends texts was drawn
-        assert await engine.sessions("me") == []
+        assert await engine.sessions.summaries("me") == []
         stats = engine.stats()
         assert stats["tokens_written"] == 12 + last.completion_tokens and stats["tokens_read"] == 0
         for invalid in ({"max_tokens": -1}, {"stop": [""]}):
@@ -84,7 +84,7 @@ def test_closing_is_read_after_a_learned_answer(tmp_path: Path) -> None:
     bos = TOKENIZER.bos
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         text, _ = await generate(engine, "me", id, "Rain", max_tokens=5, learn=True, closing=[bos, "\n"])
         alone = TEMPLATE.fork()
         assert "".join(alone.generate("Rain", max_tokens=5, learn_from_writing=True)) == text
@@ -96,7 +96,7 @@ def test_closing_is_read_after_a_learned_answer(tmp_path: Path) -> None:
 
 def test_incomplete_generation_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         before = (await read(engine, "me", id, text_of(1))).session
         generation = engine.generate("me", id, text_of(2), max_tokens=4000, options=SamplingOptions(), learn=True)
         for _ in range(20):
@@ -106,7 +106,7 @@ def test_incomplete_generation_changes_nothing(tmp_path: Path, monkeypatch: pyte
         position = having_read(text_of(1), text_of(2)).position
         with diverging_at(position + 5, monkeypatch), pytest.raises(Diverged):
             await generate(engine, "me", id, text_of(2), max_tokens=30, learn=True)
-        assert await engine.session("me", id) == before
+        assert await engine.sessions.summary("me", id) == before
         assert_same(await export(engine, "me", id, tmp_path), having_read(text_of(1)))
 
     with_engine(tmp_path / "data", work)
@@ -116,7 +116,7 @@ def test_limit_is_not_held_while_waiting_for_the_session(tmp_path: Path) -> None
     held, limit = HeldText(text_of(1)), asyncio.Semaphore(1)
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         reading = asyncio.create_task(collect(engine.read("me", id, held)))
         await asyncio.to_thread(held.reached.wait)
         waiting = asyncio.create_task(generate(engine, "me", id, "And", max_tokens=2, learn=True, limit=limit))

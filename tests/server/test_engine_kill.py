@@ -58,24 +58,24 @@ def be_killed(folder: Path, rounds: int, seed: int) -> None:
 
 async def live(engine: Engine, known: list[str], begun: int) -> None:
     async def read_on(id: str) -> None:
-        summary = await engine.session("me", id)
+        summary = await engine.sessions.summary("me", id)
         for chapter in range(known.index(summary.text_digest), CHAPTERS):
             last = await read(engine, "me", id, text_of(chapter, 6))
             assert last.session is not None
             say("read", id, known.index(last.session.text_digest))
             os.write(begun, b".")
             if chapter % 7 == 3:
-                fork = await engine.fork("me", id)
+                fork = await engine.sessions.fork("me", id)
                 say("made", fork.id, known.index(fork.text_digest))
                 say("going", fork.id)
-                await engine.delete("me", fork.id)
+                await engine.sessions.delete("me", fork.id)
                 say("gone", fork.id)
 
-    for summary in await engine.sessions("me"):
+    for summary in await engine.sessions.summaries("me"):
         say("found", summary.id, known.index(summary.text_digest))
-    while len(await engine.sessions("me")) < 3:
-        say("made", (await engine.create("me")).id, 0)
-    await asyncio.gather(*(read_on(summary.id) for summary in (await engine.sessions("me"))[:3]))
+    while len(await engine.sessions.summaries("me")) < 3:
+        say("made", (await engine.sessions.create("me")).id, 0)
+    await asyncio.gather(*(read_on(summary.id) for summary in (await engine.sessions.summaries("me"))[:3]))
 
 
 def say(*words: object) -> None:
@@ -107,7 +107,7 @@ def test_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     known = digests()
 
     async def check(engine: Engine) -> None:
-        found = {summary.id: summary for summary in await engine.sessions("me")}
+        found = {summary.id: summary for summary in await engine.sessions.summaries("me")}
         assert not {rest[0] for word, *rest in lines if word == "gone"} & set(found), seed
         assert set(acknowledged) <= set(found), seed
         for id, summary in found.items():

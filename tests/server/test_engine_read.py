@@ -44,7 +44,7 @@ def test_concurrent_sessions_equal_sessions_that_read_alone(tmp_path: Path, lear
 
     async def read_texts(engine: Engine, i: int) -> SessionSummary:
         owner = f"owner {i % 2}"
-        summary = await engine.create(owner)
+        summary = await engine.sessions.create(owner)
         for text in texts[i]:
             chunks = [text[start : start + 7] for start in range(0, len(text), 7)]
             *before, last = await collect(engine.read(owner, summary.id, chunks))
@@ -57,7 +57,7 @@ def test_concurrent_sessions_equal_sessions_that_read_alone(tmp_path: Path, lear
         for i, summary in enumerate(await asyncio.gather(*(read_texts(engine, i) for i in range(7)))):
             alone = having_read(*texts[i], template=template)
             info = alone.info()
-            assert summary == await engine.session(f"owner {i % 2}", summary.id)
+            assert summary == await engine.sessions.summary(f"owner {i % 2}", summary.id)
             assert (summary.tokens, summary.text_bytes, summary.text_digest, summary.learn) == (
                 info.tokens,
                 info.text_bytes,
@@ -80,7 +80,7 @@ def test_progress_counts_the_tokens_of_this_text_only(tmp_path: Path) -> None:
     losses = alone.read(second)[waiting:]
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         await read(engine, "me", id, first)
         *before, last = await collect(engine.read("me", id, [second]))
         assert [p.tokens for p in before] == sorted({p.tokens for p in (*before, last)})
@@ -98,7 +98,7 @@ def test_changes_of_one_session_run_one_after_another(tmp_path: Path) -> None:
     texts = [text_of(i) for i in range(4)]
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         await asyncio.gather(*(read(engine, "me", id, text) for text in texts))
         assert_same(await export(engine, "me", id, tmp_path), having_read(*texts))
 
@@ -109,14 +109,14 @@ def test_generate_and_fork_do_not_wait_for_a_read(tmp_path: Path) -> None:
     first, held = text_of(1), HeldText(text_of(2))
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         await read(engine, "me", id, first)
         reading = asyncio.create_task(collect(engine.read("me", id, held)))
         await asyncio.to_thread(held.reached.wait)
         text, _ = await generate(engine, "me", id, "Rain", max_tokens=20)
         assert text == "".join(having_read(first).generate("Rain", max_tokens=20))
-        fork = await engine.fork("me", id)
-        assert fork.text_digest == (await engine.session("me", id)).text_digest
+        fork = await engine.sessions.fork("me", id)
+        assert fork.text_digest == (await engine.sessions.summary("me", id)).text_digest
         held.release.set()
         await reading
         assert_same(await export(engine, "me", id, tmp_path), having_read(first, held.text))
@@ -134,7 +134,7 @@ def test_chunks_are_taken_in_threads_and_only_slightly_ahead(tmp_path: Path) -> 
             yield STORY * 200
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         reading = engine.read("me", id, endless_text())
         for _ in range(20):
             await anext(reading)
@@ -197,11 +197,11 @@ def test_incomplete_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
                 await generate(engine, "me", id, "Rain", max_tokens=3, learn=True)
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         before = (await read(engine, "me", id, first)).session
         for failure in (closed, cancelled, failed, diverged, on_a_full_disk):
             await failure(engine, id)
-            assert await engine.session("me", id) == before, failure
+            assert await engine.sessions.summary("me", id) == before, failure
             assert_same(await export(engine, "me", id, tmp_path), alone)
             assert_same(Session.load(tmp_path / "data" / f"{id}.session", MODEL, TOKENIZER), alone)
         await read(engine, "me", id, second)
@@ -217,13 +217,13 @@ def test_last_update_is_checked_before_it_is_saved(tmp_path: Path) -> None:
     ids = TOKENIZER.encode(text_of(1))
 
     async def work(engine: Engine) -> None:
-        summary = await engine.create("me")
+        summary = await engine.sessions.create("me")
         for count in (template.mini_batch_size, template.mini_batch_size + 2):  # without and with a pending token
             text = TOKENIZER.decode(ids[:count])
             assert len(TOKENIZER.encode(text)) == count
             with pytest.raises(Diverged, match=r"diverged.*unchanged"):
                 await read(engine, "me", summary.id, text)
-            assert await engine.session("me", summary.id) == summary
+            assert await engine.sessions.summary("me", summary.id) == summary
         assert (await read(engine, "me", summary.id, TOKENIZER.decode(ids[:2]))).session is not None
 
     with_engine(tmp_path / "data", work, template)
@@ -239,12 +239,12 @@ def test_save_is_completed_after_the_client_has_left(tmp_path: Path, monkeypatch
         original(store, id, session)
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         monkeypatch.setattr(Store, "save", held_save)
         task = asyncio.create_task(read(engine, "me", id, first))
         await asyncio.to_thread(saving.wait)
-        assert (await engine.sessions("me"))[0].tokens == 1  # unchanged until the new version is on disk
-        lookup = asyncio.create_task(engine.session("me", id))
+        assert (await engine.sessions.summaries("me"))[0].tokens == 1  # unchanged until the new version is on disk
+        lookup = asyncio.create_task(engine.sessions.summary("me", id))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -265,7 +265,7 @@ def test_failed_step_ends_the_running_requests_only(tmp_path: Path, monkeypatch:
         raise MemoryError("not enough of it")
 
     async def work(engine: Engine) -> None:
-        ids = [(await engine.create("me")).id for _ in range(2)]
+        ids = [(await engine.sessions.create("me")).id for _ in range(2)]
         with monkeypatch.context() as patch:
             patch.setattr("ttt_e2e.inference.session_pool.read_rows", no_memory)
             tasks = [asyncio.create_task(read(engine, "me", id, text_of(1))) for id in ids]
@@ -292,11 +292,11 @@ def test_model_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return model_fingerprint(model)
 
     async def work(engine: Engine) -> None:
-        first, second = [(await engine.create("me")).id for _ in range(2)]
+        first, second = [(await engine.sessions.create("me")).id for _ in range(2)]
         await read(engine, "me", first, text_of(1))
         await read(engine, "me", second, text_of(2))
         await generate(engine, "me", first, "And", max_tokens=3, learn=True)
-        await engine.fork("me", first)
+        await engine.sessions.fork("me", first)
 
     monkeypatch.setattr("ttt_e2e.inference.session.model_fingerprint", counted)
     with_engine(tmp_path / "data", work)

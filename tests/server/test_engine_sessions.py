@@ -32,16 +32,16 @@ from ttt_e2e.server.engine.store import Store
 
 def test_sessions_of_other_owners_cannot_be_seen_or_used(tmp_path: Path) -> None:
     async def work(engine: Engine) -> None:
-        mine, yours = await engine.create("me"), await engine.create("you")
-        assert await engine.sessions("me") == [mine] and await engine.sessions("you") == [yours]
-        assert await engine.sessions("nobody") == []
+        mine, yours = await engine.sessions.create("me"), await engine.sessions.create("you")
+        assert await engine.sessions.summaries("me") == [mine] and await engine.sessions.summaries("you") == [yours]
+        assert await engine.sessions.summaries("nobody") == []
         messages = set()
         for id in (yours.id, "sess-" + 32 * "0", "", "../lock", f"{mine.id}/../{mine.id}"):
             for call in (
-                engine.session("me", id),
-                engine.fork("me", id),
-                engine.delete("me", id),
-                engine.export_session("me", id, tmp_path / "out"),
+                engine.sessions.summary("me", id),
+                engine.sessions.fork("me", id),
+                engine.sessions.delete("me", id),
+                engine.sessions.export_session("me", id, tmp_path / "out"),
                 read(engine, "me", id, "Rain"),
                 generate(engine, "me", id, "Rain"),
                 generate(engine, "me", id, "Rain", learn=True),
@@ -50,7 +50,7 @@ def test_sessions_of_other_owners_cannot_be_seen_or_used(tmp_path: Path) -> None
                     await call
                 messages.add(str(caught.value))
         assert len(messages) == 1  # it does not reveal which sessions exist
-        assert await engine.session("you", yours.id) == yours and not (tmp_path / "out").exists()
+        assert await engine.sessions.summary("you", yours.id) == yours and not (tmp_path / "out").exists()
 
     with_engine(tmp_path / "data", work)
 
@@ -60,7 +60,7 @@ def test_numbers_of_tokens_and_sessions_are_limited(tmp_path: Path) -> None:
     tokens = having_read(text).info().tokens
 
     async def work(engine: Engine) -> None:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         await read(engine, "me", id, text)  # it just fits
         with pytest.raises(LimitReachedError, match=f"{tokens:,} tokens"):
             await read(engine, "me", id, ".")
@@ -71,17 +71,17 @@ def test_numbers_of_tokens_and_sessions_are_limited(tmp_path: Path) -> None:
         assert_same(await export(engine, "me", id, tmp_path), having_read(text))
         having_read(text, ".").save(tmp_path / "long")
         with pytest.raises(LimitReachedError):
-            await engine.import_session("me", tmp_path / "long")
-        await engine.fork("me", id)
-        results = await asyncio.gather(*(engine.create("me") for _ in range(4)), return_exceptions=True)
+            await engine.sessions.import_session("me", tmp_path / "long")
+        await engine.sessions.fork("me", id)
+        results = await asyncio.gather(*(engine.sessions.create("me") for _ in range(4)), return_exceptions=True)
         assert [isinstance(result, LimitReachedError) for result in results] == [False, True, True, True]
-        for call in (engine.create("me"), engine.fork("me", id)):
+        for call in (engine.sessions.create("me"), engine.sessions.fork("me", id)):
             with pytest.raises(LimitReachedError, match="3 sessions"):
                 await call
-        await engine.create("you")
-        await engine.delete("me", id)
-        await engine.create("me")
-        assert len(await engine.sessions("me")) == 3
+        await engine.sessions.create("you")
+        await engine.sessions.delete("me", id)
+        await engine.sessions.create("me")
+        assert len(await engine.sessions.summaries("me")) == 3
 
     with_engine(tmp_path / "data", work, max_sessions=3, max_session_tokens=tokens)
 
@@ -91,14 +91,14 @@ def test_least_recently_used_sessions_leave_memory_and_come_back_equal(tmp_path:
     size = having_read(texts[0]).info().memory_bytes
 
     async def work(engine: Engine) -> None:
-        ids = [(await engine.create("me")).id for _ in texts]
+        ids = [(await engine.sessions.create("me")).id for _ in texts]
         for id, text in zip(ids, texts, strict=True):
             await read(engine, "me", id, text)
-        assert [summary.in_memory for summary in await engine.sessions("me")] == [False, False, True, True]
+        assert [summary.in_memory for summary in await engine.sessions.summaries("me")] == [False, False, True, True]
         assert (engine.stats()["sessions_in_memory"], engine.stats()["bytes_in_memory"]) == (2, 2 * size)
         await generate(engine, "me", ids[2], "Rain", max_tokens=1)
         await generate(engine, "me", ids[0], "Rain", max_tokens=1)
-        assert [summary.in_memory for summary in await engine.sessions("me")] == [True, False, True, False]
+        assert [summary.in_memory for summary in await engine.sessions.summaries("me")] == [True, False, True, False]
         for id, text in zip(ids, texts, strict=True):
             await read(engine, "me", id, text_of(9))
             assert_same(await export(engine, "me", id, tmp_path), having_read(text, text_of(9)))
@@ -106,7 +106,7 @@ def test_least_recently_used_sessions_leave_memory_and_come_back_equal(tmp_path:
 
     async def without_memory(engine: Engine) -> None:
         assert engine.stats()["sessions_in_memory"] == 0
-        for summary, text in zip(await engine.sessions("me"), texts, strict=True):
+        for summary, text in zip(await engine.sessions.summaries("me"), texts, strict=True):
             assert_same(await export(engine, "me", summary.id, tmp_path), having_read(text, text_of(9)))
         assert engine.stats()["sessions_in_memory"] == 0
 
@@ -119,17 +119,17 @@ def test_least_recently_used_sessions_leave_memory_and_come_back_equal(tmp_path:
 
 def test_sessions_outlive_the_engine(tmp_path: Path) -> None:
     async def work(engine: Engine) -> list[SessionSummary]:
-        ids = [(await engine.create("me")).id for _ in range(3)]
+        ids = [(await engine.sessions.create("me")).id for _ in range(3)]
         await read(engine, "me", ids[1], text_of(1))
         await generate(engine, "me", ids[2], text_of(2), max_tokens=20, learn=True)
-        return await engine.sessions("me")
+        return await engine.sessions.summaries("me")
 
     async def restarted(engine: Engine) -> list[SessionSummary]:
-        summaries = await engine.sessions("me")
+        summaries = await engine.sessions.summaries("me")
         assert not any(summary.in_memory for summary in summaries)
         for summary in summaries:
             await generate(engine, "me", summary.id, "Rain", max_tokens=1)
-        return await engine.sessions("me")
+        return await engine.sessions.summaries("me")
 
     before = with_engine(tmp_path, work)
     assert with_engine(tmp_path, restarted) == before and len({summary.text_digest for summary in before}) == 3
@@ -140,43 +140,43 @@ def test_import_and_export(tmp_path: Path) -> None:
 
     async def work(engine: Engine) -> None:
         alone.save(tmp_path / "file", "float32")
-        summary = await engine.import_session("me", tmp_path / "file")
+        summary = await engine.sessions.import_session("me", tmp_path / "file")
         assert summary.text_digest == alone.info().text_digest and summary.id.startswith("sess-")
         await read(engine, "me", summary.id, text_of(2))
         assert_same(await export(engine, "me", summary.id, tmp_path), having_read(text_of(1), text_of(2)))
         (tmp_path / "file").write_bytes(b"no")
         with pytest.raises(UserError, match="The file is not a session"):
-            await engine.import_session("me", tmp_path / "file")
-        assert len(await engine.sessions("me")) == 1
+            await engine.sessions.import_session("me", tmp_path / "file")
+        assert len(await engine.sessions.summaries("me")) == 1
 
     with_engine(tmp_path / "data", work)
 
 
 def test_damaged_sessions_have_an_error_and_others_work(tmp_path: Path) -> None:
     async def work(engine: Engine) -> list[str]:
-        ids = [(await engine.create("me")).id for _ in range(3)]
+        ids = [(await engine.sessions.create("me")).id for _ in range(3)]
         await asyncio.gather(*(read(engine, "me", id, text_of(1)) for id in ids))
         return ids
 
     async def restarted(engine: Engine) -> None:
-        no_header, altered, good = await engine.sessions("me")
+        no_header, altered, good = await engine.sessions.summaries("me")
         assert no_header.error and no_header.id in no_header.error and altered.error is None is good.error
         with pytest.raises(UserError, match=f"{no_header.id} is not a session"):
-            await engine.session("me", no_header.id)
+            await engine.sessions.summary("me", no_header.id)
         for summary, match in ((no_header, "is not a session"), (altered, "was altered")):
             for call in (
                 read(engine, "me", summary.id, "Rain"),
                 generate(engine, "me", summary.id, "Rain"),
-                engine.fork("me", summary.id),
-                engine.export_session("me", summary.id, tmp_path / "out"),
+                engine.sessions.fork("me", summary.id),
+                engine.sessions.export_session("me", summary.id, tmp_path / "out"),
             ):
                 with pytest.raises(UserError, match=f"^The session {summary.id} {match}") as caught:
                     await call
                 assert str(tmp_path) not in str(caught.value)
         await read(engine, "me", good.id, text_of(2))
         assert_same(await export(engine, "me", good.id, tmp_path), having_read(text_of(1), text_of(2)))
-        await engine.delete("me", no_header.id)
-        assert [summary.id for summary in await engine.sessions("me")] == [altered.id, good.id]
+        await engine.sessions.delete("me", no_header.id)
+        assert [summary.id for summary in await engine.sessions.summaries("me")] == [altered.id, good.id]
 
     ids = with_engine(tmp_path / "data", work)
     first, second = (tmp_path / "data" / f"{id}.session" for id in ids[:2])
@@ -188,12 +188,12 @@ def test_damaged_sessions_have_an_error_and_others_work(tmp_path: Path) -> None:
 
 def test_missing_session_file_is_an_error(tmp_path: Path) -> None:
     async def work(engine: Engine) -> str:
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         await read(engine, "me", id, text_of(1))
         return id
 
     async def restarted(engine: Engine) -> None:
-        (summary,) = await engine.sessions("me")
+        (summary,) = await engine.sessions.summaries("me")
         assert summary.error and "does not exist" in summary.error
         with pytest.raises(UserError, match="does not exist"):
             await read(engine, "me", summary.id, text_of(2))
@@ -208,7 +208,7 @@ def test_missing_session_file_is_an_error(tmp_path: Path) -> None:
 
 def test_deletion_ends_the_requests_of_a_session(tmp_path: Path, endless: int) -> None:
     async def work(engine: Engine) -> None:
-        summary, other = await engine.create("me"), await engine.create("me")
+        summary, other = await engine.sessions.create("me"), await engine.sessions.create("me")
         await read(engine, "me", summary.id, text_of(1))
         held = HeldText(text_of(2))
         reading = asyncio.create_task(collect(engine.read("me", summary.id, held)))
@@ -216,12 +216,12 @@ def test_deletion_ends_the_requests_of_a_session(tmp_path: Path, endless: int) -
         queued = asyncio.create_task(read(engine, "me", summary.id, text_of(3)))
         generation = engine.generate("me", summary.id, "Rain", max_tokens=endless, options=SamplingOptions())
         await anext(generation)
-        await engine.delete("me", summary.id)
+        await engine.sessions.delete("me", summary.id)
         held.release.set()
-        for request in (reading, queued, collect(generation), engine.delete("me", summary.id)):
+        for request in (reading, queued, collect(generation), engine.sessions.delete("me", summary.id)):
             with pytest.raises(SessionNotFoundError):
                 await request
-        assert await engine.sessions("me") == [other]
+        assert await engine.sessions.summaries("me") == [other]
         assert not list((tmp_path / "data").glob(f"*{summary.id}*"))
         await until(lambda: engine.stats()["running"] == 0)
 
@@ -234,7 +234,7 @@ def test_stop_lets_running_requests_finish(tmp_path: Path) -> None:
     async def main() -> str:
         engine = Engine(MODEL, TOKENIZER, Store(tmp_path / "data"), dtype=F64)
         await engine.start()
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         reading = asyncio.create_task(collect(engine.read("me", id, held)))
         await asyncio.to_thread(held.reached.wait)
         stopping = asyncio.create_task(engine.stop(300))
@@ -258,7 +258,7 @@ def test_stop_ends_requests_that_take_too_long(tmp_path: Path, endless: int) -> 
     async def main() -> str:
         engine = Engine(MODEL, TOKENIZER, Store(tmp_path / "data"), dtype=F64)
         await engine.start()
-        id = (await engine.create("me")).id
+        id = (await engine.sessions.create("me")).id
         await read(engine, "me", id, text_of(1))
         reading = asyncio.create_task(collect(engine.read("me", id, held)))
         await asyncio.to_thread(held.reached.wait)
@@ -268,7 +268,13 @@ def test_stop_ends_requests_that_take_too_long(tmp_path: Path, endless: int) -> 
         await engine.stop(0.01)
         Store(tmp_path / "data").close()  # another process can open it now
         held.release.set()
-        for request in (reading, queued, collect(generation), engine.create("me"), engine.delete("me", id)):
+        for request in (
+            reading,
+            queued,
+            collect(generation),
+            engine.sessions.create("me"),
+            engine.sessions.delete("me", id),
+        ):
             with pytest.raises(StoppingError):
                 await request
         return id

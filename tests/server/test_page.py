@@ -10,10 +10,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from server_helpers import FakeEngine, served, until
-from ttt_e2e.server.keys import Keys
+from server_helpers import PATIENCE, FakeEngine, served, until
 
-from ttt_e2e.server.app import Settings, create_app
+from ttt_e2e.server.middleware.keys import Keys
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

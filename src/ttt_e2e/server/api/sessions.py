@@ -63,36 +63,36 @@ def routes(engine: Engine) -> APIRouter:
     @router.post("", status_code=201)
     async def create(request: Request) -> SessionSummary:
         """Create an empty session."""
-        return await engine.create(_owner(request))
+        return await engine.sessions.create(_owner(request))
 
     @router.get("")
     async def sessions(request: Request) -> SessionList:
         """List all sessions of this key, the oldest first."""
-        return SessionList(object="list", data=await engine.sessions(_owner(request)))
+        return SessionList(object="list", data=await engine.sessions.summaries(_owner(request)))
 
     @router.post("/import", status_code=201, openapi_extra=_request_body({_BINARY: _BINARY_SCHEMA}))
     async def import_session(request: Request) -> SessionSummary:
         """Create a session from a session file, as export returns and `ttt-e2e read --save` writes."""
-        with engine.temporary_folder() as folder:
+        with engine.sessions.temporary_folder() as folder:
             file = folder / "import.session"
             await receive_file(request, file)
-            return await engine.import_session(_owner(request), file)
+            return await engine.sessions.import_session(_owner(request), file)
 
     @router.get("/{session}")
     async def session(session: str, request: Request) -> SessionSummary:
         """Describe a session."""
-        return await engine.session(_owner(request), session)
+        return await engine.sessions.summary(_owner(request), session)
 
     @router.delete("/{session}")
     async def delete(session: str, request: Request) -> DeletedSession:
         """Delete a session from memory and disk."""
-        await engine.delete(_owner(request), session)
+        await engine.sessions.delete(_owner(request), session)
         return DeletedSession(id=session, object="session.deleted", deleted=True)
 
     @router.post("/{session}/fork", status_code=201)
     async def fork(session: str, request: Request) -> SessionSummary:
         """Create an independent copy of a session."""
-        return await engine.fork(_owner(request), session)
+        return await engine.sessions.fork(_owner(request), session)
 
     @router.post(
         "/{session}/read",
@@ -108,7 +108,7 @@ def routes(engine: Engine) -> APIRouter:
         With `Accept: text/event-stream` the response is a stream of progress events, of which the last one has the
         session.
         """
-        await engine.session(_owner(request), session)  # before a long text is uploaded in vain
+        await engine.sessions.summary(_owner(request), session)  # before a long text is uploaded in vain
         file = await receive_text(request)
         progress = _logged(request, engine.read(_owner(request), session, text_chunks(file)))
         if EVENT_STREAM in request.headers.get("accept", ""):
@@ -118,9 +118,9 @@ def routes(engine: Engine) -> APIRouter:
     @router.get("/{session}/export", response_class=Response, responses=_EXPORT_RESPONSES)
     async def export_session(session: str, request: Request) -> Response:
         """Download a session as a file, for import or the command line."""
-        with engine.temporary_folder() as folder:
+        with engine.sessions.temporary_folder() as folder:
             target = folder / "export.session"
-            await engine.export_session(_owner(request), session, target)
+            await engine.sessions.export_session(_owner(request), session, target)
             size, file = target.stat().st_size, target.open("rb")
         # The file has no name any more and is removed when it is closed.
         headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{session}.session"'}

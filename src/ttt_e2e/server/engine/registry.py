@@ -7,6 +7,7 @@ even if its client leaves, so that disk and memory always agree. This runs in on
 import asyncio
 from collections import defaultdict
 from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,13 +60,22 @@ class SessionSlot:
 class SessionRegistry:
     """The sessions in a store, with the model, tokenizer, dtype and `learn` of `template`, which has read nothing.
 
-    store: closed by `close`. memory_bytes: how much memory sessions may take; beyond it, those used longest ago are
-    kept on disk only. max_sessions: per owner.
+    Args:
+        template: What new sessions are copies of.
+        store: An open store; `close` closes it.
+        memory_bytes: How much memory sessions may take; those used longest ago are then kept on disk only.
+        max_sessions: Per owner.
+        max_session_tokens: Per session.
+
+    An owner is any string, and a session is visible to its owner only. Methods raise SessionNotFoundError if the owner
+    has no such session, UserError if its file is damaged, and StoppingError for changes after `close`.
     """
 
-    def __init__(self, template: Session, store: Store, memory_bytes: int, max_sessions: int) -> None:
-        self.template, self.store = template, store
-        self.memory_bytes, self.max_sessions = memory_bytes, max_sessions
+    def __init__(
+        self, template: Session, store: Store, memory_bytes: int, max_sessions: int, max_session_tokens: int
+    ) -> None:
+        self.template, self.max_session_tokens = template, max_session_tokens
+        self._store, self._memory_bytes, self._max_sessions = store, memory_bytes, max_sessions
         self._slots: dict[str, SessionSlot] = {}
         self._in_memory: dict[str, SessionSlot] = {}  # from the least to the most recently used
         self._owner_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -77,7 +87,7 @@ class SessionRegistry:
 
         def find() -> list[SessionSlot]:
             self._loader = SessionLoader(self.template)
-            return [self._find(record) for record in self.store.records()]
+            return [self._find(record) for record in self._store.records()]
 
         self._slots = {slot.record.id: slot for slot in await asyncio.to_thread(find)}
 
@@ -86,77 +96,123 @@ class SessionRegistry:
         self._closed = True
         while self._changes:
             await asyncio.wait(self._changes)
-        self.store.close()
+        self._store.close()
 
-    def __len__(self) -> int:
-        return len(self._slots)
+    def stats(self) -> dict[str, float]:
+        """How many sessions there are, and how much memory they take, by name."""
+        return {
+            "sessions_in_memory": len(self._in_memory),
+            "sessions_on_disk": len(self._slots),
+            "bytes_in_memory": self._bytes_in_memory(),
+        }
 
-    @property
-    def sessions_in_memory(self) -> int:
-        """How many sessions are in memory."""
-        return len(self._in_memory)
+    def check_length(self, tokens: int) -> None:
+        """Raise LimitReachedError if a session cannot hold this many tokens."""
+        if tokens > self.max_session_tokens:
+            raise LimitReachedError(f"A session holds at most {self.max_session_tokens:,} tokens; use a new one.")
 
-    @property
-    def bytes_in_memory(self) -> int:
-        """How much memory they take."""
-        return sum(slot.info.memory_bytes for slot in self._in_memory.values() if slot.info)
+    # -- for clients -----------------------------------------------------------------------------------------------
+
+    async def create(self, owner: str, session: Session | None = None) -> SessionSummary:
+        """Add a session, an empty one by default. Raises LimitReachedError if the owner has `max_sessions` already."""
+
+        def save() -> SessionSlot:
+            value = session or self.template
+            return SessionSlot(self._store.add(owner, value), value.info(), value)
+
+        async def create() -> SessionSummary:
+            async with self._owner_locks[owner]:
+                if len(await self.summaries(owner)) >= self._max_sessions:
+                    raise LimitReachedError(f"The limit of {self._max_sessions} sessions is reached; delete one first.")
+                slot = await asyncio.to_thread(save)
+                self._slots[slot.record.id] = slot
+                self._mark_used(slot)
+                return slot.summary()
+
+        return await self._complete(create())
+
+    async def summary(self, owner: str, id: str) -> SessionSummary:
+        """Describe a session; if a new version of it is being saved, that one."""
+        slot = self.slot(owner, id)
+        async with slot.file_lock:
+            if slot.deleted:
+                raise SessionNotFoundError
+            if slot.error:
+                raise UserError(slot.error)
+            return slot.summary()
+
+    async def summaries(self, owner: str) -> list[SessionSummary]:
+        """All sessions of an owner, the oldest first, including damaged ones, which have an `error`."""
+        return [slot.summary() for slot in self._slots.values() if slot.record.owner == owner]
+
+    async def fork(self, owner: str, id: str) -> SessionSummary:
+        """Add an independent copy of a session. Raises LimitReachedError as `create` does."""
+        return await self.create(owner, await self.session(self.slot(owner, id)))
+
+    async def delete(self, owner: str, id: str) -> None:
+        """Delete a session. Requests that use it fail with SessionNotFoundError."""
+        slot = self.slot(owner, id)
+
+        async def delete() -> None:
+            async with slot.file_lock:
+                if slot.deleted:
+                    raise SessionNotFoundError
+                await asyncio.to_thread(self._store.delete, id)
+                slot.deleted = True
+                del self._slots[id]
+                self._in_memory.pop(id, None)
+            for pooled in list(slot.pooled):
+                pooled.fail(SessionNotFoundError())
+
+        await self._complete(delete())
+
+    def temporary_folder(self) -> AbstractContextManager[Path]:
+        """A folder in the store for files on their way in or out; see `Store.temporary_folder`."""
+        return self._store.temporary_folder()
+
+    async def export_session(self, owner: str, id: str, target: Path) -> None:
+        """Write a session to the new file `target`, whole or not at all."""
+        session = await self.session(self.slot(owner, id))
+        await asyncio.to_thread(session.save, target)
+
+    async def import_session(self, owner: str, source: Path) -> SessionSummary:
+        """Add the session in an untrusted file.
+
+        Raises UserError unless it is a valid session of this model, and LimitReachedError if it is too long or as
+        `create` does.
+        """
+        session = await asyncio.to_thread(self._loader.load, source, "The file")
+        self.check_length(session.info().tokens)
+        return await self.create(owner, session)
+
+    # -- for the engine --------------------------------------------------------------------------------------------
 
     def slot(self, owner: str, id: str) -> SessionSlot:
-        """One session. Raises SessionNotFoundError if the owner has no such session."""
+        """The slot of a session."""
         slot = self._slots.get(id)
         if slot is None or slot.record.owner != owner:
             raise SessionNotFoundError
         return slot
 
-    def slots(self, owner: str) -> list[SessionSlot]:
-        """All sessions of an owner, the oldest first."""
-        return [slot for slot in self._slots.values() if slot.record.owner == owner]
-
     async def session(self, slot: SessionSlot, *, wait_for_writes: bool = False) -> Session:
-        """The current version of a session, loaded from disk if necessary.
-
-        wait_for_writes: if a new version is being saved, wait for it. Raises SessionNotFoundError if the session was
-        deleted, and UserError if its file is missing or damaged.
-        """
+        """The current version of a session, loaded if necessary; wait_for_writes: wait for one that is being saved."""
         session = slot.session
         if session is None or wait_for_writes:
             async with slot.file_lock:
                 if slot.deleted:
                     raise SessionNotFoundError
                 if slot.session is None:
-                    path, name = self.store.path(slot.record.id), f"The session {slot.record.id}"
+                    path, name = self._store.path(slot.record.id), f"The session {slot.record.id}"
                     slot.session = await asyncio.to_thread(self._loader.load, path, name)
                 session = slot.session
         self._mark_used(slot)
         return session
 
-    async def load(self, path: Path) -> Session:
-        """Load a session from an untrusted file. Raises UserError unless it is a valid session of this model."""
-        return await asyncio.to_thread(self._loader.load, path, "The file")
-
-    async def add(self, owner: str, session: Session | None = None) -> SessionSlot:
-        """Add a session, an empty one by default. Raises LimitReachedError if the owner has `max_sessions` already."""
-
-        def save() -> SessionSlot:
-            value = session or self.template
-            return SessionSlot(self.store.add(owner, value), value.info(), value)
-
-        async def add() -> SessionSlot:
-            async with self._owner_locks[owner]:
-                if len(self.slots(owner)) >= self.max_sessions:
-                    raise LimitReachedError(f"The limit of {self.max_sessions} sessions is reached; delete one first.")
-                slot = await asyncio.to_thread(save)
-                self._slots[slot.record.id] = slot
-                self._mark_used(slot)
-                return slot
-
-        return await self._complete(add())
-
     async def replace(self, slot: SessionSlot, session: Session) -> SessionSummary:
         """Save the next version of a session; once it is on disk it becomes the current one."""
 
         def save() -> SessionInfo:
-            self.store.save(slot.record.id, session)
+            self._store.save(slot.record.id, session)
             return session.info()
 
         async def replace() -> SessionSummary:
@@ -170,30 +226,16 @@ class SessionRegistry:
 
         return await self._complete(replace())
 
-    async def delete(self, slot: SessionSlot) -> None:
-        """Delete a session. Requests that use it fail with SessionNotFoundError."""
-
-        async def delete() -> None:
-            async with slot.file_lock:
-                if slot.deleted:
-                    raise SessionNotFoundError
-                await asyncio.to_thread(self.store.delete, slot.record.id)
-                slot.deleted = True
-                del self._slots[slot.record.id]
-                self._in_memory.pop(slot.record.id, None)
-            for pooled in list(slot.pooled):
-                pooled.fail(SessionNotFoundError())
-
-        await self._complete(delete())
-
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _find(self, record: SessionRecord) -> SessionSlot:
         try:
-            info = self._loader.read_info(self.store.path(record.id), f"The session {record.id}")
-            return SessionSlot(record, info)
+            return SessionSlot(record, self._loader.read_info(self._store.path(record.id), f"The session {record.id}"))
         except UserError as error:
             return SessionSlot(record, None, error=str(error))
+
+    def _bytes_in_memory(self) -> int:
+        return sum(slot.info.memory_bytes for slot in self._in_memory.values() if slot.info)
 
     def _mark_used(self, slot: SessionSlot) -> None:
         """Mark a session in memory as the most recently used, and drop others from memory if the limit demands it."""
@@ -201,7 +243,7 @@ class SessionRegistry:
             return
         self._in_memory.pop(slot.record.id, None)
         self._in_memory[slot.record.id] = slot
-        while self._in_memory and self.bytes_in_memory > self.memory_bytes:
+        while self._in_memory and self._bytes_in_memory() > self._memory_bytes:
             self._in_memory.pop(next(iter(self._in_memory))).session = None
 
     async def _complete(self, change: Coroutine[Any, Any, _T]) -> _T:

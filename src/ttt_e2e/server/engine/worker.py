@@ -1,7 +1,6 @@
-"""The thread that runs the model: it owns the session pool and steps it while there is work.
+"""The thread that runs the model: it owns the session pool, and steps it while there is work.
 
-In the event loop, a `PooledSession` stands for a session in the pool. Its commands go to the thread through a queue,
-and events come back. Without work the thread sleeps until the next command.
+In the event loop, a `PooledSession` stands for a session in the pool: commands go to the thread, events come back.
 """
 
 import asyncio
@@ -12,11 +11,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
-import numpy as np
-
-from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import Event, Losses, SessionPool, Token
+from ttt_e2e.inference.session_pool import Done, Event, Losses, SessionPool, Token
 from ttt_e2e.server.engine.records import StoppingError
 
 _MAX_FAILED_STEPS = 3  # in a row: one may be too large for memory, but then the device is lost
@@ -82,7 +78,7 @@ class Worker:
     def _run(self) -> None:
         while True:
             while not self._pool.busy or not self._commands.empty():
-                command = self._commands.get()
+                command = self._commands.get()  # an idle thread sleeps here
                 if command is None:
                     return
                 command()
@@ -98,11 +94,8 @@ class Worker:
             return
         self._failed_steps = 0
         self.steps += 1
-        for event in events:
-            if isinstance(event, Losses):
-                self.tokens_read += len(event.losses)
-            elif isinstance(event, Token):
-                self.tokens_written += 1
+        self.tokens_read += sum(len(event.losses) for event in events if isinstance(event, Losses))
+        self.tokens_written += sum(isinstance(event, Token) for event in events)
         self._loop.call_soon_threadsafe(_deliver, [(self._sessions[event.id], event) for event in events])
 
     def _apply(self, pooled: "PooledSession", command: Callable[[SessionPool, int], _T]) -> _T | None:
@@ -115,10 +108,10 @@ class Worker:
         return None
 
     def _drop(self, pooled: "PooledSession") -> None:
-        id, pooled.id = pooled.id, None
-        if id is not None:
-            del self._sessions[id]
-            self._pool.drop(id)
+        if pooled.id is not None:
+            del self._sessions[pooled.id]
+            self._pool.drop(pooled.id)
+            pooled.id = None
 
     def _fail(self, pooled: "PooledSession", error: Exception) -> None:
         self._drop(pooled)
@@ -132,8 +125,7 @@ class Worker:
 class PooledSession:
     """A session in the worker's pool; see `Worker.add`. Its commands run in order.
 
-    `read`, `generate`, `next_event` and `leave` raise the error of a session that failed, and StoppingError once the
-    worker has stopped.
+    `submit`, `next_event` and `leave` raise the error of a session that failed, and StoppingError after `Worker.stop`.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -142,23 +134,19 @@ class PooledSession:
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._error: Exception | None = None
 
-    def read(self, tokens: np.ndarray) -> None:
-        """Read tokens [n]. Events: a `Losses` per mini-batch, then `Done`."""
-        self._command(lambda pool, id: pool.submit_read(id, tokens))
-
-    def generate(self, prompt: np.ndarray, max_tokens: int, options: SamplingOptions, learn: bool) -> None:
-        """Generate after a prompt [n], as `SessionPool.submit_generate` does. Events: `Token`s, then `Done`."""
-        self._command(
-            lambda pool, id: pool.submit_generate(
-                id, prompt, max_tokens=max_tokens, options=options, learn_from_writing=learn
-            )
-        )
+    def submit(self, command: Callable[[SessionPool, int], None]) -> None:
+        """Call `command(pool, id)` in the thread, to submit work for this session."""
+        if self._error:
+            raise self._error
+        self._worker._send(lambda: self._worker._apply(self, command))
 
     async def next_event(self) -> Event:
-        """Wait for the next event."""
+        """Wait for the next event. Raises the error of a request that failed."""
         event = None if self._error else await self._events.get()
         if event is None:
             raise self._error or StoppingError()
+        if isinstance(event, Done) and event.error:
+            raise event.error
         return event
 
     async def leave(self) -> Session:
@@ -191,18 +179,9 @@ class PooledSession:
             self._events.put_nowait(None)
             self.drop()
 
-    def _command(self, command: Callable[[SessionPool, int], None]) -> None:
-        if self._error:
-            raise self._error
-        self._worker._send(lambda: self._worker._apply(self, command))
-
 
 def _checked(session: Session) -> Session:
-    """`session` itself, unless its last update made it diverge.
-
-    An update is checked by the loss of the mini-batch after it. That one would only come with the next request, which
-    could not be rolled back any more.
-    """
+    """`session`, unless its last update made it diverge: with the next request it would be too late to roll back."""
     if session.learn and session.position:
         probe = session.fork()
         if probe.pending:
