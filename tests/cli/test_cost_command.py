@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from cli_helpers import run
 from helpers import small_model
 
-from ttt_e2e.cli.main import main
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import PRESETS
 from ttt_e2e.config.schema import TrainConfig
 from ttt_e2e.convert.hf_config import read_source
-from ttt_e2e.convert.start import Start, full_attention, model_config
+from ttt_e2e.convert.learning import LearningOptions, config_from_source, full_attention_config
 from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.model.cost import cost, hours, parameters, training_bytes
 from ttt_e2e.training.optimizer import make_optimizer
@@ -40,17 +40,13 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def run(*argv: object) -> int:
-    return main([str(word) for word in argv])
-
-
-def test_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cost_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("cost", "tiny", "--context", "8K", "2M", 1000) == 0
     out = capsys.readouterr().out
     assert all(re.search(rf"^{context} .*\(", out, re.M) for context in ("8K", "2M", "1000"))
     assert f"{parameters(PRESETS['tiny'].model):,} parameters" in out
     assert run("cost", "tiny-full") == 0
-    assert "(" not in capsys.readouterr().out.split("\n\n")[1]  # nothing to hold it against
+    assert "(" not in capsys.readouterr().out.split("\n\n")[1]  # nothing to compare with
     assert run("cost", "tiny", "--json", "num_hidden_layers=4", "train.dtype=bfloat16") == 0
     report = json.loads(capsys.readouterr().out)
     model = override(PRESETS["tiny"], ["num_hidden_layers=4"]).model
@@ -59,17 +55,17 @@ def test_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(report["costs"]) == {"tiny", "tiny-full"}
 
 
-def test_of_a_pretrained_transformer(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of what a conversion with the same options would make, beside the original, from its config.json alone."""
+def test_cost_of_a_pretrained_transformer(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It counts what a conversion with the same options would make, and the original, from config.json alone."""
     source = read_source(QWEN, checkpoint)
     options = ("--window", 128, "--fast", "split", "--fast-rank", 4, "--suffix", 0.5)
-    expected = model_config(source, Start(window=128, fast="split", fast_rank=4, suffix=0.5))
+    expected = config_from_source(source, LearningOptions(sliding_window=128, fast="split", fast_rank=4, suffix=0.5))
     for where in (checkpoint, checkpoint / "config.json"):
         assert run("cost", where, *options, "--context", 300, "--train", 1000, "--flops", "25G", "--json") == 0
         report = json.loads(capsys.readouterr().out)
         assert report["costs"] == {
             "Qwen3-0.00006B": [asdict(cost(expected, 300, 2))],
-            "the original": [asdict(cost(full_attention(source), 300, 2))],
+            "the original": [asdict(cost(full_attention_config(source), 300, 2))],
         }
         assert report["bytes"]["training"] == 16 * parameters(expected)
         training = report["costs"]["Qwen3-0.00006B"][0]["operations"]["training"]
@@ -79,21 +75,23 @@ def test_of_a_pretrained_transformer(checkpoint: Path, capsys: pytest.CaptureFix
     assert "at 400 T operations a second" in out and re.search(r"^2K +[\d.e-]+ +[\d.e-]+$", out, re.M)
 
 
-def test_full_attention_is_the_original(checkpoint: Path) -> None:
+def test_full_attention_config_counts_the_original(checkpoint: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
     config = transformers.Qwen3Config(**QWEN)
     original = transformers.Qwen3ForCausalLM(config)
-    assert parameters(full_attention(read_source(QWEN, checkpoint))) == sum(p.numel() for p in original.parameters())
+    assert parameters(full_attention_config(read_source(QWEN, checkpoint))) == sum(
+        p.numel() for p in original.parameters()
+    )
 
 
-def test_of_a_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cost_of_a_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = small_model()
     save_model(model, tmp_path / "mine", None)
     assert run("cost", tmp_path / "mine", "--context", 100, "--json") == 0
     assert json.loads(capsys.readouterr().out)["costs"] == {"mine": [asdict(cost(model.config, 100, 2))]}
 
 
-def test_what_training_holds() -> None:
+def test_training_bytes_are_weights_gradients_and_moments() -> None:
     """Weights, gradients and moments, as PyTorch makes them."""
     model = small_model()
     optimizer = make_optimizer(model, TrainConfig())
@@ -110,22 +108,22 @@ def test_what_training_holds() -> None:
     [
         ("tiny --window 3", "of a preset or a model folder change settings"),
         ("nowhere", "There is no preset 'nowhere'"),
-        ("tiny --flops fast", "'fast' is no number of operations a second"),
+        ("tiny --flops fast", "'fast' is not a number of operations a second"),
         ("./nowhere", "There is no"),
         ("{checkpoint} --window 1024", "longer than 512"),
-        ("{checkpoint} --suffix 2", "a share of the blocks"),
+        ("{checkpoint} --suffix 2", "of the blocks"),
     ],
 )
-def test_bad_input(argv: str, sentence: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = run("cost", *argv.format(checkpoint=checkpoint).split())
-    except SystemExit as error:
-        code = int(error.code or 0)
-    assert code in (1, 2)
+def test_invalid_models_and_options_are_errors(
+    argv: str, sentence: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("cost", *argv.format(checkpoint=checkpoint).split()) in (1, 2)
     assert sentence in capsys.readouterr().err
 
 
-def test_a_name_without_a_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_on_hugging_face_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run("cost", "no-such-owner/no-such-model") == 1
     assert "could not be downloaded" in capsys.readouterr().err

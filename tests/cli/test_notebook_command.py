@@ -1,25 +1,25 @@
-"""The notebook on the command line: noted while reading, shown to the model, searched, and what is refused."""
+"""The notebook on the command line: recorded while reading, searched, and shown to the model."""
 
 import io
 import json
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli_helpers import kill_while_reading, run, temporary_files
 from helpers import small_model
 
 from ttt_e2e.cli import main as cli
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.inference import load as load_module
 from ttt_e2e.inference import session as session_module
 from ttt_e2e.inference.session_file import session_facts
 from ttt_e2e.model.checkpoint import save_model
-from ttt_e2e.retrieval import search_index as notebook_index
+from ttt_e2e.retrieval import search_index
 from ttt_e2e.retrieval.notebook import Notebook
 
 TEXT = "".join(f"On day {i} the {'heron' if i % 2 else 'otter'} came to the lake at dusk.\n" for i in range(40))
@@ -31,8 +31,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer.train([TEXT, NEXT], 300)
     tokenizer.save(folder / "t.json")
-    model = small_model(vocab_size=tokenizer.vocab_size, sliding_window=160, mini_batch_size=20)
-    save_model(model, folder / "model", folder / "t.json")
+    for name, window, mini_batch in (("model", 160, 20), ("coarse", 64, 64)):
+        model = small_model(vocab_size=tokenizer.vocab_size, sliding_window=window, mini_batch_size=mini_batch)
+        save_model(model, folder / name, folder / "t.json")
     return folder / "model"
 
 
@@ -40,42 +41,28 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> Path:
     """A working folder with two texts, in which the little model is the shipped one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(session_module, "shipped_model", lambda: model_dir)
+    monkeypatch.setattr(load_module, "shipped_model", lambda: model_dir)
     (tmp_path / "lake.txt").write_text(TEXT)
     (tmp_path / "next.txt").write_text(NEXT)
     return tmp_path
 
 
-def run(*argv: object) -> int:
-    return cli.main([str(word) for word in argv])
-
-
 def read(*argv: object) -> int:
-    return run("read", *argv, "--no-picture", "--quiet", "--no-baseline")
+    return run("read", *argv, "--no-plot", "--quiet", "--no-baseline")
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 1) -> str:
-    """Run what must fail in one sentence; returns the sentence."""
-    capsys.readouterr()
-    assert run(*argv) == code
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith("ttt-e2e: error: ")
-    return captured.err
-
-
-def noted(session: str) -> str:
+def recorded(session: str) -> str:
     return Path(f"{session}.notebook/text.txt").read_text()
 
 
 # -- what works --------------------------------------------------------------------------------------------------------
 
 
-def test_noted_found_and_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_read_records_and_search_finds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     captured = capsys.readouterr()
     assert "notebook: s.notebook" in captured.out and captured.err == ""
-    assert noted("s") == TEXT
+    assert recorded("s") == TEXT
     for place in ("s", "s.notebook"):
         assert run("notebook", "search", place, "Otter", "on", "--count", 2, "day", "12") == 0
         found = capsys.readouterr().out
@@ -91,7 +78,7 @@ def test_noted_found_and_shown(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_generate_with_the_notebook(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_shows_passages_to_the_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     kept = (here / "s").read_bytes()
     options = ("--session", "s", "On day 12 the", "--max-tokens", 12)
@@ -113,7 +100,7 @@ def test_generate_with_the_notebook(here: Path, capsys: pytest.CaptureFixture[st
     assert (here / "s").read_bytes() == kept
 
 
-def test_what_was_shown_is_learned_if_asked(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_learns_from_passages_only_if_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     capsys.readouterr()
     options = ("--session", "s", "On day 12 the", "--max-tokens", 10, "--learn", "--save", "t", "--json")
@@ -125,37 +112,39 @@ def test_what_was_shown_is_learned_if_asked(here: Path, capsys: pytest.CaptureFi
     assert "copy s.notebook to t.notebook" in captured.err
     shutil.copytree("s.notebook", "t.notebook")
     assert run("generate", "--session", "t", "The heron", "--notebook", "--max-tokens", 3) == 0
-    assert noted("t") == noted("s") == TEXT
+    assert recorded("t") == recorded("s") == TEXT
 
 
-def test_texts_one_after_another(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_read_one_after_another_are_recorded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     assert read("next.txt", "--session", "s", "--save", "t", "--notebook") == 0
     assert read("next.txt", "--session", "./s", "--save", "s", "--notebook") == 0
-    assert noted("s") == noted("t") == TEXT + NEXT
+    assert recorded("s") == recorded("t") == TEXT + NEXT
     assert session_facts(here / "s")["text_bytes"] == len(TEXT + NEXT)
     capsys.readouterr()
     assert read("next.txt", "--session", "s", "--save", "s") == 0
-    assert capsys.readouterr().err == "The notebook s.notebook will not have this text; --notebook notes it.\n"
-    assert noted("s") == TEXT + NEXT
+    assert capsys.readouterr().err == "The notebook s.notebook will not have this text; --notebook records it.\n"
+    assert recorded("s") == TEXT + NEXT
     assert read("lake.txt", "--save", "plain") == 0
     assert read("next.txt", "--session", "plain", "--save", "plain", "--notebook") == 0
     assert "plain has read before is not in its notebook" in capsys.readouterr().err
-    assert noted("plain") == NEXT
+    assert recorded("plain") == NEXT
     assert read("next.txt", "--save", "s", "--notebook", "--json") == 0
     captured = capsys.readouterr()
-    assert "s.notebook begins anew" in captured.err and json.loads(captured.out)["bytes"] == len(NEXT)
-    assert noted("s") == NEXT
+    assert "s.notebook is replaced" in captured.err and json.loads(captured.out)["bytes"] == len(NEXT)
+    assert recorded("s") == NEXT
 
 
-def test_embeddings(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_find_passages_by_meaning(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Path] = []
 
-    def load_embed(folder: Path) -> notebook_index.Embed:
+    def load_embed(folder: Path) -> search_index.Embed:
         asked.append(folder)
-        return lambda texts: notebook_index.np.array([[1.0, "badger" in t or "brock" in t] for t in texts])
+        return lambda texts: search_index.np.array([[1.0, "badger" in t or "brock" in t] for t in texts])
 
-    monkeypatch.setattr(notebook_index, "load_embed", load_embed)
+    monkeypatch.setattr(search_index, "load_embed", load_embed)
     (here / "both.txt").write_text(TEXT + NEXT)
     assert read("both.txt", "--save", "s", "--notebook") == 0
     capsys.readouterr()
@@ -166,38 +155,38 @@ def test_embeddings(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert asked == [Path("folder"), Path("other")]
 
 
-def test_ctrl_c_and_the_same_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_and_the_same_command_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("lake.txt", "--save", "whole", "--notebook") == 0
     score_pending = session_module.Session.score_pending
 
     def stopped(self: session_module.Session) -> object:
-        raise KeyboardInterrupt  # as by Ctrl-C twice, when all was read and noted
+        raise KeyboardInterrupt  # as by a second Ctrl-C, when all was read and recorded
 
     for _ in range(2):
-        monkeypatch.setattr(session_module.Session, "score_rest", stopped)
+        monkeypatch.setattr(session_module.Session, "score_pending", stopped)
         assert read("lake.txt", "--save", "s", "--notebook", "--save-every", 0) == cli.INTERRUPTED
-        assert noted("s") == TEXT and session_facts(here / "s")["unfinished"]["begin"] == 0
-    monkeypatch.setattr(session_module.Session, "score_rest", score_pending)
+        assert recorded("s") == TEXT and session_facts(here / "s")["unfinished"]["notebook_start"] == 0
+    monkeypatch.setattr(session_module.Session, "score_pending", score_pending)
     assert read("lake.txt", "--save", "s", "--notebook", "--save-every", 0) == 0
     assert (here / "s").read_bytes() == (here / "whole").read_bytes()
-    assert noted("s") == TEXT
+    assert recorded("s") == TEXT
 
 
 @pytest.mark.parametrize("then", ["read", "generate"])
-def test_what_a_killed_reading_noted_and_never_read_is_forgotten(
+def test_text_that_a_killed_reading_recorded_but_did_not_read_is_removed(
     here: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(session_module.Session, "steps", killed)
+        patch.setattr(session_module.Session, "read_chunks", killed)
         with pytest.raises(Killed):
             read("next.txt", "--session", "s", "--save", "s", "--notebook")
-    assert noted("s") == TEXT + NEXT and session_facts(here / "s")["unfinished"]["tokens"] == 0
+    assert recorded("s") == TEXT + NEXT and session_facts(here / "s")["unfinished"]["tokens"] == 0
     if then == "read":
         assert read("next.txt", "--session", "s", "--save", "s") == 0
     else:
         assert run("generate", "--session", "s", "On", "--learn", "--max-tokens", 3, "--save", "s") == 0
-    assert noted("s") == TEXT and "unfinished" not in session_facts(here / "s")
+    assert recorded("s") == TEXT and "unfinished" not in session_facts(here / "s")
 
 
 class Killed(BaseException):
@@ -208,47 +197,44 @@ def killed(self: object, ids: object) -> None:
     raise Killed
 
 
-def test_a_stream_that_is_no_text_leaves_all_as_it_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_is_not_text_changes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     kept = (here / "s").read_bytes()
     for data in (b"", b"\x7fELF\0"):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert read("-", "--save", "s", "--notebook") == 1
-        assert (here / "s").read_bytes() == kept and noted("s") == TEXT
+        assert (here / "s").read_bytes() == kept and recorded("s") == TEXT
 
 
 @pytest.mark.slow
-def test_killed_at_random_and_run_again_it_ends_alike(here: Path, model_dir: Path) -> None:
-    (here / "long.txt").write_text(TEXT * 5)
+def test_killed_at_random_and_run_again_it_ends_the_same(
+    here: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TEXT * 30
+    options = ["--notebook", "--no-plot", "--no-baseline", "--quiet", "--threads", "1", "--device", "cpu"]
+    options += ["--model", str(model_dir.with_name("coarse"))]
     for name in ("s", "whole"):
-        assert read("lake.txt", "--save", name, "--notebook") == 0
-    options = ["--notebook", "--no-picture", "--no-baseline", "--quiet", "--save-every", "0", "--threads", "1"]
-    options += ["--device", "cpu", "--model", str(model_dir)]
-    assert run("read", "long.txt", "--session", "whole", "--save", "whole", *options) == 0
+        assert run("read", "lake.txt", "--save", name, *options) == 0
 
-    def reached() -> tuple[int, int]:
+    def read_all(name: str) -> int:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return run("read", "-", "--session", name, "--save", name, *options)
+
+    def progress() -> tuple[int, int]:
         return (Path("s.notebook") / "text.txt").stat().st_size, session_facts(here / "s")["tokens"]
 
-    moments, killed = random.Random(), 0
-    for _ in range(3):
-        before = reached()
-        command = [sys.executable, "-m", "ttt_e2e", "read", "long.txt", "--session", "s", "--save", "s", *options]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            while process.poll() is None and reached() == before:
-                time.sleep(0.002)
-            time.sleep(moments.uniform(0, 0.1))
-            process.kill()
-            killed += process.wait() == -signal.SIGKILL
-        assert (TEXT + TEXT * 5).startswith(noted("s"))
-        if not session_facts(here / "s").get("unfinished"):
-            break
-    assert killed
-    if session_facts(here / "s").get("unfinished"):
-        assert run("read", "long.txt", "--session", "s", "--save", "s", *options) == 0
+    moments = random.Random()
+    for i in range(3):
+        command = ["read", "-", "--session", "s", "--save", "s", "--save-every", "0", *options]
+        some = text[: 20_000 * (i + 1)]  # a segment for the tokenizer and more, each time
+        kill_while_reading(command, some, progress, moments.uniform(0, 0.1))
+        assert (TEXT + text).startswith(recorded("s"))
+    assert session_facts(here / "s")["unfinished"]
+    assert read_all("whole") == read_all("s") == 0
     assert (here / "s").read_bytes() == (here / "whole").read_bytes()
     for name in ("text.txt", "passages.jsonl"):
         assert Path("s.notebook", name).read_bytes() == Path("whole.notebook", name).read_bytes()
-    assert not [path.name for path in here.iterdir() if path.name.startswith(".")]
+    assert temporary_files(here) == []
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -272,38 +258,25 @@ def test_killed_at_random_and_run_again_it_ends_alike(here: Path, model_dir: Pat
         ("notebook search n heron --embeddings .", "embedding"),
     ],
 )
-def test_refused_in_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], argv: str, words: str) -> None:
-    session_module.Session(*session_module.load_reader(session_module.shipped_model())).save(here / "s")
+def test_errors_are_one_sentence(here: Path, refused: Callable[..., str], argv: str, words: str) -> None:
+    session_module.Session(*load_module.load_model(load_module.shipped_model())).save(here / "s")
     shutil.copy("s", "n")
     with Notebook(here / "n.notebook") as notebook:
         notebook.add(TEXT)
-    assert words in refused(capsys, *argv.split())
-    assert not (here / "s.notebook").exists() and noted("n") == TEXT
+    assert words in refused(*argv.split())
+    assert not (here / "s.notebook").exists() and recorded("n") == TEXT
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("notebook", "ACTION"),
-        ("notebook serach s x", "serach"),
-        ("notebook search s", "WORDS"),
-        ("notebook search s x --cuont 2", "did you mean --count"),
-        ("read --notebok", "did you mean --notebook"),
-    ],
-)
-def test_command_lines_that_are_none(here: Path, capsys: pytest.CaptureFixture[str], argv: str, words: str) -> None:
-    error = refused(capsys, *argv.split(), code=2)
-    assert words in error and "--help" in error
-
-
-def test_without_bm25s(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bm25s_only_searching_fails(
+    here: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    assert read("lake.txt", "--save", "s", "--notebook") == 0  # noting needs none
+    assert read("lake.txt", "--save", "s", "--notebook") == 0  # recording does not need it
     for argv in ("notebook search s heron", "generate --session s --notebook heron"):
-        assert 'pip install "ttt-e2e[notebook]"' in refused(capsys, *argv.split())
+        assert 'pip install "ttt-e2e[notebook]"' in refused(*argv.split())
 
 
-def test_a_notebook_that_is_in_use(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_notebook_in_use_is_an_error(here: Path, refused: Callable[..., str]) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     kept = (here / "s").read_bytes()
     with Notebook(here / "s.notebook"):
@@ -314,19 +287,5 @@ def test_a_notebook_that_is_in_use(here: Path, capsys: pytest.CaptureFixture[str
             "generate --session s --notebook heron",
             "notebook search s heron",
         ):
-            assert "s.notebook is in use" in refused(capsys, *argv.split())
+            assert "s.notebook is in use" in refused(*argv.split())
     assert (here / "s").read_bytes() == kept and not (here / "t").exists()
-
-
-@pytest.mark.parametrize("command", ["notebook", "notebook search", "serve"])
-def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*command.split(), "--help") == 0
-    assert "ttt-e2e " in capsys.readouterr().out.split("usage:")[1]
-
-
-def test_help_needs_no_torch() -> None:
-    script = (
-        "import sys; from ttt_e2e.cli.main import main; main(['notebook', 'search', '--help']); main(['serve', '-h']); "
-    )
-    script += "assert not {'torch', 'numpy', 'fastapi'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
