@@ -16,7 +16,7 @@ Shapes: B sequences, T tokens, D hidden size, F hidden width of an MLP, V vocabu
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,22 +120,6 @@ class FastMLP(nn.Module):
                 down.normal_(0.0, down.shape[1] ** -0.5, generator=generator)
 
 
-def _no_vjp(g_BTD: Tensor, below: bool) -> NoReturn:
-    raise AssertionError("the mixer alone has no vjp here")
-
-
-class BlockOutput(NamedTuple):
-    """What a block gives: the residual stream [B, T, D], the mixer's state (None if it did not run), and the vjp.
-
-    vjp(g_BTD, below) takes a cotangent of the residual stream to one of the block's input (None unless it is asked for
-    with `below`), and to the fast weights, as factors in the order of their fields.
-    """
-
-    x_BTD: Tensor
-    state: Any
-    vjp: FastVjp
-
-
 class Block(nn.Module):
     """The mixer, the fast MLP if `fast`, the static MLP: residual sub-layers with norms before and after."""
 
@@ -169,51 +153,46 @@ class Block(nn.Module):
         mixer: bool = True,
         mlps: bool = True,
         second_order: bool = False,
-    ) -> BlockOutput:
+    ) -> tuple[Tensor, Any, FastVjp | None]:
         """Run the block, or one half of it: of the first suffix block, the mixer runs before the mini-batch loop.
 
         Args:
             x_BTD: the residual stream [B, T, D].
             positions, state, cache_view: see `Mixer.forward`.
-            fast: the fast weights; needed for the MLPs of a suffix block.
+            fast: the fast weights, which the MLPs of a suffix block need.
             mixer, mlps: which half runs.
-            second_order: whether the vjp goes through the mixer, which then has to be an attention. Without it the vjp
-                may be called with `below=False` and `mixer=False` only.
+            second_order: whether the vjp goes through the mixer, which then has to be an attention.
+
+        Returns:
+            The residual stream, the mixer's state, and, if there are fast weights, the vjp: from a cotangent of the
+            residual stream to one of x_BTD (None unless it is asked for with `below`) and to the fast weights.
         """
         mixer_vjp: Vjp | None = None
-        if mixer and second_order:
-            x_BTD, state, mixer_vjp = self.mixer_sublayer_with_vjp(x_BTD, positions, state, cache_view)
-        elif mixer:
-            x_BTD, state = self.mixer_sublayer(x_BTD, positions, state, cache_view)
+        if mixer:
+            x_BTD, state, mixer_vjp = self.mixer_sublayer(x_BTD, positions, state, cache_view, second_order)
         if not mlps:
-            return BlockOutput(x_BTD, state, _no_vjp)
+            return x_BTD, state, None
         if fast is None:
-            x_BTD, static_vjp = self.mlp_sublayer(x_BTD)
-            mlps_vjp: FastVjp = lambda g_BTD, below: (static_vjp(g_BTD), ())  # noqa: E731
-        else:
-            x_BTD, mlps_vjp = self.fast_mlp_sublayer(x_BTD, fast)
+            return self.mlp_sublayer(x_BTD)[0], state, None
+        x_BTD, mlps_vjp = self.fast_mlp_sublayer(x_BTD, fast)
 
         def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
-            g_below_BTD, factors = mlps_vjp(g_BTD, below)
-            if g_below_BTD is not None and mixer_vjp is not None:
-                g_below_BTD = mixer_vjp(g_below_BTD)
-            return g_below_BTD, factors
+            below_BTD, factors = mlps_vjp(g_BTD, below)
+            if below_BTD is not None and mixer_vjp is not None:
+                below_BTD = mixer_vjp(below_BTD)
+            return below_BTD, factors
 
-        return BlockOutput(x_BTD, state, vjp)
+        return x_BTD, state, vjp
 
     def mixer_sublayer(
-        self, x_BTD: Tensor, positions: Positions, state: Any | None, cache_view: CacheView
-    ) -> tuple[Tensor, Any]:
-        """x + post_norm(mixer(norm(x))), and the mixer's state."""
-        y_BTD, state = self.mixer(self.mixer_norm(x_BTD)[0], positions, state, cache_view)
-        return x_BTD + self.mixer_post_norm(y_BTD)[0], state
-
-    def mixer_sublayer_with_vjp(
-        self, x_BTD: Tensor, positions: Positions, state: KVCache | None, cache_view: CacheView
-    ) -> tuple[Tensor, KVCache, Vjp]:
-        """`mixer_sublayer` of an attention, and the function from the output's cotangent to the input's."""
-        assert isinstance(self.mixer, Attention)
+        self, x_BTD: Tensor, positions: Positions, state: Any | None, cache_view: CacheView, second_order: bool
+    ) -> tuple[Tensor, Any, Vjp | None]:
+        """x + post_norm(mixer(norm(x))), the mixer's state, and the vjp if it is asked for with `second_order`."""
         n_BTD, norm_vjp = self.mixer_norm(x_BTD)
+        if not second_order:
+            y_BTD, state = self.mixer(n_BTD, positions, state, cache_view)
+            return x_BTD + self.mixer_post_norm(y_BTD)[0], state, None
+        assert isinstance(self.mixer, Attention)
         y_BTD, state, mixer_vjp = self.mixer.forward_with_vjp(n_BTD, positions, state, cache_view)
         z_BTD, post_norm_vjp = self.mixer_post_norm(y_BTD)
         return x_BTD + z_BTD, state, lambda g: g + norm_vjp(mixer_vjp(post_norm_vjp(g)))
@@ -414,10 +393,8 @@ class Transformer(nn.Module):
         old: Iterator[KVCache | None] = itertools.repeat(None) if caches is None else iter(caches)
         new, vjps = [], []
         for i, (block, weights) in enumerate(zip(self.suffix, fast, strict=True)):
-            cache = next(old) if i > 0 else None
-            x_BTD, cache, block_vjp = block(
-                x_BTD, positions, cache, cache_view, weights, mixer=i > 0, second_order=second_order
-            )
+            given = (positions, next(old) if i > 0 else None, cache_view, weights)
+            x_BTD, cache, block_vjp = block(x_BTD, *given, mixer=i > 0, second_order=second_order)
             new.append(cache)
             vjps.append(block_vjp)
 

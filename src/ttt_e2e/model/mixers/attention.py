@@ -78,6 +78,7 @@ class Attention(Mixer):
         x_BTJK = x_BTE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
         qk_BTJK, v_BTGK = x_BTJK.split((num_heads + num_kv_heads, num_kv_heads), 2)
         qk_BTJK = qk_BTJK.to(accumulation_dtype(x_BTD.dtype))
+        norm_vjp: Vjp | None = None
         if config.qk_norm:
             weight_JK = torch.cat((self.q_norm.expand(num_heads, -1), self.k_norm.expand(num_kv_heads, -1)))
             qk_BTJK, norm_vjp = rms_norm(qk_BTJK, weight_JK, config.rms_norm_eps)
@@ -110,7 +111,7 @@ class Attention(Mixer):
             dq_BHTK, dk_BGTK, dv_BGTK = attention_vjp(dy_BTHK.transpose(1, 2))
             dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2)
             dqk_BTJK = rotation_vjp(dqk_BTJK.to(qk_BTJK.dtype))
-            if config.qk_norm:
+            if norm_vjp is not None:
                 dqk_BTJK = norm_vjp(dqk_BTJK)
             dx_BTJK = torch.cat((dqk_BTJK.to(g_BTD.dtype), dv_BGTK.transpose(1, 2)), 2)
             return linear_vjp(dx_BTJK.flatten(2), self.w_qkv)
