@@ -1,17 +1,15 @@
 """Pretrained Transformers from Hugging Face checkpoints, converted into models that learn while they read.
 
 Layouts differ only in that query, key and value are one matrix here, and so are gate and value of an MLP. Rotary pairs
-are (i, i + K/2) in both. Fast MLPs are made in one of two ways, neither of which changes a prediction before the first
-update:
+are (i, i + K/2) in both. Neither of the two kinds of fast MLPs changes a prediction before the first update:
 
 - "new": an MLP whose second matrix is zero, in front of the static one. The gradient of its first matrix is a multiple
   of the second, so the first inner step changes the second matrix only; from then on both learn.
 - "split": the first hidden units of the pretrained MLP, whose other units stay static. Any units would do: their order
   has no meaning.
 
-With a `fast_rank`, what learns is an addition to the fast MLP, the second factor of which begins at zero.
-
-Tensors are read in blocks that are written at once, so memory does not grow with the model.
+With a `fast_rank`, what learns is an addition to the fast MLP, the second factor of which begins at zero. Tensors are
+converted in blocks, so memory does not grow with the model.
 """
 
 import hashlib
@@ -81,13 +79,11 @@ def convert_from_hf(
         path_or_name: the checkpoint's folder, or its name on Hugging Face.
         out: the folder to write.
         options: how the model is to learn.
-        dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if the whole checkpoint is, else
-            float32.
+        dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are, else float32.
         progress: show a progress bar.
 
     Raises:
-        UserError: if `out` exists, and for a checkpoint that is missing, incomplete, not supported or has tensors of
-            other shapes than its configuration says. `out` is then not written.
+        UserError: if `out` exists, and for a checkpoint that is missing, incomplete or not supported.
     """
     out = Path(out)
     if out.exists():
@@ -128,14 +124,13 @@ def convert_from_hf(
 
 def _count_unused_ids(tokenizer: Tokenizer | None, vocab_size: int, folder: Path) -> int:
     """How many of the last ids belong to no token: embeddings are often rounded up to a size that suits a GPU."""
-    if tokenizer is None:
-        return 0
-    if tokenizer.vocab_size > vocab_size:
+    tokens = vocab_size if tokenizer is None else tokenizer.vocab_size
+    if tokens > vocab_size:
         raise UserError(
-            f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but its model has a vocabulary of "
-            f"{vocab_size}; use the tokenizer that belongs to the model."
+            f"The tokenizer in {folder} has {tokens} tokens, but its model has a vocabulary of {vocab_size}; use the "
+            "tokenizer that belongs to the model."
         )
-    return vocab_size - tokenizer.vocab_size
+    return vocab_size - tokens
 
 
 # -- which tensor goes where -------------------------------------------------------------------------------------------

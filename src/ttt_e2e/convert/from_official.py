@@ -50,51 +50,44 @@ class ArrayCopy(NamedTuple):
     layer: int | None
     """Index on the first axis; None: the whole array."""
     target: str
-    target_row: int
-    transform: Callable[[Tensor], Tensor]
+    target_row: int = 0
+    transform: Callable[[Tensor], Tensor] = lambda weight: weight
 
 
-def array_copies(config: ModelConfig) -> list[ArrayCopy]:
+def _array_copies(config: ModelConfig) -> list[ArrayCopy]:
     """How the official arrays make up the model `config`; the copies of an array are next to each other."""
     layers, suffix, head_dim = config.num_hidden_layers, config.suffix_layers, config.head_dim
-    width, hidden = config.hidden_size, config.intermediate_size
+    vocab, width, hidden = config.vocab_size, config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     copies = [
-        ArrayCopy(_EMBEDDING, (config.vocab_size, width), None, "embedding", 0, _same),
-        ArrayCopy(_MODEL + "ln_f.weight", (width,), None, "final_norm.weight", 0, _same),
+        ArrayCopy(_EMBEDDING, (vocab, width), None, "embedding"),
+        ArrayCopy(_MODEL + "ln_f.weight", (width,), None, "final_norm.weight"),
     ]
     if not config.tie_word_embeddings:
-        copies.append(ArrayCopy(_HEAD, (width, config.vocab_size), None, "head", 0, _transposed))
+        copies.append(ArrayCopy(_HEAD, (width, vocab), None, "head", 0, _transpose))
 
-    def stacked(
-        source: str,
-        shape: tuple[int, ...],
-        target: str,
-        transform: Callable[[Tensor], Tensor] = _same,
-        row: int = 0,
-        count: int = layers,
-    ) -> None:
+    def stacked(source: str, shape: tuple[int, ...], target: str, *row_and_transform: Any, count: int = layers) -> None:
         """Add an array that is stacked over the last `count` layers."""
-        first = layers - count
-        copies.extend(
-            ArrayCopy(f"{source}.weight", (count, *shape), i, f"blocks.{first + i}.{target}", row, transform)
-            for i in range(count)
-        )
+        for i in range(count):
+            target_name = f"blocks.{layers - count + i}.{target}"
+            copies.append(ArrayCopy(f"{source}.weight", (count, *shape), i, target_name, *row_and_transform))
 
-    def split_pairs(weight: Tensor) -> Tensor:
-        return _split_pairs(weight, head_dim)
+    def split_pairs(rows: Tensor) -> Tensor:
+        """Reorder rows, head by head, from rotary pairs (2i, 2i + 1) to (i, i + K/2)."""
+        heads = rows.unflatten(0, (-1, head_dim))
+        return torch.cat((heads[:, 0::2], heads[:, 1::2]), 1).flatten(0, 1)
 
-    stacked(_MIXER + "wq", (width, queries), "mixer.w_qkv", lambda weight: split_pairs(weight.T))
-    stacked(_MIXER + "wk", (width, keys), "mixer.w_qkv", lambda weight: split_pairs(weight.T), row=queries)
-    stacked(_MIXER + "wv", (width, keys), "mixer.w_qkv", _transposed, row=queries + keys)
-    stacked(_MIXER + "wo", (queries, width), "mixer.w_out", _transposed)
+    stacked(_MIXER + "wq", (width, queries), "mixer.w_qkv", 0, lambda weight: split_pairs(weight.T))
+    stacked(_MIXER + "wk", (width, keys), "mixer.w_qkv", queries, lambda weight: split_pairs(weight.T))
+    stacked(_MIXER + "wv", (width, keys), "mixer.w_qkv", queries + keys, _transpose)
+    stacked(_MIXER + "wo", (queries, width), "mixer.w_out", 0, _transpose)
     if config.qk_norm:
         for name in ("q_norm", "k_norm"):
-            stacked(_MIXER + name, (head_dim,), f"mixer.{name}", split_pairs)
+            stacked(_MIXER + name, (head_dim,), f"mixer.{name}", 0, split_pairs)
     for source, target, count in ((_MLP, "mlp", layers), (_FAST, "fast", suffix)):
-        stacked(source + "w1", (width, hidden), f"{target}.w_in", _transposed, count=count)
-        stacked(source + "w3", (width, hidden), f"{target}.w_in", _transposed, row=hidden, count=count)
-        stacked(source + "w2", (hidden, width), f"{target}.w_out", _transposed, count=count)
+        stacked(source + "w1", (width, hidden), f"{target}.w_in", 0, _transpose, count=count)
+        stacked(source + "w3", (width, hidden), f"{target}.w_in", hidden, _transpose, count=count)
+        stacked(source + "w2", (hidden, width), f"{target}.w_out", 0, _transpose, count=count)
     for wanted, post in ((config.pre_norm, ""), (config.post_norm, "post_")):
         if wanted:
             stacked(f"{_BLOCKS}seq_{post}norm", (width,), f"mixer_{post}norm.weight")
@@ -103,20 +96,19 @@ def array_copies(config: ModelConfig) -> list[ArrayCopy]:
     return copies
 
 
+def _transpose(weight: Tensor) -> Tensor:
+    return weight.T
+
+
 def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict from official arrays of any floating dtype.
+    """Our state dict from official arrays of any floating dtype. Raises UserError for arrays that do not fit `config`.
 
-    Args:
-        arrays: by name, such as "language_model.model.wte.weight" [V, D]. Arrays of layers are stacked on their first
-            axis. Whatever stands before "language_model" in a name is ignored.
-        config: the model.
-
-    Raises:
-        UserError: for a missing, unknown or misshapen array.
+    arrays: by name, such as "language_model.model.wte.weight" [V, D]; what stands before "language_model" is ignored.
+    Arrays of layers are stacked on their first axis.
     """
     named = {name[name.find("language_model") :]: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
-    copies = array_copies(config)
-    check_arrays({name: tuple(array.shape) for name, array in named.items()}, copies, config)
+    copies = _array_copies(config)
+    _check_arrays({name: tuple(array.shape) for name, array in named.items()}, copies, config)
     rows: dict[str, list[Tensor]] = {}
     for copy in sorted(copies, key=lambda copy: copy.target_row):
         array = named[copy.source]
@@ -124,7 +116,7 @@ def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConf
     return {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
 
 
-def check_arrays(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayCopy], config: ModelConfig) -> None:
+def _check_arrays(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayCopy], config: ModelConfig) -> None:
     """Raise UserError unless the arrays whose shapes were `found` are those of the model `config`."""
     expected = {copy.source: copy.shape for copy in copies}
     unknown = require_shapes(found, expected, "The official checkpoint")
@@ -138,29 +130,12 @@ def check_arrays(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayCop
     for copy in copies:
         sizes[copy.target] += math.prod(copy.shape if copy.layer is None else copy.shape[1:])
     ours = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    others = sorted(name for name in ours.keys() | sizes.keys() if ours.get(name) != sizes.get(name))
-    if others:
+    differing = sorted(name for name in ours.keys() | sizes.keys() if ours.get(name) != sizes.get(name))
+    if differing:
         raise UserError(
-            f"No official model has such a {others[0]}: all blocks have attention without biases, and in the suffix "
+            f"No official model has such a {differing[0]}: all blocks have attention without biases, and in the suffix "
             "a fast and then a static MLP of the same width; change the settings that say otherwise."
         )
-
-
-def _same(weight: Tensor) -> Tensor:
-    return weight
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    return weight.T
-
-
-def _split_pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows, head by head, from rotary pairs (2i, 2i + 1) to (i, i + K/2)."""
-    heads = rows.unflatten(0, (-1, head_dim))
-    return torch.cat((heads[:, 0::2], heads[:, 1::2]), 1).flatten(0, 1)
-
-
-# -- a checkpoint as a model folder ------------------------------------------------------------------------------------
 
 
 class OfficialConversion(NamedTuple):
@@ -192,8 +167,7 @@ def convert_from_official(
         folder: of a step, or of several steps.
         out: the folder to write.
         step: which of several; None: the last complete one.
-        preset_name: see `official_config`.
-        settings: see `official_config`.
+        preset_name, settings: see `official_config`.
         tokenizer: the tokenizer of the training tokens, as for `Tokenizer.load`; it is copied into `out`.
         progress: show a progress bar.
 
@@ -208,8 +182,8 @@ def convert_from_official(
     arrays = stored_arrays(found / WEIGHTS_ITEM)
     shapes = {name: array.shape for name, array in arrays.items()}
     config = official_config(shapes, preset_name, settings)
-    copies = array_copies(config)
-    check_arrays(shapes, copies, config)
+    copies = _array_copies(config)
+    _check_arrays(shapes, copies, config)
     loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
     if loaded is not None and loaded.vocab_size != config.vocab_size:
         raise UserError(
@@ -233,19 +207,12 @@ def convert_from_official(
 def official_config(
     shapes: Mapping[str, tuple[int, ...]], preset_name: str | None, settings: Sequence[str]
 ) -> ModelConfig:
-    """The configuration of a checkpoint.
+    """The configuration of a checkpoint whose arrays have the given `shapes`, by name.
 
-    The shapes of its arrays determine vocabulary, widths, layers, heads, suffix and whether the head is tied. All other
-    settings are those of the preset. Without a preset, `settings` must include those that differ between the released
-    models: pattern, rope_theta and, where they apply, sliding_window and mini_batch_size; the others are as released.
-
-    Args:
-        shapes: of the checkpoint's arrays, by name.
-        preset_name: a preset, or None.
-        settings: changes, "NAME=VALUE".
-
-    Raises:
-        UserError: if settings are missing or contradict the shapes.
+    The shapes determine vocabulary, widths, layers, heads, suffix and whether the head is tied. All other settings are
+    those of the preset, changed by `settings` ("NAME=VALUE"). Without a preset, `settings` must include those that
+    differ between the released models: pattern, rope_theta and, where they apply, sliding_window and mini_batch_size.
+    Raises UserError if settings are missing or contradict the shapes.
     """
     from_shapes = _settings_from_shapes(shapes)
     if preset_name is not None:
@@ -280,10 +247,8 @@ def _settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, An
     """The settings of `ModelConfig` that follow from the arrays' shapes."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in shapes:
-            raise UserError(f"The checkpoint has no {name!r}; give a checkpoint of the official implementation.")
-        if len(shapes[name]) != axes:
-            raise UserError(f"{name!r} has shape {shapes[name]}; in official checkpoints it has {axes} axes.")
+        if len(shapes.get(name, ())) != axes:
+            raise UserError(f"There is no {name!r} with {axes} axes; give a checkpoint of the official implementation.")
         return shapes[name]
 
     vocab_size, hidden_size = shape(_EMBEDDING, 2)

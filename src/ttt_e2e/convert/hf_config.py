@@ -137,14 +137,9 @@ def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:
     first = values.count("max_window_layers", 28, least=0) if family in ("qwen2", "qwen3") else 0
     by_depth = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     kinds = set(values.get("layer_types", None) or by_depth)
-    if kinds == {"full_attention"}:
-        return None
-    if kinds != {"sliding_attention"}:
-        raise UserError(
-            f"{values.where} has a sliding window in some layers only; only the same window in all layers can "
-            "be converted."
-        )
-    return values.count("sliding_window")
+    if kinds not in ({"full_attention"}, {"sliding_attention"}):
+        raise UserError(f"{values.where} has a sliding window in some layers only; it cannot be converted.")
+    return values.count("sliding_window") if kinds == {"sliding_attention"} else None
 
 
 class _Values:

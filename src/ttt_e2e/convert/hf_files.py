@@ -99,10 +99,7 @@ def _not_found(name: str, error: Exception) -> UserError:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that should hold the weights of the checkpoint in `folder`; they may be missing.
-
-    Raises UserError if the folder has no safetensors, or if its index is invalid.
-    """
+    """The files that should hold the weights of the checkpoint in `folder`. Raises UserError if that is not clear."""
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX).get("weight_map")
         files = sorted(set(names.values()), key=str) if isinstance(names, dict) else []
@@ -138,7 +135,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         except SafetensorError as error:
             raise UserError(f"{path} is truncated or not a safetensors file ({error}); use a complete copy.") from error
     if (folder / INDEX).is_file():
-        wrong = [n for n, file in read_json(folder / INDEX)["weight_map"].items() if _file(found.get(n)) != file]
+        index = read_json(folder / INDEX)["weight_map"]
+        wrong = [name for name, file in index.items() if name not in found or found[name].file.name != file]
         if wrong:
             raise UserError(
                 f"{folder / INDEX} places {wrong[0]} in a file that does not have it; use an unaltered copy."
@@ -150,7 +148,3 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 "further; convert the one that it was made from."
             )
     return found
-
-
-def _file(tensor: StoredTensor | None) -> str | None:
-    return None if tensor is None else tensor.file.name

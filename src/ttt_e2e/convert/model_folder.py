@@ -6,12 +6,12 @@ determine where they lie in the file.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from ttt_e2e.model.checkpoint import WEIGHTS, write_config
 from ttt_e2e.model.transformer import Transformer
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-_BLOCK = 1 << 22  # numbers that are hashed at once
+_BLOCK_BYTES = 1 << 24  # that are hashed at once
 
 WriteRows = Callable[[str, int, Tensor], None]
 
@@ -60,21 +60,11 @@ def require_shapes(
 def model_folder(
     out: Path, config: ModelConfig, dtype: torch.dtype, notes: Mapping[str, Any]
 ) -> Iterator[tuple[Path, WriteRows]]:
-    """Write the model folder `out`, complete or not at all.
+    """Write the model folder `out`, complete or not at all, with weights in float32 or bfloat16.
 
-    Args:
-        out: the folder.
-        config: of the model.
-        dtype: of the weights in the file, float32 or bfloat16.
-        notes: plain values for people, kept in config.json.
-
-    Yields:
-        The temporary folder that becomes `out`, for other files, and the function `write_rows(name, row, rows)`, which
-        writes rows [n, ...] of a parameter, beginning with its row `row`. All rows of all parameters must have been
-        written when the block ends.
-
-    Raises:
-        UserError: as `files.atomic_path` does.
+    Yields the temporary folder that becomes `out`, for other files, and the function `write_rows(name, row, rows)`,
+    which writes rows [n, ...] of a parameter, beginning with its row `row`. All rows of all parameters must have been
+    written when the block ends. notes: plain values for people. Raises UserError as `files.atomic_path` does.
     """
     with atomic_path(out) as part:
         part.mkdir()
@@ -91,38 +81,33 @@ class _SafetensorsWriter:
     def __init__(self, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         self.file, self.dtype = file, dtype
         self.shapes = dict(sorted(shapes.items()))
-        sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in self.shapes.items()}
-        ends = dict(zip(sizes, np.cumsum(list(sizes.values())).tolist(), strict=True))
-        self.missing = sum(sizes.values())
-        self.offsets = {name: ends[name] - size for name, size in sizes.items()}
-        self.digest = "0" * 64
-        self.start = len(self._header())
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.missing = 0  # bytes that have not been written yet
+        for name, shape in self.shapes.items():
+            begin, self.missing = self.missing, self.missing + math.prod(shape) * dtype.itemsize
+            self.spans[name] = (begin, self.missing)
+        self.start = len(self._header("0" * 64))
         file.truncate(self.start + self.missing)
 
     def write_rows(self, name: str, row: int, rows: Tensor) -> None:
         """Write `rows` [n, ...] of the parameter `name`, beginning with its row `row`."""
         assert rows.shape[1:] == self.shapes[name][1:] and row + len(rows) <= self.shapes[name][0], name
         values = rows.to(self.dtype).contiguous().view(torch.uint8).numpy()
-        self.file.seek(self._position(name) + row * (values.size // len(rows)))
+        self.file.seek(self.start + self.spans[name][0] + row * (values.size // len(rows)))
         self.file.write(values.data)
         self.missing -= values.size
 
     def finish(self) -> None:
         """Write the header, with the digest of all rows."""
         assert self.missing == 0, f"{self.missing} bytes of the weights were never written"
-        self.digest = self._digest()
+        header = self._header(self._digest())
         self.file.seek(0)
-        self.file.write(self._header())
+        self.file.write(header)
 
-    def _position(self, name: str) -> int:
-        return self.start + self.offsets[name]
-
-    def _header(self) -> bytes:
-        entries: dict[str, Any] = {"__metadata__": {"digest": self.digest}}
+    def _header(self, digest: str) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": {"digest": digest}}
         for name, shape in self.shapes.items():
-            begin = self.offsets[name]
-            end = begin + int(np.prod(shape)) * self.dtype.itemsize
-            entries[name] = {"dtype": _NAMES[self.dtype], "shape": shape, "data_offsets": [begin, end]}
+            entries[name] = {"dtype": _NAMES[self.dtype], "shape": shape, "data_offsets": self.spans[name]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -130,13 +115,10 @@ class _SafetensorsWriter:
     def _digest(self) -> str:
         """The value of `model.checkpoint.model_digest`, computed block by block."""
         digest = hashlib.sha256()
-        for name, shape in self.shapes.items():
-            digest.update(f"{name} {list(shape)}\n".encode())
-            self.file.seek(self._position(name))
-            left = int(np.prod(shape))
-            while left:
-                count = min(left, _BLOCK)
-                block = torch.frombuffer(bytearray(self.file.read(count * self.dtype.itemsize)), dtype=self.dtype)
-                digest.update(block.float().numpy().data)
-                left -= count
+        for name, (begin, end) in self.spans.items():
+            digest.update(f"{name} {list(self.shapes[name])}\n".encode())
+            self.file.seek(self.start + begin)
+            for position in range(begin, end, _BLOCK_BYTES):
+                block = bytearray(self.file.read(min(_BLOCK_BYTES, end - position)))
+                digest.update(torch.frombuffer(block, dtype=self.dtype).float().numpy().data)
         return digest.hexdigest()

@@ -61,15 +61,10 @@ class StoredArray(NamedTuple):
 
 
 def find_step(folder: Path, item: str, step: int | None = None) -> Path:
-    """The folder of a complete step: `folder` itself, or a step inside it.
+    """The folder of a complete step: `folder` itself, or the step inside it with the number `step`.
 
-    Args:
-        folder: of a step, or of several.
-        item: what must have been saved with the step.
-        step: its number; None: the last complete step, with a warning about later ones that are incomplete.
-
-    Raises:
-        UserError: if there is no such step, or if it is incomplete.
+    step: None means the last complete one, with a warning about later ones that are incomplete. item: what must have
+    been saved with the step. Raises UserError if there is no such step, or if it is incomplete.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -93,7 +88,7 @@ def find_step(folder: Path, item: str, step: int | None = None) -> Path:
         )
     skipped: list[str] = []
     for number in sorted(steps, reverse=True):
-        reason = incomplete(steps[number], item)
+        reason = _incomplete(steps[number], item)
         if reason is None:
             for sentence in skipped:
                 warnings.warn(sentence, stacklevel=2)
@@ -102,7 +97,7 @@ def find_step(folder: Path, item: str, step: int | None = None) -> Path:
     raise UserError(f"{folder} has no complete step. {skipped[0]} Use a complete copy.")
 
 
-def incomplete(folder: Path, item: str) -> str | None:
+def _incomplete(folder: Path, item: str) -> str | None:
     """Why the step in `folder` cannot be read, None if it can."""
     if _UNFINISHED in folder.name:
         return "it was never finished"
@@ -119,7 +114,7 @@ def incomplete(folder: Path, item: str) -> str | None:
 
 
 def _require_complete(folder: Path, item: str) -> None:
-    reason = incomplete(folder, item)
+    reason = _incomplete(folder, item)
     if reason is not None:
         raise UserError(f"The checkpoint {folder} is incomplete: {reason}; use a complete copy, or another step.")
 
@@ -151,15 +146,12 @@ def stored_arrays(folder: Path) -> dict[str, StoredArray]:
 
 def _names(metadata: dict[str, Any], path: Path) -> list[str]:
     """The names of the arrays in `metadata`, read from `path`; leaves of the tree without a value are left out."""
-    names = []
     try:
-        for entry in metadata["tree_metadata"].values():
-            value = entry["value_metadata"]
-            if not value.get("skip_deserialize") and value["value_type"] != "None":
-                names.append(".".join(str(part["key"]) for part in entry["key_metadata"]))
+        entries = [(entry["key_metadata"], entry["value_metadata"]) for entry in metadata["tree_metadata"].values()]
+        arrays = [key for key, value in entries if not value.get("skip_deserialize") and value["value_type"] != "None"]
+        return [".".join(str(part["key"]) for part in key) for key in arrays]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is altered: it does not list arrays as orbax does; use a complete copy.") from error
-    return names
 
 
 def _open(spec: dict[str, Any], cache_bytes: int, where: str) -> Any:

@@ -16,19 +16,11 @@ class SequenceLoader:
     In an epoch every document of more than `context` tokens is cut into windows of `context + 1` tokens that overlap by
     one, so that no token is a target twice. The first window starts at random within the tokens that are left over.
     Shorter documents are first joined, in random order, into one stream that is cut in the same way. The windows of an
-    epoch come in random order, and a batch may extend into the next epoch.
+    epoch come in random order, and a batch may extend into the next epoch. Of every `world_size * batch` sequences, the
+    process `rank` gets its own `batch`.
 
-    The order is a function of the tokens, `context` and `seed` alone, so the position is two numbers.
-
-    Args:
-        tokens: the documents.
-        context: tokens per sequence (T).
-        batch: sequences that this rank gets at a time, out of every `world_size * batch`.
-        seed: of the order.
-        rank, world_size: this process and the number of processes that share the data.
-
-    Raises:
-        UserError: if the tokens do not fill one window.
+    The order is a function of the tokens, `context` and `seed` alone, so the position is two numbers. Raises UserError
+    if the tokens do not fill one window.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """From texts to token shards, in two passes over the texts; may be killed at any time and run again.
 
 The first pass checks that everything can be read, counts, and samples the text that the tokenizer is trained on; the
-second tokenises. Both stream: of a text file only a chunk is in memory, of JSONL and parquet a row. Therefore the texts
-are read twice from the disk, not kept.
+second tokenises. Both stream: of a text file only a chunk is in memory, of JSONL and parquet a row.
 """
 
 import hashlib
@@ -59,8 +58,7 @@ def prepare(
 ) -> Prepared:
     """Tokenise texts into a folder that `TokenSet` opens.
 
-    If it is interrupted, the same call continues after the last finished shard, and the result is, byte for byte, that
-    of an uninterrupted one.
+    After an interruption the same call continues from the last finished shard; the result is the same, byte for byte.
 
     Args:
         sources: text files, JSONL, parquet and folders of them; None: Python's standard library.
@@ -68,9 +66,8 @@ def prepare(
         tokenizer: a `tokenizer.json`, a folder with one or a name on Hugging Face. None: one is trained.
         vocab_size: tokens of the tokenizer that is trained.
         text_column: the field or column of JSONL and parquet that holds the text.
-        val: sources of the validation documents. Those that are also among `sources` are left out there. None: whole
-            documents of `sources` are held out, in an order drawn by `seed` each that still fits into `val_share` of
-            all characters; the shortest one if none fits and there are several.
+        val: sources of the validation documents, which are left out of `sources`. None: documents of `sources` are held
+            out, in an order drawn by `seed` each that still fits into `val_share`, or the shortest if none does.
         val_share: part of all characters to hold out if `val` is None.
         seed: of the validation documents and of the tokenizer's sample.
         sample_chars: the tokenizer is trained on a uniform sample of at most this many characters of the training text.
@@ -118,14 +115,13 @@ def prepare(
     # Loaded even if it has just been trained: the digest must not depend on which run trained it.
     trained = Tokenizer.load(out / "tokenizer.json")
     _tokenise(out, state, texts(), trained, shard_tokens, progress)
-    splits = {split: [shards[split] for shards in state["rounds"] if split in shards] for split in ("train", "val")}
     meta = {
         "version": FORMAT_VERSION,
         "vocab_size": trained.vocab_size,
         "bos": trained.bos,
         "dtype": token_dtype(trained.vocab_size).str,
         "tokenizer": trained.digest,
-        "splits": splits,
+        "splits": {s: [shards[s] for shards in state["rounds"] if s in shards] for s in ("train", "val")},
         "characters": state["plan"]["characters"],
         "skipped": state["plan"]["skipped"],
         "config": config,
@@ -193,10 +189,7 @@ def _survey(
     sample_chars: int,
     progress: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read everything once: counts, which documents are held out, and a sample of the others.
-
-    The sample is a reservoir: every part of the text has the same chance to be in it, however many there are.
-    """
+    """Read everything once: counts, which documents are held out, and a uniform (reservoir) sample of the others."""
     rng = random.Random(seed)
     capacity = sample_chars // _SAMPLE_CHARS
     reservoir: list[tuple[int, str]] = []

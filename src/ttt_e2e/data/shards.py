@@ -7,7 +7,7 @@ Every document begins with the BOS token.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -29,10 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes a shard document by document. Its files appear, complete, when `close` is called.
-
-    If `stack` ends by an exception before that, nothing is left behind.
-    """
+    """Writes a shard document by document. Its files appear when `close` is called, unless `stack` is ended before."""
 
     def __init__(self, stack: ExitStack, folder: Path, stem: str, dtype: np.dtype, bos: int) -> None:
         self._file = stack.enter_context(ExitStack())
@@ -83,7 +80,7 @@ class TokenSet:
 
     def __init__(
         self,
-        arrays: list[Any],
+        arrays: Sequence[Any],
         names: list[str],
         lengths: list[list[int]],
         *,
@@ -113,8 +110,7 @@ class TokenSet:
     def open(cls, folder: Path, split: str = "train") -> "TokenSet":
         """Open a split ("train" or "val") of a folder that `prepare` has written, without reading its tokens.
 
-        Raises UserError if the folder is missing or unfinished, has no such split, or if a shard does not match
-        meta.json.
+        Raises UserError if the folder is missing, unfinished or altered, or has no such split.
         """
         folder = Path(folder)
         if (folder / "progress.json").exists() and not (folder / "meta.json").exists():
@@ -122,11 +118,10 @@ class TokenSet:
         if not (folder / "meta.json").is_file():
             raise UserError(f"{folder} is not a folder of prepared tokens; write it with `ttt-e2e prepare`.")
         meta = read_json(folder / "meta.json")
-        if meta.get("version") != FORMAT_VERSION:
-            raise UserError(
-                f"{folder} has tokens of format version {meta.get('version')}, and this ttt-e2e reads version "
-                f"{FORMAT_VERSION}; prepare it anew."
-            )
+        version = meta.get("version")
+        if version != FORMAT_VERSION:
+            found = f"{folder} has format version {version}, and this ttt-e2e reads version {FORMAT_VERSION}"
+            raise UserError(f"{found}; prepare it anew.")
         shards = meta["splits"].get(split)
         if not shards:
             present = ", ".join(name for name, entries in meta["splits"].items() if entries)
@@ -134,15 +129,13 @@ class TokenSet:
         dtype = np.dtype(meta["dtype"])
         arrays, names, lengths = [], [], []
         for shard in shards:
-            path = folder / f"{shard['name']}.bin"
+            path, total = folder / f"{shard['name']}.bin", shard["tokens"]
             index = read_json(path.with_suffix(".json"))
-            size = path.stat().st_size if path.exists() else None
-            if size is None:
+            if not path.exists():
                 raise UserError(f"{path} is missing; prepare {folder} anew.")
-            if size != shard["tokens"] * dtype.itemsize or sum(index["lengths"]) != shard["tokens"]:
+            if path.stat().st_size != total * dtype.itemsize or sum(index["lengths"]) != total:
                 raise UserError(
-                    f"{path} was altered or cut short: it has {size} bytes where meta.json promises "
-                    f"{shard['tokens']} tokens; prepare {folder} anew."
+                    f"{path} was altered or cut short: it does not hold {total} tokens; prepare {folder} anew."
                 )
             arrays.append(np.memmap(path, dtype, "r"))
             names += index["names"]
@@ -161,10 +154,9 @@ class TokenSet:
 
     @classmethod
     def open_zarr(cls, path: Path, split: str, bos: int) -> "TokenSet":
-        """Open the official token arrays: a zarr group with a 1-D integer array per split.
+        """Open an official token array, the 1-D integer array of a split in a zarr group, as one document.
 
-        The array is one document, as in the official loader: to find where its texts begin, all of it would have to be
-        read. Raises UserError if zarr is not installed or there is no such array.
+        Raises UserError if zarr is not installed or there is no such array.
         """
         try:
             import zarr
@@ -178,9 +170,7 @@ class TokenSet:
         except Exception as error:  # zarr raises a different one for every way of not being an array
             raise UserError(f"{path} has no zarr array {split!r}; check the path and the split's name.") from error
         if array.ndim != 1 or array.dtype.kind not in "iu" or array.shape[0] == 0:
-            raise UserError(
-                f"{path / split} is not a list of tokens: it has shape {array.shape} and type {array.dtype}."
-            )
+            raise UserError(f"{path / split} is not a list of tokens: its shape is {array.shape}, {array.dtype}.")
         ends = [np.asarray(part).tolist() for part in (array[:1024], array[-1024:])]
         return cls(
             [array],
@@ -197,8 +187,8 @@ class TokenSet:
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document in their dtype on disk: a view of the mapped file, or a copy from zarr."""
-        stop = int(self.lengths[index]) if stop is None else min(stop, int(self.lengths[index]))
-        first = int(self._starts[index])
+        length, first = int(self.lengths[index]), int(self._starts[index])
+        stop = length if stop is None else min(stop, length)
         return self._arrays[self._shard[index]][first + start : first + stop]
 
     def check_ids(self, ids: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import re
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -47,7 +48,8 @@ def text_chunks(source: Path | IO[bytes], chunk_bytes: int = CHUNK_BYTES) -> Ite
     that is not UTF-8 text, after everything before it has been yielded.
     """
     if not isinstance(source, Path):
-        yield from _decode(source, str(getattr(source, "name", "the stream")), chunk_bytes)
+        name = str(getattr(source, "name", "the stream"))
+        yield from _decode(source, "standard input" if name == "<stdin>" else name, chunk_bytes)
         return
     if source.is_dir():
         raise UserError(f"{source} is a folder; give a text file.")
@@ -68,7 +70,6 @@ def short_chunks(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _decode(stream: IO[bytes], name: str, chunk_bytes: int) -> Iterator[str]:
-    name = "standard input" if name == "<stdin>" else name
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     # Of a pipe, `read1` returns what there is. `read` would wait for a whole chunk, and Ctrl-C lose what has come.
@@ -148,14 +149,13 @@ def documents(
         elif path.suffix.lower() == ".parquet":
             yield from _parquet_documents(name, path, text_column, skipped)
         else:
-            if in_folder:
-                try:
-                    for _ in text_chunks(path):
-                        pass
-                except UserError as error:
-                    skipped.append(str(error))
-                    continue
-            yield Document(name, path)
+            try:
+                for _ in text_chunks(path) if in_folder else ():
+                    pass
+            except UserError as error:
+                skipped.append(str(error))
+            else:
+                yield Document(name, path)
 
 
 def _row_document(
@@ -167,10 +167,8 @@ def _row_document(
     if not text:
         skipped.append(f"{where}: {text_column!r} is empty.")
         return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half of a surrogate pair at character {error.start}; remove it.") from error
+    if surrogate := re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: half of a surrogate pair at character {surrogate.start()}; remove it.")
     return Document(title if isinstance(title, str) and title else fallback, text)
 
 
@@ -189,10 +187,7 @@ def _jsonl_documents(name: str, path: Path, text_column: str, skipped: list[str]
                 except (json.JSONDecodeError, RecursionError) as error:
                     raise UserError(f"{where}: not valid JSON ({error}); correct or remove the line.") from error
                 if not isinstance(row, dict) or text_column not in row:
-                    raise UserError(
-                        f"{where}: no field {text_column!r}; every line must be an object with its text there, "
-                        "or name another text column."
-                    )
+                    raise UserError(f"{where}: no field {text_column!r} with the text; name another text column.")
                 if document := _row_document(row, text_column, f"{name}:{number}", where, skipped):
                     yield document
     except OSError as error:

@@ -17,15 +17,8 @@ from ttt_e2e.files import write_text
 
 BOS = "<|bos|>"
 _BOS_NAMES = (
-    BOS,
-    "<|begin_of_text|>",
-    "<|startoftext|>",
-    "<｜begin▁of▁sentence｜>",
-    "<s>",
-    "<bos>",
-    "[BOS]",
-    "<|endoftext|>",
-    "<|end_of_text|>",
+    *(BOS, "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>"),
+    *("<s>", "<bos>", "[BOS]", "<|endoftext|>", "<|end_of_text|>"),
 )
 
 # The split of GPT-4, but digits in pairs, which suits small vocabularies, and a run of spaces is kept whole except for
