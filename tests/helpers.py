@@ -62,7 +62,7 @@ def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: ob
 def plain_twins() -> Iterator[None]:
     """The plain twins of all operators, as a compiler is given them."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("attention.inner_loop", "elementwise"):
+        for module in ("attention.inner_loop", "clipped_step", "elementwise"):
             patch.setattr(f"ttt_e2e.ops.{module}.is_compiling", lambda: True)
         yield
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ttt_e2e.ops import elementwise as ops
 from ttt_e2e.ops.attention import inner_loop_attention, sdpa
-from ttt_e2e.ops.elementwise import Vjp, clipped_step, clipped_step_, clipped_step_reference
+from ttt_e2e.ops.clipped_step import clipped_step, clipped_step_, clipped_step_reference
+from ttt_e2e.ops.elementwise import Vjp
 from ttt_e2e.ops.linear import OuterProductFactors, batched_linear, weight_gradient
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(lambda shape: [*shape[:-1], 2 * shape[-1]])

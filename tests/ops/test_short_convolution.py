@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ttt_e2e.ops import short_convolution as module
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.short_convolution import short_convolution, short_convolution_reference
 
 F64 = torch.float64
@@ -32,7 +32,7 @@ def inputs(batch: int, tokens: int, channels: int, width: int, bias: bool = True
 def test_it_is_pytorchs_convolution(
     batch: int, tokens: int, width: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", 30)
+    monkeypatch.setattr(tuning, "CONVOLUTION_BLOCK", 30)
     x, weight, b, state = args = inputs(batch, tokens, 5, width, bias)
     assert x is not None and weight is not None and state is not None
     expected = F.silu(F.conv1d(torch.cat((state, x), 1).mT, weight[:, None], b, groups=5).mT)

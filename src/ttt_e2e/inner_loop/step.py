@@ -26,7 +26,7 @@ from torch import Tensor
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers.base import CacheView, Positions
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.ops.elementwise import clipped_step, clipped_step_
+from ttt_e2e.ops.clipped_step import clipped_step, clipped_step_
 from ttt_e2e.ops.fast_mlp import Weights
 from ttt_e2e.ops.linear import OuterProductFactors, weight_gradient
 

@@ -1,15 +1,15 @@
-"""The functions between matrix products that the inner loop is full of, first and second derivatives written out.
+"""The functions of the inner loop between matrix products, with first and second derivatives written out.
 
-Each returns its value and its pull: the function that takes a gradient of the value back to one of the argument. A
-pull is an ordinary function that can itself be differentiated (in the gradient, and in what the value was computed
-from), so an inner gradient is written as a chain of pulls, and autograd differentiates the whole once.
+Each returns its value and its vjp, the function from a gradient of the value to one of the argument. A vjp can be
+differentiated itself, in the gradient and in what the value was computed from: so an inner gradient is written as a
+chain of vjps, and autograd differentiates the whole once.
 
-PyTorch's own formulas give the same numbers, but their derivatives of derivatives are long chains of small operations;
-in the loop those chains would take more time than some of the matrix products. `*_reference` are the plain twins, and
-what a compiler is given: it fuses such chains by itself.
+PyTorch's own formulas give the same numbers, but their second derivatives are long chains of small operations, which
+in the loop would take more time than some of the matrix products. The functions named `*_reference` are the
+definitions. A compiler is given these, because it fuses such chains by itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from ttt_e2e.ops.linear import OuterProductFactors
-
 Vjp = Callable[[Tensor], Tensor]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms, rotations and losses when the matrix products are in `dtype`: float32, or float64."""
+    """The dtype of norms, rotations and losses if matrix products are in `dtype`: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -32,9 +30,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Vjp]:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (float64 if x is), in x's dtype.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype, and its vjp.
 
-    weight broadcasts to x from the right.
+    Computed in float32 (float64 if x is). `weight` broadcasts to x.
     """
     if is_compiling():
         return rms_norm_reference(x, weight, eps)
@@ -43,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Vjp]:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Vjp]:
-    """The plain twin of `rms_norm`."""
+    """The definition of `rms_norm`."""
     x_wide = x.to(accumulation_dtype(x.dtype))
     r = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
     unit = x_wide * r
@@ -56,7 +54,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, V
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = r x w, and r = (|x|^2 / D + eps)^(-1/2), which takes no gradient: its effect is in that of y."""
+    """y = r x w and r = (|x|^2 / D + eps)^(-1/2). r takes no gradient: its effect is contained in that of y."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -110,14 +108,14 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def swiglu(hidden: Tensor) -> tuple[Tensor, Vjp]:
-    """silu(gate) * value, gate and value being the halves of the last dimension."""
+    """silu(gate) * value, where gate and value are the halves of the last dimension, and its vjp."""
     if is_compiling():
         return swiglu_reference(hidden)
     return _SwiGLU.apply(hidden), lambda g: _SwiGLUBackward.apply(hidden, g)
 
 
 def swiglu_reference(hidden: Tensor) -> tuple[Tensor, Vjp]:
-    """The plain twin of `swiglu`."""
+    """The definition of `swiglu`."""
     gate, value = hidden.chunk(2, -1)
 
     def vjp(g: Tensor) -> Tensor:
@@ -171,7 +169,7 @@ class _SwiGLUBackward(torch.autograd.Function):
 
 
 def _times_slope_(x: Tensor, gate: Tensor) -> Tensor:
-    """x silu'(gate), in the place of x."""
+    """x silu'(gate), in the memory of x."""
     return torch.ops.aten.silu_backward.grad_input(x, gate, grad_input=x)
 
 
@@ -179,9 +177,9 @@ def _times_slope_(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Vjp]:
-    """Negative log-likelihood of the targets under softmax(logits [..., V]), in float32 (float64 if logits are).
+    """Negative log-likelihood of the targets [...] under softmax(logits [..., V]), and its vjp.
 
-    The pull takes a weight for every target, which is a constant, to a gradient of the logits, in their dtype.
+    The losses are in float32 (float64 if the logits are), the gradient of the logits in their dtype.
     """
     if is_compiling():
         return cross_entropy_reference(logits, targets)
@@ -190,15 +188,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Vjp]:
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Vjp]:
-    """The plain twin of `cross_entropy`."""
+    """The definition of `cross_entropy`."""
     log_p = logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
     at = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
-    nll = -torch.where(at, log_p, 0.0).sum(-1)  # not gather, whose derivative a compiler cannot fuse
+    nll = -torch.where(at, log_p, 0.0).sum(-1)  # not gather: a compiler cannot fuse its derivative
     return nll, lambda g: ((log_p.exp() - at.to(log_p.dtype)) * g[..., None]).to(logits.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """-log p[target], and p, which takes no gradient: its effect is in those of the loss and of the pull."""
+    """-log p[target], and p. p takes no gradient: its effect is contained in those of the loss and of the vjp."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +216,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _CrossEntropyBackward(torch.autograd.Function):
-    """dz = (p - onehot) g, as a function of the logits z (of which only p is needed) and g."""
+    """dz = (p - onehot) g, as a function of the logits z (through p) and g."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, p: Tensor, targets: Tensor, g: Tensor) -> Tensor:
@@ -237,14 +235,14 @@ class _CrossEntropyBackward(torch.autograd.Function):
         return grad_logits, None, None, grad_g
 
 
-# -- rotation ----------------------------------------------------------------------------------------------------------
+# -- rotary positions --------------------------------------------------------------------------------------------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Vjp]:
-    """Turn every pair (i, i + K/2) of x [..., K] by an angle, its cosine and sine broadcast to [..., K/2].
+    """Rotate each pair (i, i + K/2) of x [..., K] by an angle, and the vjp, which rotates back.
 
-    Cosine and sine of four dimensions are every sequence's own, tokens first, [T, B, 1, K/2], for x [B, T, J, K]. The
-    angles take no gradient.
+    `cos` and `sin` broadcast to [..., K/2]; or they are [T, B, 1, K/2], an angle for each sequence, for x [B, T, J, K].
+    The angles take no gradient.
     """
     if cos.dim() == 4:
         cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
@@ -254,17 +252,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Vjp]:
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Vjp]:
-    """The plain twin of `rotate`."""
+    """The definition of `rotate`."""
 
-    def turn(x: Tensor, sin: Tensor) -> Tensor:
+    def rotated(x: Tensor, sin: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
-    return turn(x, sin), lambda g: turn(g, -sin)
+    return rotated(x, sin), lambda g: rotated(g, -sin)
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation: its derivative is the rotation back."""
+    """A rotation. Its derivative is the rotation back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -279,100 +277,3 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         return _Rotate.apply(grads[0], cos, -sin), None, None
-
-
-# -- the update --------------------------------------------------------------------------------------------------------
-
-
-def clipped_step(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float | Tensor, clip: float
-) -> tuple[list[Tensor], Tensor]:
-    """One step of SGD on weights [B, ...], each sequence's gradients scaled to a joint norm of at most `clip`.
-
-    Returns the new weights and the norms [B] before the clip, which take no gradient. Differentiable once in weights
-    and gradients, the norm in the scale included, and finite at a gradient of zero. Where no gradient is recorded, the
-    new weights take the gradients' memory: for many sequences fresh memory costs more than the sums.
-    """
-    if is_compiling():
-        return clipped_step_reference(weights, gradients, lr, clip)
-    if torch.is_grad_enabled():
-        *new, norm_B = _ClippedStep.apply(lr, clip, *weights, *gradients)
-        return new, norm_B
-    new, norm_B, _ = _step(weights, gradients, lr, clip, gradients)
-    return new, norm_B
-
-
-def clipped_step_(
-    weights: Sequence[Tensor], factors: Sequence[OuterProductFactors], lr: float | Tensor, clip: float
-) -> Tensor:
-    """`clipped_step` in place, by gradients that are never multiplied out; returns their norms [B]. Takes no gradient.
-
-    With G = g^T x is |G|^2 = <g g^T, x x^T>, which takes T^2 (E + D) operations where G takes T E D.
-    """
-    pairs = [(g.to(w.dtype), x.to(w.dtype)) for w, (g, x) in zip(weights, factors, strict=True)]
-    grams = [(g @ g.transpose(1, 2)) * (x @ x.transpose(1, 2)) for g, x in pairs]
-    norm_B = torch.stack([gram.sum((1, 2)) for gram in grams]).sum(0).clamp(min=0).sqrt()
-    step_B11 = (_scale(norm_B, clip) * -lr)[:, None, None]
-    pairs = [(g * step_B11, x) for g, x in pairs]
-    for w, (g, x) in zip(weights, pairs, strict=True):
-        w.baddbmm_(g.transpose(1, 2), x)
-    return norm_B
-
-
-def _scale(norm_B: Tensor, clip: float) -> Tensor:
-    """What gradients of these norms are multiplied by: exactly 1 below the clip."""
-    return torch.full_like(norm_B, clip) / norm_B.clamp(min=clip)
-
-
-def _step(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    lr: float | Tensor,
-    clip: float,
-    into: Sequence[Tensor | None],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The new weights, in the given tensors' memory or in fresh one; the gradients' norms [B], and their scales."""
-    # Row by row first: of a whole matrix at once, PyTorch's float32 sum on a CPU comes out too small by 1e-5.
-    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=2), dim=1) for g in gradients]
-    norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    scale_B = _scale(norm_B, clip)
-    step_B11 = (scale_B * -lr)[:, None, None]
-    new = [torch.addcmul(w, g, step_B11, out=out) for w, g, out in zip(weights, gradients, into, strict=True)]
-    return new, norm_B, scale_B
-
-
-def clipped_step_reference(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float | Tensor, clip: float
-) -> tuple[list[Tensor], Tensor]:
-    """The plain twin of `clipped_step`."""
-    square_B = torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
-    # The larger of the two comes before the root, whose slope at zero is infinite.
-    scale_B = clip * square_B.clamp(min=clip**2).rsqrt()
-    new = [w - lr * scale_B[:, None, None] * g for w, g in zip(weights, gradients, strict=True)]
-    return new, square_B.sqrt().detach()
-
-
-class _ClippedStep(torch.autograd.Function):
-    """W - lr min(1, c / n) g with n = |g|, over all tensors of a sequence jointly."""
-
-    @staticmethod
-    def forward(ctx: Any, lr: float | Tensor, clip: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = len(tensors) // 2
-        weights, gradients = tensors[:count], tensors[count:]
-        new, norm_B, scale_B = _step(weights, gradients, lr, clip, [None] * count)
-        ctx.save_for_backward(norm_B, scale_B, *gradients)
-        ctx.lr, ctx.clip = lr, clip
-        ctx.mark_non_differentiable(norm_B)
-        return *new, norm_B
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        norm_B, scale_B, *gradients = ctx.saved_tensors
-        *along, _ = grads
-        # The scale's own part: d(c / n)/dg = -c g / n^3 where the clip is at work, 0 elsewhere.
-        inner_B = sum((a * g).flatten(1).sum(1) for a, g in zip(along, gradients, strict=True))
-        bend_B = torch.where(norm_B > ctx.clip, -scale_B * inner_B / norm_B.square().clamp(min=ctx.clip**2), 0.0)
-        scale_B11, bend_B11 = (x[:, None, None] * -ctx.lr for x in (scale_B, bend_B))
-        grad_g = [torch.addcmul(g * bend_B11, a, scale_B11) for a, g in zip(along, gradients, strict=True)]
-        return None, None, *along, *grad_g

@@ -1,8 +1,10 @@
-"""Linear layers: with one weight for all, and with a weight for every sequence.
+"""Linear layers with one weight for all sequences, and with a weight for each.
 
-The derivatives of the latter lie in memory as the weights do.
-PyTorch's own derivative of x @ w.transpose(1, 2) is the transpose of a fresh tensor; added to others that lie the right
-way round, it makes every operation on the fast weights' gradients walk memory across the grain.
+The weight gradients of the latter have the weights' layout in memory. PyTorch's own derivative of x @ w.transpose(1, 2)
+is the transpose of a contiguous tensor; added to contiguous ones, it would make every operation on the fast weights'
+gradients stride through memory.
+
+Shapes: B sequences, T tokens, D inputs, E outputs.
 """
 
 from typing import Any, NamedTuple
@@ -13,29 +15,29 @@ from torch import Tensor
 
 
 class OuterProductFactors(NamedTuple):
-    """The gradient of every sequence's matrix, g^T @ x, before it is multiplied out (`weight_gradient`)."""
+    """The factors of a weight gradient g^T @ x for every sequence; `weight_gradient` multiplies them."""
 
     g_BTE: Tensor
     x_BTD: Tensor
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T with the weight brought to x's dtype."""
+    """x @ weight.T in x's dtype."""
     return F.linear(x, weight.to(x.dtype))
 
 
 def linear_vjp(g: Tensor, weight: Tensor) -> Tensor:
-    """The pull of `linear`."""
+    """The gradient of `linear` in x, from a gradient g of its output."""
     return g @ weight.to(g.dtype)
 
 
 def batched_linear(x_BTD: Tensor, w_BED: Tensor) -> Tensor:
-    """x @ w^T for every sequence, [B, T, E]. Differentiable any number of times."""
+    """x @ w^T for every sequence, [B, T, E]; differentiable any number of times."""
     return _BatchedLinear.apply(x_BTD, w_BED)
 
 
 def weight_gradient(g_BTE: Tensor, x_BTD: Tensor) -> Tensor:
-    """g^T @ x for every sequence, [B, E, D]: the gradient of `batched_linear`'s weight. Differentiable likewise."""
+    """g^T @ x for every sequence, [B, E, D], the weight gradient of `batched_linear`; differentiable like it."""
     return _WeightGradient.apply(g_BTE, x_BTD)
 
 

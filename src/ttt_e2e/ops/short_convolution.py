@@ -1,9 +1,9 @@
-"""A short causal convolution of every channel along the tokens, then SiLU: what Mamba 2 and Gated DeltaNet begin with.
+"""A short causal convolution of each channel along the tokens, then SiLU, as in Mamba 2 and Gated DeltaNet.
 
-On a CPU, `conv2d` on [B, C, 1, T] with the channels last in memory is several times as fast as `conv1d` on a transposed
-copy, which needs two transpositions. Its derivative in the weights is not fast in any layout, so it is written out as
-products and sums over blocks of tokens that stay in the processor's cache; the one in x is a convolution again.
-On a GPU, for a compiler and for a single token, it is a plain sum of products.
+On a CPU, `conv2d` on [B, C, 1, T] with the channels last in memory is several times as fast as `conv1d`, which needs
+two transpositions. Its weight gradient is slow in every layout, so it is written out as products and sums over blocks
+of tokens; the gradient of x is a convolution again. On a GPU, for a compiler and for a single token, the convolution is
+a plain sum of products.
 
 Shapes: B sequences, T tokens, C channels, W tokens that an output sees, S = W - 1 + T tokens (earlier inputs first).
 """
@@ -16,18 +16,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype
-
-BLOCK = 1 << 17  # elements of a block of tokens whose products are summed together
 
 
 def short_convolution(
     x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y_t = silu(bias + sum_i weight[:, i] x_{t - W + 1 + i}) in x's dtype, and the state for the tokens that follow.
+    """y_t = silu(bias + sum_i weight[:, i] x_{t - W + 1 + i}), and the state for the next tokens; differentiable once.
 
-    The state is the last W - 1 inputs [B, W - 1, C]; None stands for zeros, before the first token of a text.
-    Differentiable once.
+    Args:
+        x_BTC: Inputs.
+        weight_CW: Weights.
+        bias_C: Biases, or None.
+        state: The W - 1 inputs before the first [B, W - 1, C]; None for zeros, at the start of a text.
+
+    Returns:
+        [B, T, C] and the last W - 1 inputs, in x's dtype.
     """
     x_BSC = _with_earlier(x_BTC, weight_CW, state)
     tokens = x_BTC.shape[1]
@@ -42,7 +47,7 @@ def short_convolution(
 def short_convolution_reference(
     x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of `short_convolution`."""
+    """The definition of `short_convolution`."""
     x_BSC = _with_earlier(x_BTC, weight_CW, state)
     return _sum_of_products(x_BSC, weight_CW, bias_C, x_BTC.shape[1]), x_BSC[:, x_BTC.shape[1] :].clone()
 
@@ -81,7 +86,7 @@ class _ConvolutionSiLU(torch.autograd.Function):
 
         grad_weight = torch.zeros(width, channels, dtype=accumulation_dtype(g_BTC.dtype), device=g_BTC.device)
         grad_bias = torch.zeros_like(grad_weight[0])
-        block = max(1, BLOCK // (batch * channels))
+        block = max(1, tuning.CONVOLUTION_BLOCK // (batch * channels))
         for start in range(0, tokens, block):
             part = g_BTC[:, start : start + block]
             grad_bias += part.sum((0, 1), dtype=grad_bias.dtype)
@@ -92,6 +97,6 @@ class _ConvolutionSiLU(torch.autograd.Function):
 
 
 def _convolve(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
-    """The convolution without padding: W - 1 tokens fewer than x has."""
+    """The convolution without padding, which has W - 1 tokens fewer than x."""
     x_BC1S = x_BSC.mT.unsqueeze(2)
     return F.conv2d(x_BC1S, weight_CW[:, None, None], bias_C, groups=x_BSC.shape[2]).squeeze(2).mT

@@ -19,8 +19,8 @@ from ttt_e2e.ops.elementwise import accumulation_dtype
 class Tiled:
     """`forward`, `backward` and `double_backward` as in `reference.py`, chunk by chunk.
 
-    The other methods are what is done with a chunk of logits z [n, v] between the matrix products; `triton.py` has its
-    own. They may overwrite z. `at` [n] is the target's column in the chunk, or anything outside [0, v) if the target is
+    The private methods are the work on a chunk of logits z [n, v] between the matrix products; `triton.py` has its own.
+    They may overwrite z. `at` [n] is the target's column in the chunk, or anything outside [0, v) if the target is
     in another. Statistics are in float32 (float64 if z is).
     """
 
@@ -33,7 +33,7 @@ class Tiled:
             w_vD = weight_VD[words].to(x_ND.dtype)
             for tokens in _slices(len(x_ND), sizes[0]):
                 at_n = targets_N[tokens] - words.start
-                self.add_to_lse(x_ND[tokens] @ w_vD.T, at_n, lse_N[tokens], target_N[tokens])
+                self._add_to_lse(x_ND[tokens] @ w_vD.T, at_n, lse_N[tokens], target_N[tokens])
         return lse_N - target_N, lse_N
 
     def backward(
@@ -48,7 +48,7 @@ class Tiled:
             dw_vD = torch.zeros_like(w_vD, dtype=lse_N.dtype)
             for tokens in _slices(len(x_ND), sizes[0]):
                 x_nD, at_n = x_ND[tokens], targets_N[tokens] - words.start
-                dz_nv = self.gradient(x_nD @ w_vD.T, at_n, lse_N[tokens], g_N[tokens])
+                dz_nv = self._gradient(x_nD @ w_vD.T, at_n, lse_N[tokens], g_N[tokens])
                 _add_product(dx_ND[tokens], dz_nv, w_vD)
                 if need_weight:
                     _add_product(dw_vD, dz_nv.T, x_nD)
@@ -83,7 +83,7 @@ class Tiled:
             for tokens in _slices(len(x_ND), sizes[0]):
                 z_nv, tangent_nv = logits(x_ND[tokens], a_ND[tokens], w_vD, c_vD)
                 at_n = targets_N[tokens] - words.start
-                self.add_to_mean(z_nv, tangent_nv, at_n, lse_N[tokens], mean_N[tokens], target_N[tokens])
+                self._add_to_mean(z_nv, tangent_nv, at_n, lse_N[tokens], mean_N[tokens], target_N[tokens])
                 del z_nv, tangent_nv
 
         # Second walk: the gradients.
@@ -94,7 +94,7 @@ class Tiled:
             gw_vD = torch.zeros_like(w_vD, dtype=lse_N.dtype)
             for tokens in _slices(len(x_ND), sizes[0]):
                 x_nD, a_nD, at_n = x_ND[tokens], a_ND[tokens], targets_N[tokens] - words.start
-                dz_nv, dz_tangent_nv = self.gradient_and_tangent(
+                dz_nv, dz_tangent_nv = self._gradient_and_tangent(
                     *logits(x_nD, a_nD, w_vD, c_vD), at_n, lse_N[tokens], g_N[tokens], mean_N[tokens]
                 )
                 _add_product(gx_ND[tokens], dz_tangent_nv, w_vD)
@@ -106,7 +106,7 @@ class Tiled:
             gweight_VD[words] = gw_vD
         return gx_ND.to(x_ND.dtype), gweight_VD, mean_N - target_N
 
-    def add_to_lse(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, target_n: Tensor) -> None:
+    def _add_to_lse(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, target_n: Tensor) -> None:
         """Add the chunk to the logsumexp, and copy the logit of each target that is here to `target`."""
         z_nv = z_nv.to(lse_n.dtype)
         _copy_target(z_nv, at_n, target_n)
@@ -114,13 +114,13 @@ class Tiled:
         total_n = z_nv.sub_(maximum_n1).exp_().sum(1)
         torch.logaddexp(lse_n, total_n.log_().add_(maximum_n1[:, 0]), out=lse_n)
 
-    def gradient(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor) -> Tensor:
+    def _gradient(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor) -> Tensor:
         """dz = g (p - onehot), in z's dtype."""
         dtype = z_nv.dtype
         p_nv = z_nv.to(lse_n.dtype).sub_(lse_n[:, None]).exp_()
         return _minus_one_hot_(p_nv, at_n).mul_(g_n[:, None]).to(dtype)
 
-    def add_to_mean(
+    def _add_to_mean(
         self, z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, mean_n: Tensor, target_n: Tensor
     ) -> None:
         """Add rowsum(p z') to the mean, and copy the z' of each target that is here to `target`."""
@@ -128,7 +128,7 @@ class Tiled:
         p_nv = z_nv.to(lse_n.dtype).sub_(lse_n[:, None]).exp_()
         mean_n.add_(p_nv.mul_(tangent_nv).sum(1))
 
-    def gradient_and_tangent(
+    def _gradient_and_tangent(
         self, z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor, mean_n: Tensor
     ) -> tuple[Tensor, Tensor]:
         """dz = g (p - onehot) and dz' = g p (z' - mean), in z's dtype."""

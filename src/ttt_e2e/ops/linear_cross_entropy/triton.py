@@ -95,25 +95,21 @@ INTERPRETED = not isinstance(_add_to_lse_kernel, triton.runtime.JITFunction)
 class TritonTiled(Tiled):
     """`Tiled` with Triton kernels between the matrix products."""
 
-    def add_to_lse(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, target_n: Tensor) -> None:
-        """See `Tiled`."""
+    def _add_to_lse(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, target_n: Tensor) -> None:
         _launch(_add_to_lse_kernel, z_nv, at_n, lse_n, target_n)
 
-    def gradient(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor) -> Tensor:
-        """See `Tiled`."""
+    def _gradient(self, z_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor) -> Tensor:
         _launch(_gradient_kernel, z_nv, at_n, lse_n, g_n.contiguous())  # the gradient of a sum is an expanded scalar
         return z_nv
 
-    def add_to_mean(
+    def _add_to_mean(
         self, z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, mean_n: Tensor, target_n: Tensor
     ) -> None:
-        """See `Tiled`."""
         _launch(_add_to_mean_kernel, z_nv, tangent_nv, at_n, lse_n, mean_n, target_n)
 
-    def gradient_and_tangent(
+    def _gradient_and_tangent(
         self, z_nv: Tensor, tangent_nv: Tensor, at_n: Tensor, lse_n: Tensor, g_n: Tensor, mean_n: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `Tiled`."""
         _launch(_gradient_and_tangent_kernel, z_nv, tangent_nv, at_n, lse_n, g_n.contiguous(), mean_n)
         return z_nv, tangent_nv
 
