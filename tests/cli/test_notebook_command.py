@@ -210,7 +210,7 @@ def test_a_stream_that_is_not_text_changes_nothing(here: Path, monkeypatch: pyte
 def test_killed_at_random_and_run_again_it_ends_the_same(
     here: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = TEXT * 30
+    text = TEXT * 20
     options = ["--notebook", "--no-plot", "--no-baseline", "--quiet", "--threads", "1", "--device", "cpu"]
     options += ["--model", str(model_dir.with_name("coarse"))]
     for name in ("s", "whole"):
@@ -224,7 +224,7 @@ def test_killed_at_random_and_run_again_it_ends_the_same(
         return (Path("s.notebook") / "text.txt").stat().st_size, session_facts(here / "s")["tokens"]
 
     moments = random.Random()
-    for i in range(3):
+    for i in range(2):
         command = ["read", "-", "--session", "s", "--save", "s", "--save-every", "0", *options]
         some = text[: 20_000 * (i + 1)]  # a segment for the tokenizer and more, each time
         kill_while_reading(command, some, progress, moments.uniform(0, 0.1))

@@ -127,7 +127,7 @@ def test_read_with_generated_code(here: Path, model_dir: Path) -> None:
 def test_read_killed_at_random_and_run_again_ends_the_same(
     here: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, kills = TEXT * 36, 3
+    text, kills = TEXT * 24, 2
     command = ["read", "-", "--json", "--no-plot", "--device", "cpu", "--threads", "1"]
     command += ["--model", str(model_dir / "coarse"), "--save"]
 
