@@ -1,4 +1,4 @@
-"""What a pretrained model has beside its tokenizer: how it ends a text, and how a conversation is put to it."""
+"""Files beside a pretrained model's tokenizer: the tokens that end a text, and the chat template."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from ttt_e2e.model.checkpoint import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG
 
 
 class ChatTemplate(NamedTuple):
-    """A Jinja template as Hugging Face models have it, and how the special tokens are spelled that it may name."""
+    """A Jinja template of a Hugging Face model, and the spelling of the special tokens that it may use."""
 
     source: str
     bos: str
@@ -21,8 +21,8 @@ class ChatTemplate(NamedTuple):
 def chat_template(folder: Path, source: str | None = None) -> ChatTemplate | None:
     """The chat template of the model in `folder`, the default one of several; None if there is none.
 
-    source: takes the place of the model's own; how its special tokens are spelled, the model says all the same. Raises
-    UserError for a file that cannot be read, and a template that is no text.
+    source: a template to use in place of the model's own, with the model's special tokens. Raises UserError for a file
+    that cannot be read, and a template that is not a string.
     """
     settings = _settings(folder / TOKENIZER_CONFIG)
     if source is None:
@@ -41,16 +41,16 @@ def _own_template(folder: Path, settings: dict[str, Any]) -> str | None:
         source = named[0].get("template") if named else None
     if source is not None and not isinstance(source, str):
         raise UserError(
-            f"The chat_template in {folder / TOKENIZER_CONFIG} is no text; remove it, or use an unaltered copy."
+            f"The chat_template in {folder / TOKENIZER_CONFIG} is not a string; remove it, or use an unaltered copy."
         )
     return source
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids after which a text that the model in `folder` writes has ended.
+    """The ids that end a text which the model in `folder` generates.
 
-    BOS, which begins the next document, and what the model's own settings name, such as the end of an answer. Ids that
-    the tokenizer does not have end nothing. Raises UserError for a file that cannot be read.
+    These are BOS, which begins the next document, and the ids in the model's own settings, such as the end of an
+    answer, if the tokenizer has them. Raises UserError for a file that cannot be read.
     """
     ends = _settings(folder / GENERATION).get("eos_token_id")
     named = ends if isinstance(ends, list) else [ends]

@@ -38,7 +38,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Names in a file, in the order of the fields. A field may be renamed, what is on disk may not.
-_TENSORS: dict[type, str] = {
+TENSOR_NAMES: dict[type, str] = {
     KVCache: "k v",
     DeltaState: "conv rule",
     Mamba2State: "conv ssm",
@@ -113,7 +113,7 @@ def state_from_tensors(
     below, above, kinds = _state_kinds(model)
 
     def values(group: str, kinds: list[Any]) -> tuple[Any, ...]:
-        rows = [[f"{group}.{i}.{name}" for name in _TENSORS[kind].split()] for i, kind in enumerate(kinds)]
+        rows = [[f"{group}.{i}.{name}" for name in TENSOR_NAMES[kind].split()] for i, kind in enumerate(kinds)]
         device = model.embedding.device
         return tuple(kind(*(tensors[name].to(device) for name in row)) for kind, row in zip(kinds, rows, strict=True))
 
@@ -139,7 +139,7 @@ def _named(group: str, kinds: list[Any], values: Sequence[Any]) -> dict[str, Ten
     return {
         f"{group}.{i}.{name}": tensor
         for i, (kind, value) in enumerate(zip(kinds, values, strict=False))  # no values at the start of a text
-        for name, tensor in zip(_TENSORS[kind].split(), value, strict=True)
+        for name, tensor in zip(TENSOR_NAMES[kind].split(), value, strict=True)
     }
 
 

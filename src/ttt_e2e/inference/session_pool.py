@@ -68,7 +68,7 @@ class Done(NamedTuple):
 
 Event = Losses | Token | Done
 
-_REPLAY = 64
+MAX_REPLAY = 64
 """How many mini-batches are learned in place, which a text that diverges has to read again."""
 
 
@@ -391,7 +391,7 @@ class SessionPool:
         batch = sequences[0].row.batch
         users = [row for sequence in self._sequences() for row in sequence.rows if row.batch is batch]
         whole = [sequence.row for sequence in sequences] == [RowRef(batch, i) for i in range(len(batch.positions))]
-        recent = all(s.checkpoint is not None and len(s.checkpoint.read) < _REPLAY for s in sequences)
+        recent = all(s.checkpoint is not None and len(s.checkpoint.read) < MAX_REPLAY for s in sequences)
         return whole and recent and len(users) == len(sequences)
 
     def _roll_back(self, sequence: Sequence, in_place: bool, last_update: bool) -> tuple[int, bool]:

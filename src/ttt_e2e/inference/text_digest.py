@@ -1,4 +1,4 @@
-"""What is kept of a text that was read, however long it is: a digest of its tokens and its size."""
+"""Digest and size of the text that a session has read."""
 
 import hashlib
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from ttt_e2e.data.tokenizer import Tokenizer
 
 
 class TextDigest(NamedTuple):
-    """A digest of tokens and how many bytes of text they are: a value, to keep and to save.
+    """A digest of tokens, and how many bytes of text they are: a value, which can be saved.
 
-    The digest is a chain, since no hash object can be saved: SHA-256 of the link before and of the next `link` tokens
-    (int64, little-endian). So what is added must be whole links, except for the last.
+    The digest is a chain, since the state of a hash object cannot be saved: each link is the SHA-256 of the link before
+    and of the next `link` tokens (int64, little-endian). So what is added must be whole links, except for the last.
     """
 
     digest: bytes = b""
     bytes: int = 0
 
     def add(self, ids: np.ndarray, link: int, sizes: np.ndarray | None) -> "TextDigest":
-        """With more tokens, `link` of them hashed together. sizes: their bytes [V], see `token_bytes`; None: 0."""
+        """The digest with more tokens, `link` of them hashed together. sizes: see `token_bytes`; None counts 0."""
         digest = self.digest
         for start in range(0, len(ids), link):
             digest = hashlib.sha256(digest + ids[start : start + link].astype("<i8").tobytes()).digest()
@@ -32,7 +32,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     backend = tokenizer.backend
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return None
-    # Such a tokenizer writes every byte as one character. What was added to it is written as it is, or is no text.
+    # Such a tokenizer writes every byte as one character. Added tokens are written as they are, or are not text.
     sizes = np.array([len(backend.id_to_token(i) or "") for i in range(tokenizer.vocab_size)])
     for i, added in backend.get_added_tokens_decoder().items():
         sizes[i] = 0 if added.special else len(added.content.encode())
