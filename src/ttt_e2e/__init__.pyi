@@ -4,7 +4,7 @@ from ttt_e2e.config.schema import ModelConfig as ModelConfig
 from ttt_e2e.config.schema import RunConfig as RunConfig
 from ttt_e2e.config.schema import TrainConfig as TrainConfig
 from ttt_e2e.errors import UserError as UserError
-from ttt_e2e.evaluation.documents import evaluate as evaluate
+from ttt_e2e.evaluation.documents import evaluate_documents as evaluate_documents
 from ttt_e2e.inference.load import load_model as load_model
 from ttt_e2e.inference.session import Session as Session
 from ttt_e2e.inference.session_pool import SessionPool as SessionPool

@@ -31,7 +31,6 @@ ELSEWHERE = {
     ".venv/bin/pip install": "the same",
     "pip install": "the same",
     "ttt-e2e convert from-official": "needs an official checkpoint; tests/convert/test_from_official.py writes one",
-    "ttt-e2e reproduce figure1": "trains for hours; tests/reproduce runs it at a toy scale",
     "python -m ttt_e2e.evaluation.harness": "downloads its task; tests/evaluation/test_harness.py has one without",
 }
 
@@ -41,6 +40,7 @@ SHORTER = "hidden_size=32 num_attention_heads=2 intermediate_size=48 sliding_win
 END = {
     "train": "context=128 batch=1 accumulate=1 steps=2 warmup_steps=1 eval_tokens=256",
     "generate": "--max-tokens 8",
+    "reproduce figure1": "--data tokens --dry-run",
     "reproduce latency": "--systems window,ttt-e2e --contexts 256 --seconds 0.01 --threads 1",
     "reproduce needles": "--contexts 256 --tasks 1 --depths 50 --samples 1",
 }
@@ -63,10 +63,11 @@ def commands(body: str) -> list[str]:
     for line in body.splitlines():
         begun = f"{begun}\n{line}" if begun else line
         with contextlib.suppress(ValueError):  # a quotation that is not closed yet
-            shlex.split(begun)
+            shlex.split(begun, comments=True)
             if not begun.endswith("\\"):
                 found.append(re.sub(r"\s+# .*", "", begun).replace("\\\n", " ").strip())
                 begun = ""
+    assert not begun, f"{begun!r} does not end"
     return [command for command in found if command]
 
 
@@ -136,6 +137,8 @@ class Runner:
 def shortened(words: list[str]) -> list[str]:
     """A command line of `ttt-e2e` by the rules above, without `--compile`, which needs a compiler and its time."""
     words = [word for word in words if word != "--compile"]
+    if words[0] == "read" and "--save" in words and "--notebook" not in words:
+        words.append("--notebook")  # a later command may search it
     name = " ".join(words[:2]) if words[0] == "reproduce" else words[0]
     if name == "train" and "--from" not in words:
         words[2:2] = SHORTER.split()
@@ -147,13 +150,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that the documents take for given: texts, and pretrained checkpoints."""
     monkeypatch.chdir(tmp_path)
     for name, text in {
-        "BOOK.txt": TEXT[:3000],
-        "NEXT.txt": TEXT[3000:4500],
+        "BOOK.txt": TEXT[:1500],
+        "NEXT.txt": TEXT[2000:3000],
         "HUGE.txt": TEXT[:600],
         "MANUAL.txt": TEXT[:600],
-        "books/story.txt": TEXT,
+        "books/json.py": standard_library_document("json").text,
         "books/email.py": standard_library_document("email").text,
-        "held-out/story.txt": TEXT[:2000],
+        "held-out/stories.txt": 3 * TEXT,
         "texts/story.txt": TEXT,
         "texts/json.py": standard_library_document("json").text,
     }.items():
