@@ -236,7 +236,7 @@ def test_third_order_is_refused() -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttt_e2e.ops.attention.operators.HAS_TRITON", False)
+    monkeypatch.setattr("ttt_e2e.ops.implementations.HAS_TRITON", False)
     q, k, v, _ = inputs(1, (1, 1), 3, 5, 16, dtype=torch.float32)
     windowed_attention(q, k, v)
     with pytest.raises(ValueError, match="package triton"):

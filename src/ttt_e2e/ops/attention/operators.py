@@ -9,18 +9,16 @@ Each operator's derivative is the next one; the third has none. They keep q, k, 
 softmax again from these, so that nothing of size T x S outlives a call. Only "reference" forms such a matrix at all.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops import HAS_TRITON, tuning
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention import reference, tiled
 from ttt_e2e.ops.attention.mask import KeyView
 from ttt_e2e.ops.elementwise import accumulation_dtype
-
-IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
+from ttt_e2e.ops.implementations import triton_serves
 
 
 def windowed_attention(
@@ -136,30 +134,18 @@ def _view(k_BGSK: Tensor, window: int | None, num_empty_slots: Tensor | None, nu
 
 def _choose(implementation: str, q_BHTK: Tensor, k_BGSK: Tensor) -> Any:
     """The module whose `forward`, `backward` and `double_backward` serve these tensors."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
-    obstacle = _triton_obstacle(q_BHTK)
-    if implementation == "triton" and obstacle:
-        raise ValueError(f"implementation 'triton' {obstacle}")
-    if implementation == "triton" or (implementation == "auto" and not obstacle and q_BHTK.is_cuda):
+    unsupported = None
+    if q_BHTK.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        unsupported = f"float32, bfloat16 or float16, not {q_BHTK.dtype}"
+    elif q_BHTK.shape[3] > 256:
+        unsupported = f"a head dimension of at most 256, not {q_BHTK.shape[3]}"
+    served = triton_serves(q_BHTK, implementation, unsupported)
+    if implementation == "triton" or (implementation == "auto" and served and q_BHTK.is_cuda):
         from ttt_e2e.ops.attention import triton
 
         return triton
     small = q_BHTK.shape[:3].numel() * k_BGSK.shape[2] <= tuning.REFERENCE_SCORES
     return reference if implementation == "reference" or (implementation == "auto" and small) else tiled
-
-
-def _triton_obstacle(q_BHTK: Tensor) -> str | None:
-    """Why the Triton kernels cannot serve these queries; None if they can."""
-    if not HAS_TRITON:
-        return "needs the package triton, which is not installed"
-    if not q_BHTK.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs tensors on a CUDA device, not on {q_BHTK.device.type}"
-    if q_BHTK.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"needs float32, bfloat16 or float16, not {q_BHTK.dtype}"
-    if q_BHTK.shape[3] > 256:
-        return f"needs a head dimension of at most 256, not {q_BHTK.shape[3]}"
-    return None
 
 
 # The shapes of the outputs, for tracing.

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops import HAS_TRITON, tuning
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype
+from ttt_e2e.ops.implementations import triton_serves
 from ttt_e2e.ops.linear_cross_entropy import reference
 from ttt_e2e.ops.linear_cross_entropy.tiled import Tiled
-
-IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, implementation: str = "auto") -> Tensor:
@@ -49,7 +48,6 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, 
         raise ValueError(f"targets must be int64, not {targets_N.dtype}")
     if not (x_ND.is_floating_point() and weight_VD.is_floating_point()):
         raise ValueError(f"x and weight must be floating point, not {x_ND.dtype} and {weight_VD.dtype}")
-    _check_implementation(implementation, x_ND.device.type)
     x, targets = x_ND.reshape(-1, x_ND.shape[-1]), targets_N.reshape(-1)
     return cross_entropy_forward(x, weight_VD, targets, implementation)[0].view(targets_N.shape)
 
@@ -96,31 +94,17 @@ def cross_entropy_double_backward(
     return chosen.double_backward(x_ND, weight_VD, targets_N, lse_N, g_N, a_ND, c_VD)
 
 
-def _check_implementation(implementation: str, device: str) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "triton" and not HAS_TRITON:
-        raise ValueError("implementation 'triton' needs the package triton, which is not installed")
-    if implementation == "triton" and device != "cuda" and not _triton().INTERPRETED:
-        raise ValueError(f"implementation 'triton' needs tensors on a CUDA device, not on {device}")
-
-
 def _choose(implementation: str, x_ND: Tensor, weight_VD: Tensor) -> Any:
     """What has the `forward`, `backward` and `double_backward` that serve these tensors."""
-    _check_implementation(implementation, x_ND.device.type)
+    served = triton_serves(x_ND, implementation)
     few = x_ND.shape[0] * weight_VD.shape[0] <= tuning.REFERENCE_LOGITS
     if implementation == "reference" or (implementation == "auto" and few):
         return reference
-    if implementation == "triton" or (implementation == "auto" and x_ND.is_cuda and HAS_TRITON):
-        return _triton().TritonTiled()
+    if implementation == "triton" or (implementation == "auto" and served and x_ND.is_cuda):
+        from ttt_e2e.ops.linear_cross_entropy.triton import TritonTiled
+
+        return TritonTiled()
     return Tiled()
-
-
-def _triton() -> Any:
-    # Imported here only: the package works without Triton.
-    from ttt_e2e.ops.linear_cross_entropy import triton
-
-    return triton
 
 
 # The shapes of the outputs, for tracing.

@@ -88,10 +88,6 @@ def _gradient_and_tangent_kernel(
         tl.store(tangent_ptr + column, dz_tangent.to(z_ptr.dtype.element_ty), mask=inside)
 
 
-INTERPRETED = not isinstance(_add_to_lse_kernel, triton.runtime.JITFunction)
-"""Whether Triton was imported with TRITON_INTERPRET=1: then the kernels run on the CPU, for tests."""
-
-
 class TritonTiled(Tiled):
     """`Tiled` with Triton kernels between the matrix products."""
 
