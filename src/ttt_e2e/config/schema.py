@@ -16,7 +16,6 @@ from ttt_e2e.errors import UserError
 
 ActivationCheckpointing = Literal["none", "mini-batch", "sqrt"]
 Kernels = Literal["auto", "torch", "fused"]
-RopeType = Literal["default", "linear", "llama3", "yarn"]
 TrainMode = Literal["meta", "pretrain"]
 
 ATTENTIONS = ("full", "window")
@@ -61,7 +60,7 @@ class InnerLoopConfig:
 class RopeScaling:
     """How rotary angles are scaled for contexts longer than the one of pretraining; see `model.rope`."""
 
-    rope_type: RopeType = "default"
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
     """"default" leaves all angles alone and "linear" divides them by `factor`. "llama3" and "yarn" divide those that
     turn fewer than `low_freq_factor` times in the original context, keep those that turn more than `high_freq_factor`
     times, and interpolate in between."""
@@ -142,8 +141,8 @@ class MemoryConfig:
 class ModelConfig:
     """The shape of a Transformer. With `suffix_layers` > 0 it is a TTT-E2E model, with 0 a standard one.
 
-    Fields that follow from others may be left at None: `__post_init__` fills them in. `replace` updates them when the
-    others change. Raises UserError if the values do not fit together.
+    Fields that follow from others may be left at None: `__post_init__` fills them in, and `replace` updates them.
+    Raises UserError if the values do not fit together.
     """
 
     vocab_size: int

@@ -17,19 +17,14 @@ class LearningOptions:
 
     sliding_window: int | None = None
     """Tokens that attention sees. None: 8192, or as many as the original can see."""
-
     suffix: float = 0.25
     """The part of the blocks, counted from the last, that get a fast MLP; at least one does."""
-
     mini_batch_size: int | None = None
     """Tokens per inner step. None: an eighth of the window, at most 1024."""
-
     fast: FastInit = "new"
     """"new": a new fast MLP before the static one. "split": a part of the pretrained MLP becomes the fast one."""
-
     fast_share: float = 0.25
     """Width of the fast MLP, as a part of that of the pretrained one."""
-
     fast_rank: int | None = None
     """Rank of what a sequence learns; None: the whole fast MLP. See `ModelConfig.fast_rank`."""
 

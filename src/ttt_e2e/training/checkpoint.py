@@ -49,7 +49,7 @@ def save_checkpoint(
     config: RunConfig,
     tokenizer_json: Path | None,
 ) -> Path:
-    """Write the checkpoint of `state.step` in the folder `run`, then remove the oldest ones but `keep_checkpoints`.
+    """Write the checkpoint of `state.step` in the folder `run`, then remove all but the latest `keep_checkpoints`.
 
     tokenizer_json: a file to copy into the checkpoint. Returns the checkpoint's folder. Raises UserError if the disk is
     full; the checkpoints that exist are then kept.
@@ -68,12 +68,7 @@ def save_checkpoint(
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "progress": {
-                "step": state.step,
-                "tokens": state.tokens,
-                "seconds": state.seconds,
-                "loader": state.loader,
-            },
+            "progress": {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "loader": state.loader},
             "config": to_dict(config),
             "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in part.iterdir()},
         }
@@ -88,11 +83,10 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
     """Fill `model` and `optimizer` from a checkpoint. Raises UserError if it is damaged or of another model."""
     progress = check_checkpoint(folder)["progress"]
     read_weights(model, folder)
-    shapes = {
-        f"{moment}.{name}": tuple(weight.shape) for name, weight in model.named_parameters() for moment in _MOMENTS
-    }
+    weights = dict(model.named_parameters())
+    shapes = {f"{moment}.{name}": tuple(weight.shape) for name, weight in weights.items() for moment in _MOMENTS}
     moments, _ = load_safetensors(folder / OPTIMIZER, shapes)
-    for name, weight in model.named_parameters():
+    for name, weight in weights.items():
         optimizer.state[weight] = {
             "step": torch.tensor(float(progress["step"]), device=weight.device),
             **{moment: moments[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS},
@@ -110,10 +104,9 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise UserError(f"The checkpoint {folder} is incomplete: {name} is missing.")
-        if file.stat().st_size != expected["bytes"]:
-            raise UserError(
-                f"The checkpoint {folder} is incomplete: {name} has {file.stat().st_size} of {expected['bytes']} bytes."
-            )
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(f"The checkpoint {folder} is incomplete: {name} has {size} of {expected['bytes']} bytes.")
         if _sha256(file) != expected["sha256"]:
             raise UserError(f"The checkpoint {folder} was altered: the digest of {name} does not match.")
     return content

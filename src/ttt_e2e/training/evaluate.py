@@ -22,14 +22,14 @@ def evaluate_sequences(
 
     Args:
         model: any model.
-        sequences: token ids, at most `config.context` + 1 each; each sequence starts a text.
+        sequences: token ids of at most `config.context` + 1 tokens; each sequence starts a text.
         bos: targets equal to this id do not count.
         config: gives context, batch and dtype.
         dist: the processes.
 
     Returns:
-        "loss" and the number of "tokens". For a model with a suffix also "loss_without_learning" of the same weights,
-        the "gain" from learning, and "gain_by_quarter" of the context, None where no sequence is long enough.
+        "loss" and the number of "tokens". With a suffix also "loss_without_learning", the "gain" from learning, and
+        "gain_by_quarter" of the context, None where no sequence is long enough.
     """
     has_suffix = model.config.suffix_layers > 0
     modes = [True, False] if has_suffix else [True]
@@ -55,11 +55,8 @@ def evaluate_sequences(
     measured: dict[str, Any] = {"loss": means[0], "tokens": int(counts.sum())}
     if has_suffix:
         gains = ((sums[1] - sums[0]) / counts).tolist()
-        measured["loss_without_learning"] = means[1]
-        measured["gain"] = means[1] - means[0]
-        measured["gain_by_quarter"] = [
-            gain if count > 0 else None for gain, count in zip(gains, counts.tolist(), strict=True)
-        ]
+        by_quarter = [gain if count > 0 else None for gain, count in zip(gains, counts.tolist(), strict=True)]
+        measured |= {"loss_without_learning": means[1], "gain": means[1] - means[0], "gain_by_quarter": by_quarter}
     return measured
 
 

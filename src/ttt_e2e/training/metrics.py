@@ -36,7 +36,8 @@ class MetricsWriter:
             raise UserError(
                 f"Cannot write {self._file.name}: {error.strerror}; free some space and continue with --resume."
             ) from error
-        flat = {key: value for key, value in _flat(line) if isinstance(value, (int, float)) and key != "step"}
+        evaluation = {f"eval/{key}": value for key, value in line.get("eval", {}).items()}
+        flat = {key: x for key, x in {**line, **evaluation}.items() if isinstance(x, (int, float)) and key != "step"}
         if self._tensorboard is not None:
             for key, value in flat.items():
                 self._tensorboard.add_scalar(key, value, line["step"])
@@ -67,13 +68,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        flat += _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [(prefix + key, value)]
-    return flat
 
 
 def _tensorboard(run: Path, step: int) -> Any:

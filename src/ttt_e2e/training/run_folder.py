@@ -39,13 +39,8 @@ def check_run(
 ) -> dict[str, Any]:
     """Check that `out` can take a new run, or holds the run to resume; returns the content of its config.json.
 
-    Args:
-        config: of the run.
-        tokens: the training data.
-        out: the folder of the run.
-        resume: whether to continue the run in `out`, if there is one.
-        start_from: the model folder that the run starts from.
-        dist: the processes; only rank 0 checks a new folder, because it may be writing there already.
+    tokens: the training data. start_from: the model folder that the run starts from. dist: the processes, of which only
+    rank 0 checks a new folder, because it may be writing there already.
     """
     record = {
         "format": FORMAT,

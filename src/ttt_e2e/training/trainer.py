@@ -148,14 +148,8 @@ def train(
             if record["start_from"] is not None and checkpoint is None:
                 copy_pretrained_metadata(Path(record["start_from"]), out)
             metrics = stack.enter_context(MetricsWriter(out, state.step, to_dict(config), tensorboard, wandb))
-        bar = stack.enter_context(
-            tqdm(
-                total=train_config.steps,
-                initial=state.step,
-                unit="step",
-                disable=not (progress and dist.is_rank0),
-            )
-        )
+        hidden = not (progress and dist.is_rank0)
+        bar = stack.enter_context(tqdm(total=train_config.steps, initial=state.step, unit="step", disable=hidden))
         functions = compiled_functions(dist.device) if compile else EAGER
         if compile and state.step < train_config.steps:
             bar.set_postfix_str("compiling")
