@@ -72,7 +72,7 @@ class FakeEngine:
         self.calls: list[dict[str, Any]] = []
         self.started = self.stopped = False
         self.ready = True
-        self.sessions = self  # it is its own registry
+        self.sessions = self.store = self  # it is its own registry and store
 
     async def start(self) -> None:
         self.started = True

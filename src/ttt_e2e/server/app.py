@@ -6,13 +6,13 @@ import importlib.resources
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Literal
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ttt_e2e import __version__
@@ -24,12 +24,6 @@ from ttt_e2e.server.middleware.access import AccessMiddleware
 from ttt_e2e.server.middleware.logs import RequestLogMiddleware, log_entry
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
 from ttt_e2e.server.settings import Settings
-
-
-class Health(BaseModel):
-    """The model is loaded and works, and the service is not stopping."""
-
-    status: str
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -65,11 +59,11 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         return HTMLResponse(page, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
 
     @app.get("/health", tags=["service"])
-    async def health() -> Health:
-        """Whether the service is ready; 503 if not."""
+    async def health() -> dict[Literal["status"], Literal["ok"]]:
+        """Whether the model is loaded and works, and the service is not stopping; 503 if not."""
         if not engine.ready:
             raise ApiError(503, "The service is stopping, or its model fails at every step.", "not_ready")
-        return Health(status="ok")
+        return {"status": "ok"}
 
     # `AccessMiddleware` checks the key before the body is received; this only documents it.
     key_in_schema = [Depends(HTTPBearer(auto_error=False))] if settings.keys else []

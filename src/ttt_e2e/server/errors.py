@@ -54,8 +54,7 @@ class ApiError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, headers)
-        self.code = code
-        self.param = param
+        self.code, self.param = code, param
 
 
 def describe(error: Exception) -> tuple[int, ErrorBody]:

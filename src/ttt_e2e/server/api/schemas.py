@@ -168,29 +168,6 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-FinishReason = Literal["stop", "length"] | None
-
-
-class CompletionChoice(BaseModel):
-    """A text generated after one prompt."""
-
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: FinishReason
-
-
-class Completion(BaseModel):
-    """Generated texts, or an event of a stream. usage: null in a stream, except in the last event."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None
-
-
 class AssistantMessage(BaseModel):
     """A generated message."""
 
@@ -199,22 +176,42 @@ class AssistantMessage(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
+class _Choice(BaseModel):
+    index: int
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionChoice(_Choice):
+    """A text generated after one prompt."""
+
+    text: str
+
+
+class ChatChoice(_Choice):
     """One answer to a conversation."""
 
-    index: int
     message: AssistantMessage
-    logprobs: None = None
-    finish_reason: FinishReason
 
 
-class ChatCompletion(BaseModel):
-    """Answers to a conversation."""
-
+class _Response(BaseModel):
     id: str
-    object: Literal["chat.completion"]
     created: int
     model: str
+
+
+class Completion(_Response):
+    """Generated texts, or an event of a stream. usage: null in a stream, except in the last event."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class ChatCompletion(_Response):
+    """Answers to a conversation."""
+
+    object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
 

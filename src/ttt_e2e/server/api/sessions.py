@@ -13,11 +13,11 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from ttt_e2e.data.text import text_chunks
-from ttt_e2e.server.api.streams import EVENT_STREAM, StreamResponse, begin_stream, cancel_on_disconnect, event_stream
+from ttt_e2e.server.api.streams import EVENT_STREAM, StreamResponse, cancel_on_disconnect, event_stream
 from ttt_e2e.server.api.uploads import receive_file, receive_text
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import ReadProgress, SessionSummary
-from ttt_e2e.server.middleware.logs import log_entry
+from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 
 EVENT_SECONDS = 0.1  # minimum time between two progress events
 _CHUNK_BYTES = 1 << 18
@@ -73,7 +73,7 @@ def routes(engine: Engine) -> APIRouter:
     @router.post("/import", status_code=201, openapi_extra=_request_body({_BINARY: _BINARY_SCHEMA}))
     async def import_session(request: Request) -> SessionSummary:
         """Create a session from a session file, as export returns and `ttt-e2e read --save` writes."""
-        with engine.sessions.temporary_folder() as folder:
+        with engine.sessions.store.temporary_folder() as folder:
             file = folder / "import.session"
             await receive_file(request, file)
             return await engine.sessions.import_session(_owner(request), file)
@@ -110,21 +110,21 @@ def routes(engine: Engine) -> APIRouter:
         """
         await engine.sessions.summary(_owner(request), session)  # before a long text is uploaded in vain
         file = await receive_text(request)
-        progress = _logged(request, engine.read(_owner(request), session, text_chunks(file)))
+        events = _events(engine.read(_owner(request), session, text_chunks(file)), log_entry(request))
         if EVENT_STREAM in request.headers.get("accept", ""):
-            return event_stream(request, await begin_stream(request.receive, _events(progress)))
-        return JSONResponse(await cancel_on_disconnect(request.receive, _final(progress)))
+            return await event_stream(request, events)
+        return JSONResponse(await cancel_on_disconnect(request.receive, _final(events)))
 
     @router.get("/{session}/export", response_class=Response, responses=_EXPORT_RESPONSES)
     async def export_session(session: str, request: Request) -> Response:
         """Download a session as a file, for import or the command line."""
-        with engine.sessions.temporary_folder() as folder:
+        with engine.sessions.store.temporary_folder() as folder:
             target = folder / "export.session"
             await engine.sessions.export_session(_owner(request), session, target)
             size, file = target.stat().st_size, target.open("rb")
         # The file has no name any more and is removed when it is closed.
         headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{session}.session"'}
-        return StreamResponse(_chunks(file), _BINARY, headers)
+        return StreamResponse(_chunks(file), headers=headers, media_type=_BINARY)
 
     return router
 
@@ -134,33 +134,25 @@ def _owner(request: Request) -> str:
     return owner
 
 
-async def _logged(request: Request, progress: AsyncIterator[ReadProgress]) -> AsyncGenerator[ReadProgress, None]:
-    """`progress`, with the tokens that were read in the request's log entry."""
+async def _events(progress: AsyncIterator[ReadProgress], entry: LogEntry) -> AsyncGenerator[dict[str, Any], None]:
+    """Progress events, merged so that `EVENT_SECONDS` pass between two of them; `entry` gets the tokens."""
+    sent_at, sent_tokens, recent_sum = -math.inf, 0, 0.0
     async with aclosing(progress):  # type: ignore[type-var]
         async for event in progress:
-            log_entry(request).tokens_read = event.tokens
-            yield event
-
-
-async def _final(progress: AsyncGenerator[ReadProgress, None]) -> dict[str, Any]:
-    async with aclosing(progress):
-        async for event in progress:
-            final = event
-    return asdict(replace(final, recent_loss=final.loss))
-
-
-async def _events(progress: AsyncGenerator[ReadProgress, None]) -> AsyncGenerator[dict[str, Any], None]:
-    """Progress events, merged so that `EVENT_SECONDS` pass between two of them."""
-    sent_at, sent_tokens, tokens, recent_sum = -math.inf, 0, 0, 0.0
-    async with aclosing(progress):
-        async for event in progress:
             if event.recent_loss is not None:
-                recent_sum += event.recent_loss * (event.tokens - tokens)
-            tokens = event.tokens
+                recent_sum += event.recent_loss * (event.tokens - entry.tokens_read)
+            entry.tokens_read = event.tokens
             if event.session or time.monotonic() - sent_at >= EVENT_SECONDS:
-                recent = tokens - sent_tokens
+                recent = event.tokens - sent_tokens
                 yield asdict(replace(event, recent_loss=recent_sum / recent if recent else None))
-                sent_at, sent_tokens, recent_sum = time.monotonic(), tokens, 0.0
+                sent_at, sent_tokens, recent_sum = time.monotonic(), event.tokens, 0.0
+
+
+async def _final(events: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+    async with aclosing(events):
+        async for event in events:
+            final = event
+    return {**final, "recent_loss": final["loss"]}
 
 
 async def _chunks(file: IO[bytes]) -> AsyncGenerator[bytes, None]:

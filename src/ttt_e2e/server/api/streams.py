@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Request
+from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -41,48 +42,15 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-class StreamResponse(Response):
-    """A response whose body is generated in parts.
+class StreamResponse(StreamingResponse):
+    """A `StreamingResponse` that closes its generator at the end and when the client disconnects."""
 
-    Unlike Starlette's `StreamingResponse`, it closes the generator at the end and when the client disconnects.
-    """
-
-    def __init__(
-        self, parts: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        self.status_code = 200
-        self.media_type = media_type
-        self.background = None
-        self.init_headers(headers)
-        self._parts = parts
+    body_iterator: AsyncGenerator[bytes, None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the parts as they are generated."""
-        await cancel_on_disconnect(receive, self._send(send))
-
-    async def _send(self, send: Send) -> None:
-        async with aclosing(self._parts) as parts:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for part in parts:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def begin_stream(receive: Receive, items: AsyncGenerator[_Item, None]) -> AsyncGenerator[_Item | None, None]:
-    """`items` with keep-alives, once the first of them is available.
-
-    So an error before the first item is raised here and can still become a response with a status.
-    """
-    stream = with_keepalive(items)
-    first = await cancel_on_disconnect(receive, anext(stream))
-
-    async def resumed() -> AsyncGenerator[_Item | None, None]:
-        async with aclosing(stream):
-            yield first
-            async for item in stream:
-                yield item
-
-    return resumed()
+        async with aclosing(self.body_iterator):
+            await cancel_on_disconnect(receive, self.stream_response(send))
 
 
 async def with_keepalive(items: AsyncGenerator[_Item, None]) -> AsyncGenerator[_Item | None, None]:
@@ -102,17 +70,21 @@ async def with_keepalive(items: AsyncGenerator[_Item, None]) -> AsyncGenerator[_
             yield item
 
 
-def event_stream(request: Request, events: AsyncGenerator[dict[str, Any] | None, None]) -> StreamResponse:
-    """Server-sent events, one per dictionary, with [DONE] at the end; an error becomes the last event.
+async def event_stream(request: Request, events: AsyncGenerator[dict[str, Any], None]) -> StreamResponse:
+    """Server-sent events, one per dictionary, with [DONE] at the end; comments keep the connection alive.
 
-    None becomes a comment, which clients skip, to keep the connection alive.
+    An error before the first event is raised here and can still become a response with a status. A later one becomes
+    the last event.
     """
+    stream = with_keepalive(events)
+    first = await cancel_on_disconnect(request.receive, anext(stream))
 
     async def parts() -> AsyncGenerator[bytes, None]:
-        async with aclosing(events):
+        async with aclosing(stream):
             try:
-                async for event in events:
-                    yield b": waiting\n\n" if event is None else _encode_event(event)
+                yield _encode_event(first)
+                async for event in stream:
+                    yield _encode_event(event)
             except Exception as error:
                 if not is_expected(error):
                     log_entry(request).set_error(error)
@@ -120,11 +92,14 @@ def event_stream(request: Request, events: AsyncGenerator[dict[str, Any] | None,
             else:
                 yield b"data: [DONE]\n\n"
 
-    # Without the second header nginx, for example, would hold events back until its buffer is full.
-    return StreamResponse(parts(), EVENT_STREAM, {"cache-control": "no-store", "x-accel-buffering": "no"})
+    # The second header is for nginx, which otherwise holds events back until its buffer is full.
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamResponse(parts(), headers=headers, media_type=EVENT_STREAM)
 
 
-def _encode_event(value: dict[str, Any]) -> bytes:
+def _encode_event(value: dict[str, Any] | None) -> bytes:
+    if value is None:
+        return b": waiting\n\n"  # a comment, which clients skip
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()
 
 

@@ -20,10 +20,9 @@ _FORM = "multipart/form-data"
 
 
 async def receive_text(request: Request) -> IO[bytes]:
-    """The text in a request, in an unnamed temporary file, checked to be UTF-8 from end to end.
+    """The text in a request, in an unnamed temporary file: the body, or the only file in a multipart/form-data body.
 
-    The text is the body itself (text/plain) or the only file in it (multipart/form-data). Raises ApiError for other
-    content types, and UserError for anything that is not text.
+    Raises ApiError for other content types, and UserError unless all of it is valid UTF-8.
     """
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
@@ -43,9 +42,7 @@ async def receive_text(request: Request) -> IO[bytes]:
 
 async def receive_file(request: Request, target: Path) -> None:
     """Write the body of a request to the file `target`."""
-    with _disk_errors():
-        file = target.open("wb", buffering=0)
-    with file:
+    with _disk_errors(), target.open("wb", buffering=0) as file:
         await _receive(request, file)
 
 

@@ -211,8 +211,6 @@ class Engine:
                     await self.sessions.replace(slot, await self._after_reading(slot, session, learned))
                 yield TextChunk(rest, reason, num_prompt_tokens, len(tokens))
 
-    # -- inside ----------------------------------------------------------------------------------------------------
-
     @contextmanager
     def _request(self) -> Iterator[None]:
         """Count a request as running inside the block."""

@@ -1,8 +1,7 @@
-"""Loads sessions from files that may be damaged or crafted by an attacker.
+"""Loads sessions from files that may be damaged or crafted by an attacker, who can compute a valid digest.
 
-The digest in a file only shows that it was not altered by accident; anybody can compute one. A tensor of a wrong shape
-would end the batched model call that other sessions share, so everything a file holds is compared with what a session
-of this model at that position must hold.
+A tensor of a wrong shape would end a model call that other sessions share, so everything in a file is compared with
+what a session of this model must hold at that position.
 """
 
 import re
@@ -54,8 +53,7 @@ class SessionLoader:
     def load(self, path: Path, name: str) -> Session:
         """Load and check the session in the file `path`, which errors call `name`.
 
-        Raises UserError if it is not a session file, is damaged or crafted, or was not made with the template's model,
-        tokenizer, dtype and `learn`.
+        Raises UserError if it is not a session file, is damaged or crafted, or differs from the template in settings.
         """
         try:
             facts, tensors = read_session_file(path)

@@ -41,13 +41,13 @@ class SessionSummary:
     id: str
     object: Literal["session"] = field(default="session", kw_only=True)
     created: int
-    tokens: int
-    text_bytes: int | None
-    text_digest: str
-    memory_bytes: int
-    learn: bool
-    in_memory: bool
-    error: str | None
+    tokens: int = 0
+    text_bytes: int | None = None
+    text_digest: str = ""
+    memory_bytes: int = 0
+    learn: bool = False
+    in_memory: bool = False
+    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ even if its client leaves, so that disk and memory always agree. This runs in on
 import asyncio
 from collections import defaultdict
 from collections.abc import Coroutine
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,18 +42,11 @@ class SessionSlot:
 
     def summary(self) -> SessionSummary:
         """The session as clients see it."""
-        info = self.info
-        return SessionSummary(
-            id=self.record.id,
-            created=int(self.record.created),
-            tokens=info.tokens if info else 0,
-            text_bytes=info.text_bytes if info else None,
-            text_digest=info.text_digest if info else "",
-            memory_bytes=info.memory_bytes if info else 0,
-            learn=info.learn if info else False,
-            in_memory=self.session is not None,
-            error=self.error,
-        )
+        id, created, info = self.record.id, int(self.record.created), self.info
+        if info is None:
+            return SessionSummary(id, created, error=self.error)
+        size, in_memory = info.memory_bytes, self.session is not None
+        return SessionSummary(id, created, info.tokens, info.text_bytes, info.text_digest, size, info.learn, in_memory)
 
 
 class SessionRegistry:
@@ -68,14 +60,15 @@ class SessionRegistry:
         max_session_tokens: Per session.
 
     An owner is any string, and a session is visible to its owner only. Methods raise SessionNotFoundError if the owner
-    has no such session, UserError if its file is damaged, and StoppingError for changes after `close`.
+    has no such session, UserError if a file is damaged or not a session of this model, and StoppingError for changes
+    after `close`.
     """
 
     def __init__(
         self, template: Session, store: Store, memory_bytes: int, max_sessions: int, max_session_tokens: int
     ) -> None:
-        self.template, self.max_session_tokens = template, max_session_tokens
-        self._store, self._memory_bytes, self._max_sessions = store, memory_bytes, max_sessions
+        self.template, self.store = template, store
+        self._memory_bytes, self._max_sessions, self.max_session_tokens = memory_bytes, max_sessions, max_session_tokens
         self._slots: dict[str, SessionSlot] = {}
         self._in_memory: dict[str, SessionSlot] = {}  # from the least to the most recently used
         self._owner_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -87,7 +80,7 @@ class SessionRegistry:
 
         def find() -> list[SessionSlot]:
             self._loader = SessionLoader(self.template)
-            return [self._find(record) for record in self._store.records()]
+            return [self._find(record) for record in self.store.records()]
 
         self._slots = {slot.record.id: slot for slot in await asyncio.to_thread(find)}
 
@@ -96,7 +89,7 @@ class SessionRegistry:
         self._closed = True
         while self._changes:
             await asyncio.wait(self._changes)
-        self._store.close()
+        self.store.close()
 
     def stats(self) -> dict[str, float]:
         """How many sessions there are, and how much memory they take, by name."""
@@ -118,7 +111,7 @@ class SessionRegistry:
 
         def save() -> SessionSlot:
             value = session or self.template
-            return SessionSlot(self._store.add(owner, value), value.info(), value)
+            return SessionSlot(self.store.add(owner, value), value.info(), value)
 
         async def create() -> SessionSummary:
             async with self._owner_locks[owner]:
@@ -157,7 +150,7 @@ class SessionRegistry:
             async with slot.file_lock:
                 if slot.deleted:
                     raise SessionNotFoundError
-                await asyncio.to_thread(self._store.delete, id)
+                await asyncio.to_thread(self.store.delete, id)
                 slot.deleted = True
                 del self._slots[id]
                 self._in_memory.pop(id, None)
@@ -166,21 +159,13 @@ class SessionRegistry:
 
         await self._complete(delete())
 
-    def temporary_folder(self) -> AbstractContextManager[Path]:
-        """A folder in the store for files on their way in or out; see `Store.temporary_folder`."""
-        return self._store.temporary_folder()
-
     async def export_session(self, owner: str, id: str, target: Path) -> None:
         """Write a session to the new file `target`, whole or not at all."""
         session = await self.session(self.slot(owner, id))
         await asyncio.to_thread(session.save, target)
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
-        """Add the session in an untrusted file.
-
-        Raises UserError unless it is a valid session of this model, and LimitReachedError if it is too long or as
-        `create` does.
-        """
+        """Add the session in an untrusted file. Raises LimitReachedError if it is too long, or as `create` does."""
         session = await asyncio.to_thread(self._loader.load, source, "The file")
         self.check_length(session.info().tokens)
         return await self.create(owner, session)
@@ -202,7 +187,7 @@ class SessionRegistry:
                 if slot.deleted:
                     raise SessionNotFoundError
                 if slot.session is None:
-                    path, name = self._store.path(slot.record.id), f"The session {slot.record.id}"
+                    path, name = self.store.path(slot.record.id), f"The session {slot.record.id}"
                     slot.session = await asyncio.to_thread(self._loader.load, path, name)
                 session = slot.session
         self._mark_used(slot)
@@ -212,7 +197,7 @@ class SessionRegistry:
         """Save the next version of a session; once it is on disk it becomes the current one."""
 
         def save() -> SessionInfo:
-            self._store.save(slot.record.id, session)
+            self.store.save(slot.record.id, session)
             return session.info()
 
         async def replace() -> SessionSummary:
@@ -226,11 +211,9 @@ class SessionRegistry:
 
         return await self._complete(replace())
 
-    # -- inside ----------------------------------------------------------------------------------------------------
-
     def _find(self, record: SessionRecord) -> SessionSlot:
         try:
-            return SessionSlot(record, self._loader.read_info(self._store.path(record.id), f"The session {record.id}"))
+            return SessionSlot(record, self._loader.read_info(self.store.path(record.id), f"The session {record.id}"))
         except UserError as error:
             return SessionSlot(record, None, error=str(error))
 

@@ -1,12 +1,9 @@
 """Sessions on disk: a folder with two files per session, which stays consistent after a `kill -9` at any moment.
 
-`ID.json` says who owns the session and is written once. `ID.session` is the session, as `Session.save` writes it. The
-record is written after a new session's file and removed before a deleted one's, so the file behind a record is always
-complete. Meanwhile a third file, `ID.changing`, exists; a session file that has one but no record is a leftover.
-Session files on their way in or out lie in folders `.tmp-*`. Any other file is left alone, including a session file
-that somebody has put there.
-
-All functions block on files; the event loop calls them in threads.
+`ID.json` says who owns the session. `ID.session` is the session, as `Session.save` writes it. The record is written
+after a new session's file and removed before a deleted one's, so the file behind a record is always complete. Meanwhile
+a third file, `ID.changing`, exists; a session file that has one but no record is a leftover. Session files on their way
+in or out lie in folders `.tmp-*`. Any other file is left alone, including a session file that somebody has put there.
 """
 
 import json

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -37,21 +37,16 @@ class Limits:
     open_requests: int = 128
 
 
-@dataclass
 class TokenBucket:
     """Rate limiter with a burst of one minute's requests. clock: monotonic time in seconds."""
 
-    requests_per_minute: int
-    clock: Callable[[], float] = time.monotonic
-    _available: float = field(init=False)
-    _updated: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._available, self._updated = float(self.requests_per_minute), self.clock()
+    def __init__(self, requests_per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._clock = requests_per_minute, clock
+        self._available, self._updated = float(requests_per_minute), clock()
 
     def take(self) -> float:
         """Take one request; returns 0, or the seconds until one will be available."""
-        now, rate = self.clock(), self.requests_per_minute
+        now, rate = self._clock(), self._rate
         self._available = min(rate, self._available + (now - self._updated) * rate / 60)
         self._updated = now
         if self._available < 1:
@@ -64,9 +59,7 @@ class AccessMiddleware:
     """ASGI middleware that admits or refuses a request, and limits its body while it is received."""
 
     def __init__(self, app: ASGIApp, keys: Keys, limits: Limits) -> None:
-        self.app = app
-        self.keys = keys
-        self.limits = limits
+        self.app, self.keys, self.limits = app, keys, limits
         self.buckets: dict[str, TokenBucket] = {}  # by owner
         self.open_requests: defaultdict[str, int] = defaultdict(int)  # by owner
 
@@ -96,22 +89,37 @@ class AccessMiddleware:
         if path not in _PUBLIC_PATHS:
             caller = self.keys.caller(headers.get("authorization", ""))
             if caller is None:
-                message = "The API key is missing or wrong; send Authorization: Bearer KEY."
-                raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+                error = "The API key is missing or wrong; send Authorization: Bearer KEY."
+                raise ApiError(401, error, "invalid_api_key", headers={"www-authenticate": "Bearer"})
             scope["state"]["caller"] = caller
             scope["state"]["log_entry"].key = caller.name
             if path.startswith("/v1/"):
                 self._check_rate(caller.owner)
         max_bytes, remedy = self._body_limit(path)
-        length = headers.get("content-length", "0")
+        error = f"The body has more than {max_bytes:,} bytes; {remedy}."
+        too_large = ApiError(413, error, "too_large", headers={"connection": "close"})
+        length, received = headers.get("content-length", "0"), 0
         if length.isdecimal() and int(length) > max_bytes:
-            raise _too_large(max_bytes, remedy)
-        return _limit_body(receive, max_bytes, remedy)
+            raise too_large
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > max_bytes:
+                raise too_large
+            return message
+
+        return limited_receive
 
     def _check_site(self, headers: Headers) -> None:
         """Refuse pages of other sites that a browser on this machine may show."""
         host = headers.get("host", "")
-        if not self.keys and not is_loopback(_hostname(f"//{host}")):
+        try:
+            hostname = urlsplit(f"//{host}").hostname or ""
+        except ValueError:  # an incomplete IPv6 address
+            hostname = ""
+        if not self.keys and not is_loopback(hostname):
             raise ApiError(403, "Without keys this service answers to loopback host names only.", "wrong_host")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -138,39 +146,8 @@ class AccessMiddleware:
 
 
 async def _drain(receive: Receive) -> None:
-    """Discard the rest of the body for a moment. Closing a connection with unread data resets it, and the client might
-    never see the response.
-    """
-
-    async def drain() -> None:
-        while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
-            pass
-
+    """Discard the rest of a body: a connection closed with unread data is reset, and the response may be lost."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(drain(), DRAIN_SECONDS)
-
-
-def _hostname(address: str) -> str:
-    try:
-        return urlsplit(address).hostname or ""
-    except ValueError:  # an incomplete IPv6 address
-        return ""
-
-
-def _limit_body(receive: Receive, max_bytes: int, remedy: str) -> Receive:
-    received = 0
-
-    async def limited() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > max_bytes:
-            raise _too_large(max_bytes, remedy)
-        return message
-
-    return limited
-
-
-def _too_large(max_bytes: int, remedy: str) -> ApiError:
-    message = f"The body has more than {max_bytes:,} bytes; {remedy}."
-    return ApiError(413, message, "too_large", headers={"connection": "close"})
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass

@@ -35,26 +35,20 @@ class Keys:
         return bool(self._callers)
 
     def caller(self, authorization: str) -> Caller | None:
-        """The caller with the key in the header `Authorization: Bearer KEY`, or None if the key is not valid.
-
-        Compares the hash of the key with all others in constant time, so that the time reveals nothing about a key.
-        """
+        """The caller with the key in the header `Authorization: Bearer KEY`, or None if the key is not valid."""
         if not self._callers:
             return LOCAL
         scheme, _, key = authorization.partition(" ")
         owner = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).hexdigest()
-        found = None
-        for caller in self._callers:
-            if hmac.compare_digest(caller.owner, owner) and scheme.lower() == "bearer":
-                found = caller
-        return found
+        # All hashes are compared, in constant time, so that the time reveals nothing about a key.
+        found = [caller for caller in self._callers if hmac.compare_digest(caller.owner, owner)]
+        return found[0] if found and scheme.lower() == "bearer" else None
 
 
 def load_keys(file: Path | None, environment: Mapping[str, str]) -> Keys:
-    """The keys in `file` or in the variable `TTT_E2E_API_KEYS`, where commas may separate the lines.
+    """The keys in `file` or in `TTT_E2E_API_KEYS`, one per line (or comma, in the variable): a name and a key.
 
-    Each line has a name and a key, or a comment that begins with #. Raises UserError for invalid lines, duplicates,
-    short keys, a source without keys, and if both sources are given.
+    Raises UserError for invalid lines, duplicates, short keys, a source without keys, and if both sources are given.
     """
     variable = environment.get(KEYS_VARIABLE, "")
     if file is None:
@@ -67,10 +61,7 @@ def load_keys(file: Path | None, environment: Mapping[str, str]) -> Keys:
 def check_host(host: str, keys: Keys) -> None:
     """Raise UserError if the service could be reached from other machines without a key."""
     if not keys and not is_loopback(host):
-        raise UserError(
-            f"Without keys the service is for this machine only and cannot listen on {host}; give keys with --keys, or "
-            "omit --host."
-        )
+        raise UserError(f"Without keys only this machine may connect, not {host}; give --keys, or omit --host.")
 
 
 def is_loopback(host: str) -> bool:

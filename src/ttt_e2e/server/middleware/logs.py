@@ -48,8 +48,7 @@ class RequestLogMiddleware:
     """The outermost ASGI middleware: request ids, log, metrics, and the response to unexpected errors."""
 
     def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
-        self.app = app
-        self.metrics = metrics
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request and log it."""
