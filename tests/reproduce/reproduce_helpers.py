@@ -53,7 +53,7 @@ def make_comparison(
 ) -> workers.Outcome:
     """Make a comparison in this process, with invented latencies."""
 
-    def measure(models: dict[str, Any], contexts: list[int], **_: Any) -> list[LatencyRow]:
+    def measure(models: dict[str, Any], context: int, **_: Any) -> list[LatencyRow]:
         return [
             {
                 "system": name,
@@ -63,7 +63,6 @@ def make_comparison(
                 "train_us": None,
                 "whole": context == 8,
             }
-            for context in contexts
             for name in models
         ]
 

@@ -17,6 +17,7 @@ from ttt_e2e.reproduce import latency, timing
 from ttt_e2e.reproduce.latency import run_latency
 from ttt_e2e.reproduce.timing import RandomReading, Setup, group_by_memory, measure, take_turns
 
+CPU = torch.device("cpu")
 STANDARD = dict(suffix_layers=0, mini_batch_size=None)
 CONFIGS = {
     "full": small_config(pattern=("full",), **STANDARD),
@@ -40,7 +41,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_setup(memory: float = 1e12, dtype: torch.dtype = torch.float32, seconds: float = 1e-9) -> Setup:
-    return Setup(torch.device("cpu"), dtype, seconds, memory)
+    return Setup(CPU, dtype, seconds, memory)
 
 
 def count_operations(work: Callable[[], object], device: torch.device) -> float:
@@ -51,7 +52,7 @@ def count_operations(work: Callable[[], object], device: torch.device) -> float:
 
 
 def test_measure_has_a_row_for_every_system_and_context() -> None:
-    rows = measure(CONFIGS, [7, 90], seconds=1e-6, progress=False)
+    rows = [row for context in (7, 90) for row in measure(CONFIGS, context, seconds=1e-6, device=CPU)]
     expected = [(name, context) for context in (7, 90) for name in CONFIGS]
     assert [(row["system"], row["context"]) for row in rows] == expected
     for row in rows:
@@ -62,11 +63,10 @@ def test_measure_has_a_row_for_every_system_and_context() -> None:
 
 def test_text_is_read_whole_if_it_is_short_or_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "MAX_ROUNDS", 1)
-    rows = measure({"window": CONFIGS["window"]}, [48, 49], seconds=60.0, train=False, progress=False)
-    assert [row["whole"] for row in rows] == [True, True]
-    assert [row["train_us"] for row in rows] == [None, None]
-    rows = measure({"window": CONFIGS["window"]}, [48, 49], seconds=1e-6, train=False, progress=False)
-    assert [row["whole"] for row in rows] == [True, False]
+    models = {"window": CONFIGS["window"]}
+    for context, seconds, whole in ((48, 60.0, True), (49, 60.0, True), (48, 1e-6, True), (49, 1e-6, False)):
+        (row,) = measure(models, context, seconds=seconds, device=CPU, train=False)
+        assert row["whole"] == whole and row["train_us"] is None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,7 +76,7 @@ def test_interpolation_has_as_many_operations_as_the_whole_text(name: str, monke
     reading = RandomReading(config, context, make_setup())
     size = reading.segment
     after_first = reading.read(reading.start(), size, size)
-    whole = count_operations(lambda: reading.read(reading.start(), context, size), torch.device("cpu")) / context
+    whole = count_operations(lambda: reading.read(reading.start(), context, size), CPU) / context
     assert reading.time_segments(after_first) == pytest.approx(whole, rel=0.02)
 
 
@@ -92,7 +92,7 @@ def test_enlarged_state_is_as_large_as_a_real_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["full", "mamba2", "titans", "ttt-e2e"])
 def test_measure_in_bfloat16(name: str) -> None:
-    (row,) = measure({name: CONFIGS[name]}, [90], seconds=1e-6, dtype="bfloat16", progress=False)
+    (row,) = measure({name: CONFIGS[name]}, 90, seconds=1e-6, device=CPU, dtype="bfloat16")
     assert None not in row.values()
 
 
@@ -112,7 +112,7 @@ def test_systems_are_grouped_by_memory() -> None:
 def test_measure_leaves_out_what_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "free_memory", lambda device: 1e6)
     configs = {"full": CONFIGS["full"], "window": CONFIGS["window"]}
-    rows = measure(configs, [100_000], seconds=1e-6, progress=False)
+    rows = measure(configs, 100_000, seconds=1e-6, device=CPU)
     assert rows[0] == {
         "system": "full",
         "context": 100_000,
@@ -164,15 +164,6 @@ def test_timers_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPatch
     assert "".join(calls) == "abcabcababaa"
 
 
-def test_measure_rejects_invalid_values() -> None:
-    for change in ({"seconds": 0.0}, {"threads": 0}, {"dtype": "float8"}, {"device": "abacus"}):
-        with pytest.raises(UserError):
-            measure({"full": CONFIGS["full"]}, [8], progress=False, **change)  # type: ignore[arg-type]
-    for configs, contexts in (({}, [8]), (CONFIGS, []), (CONFIGS, [0])):
-        with pytest.raises(UserError, match="Latency needs"):
-            measure(configs, contexts, progress=False)
-
-
 def use_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def config(scale: object, system: object, seed: int) -> object:
         @dataclasses.dataclass
@@ -209,8 +200,15 @@ def test_run_latency_writes_numbers_table_and_picture(tmp_path: Path, monkeypatc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latency.json", "latency.md", "latency.png"]
 
 
-def test_run_latency_rejects_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no system 'lstm'"):
-        run_latency("tiny", tmp_path, systems=["lstm"], progress=False)
-    with pytest.raises(UserError, match="no scale"):
-        run_latency("huge", tmp_path, progress=False)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"systems": ["lstm"]}, "no system 'lstm'"),
+        ({"scale": "huge"}, "no scale"),
+        ({"seconds": 0.0}, "must be positive"),
+        ({"device": "abacus"}, "no device"),
+    ],
+)
+def test_run_latency_rejects_invalid_values(options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run_latency(**{"scale": "tiny", "out": tmp_path, "progress": False} | options)

@@ -23,14 +23,15 @@ from ttt_e2e.reproduce.needles import (
     MAX_SENTENCE,
     NOISE,
     NOUNS,
+    Answerer,
     Example,
     NeedleResult,
-    SessionModel,
+    answer_in_session,
     ask,
     example_for,
     make_example,
-    mean_results,
     run_needles,
+    score,
     split_sentences,
 )
 
@@ -61,30 +62,17 @@ texts = st.one_of(
 ).filter(lambda text: bool(text.strip()))
 
 
-class Oracle:
-    """A model that looks the value up in the prompt."""
-
-    def generate(self, prompt: str, max_tokens: int) -> str:
-        key = prompt.rsplit(" of ", 1)[1].removesuffix(" is")
-        found = re.search(rf"of {re.escape(key)} is (\S+)\.\s", prompt)
-        assert found is not None
-        return f" {found[1]}. And so on"
-
-    def nll(self, prompt: str, answer: str) -> float | None:
-        return 0.0
+def oracle(prompt: str, expected: str, max_tokens: int) -> tuple[str, float | None]:
+    """Looks the value up in the prompt."""
+    key = prompt.rsplit(" of ", 1)[1].removesuffix(" is")
+    found = re.search(rf"of {re.escape(key)} is (\S+)\.\s", prompt)
+    assert found is not None
+    return f" {found[1]}. And so on", 0.0
 
 
-class Guesser:
-    """A model that writes a random value of the right kind."""
-
-    def __init__(self) -> None:
-        self.random = random.Random(1)
-
-    def generate(self, prompt: str, max_tokens: int) -> str:
-        return f" {self.random.randrange(10**6, 10**7)}"
-
-    def nll(self, prompt: str, answer: str) -> float | None:
-        return None
+def guesser(prompt: str, expected: str, max_tokens: int) -> tuple[str, float | None]:
+    """Writes a random value of the right kind."""
+    return f" {random.Random(prompt).randrange(10**6, 10**7)}", None
 
 
 # -- examples ----------------------------------------------------------------------------------------------------------
@@ -197,38 +185,32 @@ def test_make_example_rejects_invalid_values() -> None:
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("model", "found", "nll"), [(Oracle(), 100.0, 0.0), (Guesser(), 0.0, None)], ids=["oracle", "guesser"]
-)
-def test_oracle_scores_100_and_guesser_0(model: Oracle | Guesser, found: float, nll: float | None) -> None:
+@pytest.mark.parametrize(("answerer", "expected"), [(oracle, (100.0, 0.0)), (guesser, (0.0, None))])
+def test_oracle_scores_100_and_guesser_0(answerer: Answerer, expected: tuple[float, float | None]) -> None:
     tokenizer = TOKENIZERS["pairs"]
-    results: list[NeedleResult] = []
     for task in (1, 2, 3):
         for depth in (0.0, 50.0, 100.0):
+            results: list[NeedleResult] = []
             for sample in range(3):
-                example = example_for(task, tokenizer, 600, depth, sample, 0, STORY)
-                answer = ask(model, tokenizer, example)
-                results.append(
-                    {"model": "it", "task": task, "context": 600, "depth": depth, "sample": sample, **answer}
-                )
-    means = mean_results(results)
-    assert len(means) == 9
-    assert {(mean.found, mean.samples) for mean in means.values()} == {(found, 3)}
-    assert {mean.nll for mean in means.values()} == {nll}
+                answer = ask(answerer, tokenizer, example_for(task, tokenizer, 600, depth, sample, 0, STORY))
+                question = {"model": "it", "task": task, "context": 600, "depth": depth, "sample": sample}
+                results.append({**question, **answer})  # type: ignore[typeddict-item]
+            assert score(results) == expected
 
 
-def test_session_model_answers_as_a_session_does() -> None:
+def test_model_answers_as_its_session_does() -> None:
     tokenizer = TOKENIZERS["pairs"]
     model = small_model(vocab_size=tokenizer.vocab_size, inner_loop__lr=0.01)
-    asked, prompt = SessionModel(model, tokenizer), "The lamp had gone out. Nobody in the house could say"
+    prompt = "The lamp had gone out. Nobody in the house could say"
     session = Session(model, tokenizer)
     session.read(prompt)
-    assert asked.generate(prompt, 9) == "".join(session.generate(max_tokens=9, temperature=0.0))
+    written, nll = answer_in_session(model, tokenizer, prompt, " when", 9)
+    assert written == "".join(session.generate(max_tokens=9, temperature=0.0))
     ids = tokenizer.encode(" when")
     fork = session.fork()
     losses = [*fork.read(ids), *fork.score_pending()]
-    assert asked.nll(prompt, " when") == pytest.approx(sum(losses[-len(ids) :]) / len(ids))
-    assert asked.nll("The lamp", " when") != asked.nll(prompt, " when")
+    assert nll == pytest.approx(sum(losses[-len(ids) :]) / len(ids))
+    assert answer_in_session(model, tokenizer, "The lamp", " when", 9)[1] != nll
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

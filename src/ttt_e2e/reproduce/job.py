@@ -133,16 +133,8 @@ def _evaluate(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _measure_latency(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     models = {name: from_dict(ModelConfig, model, str(folder / JOB)) for name, model in settings["models"].items()}
-    rows = timing.measure(
-        models,
-        settings["contexts"],
-        seconds=settings["seconds"],
-        threads=settings["threads"],
-        device=settings["device"],
-        dtype=settings["dtype"],
-        train=False,
-        progress=False,
-    )
+    how = {"seconds": settings["seconds"], "device": choose_device(settings["device"]), "dtype": settings["dtype"]}
+    rows = [row for context in settings["contexts"] for row in timing.measure(models, context, train=False, **how)]
     return {"rows": rows}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
@@ -13,7 +14,7 @@ from ttt_e2e.files import write_text
 from ttt_e2e.hardware import choose_device, machine
 from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.reproduce.scales import find_scale
-from ttt_e2e.reproduce.systems import SYSTEMS, System, default_names, pretraining
+from ttt_e2e.reproduce.systems import SYSTEMS, default_names, pretraining
 from ttt_e2e.reproduce.tables import markdown_table, microseconds
 from ttt_e2e.reproduce.timing import SEED, LatencyRow, measure
 
@@ -37,8 +38,8 @@ def run_latency(
 ) -> list[LatencyRow]:
     """Time the systems of figure 1; writes latency.json, latency.md and latency.png after every context.
 
-    Matrix products are in bfloat16 on a GPU and in float32 on a CPU. Dynamic evaluation is given the training time of
-    the sliding window, whose weights it uses.
+    Matrix products are in bfloat16 on a GPU and in float32 on a CPU. Dynamic evaluation gets the training time of the
+    sliding window, whose weights it uses.
 
     Args:
         scale: Name of the scale.
@@ -51,7 +52,7 @@ def run_latency(
         progress: Whether to show a progress bar.
 
     Raises:
-        UserError: For an unknown scale or system, or as `timing.measure` does.
+        UserError: For an unknown scale, system or device, or a time that is not positive.
     """
     numbers = find_scale(scale)
     known = {system.name: system for system in SYSTEMS}
@@ -59,8 +60,12 @@ def run_latency(
     for name in names:
         if name not in known:
             raise UserError(f"There is no system {name!r}; there are: {', '.join(known)}.")
+    if seconds is not None and seconds <= 0:
+        raise UserError(f"The time for each figure must be positive, not {seconds:g} seconds.")
     models = {name: pretraining(numbers, known[name], 0).model for name in names}
     chosen = choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
     facts: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -69,37 +74,33 @@ def run_latency(
         "batch": 1,
         "dtype": "bfloat16" if chosen.type == "cuda" else "float32",
         "seconds": numbers.latency_seconds if seconds is None else seconds,
-        "machine": machine(chosen) | {"threads": threads or torch.get_num_threads()},
+        "machine": machine(chosen) | {"threads": torch.get_num_threads()},
         "configs": {name: to_dict(model) for name, model in models.items()},
     }
     long_contexts = LONG_CONTEXTS.get(scale, ()) if contexts is None else ()
     rows: list[LatencyRow] = []
-    for context in (*(numbers.latency_contexts if contexts is None else contexts), *long_contexts):
+    all_contexts = (*(numbers.latency_contexts if contexts is None else contexts), *long_contexts)
+    for context in tqdm(all_contexts, desc="timing", unit="context", disable=not progress):
         is_long = context in long_contexts
-        new = measure(
-            {name: model for name, model in models.items() if not (is_long and "full" in model.mixers)},
-            [context],
-            seconds=facts["seconds"],
-            threads=threads,
-            device=device,
-            dtype=facts["dtype"],
-            train=not is_long,
-            progress=progress,
-        )
+        some = {name: model for name, model in models.items() if not (is_long and "full" in model.mixers)}
+        how = {"seconds": facts["seconds"], "device": chosen, "dtype": facts["dtype"]}
+        new = measure(some, context, train=not is_long, **how)
         train_us = {row["system"]: row["train_us"] for row in new}
         for row in new:
-            row["train_us"] = train_us.get(known[row["system"]].weights_from or row["system"])
+            weights_from = known[row["system"]].weights_from
+            if weights_from is not None:
+                row["train_us"] = train_us.get(weights_from.name)
         rows += new
-        _write(out, facts, rows, known)
+        _write(out, facts, rows)
     return rows
 
 
-def _write(out: Path, facts: Mapping[str, Any], rows: Sequence[LatencyRow], known: Mapping[str, System]) -> None:
+def _write(out: Path, facts: Mapping[str, Any], rows: Sequence[LatencyRow]) -> None:
     from ttt_e2e.reproduce.plots import plot_times  # matplotlib is slow to import
 
     panels = {key: title for key, title in _PANELS.items() if any(row.get(key) is not None for row in rows)}
+    systems = {system.name: {"label": system.label, "colour": system.colour} for system in SYSTEMS}
     write_text(out / "latency.json", json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    systems = {name: {"label": system.label, "colour": system.colour} for name, system in known.items()}
     write_text(out / "latency.md", latency_table(rows, facts, panels, systems))
     plot_times(rows, panels or {"prefill_us": _PANELS["prefill_us"]}, systems, out / "latency.png")
 

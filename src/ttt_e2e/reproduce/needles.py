@@ -17,8 +17,9 @@ import re
 import statistics
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -71,14 +72,9 @@ class Example(NamedTuple):
     tokens: int  # all of them, with BOS and the answer
 
 
-class LanguageModel(Protocol):
-    """What can be asked."""
-
-    def generate(self, prompt: str, max_tokens: int) -> str:
-        """What the model writes after `prompt`."""
-
-    def nll(self, prompt: str, answer: str) -> float | None:
-        """The loss of `answer` after `prompt`, in nats per token; None if the model has none."""
+Answerer = Callable[[str, str, int], tuple[str, float | None]]
+"""Takes a prompt, the expected answer and most tokens to write; returns the text that a model writes, and its loss of
+the expected answer in nats per token (None if it has none)."""
 
 
 # -- examples ----------------------------------------------------------------------------------------------------------
@@ -123,15 +119,11 @@ def make_example(
         key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
         value = str(rng.randrange(10**6, 10**7)) if task < 3 else str(uuid.UUID(int=rng.getrandbits(128), version=4))
         if key not in text and value not in text:
-            hay = split_sentences(text)
-            return _fill(task, tokenizer, context, depth, key, value, hay, rng.randrange(len(hay)))
-    raise UserError("All keys or values that were drawn occur in the haystack; give another text.")
-
-
-def _fill(
-    task: int, tokenizer: Tokenizer, context: int, depth: float, key: str, value: str, hay: Sequence[str], start: int
-) -> Example:
-    """The example with as many sentences of `hay`, from index `start` and around, as the context has room for."""
+            break
+    else:
+        raise UserError("All keys or values that were drawn occur in the haystack; give another text.")
+    hay = split_sentences(text)
+    start = rng.randrange(len(hay))
     what = "number" if task < 3 else "identifier"
     intro = (
         f"Somewhere in the text below, one {what} is given to a name. Keep it in mind, you will be asked for it.\n\n"
@@ -140,13 +132,11 @@ def _fill(
     question = f"\n\nWhich secret {what} does the text give for {key}? The secret {what} of {key} is"
     answer_tokens = len(tokenizer.encode(f" {value}"))
 
-    def pick(count: int) -> list[str]:
-        # Where the text repeats, a new line begins.
-        picked = [hay[(start + i) % len(hay)] for i in range(count)]
-        return [s if s[-1].isspace() or (start + i + 1) % len(hay) else s + "\n" for i, s in enumerate(picked)]
-
     def around_needle(count: int) -> tuple[str, str]:
-        picked = pick(count)
+        """What is before and after the needle, with `count` sentences of the haystack."""
+        picked = [hay[(start + i) % len(hay)] for i in range(count)]
+        # Where the text repeats, a new line begins.
+        picked = [s if s[-1].isspace() or (start + i + 1) % len(hay) else s + "\n" for i, s in enumerate(picked)]
         ends = np.cumsum([0, *map(len, picked)])
         at = int(np.abs(ends - depth / 100 * ends[-1]).argmin())
         before, after = "".join(picked[:at]), "".join(picked[at:])
@@ -164,8 +154,7 @@ def _fill(
             f"one sentence of haystack take {tokens(1)}; choose a longer one."
         )
     before, after = around_needle(count)
-    position = 1 + len(tokenizer.encode(before))
-    return Example(before + needle + after, value, key, position, tokens(count))
+    return Example(before + needle + after, value, key, 1 + len(tokenizer.encode(before)), tokens(count))
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
@@ -189,34 +178,6 @@ def example_for(
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-class SessionModel:
-    """A `LanguageModel` that reads each prompt in a session, and learns from it if it is a model that learns.
-
-    Its methods raise `Diverged`.
-    """
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self._last: tuple[str, Session] | None = None
-
-    def generate(self, prompt: str, max_tokens: int) -> str:
-        """What the model writes after `prompt`, greedily."""
-        return "".join(self._after(prompt).generate(max_tokens=max_tokens, temperature=0.0))
-
-    def nll(self, prompt: str, answer: str) -> float:
-        """The loss of `answer` after `prompt`, in nats per token."""
-        session, ids = self._after(prompt).fork(), self.tokenizer.encode(answer)
-        losses = np.concatenate((session.read(ids), session.score_pending()))
-        return float(losses[-len(ids) :].mean())
-
-    def _after(self, prompt: str) -> Session:
-        if self._last is None or self._last[0] != prompt:
-            session = Session(self.model, self.tokenizer)
-            session.read(prompt)
-            self._last = prompt, session
-        return self._last[1]
-
-
 class Answer(TypedDict):
     """What a model made of an example."""
 
@@ -236,15 +197,26 @@ class NeedleResult(Answer):
     sample: int
 
 
-def ask(model: LanguageModel, tokenizer: Tokenizer, example: Example) -> Answer:
-    """What the model writes after the prompt, and its loss of the value."""
+def ask(answerer: Answerer, tokenizer: Tokenizer, example: Example) -> Answer:
+    """Have an example's question answered."""
     expected = f" {example.answer}"
     try:
-        written = model.generate(example.prompt, len(tokenizer.encode(expected)) + EXTRA_TOKENS)
-        nll = model.nll(example.prompt, expected)
+        written, nll = answerer(example.prompt, expected, len(tokenizer.encode(expected)) + EXTRA_TOKENS)
     except Diverged as error:
         return {"found": False, "nll": None, "written": "", "diverged": str(error)}
     return {"found": example.answer in written, "nll": nll, "written": written, "diverged": None}
+
+
+def answer_in_session(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, expected: str, max_tokens: int
+) -> tuple[str, float]:
+    """The `Answerer` of a model, which decodes greedily and learns from the prompt if it can. Raises Diverged."""
+    session, ids = Session(model, tokenizer), tokenizer.encode(expected)
+    session.read(prompt)
+    written = "".join(session.generate(max_tokens=max_tokens, temperature=0.0))
+    fork = session.fork()
+    losses = np.concatenate((fork.read(ids), fork.score_pending()))
+    return written, float(losses[-len(ids) :].mean())
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -274,14 +246,14 @@ def run_needles(
         tasks: Keys of `TASKS`.
         contexts: Lengths in tokens.
         depths: In percent.
-        samples: Examples for each task, context and depth.
-        seed: Of the examples.
+        samples: Questions for each task, context and depth.
+        seed: Of the questions.
         haystack: A text file for tasks 2 and 3. None: the source of a package of Python's library.
         device: "auto", "cpu" or "cuda".
         progress: Whether to show a progress bar.
 
     Returns:
-        The results of these questions, in the order in which they were asked.
+        The results of these questions.
 
     Raises:
         UserError: For values out of range, a folder without a model or tokenizer, a context that is too small, or if
@@ -317,7 +289,7 @@ def run_needles(
     with tqdm(total=len(models) * len(questions), disable=not progress, desc="needles", unit="question") as bar:
         for name, folder in models.items():
             model, tokenizer = load_model(folder, chosen)
-            asked = SessionModel(model, tokenizer)
+            answerer = partial(answer_in_session, model, tokenizer)
             for sample, task, context, depth in questions:
                 if (name, sample, task, context, depth) not in answers:
                     bar.set_postfix_str(f"{name}, task {task} at {in_tokens(context)}")
@@ -328,7 +300,7 @@ def run_needles(
                         "context": context,
                         "depth": depth,
                         "sample": sample,
-                        **ask(asked, tokenizer, example),
+                        **ask(answerer, tokenizer, example),
                     }
                     answers[_question(result)] = result
                     _write_results(out, facts, answers.values())
@@ -337,8 +309,10 @@ def run_needles(
 
     results = list(answers.values())
     write_text(out / "needles.md", needles_table(results, facts))
-    cells = {key: (mean.found, mean.format("\n")) for key, mean in mean_results(results).items()}
-    plot_needles(cells, list(dict.fromkeys(result["model"] for result in results)), out / "needles.png")
+    cells: dict[tuple[str, int, int, float], list[NeedleResult]] = {}
+    for result in results:
+        cells.setdefault((result["model"], result["task"], result["context"], result["depth"]), []).append(result)
+    plot_needles({key: (score(some)[0], _format(some, "\n")) for key, some in cells.items()}, out / "needles.png")
     wanted = {(name, *question) for name in models for question in questions}
     return [result for question, result in answers.items() if question in wanted]
 
@@ -367,30 +341,15 @@ def _write_results(out: Path, facts: dict[str, Any], results: Iterable[NeedleRes
     write_text(out / "needles.json", f'{head},\n "results": [\n{lines}\n]}}\n')
 
 
-class MeanResult(NamedTuple):
-    """The mean over samples: percent found, and the loss of the value in nats per token, None if there is none."""
-
-    found: float
-    nll: float | None
-    samples: int
-
-    def format(self, separator: str) -> str:
-        """For a table or a picture."""
-        return f"{self.found:.0f} %" + ("" if self.nll is None else f"{separator}{self.nll:.2f}")
-
-
-def mean_results(results: Iterable[NeedleResult]) -> dict[tuple[str, int, int, float], MeanResult]:
-    """Means by model, task, context and depth."""
-    cells: dict[tuple[str, int, int, float], list[NeedleResult]] = {}
-    for result in results:
-        cells.setdefault((result["model"], result["task"], result["context"], result["depth"]), []).append(result)
-    return {key: _mean(some) for key, some in cells.items()}
-
-
-def _mean(results: Sequence[NeedleResult]) -> MeanResult:
+def score(results: Sequence[NeedleResult]) -> tuple[float, float | None]:
+    """Percent found, and the mean loss of the values in nats per token, None if there is none."""
     losses = [result["nll"] for result in results if result["nll"] is not None]
-    found = 100 * statistics.mean(result["found"] for result in results)
-    return MeanResult(found, statistics.mean(losses) if losses else None, len(results))
+    return 100 * statistics.mean(result["found"] for result in results), statistics.mean(losses) if losses else None
+
+
+def _format(results: Sequence[NeedleResult], separator: str) -> str:
+    found, nll = score(results)
+    return f"{found:.0f} %" + ("" if nll is None else f"{separator}{nll:.2f}")
 
 
 def needles_table(results: Sequence[NeedleResult], facts: dict[str, Any]) -> str:
@@ -404,7 +363,7 @@ def needles_table(results: Sequence[NeedleResult], facts: dict[str, Any]) -> str
             row = [name, f"{task}: {TASKS[task]}", "all" if depth is None else f"{depth:g} %"]
             for context in contexts:
                 some = [r for r in own if r["context"] == context and depth in (None, r["depth"])]
-                row.append(_mean(some).format(" / ") if some else "-")
+                row.append(_format(some, " / ") if some else "-")
             (over_all if depth is None else by_depth).append(row)
     host = ", ".join(f"{key} {value}" for key, value in facts["machine"].items())
     lines = [

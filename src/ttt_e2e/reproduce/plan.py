@@ -15,14 +15,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_format, read_json, write_text
 from ttt_e2e.reproduce.scales import Scale
-from ttt_e2e.reproduce.systems import System, extending, find_system, pretraining
+from ttt_e2e.reproduce.systems import System, extending, pretraining
 
 FORMAT, VERSION = "ttt-e2e comparison", 3
 PLAN, JOB, LOG, RESULT = "plan.json", "job.json", "log.txt", "result.json"
@@ -68,40 +68,41 @@ def training_jobs(comparison: Comparison) -> list[Job]:
     scale = comparison.scale
     jobs: dict[str, Job] = {}
     for system in comparison.systems:
-        trained = trained_system(system)
+        trained = system.weights_from or system
         for seed in comparison.seeds:
             if trained.starts_from is not None:
-                _add_first_stage(comparison, find_system(trained.starts_from), seed, jobs)
+                _add_first_stage(comparison, trained.starts_from, seed, jobs)
             first_stage = _add_first_stage(comparison, trained, seed, jobs)
             for context in comparison.contexts:
-                needed = first_stage
+                model = first_stage
                 if context > scale.pretrain_context:
-                    folder = f"runs/{trained.name}/seed{seed}/extend-{context}"
+                    model = f"runs/{trained.name}/seed{seed}/extend-{context}"
                     size = _size(extending(scale, trained, seed, context))
-                    needed = jobs[folder] = Job(folder, "extend", trained, seed, *size, (first_stage.folder,))
+                    jobs[model] = Job(model, "extend", trained, seed, *size, (first_stage,))
                 folder = f"runs/{system.name}/seed{seed}/evaluate-{context}"
-                tokens = comparison.book_tokens
-                jobs[folder] = Job(folder, "evaluate", system, seed, context, tokens, (needed.folder,))
+                jobs[folder] = Job(folder, "evaluate", system, seed, context, comparison.book_tokens, (model,))
     return list(jobs.values())
 
 
-def _add_first_stage(comparison: Comparison, system: System, seed: int, jobs: dict[str, Job]) -> Job:
-    """Add a system's sweep and its training to `jobs`; returns the training."""
-    scale, swept = comparison.scale, _swept_system(system)
-    start = f"runs/{system.starts_from}/seed{{}}/pretrain"
-    start_of_sweep = () if system.starts_from is None else (start.format(comparison.seeds[0]),)
+def _add_first_stage(comparison: Comparison, system: System, seed: int, jobs: dict[str, Job]) -> str:
+    """Add a system's sweep and its training to `jobs`; returns the training's folder."""
+    scale, swept, before = comparison.scale, system.lr_from or system, system.starts_from
+    start = () if before is None else (_first_stage(before, seed),)
+    sweep_start = () if before is None else (_first_stage(before, comparison.seeds[0]),)
     size = _size(pretraining(scale, swept, 0, tokens=_sweep_tokens(scale, swept)))
     first_round = tuple(_first_round(scale, swept))
-    sweep = [Job(folder, "sweep", swept, 0, *size, start_of_sweep) for folder in first_round]
+    sweep = [Job(folder, "sweep", swept, 0, *size, sweep_start) for folder in first_round]
     for name in _SECOND_ROUND:
-        needs = (*start_of_sweep, *first_round)
-        sweep.append(Job(f"runs/{swept.name}/sweep/{name}", "sweep", swept, 0, *size, needs))
-    jobs |= {job.folder: job for job in sweep}
-    start_of_training = () if system.starts_from is None else (start.format(seed),)
-    needs = (*start_of_training, *(job.folder for job in sweep))
-    folder = f"runs/{system.name}/seed{seed}/pretrain"
-    jobs[folder] = Job(folder, "pretrain", system, seed, *_size(pretraining(scale, system, seed)), needs)
-    return jobs[folder]
+        sweep.append(Job(f"runs/{swept.name}/sweep/{name}", "sweep", swept, 0, *size, (*sweep_start, *first_round)))
+    folder = _first_stage(system, seed)
+    needs = (*start, *(job.folder for job in sweep))
+    training = Job(folder, "pretrain", system, seed, *_size(pretraining(scale, system, seed)), needs)
+    jobs |= {job.folder: job for job in (*sweep, training)}
+    return folder
+
+
+def _first_stage(system: System, seed: int) -> str:
+    return f"runs/{system.name}/seed{seed}/pretrain"
 
 
 def latency_jobs(comparison: Comparison, needs: tuple[str, ...] = ()) -> list[Job]:
@@ -115,17 +116,6 @@ def latency_jobs(comparison: Comparison, needs: tuple[str, ...] = ()) -> list[Jo
     return [Job(f"latency-{hashlib.sha256(names.encode()).hexdigest()[:8]}", "latency", None, 0, 0, 0, needs)]
 
 
-def trained_system(system: System) -> System:
-    """The system whose training gives this one's weights; mostly itself."""
-    return system if system.weights_from is None else find_system(system.weights_from)
-
-
-def first_stages(comparison: Comparison) -> list[System]:
-    """The systems that others in the comparison start from."""
-    names = {trained_system(system).starts_from for system in comparison.systems}
-    return [find_system(name) for name in sorted(name for name in names if name is not None)]
-
-
 # -- the sweep of the outer learning rate ------------------------------------------------------------------------------
 
 
@@ -134,7 +124,7 @@ def sweep_rates(scale: Scale, system: System, results: Mapping[str, dict[str, An
 
     Both rounds, once `results` has a loss of the first one; until then the first.
     """
-    system = _swept_system(system)
+    system = system.lr_from or system
     rates = _first_round(scale, system)
     best = _lowest_loss(rates, results)
     if best is not None:
@@ -145,10 +135,6 @@ def sweep_rates(scale: Scale, system: System, results: Mapping[str, dict[str, An
 def best_rate(scale: Scale, system: System, results: Mapping[str, dict[str, Any]]) -> float | None:
     """The rate of the lowest loss in a system's sweep; None if there is no loss. One that diverged has none."""
     return _lowest_loss(sweep_rates(scale, system, results), results)
-
-
-def _swept_system(system: System) -> System:
-    return system if system.lr_from is None else find_system(system.lr_from)
 
 
 def _first_round(scale: Scale, system: System) -> dict[str, float]:
@@ -261,12 +247,13 @@ def write_plan(comparison: Comparison, out: Path) -> dict[str, list[Any]]:
     }
     if path.exists():
         previous = read_plan(out)
-        for key in ("scale", "device", "digests"):
-            if previous[key] != plan[key]:
-                raise _differs(out, _describe_difference(key, previous[key], plan[key]))
+        fixed = _fixed(previous)
+        for name, value in _fixed(plan).items():
+            if fixed.get(name) != value:
+                _refuse(out, f"{name} = {fixed.get(name)}, not {value}")
         for name, config in previous["configs"].items():
             if plan["configs"].setdefault(name, config) != config:
-                raise _differs(out, f"other settings of {name}, from another version of ttt-e2e")
+                _refuse(out, f"other settings of {name}, from another version of ttt-e2e")
         for key, values in previous["comparisons"].get(comparison.name, {}).items():
             chosen[key] = [*values, *(value for value in chosen[key] if value not in values)]
         plan["comparisons"] = previous["comparisons"]
@@ -285,19 +272,14 @@ def read_plan(out: Path) -> dict[str, Any]:
     return plan
 
 
-def _differs(out: Path, how: str) -> UserError:
-    return UserError(
-        f"{out} holds a comparison with {how}; repeat its options (only --systems, --seeds, --contexts, --workers and "
-        "--compile may differ), or choose another folder."
+def _fixed(plan: dict[str, Any]) -> dict[str, Any]:
+    """What all calls in a folder have in common, by name."""
+    values = {f"{key}.{name}": value for key in ("scale", "digests") for name, value in plan[key].items()}
+    return {"device": plan["device"], **values}
+
+
+def _refuse(out: Path, difference: str) -> NoReturn:
+    raise UserError(
+        f"{out} holds a comparison with {difference}; repeat its options (only --systems, --seeds, --contexts, "
+        "--workers and --compile may differ), or choose another folder."
     )
-
-
-def _describe_difference(key: str, previous: Any, now: Any) -> str:
-    if key == "digests":
-        options = sorted({"--data" if name == "data" else "--books" for name in now if previous.get(name) != now[name]})
-        return f"other tokens in {' and '.join(options)}"
-    if key == "scale" and previous["name"] == now["name"]:
-        key, previous, now = next((f"scale.{k}", previous.get(k), v) for k, v in now.items() if previous.get(k) != v)
-    elif key == "scale":
-        previous, now = previous["name"], now["name"]
-    return f"{key} = {previous}, not {now}"

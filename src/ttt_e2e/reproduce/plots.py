@@ -75,11 +75,11 @@ def plot_times(
     systems: Mapping[str, Mapping[str, str]],
     path: Path,
 ) -> None:
-    """Time per token by context.
+    """Time per token by context, a panel for each kind of work.
 
     Args:
-        rows: With "system", "context", "whole" and times in microseconds.
-        panels: By key of the times in `rows`, the panel's title.
+        rows: As `timing.measure` gives them.
+        panels: Titles by key of the times in `rows`.
         systems: By name, "label" and "colour".
         path: The PNG file to write.
     """
@@ -92,16 +92,12 @@ def plot_times(
     _save(figure, path)
 
 
-def plot_needles(
-    cells: Mapping[tuple[str, int, int, float], tuple[float, str]], models: Sequence[str], path: Path
-) -> None:
+def plot_needles(cells: Mapping[tuple[str, int, int, float], tuple[float, str]], path: Path) -> None:
     """Heat maps by context and depth, a column for each model and a row for each task.
 
-    Args:
-        cells: By model, task, context and depth: percent found, and the text to write there.
-        models: In their order.
-        path: The PNG file to write.
+    cells: by model, task, context and depth, the percentage found and the text of the cell.
     """
+    models = list(dict.fromkeys(key[0] for key in cells))
     tasks, contexts = sorted({key[1] for key in cells}), sorted({key[2] for key in cells})
     depths = sorted({key[3] for key in cells})
     size = (2.0 + (1.0 + 0.75 * len(contexts)) * len(models), 0.8 + (0.9 + 0.42 * len(depths)) * len(tasks))

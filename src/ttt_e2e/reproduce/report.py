@@ -12,13 +12,12 @@ from ttt_e2e.reproduce import tables
 from ttt_e2e.reproduce.plan import (
     Comparison,
     best_rate,
-    first_stages,
     latency_jobs,
     read_plan,
     sweep_rates,
-    trained_system,
     training_jobs,
 )
+from ttt_e2e.reproduce.scales import Scale
 from ttt_e2e.reproduce.statistics import Losses, difference, mean
 from ttt_e2e.reproduce.systems import BASELINE, System
 from ttt_e2e.reproduce.workers import result_of
@@ -57,6 +56,8 @@ def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
         failed: By job, what went wrong.
     """
     jobs = [*training_jobs(comparison), *latency_jobs(comparison)]
+    starts = [(system.weights_from or system).starts_from for system in comparison.systems]
+    systems = [*dict.fromkeys(start for start in starts if start is not None), *comparison.systems]
     results = {job.folder: r for job in jobs if (r := result_of(out / job.folder)) is not None}
     evaluations = [
         {"system": job.system.name, "seed": job.seed, **results[job.folder]}
@@ -73,10 +74,7 @@ def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
         "machine": machine(comparison.device),
         "finished": len(results) == len(jobs) and not failed,
         "hours": sum(result["seconds"] for result in results.values()) / 3600,
-        "systems": {
-            system.name: _system(comparison, system, results, evaluations)
-            for system in (*first_stages(comparison), *comparison.systems)
-        },
+        "systems": {system.name: _system(comparison.scale, system, results, evaluations) for system in systems},
         "evaluations": evaluations,
         "comparison": _comparison(comparison, evaluations),
         "by_position": _by_position(comparison, evaluations),
@@ -86,9 +84,9 @@ def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
 
 
 def _system(
-    comparison: Comparison, system: System, results: Mapping[str, Any], evaluations: list[dict[str, Any]]
+    scale: Scale, system: System, results: Mapping[str, Any], evaluations: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    scale, trained = comparison.scale, trained_system(system)
+    trained = system.weights_from or system
     rates = {} if trained.lr_from is not None else sweep_rates(scale, trained, results)
     sweep = [
         {"lr": lr, "loss": results[folder].get("loss"), "failed": results[folder].get("failed")}
@@ -100,9 +98,9 @@ def _system(
         "label": system.label,
         "colour": system.colour,
         "parameters": next((e["parameters"] for e in evaluations if e["system"] == system.name), None),
-        "weights_from": system.weights_from,
+        "weights_from": None if system.weights_from is None else system.weights_from.name,
         "sweep": sweep,
-        "lr_from": trained.lr_from,
+        "lr_from": None if trained.lr_from is None else trained.lr_from.name,
         "lr": best,
         "lr_at_edge": len(sweep) > 1 and best in (sweep[0]["lr"], sweep[-1]["lr"]),
     }

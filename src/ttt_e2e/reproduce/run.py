@@ -3,9 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import TokenSet
@@ -60,10 +58,40 @@ def reproduce(
     """
     if num_workers is not None and num_workers < 0:
         raise UserError(f"--workers must not be negative, it is {num_workers}.")
+    for context in contexts or []:
+        if context not in scale.contexts:
+            known = ", ".join(map(in_tokens, scale.contexts))
+            raise UserError(f"Scale {scale.name} has no context of {in_tokens(context)}; it has {known}.")
+    if any(seed < 0 for seed in seeds or []):
+        raise UserError("A seed must not be negative.")
+    chosen, device = choose(name, scale, systems), choose_device(device).type
+    if scale.processes > 1 and device == "cpu":
+        raise UserError(f"Scale {scale.name} does not run on a CPU. {scale.requirements}")
     out.mkdir(parents=True, exist_ok=True)
     in_use = f"Another `ttt-e2e reproduce` is using {out}; wait until it has ended."
     with lock_folder(out, in_use, LOCK_SECONDS) as lock:
-        comparison = _comparison(name, scale, out, data, books, systems, seeds, contexts, device, compile, progress)
+        if data is None:
+            data = out / "tokens"
+            prepare(None, data, vocab_size=scale.vocab_size, val_share=scale.val_share, progress=progress)
+        books = data if books is None else books
+        tokens = {"data": TokenSet.open(data, "train")}
+        tokens |= {f"books_{split}": TokenSet.open(books, split) for split in ("train", "val")}
+        for some in tokens.values():
+            some.check_vocabulary(scale.vocab_size)
+        read = held_out_books(tokens["books_val"], max(scale.contexts), scale.eval_tokens)
+        comparison = Comparison(
+            name=name,
+            scale=scale,
+            systems=chosen,
+            seeds=tuple(seeds or [0]),
+            contexts=tuple(sorted(contexts or scale.contexts)),
+            data=data,
+            books=books,
+            digests={key: some.digest for key, some in tokens.items()},
+            device=device,
+            book_tokens=sum(len(book.tokens) - 1 for book in read),
+            compile=compile,
+        )
         named = write_plan(comparison, out)
         # The report covers all that the folder has of this comparison, also what this call does not name.
         whole = dataclasses.replace(
@@ -78,19 +106,16 @@ def reproduce(
         if dry_run:
             return workers.Outcome()
 
-        def settings(job: Job, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-            return job_settings(whole, job, out, results)
-
         def on_result(job: Job) -> None:
             if job.kind == "evaluate":
                 report.write_report(whole, out, {})
 
         if num_workers is None:
-            num_workers = 1 if comparison.device == "cuda" else os.cpu_count() or 1
+            num_workers = 1 if device == "cuda" else os.cpu_count() or 1
         outcome = workers.run(
             jobs,
             out,
-            settings,
+            lambda job, results: job_settings(whole, job, out, results),
             lock=lock.fileno(),
             num_workers=num_workers,
             on_result=on_result,
@@ -104,54 +129,6 @@ def reproduce(
     return outcome
 
 
-def _comparison(
-    name: str,
-    scale: Scale,
-    out: Path,
-    data: Path | None,
-    books: Path | None,
-    systems: list[str] | None,
-    seeds: list[int] | None,
-    contexts: list[int] | None,
-    device: str,
-    compile: bool,
-    progress: bool,
-) -> Comparison:
-    """Check what the user named, and prepare tokens if there are none."""
-    chosen = choose(name, scale, systems)
-    for context in contexts or []:
-        if context not in scale.contexts:
-            known = ", ".join(map(in_tokens, scale.contexts))
-            raise UserError(f"Scale {scale.name} has no context of {in_tokens(context)}; it has {known}.")
-    if any(seed < 0 for seed in seeds or []):
-        raise UserError("A seed must not be negative.")
-    device_type = choose_device(device).type
-    if scale.processes > 1 and device_type == "cpu":
-        raise UserError(f"Scale {scale.name} does not run on a CPU. {scale.requirements}")
-    if data is None:
-        data = out / "tokens"
-        prepare(None, data, vocab_size=scale.vocab_size, val_share=scale.val_share, progress=progress)
-    books = data if books is None else books
-    tokens = {"data": TokenSet.open(data, "train")}
-    tokens |= {f"books_{split}": TokenSet.open(books, split) for split in ("train", "val")}
-    for some in tokens.values():
-        some.check_vocabulary(scale.vocab_size)
-    read = held_out_books(tokens["books_val"], max(scale.contexts), scale.eval_tokens)
-    return Comparison(
-        name=name,
-        scale=scale,
-        systems=chosen,
-        seeds=tuple(seeds or [0]),
-        contexts=tuple(sorted(contexts or scale.contexts)),
-        data=data,
-        books=books,
-        digests={key: some.digest for key, some in tokens.items()},
-        device=device_type,
-        book_tokens=sum(len(book.tokens) - 1 for book in read),
-        compile=compile,
-    )
-
-
 def _describe(comparison: Comparison, jobs: list[Job], out: Path) -> str:
     """The plan, as a table."""
     lines = [
@@ -159,18 +136,10 @@ def _describe(comparison: Comparison, jobs: list[Job], out: Path) -> str:
         f"Seeds {', '.join(map(str, comparison.seeds))}; contexts {', '.join(map(in_tokens, comparison.contexts))}; "
         f"{comparison.book_tokens:,} tokens of held-out books. {comparison.scale.requirements}",
         "",
-        f"{'':<30}{'jobs':>6}{'done':>6}{'tokens':>20}",
+        f"{'jobs':<12}{'all':>6}{'done':>6}{'tokens':>20}",
     ]
-    for kind, label in (
-        ("sweep", "sweep of learning rates"),
-        ("pretrain", "pre-training"),
-        ("extend", "further training, by context"),
-        ("evaluate", "evaluation on books"),
-        ("latency", "latency"),
-    ):
+    for kind in dict.fromkeys(job.kind for job in jobs):
         some = [job for job in jobs if job.kind == kind]
         done = sum(workers.result_of(out / job.folder) is not None for job in some)
-        if some:
-            tokens = f"{sum(job.tokens for job in some):,}" if kind != "latency" else ""
-            lines.append(f"{label:<30}{len(some):>6}{done:>6}{tokens:>20}".rstrip())
+        lines.append(f"{kind:<12}{len(some):>6}{done:>6}{sum(job.tokens for job in some):>20,}")
     return "\n".join(lines)

@@ -26,11 +26,9 @@ class System:
     preset: str  # suffix of the preset's name, after the size; an empty one is TTT-E2E
     changes: tuple[str, ...] = ()  # settings, NAME=VALUE, applied after the scale's
     same_size: bool = False  # whether the MLPs' width makes up for parameters that `changes` add or remove
-    weights_from: str | None = (
-        None  # the system whose trained weights it uses, where its own training would be the same
-    )
-    starts_from: str | None = None  # the system whose first stage it starts from, with a short second one
-    lr_from: str | None = None  # the system whose sweep finds its outer learning rate; None: its own does
+    weights_from: "System | None" = None  # what is trained for it, where its own training would be the same
+    starts_from: "System | None" = None  # whose first stage it starts from, with a short second one
+    lr_from: "System | None" = None  # whose sweep finds its outer learning rate; None: its own does
 
     fast: FastInit | None = None
     """How its fast MLPs are made from the model that it starts from, see `convert.learning`. None: that has them, or
@@ -39,51 +37,45 @@ class System:
     fast_share: float = 1.0
 
 
+_WINDOW = System("window", "sliding window", "#98a2b3", "-window")
+_TTT_E2E = System("ttt-e2e", "TTT-E2E", "#1565c0", "")
 SYSTEMS = (
     System("full", "full attention", "#101828", "-full"),
-    System("window", "sliding window", "#98a2b3", "-window"),
+    _WINDOW,
     System("hybrid", "hybrid, 5 windows : 1 full", "#667085", "-hybrid"),
     System("mamba2", "Mamba 2", "#2e7d32", "-mamba2"),
     System("gated-deltanet", "Gated DeltaNet", "#00897b", "-gated-deltanet"),
     System("ttt-kvb", "TTT-KVB", "#8e24aa", "-ttt-kvb"),
     System("titans", "Titans", "#c2185b", "-titans"),
-    System("dynamic", "dynamic evaluation", "#d9822b", "-dynamic", weights_from="window"),
-    System("ttt-e2e", "TTT-E2E", "#1565c0", ""),
+    System("dynamic", "dynamic evaluation", "#d9822b", "-dynamic", weights_from=_WINDOW),
+    _TTT_E2E,
     System("full-prefix", "TTT-E2E over full attention", "#64b5f6", "-full-prefix"),
 )
 _NOT_BY_DEFAULT = "full-prefix"  # it is not in the paper's figure
 
 # Most pretrained Transformers have no norms after the sub-layers. With them, a new fast MLP could not start small.
-_NO_POST_NORM = ("post_norm=false",)
+_PLAIN = ("post_norm=false",)
+_WINDOW_FIRST = System("window-first", "sliding window, first stage", "#98a2b3", "-window", _PLAIN)
+_FULL_FIRST = System("full-first", "full attention, first stage", "#101828", "-full", _PLAIN)
+_TTT_FIRST = System("ttt-first", "TTT-E2E, first stage", "#1565c0", "", _PLAIN)
 
 
 def _warm_start(name: str, label: str, colour: str, fast: FastInit, share: float, *changes: str) -> System:
-    label = f"full, then TTT-E2E, {label}"
-    return System(
-        name, label, colour, "", (*_NO_POST_NORM, *changes), starts_from="full-first", fast=fast, fast_share=share
-    )
+    label, changes = f"full, then TTT-E2E, {label}", (*_PLAIN, *changes)
+    return System(name, label, colour, "", changes, starts_from=_FULL_FIRST, fast=fast, fast_share=share)
 
 
+_FULL_ON = System("full-on", "full attention", "#101828", "-full", _PLAIN, starts_from=_FULL_FIRST)
 WARM_STARTS = (
-    System("window-on", "sliding window", "#98a2b3", "-window", _NO_POST_NORM, starts_from="window-first"),
-    System("full-on", "full attention", "#101828", "-full", _NO_POST_NORM, starts_from="full-first"),
-    System(
-        *("switch", "full attention, then a window, untrained", "#d9822b", "-window", _NO_POST_NORM),
-        weights_from="full-on",
-    ),
-    System(
-        *("switch-on", "full attention, then a window", "#8e24aa", "-window", _NO_POST_NORM), starts_from="full-first"
-    ),
-    System("ttt-on", "TTT-E2E", "#1565c0", "", _NO_POST_NORM, starts_from="ttt-first"),
+    System("window-on", "sliding window", "#98a2b3", "-window", _PLAIN, starts_from=_WINDOW_FIRST),
+    _FULL_ON,
+    System("switch", "full attention, then a window, untrained", "#d9822b", "-window", _PLAIN, weights_from=_FULL_ON),
+    System("switch-on", "full attention, then a window", "#8e24aa", "-window", _PLAIN, starts_from=_FULL_FIRST),
+    System("ttt-on", "TTT-E2E", "#1565c0", "", _PLAIN, starts_from=_TTT_FIRST),
     _warm_start("warm-new", "MLPs new", "#00897b", "new", 1.0),
     _warm_start("warm-new-3", "MLPs new, inner rate 3", "#2e7d32", "new", 1.0, "inner_loop.lr=3"),
     _warm_start("warm-split", "split", "#64b5f6", "split", 0.5),
     _warm_start("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_loop.lr=3"),
-)
-_FIRST_STAGES = (
-    System("window-first", "sliding window, first stage", "#98a2b3", "-window", _NO_POST_NORM),
-    System("full-first", "full attention, first stage", "#101828", "-full", _NO_POST_NORM),
-    System("ttt-first", "TTT-E2E, first stage", "#1565c0", "", _NO_POST_NORM),
 )
 
 BASELINE = {"figure1": "full", "ablations": "ttt-e2e", "warmstart": "window-on"}
@@ -100,11 +92,6 @@ def comparison_systems(comparison: str, scale: Scale) -> tuple[System, ...]:
 def default_names(comparison: str, scale: Scale) -> tuple[str, ...]:
     """The names of the systems that are compared unless the user names some."""
     return tuple(s.name for s in comparison_systems(comparison, scale) if s.name != _NOT_BY_DEFAULT)
-
-
-def find_system(name: str) -> System:
-    """The system that another one names in `weights_from`, `starts_from` or `lr_from`."""
-    return next(system for system in (*SYSTEMS, *WARM_STARTS, *_FIRST_STAGES) if system.name == name)
 
 
 def choose(comparison: str, scale: Scale, names: list[str] | None) -> tuple[System, ...]:
@@ -138,7 +125,7 @@ def ablations(scale: Scale) -> tuple[System, ...]:
     label = "no static MLP beside the fast one"
     changed.append(System("no-static-mlp", label, "#c2185b", "", ("static_mlp=false",), same_size=True))
     changed.append(System("no-meta", "without meta-learning", "#d9822b", "", ("train_mode=pretrain",)))
-    return System("ttt-e2e", "TTT-E2E", "#1565c0", ""), *(dataclasses.replace(s, lr_from="ttt-e2e") for s in changed)
+    return _TTT_E2E, *(dataclasses.replace(system, lr_from=_TTT_E2E) for system in changed)
 
 
 # -- how a system is trained -------------------------------------------------------------------------------------------
@@ -178,7 +165,7 @@ def pretraining(
             system.fast,
             system.fast_share,
         )
-        model = learning_config(pretraining(scale, find_system(system.starts_from), 0).model, options)
+        model = learning_config(pretraining(scale, system.starts_from, 0).model, options)
         config = replace(config, {"model": replace(model, {"inner_loop": config.model.inner_loop})})
     return _stage(
         scale,

@@ -1,18 +1,17 @@
 """Time per token of every system: to read a text, to write after it, to train on it.
 
 One sequence, random weights and tokens, nothing compiled. The systems take turns, round after round, and the median
-counts. Matrices are kept in the dtype of the products, but those of fast MLPs, and in training all, in float32.
+counts. Matrices are kept in the dtype of the products; those of fast MLPs, and in training all, in float32.
 
-Reading. A model that learns reads mini-batch by mini-batch, as a session does, and computes every token's loss, which
-it learns from. Any other model reads the whole text in one call and computes the logits of its last token only, the
-least that it can do. A text that takes too long or too much memory for that is interpolated from four segments: its
-start, and three at later positions, which are read with states of their true size (full attention gets a cache of
-random keys and values). Time per token is taken to grow linearly between them, as full attention's does. On a CPU,
-attention costs two to three times as much in segments as in one call over the whole text: do not compare interpolated
-figures of standard models with the others.
+Reading. A model that learns reads mini-batch by mini-batch, as a session does, and computes the losses that it learns
+from. Any other model reads the whole text in one call and computes the logits of its last token, the least that it can
+do. A text that takes too long or too much memory for that is interpolated from four segments: its start, and three at
+later positions, which are read with states of their true size (for full attention, random keys and values). Time per
+token is taken to grow linearly between them, as full attention's does. On a CPU, attention costs two to three times as
+much in segments as in one call: do not compare interpolated figures of standard models with the others.
 
-Writing. One token after the other, without learning. A memory (TTT-KVB, Titans) is trained at the end of every
-mini-batch that it writes; that is left out, and costs less per token than reading one.
+Writing. One token after the other. A memory (TTT-KVB, Titans) is trained after every mini-batch that it writes; that is
+left out, and costs less per token than reading one.
 
 Training. Loss and backward pass, with activation checkpointing by mini-batch.
 
@@ -23,22 +22,18 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.errors import UserError
-from ttt_e2e.hardware import choose_device
-from ttt_e2e.inference.session_file import DTYPES
 from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, start_reading
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
-from ttt_e2e.model.cost import fast_weights, in_tokens, parameters, state_bytes
+from ttt_e2e.model.cost import fast_weights, parameters, state_bytes
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.transformer import Transformer
 
@@ -77,90 +72,61 @@ Timer = Callable[[], float]  # does the work once and returns seconds per token
 
 
 def measure(
-    models: dict[str, ModelConfig],
-    contexts: list[int],
+    models: Mapping[str, ModelConfig],
+    context: int,
     *,
-    seconds: float = 1.0,
-    threads: int | None = None,
-    device: str = "cpu",
+    seconds: float,
+    device: torch.device,
     dtype: str = "float32",
     train: bool = True,
-    progress: bool = True,
 ) -> list[LatencyRow]:
-    """Time every system at every context.
+    """Time every system at one context.
 
     Args:
         models: The systems' models by name.
-        contexts: Lengths of the text in tokens.
+        context: Length of the text in tokens.
         seconds: How long each figure is timed. Reading the whole text may take ten times that.
-        threads: Of the CPU. None: as they are set.
-        device: "auto", "cpu" or "cuda".
+        device: What is timed. On a CPU, what needs more memory than is free is left out; on a GPU it is tried alone.
         dtype: Of the matrix products.
-        train: Whether training is timed.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        A row for every system and context. On a CPU, what needs more memory than is free is not timed; on a GPU it is
-        tried alone.
-
-    Raises:
-        UserError: For values out of range, an unknown dtype, or a device that does not exist.
+        train: Whether training is timed, too.
     """
-    if not models or not contexts or min(contexts) < 1 or seconds <= 0 or (threads is not None and threads < 1):
-        raise UserError(
-            f"Latency needs systems ({len(models)}), contexts of at least one token ({contexts}), a positive number "
-            f"of seconds ({seconds}) and of threads ({threads})."
+    times: dict[tuple[str, str], float] = {}
+    for is_training in (False, True)[: 1 + train]:
+        setup = Setup(device, getattr(torch, dtype), seconds, 0.8 * free_memory(device))
+        times |= _measure_work(context, models, is_training, setup)
+    rows: list[LatencyRow] = []
+    for name in models:
+        us = {figure: 1e6 * value for (system, figure), value in times.items() if system == name}
+        rows.append(
+            {
+                "system": name,
+                "context": context,
+                "prefill_us": us.get("prefill", us.get("interpolated")),
+                "decode_us": us.get("decode"),
+                "train_us": us.get("train"),
+                "whole": "interpolated" not in us,
+            }
         )
-    if dtype not in DTYPES:
-        raise UserError(f"There is no dtype {dtype!r}; choose one of: {', '.join(DTYPES)}.")
-    chosen, threads_before = choose_device(device), torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    rows = []
-    try:
-        with tqdm(total=len(contexts) * len(models) * (1 + train), disable=not progress, desc="timing") as bar:
-            for context in contexts:
-                times: dict[tuple[str, str], float] = {}
-                for is_training in (False, True)[: 1 + train]:
-                    setup = Setup(chosen, DTYPES[dtype], seconds, 0.8 * free_memory(chosen))
-                    times |= _measure_at(context, models, is_training, setup, bar)
-                for name in models:
-                    us = {figure: 1e6 * value for (system, figure), value in times.items() if system == name}
-                    row: LatencyRow = {
-                        "system": name,
-                        "context": context,
-                        "prefill_us": us.get("prefill", us.get("interpolated")),
-                        "decode_us": us.get("decode"),
-                        "train_us": us.get("train"),
-                        "whole": "interpolated" not in us,
-                    }
-                    rows.append(row)
-    finally:
-        torch.set_num_threads(threads_before)
     return rows
 
 
-def _measure_at(
-    context: int, models: dict[str, ModelConfig], is_training: bool, setup: Setup, bar: tqdm
+def _measure_work(
+    context: int, models: Mapping[str, ModelConfig], is_training: bool, setup: Setup
 ) -> dict[tuple[str, str], float]:
     """Times by system and figure. As many systems take turns as memory has room for."""
     make_timers, needed_bytes = (_training, training_bytes) if is_training else (_reading, reading_bytes)
     needs = {name: needed_bytes(config, context, setup) for name, config in models.items()}
-    groups = group_by_memory(needs, setup.memory, try_all=setup.device.type != "cpu")
-    bar.update(len(models) - sum(map(len, groups)))
     times: dict[tuple[str, str], float] = {}
-    for group in groups:
+    for group in group_by_memory(needs, setup.memory, try_all=setup.device.type != "cpu"):
         timers: dict[tuple[str, str], Timer] = {}
         for name in group:
-            bar.set_postfix_str(f"{name} at {in_tokens(context)}")
-            made = _none_if_out_of_memory(partial(make_timers, models[name], context, setup))
-            timers |= {(name, figure): timer for figure, timer in (made or {}).items()}
+            made = _none_if_out_of_memory(partial(make_timers, models[name], context, setup)) or {}
+            timers |= {(name, figure): timer for figure, timer in made.items()}
         times |= take_turns(timers, setup.seconds)
         del timers
         gc.collect()
         if setup.device.type == "cuda":
             torch.cuda.empty_cache()
-        bar.update(len(group))
     return times
 
 
