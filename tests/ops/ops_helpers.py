@@ -1,7 +1,9 @@
-"""Inputs and comparisons that the tests of attention share."""
+"""Inputs and comparisons that the tests of operators share."""
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ttt_e2e.ops.attention.operators import (
     attention_backward,
@@ -9,12 +11,14 @@ from ttt_e2e.ops.attention.operators import (
 )
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, empty: int = 0) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, num_empty_slots: int = 0) -> Tensor:
     """Scores, a mask, a softmax: differentiable any number of times."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     at_S = torch.arange(k.shape[2], device=q.device)
     distance_TS = at_S[-q.shape[2] :, None] - at_S
-    hidden_TS = (distance_TS < 0) | (distance_TS >= (k.shape[2] if window is None else window)) | (at_S < empty)
+    hidden_TS = (
+        (distance_TS < 0) | (distance_TS >= (k.shape[2] if window is None else window)) | (at_S < num_empty_slots)
+    )
     return (q @ k.mT * q.shape[3] ** -0.5).masked_fill(hidden_TS, -torch.inf).softmax(-1) @ v
 
 
@@ -38,14 +42,14 @@ def two_orders_of_reference(
     v: Tensor,
     do: Tensor,
     abc: tuple[Tensor, ...],
-    own: int,
+    num_new_keys: int,
     window: int | None,
-    empty: int = 0,
+    num_empty_slots: int = 0,
 ) -> list[Tensor]:
-    """o, its gradients with all but the last `own` keys constant, and the gradients of their product with a, b, c."""
-    k_cached, k_own = k.split([k.shape[2] - own, own], 2)
-    v_cached, v_own = v.split([v.shape[2] - own, own], 2)
-    o = reference(q, torch.cat([k_cached, k_own], 2), torch.cat([v_cached, v_own], 2), window, empty)
+    """o, its gradients where all but the last keys are constant, and the gradients of their product with a, b and c."""
+    k_cached, k_own = k.split([k.shape[2] - num_new_keys, num_new_keys], 2)
+    v_cached, v_own = v.split([v.shape[2] - num_new_keys, num_new_keys], 2)
+    o = reference(q, torch.cat([k_cached, k_own], 2), torch.cat([v_cached, v_own], 2), window, num_empty_slots)
     first = torch.autograd.grad(o, (q, k_own, v_own), do, create_graph=True)
     second = torch.autograd.grad(first, (q, k, v, do), abc, allow_unused=True, materialize_grads=True)
     return [o, *first, *second]
@@ -57,46 +61,59 @@ def two_orders(
     v: Tensor,
     do: Tensor,
     abc: tuple[Tensor, ...],
-    own: int,
+    num_new_keys: int,
     window: int | None,
     name: str,
-    empty: int | None = None,
+    num_empty_slots: int | None = None,
 ) -> list[Tensor]:
-    """The same through the operators and autograd between the second and the third."""
-    slots = None if empty is None else torch.tensor(empty, dtype=torch.int32, device=q.device)
+    """Like `two_orders_of_reference`, by the operators, the third through autograd of the second."""
+    slots = None if num_empty_slots is None else torch.tensor(num_empty_slots, dtype=torch.int32, device=q.device)
     o, lse = attention_forward(q, k, v, window, slots, name)
-    first = attention_backward(q, k, v, o, lse, do, own, window, slots, name)
+    first = attention_backward(q, k, v, o, lse, do, num_new_keys, window, slots, name)
     second = torch.autograd.grad(first, (q, k, v, do), abc, retain_graph=True)
     return [o, *first, *second]
 
 
-def directions(q: Tensor, k: Tensor, own: int) -> tuple[Tensor, Tensor, Tensor]:
+def directions(q: Tensor, k: Tensor, num_new_keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """a, b, c: gradients of dq, dk and dv."""
     generator = torch.Generator().manual_seed(7)
-    shapes = (q.shape, (*k.shape[:2], own, k.shape[3]), (*k.shape[:2], own, k.shape[3]))
+    shapes = (q.shape, (*k.shape[:2], num_new_keys, k.shape[3]), (*k.shape[:2], num_new_keys, k.shape[3]))
     a, b, c = (torch.randn(s, generator=generator, dtype=torch.float64).to(q.device, q.dtype) for s in shapes)
     return a, b, c
 
 
 def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
-    """Up to `tolerance` of each tensor's largest entry (or 1, for those that are about zero)."""
+    """Equal up to `tolerance` of each tensor's largest entry (of 1, for smaller ones)."""
     for x, y in zip(ours, theirs, strict=True):
         assert x.shape == y.shape
         scale = max(1.0, y.abs().max().item())
         torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=tolerance * scale)
 
 
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest storage that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
 CASES = {
-    "whole text": dict(queries=23, keys=23, window=None, own=23),
-    "window": dict(queries=23, keys=23, window=5, own=23),
-    "window 1": dict(queries=6, keys=9, window=1, own=6),
-    "window beyond the text": dict(queries=7, keys=12, window=100, own=7),
-    "one query": dict(queries=1, keys=19, window=None, own=1),
-    "one query, one key": dict(queries=1, keys=1, window=3, own=1),
-    "cached keys": dict(queries=9, keys=40, window=17, own=9),
-    "cached keys, all own": dict(queries=9, keys=40, window=None, own=40),
-    "own below queries": dict(queries=13, keys=21, window=8, own=4),
-    "own beyond queries": dict(queries=5, keys=21, window=8, own=11),
+    "whole text": dict(queries=23, keys=23, window=None, num_new_keys=23),
+    "window": dict(queries=23, keys=23, window=5, num_new_keys=23),
+    "window 1": dict(queries=6, keys=9, window=1, num_new_keys=6),
+    "window beyond the text": dict(queries=7, keys=12, window=100, num_new_keys=7),
+    "one query": dict(queries=1, keys=19, window=None, num_new_keys=1),
+    "one query, one key": dict(queries=1, keys=1, window=3, num_new_keys=1),
+    "cached keys": dict(queries=9, keys=40, window=17, num_new_keys=9),
+    "cached keys, all new": dict(queries=9, keys=40, window=None, num_new_keys=40),
+    "fewer new keys than queries": dict(queries=13, keys=21, window=8, num_new_keys=4),
+    "more new keys than queries": dict(queries=5, keys=21, window=8, num_new_keys=11),
 }
 
-EMPTY = [(9, 40, 9, 17, 5), (9, 40, 9, 17, 31), (9, 40, 9, None, 20), (7, 21, 11, 30, 10), (5, 5, 5, 3, 0)]
+EMPTY_SLOTS = [(9, 40, 9, 17, 5), (9, 40, 9, 17, 31), (9, 40, 9, None, 20), (7, 21, 11, 30, 10), (5, 5, 5, 3, 0)]

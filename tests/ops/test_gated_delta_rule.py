@@ -58,14 +58,14 @@ def test_no_state_is_a_state_of_zeros() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 def test_gradcheck(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite differences, with chunks of which the last is not full."""
+    """With a last chunk that is not full."""
     monkeypatch.setattr(tuning, "DELTA_RULE_CHUNK", 3)
     inputs = rule_inputs(tokens, (1, 2), (2, 3), batch=1)
     assert torch.autograd.gradcheck(lambda *x: gated_delta_rule(*x), inputs)
 
 
 def test_strong_decay_stays_exact() -> None:
-    """Decays whose products leave float64's range within a chunk: their ratios stay exact, and the gradients."""
+    """The products of decays leave float64's range within a chunk; their ratios and the gradients stay exact."""
     inputs = rule_inputs(2 * CHUNK + 1)
     inputs[3] = (inputs[3].detach() * 400).requires_grad_()
     results = []
@@ -77,7 +77,7 @@ def test_strong_decay_stays_exact() -> None:
 
 
 def test_equal_keys_hold_the_last_value() -> None:
-    """The same key at every token, beta one, no decay: the memory holds the last value only."""
+    """With beta one and no decay."""
     _, k, v, g, beta, _ = rule_inputs(100, (1, 1))
     k = k[:, :1].expand_as(k)
     o, _ = gated_delta_rule(k.float(), k.float(), v.float(), 0 * g.float(), 1 + 0 * beta.float(), None)
@@ -87,7 +87,7 @@ def test_equal_keys_hold_the_last_value() -> None:
 @pytest.mark.parametrize("tokens", [7, 70, 128])
 @pytest.mark.parametrize("heads", [(2, 2), (2, 4)])
 def test_equals_transformers(tokens: int, heads: tuple[int, int]) -> None:
-    """Which computes in float32."""
+    """transformers computes in float32."""
     qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     q, k, v, g, beta, state = (x.detach().float() for x in rule_inputs(tokens, heads, (16, 16)))
     ours = gated_delta_rule(q * 16**-0.5, k, v, g, beta, state)
@@ -129,7 +129,7 @@ def test_the_recurrent_function_is_for_few_tokens_without_gradients(monkeypatch:
 
 @pytest.mark.parametrize("name", LIBRARY.functions)
 def test_arguments_are_those_of_the_real_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are named parameters, and the parameters that are left out have a default."""
+    """Each is a named parameter, and the parameters left out have defaults."""
     real = getattr(pytest.importorskip(LIBRARY.module), name)
     calls = record_calls(monkeypatch)
     with torch.set_grad_enabled(name == LIBRARY.functions[0]):
@@ -143,7 +143,7 @@ def test_arguments_are_those_of_the_real_functions(name: str, monkeypatch: pytes
 @pytest.mark.parametrize("heads", [(2, 2), (2, 4)])
 @pytest.mark.parametrize("tokens", [1, 7, 130])
 def test_equals_flash_linear_attention(tokens: int, heads: tuple[int, int]) -> None:
-    """Its plain functions, which compute in float32 and know no heads that share keys; and the gradients."""
+    """Outputs, state and gradients of its plain functions, which compute in float32 and without shared key heads."""
     naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
     inputs = [x.detach().float().requires_grad_() for x in rule_inputs(tokens, heads, (16, 16))]
     ours = gated_delta_rule(*inputs)

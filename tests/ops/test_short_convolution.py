@@ -29,9 +29,7 @@ def inputs(batch: int, tokens: int, channels: int, width: int, bias: bool = True
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("batch", "tokens", "width"), [(2, 9, 4), (1, 1, 4), (3, 2, 5), (2, 6, 1)])
-def test_it_is_pytorchs_convolution(
-    batch: int, tokens: int, width: int, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equals_conv1d(batch: int, tokens: int, width: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "CONVOLUTION_BLOCK", 30)
     x, weight, b, state = args = inputs(batch, tokens, 5, width, bias)
     assert x is not None and weight is not None and state is not None
@@ -77,7 +75,7 @@ def test_bfloat16_stays_close(tokens: int) -> None:
     assert (y - exact).norm() < 1e-2 * exact.norm()
 
 
-def test_the_state_does_not_keep_the_text_alive() -> None:
+def test_state_owns_its_memory() -> None:
     x, weight, bias, _ = inputs(1, 100, 4, 4)
     assert x is not None and weight is not None
     with torch.no_grad():

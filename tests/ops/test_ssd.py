@@ -41,8 +41,8 @@ def test_chunks_equal_the_recurrence(tokens: int, start: bool, groups: int) -> N
     assert_same(torch.autograd.grad(ours, leaves, g), torch.autograd.grad(reference, leaves, g), 1e-9)
 
 
-def test_decays_of_any_strength() -> None:
-    """Decays that leave nothing, and none at all: finite, and the recurrence's."""
+def test_decays_of_any_strength_equal_the_recurrence() -> None:
+    """From no decay at all to one that leaves nothing."""
     x, _, a, b, c, state = ssd_inputs(24)
     dt = torch.tensor([0.0, 1e-12, 1.0, 1e6], dtype=F64)[torch.randint(4, (2, 24, 4), generator=torch.manual_seed(0))]
     args = [t.requires_grad_() for t in (x, dt, a, b, c, state)]
@@ -54,7 +54,7 @@ def test_decays_of_any_strength() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7, 130])
 def test_equals_flash_linear_attention(tokens: int) -> None:
-    """Its plain functions for simple gated linear attention, which is the same recurrence; and the gradients."""
+    """Outputs, state and gradients of its plain simple gated linear attention, which is the same recurrence."""
     naive = pytest.importorskip("fla.ops.simple_gla.naive")
     inputs = [t.requires_grad_() for t in ssd_inputs(tokens, groups=2, dtype=torch.float32)]
     ours = ssd(*inputs)

@@ -1,7 +1,7 @@
 """The Triton kernels against attention built from PyTorch's own operations.
 
-On a machine with a GPU they run there. Elsewhere they run in Triton's interpreter, which has to be chosen before triton
-is imported: `test_in_the_interpreter` starts a process of its own for that, so that everything else here is left alone.
+On a machine with a GPU they run there. Elsewhere they run in Triton's interpreter, which has to be chosen before Triton
+is imported: `test_passes_in_the_interpreter` starts a process of its own for that.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import pytest
 import torch
 from ops_helpers import (
     CASES,
-    EMPTY,
+    EMPTY_SLOTS,
     assert_same,
     directions,
     draw,
@@ -46,7 +46,7 @@ RUNNABLE = pytest.mark.skipif(bool(obstacle()), reason=obstacle() or "none")
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run without it")
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
-def test_in_the_interpreter() -> None:
+def test_passes_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -54,53 +54,64 @@ def test_in_the_interpreter() -> None:
 
 @RUNNABLE
 @pytest.mark.parametrize("case", CASES)
-def test_both_orders(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths of a few blocks of 16, none of which they divide."""
+def test_equals_reference_to_second_order(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths of several blocks of 16 and a rest."""
     small = (16, 16, 1, 1)
     monkeypatch.setattr(tuning, "TRITON_FLOAT32", (small,))
-    queries, keys, window, own = CASES[case].values()
+    queries, keys, window, num_new_keys = CASES[case].values()
     q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
-    abc = directions(q, k, own)
+    abc = directions(q, k, num_new_keys)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
-    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), own, window)
-    assert_same(two_orders(q, k, v, do, abc, own, window, "triton"), theirs, 1e-5)
+    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), num_new_keys, window)
+    assert_same(two_orders(q, k, v, do, abc, num_new_keys, window, "triton"), theirs, 1e-5)
 
 
 @RUNNABLE
-@pytest.mark.parametrize(("queries", "keys", "own", "window", "empty"), EMPTY)
-def test_empty_slots(
-    queries: int, keys: int, own: int, window: int | None, empty: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("queries", "keys", "num_new_keys", "window", "num_empty_slots"), EMPTY_SLOTS)
+def test_empty_slots_are_not_seen(
+    queries: int,
+    keys: int,
+    num_new_keys: int,
+    window: int | None,
+    num_empty_slots: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = (16, 16, 1, 1)
     monkeypatch.setattr(tuning, "TRITON_FLOAT32", (small,))
     q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
-    abc = directions(q, k, own)
+    abc = directions(q, k, num_new_keys)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
-    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), own, window, empty)
-    assert_same(two_orders(q, k, v, do, abc, own, window, "triton", empty), theirs, 1e-5)
+    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), num_new_keys, window, num_empty_slots)
+    assert_same(two_orders(q, k, v, do, abc, num_new_keys, window, "triton", num_empty_slots), theirs, 1e-5)
 
 
 @RUNNABLE
-@pytest.mark.parametrize(("queries", "keys", "own", "window"), [(70, 150, 40, 90), (33, 64, 64, None)])
+@pytest.mark.parametrize(("queries", "keys", "num_new_keys", "window"), [(70, 150, 40, 90), (33, 64, 64, None)])
 @pytest.mark.parametrize(("block_t", "block_s"), [(16, 32), (32, 16)])
-def test_blocks(
-    queries: int, keys: int, own: int, window: int | None, block_t: int, block_s: int, monkeypatch: pytest.MonkeyPatch
+def test_blocks_of_different_sizes(
+    queries: int,
+    keys: int,
+    num_new_keys: int,
+    window: int | None,
+    block_t: int,
+    block_s: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks of different sizes, some of which every query sees whole."""
+    """Some blocks are seen whole by every query."""
     blocks = (block_t, block_s, 4, 1)
     monkeypatch.setattr(tuning, "TRITON_FLOAT32", (blocks,))
     q, k, v, do = inputs(1, (1, 1), queries, keys, 16, dtype=torch.float32, device=DEVICE)
-    abc = directions(q, k, own)
+    abc = directions(q, k, num_new_keys)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
-    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), own, window)
-    assert_same(two_orders(q, k, v, do, abc, own, window, "triton"), theirs, 1e-5)
+    theirs = two_orders_of_reference(*wide, tuple(x.double() for x in abc), num_new_keys, window)
+    assert_same(two_orders(q, k, v, do, abc, num_new_keys, window, "triton"), theirs, 1e-5)
 
 
 @RUNNABLE
 @pytest.mark.parametrize("width", [5, 16, 32, 64, 80, 128, 256])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_default_blocks(width: int, dtype: torch.dtype, tolerance: float) -> None:
-    """As they are called in earnest; the rows of q lie apart."""
+def test_default_blocks_of_every_head_dimension(width: int, dtype: torch.dtype, tolerance: float) -> None:
+    """With the blocks of `tuning`, and a q whose rows are not contiguous."""
     q, k, v, do = inputs(1, (1, 1), 70, 140, width, dtype=dtype, device=DEVICE)
     q = draw(1, 70, 1, width, dtype=dtype, device=DEVICE).detach().transpose(1, 2).requires_grad_()
     abc = directions(q, k, 70)
@@ -111,7 +122,7 @@ def test_default_blocks(width: int, dtype: torch.dtype, tolerance: float) -> Non
 
 @RUNNABLE
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 16), (torch.float32, 272)])
-def test_refusals(dtype: torch.dtype, width: int) -> None:
+def test_refuses_what_kernels_cannot_serve(dtype: torch.dtype, width: int) -> None:
     from ttt_e2e.ops.attention.operators import windowed_attention
 
     q, k, v, _ = inputs(1, (1, 1), 3, 5, width, dtype=dtype, device=DEVICE)

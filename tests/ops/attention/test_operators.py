@@ -1,4 +1,4 @@
-"""Twice differentiable windowed attention against attention built from PyTorch's own differentiable operations."""
+"""The operators of attention against attention built from PyTorch's own differentiable operations."""
 
 import itertools
 import shutil
@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import (
     CASES,
-    EMPTY,
+    EMPTY_SLOTS,
+    Largest,
     assert_same,
     directions,
     draw,
@@ -20,11 +21,9 @@ from ops_helpers import (
     two_orders_of_reference,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ttt_e2e.ops import tuning
-from ttt_e2e.ops.attention import sdpa, tiled
+from ttt_e2e.ops.attention import tiled
 from ttt_e2e.ops.attention.mask import KeyView
 from ttt_e2e.ops.attention.operators import (
     attention_backward,
@@ -40,39 +39,38 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["reference", "tiled"])
-def test_both_orders(name: str, case: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_reference_to_second_order(
+    name: str, case: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tuning, "TILE_QUERIES", 4)
     monkeypatch.setattr(tuning, "TILE_KEYS", 3)
-    queries, keys, window, own = CASES[case].values()
+    queries, keys, window, num_new_keys = CASES[case].values()
     q, k, v, do = inputs(2, heads, queries, keys, 4)
-    abc = directions(q, k, own)
+    abc = directions(q, k, num_new_keys)
     ours, theirs = (
-        two_orders(q, k, v, do, abc, own, window, name),
-        two_orders_of_reference(q, k, v, do, abc, own, window),
+        two_orders(q, k, v, do, abc, num_new_keys, window, name),
+        two_orders_of_reference(q, k, v, do, abc, num_new_keys, window),
     )
     assert_same(ours, theirs, 1e-12)
 
 
-# (queries, keys, own, window, empty): of the keys that are none yet, no query sees any, and they get no gradient.
-
-
-@pytest.mark.parametrize(("queries", "keys", "own", "window", "empty"), EMPTY)
+@pytest.mark.parametrize(("queries", "keys", "num_new_keys", "window", "num_empty_slots"), EMPTY_SLOTS)
 @pytest.mark.parametrize("name", ["reference", "tiled"])
-def test_empty_slots(
+def test_empty_slots_are_not_seen(
     name: str,
     queries: int,
     keys: int,
-    own: int,
+    num_new_keys: int,
     window: int | None,
-    empty: int,
+    num_empty_slots: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tuning, "TILE_QUERIES", 4)
     monkeypatch.setattr(tuning, "TILE_KEYS", 3)
     q, k, v, do = inputs(2, (4, 2), queries, keys, 4)
-    abc = directions(q, k, own)
-    theirs = two_orders_of_reference(q, k, v, do, abc, own, window, empty)
-    assert_same(two_orders(q, k, v, do, abc, own, window, name, empty), theirs, 1e-12)
+    abc = directions(q, k, num_new_keys)
+    theirs = two_orders_of_reference(q, k, v, do, abc, num_new_keys, window, num_empty_slots)
+    assert_same(two_orders(q, k, v, do, abc, num_new_keys, window, name, num_empty_slots), theirs, 1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,7 +84,7 @@ def test_empty_slots(
     tile=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     seed=st.integers(0, 2**31),
 )
-def test_tiled_equals_plain(
+def test_tiled_equals_reference_at_any_size(
     queries: int,
     cached: int,
     window: int | None,
@@ -97,19 +95,18 @@ def test_tiled_equals_plain(
     seed: int,
 ) -> None:
     keys = queries + cached
-    own = max(1, round(share * keys))
+    num_new_keys = max(1, round(share * keys))
     q, k, v, do = inputs(batch, heads, queries, keys, 4, seed)
-    abc = directions(q, k, own)
+    abc = directions(q, k, num_new_keys)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "TILE_QUERIES", tile[0])
         patch.setattr(tuning, "TILE_KEYS", tile[1])
-        tiled = two_orders(q, k, v, do, abc, own, window, "tiled")
-    assert_same(tiled, two_orders(q, k, v, do, abc, own, window, "reference"), 1e-10)
+        tiled = two_orders(q, k, v, do, abc, num_new_keys, window, "tiled")
+    assert_same(tiled, two_orders(q, k, v, do, abc, num_new_keys, window, "reference"), 1e-10)
 
 
 @pytest.mark.parametrize("name", ["reference", "tiled"])
-def test_row_statistic(name: str) -> None:
-    """The logsumexp of the scores, in float32 at least; no gradient flows through it."""
+def test_logsumexp_is_float32_without_gradient(name: str) -> None:
     q, k, v, _ = inputs(1, (4, 2), 3, 5, 8, dtype=torch.bfloat16)
     _, lse = attention_forward(q, k, v, 2, None, name)
     assert lse.dtype == torch.float32 and not lse.requires_grad
@@ -117,8 +114,8 @@ def test_row_statistic(name: str) -> None:
     torch.testing.assert_close(lse[0, 3, 1].double(), scores.logsumexp(0), rtol=0.01, atol=0.01)
 
 
-def test_large_scores() -> None:
-    """Scores beyond what exp can take, in tiles whose first rows see nothing."""
+def test_large_scores_stay_finite() -> None:
+    """Scores beyond the range of exp, in tiles whose first rows see nothing."""
     q, k, v, do = inputs(1, (1, 1), 600, 900, 4)
     q = (q * 500).detach().requires_grad_()
     abc = directions(q, k, 600)
@@ -151,7 +148,7 @@ def test_inner_gradient_gradcheck() -> None:
 
 @pytest.mark.parametrize("name", ["reference", "tiled"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
-def test_lower_precision(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_lower_precision_stays_close(name: str, dtype: torch.dtype, tolerance: float) -> None:
     q, k, v, do = inputs(2, (4, 2), 300, 700, 32, dtype=dtype)
     abc = directions(q, k, 300)
     ours = two_orders(q, k, v, do, abc, 300, 250, name)
@@ -160,7 +157,7 @@ def test_lower_precision(name: str, dtype: torch.dtype, tolerance: float) -> Non
     assert_same(ours, two_orders_of_reference(*wide, tuple(x.double() for x in abc), 300, 250), tolerance)
 
 
-def test_strided_inputs() -> None:
+def test_accepts_strided_inputs() -> None:
     """Heads split off the last dimension, and a gradient that is one number expanded."""
     x = draw(2, 9, 3, 4, 8)
     q, k, v = x.permute(2, 0, 3, 1, 4)
@@ -181,7 +178,7 @@ def inner_step(forward: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) 
     return loss(forward, q - 0.1 * dq, k, v)
 
 
-def test_backward_of_create_graph() -> None:
+def test_differentiates_an_inner_step() -> None:
     q, k, v, _ = inputs(2, (4, 2), 7, 11, 4)
     results = []
     for f in (reference, windowed_attention):
@@ -193,7 +190,7 @@ def test_backward_of_create_graph() -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, COMPILER])])
-def test_compile(backend: str) -> None:
+def test_compiles_in_one_graph(backend: str) -> None:
     q, k, v, do = inputs(1, (2, 1), 7, 11, 4)
     compiled = torch.compile(lambda q, k, v: windowed_attention(q, k, v, 4).sin(), fullgraph=True, backend=backend)
     theirs = torch.autograd.grad(reference(q, k, v, 4).sin(), (q, k, v), do)
@@ -235,7 +232,7 @@ def test_third_order_is_refused() -> None:
         ddq.sum().backward()
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttt_e2e.ops.implementations.HAS_TRITON", False)
     q, k, v, _ = inputs(1, (1, 1), 3, 5, 16, dtype=torch.float32)
     windowed_attention(q, k, v)
@@ -243,7 +240,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         windowed_attention(q, k, v, implementation="triton")
 
 
-def test_errors() -> None:
+def test_refuses_bad_arguments() -> None:
     q, k, v, _ = inputs(1, (2, 2), 3, 5, 4)
     for arguments, message in (
         (
@@ -260,38 +257,8 @@ def test_errors() -> None:
             windowed_attention(*bad)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest storage that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
-@pytest.mark.parametrize("few", [2**26, 0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prefix_over_a_whole_text_is_linear(few: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttt_e2e.ops.tuning.UNFUSED_SCORES", few)
-    seen = []
-    for length in (1000, 2000):
-        q, k, v, _ = (x.detach() for x in inputs(1, (4, 2), length, length, 16, dtype=dtype))
-        with Largest() as largest:
-            ours = sdpa(q, k, v, 64)
-        seen.append(largest.elements)
-        tolerance = 1e-5 if dtype == torch.float32 else 0.03
-        torch.testing.assert_close(
-            ours.double(), reference(*(x.double() for x in (q, k, v)), 64), rtol=tolerance, atol=tolerance
-        )
-    assert seen[1] <= 2.1 * seen[0]
-
-
 @pytest.mark.parametrize(("queries", "keys", "window"), [(4096, 4096, 256), (512, 16384, None)])
-def test_linear_memory(queries: int, keys: int, window: int | None) -> None:
+def test_tiled_memory_is_linear(queries: int, keys: int, window: int | None) -> None:
     """No tensor is larger than the inputs or a tile, at any of the three levels."""
     q, k, v, do = (x.detach() for x in inputs(1, (2, 1), queries, keys, 16, dtype=torch.float32))
     abc = directions(q, k, queries)
@@ -308,11 +275,13 @@ def test_linear_memory(queries: int, keys: int, window: int | None) -> None:
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_on_a_gpu(name: str, width: int, dtype: torch.dtype, tolerance: float) -> None:
-    for (queries, keys, own), window, heads in itertools.product(
+    for (queries, keys, num_new_keys), window, heads in itertools.product(
         ((1024, 1024, 1024), (300, 2000, 300), (77, 200, 100)), (None, 1, 515), ((2, 2), (4, 1))
     ):
         q, k, v, do = inputs(2, heads, queries, keys, width, dtype=dtype, device="cuda")  # type: ignore[arg-type]
-        abc = directions(q, k, own)
-        ours = two_orders(q, k, v, do, abc, own, window, name)
+        abc = directions(q, k, num_new_keys)
+        ours = two_orders(q, k, v, do, abc, num_new_keys, window, name)
         wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
-        assert_same(ours, two_orders_of_reference(*wide, tuple(x.double() for x in abc), own, window), tolerance)
+        assert_same(
+            ours, two_orders_of_reference(*wide, tuple(x.double() for x in abc), num_new_keys, window), tolerance
+        )

@@ -91,7 +91,7 @@ def test_gradcheck(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_operators(implementation: str) -> None:
+def test_opcheck(implementation: str) -> None:
     """Schema, fake tensors and autograd registration, as PyTorch checks them."""
     x, weight, targets = draw(5, 3, 13)
     lse, g = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64, requires_grad=True)
@@ -109,7 +109,7 @@ def explicit(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     return nll, cross_entropy_backward(x, weight, targets, lse, nll, False, "tiled")[0]
 
 
-def test_explicit_backward() -> None:
+def test_explicit_backward_equals_autograd() -> None:
     x, weight, targets = draw(7, 4, 19)
     nll = reference(x, weight, targets)
     (dx,) = torch.autograd.grad(nll.square().sum() / 2, x, create_graph=True)
@@ -125,7 +125,7 @@ def test_explicit_backward() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-def test_compiled() -> None:
+def test_compiles_in_one_graph() -> None:
     x, weight, targets = draw(7, 4, 19)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
     results = []
@@ -144,7 +144,7 @@ def test_third_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_large_logits(implementation: str) -> None:
+def test_large_logits_stay_finite(implementation: str) -> None:
     """Logits of thousands, where exp overflows: finite, and as exact as a logsumexp in float32 is there."""
     x, weight, targets = draw(6, 4, 23)
     x.data *= 1000
@@ -160,7 +160,7 @@ def test_large_logits(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_stays_close(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the rounding of bfloat16; losses in float32, every gradient in its tensor's dtype."""
     monkeypatch.setattr(tuning, "LOGITS_AT_ONCE", 2**10)
     x, weight, targets = draw(40, 16, 130, dtype=torch.float32)
@@ -213,7 +213,7 @@ def test_chunk_sizes(tokens: int, vocabulary: int, logits: int) -> None:
         assert min(n, tokens) * min(v, vocabulary) > logits / 4
 
 
-def test_leading_dimensions() -> None:
+def test_accepts_leading_dimensions() -> None:
     x, weight, targets = draw(12, 3, 7)
     flat = linear_cross_entropy(x, weight, targets)
     torch.testing.assert_close(linear_cross_entropy(x.view(2, 6, 3), weight, targets.view(2, 6)), flat.view(2, 6))
@@ -223,7 +223,7 @@ def test_leading_dimensions() -> None:
         assert nothing.shape == (0,) and torch.autograd.grad(nothing.sum(), weight)[0].eq(0).all()
 
 
-def test_targets_outside() -> None:
+def test_targets_outside_the_vocabulary() -> None:
     x, weight, targets = draw(4, 3, 7)
     targets[1], targets[2] = -100, 7
     assert linear_cross_entropy(x, weight, targets, implementation="tiled").isnan().tolist() == [
@@ -245,7 +245,7 @@ def test_auto_takes_the_reference_for_few_logits_only(monkeypatch: pytest.Monkey
         linear_cross_entropy(x, weight, targets)
 
 
-def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, targets = draw(4, 3, 7)
     for arguments, message in (
         ((x[:, :2], weight, targets), r"x \[4, 2\] and weight \[7, 3\]"),
