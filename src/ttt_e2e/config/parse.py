@@ -43,27 +43,24 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration") -> C:
+def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration", prefix: str = "") -> C:
     """The reverse of `to_dict`: a configuration of type `cls`.
 
-    Raises UserError, naming `where` the values come from, for unknown, missing and mistyped settings.
+    Raises UserError for unknown, missing and mistyped settings. It names `where` the values come from, and settings
+    with the `prefix`, such as "inner_loop.".
     """
-    return _from_dict(cls, values, where, "")
-
-
-def _from_dict(cls: Any, values: dict[str, Any], where: str, prefix: str) -> Any:
     hints = _hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise UserError(f"{where} has unknown settings: {', '.join(prefix + name for name in unknown)}.")
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    missing = [prefix + name for name in required if name not in values]
+    absent = [f for f in dataclasses.fields(cls) if f.name not in values]  # type: ignore[arg-type]
+    missing = [prefix + f.name for f in absent if f.default is f.default_factory is dataclasses.MISSING]
     if missing:
         raise UserError(f"{where} lacks settings: {', '.join(missing)}.")
     checked: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
-            checked[name] = _from_dict(hints[name], value, where, f"{prefix}{name}.")
+            checked[name] = from_dict(hints[name], value, where, f"{prefix}{name}.")
         else:
             checked[name] = _check(value, hints[name], f"{prefix}{name} in {where}")
     return cls(**checked)

@@ -1,11 +1,10 @@
 """Evaluation during training: the loss on validation documents, with and without learning while reading."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ttt_e2e.config.schema import TrainConfig
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
@@ -22,7 +21,7 @@ def evaluate_sequences(
 
     Args:
         model: any model.
-        sequences: token ids of at most `config.context` + 1 tokens; each sequence starts a text.
+        sequences: int64 arrays of at most `config.context` + 1 token ids; each sequence starts a text.
         bos: targets equal to this id do not count.
         config: gives context, batch and dtype.
         dist: the processes.
@@ -36,8 +35,12 @@ def evaluate_sequences(
     # Sums of losses by mode (learning or not) and quarter, and the number of tokens by quarter.
     sums = torch.zeros(len(modes), QUARTERS, dtype=torch.float64)
     counts = torch.zeros(QUARTERS, dtype=torch.float64)
-    own_sequences = sequences[dist.rank :: dist.world_size]
-    for tokens_BT1 in _batches(own_sequences, config.batch // config.accumulate // dist.world_size, bos):
+    own = map(torch.from_numpy, sequences[dist.rank :: dist.world_size])
+    by_length = sorted(own, key=len, reverse=True)
+    size = config.batch // config.accumulate // dist.world_size
+    for start in range(0, len(by_length), size):
+        batch = by_length[start : start + size]
+        tokens_BT1 = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=bos)
         quarter_T = torch.arange(tokens_BT1.shape[1] - 1) * QUARTERS // config.context
         for row, learn in enumerate(modes):
             with torch.no_grad():
@@ -58,10 +61,3 @@ def evaluate_sequences(
         by_quarter = [gain if count > 0 else None for gain, count in zip(gains, counts.tolist(), strict=True)]
         measured |= {"loss_without_learning": means[1], "gain": means[1] - means[0], "gain_by_quarter": by_quarter}
     return measured
-
-
-def _batches(sequences: Sequence[np.ndarray], size: int, bos: int) -> Iterator[Tensor]:
-    """Batches of up to `size` sequences of similar length, padded with `bos`, which does not count as a target."""
-    ordered = sorted((torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences), key=len, reverse=True)
-    for start in range(0, len(ordered), size):
-        yield torch.nn.utils.rnn.pad_sequence(ordered[start : start + size], batch_first=True, padding_value=bos)

@@ -109,7 +109,12 @@ def train(
     with init_distributed(device) as dist, stop_signals, ExitStack() as stack:
         tokenizer_override = None if tokenizer is None else Tokenizer.load(tokenizer)
         tokens = open_tokens(data, "train", tokenizer_override)
-        _check_batch(train_config, dist)
+        parts = dist.world_size * train_config.accumulate
+        if train_config.batch % parts:
+            raise UserError(
+                f"A batch of {train_config.batch} sequences does not split over {dist.world_size} processes with "
+                f"{train_config.accumulate} micro-batches each; choose train.batch as a multiple of {parts}."
+            )
         tokens.check_vocabulary(config.model.vocab_size)
         validation = []
         if train_config.eval_every:
@@ -122,10 +127,8 @@ def train(
         torch.manual_seed(train_config.seed)
         model = Transformer(config.model).to(dist.device)
         optimizer = make_optimizer(model, train_config)
-        local_batch_size = train_config.batch // dist.world_size
-        loader = SequenceLoader(
-            tokens, train_config.context, local_batch_size, train_config.seed, dist.rank, dist.world_size
-        )
+        local_batch_size, seed = train_config.batch // dist.world_size, train_config.seed
+        loader = SequenceLoader(tokens, train_config.context, local_batch_size, seed, dist.rank, dist.world_size)
 
         state = TrainerState(loader=loader.state())
         checkpoint = latest_checkpoint(out, dist.log) if resume else None
@@ -243,15 +246,6 @@ def _is_due(step: int, every: int) -> bool:
 def _describe(evaluation: dict[str, Any]) -> str:
     loss = f"validation loss {evaluation['loss']:.4f}"
     return f"{loss}, learning while reading gains {evaluation['gain']:+.4f}" if "gain" in evaluation else loss
-
-
-def _check_batch(config: TrainConfig, dist: DistributedContext) -> None:
-    parts = dist.world_size * config.accumulate
-    if config.batch % parts:
-        raise UserError(
-            f"A batch of {config.batch} sequences does not split over {dist.world_size} processes with "
-            f"{config.accumulate} micro-batches each; choose train.batch as a multiple of {parts}."
-        )
 
 
 def _divergence(step: int, loss: float, norm: float, config: RunConfig, out: Path) -> Divergence:
