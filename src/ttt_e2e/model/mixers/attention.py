@@ -90,7 +90,7 @@ class Attention(Mixer):
         if state is not None:
             seen = state.append_(new) if cache_view.donated else state.append(new)
             attn_mask_TS = cache_view.attn_mask_TS
-            if cache_view.seq_lens is not None and attn_mask_TS is None:
+            if cache_view.seq_lens is not None:
                 num_empty_slots = (state.num_slots - cache_view.seq_lens).clamp(min=0).to(torch.int32)
         keys = (seen.k_BGSK, seen.v_BGSK, self.window, num_empty_slots, attn_mask_TS)
         attention_vjp: AttentionVjp | None = None
