@@ -255,7 +255,7 @@ def test_find_step_refuses_other_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no folder"):
         find_step(tmp_path / "nowhere", ITEM)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"holds no checkpoint; give a step's folder"):
+    with pytest.raises(UserError, match=r"holds no checkpoint; give a folder that has model_weights in it"):
         find_step(tmp_path, ITEM)
     unfinished = step_folder(tmp_path / "300.orbax-checkpoint-tmp-17")
     with pytest.raises(UserError, match="only unfinished steps"):

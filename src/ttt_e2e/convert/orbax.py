@@ -72,29 +72,26 @@ def find_step(folder: Path, item: str, step: int | None = None) -> Path:
     if _UNFINISHED in folder.name or any((folder / name).exists() for name in (_STEP, item)):
         if step is not None:
             raise UserError(f"{folder} is a single step; leave out the number {step}, or give the folder above it.")
-        _require_complete(folder, item)
-        return folder
-    steps = {int(path.name): path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()}
-    if step is not None:
-        if step not in steps:
-            there = ", ".join(map(str, sorted(steps))) or "no finished ones"
-            raise UserError(f"{folder} has no step {step}; there are: {there}.")
-        _require_complete(steps[step], item)
-        return steps[step]
-    if not steps:
-        what = "only unfinished steps" if list(folder.glob(f"*{_UNFINISHED}*")) else "no checkpoint"
-        raise UserError(
-            f"{folder} holds {what}; give a step's folder (it has {item} in it), or the folder with the steps."
-        )
+        candidates = [folder]
+    else:
+        steps = {int(path.name): path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()}
+        if step is not None and step not in steps:
+            existing = ", ".join(map(str, sorted(steps))) or "no finished ones"
+            raise UserError(f"{folder} has no step {step}; there are: {existing}.")
+        if not steps:
+            what = "only unfinished steps" if list(folder.glob(f"*{_UNFINISHED}*")) else "no checkpoint"
+            raise UserError(f"{folder} holds {what}; give a folder that has {item} in it, or one with such folders.")
+        candidates = [steps[number] for number in sorted(steps, reverse=True)] if step is None else [steps[step]]
     skipped: list[str] = []
-    for number in sorted(steps, reverse=True):
-        reason = _incomplete(steps[number], item)
+    for path in candidates:
+        reason = _incomplete(path, item)
         if reason is None:
             for sentence in skipped:
                 warnings.warn(sentence, stacklevel=2)
-            return steps[number]
-        skipped.append(f"Step {number} is skipped: {reason}.")
-    raise UserError(f"{folder} has no complete step. {skipped[0]} Use a complete copy.")
+            return path
+        skipped.append(f"Step {path.name} is skipped: {reason}.")
+    reason = _incomplete(candidates[0], item)
+    raise UserError(f"The checkpoint {candidates[0]} is incomplete: {reason}; use a complete copy, or another step.")
 
 
 def _incomplete(folder: Path, item: str) -> str | None:
@@ -111,12 +108,6 @@ def _incomplete(folder: Path, item: str) -> str | None:
         return f"its {item} was never finished" if unfinished else f"it has no {item}"
     missing = [name for name in (_ITEM, _ROOT) if not (folder / item / name).is_file()]
     return f"its {item} has no {missing[0]}" if missing else None
-
-
-def _require_complete(folder: Path, item: str) -> None:
-    reason = _incomplete(folder, item)
-    if reason is not None:
-        raise UserError(f"The checkpoint {folder} is incomplete: {reason}; use a complete copy, or another step.")
 
 
 def stored_arrays(folder: Path) -> dict[str, StoredArray]:
