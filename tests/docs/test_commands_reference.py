@@ -9,7 +9,11 @@ PATH = Path(__file__).parents[2] / "docs/reference/commands.md"
 BEGINNING = """# Commands
 
 Exit codes: 0 for success, 1 for an error that is explained in one sentence, 2 for an invalid command line, 130 for
-Ctrl-C. `ttt-e2e COMMAND --help` has examples. Where an option is not given, the default stands in its sentence.
+Ctrl-C. `ttt-e2e COMMAND --help` has examples.
+
+What not everyone needs is an extra, installed by `pip install -e '.[serve]'` for instance: `serve`; `notebook` and
+`embeddings` (search); `parquet` and `zarr` (data); `hf`, `official` and `harness` (other programs' models, lm-eval);
+`tensorboard` and `wandb`; on a GPU `fla` and `mamba` (kernels); `dev` is what the tests and benchmarks need.
 """
 
 
