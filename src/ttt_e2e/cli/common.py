@@ -24,19 +24,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "threads": dict(type=count, metavar="N", help="CPU threads (default: one per core)"),
     "compile": dict(
         action="store_true",
-        help="compile the mini-batches, which takes a minute or two and makes all others faster; on a CPU this needs a "
-        "C++ compiler, on a GPU it uses CUDA graphs",
+        help="compile with PyTorch's compiler: a minute or two at the start, faster after it, worth it from about a "
+        "million tokens; needs a C++ compiler on a CPU, uses CUDA graphs on a GPU",
     ),
     "precision": dict(
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the fast weights in the saved session; float32 is exact, the others take half the space "
-        "(default: float32)",
+        help="of the saved fast weights; float32 is exact, the others take half the space (default: float32)",
     ),
     "embeddings": dict(
-        type=Path,
-        metavar="DIR",
-        help="also search by meaning, with the model2vec embedding in this folder; needs the extra `embeddings`",
+        type=Path, metavar="DIR", help="also search by meaning, with this model2vec embedding (extra `embeddings`)"
     ),
     "text-column": dict(default="text", metavar="NAME", help="the column that holds the text (default: text)"),
     "json": dict(action="store_true", help="print JSON"),
@@ -61,7 +58,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "fast-rank": dict(
         type=int,
         metavar="R",
-        help="learn only an addition of rank R to the fast MLP, for smaller sessions (default: learn all of it)",
+        help="learn only a rank-R addition to the fast MLP, for smaller sessions (default: all of it)",
     ),
 }
 LEARNING = ("window", "suffix", "mini-batch", "fast", "fast-share", "fast-rank")

@@ -17,27 +17,28 @@ EPILOG = """examples:
   ttt-e2e convert to-hf model hf-model
   ttt-e2e convert ACTION --help"""
 
-_FROM_HF = """Turn a pretrained Transformer (Llama, Mistral, Qwen 2, 2.5 or 3) into a model that can learn while it
-reads. The last blocks get a fast MLP. Until the first update the predictions are those of the original, within the
-window. Train the result further: ttt-e2e train PRESET --from OUT."""
+_FROM_HF = """Turn a pretrained Transformer (Llama, Mistral, Qwen 2, 2.5 or 3) into a model that can learn while
+it reads. The last blocks get a fast MLP. Until the first update the predictions are those of the
+original, within the window. Train the result further: ttt-e2e train PRESET --from OUT."""
 _FROM_HF_EPILOG = """examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
   ttt-e2e convert from-hf checkpoints/llama model --window 4096 --fast split --fast-share 0.5"""
 
 _FROM_STANDARD = """Turn a standard Transformer that was trained here, such as small-full or small-window, into a model
-that can learn while it reads. Where the window covers the text, the predictions are those of the original until the
-first update. Train the result further: ttt-e2e train PRESET --from OUT."""
+that can learn while it reads. Where the window covers the text, the predictions are those of the
+original until the first update. Train the result further: ttt-e2e train PRESET --from OUT."""
 _FROM_STANDARD_EPILOG = """examples:
   ttt-e2e convert from-standard run/model model --window 1024 --fast split
   ttt-e2e train small --data tokens --out warm --from model"""
 
 _FROM_OFFICIAL = """Turn a checkpoint of the official JAX implementation's trainer into a model folder. This needs
-tensorstore, not JAX: pip install "ttt-e2e[official]". The weights keep their values; the state of the optimizer is
-ignored.
+tensorstore, not JAX: pip install "ttt-e2e[official]". The weights keep their values; the state of
+the optimizer is ignored.
 
-Vocabulary, sizes, layers, heads, suffix and output head are read from the checkpoint. The other settings come from a
-preset, or are named: pattern, rope_theta, sliding_window and mini_batch_size. A model with full attention that was
-extended to a longer context has another rope_theta than its preset."""
+Vocabulary, sizes, layers, heads, suffix and output head are read from the checkpoint. The other
+settings come from a preset, or are named: pattern, rope_theta, sliding_window and mini_batch_size.
+A model with full attention that was extended to a longer context has another rope_theta than its
+preset."""
 _FROM_OFFICIAL_EPILOG = """examples:
   ttt-e2e convert from-official checkpoints/pretrain-125m-e2e model --preset 125m --tokenizer NAME
   ttt-e2e convert from-official checkpoints/pretrain-125m-e2e/4800 model --preset 125m
@@ -46,7 +47,8 @@ _FROM_OFFICIAL_EPILOG = """examples:
       mini_batch_size=64"""
 
 _TO_HF = """Write a model folder for the transformers library: pip install "ttt-e2e[hf]". Once `ttt_e2e.hf` is
-imported, AutoModelForCausalLM loads it; `generate`, pipelines and the Trainer work, and it learns while it reads."""
+imported, AutoModelForCausalLM loads it; `generate`, pipelines and the Trainer work, and it learns
+while it reads."""
 _TO_HF_EPILOG = """example:
   ttt-e2e convert to-hf run/model hf-model
 
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from_hf.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
     add_options(from_hf, *LEARNING)
     from_hf.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights in the file (default: that of the original)"
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights in the file (default: the original's)"
     )
     add_options(from_hf, "quiet")
 
@@ -96,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from_official.add_argument(
         "--preset", metavar="PRESET", help="the source of all other settings; see `ttt-e2e presets`"
     )
-    from_official.add_argument("--tokenizer", metavar="NAME", help="the tokenizer of the training tokens; it is copied")
+    from_official.add_argument("--tokenizer", metavar="NAME", help="the tokenizer of the training tokens, to be copied")
     add_options(from_official, "quiet")
 
     to_hf = actions.add_parser(

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 HELP = "count what a model costs, without running it"
 DESCRIPTION = """Count a model's parameters and, for texts of several lengths, the size of its state after the text
-and the operations per token: for reading (learning included), for generating one more token, for training, and for
-training with activation_checkpointing=mini-batch. In brackets: as a multiple of full attention of the same size.
-Operations are those of matrix products, a multiplication and an addition counting as two; attention is counted by the
-pairs of tokens it needs.
+and the operations per token: for reading (learning included), for generating one more token, for
+training, and for training with activation_checkpointing=mini-batch. In brackets: as a multiple of
+full attention of the same size. Operations are those of matrix products, a multiplication and an
+addition counting as two; attention is counted by the pairs of tokens it needs.
 
-MODEL is a preset, a model folder, or a pretrained Transformer that `convert from-hf` can convert: its folder, its
-config.json, or its name on Hugging Face, from which only config.json is fetched. The converted model is counted."""
+MODEL is a preset, a model folder, or a pretrained Transformer that `convert from-hf` can convert:
+its folder, its config.json, or its name on Hugging Face, from which only config.json is fetched.
+The converted model is counted."""
 EPILOG = """examples:
   ttt-e2e cost 3b
   ttt-e2e cost 3b --context 8K 128K 2M

@@ -7,8 +7,8 @@ from ttt_e2e.cli.common import add_options, note, open_model, print_json
 from ttt_e2e.errors import UserError
 
 HELP = "measure on whole documents what learning is worth"
-DESCRIPTION = """Read documents from the first token to the last, with learning and without, several at once,
-and print a line for each, their mean with its standard error, and the loss by position."""
+DESCRIPTION = """Read documents from the first token to the last, with learning and without, several at once, and
+print a line for each, their mean with its standard error, and the loss by position."""
 EPILOG = """examples:
   ttt-e2e evaluate books/*.txt
   ttt-e2e evaluate --model run/model test.jsonl --max-tokens 100000 --json"""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 HELP = "continue a prompt, or what a session has read"
 DESCRIPTION = """Generate text. With --session the model has read a text and learned from it (`ttt-e2e read --save`);
-the session file is not changed. Without, it continues the prompt alone. With --learn the model learns from the
-prompt and from what it writes, as from a text that it reads."""
+the session file is not changed. Without, it continues the prompt alone. With --learn the model
+learns from the prompt and from what it writes, as from a text that it reads."""
 EPILOG = """examples:
   ttt-e2e generate "def main("
   ttt-e2e generate --session book.session "The next morning" --max-tokens 400
@@ -35,40 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, default=200, metavar="N", help="generate at most N tokens (default: 200)"
     )
     parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="T",
-        help="0: always the most likely token; 1: the model's own probabilities (default: 0.8)",
+        "--temperature", type=float, default=0.8, metavar="T", help="0: always the most likely token (default: 0.8)"
     )
     parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        metavar="P",
-        help="sample from the most likely tokens whose probabilities sum to P (default: 0.95)",
+        "--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling, probability kept (default: 0.95)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0: all (default: 0)"
+        "--top-k", type=int, default=0, metavar="K", help="keep the K most likely tokens; 0: all (default: 0)"
     )
     parser.add_argument(
         "--min-p",
         type=float,
         default=0.0,
         metavar="P",
-        help="sample from tokens at least P times as likely as the most likely one (default: 0)",
+        help="smallest probability relative to the largest (default: 0)",
     )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choices (default: 0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument("--learn", action="store_true", help="learn from the prompt and from the generated text")
-    parser.add_argument("--save", type=Path, metavar="SESSION", help="with --learn: save what was learned to this file")
+    parser.add_argument("--save", type=Path, metavar="SESSION", help="with --learn: save what was learned")
     add_options(parser, "precision")
     parser.add_argument(
-        "--notebook",
-        action="store_true",
-        help="put passages of the session's notebook that match the prompt into the window, and list them",
+        "--notebook", action="store_true", help="put matching passages of the session's notebook into the window"
     )
     parser.add_argument(
         "--passages", type=int, metavar="N", help=f"with --notebook: at most N passages (default: {_PASSAGES})"
@@ -128,16 +116,8 @@ def _check_notebook_options(arguments: argparse.Namespace) -> None:
 
 def _generate(session: "Session", arguments: argparse.Namespace) -> "tuple[Iterator[str], list[Passage] | None]":
     """The text in chunks, and the passages that were put into the window; None without --notebook."""
-    options = {
-        "max_tokens": arguments.max_tokens,
-        "stop": arguments.stop,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "min_p": arguments.min_p,
-        "seed": arguments.seed,
-        "learn_from_writing": arguments.learn,
-    }
+    names = ("max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "seed")
+    options = {name: getattr(arguments, name) for name in names} | {"learn_from_writing": arguments.learn}
     if not arguments.notebook:
         return session.generate(arguments.prompt, **options), None
     from ttt_e2e.retrieval.generate import generate_with_notebook

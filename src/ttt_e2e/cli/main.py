@@ -1,6 +1,7 @@
 """The command `ttt-e2e`: it finds the command's file, runs it, and turns errors into sentences.
 
-Every command is one file here, with its options, its help and its body. What takes long to import, PyTorch above all,
+Every command is one file here, which defines HELP (its line in the list of commands), DESCRIPTION, EPILOG (examples),
+`add_arguments(parser)` and `run(arguments)`, which returns the exit code. What takes long to import, PyTorch above all,
 is imported inside `run`, so that help is fast.
 """
 
@@ -11,7 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from types import ModuleType
+from typing import Any
 
 from ttt_e2e.cli import (
     convert,
@@ -27,10 +29,10 @@ from ttt_e2e.cli import (
     serve,
     train,
 )
-from ttt_e2e.cli.parser import Command, parse
+from ttt_e2e.cli.parser import parse
 from ttt_e2e.errors import INTERRUPTED, UserError
 
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, ModuleType] = {
     "read": read,
     "generate": generate,
     "notebook": notebook,
@@ -93,14 +95,7 @@ def warnings_in_one_line() -> Iterator[None]:
     """Inside the block, warnings of this package are printed in one line, like errors; others as Python prints them."""
     package = Path(__file__).parents[1]
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         if package in Path(filename).parents:
             from tqdm import tqdm
 

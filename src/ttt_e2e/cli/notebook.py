@@ -6,8 +6,8 @@ from pathlib import Path
 from ttt_e2e.cli.common import add_options, load_embedding, note, print_json
 
 HELP = "search what a session has read"
-DESCRIPTION = """Search the notebook of a session: its exact text, in passages, which `ttt-e2e read --notebook` recorded
-while the session was learning from it."""
+DESCRIPTION = """Search the notebook of a session: its exact text, in passages, which `ttt-e2e read --notebook`
+recorded while the session was learning from it."""
 EPILOG = """examples:
   ttt-e2e read BOOK.txt --save book.session --notebook
   ttt-e2e notebook search book.session the white whale

@@ -3,27 +3,12 @@
 import argparse
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, Protocol
+from types import ModuleType
+from typing import Any, NoReturn
 
 from ttt_e2e import __version__
 
 _WIDTH = 100
-
-
-class Command(Protocol):
-    """What the file of a command has."""
-
-    HELP: str
-    """One line for the list of commands."""
-    DESCRIPTION: str
-    EPILOG: str
-    """Examples."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
-        """Add the options of the command to its parser."""
-
-    def run(self, arguments: argparse.Namespace, /) -> int:
-        """Run the command; returns the exit code."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"ttt-e2e: error: {message}. See {self.prog} --help.\n")
 
 
-def parse(argv: list[str], commands: Mapping[str, Command]) -> argparse.Namespace:
+def parse(argv: list[str], commands: Mapping[str, ModuleType]) -> argparse.Namespace:
     """Parse `argv`; `run` in the result is the function of the command that it names.
 
     Raises SystemExit, as argparse does, after --help, --version and for an invalid command line.
@@ -58,7 +43,7 @@ def parse(argv: list[str], commands: Mapping[str, Command]) -> argparse.Namespac
     return arguments
 
 
-def _build_parser(commands: Mapping[str, Command]) -> _Parser:
+def _build_parser(commands: Mapping[str, ModuleType]) -> _Parser:
     parser = _Parser(
         prog="ttt-e2e",
         description="A language model that keeps learning while it reads (end-to-end test-time training).",

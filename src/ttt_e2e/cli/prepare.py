@@ -7,9 +7,9 @@ from pathlib import Path
 from ttt_e2e.cli.common import add_options, print_json
 
 HELP = "turn texts into tokens to train on"
-DESCRIPTION = """Tokenize texts into a folder to train on. A tokenizer is trained on them unless one is named.
-Text files are one document each; JSONL and parquet files one per row; folders are searched. Some of the documents
-are held out for validation. If interrupted, run the same command again to continue."""
+DESCRIPTION = """Tokenize texts into a folder to train on. A tokenizer is trained on them unless one is named. Text
+files are one document each; JSONL and parquet files one per row; folders are searched. Some of the
+documents are held out for validation. If interrupted, run the same command again to continue."""
 EPILOG = """examples:
   ttt-e2e prepare --out tokens                          Python's own library, a small corpus that everyone has
   ttt-e2e prepare books/ more.jsonl --out tokens --vocab-size 8192
@@ -22,22 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources", nargs="*", type=Path, metavar="SOURCE", help="files and folders (default: Python's library)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="a tokenizer.json, a folder with one, or a name on Hugging Face"
-    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer.json, its folder, or a name on Hugging Face")
     parser.add_argument(
         "--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train (default: 4096)"
     )
     add_options(parser, "text-column")
     parser.add_argument(
-        "--val", type=Path, nargs="+", metavar="SOURCE", help="the documents to hold out (default: some of the sources)"
+        "--val", type=Path, nargs="+", metavar="SOURCE", help="documents to hold out (default: a share)"
     )
     parser.add_argument(
-        "--val-share", type=float, default=0.02, metavar="SHARE", help="the share to hold out (default: 0.02)"
+        "--val-share", type=float, default=0.02, metavar="SHARE", help="share to hold out (default: 0.02)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the choice of held-out documents (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of that choice (default: 0)")
     add_options(parser, "json", "quiet")
 
 

@@ -19,8 +19,8 @@ EPILOG = """examples:
   cat *.txt | ttt-e2e read -              standard input
   ttt-e2e read BOOK.txt --json > report.json
 
-Ctrl-C stops within eight mini-batches; summary, plot and session are still written. With --save, running the same
-command again continues where it stopped, whether by Ctrl-C or by a power cut."""
+Ctrl-C stops within eight mini-batches; summary, plot and session are still written. With --save,
+running the same command again continues where it stopped, whether by Ctrl-C or by a power cut."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,19 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="with --save: save every SECONDS while reading (default: 30)",
+        help="save every SECONDS while reading (default: 30)",
     )
     add_options(parser, "precision")
     parser.add_argument(
         "--notebook", action="store_true", help="with --save: also record the exact text, in SESSION.notebook"
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="PATH", help="the file of the plot (default: NAME.reading.png in this folder)"
-    )
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="file of the plot (default: NAME.reading.png)")
     parser.add_argument("--no-plot", action="store_true", help="draw no plot")
-    parser.add_argument(
-        "--no-baseline", action="store_true", help="do not read the text a second time without learning; faster"
-    )
+    parser.add_argument("--no-baseline", action="store_true", help="skip the second reading, without learning; faster")
     parser.add_argument("--no-learning", action="store_true", help="read without learning")
     add_options(parser, "compile", "json", "quiet")
 

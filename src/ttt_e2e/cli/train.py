@@ -12,8 +12,8 @@ from ttt_e2e.units import count
 
 HELP = "train a model to learn well while it reads"
 DESCRIPTION = """Train a preset on prepared tokens, through the inner updates, so that learning while reading helps.
-Change settings with NAME=VALUE, such as train.steps=500 or sliding_window=512. Ctrl-C writes a checkpoint;
-the same command with --resume continues from the last one as if nothing had happened."""
+Change settings with NAME=VALUE, such as train.steps=500 or sliding_window=512. Ctrl-C writes a
+checkpoint; the same command with --resume continues from the last one as if nothing had happened."""
 EPILOG = """examples:
   ttt-e2e train tiny --data tokens --out run
   ttt-e2e train tiny --data tokens --out run --resume
@@ -22,9 +22,9 @@ EPILOG = """examples:
   ttt-e2e train tiny --data tokens --out long --from run/model --extend 8192
   torchrun --nproc-per-node 8 -m ttt_e2e train 125m --data tokens --out run
 
-The tokens must have the vocabulary of the preset: 4,096 for tiny, which is what `prepare` makes, 8,192 for small, and
-that of Llama 3's tokenizer for the published sizes; or set vocab_size. `ttt-e2e presets --json` lists all settings;
-ttt_e2e/config/schema.py explains them."""
+The tokens must have the vocabulary of the preset: 4,096 for tiny, which is what `prepare` makes,
+8,192 for small, and that of Llama 3's tokenizer for the published sizes; or set vocab_size.
+`ttt-e2e presets --json` lists all settings; ttt_e2e/config/schema.py explains them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,27 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preset", metavar="PRESET", help="see `ttt-e2e presets`")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the preset")
     parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a folder that `prepare` has written, or the official zarr arrays",
+        "--data", type=Path, required=True, metavar="DIR", help="tokens from `prepare`, or the official zarr arrays"
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="the tokenizer of the zarr arrays")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
     parser.add_argument(
-        "--from",
-        dest="start_from",
-        type=Path,
-        metavar="MODEL",
-        help="start with the weights and the shape of this model folder or checkpoint",
+        "--from", dest="start_from", type=Path, metavar="MODEL", help="start from this model or checkpoint"
     )
     parser.add_argument(
         "--extend",
         type=count,
         metavar="TOKENS",
-        help="with --from: train further at this context, by the published recipe",
+        help="with --from: continue at this longer context, by the published recipe",
     )
     add_options(parser, "device", "threads", "compile")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, in RUN/tensorboard")

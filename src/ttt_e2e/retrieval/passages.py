@@ -12,6 +12,7 @@ _BOUNDARIES = (
     re.compile(r"\n"),
     re.compile(r"\s"),
 )
+_SPAN_KEYS = ("start", "stop", "start_byte", "stop_byte", "digest")  # in passages.jsonl
 
 
 class Passage(NamedTuple):
@@ -54,7 +55,7 @@ class Span(NamedTuple):
         """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
             values = json.loads(line)
-            span = cls(*(values[key] for key in ("start", "stop", "start_byte", "stop_byte", "digest")))
+            span = cls(*(values[key] for key in _SPAN_KEYS))
         except (TypeError, KeyError) as error:
             raise ValueError(line) from error
         if any(type(number) is not int for number in span[:4]) or not 0 <= span.start_byte < span.stop_byte:
@@ -63,14 +64,7 @@ class Span(NamedTuple):
 
     def to_json(self) -> bytes:
         """The span as a line of a file."""
-        values = {
-            "start": self.start,
-            "stop": self.stop,
-            "start_byte": self.start_byte,
-            "stop_byte": self.stop_byte,
-            "digest": self.digest,
-        }
-        return json.dumps(values).encode() + b"\n"
+        return json.dumps(dict(zip(_SPAN_KEYS, self, strict=True))).encode() + b"\n"
 
 
 BEFORE_FIRST = Span(0, 0, 0, 0, "")
