@@ -13,7 +13,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.documents import standard_error
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.reproduce.held_out import BookReader, held_out_books, position_edges
-from ttt_e2e.reproduce.statistics import difference, mean
+from ttt_e2e.reproduce.report import difference, mean
 
 
 def test_book_losses_are_those_of_training(data: Path) -> None:

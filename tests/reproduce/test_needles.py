@@ -194,7 +194,7 @@ def test_oracle_scores_100_and_guesser_0(answerer: Answerer, expected: tuple[flo
             for sample in range(3):
                 answer = ask(answerer, tokenizer, example_for(task, tokenizer, 600, depth, sample, 0, STORY))
                 question = {"model": "it", "task": task, "context": 600, "depth": depth, "sample": sample}
-                results.append({**question, **answer})  # type: ignore[typeddict-item]
+                results.append({**question, **answer})
             assert score(results) == expected
 
 

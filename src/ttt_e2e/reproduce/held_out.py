@@ -62,20 +62,10 @@ class BookReader:
     def book_losses(
         self, books: list[Book], context: int, *, learn: bool = True, inner_lr: float | None = None
     ) -> list[dict[str, Any]]:
-        """The loss of each book in sequences of `context` tokens, in nats per token.
+        """The loss of each book in sequences of `context` tokens, in nats per token; see `sequence_loss` for the rest.
 
-        Args:
-            books: See `held_out_books`.
-            context: A length that divides those of the books.
-            learn: Whether the fast weights learn.
-            inner_lr: Inner learning rate; None for the model's own.
-
-        Returns:
-            For each book "name", "tokens" (that count), "loss", and "by_position": the means in the bins of
-            `position_edges`, None where no token counts.
-
-        Raises:
-            Divergence: If a loss is not finite.
+        Returns for each book "name", "tokens" (that count), "loss", and "by_position": the means in the bins of
+        `position_edges`, None where no token counts. Raises Divergence if a loss is not finite.
         """
         results = []
         for book in books:

@@ -12,24 +12,21 @@ from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.hardware import choose_device, machine
-from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.reproduce.scales import find_scale
-from ttt_e2e.reproduce.systems import SYSTEMS, default_names, pretraining
-from ttt_e2e.reproduce.tables import markdown_table, microseconds
+from ttt_e2e.reproduce.systems import SYSTEMS, choose, pretraining
+from ttt_e2e.reproduce.tables import time_tables
 from ttt_e2e.reproduce.timing import SEED, LatencyRow, measure
 
 FORMAT, VERSION = "ttt-e2e latency", 3
 LONG_CONTEXTS = {"paper": (2**21,)}
 """By scale, further contexts, for the systems whose state does not grow with the text."""
 
-_PANELS = {"prefill_us": "reading a text", "decode_us": "writing one token after it", "train_us": "training on it"}
-
 
 def run_latency(
     scale: str,
     out: Path,
     *,
-    systems: Sequence[str] | None = None,
+    systems: list[str] | None = None,
     contexts: Sequence[int] | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -55,11 +52,8 @@ def run_latency(
         UserError: For an unknown scale, system or device, or a time that is not positive.
     """
     numbers = find_scale(scale)
-    known = {system.name: system for system in SYSTEMS}
-    names = default_names("figure1", numbers) if systems is None else tuple(systems)
-    for name in names:
-        if name not in known:
-            raise UserError(f"There is no system {name!r}; there are: {', '.join(known)}.")
+    known = {system.name: system for system in choose("figure1", numbers, systems)}
+    names = list(known) if systems is None else systems
     if seconds is not None and seconds <= 0:
         raise UserError(f"The time for each figure must be positive, not {seconds:g} seconds.")
     models = {name: pretraining(numbers, known[name], 0).model for name in names}
@@ -87,9 +81,8 @@ def run_latency(
         new = measure(some, context, train=not is_long, **how)
         train_us = {row["system"]: row["train_us"] for row in new}
         for row in new:
-            weights_from = known[row["system"]].weights_from
-            if weights_from is not None:
-                row["train_us"] = train_us.get(weights_from.name)
+            system = known[row["system"]]
+            row["train_us"] = train_us.get((system.weights_from or system).name)
         rows += new
         _write(out, facts, rows)
     return rows
@@ -98,37 +91,15 @@ def run_latency(
 def _write(out: Path, facts: Mapping[str, Any], rows: Sequence[LatencyRow]) -> None:
     from ttt_e2e.reproduce.plots import plot_times  # matplotlib is slow to import
 
-    panels = {key: title for key, title in _PANELS.items() if any(row.get(key) is not None for row in rows)}
     systems = {system.name: {"label": system.label, "colour": system.colour} for system in SYSTEMS}
-    write_text(out / "latency.json", json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    write_text(out / "latency.md", latency_table(rows, facts, panels, systems))
-    plot_times(rows, panels or {"prefill_us": _PANELS["prefill_us"]}, systems, out / "latency.png")
-
-
-def latency_table(
-    rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], panels: Mapping[str, str], systems: Mapping[str, Any]
-) -> str:
-    """Markdown: a table for each kind of work, with a row for each system and a column for each context."""
-    contexts = sorted({row["context"] for row in rows})
-    cells = {(row["system"], row["context"]): row for row in rows}
     host = ", ".join(f"{key} {value}" for key, value in facts["machine"].items())
     lines = [
         f"# Time per token at scale {facts['scale']}",
         "",
         f"One sequence, {facts['dtype']}, random weights and tokens. {host}.",
         "",
-        "Medians in microseconds per token. ~: interpolated from segments of the text; -: does not fit into memory.",
-        "",
+        *time_tables(rows, systems),
     ]
-
-    def cell(system: str, context: int, key: str) -> str:
-        row = cells.get((system, context))
-        return "-" if row is None else microseconds(row[key], row["whole"] or key != "prefill_us")
-
-    for key, title in panels.items():
-        table = [
-            [systems[system]["label"], *(cell(system, context, key) for context in contexts)]
-            for system in dict.fromkeys(row["system"] for row in rows)
-        ]
-        lines += [f"## {title.capitalize()}", "", *markdown_table(["system", *map(in_tokens, contexts)], table)]
-    return "\n".join(lines)
+    write_text(out / "latency.json", json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    write_text(out / "latency.md", "\n".join(lines))
+    plot_times(rows, systems, out / "latency.png")

@@ -11,6 +11,7 @@ of the haystack's characters, rounded to the end of a sentence.
 
 import bisect
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -178,27 +179,16 @@ def example_for(
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-class Answer(TypedDict):
-    """What a model made of an example."""
-
-    found: bool  # whether it wrote the value
-    nll: float | None  # loss of the value, in nats per token; None if there is none
-    written: str
-    diverged: str | None  # why it could not read the prompt; None if it could
+NeedleResult = dict[str, Any]
+"""One question and its answer, as needles.json has it: "model", "task", "context", "depth", "sample", and see `ask`."""
 
 
-class NeedleResult(Answer):
-    """The answer to one question, as needles.json has it."""
+def ask(answerer: Answerer, tokenizer: Tokenizer, example: Example) -> dict[str, Any]:
+    """Have an example's question answered.
 
-    model: str
-    task: int
-    context: int
-    depth: float
-    sample: int
-
-
-def ask(answerer: Answerer, tokenizer: Tokenizer, example: Example) -> Answer:
-    """Have an example's question answered."""
+    Returns "found" (whether the value was written), "nll" (its loss in nats per token, or None), "written", and
+    "diverged" (why the prompt could not be read, or None).
+    """
     expected = f" {example.answer}"
     try:
         written, nll = answerer(example.prompt, expected, len(tokenizer.encode(expected)) + EXTRA_TOKENS)
@@ -253,7 +243,7 @@ def run_needles(
         progress: Whether to show a progress bar.
 
     Returns:
-        The results of these questions.
+        All results in `out`.
 
     Raises:
         UserError: For values out of range, a folder without a model or tokenizer, a context that is too small, or if
@@ -265,19 +255,11 @@ def run_needles(
             f"there are {len(models)}, {len(tasks)}, {len(contexts)}, {len(depths)} and {samples}."
         )
     text = standard_library_document().text if haystack is None else read_text(haystack)
-    facts, results = _read_results(
-        out,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "seed": seed,
-            "dtype": "float32",
-            "haystack": hashlib.sha256(text.encode()).hexdigest(),
-        },
-    )
+    facts: dict[str, Any] = {"format": FORMAT, "version": VERSION, "seed": seed, "dtype": "float32"}
+    facts["haystack"] = hashlib.sha256(text.encode()).hexdigest()
+    facts, results = _read_results(out, facts)
     chosen = choose_device(device)
     facts["machine"] = machine(chosen)
-    questions = [(s, t, c, float(d)) for s in range(samples) for t in tasks for c in contexts for d in depths]
     for name, folder in models.items():  # what cannot be asked is refused before the first question
         model, tokenizer = load_model(folder, chosen)
         digest = model_fingerprint(model)
@@ -285,40 +267,28 @@ def run_needles(
             raise UserError(f"{out} has results of another model called {name!r}; give {folder} another name.")
         for task in tasks:
             example_for(task, tokenizer, min(contexts), depths[0], 0, seed, text)
-    answers = {_question(result): result for result in results}
+    questions = list(itertools.product(range(samples), tasks, contexts, map(float, depths)))
+    answered = {(r["model"], r["sample"], r["task"], r["context"], r["depth"]) for r in results}
     with tqdm(total=len(models) * len(questions), disable=not progress, desc="needles", unit="question") as bar:
         for name, folder in models.items():
             model, tokenizer = load_model(folder, chosen)
             answerer = partial(answer_in_session, model, tokenizer)
             for sample, task, context, depth in questions:
-                if (name, sample, task, context, depth) not in answers:
+                if (name, sample, task, context, depth) not in answered:
                     bar.set_postfix_str(f"{name}, task {task} at {in_tokens(context)}")
-                    example = example_for(task, tokenizer, context, depth, sample, seed, text)
-                    result: NeedleResult = {
-                        "model": name,
-                        "task": task,
-                        "context": context,
-                        "depth": depth,
-                        "sample": sample,
-                        **ask(answerer, tokenizer, example),
-                    }
-                    answers[_question(result)] = result
-                    _write_results(out, facts, answers.values())
+                    answer = ask(answerer, tokenizer, example_for(task, tokenizer, context, depth, sample, seed, text))
+                    question = {"model": name, "task": task, "context": context, "depth": depth, "sample": sample}
+                    results.append({**question, **answer})
+                    _write_results(out, facts, results)
                 bar.update()
     from ttt_e2e.reproduce.plots import plot_needles  # matplotlib is slow to import
 
-    results = list(answers.values())
     write_text(out / "needles.md", needles_table(results, facts))
     cells: dict[tuple[str, int, int, float], list[NeedleResult]] = {}
     for result in results:
         cells.setdefault((result["model"], result["task"], result["context"], result["depth"]), []).append(result)
     plot_needles({key: (score(some)[0], _format(some, "\n")) for key, some in cells.items()}, out / "needles.png")
-    wanted = {(name, *question) for name in models for question in questions}
-    return [result for question, result in answers.items() if question in wanted]
-
-
-def _question(result: NeedleResult) -> tuple[str, int, int, int, float]:
-    return result["model"], result["sample"], result["task"], result["context"], result["depth"]
+    return results
 
 
 def _read_results(out: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[NeedleResult]]:

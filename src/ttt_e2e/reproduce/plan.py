@@ -239,8 +239,6 @@ def write_plan(comparison: Comparison, out: Path) -> dict[str, list[Any]]:
         "version": VERSION,
         "scale": json.loads(json.dumps(numbers)),
         "device": comparison.device,
-        "data": str(comparison.data),
-        "books": str(comparison.books),
         "digests": dict(comparison.digests),
         "configs": {system.name: to_dict(pretraining(scale, system, 0)) for system in comparison.systems},
         "comparisons": {},

@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from ttt_e2e.files import atomic_path
 from ttt_e2e.model.cost import in_tokens
+from ttt_e2e.reproduce.tables import TIMES
 
 _GREY = "#667085"
 
@@ -69,24 +70,13 @@ def plot_by_position(report: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_times(
-    rows: Sequence[Mapping[str, Any]],
-    panels: Mapping[str, str],
-    systems: Mapping[str, Mapping[str, str]],
-    path: Path,
-) -> None:
-    """Time per token by context, a panel for each kind of work.
-
-    Args:
-        rows: As `timing.measure` gives them.
-        panels: Titles by key of the times in `rows`.
-        systems: By name, "label" and "colour".
-        path: The PNG file to write.
-    """
+def plot_times(rows: Sequence[Mapping[str, Any]], systems: Mapping[str, Mapping[str, str]], path: Path) -> None:
+    """Time per token by context, a panel for each kind of work; `systems` have "label" and "colour"."""
+    panels = [key for key in TIMES if key == "prefill_us" or any(row[key] is not None for row in rows)]
     figure, axes = _figure(len(panels))
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+    for axis, key in zip(axes, panels, strict=True):
         _draw_times(axis, rows, key, systems)
-        axis.set_title(title, loc="left", fontsize=11)
+        axis.set_title(TIMES[key], loc="left", fontsize=11)
     axes[0].set_ylabel("microseconds per token")
     _legend(figure, axes[0])
     _save(figure, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_e2e import __version__
+from ttt_e2e.evaluation.documents import standard_error
 from ttt_e2e.files import write_text
 from ttt_e2e.hardware import machine
 from ttt_e2e.reproduce import tables
@@ -18,9 +19,11 @@ from ttt_e2e.reproduce.plan import (
     training_jobs,
 )
 from ttt_e2e.reproduce.scales import Scale
-from ttt_e2e.reproduce.statistics import Losses, difference, mean
 from ttt_e2e.reproduce.systems import BASELINE, System
 from ttt_e2e.reproduce.workers import result_of
+
+Losses = Mapping[int, Mapping[str, float]]
+"""Mean losses by seed and by book."""
 
 
 def write_report(comparison: Comparison, out: Path, problems: Mapping[str, str]) -> None:
@@ -43,17 +46,11 @@ def write_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
 def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str]) -> dict[str, Any]:
     """All that is known, as plain values.
 
-    Keys:
-        plan: plan.json, without the paths of the data.
-        machine, version: What it was measured on and with.
-        finished, hours: Whether all jobs are done, and the time that they took together.
-        systems: By name the label, parameters and sweep of each system, first stages among them.
-        evaluations: The results of all evaluations: losses by book and by position.
-        comparison: For each system and context its mean loss, the loss with frozen fast weights, and the difference
-            from the baseline.
-        by_position: The same by position in the sequence, at the longest context that the baseline was evaluated at.
-        latency: Microseconds per token by system and context.
-        failed: By job, what went wrong.
+    "plan" is plan.json. "finished", "hours": whether all jobs are done, and the time that they took together.
+    "systems": by name the label, parameters and sweep of each system, first stages among them. "evaluations": the
+    results of all evaluation jobs. "comparison": for each system and context the mean loss, also with frozen fast
+    weights, and the difference from the baseline. "by_position": the same by position in the sequence, at the longest
+    context of the baseline. "latency": microseconds per token. "failed": by job, what went wrong.
     """
     jobs = [*training_jobs(comparison), *latency_jobs(comparison)]
     starts = [(system.weights_from or system).starts_from for system in comparison.systems]
@@ -65,12 +62,11 @@ def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
         if job.system is not None and "books" in results.get(job.folder, {})
     ]
     failed = dict(problems) | {folder: result["failed"] for folder, result in results.items() if "failed" in result}
-    plan = {key: value for key, value in read_plan(out).items() if key not in ("data", "books")}
     return {
         "name": comparison.name,
         "baseline": BASELINE[comparison.name],
         "version": __version__,
-        "plan": plan,
+        "plan": read_plan(out),
         "machine": machine(comparison.device),
         "finished": len(results) == len(jobs) and not failed,
         "hours": sum(result["seconds"] for result in results.values()) / 3600,
@@ -159,3 +155,34 @@ def _by_position(comparison: Comparison, evaluations: list[dict[str, Any]]) -> d
         if bins[0]["loss"] is not None:
             rows.append({"system": system.name, "bins": bins})
     return {"context": context, "position_edges": edges, "rows": rows}
+
+
+def mean(losses: Losses) -> dict[str, Any] | None:
+    """The mean over seeds of the means over books; None if there are none. Every seed has the same books.
+
+    "books_error": standard error over books, each book's value being its mean over seeds. "seeds_error": over seeds.
+    An error over fewer than two values is None.
+    """
+    if not losses:
+        return None
+    by_seed = [sum(books.values()) / len(books) for books in losses.values()]
+    names = next(iter(losses.values()))
+    by_book = [sum(books[name] for books in losses.values()) / len(losses) for name in names]
+    return {
+        "mean": sum(by_seed) / len(by_seed),
+        "books_error": standard_error(by_book),
+        "seeds_error": standard_error(by_seed),
+        "books": len(by_book),
+        "seeds": len(by_seed),
+    }
+
+
+def difference(losses: Losses, baseline: Losses) -> dict[str, Any] | None:
+    """The mean of `losses` minus `baseline`, paired by book and by seed; None if they have no seed in common."""
+    return mean(
+        {
+            seed: {name: loss - baseline[seed][name] for name, loss in books.items()}
+            for seed, books in losses.items()
+            if seed in baseline
+        }
+    )

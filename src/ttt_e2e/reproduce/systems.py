@@ -51,7 +51,6 @@ SYSTEMS = (
     _TTT_E2E,
     System("full-prefix", "TTT-E2E over full attention", "#64b5f6", "-full-prefix"),
 )
-_NOT_BY_DEFAULT = "full-prefix"  # it is not in the paper's figure
 
 # Most pretrained Transformers have no norms after the sub-layers. With them, a new fast MLP could not start small.
 _PLAIN = ("post_norm=false",)
@@ -89,18 +88,13 @@ def comparison_systems(comparison: str, scale: Scale) -> tuple[System, ...]:
     return SYSTEMS if comparison == "figure1" else WARM_STARTS
 
 
-def default_names(comparison: str, scale: Scale) -> tuple[str, ...]:
-    """The names of the systems that are compared unless the user names some."""
-    return tuple(s.name for s in comparison_systems(comparison, scale) if s.name != _NOT_BY_DEFAULT)
-
-
 def choose(comparison: str, scale: Scale, names: list[str] | None) -> tuple[System, ...]:
-    """The systems called `names` (None: the default ones) and the baseline, in their usual order.
+    """The systems called `names` (None: all but full-prefix, as in the paper) and the baseline, in their usual order.
 
     Raises UserError for an unknown name.
     """
     known = {system.name: system for system in comparison_systems(comparison, scale)}
-    wanted = {BASELINE[comparison], *(default_names(comparison, scale) if names is None else names)}
+    wanted = {BASELINE[comparison], *(set(known) - {"full-prefix"} if names is None else names)}
     for name in sorted(wanted - set(known)):
         raise UserError(f"There is no system {name!r} in {comparison}; there are: {', '.join(known)}.")
     return tuple(system for name, system in known.items() if name in wanted)

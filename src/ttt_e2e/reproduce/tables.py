@@ -1,9 +1,12 @@
-"""The tables of a comparison's report, as markdown."""
+"""Tables in markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ttt_e2e.model.cost import in_tokens
+
+TIMES = {"prefill_us": "reading a text", "decode_us": "writing one token after it", "train_us": "training on it"}
+"""What the times in a `timing.LatencyRow` are for."""
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -84,26 +87,31 @@ def comparison_tables(report: dict[str, Any]) -> str:
             if "inner_lr" in e
         ],
     )
-    add(
-        "Microseconds per token (~: interpolated from segments of the text)",
-        ["system", "context", "prefill", "decode"],
-        [
-            [
-                systems[row["system"]]["label"],
-                in_tokens(row["context"]),
-                microseconds(row["prefill_us"], row["whole"]),
-                microseconds(row["decode_us"]),
-            ]
-            for row in report["latency"]
-        ],
-    )
+    lines += time_tables(report["latency"], systems)
     add("What went wrong", ["job", "why"], [[job, why.replace("|", "/")] for job, why in report["failed"].items()])
     return "\n".join(lines)
 
 
-def microseconds(value: float | None, whole: bool = True) -> str:
-    """A cell of a table of times; not `whole`: interpolated."""
-    return "-" if value is None else f"{'' if whole else '~'}{value:,.1f}"
+def time_tables(rows: Sequence[Mapping[str, Any]], systems: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines of a table for each kind of work in `rows`, see `timing.LatencyRow`; "label" of `systems` is shown."""
+    contexts = sorted({row["context"] for row in rows})
+    lines = []
+    for key, title in TIMES.items():
+        if any(row[key] is not None for row in rows):
+            cells = {
+                (row["system"], row["context"]): f"{'' if row['whole'] or key != 'prefill_us' else '~'}{row[key]:,.1f}"
+                for row in rows
+                if row[key] is not None
+            }
+            table = [
+                [systems[name]["label"], *(cells.get((name, context), "-") for context in contexts)]
+                for name in dict.fromkeys(row["system"] for row in rows)
+            ]
+            lines += [f"## Time for {title} (medians in microseconds per token)", ""]
+            lines += markdown_table(["system", *map(in_tokens, contexts)], table)
+    if lines:
+        lines += ["~: interpolated from segments of the text. -: does not fit into memory, or was not measured.", ""]
+    return lines
 
 
 def _mean(value: dict[str, Any] | None, sign: str) -> str:

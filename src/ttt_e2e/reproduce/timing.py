@@ -113,7 +113,7 @@ def measure(
 def _measure_work(
     context: int, models: Mapping[str, ModelConfig], is_training: bool, setup: Setup
 ) -> dict[tuple[str, str], float]:
-    """Times by system and figure. As many systems take turns as memory has room for."""
+    """Times by system and figure."""
     make_timers, needed_bytes = (_training, training_bytes) if is_training else (_reading, reading_bytes)
     needs = {name: needed_bytes(config, context, setup) for name, config in models.items()}
     times: dict[tuple[str, str], float] = {}
@@ -130,22 +130,14 @@ def _measure_work(
     return times
 
 
-def group_by_memory(needs: dict[str, float], memory: float, try_all: bool) -> list[list[str]]:
-    """Names in groups that need at most `memory` together, in their order.
+def group_by_memory(needs: Mapping[str, float], memory: float, try_all: bool) -> list[list[str]]:
+    """The names that take turns together: all, if they fit into `memory`, or else each alone that fits.
 
-    A name that needs more by itself has a group of its own if `try_all`, and is left out otherwise.
+    try_all: whether a name is tried that does not fit alone.
     """
-    groups: list[list[str]] = []
-    used = memory
-    for name, need in needs.items():
-        if need > memory and not try_all:
-            continue
-        if used + need > memory:
-            groups.append([])
-            used = 0.0
-        groups[-1].append(name)
-        used += need
-    return groups
+    if sum(needs.values()) <= memory:
+        return [list(needs)]
+    return [[name] for name, need in needs.items() if need <= memory or try_all]
 
 
 def take_turns(timers: dict[tuple[str, str], Timer], seconds: float) -> dict[tuple[str, str], float]:
@@ -248,12 +240,12 @@ class RandomReading:
 
     def __init__(self, config: ModelConfig, context: int, setup: Setup) -> None:
         self.setup, self.context = setup, context
-        self.model = make_model(config, setup.device).requires_grad_(False)
+        self.model, self.tokens_1T = make_random(config, context, setup.device)
+        self.model.requires_grad_(False)
         learned = {id(p) for block in self.model.suffix for p in block.fast.parameters()}
         for parameter in self.model.parameters():
             if parameter.dim() > 1 and id(parameter) not in learned:
                 parameter.data = parameter.data.to(setup.dtype)
-        self.tokens_1T = random_tokens(config, context + 1, setup.device)
         self.learns = bool(self.model.suffix)
         self.segment = segment_tokens(config, setup.device)
         self.whole_fits = self.learns or reading_bytes(config, context, setup, context) <= setup.memory
@@ -342,8 +334,7 @@ def _reading(config: ModelConfig, context: int, setup: Setup) -> dict[str, Timer
 
 def _training(config: ModelConfig, context: int, setup: Setup) -> dict[str, Timer]:
     """The timer of loss and backward pass."""
-    model = make_model(config, setup.device)
-    tokens_1T = random_tokens(config, context + 1, setup.device)
+    model, tokens_1T = make_random(config, context, setup.device)
 
     def step() -> None:
         sequence_loss(model, tokens_1T, activation_checkpointing="mini-batch", dtype=setup.dtype).loss.backward()
@@ -352,13 +343,9 @@ def _training(config: ModelConfig, context: int, setup: Setup) -> dict[str, Time
     return {"train": lambda: seconds_of(step, setup.device) / context}
 
 
-def make_model(config: ModelConfig, device: torch.device) -> Transformer:
-    """A model with random weights, drawn on the device."""
+def make_random(config: ModelConfig, context: int, device: torch.device) -> tuple[Transformer, Tensor]:
+    """A model with random weights, drawn on the device, and a row of random tokens, [1, context + 1]."""
     with device:
-        return Transformer(config, torch.Generator(device).manual_seed(SEED))
-
-
-def random_tokens(config: ModelConfig, count: int, device: torch.device) -> Tensor:
-    """One row of random tokens, [1, count]."""
+        model = Transformer(config, torch.Generator(device).manual_seed(SEED))
     generator = torch.Generator().manual_seed(SEED)
-    return torch.randint(config.vocab_size, (1, count), generator=generator).to(device)
+    return model, torch.randint(config.vocab_size, (1, context + 1), generator=generator).to(device)

@@ -25,27 +25,20 @@ from ttt_e2e.reproduce.plan import JOB, LOG, RESULT, Job
 
 _POLL_SECONDS = 0.05
 
-JobSettings = Callable[[Job, Mapping[str, dict[str, Any]]], dict[str, Any]]
-
 
 @dataclass
 class Outcome:
     """How a call of `run` ended."""
 
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By job, those of earlier calls included. A result may be that the job "failed"."""
-
-    problems: dict[str, str] = field(default_factory=dict)
-    """By job, why it could not be done this time."""
-
-    interrupted: bool = False
-    """Whether Ctrl-C ended the call."""
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # by job; one may say that it "failed"
+    problems: dict[str, str] = field(default_factory=dict)  # by job, why it could not be done this time
+    interrupted: bool = False  # by Ctrl-C
 
 
 def run(
     jobs: list[Job],
     out: Path,
-    settings: JobSettings,
+    settings: Callable[[Job, Mapping[str, dict[str, Any]]], dict[str, Any]],
     *,
     lock: int,
     num_workers: int,
