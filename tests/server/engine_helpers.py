@@ -53,7 +53,7 @@ def with_engine(
 
     async def main() -> _T:
         store = Store(folder)
-        engine = Engine(template.model, TOKENIZER, store, dtype=template.dtype, learn=template.learn, **options)
+        engine = Engine(template.fork(), store, **options)
         await engine.start()
         try:
             return await asyncio.wait_for(work(engine), PATIENCE)
@@ -117,10 +117,10 @@ def diverging_at(position: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """Inside, learning seems to diverge at the mini-batch after `position` tokens."""
     original = divergence.find_divergence
 
-    def find_divergence(losses: np.ndarray, norm: float, at: int, **more: Any) -> divergence.Finding | None:
+    def find_divergence(losses: np.ndarray, norm: float, at: int, *rest: Any, **more: Any) -> divergence.Finding | None:
         if at == position:
             return divergence.Finding("this is made up", bad_update=False)
-        return original(losses, norm, at, **more)
+        return original(losses, norm, at, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(divergence, "find_divergence", find_divergence)

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 from engine_helpers import (
-    F64,
-    MODEL,
-    TOKENIZER,
+    TEMPLATE,
     HeldText,
     assert_same,
     collect,
@@ -232,7 +230,7 @@ def test_stop_lets_running_requests_finish(tmp_path: Path) -> None:
     held = HeldText(text_of(1))
 
     async def main() -> str:
-        engine = Engine(MODEL, TOKENIZER, Store(tmp_path / "data"), dtype=F64)
+        engine = Engine(TEMPLATE.fork(), Store(tmp_path / "data"))
         await engine.start()
         id = (await engine.sessions.create("me")).id
         reading = asyncio.create_task(collect(engine.read("me", id, held)))
@@ -256,7 +254,7 @@ def test_stop_ends_requests_that_take_too_long(tmp_path: Path, endless: int) -> 
     held = HeldText(text_of(2))
 
     async def main() -> str:
-        engine = Engine(MODEL, TOKENIZER, Store(tmp_path / "data"), dtype=F64)
+        engine = Engine(TEMPLATE.fork(), Store(tmp_path / "data"))
         await engine.start()
         id = (await engine.sessions.create("me")).id
         await read(engine, "me", id, text_of(1))

@@ -11,9 +11,11 @@ import torch
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
+from helpers import small_model
 from server_helpers import FakeEngine, TestClient
 
 from ttt_e2e.cli import serve as command
+from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.server.app import create_app
 from ttt_e2e.server.middleware.access import Limits
@@ -68,15 +70,16 @@ def test_options_reach_engine_and_settings(tmp_path: Path, monkeypatch: pytest.M
 
     given: dict[str, Any] = {}
 
-    def engine(*_: Any, **options: Any) -> Any:
-        given.update(options)
+    def engine(template: Any, store: Any, **options: Any) -> Any:
+        given.update(options, dtype=template.dtype)
         return SimpleNamespace(max_file_bytes=5000)
 
     def app(_: Any, settings: Settings) -> None:
         given.update(settings=settings)
         raise Reached
 
-    monkeypatch.setattr("ttt_e2e.cli.serve.open_model", lambda _: (None, SimpleNamespace(special={})))
+    model = small_model(vocab_size=257)
+    monkeypatch.setattr("ttt_e2e.cli.serve.open_model", lambda _: (model, Tokenizer.train([""], 257)))
     monkeypatch.setattr("ttt_e2e.server.engine.engine.Engine", engine)
     monkeypatch.setattr("ttt_e2e.server.app.create_app", app)
     monkeypatch.setattr("ttt_e2e.server.middleware.logs.configure_logging", lambda: None)

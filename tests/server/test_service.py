@@ -55,7 +55,7 @@ def model(tokenizer: Tokenizer) -> Transformer:
 
 @pytest.fixture
 def client(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[TestClient]:
-    with client_of(Engine(model, tokenizer, Store(tmp_path / "sessions"))) as client:
+    with client_of(Engine(Session(model, tokenizer), Store(tmp_path / "sessions"))) as client:
         yield client
 
 
@@ -103,7 +103,7 @@ def test_session_equals_one_without_the_service(
 def test_official_client_over_a_real_engine(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
     body: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "temperature": 0}
-    with served(Engine(model, tokenizer, Store(tmp_path / "s"))) as address:
+    with served(Engine(Session(model, tokenizer), Store(tmp_path / "s"))) as address:
         with client_at(address) as client:
             memory = {"session": read(client, TEXT)["id"]}
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as official:
@@ -140,14 +140,14 @@ def test_damaged_sessions_have_an_error_and_others_work(
     model: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     store = tmp_path / "sessions"
-    with client_of(Engine(model, tokenizer, Store(store))) as client:
+    with client_of(Engine(Session(model, tokenizer), Store(store))) as client:
         sound, damaged, short, odd = (read(client, TEXT)["id"] for _ in range(4))
     with_fact(store / f"{odd}.session", "memory_bytes", 153.5)
     for session in (damaged, short):
         content = bytearray((store / f"{session}.session").read_bytes())
         content[-20] ^= 1
         (store / f"{session}.session").write_bytes(content if session == damaged else content[:7])
-    with client_of(Engine(model, tokenizer, Store(store))) as client:
+    with client_of(Engine(Session(model, tokenizer), Store(store))) as client:
         responses = [client.post("/v1/sessions/import", content=bytes(content))]
         for session in (damaged, short):
             responses.append(client.post("/v1/completions", json={"prompt": "x", "session": session}))
@@ -174,7 +174,7 @@ def test_chat_in_a_session_continues_with_new_messages(client: TestClient) -> No
 
 
 def test_engine_limits_have_openais_form(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    engine = Engine(model, tokenizer, Store(tmp_path / "s"), max_sessions=1, max_session_tokens=20)
+    engine = Engine(Session(model, tokenizer), Store(tmp_path / "s"), max_sessions=1, max_session_tokens=20)
     with client_of(engine) as client:
         session = client.post("/v1/sessions").json()["id"]
         for response in (
@@ -191,7 +191,7 @@ def test_disconnect_leaves_the_engine_idle(
     model: Transformer, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "end_ids", frozenset())  # no generated text ends by itself
-    engine = Engine(model, tokenizer, Store(tmp_path / "s"))
+    engine = Engine(Session(model, tokenizer), Store(tmp_path / "s"))
     with served(engine) as address, client_at(address) as client:
         session = client.post("/v1/sessions").json()
         path = f"/v1/sessions/{session['id']}"

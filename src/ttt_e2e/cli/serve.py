@@ -9,7 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
-from ttt_e2e.cli.common import add_device_options, load_model
+from ttt_e2e.cli.common import add_options, open_model
 from ttt_e2e.errors import UserError
 from ttt_e2e.units import count, size
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="precision of matrix products (default: float32)",
     )
-    add_device_options(parser)
+    add_options(parser, "device", "threads")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         import asyncio
 
         from ttt_e2e.inference.load import shipped_model
+        from ttt_e2e.inference.session import Session
         from ttt_e2e.inference.session_file import DTYPES
         from ttt_e2e.server.app import create_app
         from ttt_e2e.server.chat import load_chat_format
@@ -99,13 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         configure_logging()
         store = Store(arguments.data)
-        model, tokenizer = load_model(arguments)
+        model, tokenizer = open_model(arguments)
         folder = arguments.model or shipped_model()
         engine = Engine(
-            model,
-            tokenizer,
+            Session(model, tokenizer, dtype=DTYPES[arguments.dtype]),
             store,
-            dtype=DTYPES[arguments.dtype],
             max_batch=arguments.max_batch,
             memory_bytes=arguments.memory,
             max_sessions=arguments.max_sessions,

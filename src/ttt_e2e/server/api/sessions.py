@@ -29,10 +29,6 @@ _FORM_SCHEMA = {
     "required": ["file"],
     "additionalProperties": False,
 }
-_READ_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": {EVENT_STREAM: {}}}}
-_EXPORT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The session file", "content": {_BINARY: {"schema": _BINARY_SCHEMA}}}
-}
 
 
 class SessionList(BaseModel):
@@ -97,7 +93,7 @@ def routes(engine: Engine) -> APIRouter:
     @router.post(
         "/{session}/read",
         response_model=ReadProgress,
-        responses=_READ_RESPONSES,
+        responses={200: {"content": {EVENT_STREAM: {}}}},
         openapi_extra=_request_body(
             {"text/plain": {"type": "string", "minLength": 1}, "multipart/form-data": _FORM_SCHEMA}
         ),
@@ -115,7 +111,11 @@ def routes(engine: Engine) -> APIRouter:
             return await event_stream(request, events)
         return JSONResponse(await cancel_on_disconnect(request.receive, _final(events)))
 
-    @router.get("/{session}/export", response_class=Response, responses=_EXPORT_RESPONSES)
+    @router.get(
+        "/{session}/export",
+        response_class=Response,
+        responses={200: {"content": {_BINARY: {"schema": _BINARY_SCHEMA}}}},
+    )
     async def export_session(session: str, request: Request) -> Response:
         """Download a session as a file, for import or the command line."""
         with engine.sessions.store.temporary_folder() as folder:

@@ -12,17 +12,14 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import torch
 
 from ttt_e2e.data.text import short_chunks
-from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_pool import Done, Losses, SessionPool, Token
 from ttt_e2e.inference.text_stream import TextStream
 from ttt_e2e.model.cost import state_bytes
-from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.server.engine.records import Prompt, ReadProgress, SessionNotFoundError, StoppingError, TextChunk
 from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
 from ttt_e2e.server.engine.store import Store
@@ -37,9 +34,8 @@ class Engine:
     """Reads and generates for many clients at the same time, with one model.
 
     Args:
-        model, tokenizer: As `load_model` returns them.
+        template: What new sessions are copies of: it has read nothing, and has a tokenizer.
         store: An open store; `stop` closes it.
-        dtype, learn: As for `Session`.
         max_batch: As for `SessionPool`.
         memory_bytes, max_sessions, max_session_tokens: As for `SessionRegistry`.
 
@@ -49,22 +45,19 @@ class Engine:
 
     def __init__(
         self,
-        model: Transformer,
-        tokenizer: Tokenizer,
+        template: Session,
         store: Store,
         *,
-        dtype: torch.dtype = torch.float32,
-        learn: bool = True,
         max_batch: int = 16,
         memory_bytes: int = 2 << 30,
         max_sessions: int = 100,
         max_session_tokens: int = 10_000_000,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._template = Session(model, tokenizer, learn=learn, dtype=dtype)
-        self._template.info()  # hashes the model once: all sessions are copies of this one and share the digest
-        self.sessions = SessionRegistry(self._template, store, memory_bytes, max_sessions, max_session_tokens)
-        self._worker = Worker(self._template, max_batch)
+        assert template.tokenizer is not None
+        self._template, self._tokenizer = template, template.tokenizer
+        template.info()  # hashes the model once: all sessions are copies of this one and share the digest
+        self.sessions = SessionRegistry(template, store, memory_bytes, max_sessions, max_session_tokens)
+        self._worker = Worker(template, max_batch)
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()

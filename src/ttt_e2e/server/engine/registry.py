@@ -5,11 +5,12 @@ even if its client leaves, so that disk and memory always agree. This runs in on
 """
 
 import asyncio
+import functools
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
@@ -19,6 +20,7 @@ from ttt_e2e.server.engine.records import LimitReachedError, SessionNotFoundErro
 from ttt_e2e.server.engine.store import SessionRecord, Store
 from ttt_e2e.server.engine.worker import PooledSession
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -47,6 +49,24 @@ class SessionSlot:
             return SessionSummary(id, created, error=self.error)
         size, in_memory = info.memory_bytes, self.session is not None
         return SessionSummary(id, created, info.tokens, info.text_bytes, info.text_digest, size, info.learn, in_memory)
+
+
+def _completed(
+    method: "Callable[Concatenate[SessionRegistry, _P], Coroutine[Any, Any, _T]]",
+) -> "Callable[Concatenate[SessionRegistry, _P], Coroutine[Any, Any, _T]]":
+    """Decorate a change that runs to its end even if the caller is cancelled, and is refused after `close`."""
+
+    @functools.wraps(method)
+    async def complete(self: "SessionRegistry", *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if self._closed:
+            raise StoppingError
+        task = asyncio.create_task(method(self, *args, **kwargs))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved, even if nobody waits
+        return await asyncio.shield(task)
+
+    return complete
 
 
 class SessionRegistry:
@@ -106,23 +126,18 @@ class SessionRegistry:
 
     # -- for clients -----------------------------------------------------------------------------------------------
 
+    @_completed
     async def create(self, owner: str, session: Session | None = None) -> SessionSummary:
         """Add a session, an empty one by default. Raises LimitReachedError if the owner has `max_sessions` already."""
-
-        def save() -> SessionSlot:
-            value = session or self.template
-            return SessionSlot(self.store.add(owner, value), value.info(), value)
-
-        async def create() -> SessionSummary:
-            async with self._owner_locks[owner]:
-                if len(await self.summaries(owner)) >= self._max_sessions:
-                    raise LimitReachedError(f"The limit of {self._max_sessions} sessions is reached; delete one first.")
-                slot = await asyncio.to_thread(save)
-                self._slots[slot.record.id] = slot
-                self._mark_used(slot)
-                return slot.summary()
-
-        return await self._complete(create())
+        session = session or self.template
+        async with self._owner_locks[owner]:
+            if len(await self.summaries(owner)) >= self._max_sessions:
+                raise LimitReachedError(f"The limit of {self._max_sessions} sessions is reached; delete one first.")
+            record = await asyncio.to_thread(self.store.add, owner, session)
+            slot = SessionSlot(record, await asyncio.to_thread(session.info), session)
+            self._slots[record.id] = slot
+            self._mark_used(slot)
+            return slot.summary()
 
     async def summary(self, owner: str, id: str) -> SessionSummary:
         """Describe a session; if a new version of it is being saved, that one."""
@@ -142,22 +157,19 @@ class SessionRegistry:
         """Add an independent copy of a session. Raises LimitReachedError as `create` does."""
         return await self.create(owner, await self.session(self.slot(owner, id)))
 
+    @_completed
     async def delete(self, owner: str, id: str) -> None:
         """Delete a session. Requests that use it fail with SessionNotFoundError."""
         slot = self.slot(owner, id)
-
-        async def delete() -> None:
-            async with slot.file_lock:
-                if slot.deleted:
-                    raise SessionNotFoundError
-                await asyncio.to_thread(self.store.delete, id)
-                slot.deleted = True
-                del self._slots[id]
-                self._in_memory.pop(id, None)
-            for pooled in list(slot.pooled):
-                pooled.fail(SessionNotFoundError())
-
-        await self._complete(delete())
+        async with slot.file_lock:
+            if slot.deleted:
+                raise SessionNotFoundError
+            await asyncio.to_thread(self.store.delete, id)
+            slot.deleted = True
+            del self._slots[id]
+            self._in_memory.pop(id, None)
+        for pooled in list(slot.pooled):
+            pooled.fail(SessionNotFoundError())
 
     async def export_session(self, owner: str, id: str, target: Path) -> None:
         """Write a session to the new file `target`, whole or not at all."""
@@ -193,23 +205,17 @@ class SessionRegistry:
         self._mark_used(slot)
         return session
 
+    @_completed
     async def replace(self, slot: SessionSlot, session: Session) -> SessionSummary:
         """Save the next version of a session; once it is on disk it becomes the current one."""
-
-        def save() -> SessionInfo:
-            self.store.save(slot.record.id, session)
-            return session.info()
-
-        async def replace() -> SessionSummary:
-            async with slot.file_lock:
-                if slot.deleted:
-                    raise SessionNotFoundError
-                slot.info = await asyncio.to_thread(save)
-                slot.session = session
-                self._mark_used(slot)
-                return slot.summary()
-
-        return await self._complete(replace())
+        async with slot.file_lock:
+            if slot.deleted:
+                raise SessionNotFoundError
+            info = await asyncio.to_thread(session.info)
+            await asyncio.to_thread(self.store.save, slot.record.id, session)
+            slot.info, slot.session = info, session
+            self._mark_used(slot)
+            return slot.summary()
 
     def _find(self, record: SessionRecord) -> SessionSlot:
         try:
@@ -228,14 +234,3 @@ class SessionRegistry:
         self._in_memory[slot.record.id] = slot
         while self._in_memory and self._bytes_in_memory() > self._memory_bytes:
             self._in_memory.pop(next(iter(self._in_memory))).session = None
-
-    async def _complete(self, change: Coroutine[Any, Any, _T]) -> _T:
-        """Run a change to its end, even if the caller is cancelled."""
-        if self._closed:
-            change.close()
-            raise StoppingError
-        task = asyncio.create_task(change)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved, even if nobody waits
-        return await asyncio.shield(task)
