@@ -24,7 +24,7 @@ _LOCK_POLL_SECONDS = 0.2
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file or a folder to; it becomes `target` if the block ends without an exception.
+    """Yield a temporary path for a file or a folder, which becomes `target` if the block ends without an exception.
 
     Only then is an existing `target` replaced (a file by one rename, a folder by two). After an exception the temporary
     path is removed and `target` is unchanged. Raises UserError if the disk is full or `target` cannot be written.
