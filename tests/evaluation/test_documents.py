@@ -1,4 +1,4 @@
-"""Whole documents at once give what a session gives for each by itself."""
+"""Whole documents read at once give what a session gives for each alone."""
 
 import json
 
@@ -10,6 +10,7 @@ from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.evaluation.documents import evaluate_documents, format_report
+from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.session import Session
 
 TEXT = "".join(f"Day {i}: the wind came from {'north' if i % 3 else 'the sea'}.\n" for i in range(60))
@@ -24,7 +25,7 @@ def alone(document: Document, learn: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_equals_sessions_one_by_one(batch: int) -> None:
+def test_evaluation_equals_sessions_alone(batch: int) -> None:
     report = evaluate_documents(MODEL, TOKENIZER, DOCUMENTS, batch=batch, progress=False)
     assert [result.name for result in report.documents] == [document.name for document in DOCUMENTS]
     gains = []
@@ -57,20 +58,20 @@ def test_equals_sessions_one_by_one(batch: int) -> None:
         assert (bin_.loss, bin_.loss_without) == pytest.approx(means, abs=1e-5)
 
 
-def test_max_tokens() -> None:
+def test_max_tokens_limits_each_document() -> None:
     report = evaluate_documents(MODEL, TOKENIZER, DOCUMENTS[:2], max_tokens=33, progress=False)
     assert all(result.tokens <= 33 for result in report.documents)
     assert report.documents[0].loss == pytest.approx(alone(DOCUMENTS[0], True)[:33].mean(), abs=1e-5)
 
 
-def test_a_standard_model() -> None:
+def test_standard_model_has_no_gain() -> None:
     model = small_model(vocab_size=TOKENIZER.vocab_size, suffix_layers=0)
     report = evaluate_documents(model, TOKENIZER, DOCUMENTS, progress=False)
     assert report.gain is None and report.documents[0].loss_without is None
     assert "mean over documents" in format_report(report)
 
 
-def test_table_and_json() -> None:
+def test_report_as_table_and_json() -> None:
     report = evaluate_documents(MODEL, TOKENIZER, DOCUMENTS, progress=False)
     lines = format_report(report).splitlines()
     assert sum(line.startswith("d") for line in lines) == 1 + len(DOCUMENTS)  # with the head, "document"
@@ -78,8 +79,14 @@ def test_table_and_json() -> None:
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def test_nothing_to_evaluate() -> None:
+def test_no_documents_and_invalid_batch_are_rejected() -> None:
     with pytest.raises(UserError, match="no documents"):
         evaluate_documents(MODEL, TOKENIZER, [], progress=False)
     with pytest.raises(UserError, match="at least 1"):
         evaluate_documents(MODEL, TOKENIZER, DOCUMENTS, batch=0, progress=False)
+
+
+def test_divergence_names_the_document() -> None:
+    model = small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=1e30)
+    with pytest.raises(Diverged, match=r"the loss at tokens 5 to 10 of d3 is .*--max-tokens"):
+        evaluate_documents(model, TOKENIZER, DOCUMENTS, progress=False)

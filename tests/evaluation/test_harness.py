@@ -1,4 +1,4 @@
-"""The evaluation harness `lm-eval` on our models: its numbers against those that a session gives."""
+"""Models under `lm-eval`, the evaluation harness: its numbers against those that a session gives."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from helpers import small_model
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.load import load_model
 from ttt_e2e.inference.session import Session
 from ttt_e2e.model.checkpoint import save_model
@@ -22,13 +23,13 @@ from ttt_e2e.evaluation.harness import HarnessModel  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOKENIZER_CONFIG = ["red", "green", "blue", "fish", "bird", "tree", "sings", "swims", "grows"]
+WORDS = ["red", "green", "blue", "fish", "bird", "tree", "sings", "swims", "grows"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: mini-batches of 5 tokens, and a learning rate that moves something."""
-    tokenizer = Tokenizer.train([" ".join(TOKENIZER_CONFIG)] * 3, 280)
+    tokenizer = Tokenizer.train([" ".join(WORDS)] * 3, 280)
     model = small_model(vocab_size=tokenizer.vocab_size, inner_loop__lr=0.3)
     folder = tmp_path_factory.mktemp("harness") / "model"
     save_model(model, folder, None)
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sentence(count: int, seed: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(TOKENIZER_CONFIG, count))
+    return " ".join(np.random.default_rng(seed).choice(WORDS, count))
 
 
 def twin(folder: Path, context: str, continuation: str, learn: bool) -> tuple[float, bool]:
@@ -70,7 +71,7 @@ def test_continuations_are_scored_as_a_session_reads_them(folder: Path, learn: b
         assert found[7][0] != pytest.approx(twin(folder, *pairs[7], False)[0], abs=1e-3)
 
 
-def test_what_is_written_greedily_is_scored_as_greedy(folder: Path) -> None:
+def test_greedy_generation_is_scored_as_greedy(folder: Path) -> None:
     lm = HarnessModel(str(folder))
     context = sentence(12, 3)
     request = Instance("generate_until", {}, (context, {"until": [], "max_gen_toks": 6}), 0)
@@ -84,7 +85,7 @@ def test_what_is_written_greedily_is_scored_as_greedy(folder: Path) -> None:
     assert [greedy for _, greedy in scores] == [True, False] and scores[0][0] > scores[1][0]
 
 
-def test_a_repeated_request_is_another_draw(folder: Path) -> None:
+def test_repeated_request_draws_another_text(folder: Path) -> None:
     lm = HarnessModel(str(folder))
     request = Instance(
         "generate_until", {}, ("red fish", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.0}), 0
@@ -94,16 +95,16 @@ def test_a_repeated_request_is_another_draw(folder: Path) -> None:
     assert lm.generate_until([request], True) == [one]
 
 
-def test_few_logits_at_once_are_the_same_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_the_logits_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = HarnessModel(str(folder))
-    requests = [Instance("loglikelihood", {}, ("red", f" {word}"), i) for i, word in enumerate(TOKENIZER_CONFIG[:5])]
+    requests = [Instance("loglikelihood", {}, ("red", f" {word}"), i) for i, word in enumerate(WORDS[:5])]
     expected = lm.loglikelihood(requests, disable_tqdm=True)
     monkeypatch.setattr("ttt_e2e.evaluation.harness.MAX_LOGITS", 1)
     for found, whole in zip(lm.loglikelihood(requests, disable_tqdm=True), expected, strict=True):
         assert found[0] == pytest.approx(whole[0], abs=1e-5) and found[1] == whole[1]
 
 
-def test_stop_strings_end_the_writing(folder: Path) -> None:
+def test_generation_ends_before_a_stop_string(folder: Path) -> None:
     lm = HarnessModel(str(folder))
     whole = lm.generate_until([Instance("generate_until", {}, ("red fish", {"max_gen_toks": 40}), 0)], True)[0]
     stop = whole[5:8]
@@ -112,7 +113,7 @@ def test_stop_strings_end_the_writing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("learn", ["true", "False"])
-def test_a_whole_text_is_read_as_one(folder: Path, learn: str) -> None:
+def test_rolling_loglikelihood_is_that_of_the_whole_text(folder: Path, learn: str) -> None:
     text = sentence(60, 5)
     found = HarnessModel(str(folder), learn=learn).loglikelihood_rolling(
         [Instance("loglikelihood_rolling", {}, (text,), 0)], True
@@ -121,20 +122,33 @@ def test_a_whole_text_is_read_as_one(folder: Path, learn: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"learn": "perhaps"}, "learn must be true or false"),
         ({"dtype": "int8"}, "no dtype"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"pretrained": "nowhere"}, "nowhere"),
     ],
 )
-def test_what_does_not_fit_is_refused(folder: Path, options: dict, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_invalid_arguments_are_rejected(folder: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         HarnessModel(**{"pretrained": str(folder), **options})
 
 
-def test_a_task_from_local_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folder_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        HarnessModel(str(tmp_path / "nowhere"))
+
+
+def test_divergence_is_an_error_and_not_a_score(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train([" ".join(WORDS)] * 3, 280)
+    save_model(small_model(vocab_size=tokenizer.vocab_size, inner_loop__lr=1e30), tmp_path / "model", None)
+    tokenizer.save(tmp_path / "model" / "tokenizer.json")
+    request = Instance("loglikelihood", {}, ("red", " " + sentence(40, 1)), 0)
+    with pytest.raises(Diverged, match=r"the loss at tokens 5 to 10 is .*learn=false"):
+        HarnessModel(str(tmp_path / "model")).loglikelihood([request], disable_tqdm=True)
+
+
+def test_task_from_local_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lines = [{"question": sentence(10, n), "choices": ["fish", "bird", "tree"], "answer": n % 3} for n in range(6)]

@@ -25,10 +25,10 @@ LIMIT = 10 * math.log(50)
 )
 def test_find_divergence(loss: float, norm: float, position: int, learns: bool, expected: tuple | None) -> None:
     losses = np.array([0.0, loss, loss, 2 * loss])
-    assert find_divergence(losses, norm, position, learns=learns, vocab_size=50, text="war.txt") == expected
+    assert find_divergence(losses, norm, position, 50, learns=learns, text="war.txt") == expected
 
 
 @pytest.mark.parametrize(("position", "learns"), [(0, True), (5, False)])
 def test_find_divergence_blames_the_model_if_nothing_was_learned(position: int, learns: bool) -> None:
     with pytest.raises(Diverged, match="nothing was learned; its weights are not fit for use"):
-        find_divergence(np.array([math.nan]), 0.0, position, learns=learns, vocab_size=50)
+        find_divergence(np.array([math.nan]), 0.0, position, 50, learns=learns)

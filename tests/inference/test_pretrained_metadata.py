@@ -1,4 +1,4 @@
-"""What a pretrained model brings along: its chat template with special tokens, and the tokens that end a text."""
+"""Chat templates with special tokens, and the tokens that end a text."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ CHATML = """{%- for message in messages %}
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello {{ 7 * 7 }}"}]
 
 
-def words(special: list[str] = SPECIAL) -> Tokenizer:
+def byte_tokenizer(special: list[str] = SPECIAL) -> Tokenizer:
     """Bytes as tokens, and special ones after them."""
     backend = tokenizers.Tokenizer(
         models.BPE({b: i for i, b in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
@@ -60,36 +60,36 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
-def test_a_models_template(tmp_path: Path) -> None:
+def test_chat_template_is_found_where_models_keep_it(tmp_path: Path) -> None:
     config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
     for template in (TEMPLATE, named):
         write(tmp_path, tokenizer_config={**config, "chat_template": template})
-        chat = load_chat_format(tmp_path, words())
+        chat = load_chat_format(tmp_path, byte_tokenizer())
         assert chat.prompt(TALK, False) == ['<system>"Be kind."\n<user>"Hello {{ 7 * 7 }}"\n<assistant>']
         assert chat.stop == ("</s>",)
     with pytest.raises(UserError, match="no such role"):
         chat.prompt([{"role": "developer", "content": ""}], False)
     (tmp_path / "other.jinja").write_text("{{ messages[0].content }}!")
-    assert load_chat_format(tmp_path, words(), tmp_path / "other.jinja").prompt(TALK, False) == ["Be kind.!"]
+    assert load_chat_format(tmp_path, byte_tokenizer(), tmp_path / "other.jinja").prompt(TALK, False) == ["Be kind.!"]
     (tmp_path / "chat_template.jinja").write_text("{{ messages[1].content }}?")  # where newer ones have it
-    assert load_chat_format(tmp_path, words()).prompt(TALK, False) == ["Hello {{ 7 * 7 }}?"]
+    assert load_chat_format(tmp_path, byte_tokenizer()).prompt(TALK, False) == ["Hello {{ 7 * 7 }}?"]
     (tmp_path / "chat_template.jinja").unlink()
     write(tmp_path, tokenizer_config={"chat_template": {"default": "x"}})
-    with pytest.raises(UserError, match="is no text"):
+    with pytest.raises(UserError, match="is not a string"):
         chat_template(tmp_path)
     write(tmp_path, tokenizer_config={"chat_template": ["x", {}, {"name": "rag", "template": "y"}]})
     assert chat_template(tmp_path) is None
     write(tmp_path, tokenizer_config=config)  # a template of one's own for a model without, which spells its tokens
     (tmp_path / "other.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
-    chat = load_chat_format(tmp_path, words(), tmp_path / "other.jinja")
+    chat = load_chat_format(tmp_path, byte_tokenizer(), tmp_path / "other.jinja")
     assert chat.prompt(TALK, False) == ["Be kind.</s>"] and chat.stop == ("</s>",)
     (tmp_path / "tokenizer_config.json").unlink()
     assert chat_template(tmp_path) is None
-    assert load_chat_format(tmp_path, words()).stop == ("\nUser:",)
+    assert load_chat_format(tmp_path, byte_tokenizer()).stop == ("\nUser:",)
 
 
-def test_templates_that_are_none_or_reach_out() -> None:
+def test_invalid_and_unsafe_templates_are_rejected() -> None:
     with pytest.raises(UserError, match="not a valid Jinja template"):
         ChatFormat(ChatTemplate("{% if %}", "", ""))
     for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ nothing.there.atall }}"):
@@ -98,29 +98,31 @@ def test_templates_that_are_none_or_reach_out() -> None:
 
 
 def chatml() -> ChatFormat:
-    return ChatFormat(ChatTemplate(CHATML, "", "<|im_end|>"), words().special)
+    return ChatFormat(ChatTemplate(CHATML, "", "<|im_end|>"), byte_tokenizer().special)
 
 
-def test_special_tokens_of_a_template_are_special(tmp_path: Path) -> None:
-    """As transformers encodes the same conversation."""
-    start, end = words().special["<|im_start|>"], words().special["<|im_end|>"]
+def test_special_tokens_of_a_template_become_ids(tmp_path: Path) -> None:
+    """The same ids as transformers gives."""
+    start, end = byte_tokenizer().special["<|im_start|>"], byte_tokenizer().special["<|im_end|>"]
     assert chatml().prompt(TALK, False) == [
         *(start, "system\nBe kind.", end, "\n", start, "user\nHello {{ 7 * 7 }}", end, "\n", start, "assistant\n"),
     ]
     assert chatml().stop == ()  # the token ends the answer, and its spelling does not
     transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
-    words().save(tmp_path / "tokenizer.json")
+    byte_tokenizer().save(tmp_path / "tokenizer.json")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=CHATML)
     expected = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
     parts = chatml().prompt(TALK, False)
-    assert expected == [i for part in parts for i in (words().encode(part) if isinstance(part, str) else [part])]
+    assert expected == [
+        i for part in parts for i in (byte_tokenizer().encode(part) if isinstance(part, str) else [part])
+    ]
 
 
 @given(st.lists(st.sampled_from([*SPECIAL, "<|im_", "end|>", "<", "|", ">", "\ufdd0", "user\n", " ", "é"])))
-def test_messages_hold_no_special_tokens(pieces: list[str]) -> None:
+def test_messages_cannot_contain_special_tokens(pieces: list[str]) -> None:
     content = "".join(pieces)
     parts = chatml().prompt([{"role": "user", "content": content}], False)
-    start, end = words().special["<|im_start|>"], words().special["<|im_end|>"]
+    start, end = byte_tokenizer().special["<|im_start|>"], byte_tokenizer().special["<|im_end|>"]
     said = "user\n" + content.replace("\ufdd0", "").strip()
     assert parts == [start, said, end, "\n", start, "assistant\n"]
 
@@ -128,8 +130,8 @@ def test_messages_hold_no_special_tokens(pieces: list[str]) -> None:
 # -- the end of a text -------------------------------------------------------------------------------------------------
 
 
-def test_what_ends_a_text(tmp_path: Path) -> None:
-    tokenizer = words()
+def test_end_tokens_are_bos_and_those_in_the_settings(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
     bos, end = tokenizer.special["<|endoftext|>"], tokenizer.special["<|im_end|>"]
     assert end_tokens(tmp_path, tokenizer) == {bos} == tokenizer.end_ids
     write(tmp_path, generation_config={"eos_token_id": [end, bos, 999, -1, None, "x"]})
@@ -141,9 +143,9 @@ def test_what_ends_a_text(tmp_path: Path) -> None:
         end_tokens(tmp_path, tokenizer)
 
 
-def test_writing_ends_with_it(tmp_path: Path) -> None:
+def test_generation_ends_with_an_end_token(tmp_path: Path) -> None:
     """In a session, in a pool, and wherever the model is copied to."""
-    tokenizer = words()
+    tokenizer = byte_tokenizer()
     tokenizer.save(tmp_path / "tokenizer.json")
     model = small_model(vocab_size=tokenizer.vocab_size)
     greedy = {"max_tokens": 12, "temperature": 0.0}
@@ -161,12 +163,12 @@ def test_writing_ends_with_it(tmp_path: Path) -> None:
     assert not pool.busy
 
 
-def test_it_comes_along(tmp_path: Path) -> None:
+def test_metadata_is_copied_into_models_and_exports(tmp_path: Path) -> None:
     """Into a trained model, and to transformers."""
     transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
     from ttt_e2e.hf.export import convert_to_hf
 
-    tokenizer = words()
+    tokenizer = byte_tokenizer()
     tokenizer.save(tmp_path / "tokenizer.json")
     end = tokenizer.special["<|im_end|>"]
     write(tmp_path, generation_config={"eos_token_id": end}, tokenizer_config={"eos_token": "<|im_end|>"})

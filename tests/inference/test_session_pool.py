@@ -18,7 +18,6 @@ from pool_helpers import (
     generate_alone,
     model_of,
     of,
-    pool_at,
     read_alone,
     run,
 )
@@ -243,16 +242,3 @@ def test_generation_ends_with_the_document_and_text_begins_with_bos() -> None:
     _, written, ends = of(run(pool), id)
     assert 0 < len(written) < 2000 and bos not in written and ends == [None]
     assert pool.remove(id).state().pending.tolist() == [bos]
-
-
-def test_cancel_leaves_unread_tokens_pending() -> None:
-    model, text = MODELS["window"], tokens_of(40)
-    pool = pool_at(model, [1, 1])
-    pool.submit_read(0, text)
-    pool.submit_generate(1, max_tokens=50)
-    pool.step()
-    pool.cancel(0), pool.cancel(1)
-    assert not pool.busy and pool.step() == []
-    left = pool.remove(0).state()
-    assert left.read_state.position == 5
-    np.testing.assert_array_equal(left.pending, np.concatenate((tokens_of(1), text))[5:])

@@ -145,7 +145,7 @@ def _tokenise(tokenizer: Tokenizer, document: Document, max_tokens: int | None) 
 
 def _read(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtype, bar: tqdm) -> list[np.ndarray]:
     """The losses of every text, float32. `texts` are sorted by length, the longest first."""
-    device, size = model.embedding.device, chunk_size(model, learn)
+    size, vocab_size = chunk_size(model, learn), model.config.vocab_size
     counts = [len(text.tokens) - 1 for text in texts]
     losses = [np.empty(count, np.float32) for count in counts]
     state = start_reading(model, len(texts), dtype)
@@ -163,22 +163,15 @@ def _read(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
             part = texts[row].tokens[start : stop + 1]
             ids[row, : len(part)] = part
             mask[row, : len(part) - 1] = 1
+        mask_BT = torch.from_numpy(mask).to(model.embedding.device)
         state, nll, norms = read_rows(
-            model,
-            state,
-            torch.from_numpy(ids).to(device),
-            torch.from_numpy(mask).to(device),
-            learn=learn,
-            dtype=dtype,
-            donate_state=learn,
+            model, state, list(ids), mask_Bb=mask_BT, learn=learn, dtype=dtype, donate_state=learn
         )
         for row in range(rows):
             count = min(counts[row], stop) - start
             losses[row][start : start + count] = nll[row, :count]
             norm = norms[row] if counts[row] > stop else 0.0  # nothing more is read with what was learned
-            found = find_divergence(
-                nll[row, :count], norm, start, learns=learn, vocab_size=model.config.vocab_size, text=texts[row].name
-            )
+            found = find_divergence(nll[row, :count], norm, start, vocab_size, learns=learn, text=texts[row].name)
             if found is not None:
                 raise Diverged(
                     f"Learning diverged: {found.what}. Use a model with a smaller inner_loop.lr, or --max-tokens to "

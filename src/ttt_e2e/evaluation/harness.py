@@ -187,9 +187,8 @@ class HarnessModel(TemplateLM):
             tokens_1T = torch.from_numpy(ids[: size + 1]).to(self._device)[None]
             logits_1TV, _ = forward(self._model, reader.state().read_state, tokens_1T[:, :-1], session.dtype)
             nll_1T, greedy_1T = _losses(logits_1TV, tokens_1T[:, 1:])
-            found = find_divergence(
-                nll_1T[0], 0.0, reader.position, learns=session.learn, vocab_size=self._model.config.vocab_size
-            )
+            vocab_size = self._model.config.vocab_size
+            found = find_divergence(nll_1T[0], 0.0, reader.position, vocab_size, learns=session.learn)
             if found is not None:
                 raise Diverged(
                     f"Learning diverged: {found.what}. Use a model with a smaller inner_loop.lr, or learn=false.",

@@ -175,16 +175,15 @@ class _Call:
         while ready := [i for i, pending in enumerate(self.pending) if len(pending) > b]:
             for rows in _groups(ready, lambda i: self.borders[i].position):
                 batch = gather([self.borders[i] for i in rows])
-                ids_BT = ids_tensor(self.model, [self.pending[i][: b + 1] for i in rows])
+                ids = [self.pending[i][: b + 1] for i in rows]
                 wanted = [self.wanted[i] + b - len(self.pending[i]) for i in rows]
                 if max(wanted) > 0:
-                    self._read(batch, ids_BT[:, :-1], rows, wanted)
-                after, losses_BT, norm_B = read_rows(self.model, batch.state, ids_BT, learn=True, dtype=self.dtype)
+                    self._read(batch, [row[:-1] for row in ids], rows, wanted)
+                after, losses_BT, norm_B = read_rows(self.model, batch.state, ids, learn=True, dtype=self.dtype)
                 new = BatchedState(after, tuple(position + b for position in batch.positions))
                 for row, i in enumerate(rows):
-                    found = find_divergence(
-                        losses_BT[row], norm_B[row], batch.positions[row], learns=True, vocab_size=vocab_size
-                    )
+                    position = batch.positions[row]
+                    found = find_divergence(losses_BT[row], norm_B[row], position, vocab_size, learns=True)
                     if found is not None:
                         raise UserError(
                             f"Learning diverged in row {i} of the batch: {found.what}; the cache is unchanged. "
@@ -202,8 +201,7 @@ class _Call:
         given = [i for i in range(len(starts)) if len(tokens[i])]
         for rows in _groups(given, lambda i: (len(tokens[i]), starts[i].batch.kind)):
             batch = gather([starts[i] for i in rows])
-            ids_BT = ids_tensor(self.model, [tokens[i] for i in rows])
-            after = self._read(batch, ids_BT, rows, [self.wanted[i] for i in rows])
+            after = self._read(batch, [tokens[i] for i in rows], rows, [self.wanted[i] for i in rows])
             for row, i in enumerate(rows):
                 self.ends[i] = RowRef(after, row)
 
@@ -220,8 +218,11 @@ class _Call:
                 texts.append(_Text(end, self.pending[i][:0], added[i][:0], end))
         return tuple(texts)
 
-    def _read(self, batch: BatchedState, ids_BT: Tensor, rows: Sequence[int], wanted: Sequence[int]) -> BatchedState:
+    def _read(
+        self, batch: BatchedState, ids: list[np.ndarray], rows: Sequence[int], wanted: Sequence[int]
+    ) -> BatchedState:
         """The state after all ids, without learning; keeps the logits after each row's last `wanted` ones of them."""
+        ids_BT = ids_tensor(self.model, ids)
         state, length = batch.state, ids_BT.shape[1]
         first = length - min(length, max(0, *wanted))
         size = chunk_size(self.model, learn=False)

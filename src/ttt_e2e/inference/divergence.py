@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
 
 def find_divergence(
-    losses: np.ndarray, norm: float, position: int, *, learns: bool, vocab_size: int, text: str = ""
+    losses: np.ndarray, norm: float, position: int, vocab_size: int, *, learns: bool, text: str = ""
 ) -> Finding | None:
     """What is wrong with a mini-batch; None if nothing is.
 
@@ -41,8 +41,8 @@ def find_divergence(
         losses: of its tokens, in nats [n].
         norm: of its gradient; 0 if nothing is learned from it.
         position: tokens before it.
-        learns: whether the text is learned from; the first update comes after the first mini-batch.
         vocab_size: of the model.
+        learns: whether the text is learned from; the first update comes after the first mini-batch.
         text: the text's name, for the message.
 
     Raises:
@@ -65,9 +65,9 @@ def check_mini_batch(
     losses: np.ndarray,
     norm: float,
     position: int,
+    vocab_size: int,
     *,
     learns: bool,
-    vocab_size: int,
     roll_back: Callable[[bool], tuple[int, bool]],
 ) -> None:
     """Raise Diverged if `find_divergence` finds something, after the reader went back to its last good state.
@@ -75,7 +75,7 @@ def check_mini_batch(
     roll_back: called with whether the last update is to be undone, too; returns the position after that, and whether
     the last good state was known.
     """
-    found = find_divergence(losses, norm, position, learns=learns, vocab_size=vocab_size)
+    found = find_divergence(losses, norm, position, vocab_size, learns=learns)
     if found is None:
         return
     position, known = roll_back(found.bad_update)

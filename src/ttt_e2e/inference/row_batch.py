@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.inference.streaming import ReadState, read_mini_batch
-from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
 from ttt_e2e.inner_loop.step import InnerLoopState
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.transformer import Transformer
@@ -129,42 +128,24 @@ def compact(rows: Iterable[RowRef]) -> dict[RowRef, RowRef]:
 
 
 def ids_tensor(model: Transformer, rows: Sequence[np.ndarray]) -> Tensor:
-    """Token ids of equally many tokens a row as a tensor [B, T] on the model's device."""
+    """Token ids, equally many in every row, as a tensor [B, T] on the model's device."""
     return torch.from_numpy(np.stack(rows)).to(model.embedding.device)
 
 
 def read_rows(
-    model: Transformer,
-    state: ReadState,
-    ids_BT: Tensor,
-    mask_BT: Tensor | None = None,
-    *,
-    learn: bool,
-    dtype: torch.dtype,
-    functions: LoopFunctions = EAGER,
-    donate_state: bool = False,
+    model: Transformer, state: ReadState, rows: Sequence[np.ndarray], **options: Any
 ) -> tuple[ReadState, np.ndarray, list[float]]:
-    """Read a mini-batch of every row: all ids but the last, each of which predicts the one after it.
+    """Read T tokens of every row, each of which predicts the next one.
 
     Args:
         model: to read with.
         state: of the texts so far.
-        ids_BT: token ids [B, T + 1].
-        mask_BT: 0 for predictions that do not count, [B, T]; None: all count.
-        learn, dtype, functions, donate_state: as for `read_mini_batch`.
+        rows: T + 1 token ids for every row.
+        options: as for `read_mini_batch`.
 
     Returns:
-        The state after T tokens, the losses in nats, float32 [B, T], and the norm of every row's gradient.
+        The state after T tokens, their targets' losses in nats, float32 [B, T], and the norm of every row's gradient.
     """
-    state, nll_BT, norm_B = read_mini_batch(
-        model,
-        state,
-        ids_BT[:, :-1],
-        ids_BT[:, 1:],
-        mask_BT,
-        learn=learn,
-        dtype=dtype,
-        functions=functions,
-        donate_state=donate_state,
-    )
+    ids_BT = ids_tensor(model, rows)
+    state, nll_BT, norm_B = read_mini_batch(model, state, ids_BT[:, :-1], ids_BT[:, 1:], **options)
     return state, nll_BT.float().cpu().numpy(), norm_B.tolist()

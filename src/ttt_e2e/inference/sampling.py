@@ -20,20 +20,11 @@ from ttt_e2e.errors import UserError
 class SamplingOptions:
     """How a token is drawn. Raises UserError for numbers out of range."""
 
-    temperature: float = 0.8
-    """Logits are divided by it. 0 always takes the likeliest token."""
-
-    top_k: int = 0
-    """Draw from the k likeliest tokens. 0 is all."""
-
-    top_p: float = 0.95
-    """Draw from the fewest of the likeliest tokens that have this probability together."""
-
-    min_p: float = 0.0
-    """Draw from tokens with at least this share of the likeliest token's probability."""
-
-    seed: int = 0
-    """The same seed draws the same tokens."""
+    temperature: float = 0.8  # logits are divided by it; 0 always takes the likeliest token
+    top_k: int = 0  # draw from the k likeliest tokens; 0 is all
+    top_p: float = 0.95  # draw from the fewest of the likeliest tokens that have this probability together
+    min_p: float = 0.0  # draw from tokens with at least this share of the likeliest token's probability
+    seed: int = 0  # the same seed draws the same tokens
 
     def __post_init__(self) -> None:
         for name, valid, range_ in (

@@ -140,16 +140,10 @@ class Session:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def read(self, tokens: str | np.ndarray | Iterable[int]) -> np.ndarray:
-        """Read more of the text, a string or token ids.
+        """Read more of the text; returns the losses of the tokens in full mini-batches, in nats, float32 [n].
 
-        A string is tokenised by itself; for a text that comes in parts use `read_stream`.
-
-        Returns:
-            The losses of the tokens that were scored, those of full mini-batches, in nats, float32 [n].
-
-        Raises:
-            UserError: ids are outside of the vocabulary.
-            Diverged: learning diverged; the session is back at its last good state.
+        A string is tokenised by itself; for a text that comes in parts use `read_stream`. Raises UserError for ids
+        outside of the vocabulary, and Diverged, after which the session is back at its last good state.
         """
         return np.concatenate([np.empty(0, np.float32), *self.read_chunks(tokens)])
 
@@ -173,8 +167,8 @@ class Session:
         """The losses of the pending tokens, float32 [pending]. Nothing is learned, and the session does not change."""
         if self.pending == 0:
             return np.empty(0, np.float32)
-        ids_1T = ids_tensor(self.model, [self._state.pending])
-        _, losses_1T, _ = read_rows(self.model, self._state.read_state, ids_1T, learn=False, dtype=self.dtype)
+        state, _, pending = self._state
+        _, losses_1T, _ = read_rows(self.model, state, [pending], learn=False, dtype=self.dtype)
         self._check(losses_1T[0], 0.0)
         return losses_1T[0]
 
@@ -184,7 +178,7 @@ class Session:
         after, losses_1T, norm_1 = read_rows(
             self.model,
             read_state,
-            ids_tensor(self.model, [pending[: size + 1]]),
+            [pending[: size + 1]],
             learn=self.learn,
             dtype=self.dtype,
             functions=self._functions,
@@ -201,8 +195,8 @@ class Session:
             losses,
             norm,
             self.position,
+            self.model.config.vocab_size,
             learns=self.learn,
-            vocab_size=self.model.config.vocab_size,
             roll_back=self._roll_back,
         )
 
@@ -229,15 +223,10 @@ class Session:
         return other
 
     def save(self, path: str | Path, precision: Precision = "float32") -> None:
-        """Write the session to one file, whole or not at all.
+        """Write the session to one file, whole or not at all; another session there is replaced.
 
-        Args:
-            path: the file. Another session there is replaced.
-            precision: "float32" keeps the fast weights bit for bit. "bfloat16" and "float16" keep their difference to
-                the model's, rounded, in half the space.
-
-        Raises:
-            UserError: `path` is something other than a session, or cannot be written.
+        precision: "float32" keeps the fast weights bit for bit; "bfloat16" and "float16" keep their difference to the
+        model's, rounded, in half the space. Raises UserError if `path` is anything but a session, or cannot be written.
         """
         write_session_file(Path(path), *self.pack(precision))
 
@@ -247,9 +236,8 @@ class Session:
     ) -> "Session":
         """The session in the file `path`, exactly as it was saved.
 
-        Raises:
-            UserError: the file is not a session of this version, is truncated or altered, or belongs to another model
-                or tokenizer.
+        Raises UserError if the file is not a session of this version, is truncated or altered, or belongs to another
+        model or tokenizer.
         """
         facts, tensors = read_session_file(Path(path))
         learn, dtype = facts["learn"], DTYPES[facts["dtype"]]

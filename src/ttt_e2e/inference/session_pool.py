@@ -224,7 +224,7 @@ class SessionPool:
         """Have a session generate. The events are `Token`, one at a time, then `Done`.
 
         The session itself does not change: a copy reads the prompt, and learns from its full mini-batches. To keep what
-        was generated, submit it as a read. For stop strings, look at the text and `cancel`.
+        was generated, submit it as a read. For stop strings, look at the text and remove the session.
 
         Args:
             id: of the session.
@@ -240,15 +240,6 @@ class SessionPool:
         ids = check_token_ids(prompt, self._model.config.vocab_size)
         learn = learn_from_writing and self.template.learn
         self._submit(id, GenerateRequest(ids, max_tokens, options or SamplingOptions(), learn))
-
-    def cancel(self, id: int) -> None:
-        """End a session's request in progress, without a `Done`, and drop those in its queue.
-
-        Tokens of a read that were not read yet stay pending. Raises UserError for an unknown id.
-        """
-        slot = self._slot(id)
-        slot.job = None
-        slot.queue.clear()
 
     def step(self) -> list[Event]:
         """Generate one token for every session that generates, and read one mini-batch of as many as share a call.
@@ -355,7 +346,7 @@ class SessionPool:
         after, losses_BT, norm_B = read_rows(
             self._model,
             batch.state,
-            ids_tensor(self._model, [slot.sequence.pending[: b + 1] for slot in slots]),
+            [slot.sequence.pending[: b + 1] for slot in slots],
             learn=template.learn,
             dtype=template.dtype,
             donate_state=template.learn,
@@ -368,8 +359,8 @@ class SessionPool:
                     losses_BT[i],
                     norm_B[i],
                     sequence.row.position,
+                    self._model.config.vocab_size,
                     learns=template.learn,
-                    vocab_size=self._model.config.vocab_size,
                     roll_back=partial(self._roll_back, sequence, in_place),
                 )
             except Diverged as error:
