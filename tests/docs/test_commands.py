@@ -150,10 +150,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that the documents take for given: texts, and pretrained checkpoints."""
     monkeypatch.chdir(tmp_path)
     for name, text in {
-        "BOOK.txt": TEXT[:1500],
-        "NEXT.txt": TEXT[2000:3000],
-        "HUGE.txt": TEXT[:600],
-        "MANUAL.txt": TEXT[:600],
+        "BOOK.txt": TEXT[:900],
+        "NEXT.txt": TEXT[900:1500],
+        "HUGE.txt": TEXT[:400],
+        "MANUAL.txt": TEXT[:400],
         "books/json.py": standard_library_document("json").text,
         "books/email.py": standard_library_document("email").text,
         "held-out/stories.txt": 3 * TEXT,
