@@ -18,6 +18,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.cost import cost, operations, parameters, state_bytes, table
+from ttt_e2e.model.counting import KEPT_GRAPHS
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention import inner_loop_attention
@@ -245,7 +246,7 @@ def test_training(shape: str, length: int, recompute: ActivationCheckpointing) -
     count -= 3 * (unseen_below(config, [length]) + unseen_inside(config, pieces, len(pieces) - 1))
     if recompute == "mini-batch":
         total = expected.training_recomputed
-        again = max(0, len(pieces) - tuning.KEPT_GRAPHS)
+        again = max(0, len(pieces) - KEPT_GRAPHS)
         count -= unseen_inside(config, pieces[:again], again)
     assert count == round(total * length)
 

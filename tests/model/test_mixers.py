@@ -186,7 +186,7 @@ def test_dynamic_evaluation_is_trained_like_any_other_and_learns_at_test_time() 
         ),
         (
             {"suffix_layers": 0, "mini_batch_size": None, "pattern": ("titans",)},
-            "titans learns mini-batch by mini-batch",
+            "titans learn mini-batch by mini-batch",
         ),
         (
             {"suffix_layers": 0, "sliding_window": 12, "pattern": ("titans",)},

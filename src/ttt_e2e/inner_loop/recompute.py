@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ttt_e2e.inner_loop.functions import LoopFunctions
 from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch
+from ttt_e2e.model.counting import KEPT_GRAPHS
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.ops import tuning
 
 
 def loop_parameters(model: Transformer) -> list[Tensor]:
@@ -86,13 +86,13 @@ class RecomputedLoop(torch.autograd.Function):
 
     With `keep_all` it stores all N states and recomputes each mini-batch once. Otherwise it stores one state in about
     sqrt(N), and the backward pass walks each segment forward again before it goes backward through it: about 2 sqrt(N)
-    states at any time, each mini-batch recomputed twice. The last `tuning.KEPT_GRAPHS` mini-batches are not recomputed.
+    states at any time, each mini-batch recomputed twice. The last `KEPT_GRAPHS` mini-batches are not recomputed.
     """
 
     @staticmethod
     def forward(ctx: Any, loop: SequenceLoop, *tensors: Tensor) -> Tensor:
         """Losses [B, T]. `tensors`: x of every mini-batch, the first state, and the loop's static weights."""
-        count = len(loop.batches) - min(tuning.KEPT_GRAPHS, len(loop.batches))
+        count = len(loop.batches) - min(KEPT_GRAPHS, len(loop.batches))
         length = max(1, count if loop.keep_all else round(count**0.5))
         ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
         ctx.boundaries, losses = [], []

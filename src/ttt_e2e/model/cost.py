@@ -23,10 +23,9 @@ from dataclasses import dataclass
 
 from ttt_e2e.config.schema import ModelConfig, TrainMode
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.counting import num_pairs, product_operations, projection_operations
+from ttt_e2e.model.counting import KEPT_GRAPHS, num_pairs, product_operations, projection_operations
 from ttt_e2e.model.mixers import mixer_cost
 from ttt_e2e.model.mixers.attention import attention_cost
-from ttt_e2e.ops import tuning
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def operations(config: ModelConfig, context: int, train_mode: TrainMode = "meta"
         count = -(-context // b)
         # No update follows a sequence's last mini-batch: nothing would read it.
         training += 3 * _inner_gradient(config, (count - 1) * b)
-        again = max(0, count - tuning.KEPT_GRAPHS) * b
+        again = max(0, count - KEPT_GRAPHS) * b
         recomputed = training + _loop_forward(config, again) + _inner_gradient(config, again)
     decoding = sum(m.token for m in mixers) + dense
     return Operations(prefill / context, decoding, training / context, recomputed / context)

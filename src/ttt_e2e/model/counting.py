@@ -2,6 +2,10 @@
 
 from ttt_e2e.config.schema import ModelConfig
 
+# The recomputed loop keeps the graph of this many mini-batches at the end of a sequence: the backward pass begins with
+# them, before it holds anything else, so that keeping them raises no peak.
+KEPT_GRAPHS = 2
+
 
 def product_operations(tokens: int, inputs: int, outputs: int) -> int:
     """Operations of a linear layer over some tokens."""
