@@ -56,8 +56,8 @@ def test_settings_that_do_not_fit_are_refused(assignment: str, sentence: str) ->
             ["pattern=mamba2,window", "attention_bias=true"],
             "With mamba2, neither head_dim nor biases of attention can be set",
         ),
-        (["pattern=mamba2,window", "n_groups=3"], "do not divide into mamba2.n_groups = 3"),
-        (["pattern=titans,window", "mini_batch_size=60"], "must be a multiple of the mini-batch 60"),
+        (["pattern=mamba2,window", "n_groups=3"], "do not divide into 3 groups (mamba2.n_groups)"),
+        (["pattern=titans,window", "mini_batch_size=60"], "is not a multiple of mini_batch_size 60"),
         (
             ["pattern=ttt-kvb,window", "suffix_layers=0", "mini_batch_size=none"],
             "ttt-kvb and titans learn mini-batch by mini",

@@ -242,7 +242,9 @@ class ModelConfig:
             )
         if "mamba2" in self.mixers:
             heads, groups = self.mamba2.expand * self.num_attention_heads, self.mamba2.n_groups
-            _require(heads % groups == 0, f"Mamba 2's {heads} heads do not divide into mamba2.n_groups = {groups}.")
+            _require(
+                heads % groups == 0, f"Mamba 2's {heads} heads do not divide into {groups} groups (mamba2.n_groups)."
+            )
 
     def _check_mini_batch(self) -> None:
         b, window, mixers = self.mini_batch_size, self.sliding_window, self.mixers
@@ -255,7 +257,7 @@ class ModelConfig:
                 "before they are learned; choose b <= k."
             )
         elif "titans" in mixers:
-            _require(window % b == 0, f"For titans, the window {window} must be a multiple of the mini-batch {b}.")
+            _require(window % b == 0, f"For titans, the window {window} is not a multiple of mini_batch_size {b}.")
 
     @property
     def mixers(self) -> tuple[str, ...]:
