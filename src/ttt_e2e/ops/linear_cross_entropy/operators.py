@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.implementations import triton_serves
 from ttt_e2e.ops.linear_cross_entropy import reference
@@ -21,7 +20,7 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, 
         targets_N: The true tokens [...], int64, each in [0, V). "reference" raises an error on one outside; the others
             return NaN as its loss.
         implementation: "reference" forms all logits; "tiled" is PyTorch, on any device; "triton" needs CUDA. "auto"
-            takes reference up to `tuning.REFERENCE_LOGITS` logits, else triton on CUDA if it is installed, else tiled.
+            takes triton on CUDA if it is installed, else tiled.
 
     Returns:
         The losses [...], in float32 (float64 if x is), not reduced: give masked tokens a weight of zero.
@@ -60,7 +59,7 @@ def cross_entropy_forward(
 
     The logsumexp takes no gradient. Arguments as in `linear_cross_entropy`, unchecked.
     """
-    return _choose(implementation, x_ND, weight_VD).forward(x_ND, weight_VD, targets_N)
+    return _choose(implementation, x_ND).forward(x_ND, weight_VD, targets_N)
 
 
 @torch.library.custom_op("ttt_e2e::cross_entropy_backward", mutates_args=())
@@ -74,7 +73,7 @@ def cross_entropy_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of sum(g * losses) in x [N, D] and in weight [V, D], the latter an empty tensor if not needed."""
-    chosen = _choose(implementation, x_ND, weight_VD)
+    chosen = _choose(implementation, x_ND)
     return chosen.backward(x_ND, weight_VD, targets_N, lse_N, g_N, need_weight)
 
 
@@ -90,15 +89,14 @@ def cross_entropy_double_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of <dx, a> + <dweight, c> in x [N, D], weight [V, D] and g [N]; an empty c stands for zeros."""
-    chosen = _choose(implementation, x_ND, weight_VD)
+    chosen = _choose(implementation, x_ND)
     return chosen.double_backward(x_ND, weight_VD, targets_N, lse_N, g_N, a_ND, c_VD)
 
 
-def _choose(implementation: str, x_ND: Tensor, weight_VD: Tensor) -> Any:
-    """What has the `forward`, `backward` and `double_backward` that serve these tensors."""
+def _choose(implementation: str, x_ND: Tensor) -> Any:
+    """What has the `forward`, `backward` and `double_backward` that serve x."""
     served = triton_serves(x_ND, implementation)
-    few = x_ND.shape[0] * weight_VD.shape[0] <= tuning.REFERENCE_LOGITS
-    if implementation == "reference" or (implementation == "auto" and few):
+    if implementation == "reference":
         return reference
     if implementation == "triton" or (implementation == "auto" and served and x_ND.is_cuda):
         from ttt_e2e.ops.linear_cross_entropy.triton import TritonTiled
