@@ -1,7 +1,7 @@
-"""Several texts as rows of one state: joining and leaving it, and reading a mini-batch of every row.
+"""Several texts as rows of one state: joining it, leaving it, and reading a mini-batch of every row.
 
-A text is a reference to a row (`RowRef`) of the state that it went through its last call in. Texts that stay together
-stay in that state, and go on from there without a copy; rows are copied only when one comes or goes.
+A text is a reference to a row (`RowRef`) of the state after its last call. Texts that stay together stay in that state
+and continue from there without a copy; rows are copied only when one joins or leaves.
 
 Shapes: B rows, T tokens.
 """

@@ -258,7 +258,7 @@ class Session:
         return facts, {**tensors, "pending": torch.from_numpy(self._state.pending.copy())}
 
     def unpack(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "The session") -> None:
-        """Take on the state that was packed. `learn` stays as it is. Raises UserError as `load` does."""
+        """Take on the state that was packed; `learn` does not change. Raises UserError as `load` does."""
         if facts["model"] != self._model_fingerprint:
             raise UserError(f"The session {name} belongs to another model; give the model that it was read with.")
         if facts["tokenizer"] != self._tokenizer_digest:

@@ -6,7 +6,7 @@ what people use.
 Shapes: B sequences, T tokens, b tokens of a mini-batch, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,30 +52,6 @@ class ReadState(NamedTuple):
         return self._replace(static=static, loop=self.loop.map(change))
 
 
-def stacked(states: Sequence[ReadState], rows: Sequence[int], positions: Sequence[int]) -> ReadState:
-    """Rows of several states as one state; a copy.
-
-    Args:
-        states: states of one model that have the same shapes, except for the number of slots in their caches.
-        rows: the row that is taken from each of the states.
-        positions: the number of tokens that each of these rows has read.
-    """
-    columns = zip(*(state.tensors() for state in states), strict=True)
-
-    def join(like: Tensor) -> Tensor:
-        parts = [t[row : row + 1] for row, t in zip(rows, next(columns), strict=True)]
-        if len({part.shape for part in parts}) > 1:  # caches of texts of different lengths
-            slots = max(part.shape[2] for part in parts)
-            parts = [F.pad(part, (0, 0, slots - part.shape[2], 0)) for part in parts]
-        return torch.cat(parts)
-
-    state, position_offsets_B, start = states[0].map(join), None, min(positions)
-    if max(positions) > start or any(state.position_offsets_B is not None for state in states):
-        device = states[0].tensors()[0].device
-        position_offsets_B = torch.tensor([position - start for position in positions], device=device)
-    return state._replace(position=start, position_offsets_B=position_offsets_B)
-
-
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
     """The state before the first token of `batch` texts."""
     state = initial_state(model, batch, dtype)
@@ -107,7 +83,7 @@ def read_mini_batch(
         inner_lr: inner learning rate; None for the model's own.
         dtype: of the matrix products.
         functions: `EAGER`, or compiled ones.
-        donate_state: the caller gives `state` away, whose memory nothing else uses (such as a result of `stacked`). The
+        donate_state: the caller gives `state` away, whose memory nothing else uses (such as a copy). The
             next state then takes its place, which is faster where many texts are read together. It has no effect
             where nothing is learned, and compiled functions do not support it.
 

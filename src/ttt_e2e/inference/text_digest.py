@@ -32,7 +32,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     backend = tokenizer.backend
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return None
-    # Such a tokenizer writes every byte as one character. Added tokens are written as they are, or are not text.
+    # Such a tokenizer writes every byte as one character. Added tokens are written in plain text, if at all.
     sizes = np.array([len(backend.id_to_token(i) or "") for i in range(tokenizer.vocab_size)])
     for i, added in backend.get_added_tokens_decoder().items():
         sizes[i] = 0 if added.special else len(added.content.encode())
