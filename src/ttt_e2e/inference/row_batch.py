@@ -26,7 +26,7 @@ _BATCHES_WITHOUT_LEARNING = 8
 
 
 def chunk_size(model: Transformer, learn: bool) -> int:
-    """How many tokens a text reads at once: a mini-batch, or up to eight where nothing is learned."""
+    """How many tokens a text reads at once: a mini-batch, or up to eight of them where nothing is learned."""
     b = model.config.tokens_per_read
     if learn:
         return b
