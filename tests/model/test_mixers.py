@@ -15,7 +15,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.streaming import forward, start_reading
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.kv_cache import KVCache
-from ttt_e2e.model.mixers import make_mixer
+from ttt_e2e.model.mixers import MIXER_TYPES
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import make_optimizer
 
@@ -209,11 +209,11 @@ def test_a_missing_extra_is_said(mixer: str, extra: str, monkeypatch: pytest.Mon
     fused = {f"{mixer.replace('-', '_')}.kernels": "fused"}
     config = make_config(**{**SMALL, "num_hidden_layers": 1, "intermediate_size": 8, **fused})
     with pytest.raises(UserError, match=rf"pip install 'ttt-e2e\[{extra}\]'"):
-        make_mixer(mixer, config)
+        MIXER_TYPES[mixer](config)
 
 
 def test_biases_start_at_zero_and_norms_at_one() -> None:
-    mixer = make_mixer("window", small_config(head_dim=6, attention_bias=True, attention_out_bias=True))
+    mixer = MIXER_TYPES["window"](small_config(head_dim=6, attention_bias=True, attention_out_bias=True))
     mixer.reset_parameters(0.02)
     vectors = {name: weight for name, weight in mixer.named_parameters() if weight.dim() == 1}
     assert {name: weight.unique().item() for name, weight in vectors.items()} == {

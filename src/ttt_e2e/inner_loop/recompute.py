@@ -112,9 +112,7 @@ class RecomputedLoop(torch.autograd.Function):
         """Gradients of all that `forward` was given."""
         loop: SequenceLoop = ctx.loop
         if ctx.last is None:
-            raise RuntimeError(
-                "The recomputed loop frees what it stored during backward; a second backward pass is not possible."
-            )
+            raise RuntimeError("The recomputed loop has freed what it stored: a second backward pass is not possible.")
         grad_nll = grad_outputs[0].split([batch.x_BbD.shape[1] for batch in loop.batches], 1)
         totals: list[Tensor | None] = [None] * len(loop.parameters)
         grad_x, grad_state = _go_back(loop, ctx.last, grad_nll, [], totals)
@@ -133,7 +131,7 @@ class RecomputedLoop(torch.autograd.Function):
 
 def _graph(loop: SequenceLoop, first: int, stop: int, state: InnerLoopState) -> _Graph:
     """Walk mini-batches `first` to `stop` with a graph of their own."""
-    state = _leaves(state)
+    state = state.map(lambda t: t.detach().requires_grad_())
     x_NBbD = [loop.batches[i].x_BbD.detach().requires_grad_() for i in range(first, stop)]
     with torch.enable_grad():
         _, losses, after = loop.walk(state, first, stop, x_NBbD=x_NBbD)
@@ -141,11 +139,7 @@ def _graph(loop: SequenceLoop, first: int, stop: int, state: InnerLoopState) -> 
 
 
 def _go_back(
-    loop: SequenceLoop,
-    graph: _Graph,
-    grad_nll: Sequence[Tensor],
-    grad_after: list[Tensor],
-    totals: list[Tensor | None],
+    loop: SequenceLoop, graph: _Graph, grad_nll: Sequence[Tensor], grad_after: list[Tensor], totals: list[Tensor | None]
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Gradients of a graph's x and of the state before it; those of the static weights are added to `totals`.
 
@@ -167,12 +161,3 @@ def _go_back(
         total = totals[j]
         totals[j] = g if total is None else total if g is None else total.add_(g)
     return list(gradients[:count]), [torch.zeros_like(t) if g is None else g for t, g in of_state]
-
-
-def _leaves(state: InnerLoopState) -> InnerLoopState:
-    """The same values cut from their graph, ready for gradients."""
-
-    def leaf(t: Tensor) -> Tensor:
-        return t.detach().requires_grad_()
-
-    return state.map(leaf)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from ttt_e2e.config.schema import ModelConfig, TrainMode
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.counting import KEPT_GRAPHS, num_pairs, product_operations, projection_operations
-from ttt_e2e.model.mixers import mixer_cost
+from ttt_e2e.model.mixers import MIXER_COSTS
 from ttt_e2e.model.mixers.attention import attention_cost
 
 
@@ -66,7 +66,7 @@ def cost(config: ModelConfig, context: int, dtype_bytes: int = 4, train_mode: Tr
 def parameters(config: ModelConfig) -> int:
     """How many parameters the model has, fast weights at their start included."""
     width, norms = config.hidden_size, config.pre_norm + config.post_norm
-    mixers = sum(mixer_cost(name, config, 1).parameters for name in config.mixers)
+    mixers = sum(MIXER_COSTS[name](config, 1).parameters for name in config.mixers)
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
     # Mixers, static MLPs and fast ones are sub-layers with norms of their own, but not two MLPs in parallel.
     layers = config.num_hidden_layers + (config.num_hidden_layers if config.static_mlp else config.prefix_layers)
@@ -84,7 +84,7 @@ def state_bytes(config: ModelConfig, context: int, dtype_bytes: int = 4) -> int:
     Raises UserError if there is no token.
     """
     _require_tokens(context)
-    mixers = [mixer_cost(name, config, context) for name in config.mixers]
+    mixers = [MIXER_COSTS[name](config, context) for name in config.mixers]
     return dtype_bytes * sum(m.cached for m in mixers) + 4 * (fast_weights(config) + sum(m.accumulated for m in mixers))
 
 
@@ -112,7 +112,7 @@ def operations(config: ModelConfig, context: int, train_mode: TrainMode = "meta"
     Raises UserError if there is no token.
     """
     _require_tokens(context)
-    mixers = [mixer_cost(name, config, context) for name in config.mixers]
+    mixers = [MIXER_COSTS[name](config, context) for name in config.mixers]
     dense = _mlp(config, 1, _hidden(config)) + config.suffix_layers * _additions(config, 1) + _head(config, 1)
     forward = sum(m.text for m in mixers) + context * dense
     training = sum(m.training for m in mixers) + 3 * context * dense

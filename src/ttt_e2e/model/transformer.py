@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.kv_cache import KVCache
-from ttt_e2e.model.mixers import make_mixer
+from ttt_e2e.model.mixers import MIXER_TYPES
 from ttt_e2e.model.mixers.attention import Attention
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, Positions
 from ttt_e2e.model.rope import frequencies
@@ -128,7 +128,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mixer: str, fast: bool):
         super().__init__()
         self.mixer_norm = _norm(config, config.pre_norm)
-        self.mixer = make_mixer(mixer, config)
+        self.mixer = MIXER_TYPES[mixer](config)
         self.mixer_post_norm = _norm(config, config.post_norm)
         self.parallel = config.parallel_mlp and fast
         if fast:  # in parallel, the norms of the static MLP serve both

@@ -49,11 +49,7 @@ class Attention(Mixer):
                     getattr(self, name).zero_()
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        positions: Positions,
-        state: KVCache | None = None,
-        cache_view: CacheView = ALL_FILLED,
+        self, x_BTD: Tensor, positions: Positions, state: KVCache | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, KVCache]:
         """Attend from x to the cached tokens and to x itself; see `Mixer.forward`. Memory is linear in T."""
         return self.forward_with_vjp(x_BTD, positions, state, cache_view, second_order=False)[:2]

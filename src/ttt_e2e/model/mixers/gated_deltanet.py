@@ -76,11 +76,7 @@ class GatedDeltaNet(Mixer):
             self.dt_bias.copy_(dt_A + torch.log(-torch.expm1(-dt_A)))  # the inverse of softplus
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        positions: Positions,
-        state: DeltaState | None = None,
-        cache_view: CacheView = ALL_FILLED,
+        self, x_BTD: Tensor, positions: Positions, state: DeltaState | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, DeltaState]:
         """Write every token to the memory, then read it; see `Mixer.forward`. Memory is linear in T."""
         conv_BWC, rule_BAKK = (None, None) if state is None else state

@@ -75,11 +75,7 @@ class Mamba2(Mixer):
             self.dt_bias.copy_(dt_H + (-torch.expm1(-dt_H)).log())  # softplus of it is dt
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        positions: Positions,
-        state: Mamba2State | None = None,
-        cache_view: CacheView = ALL_FILLED,
+        self, x_BTD: Tensor, positions: Positions, state: Mamba2State | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, Mamba2State]:
         """See `Mixer.forward`. Memory is linear in T."""
         conv_BUC, ssm_BHPN = (None, None) if state is None else state

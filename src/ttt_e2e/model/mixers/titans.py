@@ -104,11 +104,7 @@ class Titans(Mixer):
                 bias_H.fill_(value)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        positions: Positions,
-        state: TitansState | None = None,
-        cache_view: CacheView = ALL_FILLED,
+        self, x_BTD: Tensor, positions: Positions, state: TitansState | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, TitansState]:
         """Read the memory, attend, gate, and train the memory, mini-batch by mini-batch; see `Mixer.forward`.
 

@@ -66,11 +66,7 @@ class TTTKVB(Mixer):
             self.step_bias.zero_()
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        positions: Positions,
-        state: TTTKVBState | None = None,
-        cache_view: CacheView = ALL_FILLED,
+        self, x_BTD: Tensor, positions: Positions, state: TTTKVBState | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, TTTKVBState]:
         """Attend, read the memory, and train it with every mini-batch that x completes; see `Mixer.forward`.
 
