@@ -59,8 +59,8 @@ def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: ob
 
 
 @contextmanager
-def plain_twins() -> Iterator[None]:
-    """The plain twins of all operators, as a compiler is given them."""
+def reference_operators() -> Iterator[None]:
+    """The definitions of all operators in place of the fast functions, as a compiler is given them."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("attention.inner_loop", "clipped_step", "elementwise"):
             patch.setattr(f"ttt_e2e.ops.{module}.is_compiling", lambda: True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import plain_twins, small_config, small_model
+from helpers import reference_operators, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -116,7 +116,7 @@ def test_the_inner_gradient_is_autograds(shape: str, length: int) -> None:
     """The chain of pulls gives the losses and the outer gradient that autograd gives through its own inner gradient."""
     model = small_model(F64, **SHAPES[shape])
     written_out = gradient(model, tokens(length), bos=3)
-    with plain_twins():
+    with reference_operators():
         loss, grad = gradient(model, tokens(length), bos=3, functions=EAGER._replace(inner_step=by_reference))
     assert loss == pytest.approx(written_out[0], rel=1e-12)
     torch.testing.assert_close(grad, written_out[1], rtol=1e-9, atol=1e-12)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import plain_twins, small_config, small_model
+from helpers import reference_operators, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -114,7 +114,7 @@ def test_the_outer_gradient_equals_that_of_whole_matrices(shape: str, recompute:
     model = small_model(F64, **RANKS[shape])
     out = sequence_loss(model, tokens(23), dtype=F64, activation_checkpointing=recompute)
     ours = torch.autograd.grad(out.loss, tuple(model.parameters()))
-    with plain_twins(), pytest.MonkeyPatch.context() as patch:
+    with reference_operators(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("ttt_e2e.model.transformer.low_rank_mlp", by_whole_matrices)
         plain = sequence_loss(model, tokens(23), dtype=F64, functions=EAGER._replace(inner_step=by_reference))
         theirs = torch.autograd.grad(plain.loss, tuple(model.parameters()))

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import plain_twins
+from helpers import reference_operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -79,7 +79,7 @@ def test_vjp_equals_the_definition_and_skips_empty_slots(
     slots = [torch.cat((torch.full_like(x[:, :, :1], 7.0).expand(-1, -1, empty, -1), x), 2) for x in (k, v)]
     results = []
     for plain, padded in ((False, False), (True, False), (False, True), (True, True)):
-        with plain_twins() if plain else nullcontext():
+        with reference_operators() if plain else nullcontext():
             keys = (q, *slots) if padded else (q, k, v)
             y, vjp = inner_loop_attention(*keys, window, torch.tensor(empty) if padded else None)
             outputs = [y, *vjp(g)]

@@ -9,7 +9,7 @@
 `reference.py` holds the formulas, as plain PyTorch; `tiled.py` and `triton.py` compute the same tile by tile, and
 `operators.py` chooses between them. Which keys a query may see is said in `mask.py`.
 
-Shapes: B sequences, T queries, S keys (the queries stand at the positions of the last T), H query heads, G key/value
+Shapes: B sequences, T queries, S keys (the queries are at the positions of the last T), H query heads, G key/value
 heads, K head dimension, N new keys: the last N, the variables of the inner loss. The keys before them are cached, and
 constants to it.
 """

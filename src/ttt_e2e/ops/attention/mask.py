@@ -19,7 +19,7 @@ def causal_window_mask(
 ) -> Tensor:
     """A mask to add to attention scores: 0 where a query may see a key, minus infinity elsewhere.
 
-    The queries stand at the positions of the last keys. Each sees the last `window` keys up to its own position.
+    The queries are at the positions of the last keys. Each sees the last `window` keys up to its own position.
 
     Args:
         num_queries: T.

@@ -26,7 +26,7 @@ def windowed_attention(
 ) -> Tensor:
     """Causal softmax attention of T queries over S >= T keys; differentiable twice, in linear memory.
 
-    Query i stands at the position of key S - T + i and sees the last `window` keys up to its own. The scores are
+    Query i is at the position of key S - T + i and sees the last `window` keys up to its own. The scores are
     scaled by K ** -0.5. H may be a multiple of G: query head h then reads key head h // (H / G).
 
     Args:

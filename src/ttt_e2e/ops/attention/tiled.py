@@ -126,7 +126,7 @@ class _Rows:
         self.heads_k, self.keys = k_BGSK.shape[1:3]
         self.window, self.first_key = view.window, 0 if view.num_empty_slots is None else int(view.num_empty_slots)
         self.cached = self.keys - view.num_new_keys  # number of constant keys; no block of keys reaches across
-        self.offset = self.keys - self.queries  # query i stands at the position of key offset + i
+        self.offset = self.keys - self.queries  # query i is at the position of key offset + i
         self.scale = width**-0.5
         self.dtype = accumulation_dtype(q_BHTK.dtype)
         self.device = q_BHTK.device
