@@ -23,7 +23,8 @@ def test_shipped_model_is_small_and_whole() -> None:
 def test_shipped_model_learns_while_it_reads() -> None:
     """Lower loss with learning, and the more so the more it has read; losses as measured when the text was written."""
     model, tokenizer = load_model()
-    document = evaluate_documents(model, tokenizer, [Document("lighthouse", TEXT.read_text())], progress=False).documents[0]
+    text = Document("lighthouse", TEXT.read_text())
+    document = evaluate_documents(model, tokenizer, [text], progress=False).documents[0]
     assert document.tokens == 2290
     assert document.loss == pytest.approx(2.9080, abs=1e-3)
     assert document.loss_without == pytest.approx(3.7126, abs=1e-3)
