@@ -1,15 +1,15 @@
-"""Does a model find again what it read long ago: by what it learned, by its notebook, by both?
+"""Does a model recall what it read long ago: by what it learned, by its notebook, by both?
 
     python benchmarks/cloze.py val.parquet                       # the shipped model, 16384 tokens of every book
     python benchmarks/cloze.py val.parquet --books 3 --tokens 4096 --questions 8     # quicker
 
-Needs the extras `notebook` and `parquet`; the parquet file has the columns author, title, text. A book is read once,
-by a session that learns, by one that does not, and into a notebook. Then questions are asked about sentences that lie
-at least two windows before the end: a sentence is begun again and cut before a word that is rare in what was read and
-does not occur in those two windows; the answer is that word. Its loss, in nats per token and averaged over a question's
-answer first, is taken four ways: with neither, with what was learned, with noted passages in the window, with both; and
-a fifth way, with both where the session also learns from the passages and the question as it reads them. Otherwise
-nothing is learned from those. Differences are taken within each question, and their standard errors are over questions.
+Needs the extras `notebook` and `parquet`; the parquet file has the columns author, title, text. A book is read once by
+a session that learns, by one that does not, and into a notebook. Then questions are asked about sentences at least two
+windows before the end: a sentence is repeated up to a word that is rare in the text and does not occur in those two
+windows; the answer is that word. Its loss, the mean over the answer's tokens in nats, is measured in five ways: with
+neither memory nor notebook; with what the session learned; with passages from the notebook in the window; with both;
+and with both, where the session also learns from the passages and the question as it reads them. Otherwise nothing is
+learned from those. Differences are taken within each question, and their standard errors are over questions.
 """
 
 import argparse
@@ -31,8 +31,10 @@ import torch
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.evaluation.documents import standard_error
 from ttt_e2e.hardware import machine
-from ttt_e2e.inference.session import Session, load_reader
-from ttt_e2e.retrieval.notebook import Notebook, passage_size, prompt_with_passages
+from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.session import Session
+from ttt_e2e.retrieval.generate import prompt_with_passages
+from ttt_e2e.retrieval.notebook import Notebook, passage_size
 
 WAYS = ("neither", "memory", "notebook", "both", "learned")
 DIFFERENCES = {
@@ -43,23 +45,23 @@ DIFFERENCES = {
     "notebook beside a memory": ("both", "memory"),
     "both, and learning from the passages": ("learned", "neither"),
 }
-FEWEST_WORDS, MOST_WORDS = 6, 40  # of a sentence, ahead of the answer
+MIN_WORDS, MAX_WORDS = 6, 40  # of a sentence before the answer
 
 _WORD = re.compile(r"[A-Za-z]+")
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]*\s+|\n\s*\n\s*")
 
 
 class Question(NamedTuple):
-    """Characters `start` to `stop` of what was read are asked, `answer` follows there, with the space before it."""
+    """A question that repeats the characters `start` to `stop` of the text; `answer`, from its space on, follows."""
 
     start: int
     stop: int
-    asked: str
+    prompt: str
     answer: str
 
 
 def questions(text: str, far: int, rare: int, count: int, rng: np.random.Generator) -> list[Question]:
-    """At most `count` questions, drawn among all: one of each sentence of `text` that ends before character `far`."""
+    """At most `count` questions, drawn from one for each sentence of `text` that ends before character `far`."""
     often = Counter(word.lower() for word in _WORD.findall(text))
     recent = {word.lower() for word in _WORD.findall(text[far:])}
     ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text, 0, far))]
@@ -69,9 +71,9 @@ def questions(text: str, far: int, rare: int, count: int, rng: np.random.Generat
         fit = [
             word
             for i, word in enumerate(words)
-            if FEWEST_WORDS <= i <= MOST_WORDS
+            if MIN_WORDS <= i <= MAX_WORDS
             and len(word[0]) >= 4
-            and text[word.start() - 1] == " "  # so that the question's tokens are the same with the answer after it
+            and text[word.start() - 1] == " "  # so that the answer does not change the tokens of the question
             and often[word[0].lower()] <= rare
             and word[0].lower() not in recent
             and word[0].lower() not in {other[0].lower() for other in words[:i]}
@@ -82,12 +84,12 @@ def questions(text: str, far: int, rare: int, count: int, rng: np.random.Generat
     return [found[i] for i in sorted(rng.permutation(len(found))[:count])]
 
 
-def answer_loss(session: Session, tokenizer: Tokenizer, asked: str, answer: str, learn: bool) -> float:
-    """The mean loss of the answer's tokens after what the session has read and the question; it stays as it is."""
+def answer_loss(session: Session, tokenizer: Tokenizer, prompt: str, answer: str, learn: bool) -> float:
+    """The mean loss of the answer's tokens after the prompt; the session does not change."""
     fork = session.fork()
     fork.learn = learn
     answer_ids = tokenizer.encode(answer)
-    losses = fork.read(np.concatenate((tokenizer.encode(asked), answer_ids)))
+    losses = fork.read(np.concatenate((tokenizer.encode(prompt), answer_ids)))
     return float(np.concatenate((losses, fork.score_pending()))[-len(answer_ids) :].mean())
 
 
@@ -95,19 +97,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parquet", type=Path, help="books that the model was not trained on")
     parser.add_argument("--model", type=Path, help="a model folder (default: the shipped model)")
-    parser.add_argument("--books", type=int, help="only the first so many (default: all)")
-    parser.add_argument("--questions", type=int, default=64, help="of each book (default: 64)")
-    parser.add_argument("--tokens", type=int, default=16384, help="read of each book (default: 16384)")
-    parser.add_argument("--rare", type=int, default=3, help="an answer occurs so often at most (default: 3)")
-    parser.add_argument("--size", type=int, help="characters of a passage (default: what suits the window)")
-    parser.add_argument("--count", type=int, default=3, help="passages to look up (default: 3)")
+    parser.add_argument("--books", type=int, help="read at most N of them (default: all)")
+    parser.add_argument("--questions", type=int, default=64, help="per book (default: 64)")
+    parser.add_argument("--tokens", type=int, default=16384, help="read per book (default: 16384)")
+    parser.add_argument("--rare", type=int, default=3, help="most occurrences of an answer in the text (default: 3)")
+    parser.add_argument("--size", type=int, help="characters of a passage (default: by the window)")
+    parser.add_argument("--count", type=int, default=3, help="passages per question (default: 3)")
     parser.add_argument("--room", type=int, help="tokens for them (default: half the window)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_reader(args.model)
+    model, tokenizer = load_model(args.model)
     window = model.config.sliding_window
     room = window // 2 if args.room is None else args.room
     size = passage_size(window) if args.size is None else args.size
@@ -123,14 +125,15 @@ def main() -> None:
         memory, twin = Session(model, tokenizer), Session(model, tokenizer, learn=False)
         memory.read(tokens)
         twin.read(tokens)
-        sums, found, asked = dict.fromkeys(WAYS, 0.0), 0, questions(text, far, args.rare, args.questions, rng)
+        some = questions(text, far, args.rare, args.questions, rng)
+        sums, found = dict.fromkeys(WAYS, 0.0), 0
         with tempfile.TemporaryDirectory() as folder, Notebook(Path(folder), size=size) as notebook:
             notebook.add(text)
-            for question in asked:
+            for question in some:
                 with_passages, sources = prompt_with_passages(
-                    question.asked, notebook.search(question.asked, args.count), tokenizer, room
+                    question.prompt, notebook.search(question.prompt, args.count), tokenizer, room
                 )
-                without = f"\n\n{question.asked}"
+                without = f"\n\n{question.prompt}"
                 ways = (
                     (twin, without, False),
                     (memory, without, False),
@@ -144,16 +147,16 @@ def main() -> None:
                     sums[way] += loss
                 end = question.stop + len(question.answer)
                 found += any(source.start <= question.start and end <= source.stop for source in sources)
-        if not asked:
-            print(f"{book['title']}: too short, or no rare words; no question", file=sys.stderr)
+        if not some:
+            print(f"{book['title']}: too short, or without rare words; no question", file=sys.stderr)
             continue
-        means = {way: total / len(asked) for way, total in sums.items()}
-        rows.append({**{k: book[k] for k in ("author", "title")}, "tokens": len(tokens), "questions": len(asked)})
+        means = {way: total / len(some) for way, total in sums.items()}
+        rows.append({**{k: book[k] for k in ("author", "title")}, "tokens": len(tokens), "questions": len(some)})
         rows[-1] |= {"found": found, **means}
         shown = ", ".join(f"{way} {mean:.3f}" for way, mean in means.items())
-        print(f"{book['title']}: {len(asked)} questions, {found} found; {shown}", file=sys.stderr)
+        print(f"{book['title']}: {len(some)} questions, {found} found; {shown}", file=sys.stderr)
     if not rows:
-        sys.exit("There was nothing to ask; read more tokens.")
+        sys.exit("There is nothing to ask; read more tokens.")
 
     def differences(of: str, against: str) -> list[float]:
         return [a - b for a, b in zip(losses[of], losses[against], strict=True)]
@@ -197,8 +200,8 @@ def table(result: dict) -> str:
             f"| memory | {loss['memory']} | {loss['both']}; passages learned from: {loss['learned']} |",
             "\n| what it changes | difference |\n|---|---|",
             *(f"| {name} | {number(value, '+')} |" for name, value in result["differences"].items()),
-            f"\n{result['questions']} questions on {len(result['books'])} books; for {result['found']} the sentence "
-            "stood whole in a passage that found room.",
+            f"\n{result['questions']} questions on {len(result['books'])} books; for {result['found']} a passage in "
+            "the window holds the whole sentence.",
         ]
     )
 

@@ -1,32 +1,32 @@
-"""Every figure that needs a GPU: meta steps of the published sizes, attention's double backward, its materialised twin.
+"""All figures that need a GPU: meta-training steps of the published sizes, attention's double backward and memory.
 
     python benchmarks/gpu.py --rows 125m --out benchmarks/results/gpu.json     # a group of rows at a time
     python benchmarks/gpu.py --rows 760m --out benchmarks/results/gpu.json
     python benchmarks/gpu.py --rows 3b --out benchmarks/results/gpu.json
     python benchmarks/gpu.py --rows double-backward --out benchmarks/results/gpu.json
     python benchmarks/gpu.py --rows materialised --out benchmarks/results/gpu.json
-    python benchmarks/gpu.py --tiny                                            # all of them with toy sizes on a CPU
+    python benchmarks/gpu.py --tiny                                            # all of them in toy sizes on a CPU
 
-Results are merged into the JSON file, and the table of all that it holds is printed.
+Results are merged into the JSON file, and a table of all that it contains is printed.
 
-125m, 760m, 3b. A meta-training step of the preset against a step of its full-attention twin (same parameters, PyTorch's
-fused attention), both compiled, in bfloat16, on random tokens of 8192 and the whole vocabulary. A step is loss,
-backward, clip and AdamW; at 3b loss and backward only, on both sides: parameters and AdamW's moments in float32 would
-fill most of a card, and since the optimiser takes as long on both sides, leaving it out makes the ratio larger, not
-smaller. The variants run in turn in one process, and the ratio is taken within each round; if they do not fit together,
-each runs in a process of its own, and the ratio is that of medians ("interleaved": false).
+125m, 760m, 3b. A meta-training step of the preset against a step of full attention with as many parameters (PyTorch's
+fused attention), both compiled, in bfloat16, on 8192 random tokens of the whole vocabulary. A step is loss, backward
+pass, gradient clipping and AdamW; at 3b only loss and backward pass, on both sides: parameters and AdamW's moments in
+float32 would fill most of a GPU, and since the optimiser takes as long on both sides, leaving it out makes the ratio
+larger, not smaller. The variants take turns in one process, and the ratio is taken within each round; if they do not
+fit together, each runs in a process of its own, and the ratio is that of medians ("interleaved": false).
 
-double-backward. A mini-batch's queries against a full window of cached keys and its own. Counted are the products that
-the mathematics needs per visible pair of query and key when no [T, S] matrix may be kept: with cached keys (constants
-of the inner gradient) and with own ones, forward 2 and 2, inner backward 3 and 5, backward over all keys 5 and 5,
-double backward 10 and 15: 5 for the rows' statistics (q k, a k, q b, px v, p c), 10 for the gradients (q k, do v, a k,
-q b, do c, G k, dS b, G q, dS a, P' do), less those with b and c where keys are cached (q b, p c; q b, do c, dS b). A
-product is 2 K operations a pair. The share is held against a large matrix product measured in the same rounds. The
-"executed" share counts what our kernels do, rows and columns apart: inner backward 3 and 7, backward 7, double backward
-13 and 20.
+double-backward. A mini-batch's queries attend to a full window of cached keys and to their own. Counted are the
+products that the mathematics needs per visible pair of query and key if no [T, S] matrix is kept: with cached keys
+(constants of the inner gradient) and with own keys, forward 2 and 2, inner backward 3 and 5, backward over all keys 5
+and 5, double backward 10 and 15: 5 for the rows' statistics (q k, a k, q b, px v, p c), 10 for the gradients (q k,
+do v, a k, q b, do c, G k, dS b, G q, dS a, P' do), without those of b and c for cached keys (q b, p c; q b, do c,
+dS b). A product is 2 K operations per pair. The share is relative to a large matrix product measured in the same
+rounds. The "executed" share counts what our kernels compute, with separate passes over rows and columns: inner backward
+3 and 7, backward 7, double backward 13 and 20.
 
-materialised. The meta step at 8192 tokens with attention that materialises [T, S] in the loop, against our kernel, all
-kept for the outer gradient (no recomputation); then, each alone and not compiled, how long a context fits, doubling.
+materialised. The meta-training step at 8192 tokens, without activation checkpointing, with attention that materialises
+[T, S] in the loop, against our kernel; then, each alone and not compiled, the longest context that fits, by doubling.
 """
 
 import argparse
@@ -39,7 +39,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.config.presets import preset
-from ttt_e2e.config.schema import ModelConfig, TrainConfig
+from ttt_e2e.config.schema import ModelConfig, TrainConfig, replace
 from ttt_e2e.hardware import machine
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
@@ -58,11 +57,11 @@ from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention import operators
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
-# preset: sequences a step, whether AdamW belongs to the step, the ratio asked
+# preset: sequences per step, whether AdamW is part of the step, the target of the ratio
 SIZES = {"125m": (2, True, 2.0), "760m": (1, True, 1.8), "3b": (1, False, 1.7)}
 GROUPS = (*SIZES, "double-backward", "materialised")
-SHARE_ASKED = 0.4
-TOO_LONG = 120.0  # seconds a step: the search for the longest context ends
+TARGET_SHARE = 0.4
+TOO_LONG = 120.0  # seconds per step that end the search for the longest context
 Variant = dict[str, Any]  # what `make_step` takes
 
 
@@ -70,7 +69,7 @@ Variant = dict[str, Any]  # what `make_step` takes
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Time of one call, on the device's own clock."""
+    """Time of one call, by the device's clock."""
     if device != "cuda":
         start = time.perf_counter()
         run()
@@ -89,7 +88,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def card() -> dict[str, str]:
-    """The GPU's clocks and power as they are now, if its tool is there."""
+    """The GPU's present clocks and power, if nvidia-smi is installed."""
     fields = "pstate,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     try:
@@ -113,9 +112,9 @@ KEPT_SCORES = dict(tuning.KEPT_SCORES)
 
 
 def set_attention(name: str) -> None:
-    """Choose the attention inside the loop: "plain" keeps all scores, "auto" is the default, others keep none."""
+    """Choose the attention inside the loop: "materialised" keeps all scores, "auto" is the default, others none."""
     everything = dict.fromkeys(("cpu", "cuda"), 2**62)
-    tuning.KEPT_SCORES = {"plain": everything, "auto": dict(KEPT_SCORES)}.get(name, {})
+    tuning.KEPT_SCORES = {"materialised": everything, "auto": dict(KEPT_SCORES)}.get(name, {})
 
 
 # -- steps of training -------------------------------------------------------------------------------------------------
@@ -133,14 +132,18 @@ def configuration(name: str, tiny: bool) -> ModelConfig:
         num_attention_heads=4,
         intermediate_size=176 if full else 144,
     )
-    return replace(config, **shape, **({} if full else dict(suffix_layers=2, sliding_window=64, mini_batch_size=32)))
+    if not full:
+        shape |= dict(suffix_layers=2, sliding_window=64, mini_batch_size=32)
+    return replace(config, shape)
 
 
-def make_steps(mode: str) -> LoopFunctions:
+def loop_functions(mode: str) -> LoopFunctions:
     """`mode`: "graphs" (compiled, CUDA graphs on a GPU), "compiled" (without them), "eager"."""
     if mode == "eager":
         return EAGER
-    return compiled_functions("cuda" if mode == "graphs" else "cpu")  # the device only decides about CUDA graphs
+    return compiled_functions(
+        "cuda" if mode == "graphs" else "cpu"
+    )  # the device only determines whether CUDA graphs are used
 
 
 def make_step(
@@ -153,7 +156,7 @@ def make_step(
     batch: int,
     context: int,
     optimizer: bool,
-    recompute: str = "none",
+    checkpointing: str = "none",
     attention: str = "auto",
 ) -> Callable[[], float]:
     """A function that runs one training step on random tokens and returns the loss."""
@@ -162,12 +165,12 @@ def make_step(
         model = Transformer(config, torch.Generator(device).manual_seed(0))
         tokens = torch.randint(config.vocab_size, (batch, context + 1))
     adam = make_optimizer(model, TrainConfig()) if optimizer else None
-    steps = make_steps(mode)
+    functions = loop_functions(mode)
 
     def step() -> float:
         set_attention(attention)
         out = sequence_loss(
-            model, tokens, activation_checkpointing=recompute, dtype=getattr(torch, dtype), functions=steps
+            model, tokens, activation_checkpointing=checkpointing, dtype=getattr(torch, dtype), functions=functions
         )
         out.loss.backward()
         loss = out.loss.item()
@@ -181,7 +184,7 @@ def make_step(
 
 
 def time_steps(variants: dict[str, Variant], rounds: int, warm_up: int) -> dict[str, Any]:
-    """Times of the variants in turn: by name, the seconds of each round and the loss at the start."""
+    """The seconds of every round and the first loss, by variant; the variants take turns."""
     result: dict[str, Any] = {}
     device = next(iter(variants.values()))["device"]
     steps = {}
@@ -202,7 +205,7 @@ def time_steps(variants: dict[str, Variant], rounds: int, warm_up: int) -> dict[
 
 
 def longest_context(variant: Variant, limit: int) -> dict[str, Any]:
-    """Double the context until it does not fit: the longest that does, and the peak memory at each."""
+    """Double the context while it fits; the longest one, and the peak memory at each."""
     tried: list[dict[str, Any]] = []
     device, reason = variant["device"], "limit"
     while variant["context"] <= limit:
@@ -230,14 +233,14 @@ def longest_context(variant: Variant, limit: int) -> dict[str, Any]:
 
 
 def time_attention(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
-    """Shares of the measured matrix rate, for forward, both backwards and double backward, by head width."""
+    """Shares of the measured rate of a matrix product, for each pass, by head dimension."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     own, cached, batch, heads = (32, 96, 1, 2) if tiny else (1024, 8192, 4, 16)
     side, window, repeats = (256 if tiny else 8192), cached, 5
-    # Query i sees `window` keys, i + 1 of them its own mini-batch's.
+    # Query i sees `window` keys, i + 1 of them from its own mini-batch.
     own_pairs = own * (own + 1) // 2
     cached_pairs = own * window - own_pairs
-    products = {  # with cached keys, with own keys: what the mathematics needs, what the kernels do
+    products = {  # with cached and own keys: what the mathematics needs, what the kernels compute
         "forward": ((2, 2), (2, 2)),
         "inner backward": ((3, 5), (3, 7)),
         "backward": ((5, 5), (7, 7)),
@@ -245,12 +248,12 @@ def time_attention(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
     }
     square = torch.randn(2, side, side, device=device, dtype=dtype)
     result: dict[str, Any] = {"shape": dict(batch=batch, heads=heads, queries=own, cached=cached, window=window)}
-    result |= {"pairs": {"own": own_pairs, "cached": cached_pairs}, "products": products, "head_widths": []}
-    for width in (16, 32) if tiny else (64, 128):
+    result |= {"pairs": {"own": own_pairs, "cached": cached_pairs}, "products": products, "head_dims": []}
+    for head_dim in (16, 32) if tiny else (64, 128):
         generator = torch.Generator(device).manual_seed(0)
 
-        def random(length: int, width: int = width, generator: torch.Generator = generator) -> Tensor:
-            shape = (batch, heads, length, width)
+        def random(length: int, head_dim: int = head_dim, generator: torch.Generator = generator) -> Tensor:
+            shape = (batch, heads, length, head_dim)
             return torch.randn(shape, device=device, generator=generator).to(dtype)
 
         q, do, a, b, c = (random(own) for _ in range(5))
@@ -281,11 +284,11 @@ def time_attention(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
             for name, call in calls.items():
                 times[name].append(seconds(repeated(call), device) / repeats)
         rate = 2 * side**3 / statistics.median(times["matrix"])
-        entry: dict[str, Any] = {"head_dim": width, "matrix_tflops": rate / 1e12, "calls": {}}
+        entry: dict[str, Any] = {"head_dim": head_dim, "matrix_tflops": rate / 1e12, "calls": {}}
         for name, (needed, executed) in products.items():
             spent = statistics.median(times[name])
             flops = [
-                2 * width * batch * heads * (with_cached * cached_pairs + with_own * own_pairs)
+                2 * head_dim * batch * heads * (with_cached * cached_pairs + with_own * own_pairs)
                 for with_cached, with_own in (needed, executed)
             ]
             shares = [
@@ -294,11 +297,11 @@ def time_attention(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
             ]
             entry["calls"][name] = {"seconds": spent, "flops": flops[0], "tflops": flops[0] / spent / 1e12}
             entry["calls"][name] |= {"share": shares[0], "executed_share": shares[1]}
-        result["head_widths"].append(entry)
+        result["head_dims"].append(entry)
     return result
 
 
-# -- groups of rows: each piece of work in a process of its own, since running out of memory leaves one unfit ----------
+# -- groups of rows: all work in processes of its own, since running out of memory leaves a process unusable ----------
 
 WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "time_steps": time_steps,
@@ -308,11 +311,11 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def in_process(work: str, timeout: float, **arguments: Any) -> dict[str, Any]:
-    """WORK[work](**arguments) in a fresh process; {"failed": why} if memory or time ran out or it broke."""
+    """WORK[work](**arguments) in a fresh process; {"failed": reason} if it ran out of memory or time, or crashed."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         job = json.dumps({"work": work, "arguments": arguments, "answer": str(answer)})
-        # Where nothing is captured, memory need not be lost to the way it was cut up.
+        # No CUDA graphs are captured there, so fragmentation can be avoided.
         extra = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if work == "longest_context" else {}
         command = [sys.executable, __file__, "--job", job]
         try:
@@ -327,7 +330,7 @@ def in_process(work: str, timeout: float, **arguments: Any) -> dict[str, Any]:
 def do_job(text: str) -> None:
     job = json.loads(text)
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # toy sizes: two threads would wait for one another
+        torch.set_num_threads(1)  # toy sizes: two threads would only wait for each other
     try:
         answer = WORK[job["work"]](**job["arguments"])
     except Exception as error:
@@ -338,7 +341,7 @@ def do_job(text: str) -> None:
 
 
 def together_or_alone(variants: dict[str, Variant], args: argparse.Namespace) -> dict[str, Any]:
-    """Time the variants in turn, or each alone if they do not fit together; ratios to the first."""
+    """Time the variants in turn, or each alone if they do not fit together, with ratios to the first."""
     timing = dict(rounds=args.rounds, warm_up=1 if args.tiny else 4)
     names = list(variants)
     run = {} if args.alone else in_process("time_steps", args.timeout, variants=variants, **timing)
@@ -374,23 +377,26 @@ def base(args: argparse.Namespace, **fields: Any) -> Variant:
 
 
 def size_rows(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    batch, optimizer, asked = SIZES[name]
+    batch, optimizer, target = SIZES[name]
     settings = base(args, batch=args.batch or batch, context=128 if args.tiny else args.context, optimizer=optimizer)
     variants = {"standard, full attention": {**settings, "preset": f"{name}-full"}}
-    variants |= {f"meta, recompute {r}": {**settings, "preset": name, "recompute": r} for r in ("none", "mini-batch")}
-    return {"settings": settings, "asked": asked, **together_or_alone(variants, args)}
+    variants |= {
+        f"meta, checkpointing {kind}": {**settings, "preset": name, "checkpointing": kind}
+        for kind in ("none", "mini-batch")
+    }
+    return {"settings": settings, "target": target, **together_or_alone(variants, args)}
 
 
 def materialised_rows(args: argparse.Namespace) -> dict[str, Any]:
     ours = "tiled" if args.device == "cpu" else "triton"
     context, limit = (64, 256) if args.tiny else (args.context, 2**20)
-    settings = base(args, preset="125m", batch=1, context=context, optimizer=True, recompute="none")
-    kinds = {"our kernel": {**settings, "attention": ours}, "materialised": {**settings, "attention": "plain"}}
+    settings = base(args, preset="125m", batch=1, context=context, optimizer=True, checkpointing="none")
+    kinds = {"our kernel": {**settings, "attention": ours}, "materialised": {**settings, "attention": "materialised"}}
     result: dict[str, Any] = {"settings": settings}
     result |= together_or_alone(kinds, args)
     result["longest"] = {
-        f"{name}, recompute {r}": in_process(
-            "longest_context", args.timeout, variant={**kind, "mode": "eager", "recompute": r}, limit=limit
+        f"{name}, checkpointing {r}": in_process(
+            "longest_context", args.timeout, variant={**kind, "mode": "eager", "checkpointing": r}, limit=limit
         )
         for name, kind in kinds.items()
         for r in ("none", "mini-batch")
@@ -406,24 +412,24 @@ def attention_rows(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(groups: dict[str, Any]) -> str:
-    lines = ["| group | row | time | ratio or share | asked | |", "|---|---|---|---|---|---|"]
+    lines = ["| group | row | time | ratio or share | target | |", "|---|---|---|---|---|---|"]
 
-    def add(group: str, row: str, spent: float | None, figure: str, asked: str = "-", note: str = "") -> None:
+    def add(group: str, row: str, spent: float | None, figure: str, target: str = "-", note: str = "") -> None:
         shown = "-" if spent is None else f"{spent:.3f} s" if spent > 0.1 else f"{1000 * spent:.3f} ms"
-        lines.append(f"| {group} | {row} | {shown} | {figure} | {asked} | {note} |")
+        lines.append(f"| {group} | {row} | {shown} | {figure} | {target} | {note} |")
 
     for group, rows in groups.items():
         if "failed" in rows:
             add(group, "-", None, "-", note=rows["failed"])
         for name, step in rows.get("steps", {}).items():
-            asked = f"<= {rows['asked']}" if "asked" in rows and name.startswith("meta") else "-"
+            target = f"<= {rows['target']}" if "target" in rows and name.startswith("meta") else "-"
             if "failed" in step:
-                add(group, name, None, "-", asked, "does not fit" if "memory" in step["failed"] else step["failed"])
+                add(group, name, None, "-", target, "does not fit" if "memory" in step["failed"] else step["failed"])
                 continue
             notes = [] if rows["interleaved"] else ["alone"]
             notes += ["not compiled"] if step["compilation_failed"] else []
             ratio = f"{step['ratio']:.2f}" if "ratio" in step else "-"
-            add(group, name, step["seconds"], ratio, asked, ", ".join(notes))
+            add(group, name, step["seconds"], ratio, target, ", ".join(notes))
         for name, found in rows.get("longest", {}).items():
             longest = found.get("longest")
             words = f"{longest} tokens fit" if longest else "does not fit"
@@ -432,11 +438,11 @@ def table(groups: dict[str, Any]) -> str:
             elif found["ended_by"] != "out of memory":
                 words += f" (ended by {found['ended_by']})"
             add(group, f"longest context: {name}", None, "-", note=words)
-        for entry in rows.get("head_widths", []):
+        for entry in rows.get("head_dims", []):
             for name, call in entry["calls"].items():
-                asked = f">= {SHARE_ASKED:.0%}" if name == "double backward" else "-"
+                target = f">= {TARGET_SHARE:.0%}" if name == "double backward" else "-"
                 note = f"executed {call['executed_share']:.0%}; matrix rate {entry['matrix_tflops']:.2f} TFLOP/s"
-                add(group, f"{name}, K = {entry['head_width']}", call["seconds"], f"{call['share']:.0%}", asked, note)
+                add(group, f"{name}, K = {entry['head_dim']}", call["seconds"], f"{call['share']:.0%}", target, note)
     return "\n".join(lines)
 
 
@@ -446,10 +452,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU, to try the script")
     parser.add_argument("--mode", choices=("graphs", "compiled", "eager"), help="default: graphs; with --tiny, eager")
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--batch", type=int, help="sequences a step, instead of the usual")
+    parser.add_argument("--batch", type=int, help="sequences per step (default: by the size)")
     parser.add_argument("--rounds", type=int, help="default: 11; with --tiny, 2")
-    parser.add_argument("--alone", action="store_true", help="do not try the variants of a group together")
-    parser.add_argument("--timeout", type=float, default=550, help="seconds for each process")
+    parser.add_argument("--alone", action="store_true", help="run each variant in a process of its own")
+    parser.add_argument("--timeout", type=float, default=550, help="most seconds for each process")
     parser.add_argument("--out", type=Path, help="merge the numbers into this JSON file")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -460,7 +466,7 @@ def main() -> None:
     args.mode = args.mode or ("eager" if args.tiny else "graphs")
     args.rounds = args.rounds or (2 if args.tiny else 11)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; --tiny tries the script on a CPU")
+        parser.error("there is no GPU; --tiny tries the script on a CPU")
     result: dict[str, Any] = {"seed": 0, "groups": {}}
     if args.out and args.out.exists():
         result = json.loads(args.out.read_text())

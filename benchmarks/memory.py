@@ -1,16 +1,17 @@
-"""Memory through time: peak memory of a meta-training step as the context grows, at as many tokens a step.
+"""Peak memory of a meta-training step as the context grows, at the same number of tokens per step.
 
-    python benchmarks/memory.py                       # table, and what --out and --plot are asked for
+    python benchmarks/memory.py                       # prints the table
     python benchmarks/memory.py --out benchmarks/results/memory.json --plot docs/memory.png
 
-Every point is a process of its own: the most that its resident set grew over what it was before the first of two steps
-(loss, backward, clip, AdamW). Standard is the sliding-window Transformer with as many parameters.
+Every point is measured in a process of its own: how far its resident set grew above its size before the first of two
+steps (loss, backward pass, gradient clipping, AdamW). Standard is the sliding-window Transformer with as many
+parameters.
 
-The rest is counted, not estimated: every state that one mini-batch hands to the next (fast weights and caches) is
-followed until its memory is given back, and the most that are alive at once are printed. Every sequence of a batch has
-its own fast weights. At as many tokens a step, N mini-batches a sequence and N B mini-batches in all, a context twice
-as long therefore has half as many copies: storing every state costs the same at every context, storing about sqrt(N)
-of them costs less the longer it is. What grows is the share of one sequence, as N or as sqrt(N): the second picture.
+The states between mini-batches (fast weights and caches) are counted, not estimated: each is followed until its memory
+is released, and the most that are alive at once are printed. Every sequence of a batch has its own fast weights. With
+N mini-batches in each of B sequences and N B constant, a context twice as long has half as many copies: storing every
+state costs the same at every context, storing about sqrt(N) of them costs less the longer the context is. What grows,
+as N or as sqrt(N), is the share of one sequence: the second panel of the picture.
 """
 
 import argparse
@@ -27,15 +28,16 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# glibc gives large pieces back to the system when they are freed, unless it has learned not to: it raises the size from
-# which it does so with every piece that is freed. Held at 4 MiB (M_MMAP_THRESHOLD), the peak is closer to that of what
-# is alive.
+# glibc returns freed blocks above a size to the system, and raises that size with every block that is freed. Fixed at
+# 4 MiB (M_MMAP_THRESHOLD), the peak is closer to the memory that is in use.
 if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-3, 4 << 20)
 
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
 from ttt_e2e.hardware import machine
-from ttt_e2e.inner_loop.step import EAGER, State, sequence_loss
+from ttt_e2e.inner_loop.functions import EAGER
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.inner_loop.step import InnerLoopState
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
@@ -47,22 +49,22 @@ STANDARD = ModelConfig(**SHAPE, intermediate_size=350)
 VARIANTS = {
     "standard": (STANDARD, "none"),
     "meta": (META, "none"),
-    "meta, recompute mini-batch": (META, "mini-batch"),
-    "meta, recompute sqrt": (META, "sqrt"),
+    "meta, checkpointing by mini-batch": (META, "mini-batch"),
+    "meta, checkpointing by sqrt": (META, "sqrt"),
 }
 MIB = 2**20
 
 
 class Alive:
-    """Which of the states shown to it still take memory, and the most that ever did at once."""
+    """Which of the states that it was shown still take memory, and the most that ever did at once."""
 
     def __init__(self) -> None:
         self.states: list[list[tuple[StorageWeakRef, int]]] = []
         self.most_states = self.most_bytes = 0
 
-    def show(self, state: State) -> None:
-        # By storage: a cache may be a view of a longer tensor, all of which is kept. The storages of parameters, where
-        # a text's fast weights start, are never shown.
+    def show(self, state: InnerLoopState) -> None:
+        # By storage: a cache may be a view of a longer tensor, which is kept whole. The parameters, which a text's fast
+        # weights start from, are never shown.
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in state.tensors()}
         self.states.append([(StorageWeakRef(s), s.nbytes()) for s in storages.values()])
         self.states = [left for s in self.states if (left := [(ref, size) for ref, size in s if not ref.expired()])]
@@ -71,8 +73,8 @@ class Alive:
 
 
 def measure(variant: str, context: int, batch: int) -> dict[str, float]:
-    """Peak growth in MiB and what was alive of the states. Call once in a fresh process."""
-    config, recompute = VARIANTS[variant]
+    """Peak growth in MiB, and the states that were alive. Call once in a fresh process."""
+    config, checkpointing = VARIANTS[variant]
     generator = torch.Generator().manual_seed(0)
     model = Transformer(config, generator)
     optimizer = make_optimizer(model, TrainConfig())
@@ -84,11 +86,11 @@ def measure(variant: str, context: int, batch: int) -> dict[str, float]:
         alive.show(result[0])
         return result
 
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # wake the matrix library, which takes memory of its own
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # loads the matrix library, which takes memory of its own
     before = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x).split()[1])
     for _ in range(2):
         out = sequence_loss(
-            model, tokens, activation_checkpointing=recompute, functions=EAGER._replace(inner_step=inner_step)
+            model, tokens, activation_checkpointing=checkpointing, functions=EAGER._replace(inner_step=inner_step)
         )
         out.loss.backward()
         del out
@@ -118,14 +120,14 @@ def plot(rows: list[dict[str, Any]], tokens: int, path: Path) -> None:
     left.set_xticks(contexts, [f"{c:,}" for c in contexts], rotation=30)
     left.minorticks_off()
     left.set_title(f"a step of {tokens:,} tokens")
-    kept = [r for r in rows if r["variant"].endswith(("mini-batch", "sqrt"))]
-    for name, power, style in (("recompute mini-batch", 1.0, "--"), ("recompute sqrt", 0.5, ":")):
+    kept = [r for r in rows if "checkpointing" in r["variant"]]
+    for name, power, style in (("by mini-batch", 1.0, "--"), ("by sqrt", 0.5, ":")):
         of = [r for r in kept if r["variant"].endswith(name)]
         first = of[0]
         line = [first["kept_mib"] / first["batch"] * (r["mini_batches"] / first["mini_batches"]) ** power for r in of]
         label = "as N" if power == 1 else "as sqrt(N)"
         right.plot([r["mini_batches"] for r in of], line, style, color="0.5", zorder=0, label=label)
-    right.set(xscale="log", yscale="log", xlabel="mini-batches N", ylabel="states alive at once (MiB a sequence)")
+    right.set(xscale="log", yscale="log", xlabel="mini-batches N", ylabel="states alive at once (MiB per sequence)")
     counts = sorted({r["mini_batches"] for r in rows})
     right.set_xticks(counts, [str(c) for c in counts])
     right.minorticks_off()
@@ -140,7 +142,7 @@ def plot(rows: list[dict[str, Any]], tokens: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="per step: batch x context")
+    parser.add_argument("--tokens", type=int, default=8192, help="per step: batch times context")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
@@ -154,10 +156,10 @@ def main() -> None:
         return
 
     rows: list[dict[str, Any]] = []
-    print("| context | batch | N | step | peak MiB | / standard | states alive | MiB of states | a sequence |")
+    print("| context | batch | N | step | peak MiB | / standard | states alive | MiB of states | per sequence |")
     print("|---|---|---|---|---|---|---|---|---|")
     for context in args.contexts:
-        batch, count = max(1, args.tokens // context), math.ceil(context / META.mini_batch)
+        batch, count = max(1, args.tokens // context), math.ceil(context / META.mini_batch_size)
         for name in VARIANTS:
             command = [sys.executable, __file__, "--threads", str(args.threads), "--point", name]
             command += [str(context), str(batch)]

@@ -5,9 +5,9 @@
     python benchmarks/meta_step.py --rounds 3      # quicker
 
 Standard is the sliding-window Transformer with the same number of parameters (its MLPs are wider, since it has no fast
-ones). A step is loss, backward, clip and AdamW. All variants run in turn, round after round, in one process; the ratio
-is taken within each round, and the median over rounds is printed. Peak memory (eager only) comes from one process for
-each variant: the most that its resident set grew over what it was before the first step.
+ones). A step is loss, backward pass, gradient clipping and AdamW. All variants take turns in one process, round after
+round; the ratio is taken within each round, and the median over rounds is printed. Peak memory (eager only) is measured
+in a process of its own for each variant: how far its resident set grew above its size before the first step.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import ctypes
 import json
 import os
 
-# The loop is made of many short operations; a thread that sleeps between them costs more than it saves. It has to be
-# said before torch is loaded, and it holds for all variants alike.
+# The loop consists of many short operations; a thread that sleeps between them costs more than it saves. This has to be
+# set before torch is loaded, and applies to all variants alike.
 os.environ.setdefault("OMP_WAIT_POLICY", "active")
 
 import platform
@@ -26,22 +26,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-# Variants that take turns in one process hand memory back and forth; a process that trains one model keeps what it has.
-# Without this every turn begins with page faults, most of them in the variants that need more. glibc: never trim the
-# heap, and take from it whatever is below 32 MiB (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
+# Variants that take turns in one process would return memory to the system and fetch it again, with page faults every
+# time; a process that trains one model keeps its memory. glibc: never trim the heap, and take from it whatever is below
+# 32 MiB (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
 if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     ctypes.CDLL(None).mallopt(-3, 32 << 20)
 
-from ttt_e2e.config.schema import ModelConfig, TrainConfig
+from ttt_e2e.config.schema import ModelConfig, TrainConfig, replace
 from ttt_e2e.hardware import machine
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.step import EAGER, sequence_loss
+from ttt_e2e.inner_loop.functions import EAGER
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
 
@@ -57,31 +57,31 @@ META = ModelConfig(**SHAPE, intermediate_size=560, suffix_layers=2)
 STANDARD = ModelConfig(**SHAPE, intermediate_size=700)
 VARIANTS = {
     "standard": (STANDARD, "none"),
-    "standard, full attention": (replace(STANDARD, pattern=("full",)), "none"),
+    "standard, full attention": (replace(STANDARD, {"pattern": ("full",)}), "none"),
     "meta": (META, "none"),
-    "meta, recompute mini-batch": (META, "mini-batch"),
-    "meta, recompute sqrt": (META, "sqrt"),
+    "meta, checkpointing by mini-batch": (META, "mini-batch"),
+    "meta, checkpointing by sqrt": (META, "sqrt"),
 }
-ASKED = {
-    False: {"meta": 1.5, "meta, recompute mini-batch": 1.7},
-    True: {"meta": 1.35, "meta, recompute mini-batch": 1.55},
+TARGETS = {  # in standard steps, by whether all is compiled
+    False: {"meta": 1.5, "meta, checkpointing by mini-batch": 1.7},
+    True: {"meta": 1.35, "meta, checkpointing by mini-batch": 1.55},
 }
-# Seconds a step of the official JAX implementation (jax 0.5.3, its meta-training, this configuration, 2 threads of a
-# machine of this kind): with recomputation off (median of 3), and as it was released (median of 5).
-OFFICIAL = {"meta": 4.663, "meta, recompute mini-batch": 5.245}
+# Seconds per step of the official JAX implementation (jax 0.5.3, meta-training, this configuration, 2 threads of a
+# machine of this kind): without activation checkpointing (median of 3), and as released (median of 5).
+OFFICIAL = {"meta": 4.663, "meta, checkpointing by mini-batch": 5.245}
 
 
 def make_step(variant: str, context: int, compile: bool = False, seed: int = 0) -> Callable[[], float]:
     """A function that runs one training step on random tokens and returns the loss."""
-    config, recompute = VARIANTS[variant]
+    config, checkpointing = VARIANTS[variant]
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config, generator)
     optimizer = make_optimizer(model, TrainConfig())
     tokens = torch.randint(config.vocab_size, (1, context + 1), generator=generator)
-    steps = compiled_functions() if compile else EAGER
+    functions = compiled_functions() if compile else EAGER
 
     def step() -> float:
-        out = sequence_loss(model, tokens, activation_checkpointing=recompute, functions=steps)
+        out = sequence_loss(model, tokens, activation_checkpointing=checkpointing, functions=functions)
         out.loss.backward()
         optimizer_step(model, optimizer, 1e-3, 1.0)
         return out.loss.item()
@@ -96,9 +96,9 @@ def seconds(step: Callable[[], float]) -> float:
 
 
 def peak_growth(variant: str, context: int) -> float:
-    """MiB by which this process's peak exceeds what it held before the first step. Call once in a fresh process."""
+    """MiB by which this process's peak exceeds its size before the first step. Call once in a fresh process."""
     step = make_step(variant, context)
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # wake the matrix library, which takes memory of its own
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # loads the matrix library, which takes memory of its own
     before = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x).split()[1])
     for _ in range(3):
         step()
@@ -108,7 +108,7 @@ def peak_growth(variant: str, context: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--context", type=int, default=2048, help="tokens of the one sequence of a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="compile all variants, the standard ones too")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
@@ -120,17 +120,17 @@ def main() -> None:
         return
 
     peak = {}
-    for name in () if args.compile else VARIANTS:  # a compiler's own memory would drown it
+    for name in () if args.compile else VARIANTS:  # the compiler takes far more memory than the step
         command = [sys.executable, __file__, "--peak-of", name, "--context", str(args.context)]
         command += ["--threads", str(args.threads)]
         peak[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     torch._dynamo.config.recompile_limit = 64  # the variants' models share the functions that are compiled
-    steps = {name: make_step(name, args.context, args.compile) for name in VARIANTS}
-    for step in steps.values():
+    step_of = {name: make_step(name, args.context, args.compile) for name in VARIANTS}
+    for step in step_of.values():
         step()
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(args.rounds):
-        for name, step in steps.items():
+        for name, step in step_of.items():
             times[name].append(seconds(step))
 
     rows = []
@@ -142,7 +142,7 @@ def main() -> None:
                 "variant": name,
                 "seconds": statistics.median(times[name]),
                 "time_ratio": statistics.median(ratios),
-                "time_asked": ASKED[args.compile].get(name),
+                "time_target": TARGETS[args.compile].get(name),
                 "official_jax_seconds": official.get(name),
                 "times_official": official[name] / statistics.median(times[name]) if name in official else None,
                 "peak_mib": peak.get(name),
@@ -158,13 +158,13 @@ def main() -> None:
         "seed": 0,
         "rows": rows,
     }
-    print("| variant | s a step | / standard | asked | official JAX / this | peak MiB | / standard |")
+    print("| variant | s per step | / standard | target | official JAX / this | peak MiB | / standard |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:
-        asked = f"<= {r['time_asked']}" if r["time_asked"] else "-"
+        target = f"<= {r['time_target']}" if r["time_target"] else "-"
         times_official = f"{r['times_official']:.1f}" if r["times_official"] else "-"
         print(
-            f"| {r['variant']} | {r['seconds']:.3f} | {r['time_ratio']:.2f} | {asked} | {times_official} "
+            f"| {r['variant']} | {r['seconds']:.3f} | {r['time_ratio']:.2f} | {target} | {times_official} "
             + (f"| {r['peak_mib']:.0f} | {r['peak_ratio']:.2f} |" if peak else "| - | - |")
         )
     if args.out:

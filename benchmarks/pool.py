@@ -4,14 +4,14 @@
     python benchmarks/pool.py --threads 1 --out benchmarks/results/pool.json
     python benchmarks/pool.py --dtype bfloat16       # matrix products in bfloat16, as `ttt-e2e serve --dtype` has it
 
-Every session has read another part of Python's own library, and stands at another position. Then all of them read on
+Every session has read another part of Python's own library, and is at another position. Then all of them read further
 (and learn), and all of them write, once in a `SessionPool`, which they join first, and once one after the other, each
-by itself. The two take turns; the ratio is taken within a round, and the medians are printed. Beside wall time stands
-the process's own time on the processor, which other work on the machine disturbs less.
+by itself. The two take turns; the ratio is taken within a round, and the medians are printed. Processor time, which
+other work on the machine disturbs less, is shown beside wall time.
 
-A CPU does a mini-batch's products with b rows at nearly its full speed already. So beside the ratio of reading stands
-its bound: the ratio if reading together were nothing but its matrix products (without those of PyTorch's fused
-attention), at the speed that products with the rows of all sessions have, measured in the same round.
+A CPU computes a mini-batch's products with b rows at nearly its full speed already. So the ratio of reading has a
+bound, which is printed too: the ratio if reading together took only its matrix products (without those of PyTorch's
+fused attention), at the speed of products with the rows of all sessions, measured in the same round.
 """
 
 import argparse
@@ -28,8 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e.data.text import standard_library
 from ttt_e2e.hardware import machine
+from ttt_e2e.inference.load import load_model
 from ttt_e2e.inference.sampling import SamplingOptions
-from ttt_e2e.inference.session import Session, SessionState, load_reader
+from ttt_e2e.inference.session import Session, SessionState
 from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.model.transformer import Transformer
 
@@ -37,7 +38,7 @@ Times = tuple[float, float]
 
 
 def timed(work: Callable[[], None]) -> Times:
-    """Seconds on the clock and on the processor."""
+    """Wall time and processor time, in seconds."""
     clock, processor = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - clock, time.process_time() - processor
@@ -48,23 +49,23 @@ def before_reading(text: SessionState) -> SessionState:
 
 
 def read_alone(model: Transformer, texts: list[SessionState], dtype: torch.dtype) -> None:
-    fresh = Session(model, dtype=dtype)
+    template = Session(model, dtype=dtype)
     for text in texts:
-        fresh.standing_at(before_reading(text)).read(text.pending[1:])
+        template.with_state(before_reading(text)).read(text.pending[1:])
 
 
 def write_alone(model: Transformer, texts: list[SessionState], count: int, dtype: torch.dtype) -> None:
-    fresh = Session(model, dtype=dtype)
+    template = Session(model, dtype=dtype)
     for seed, text in enumerate(texts):
-        for _ in fresh.standing_at(before_reading(text)).generate_tokens((), max_tokens=count, seed=seed):
+        for _ in template.with_state(before_reading(text)).generate_tokens((), max_tokens=count, seed=seed):
             pass
 
 
 def pool_of(model: Transformer, texts: list[SessionState], dtype: torch.dtype) -> SessionPool:
-    fresh = Session(model, dtype=dtype)
-    pool = SessionPool(fresh, max_batch=len(texts))
+    template = Session(model, dtype=dtype)
+    pool = SessionPool(template, max_batch=len(texts))
     for text in texts:
-        pool.add(fresh.standing_at(before_reading(text)))
+        pool.add(template.with_state(before_reading(text)))
     return pool
 
 
@@ -85,7 +86,7 @@ def write_together(model: Transformer, texts: list[SessionState], count: int, dt
 
 
 def products(model: Transformer, rows: int, dtype: torch.dtype) -> tuple[int, Callable[[], None]]:
-    """The kinds of matrix products that a mini-batch is made of, with so many rows, and their operations."""
+    """The kinds of matrix products in a mini-batch, with `rows` rows: their operations, and what computes them."""
     config = model.config
     widths = (config.vocab_size, 2 * config.intermediate_size, 3 * config.hidden_size, config.hidden_size)
     x_ND = torch.randn(rows, config.hidden_size, dtype=dtype)
@@ -99,7 +100,7 @@ def products(model: Transformer, rows: int, dtype: torch.dtype) -> tuple[int, Ca
 
 
 def operations(model: Transformer, texts: list[SessionState]) -> int:
-    """Of the matrix products of reading these texts one after the other."""
+    """Operations of the matrix products in reading these texts one after the other."""
     with FlopCounterMode(display=False) as counter:
         read_alone(model, texts, torch.float32)
     return counter.get_total_flops()
@@ -117,16 +118,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_reader(args.model, torch.device("cpu"))
+    model, tokenizer = load_model(args.model, torch.device("cpu"))
     dtype = getattr(torch, args.dtype)
-    b, window = model.config.read_batch, model.config.sliding_window
+    b, window = model.config.tokens_per_read, model.config.sliding_window
 
     # Sessions with a full window behind them, at positions of their own, and what they are to read next.
     before = [window + b * (i + 1) for i in range(args.sessions)]
     wanted = [length + b * args.mini_batches + 1 for length in before]
-    pieces = itertools.chain.from_iterable(document.pieces() for document in standard_library())
+    chunks = itertools.chain.from_iterable(document.chunks() for document in standard_library())
     parts: list[np.ndarray] = []
-    for part in tokenizer.encode_pieces(pieces):
+    for part in tokenizer.encode_chunks(chunks):
         parts.append(part)
         if sum(map(len, parts)) >= sum(wanted):
             break
@@ -138,7 +139,7 @@ def main() -> None:
     while pool.busy:
         pool.step()
     texts = [
-        pool.remove(id).standing()._replace(pending=tokens[length:])
+        pool.remove(id).state()._replace(pending=tokens[length:])
         for id, (tokens, length) in enumerate(zip(own, before, strict=True))
     ]
     del pool
@@ -191,7 +192,7 @@ def main() -> None:
             f"| {r['tokens_per_second_together']:,.0f} tokens/s "
             f"| {r['ratio']:.2f} | {r['ratio_of_processor_time']:.2f} |"
         )
-    print(f"\nReading together could not be more than {bound:.2f} times as fast: its products alone take that long.")
+    print(f"\nReading together can be at most {bound:.2f} times as fast: its matrix products alone take that long.")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

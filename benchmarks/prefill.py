@@ -1,19 +1,19 @@
-"""Time to take in a long text before the first word of an answer: full attention against TTT-E2E.
+"""Time to read a long text before the first word of an answer: full attention against TTT-E2E.
 
     python benchmarks/prefill.py --compile            # 32768 tokens, and shorter texts with fewer rounds
     python benchmarks/prefill.py --lengths 8192       # quicker
 
-Full attention computes the least that it can: the keys and values of all tokens (they are its state) and the logits
-of the last one, through PyTorch's fused kernel over the whole text. TTT-E2E computes every token's loss, since it
-learns from them, in two ways:
+Full attention computes the least that it can: the keys and values of all tokens (its state) and the logits of the last
+one, with PyTorch's fused kernel over the whole text. TTT-E2E computes the losses of all tokens, which it learns from,
+in two ways:
 
-    whole text      prefix over the whole text at once, then one mini-batch after the other: `sequence_loss` without a
-                    graph. The last of the mini-batches is not learned from, and no state is handed back.
-    mini-batches    `read_mini_batch` on each, prefix and all: memory does not grow with the text, and a state to go on
-                    from is left. This is how a session reads.
+    whole text      the prefix over the whole text at once, then one mini-batch after the other: `sequence_loss` without
+                    a graph. The last mini-batch is not learned from, and no state is returned.
+    mini-batches    `read_mini_batch` on each, with the prefix: memory does not grow with the text, and there is a state
+                    to continue from. This is how a session reads.
 
-Both models have as many parameters. All variants run in turn, round after round, in one process; the ratio is taken
-within each round, and the median over rounds is printed. Compiled TTT-E2E is held against compiled full attention.
+Both models have as many parameters. All variants take turns in one process, round after round; the ratio is taken
+within each round, and the median over rounds is printed. Compiled TTT-E2E is compared with compiled full attention.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-# As in meta_step.py: variants that take turns keep the memory that they hand back and forth.
+# As in meta_step.py: variants that take turns keep their memory.
 if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     ctypes.CDLL(None).mallopt(-3, 32 << 20)
@@ -41,42 +41,43 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.hardware import machine
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.step import EAGER, LoopFunctions, sequence_loss
+from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
 
 SHAPE = dict(vocab_size=1024, hidden_size=256, num_hidden_layers=8, num_attention_heads=4)
 TTT = ModelConfig(**SHAPE, intermediate_size=560, suffix_layers=2, sliding_window=512, mini_batch_size=128)
 FULL = ModelConfig(**SHAPE, intermediate_size=700, pattern=("full",), mini_batch_size=None)
-ASKED = {32768: 4.5}
+TARGETS = {32768: 4.5}  # by tokens: full attention's time over TTT-E2E's
 
 
 def make_variants(length: int, compile: bool) -> dict[str, Callable[[], object]]:
-    """By name, functions that take in one random text of `length` tokens; full attention before what it is held to."""
+    """By name, functions that read one random text of `length` tokens."""
     generator = torch.Generator().manual_seed(0)
     full, ttt = Transformer(FULL, generator), Transformer(TTT, generator)
     tokens = torch.randint(FULL.vocab_size, (1, length + 1), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    b = TTT.mini_batch
+    b = TTT.mini_batch_size
     assert b is not None
 
-    def attend(steps: LoopFunctions) -> object:
-        x_BTD = steps.forward_prefix(full, inputs, full.place(0, length, torch.float32), torch.float32)
+    def attend(functions: LoopFunctions) -> object:
+        x_BTD = functions.forward_prefix(full, inputs, full.positions(0, length, torch.float32), torch.float32)
         return full.logits(x_BTD[:, -1:])
 
-    def whole(steps: LoopFunctions) -> object:
-        return sequence_loss(ttt, tokens, functions=steps)
+    def whole(functions: LoopFunctions) -> object:
+        return sequence_loss(ttt, tokens, functions=functions)
 
-    def read(steps: LoopFunctions) -> object:
+    def read(functions: LoopFunctions) -> object:
         state = start_reading(ttt, 1)
         for i in range(0, length, b):
-            state, _, _ = read_mini_batch(ttt, state, inputs[:, i : i + b], targets[:, i : i + b], functions=steps)
+            state, _, _ = read_mini_batch(ttt, state, inputs[:, i : i + b], targets[:, i : i + b], functions=functions)
         return state
 
     kinds = {"full attention": attend, "TTT-E2E, whole text": whole, "TTT-E2E, mini-batches": read}
     variants = {name: lambda run=run: run(EAGER) for name, run in kinds.items()}
     if compile:
-        steps = compiled_functions()
-        variants |= {f"{name}, compiled": lambda run=run: run(steps) for name, run in kinds.items()}
+        functions = compiled_functions()
+        variants |= {f"{name}, compiled": lambda run=run: run(functions) for name, run in kinds.items()}
     return variants
 
 
@@ -92,19 +93,19 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384, 32768])
     parser.add_argument("--rounds", type=int, default=5, help="for the longest text")
     parser.add_argument("--short-rounds", type=int, default=3, help="for the others")
-    parser.add_argument("--compile", action="store_true", help="measure the compiled path, too")
+    parser.add_argument("--compile", action="store_true", help="measure compiled variants too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     rows = []
-    print("| tokens | variant | s | full attention / it | asked |\n|---|---|---|---|---|")
+    print("| tokens | variant | s | full attention / it | target |\n|---|---|---|---|---|")
     for length in args.lengths:
         torch.compiler.reset()
         variants = make_variants(length, args.compile)
         for name, run in variants.items():
-            if length < 16384 or name.endswith("compiled"):  # the others have nothing to warm up that lasts
+            if length < 16384 or name.endswith("compiled"):  # the others need no warm-up
                 seconds(run)
         rounds = args.rounds if length == max(args.lengths) else args.short_rounds
         times: dict[str, list[float]] = {name: [] for name in variants}
@@ -118,16 +119,16 @@ def main() -> None:
                 "variant": name,
                 "seconds": statistics.median(times[name]),
                 "ratio": statistics.median(f / t for f, t in zip(full, times[name], strict=True)),
-                "asked": ASKED.get(length) if name.startswith("TTT-E2E") else None,
+                "target": TARGETS.get(length) if name.startswith("TTT-E2E") else None,
                 "rounds": rounds,
             }
             rows.append(row)
-            asked = f">= {row['asked']}" if row["asked"] else "-"
-            print(f"| {length} | {name} | {row['seconds']:.3f} | {row['ratio']:.2f} | {asked} |", flush=True)
+            target = f">= {row['target']}" if row["target"] else "-"
+            print(f"| {length} | {name} | {row['seconds']:.3f} | {row['ratio']:.2f} | {target} |", flush=True)
     result = {
         "config": {"batch": 1, "dtype": "float32", "threads": args.threads, **SHAPE},
-        "sliding_window": TTT.window,
-        "mini_batch_size": TTT.mini_batch,
+        "sliding_window": TTT.sliding_window,
+        "mini_batch_size": TTT.mini_batch_size,
         "parameters": {
             n: sum(p.numel() for p in Transformer(c).parameters()) for n, c in (("full", FULL), ("ttt", TTT))
         },

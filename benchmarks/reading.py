@@ -1,13 +1,12 @@
-"""Does reading stay as fast and as small at the end of a long text as at its beginning?
+"""Is reading as fast, and does it take as little memory, at the end of a long text as at its beginning?
 
     python benchmarks/reading.py                                            # a million tokens of Python's own library
-    python benchmarks/reading.py BOOKS.parquet --tokens 10000000 --compile --picture docs/stream.png
+    python benchmarks/reading.py BOOKS.parquet --tokens 10000000 --compile --plot docs/stream.png
 
-One session of the shipped model reads on and on, through all documents, again and again if they are too short. Speed
-(by the clock, and by the process's time on the processor, which other work on the machine disturbs less) and resident
-memory are noted every `--every` tokens. At the early mark and at the end a copy of the session is kept (states are
-values); then the two copies read the same further tokens in turn, piece after piece, and the median ratio of their
-times is printed.
+One session of the shipped model reads all documents, again and again if they are too short. Speed (by wall time, and by
+processor time, which other work on the machine disturbs less) and resident memory are recorded every `--every` tokens.
+After `--early` tokens and at the end a copy of the session is kept; then the two copies take turns to read the same
+further tokens, and the median ratio of their times is printed.
 """
 
 import argparse
@@ -28,27 +27,28 @@ from tqdm import tqdm
 from ttt_e2e.data.text import documents, standard_library
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.hardware import machine
-from ttt_e2e.inference.session import Session, load_reader
+from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.session import Session
 
 
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def pieces_of(tokenizer: Tokenizer, files: list[Path], size: int) -> Iterator[np.ndarray]:
-    """The texts' tokens, `size` at a time, without end."""
+def chunks_of(tokenizer: Tokenizer, files: list[Path], size: int) -> Iterator[np.ndarray]:
+    """The texts' tokens, `size` at a time, endlessly."""
     while True:
         source = documents(files, "text", []) if files else standard_library()
-        texts = itertools.chain.from_iterable(document.pieces() for document in source)
+        texts = itertools.chain.from_iterable(document.chunks() for document in source)
         rest = np.empty(0, np.int64)
-        for tokens in tokenizer.encode_pieces(texts):
+        for tokens in tokenizer.encode_chunks(texts):
             rest = np.concatenate((rest, tokens))
             for start in range(0, len(rest) - size + 1, size):
                 yield rest[start : start + size]
             rest = rest[len(rest) // size * size :]
 
 
-def picture(rows: list[dict[str, float]], path: Path, title: str) -> None:
+def plot(rows: list[dict[str, float]], path: Path, title: str) -> None:
     """Speed and memory along the stream."""
     from matplotlib.figure import Figure
 
@@ -56,8 +56,8 @@ def picture(rows: list[dict[str, float]], path: Path, title: str) -> None:
     speed, memory = figure.subplots(2, 1, sharex=True)
     millions = [row["tokens"] / 1e6 for row in rows]
     for key, label, colour in (
-        ("tokens_per_second", "by the clock", "#9db2c9"),
-        ("tokens_per_processor_second", "by the processor's time", "#1565c0"),
+        ("tokens_per_second", "by wall time", "#9db2c9"),
+        ("tokens_per_processor_second", "by processor time", "#1565c0"),
     ):
         speed.plot(millions, [row[key] for row in rows], label=label, color=colour)
     memory.plot(millions, [row["resident_mib"] for row in rows], color="#1565c0")
@@ -81,16 +81,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
-    parser.add_argument("--picture", type=Path, help="draw speed and memory along the stream")
+    parser.add_argument("--plot", type=Path, help="draw speed and memory along the stream")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_reader(args.model, torch.device("cpu"))
-    piece = 16 * model.config.read_batch
-    stream = pieces_of(tokenizer, args.files, piece)
+    model, tokenizer = load_model(args.model, torch.device("cpu"))
+    chunk_size = 16 * model.config.tokens_per_read
+    stream = chunks_of(tokenizer, args.files, chunk_size)
     process = psutil.Process()
 
     session, early, early_peak = Session(model, tokenizer, compile=args.compile), None, 0.0
-    session.read(next(stream))  # what is compiled or loaded at the first call is not counted
+    session.read(next(stream))  # compilation and loading are not counted
     rows: list[dict[str, float]] = []
     sums = {"tokens": 0, "loss": 0.0, "clock": 0.0, "processor": 0.0}
     so_far = dict(sums)
@@ -134,7 +134,7 @@ def main() -> None:
         for name, reader in (("early", early), ("late", late)):
             before = time.perf_counter()
             reader.read(ids)
-            times[name].append((time.perf_counter() - before) / piece)
+            times[name].append((time.perf_counter() - before) / chunk_size)
     ratio = statistics.median(b / a for a, b in zip(times["early"], times["late"], strict=True))
 
     result: dict[str, Any] = {
@@ -153,14 +153,14 @@ def main() -> None:
         "along": rows,
         "machine": machine(),
     }
-    print(f"| | after {args.early:,} | after {total:,} | ratio | asked |\n|---|---|---|---|---|")
+    print(f"| | after {args.early:,} | after {total:,} | ratio | target |\n|---|---|---|---|---|")
     a, b = result["microseconds_per_token"].values()
     print(f"| time per token | {a:.0f} us | {b:.0f} us | {ratio:.3f} | <= 1.10 |")
     print(f"| peak memory | {early_peak:.0f} MiB | {late_peak:.0f} MiB | {late_peak / early_peak:.3f} | <= 1.15 |")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
-    if args.picture and rows:
-        picture(rows, args.picture, f"One session, {total / 1e6:.3g} million tokens, learning all the way")
+    if args.plot and rows:
+        plot(rows, args.plot, f"One session, {total / 1e6:.3g} million tokens, always learning")
 
 
 if __name__ == "__main__":

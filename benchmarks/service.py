@@ -1,18 +1,18 @@
-"""Many sessions at once through the service, under load, and killed in the middle of it.
+"""Many sessions at once through the service, under load, and with the service killed.
 
-    python benchmarks/service.py VAL.parquet --minutes 10            # 64 sessions read and write at the same time
-    python benchmarks/service.py VAL.parquet --kills 20              # kill -9 at random moments, and what is left
+    python benchmarks/service.py VAL.parquet --minutes 10            # 64 sessions read and write at once
+    python benchmarks/service.py VAL.parquet --kills 20              # kill -9 at random moments
 
-It starts `ttt-e2e serve` with the shipped model. Every session has a text of its own, a stretch of a book, and reads it
-on and on, a part a request, with a streamed writing after each part. At the end:
+It starts `ttt-e2e serve` with the shipped model. Every session reads a text of its own, one part per request, and after
+each part a streamed completion is requested. At the end:
 
 - no request may have failed;
-- every session must have read its own text alone: its digest is that of a session that read the same parts without the
-  service, and its fast weights are the same, but for rounding;
-- every session must be better at the continuation of its own text than eight others are, in nats per token.
+- every session must have read its own text only: its digest is that of a session that read the same parts without the
+  service, and its fast weights are the same except for rounding;
+- every session must predict the continuation of its own text better than eight others do, in nats per token.
 
-With `--kills`, the service is killed again and again. After each start all sessions must be what their last answer
-said, or what the request says that was under way and was not answered any more.
+With `--kills`, the service is killed repeatedly. After each start every session must be what its last response said, or
+what follows from the request that was running when the service was killed.
 """
 
 import argparse
@@ -39,16 +39,17 @@ import torch
 from tqdm import tqdm
 
 from ttt_e2e.hardware import machine
-from ttt_e2e.inference.session import Session, load_reader
+from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.session import Session
 
-EAGER = {"content-type": "text/plain; charset=utf-8"}
-_JUDGED = 256  # tokens of a continuation
-_OTHERS = 8  # sessions that a continuation is tried with beside its own
+PLAIN_TEXT = {"content-type": "text/plain; charset=utf-8"}
+_CONTINUATION = 256  # tokens
+_OTHERS = 8  # other sessions that read a continuation
 
 
 @dataclass
 class Client:
-    """What a client knows of its session. parts: of its text. acknowledged: the session after so many parts."""
+    """What a client knows of its session: it has read `parts` parts of the text, and was then `acknowledged`."""
 
     text: str
     id: str = ""
@@ -60,7 +61,7 @@ class Client:
 
 
 class Service:
-    """`ttt-e2e serve` as a process, on a free port."""
+    """`ttt-e2e serve` in a process, on a free port."""
 
     def __init__(self, data: Path, threads: int) -> None:
         self.data, self.threads = data, threads
@@ -88,28 +89,28 @@ class Service:
         self.process.wait()
 
 
-async def live(client: Client, http: httpx.AsyncClient, part: int, write: int, until: float) -> None:
-    """Read and write in turn."""
+async def run_client(client: Client, http: httpx.AsyncClient, part: int, write: int, until: float) -> None:
+    """Request reading and completions in turn."""
     if not client.id:
         client.acknowledged = (await http.post("/v1/sessions")).raise_for_status().json()
         client.id = client.acknowledged["id"]
     while time.monotonic() < until:
         text = client.text[client.parts * part : (client.parts + 1) * part]
         started = time.perf_counter()
-        answer = await http.post(f"/v1/sessions/{client.id}/read", content=text.encode(), headers=EAGER)
+        answer = await http.post(f"/v1/sessions/{client.id}/read", content=text.encode(), headers=PLAIN_TEXT)
         client.acknowledged = answer.raise_for_status().json()["session"]
         client.parts += 1
         client.read_seconds.append(time.perf_counter() - started)
         if write:
-            await listen(client, http, write)
+            await complete(client, http, write)
 
 
-async def listen(client: Client, http: httpx.AsyncClient, write: int) -> None:
-    """Have something written, and note when its tokens come."""
-    ask = {"prompt": "", "max_tokens": write, "stream": True, "seed": client.parts}
+async def complete(client: Client, http: httpx.AsyncClient, write: int) -> None:
+    """Request a streamed completion, and record when its tokens come."""
+    body = {"prompt": "", "max_tokens": write, "stream": True, "seed": client.parts}
     last = time.perf_counter()
     times = client.first_token
-    async with http.stream("POST", f"/v1/sessions/{client.id}/completions", json=ask) as answer:
+    async with http.stream("POST", f"/v1/sessions/{client.id}/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):
@@ -118,43 +119,43 @@ async def listen(client: Client, http: httpx.AsyncClient, write: int) -> None:
             if "error" in event:
                 raise RuntimeError(event["error"]["message"])
             if not event["choices"][0]["text"]:
-                continue  # it only says why the text ended
+                continue  # it has only the reason why the text ended
             now = time.perf_counter()
             times.append(now - last)
             times, last = client.between_tokens, now
 
 
-def alone(client: Client, part: int, fresh: Session) -> Session:
-    """The same text, read without the service."""
-    session = fresh.fork()
+def read_alone(client: Client, part: int, template: Session) -> Session:
+    """A session that read the same parts without the service."""
+    session = template.fork()
     for i in range(client.parts):
-        for _ in session.read_pieces([client.text[i * part : (i + 1) * part]]):
+        for _ in session.read_stream([client.text[i * part : (i + 1) * part]]):
             pass
     return session
 
 
 def fast_weights(session: Session) -> torch.Tensor:
-    return torch.cat([w.flatten() for pair in session.standing().state.loop.fast for w in pair])
+    return torch.cat([w.flatten() for pair in session.state().read_state.loop.fast for w in pair])
 
 
-def judge(clients: list[Client], service: Service, part: int, folder: Path) -> dict[str, Any]:
+def compare(clients: list[Client], service: Service, part: int, folder: Path) -> dict[str, Any]:
     """Compare every session with one that read the same text without the service."""
-    model, tokenizer = load_reader()
+    model, tokenizer = load_model()
     torch.set_num_threads(os.cpu_count() or 1)
-    fresh = Session(model, tokenizer)
+    template = Session(model, tokenizer)
     digests, differences, sessions = [], [], []
-    start = fast_weights(fresh)
+    start = fast_weights(template)
     for i, client in enumerate(tqdm(clients, desc="reading alone")):
         file = folder / f"{i}.session"
         file.write_bytes(httpx.get(f"{service.url}/v1/sessions/{client.id}/export", timeout=600).content)
-        theirs, ours = Session.load(file, model, tokenizer), alone(client, part, fresh)
+        theirs, ours = Session.load(file, model, tokenizer), read_alone(client, part, template)
         digests.append(theirs.info().text_digest == ours.info().text_digest)
         ours_w, theirs_w = fast_weights(ours), fast_weights(theirs)
         differences.append(
             (float((ours_w - theirs_w).abs().max()), float((ours_w - theirs_w).norm() / (ours_w - start).norm()))
         )
         sessions.append(theirs)
-    texts = [tokenizer.encode(c.text[c.parts * part : (c.parts + 2) * part])[:_JUDGED] for c in clients]
+    texts = [tokenizer.encode(c.text[c.parts * part : (c.parts + 2) * part])[:_CONTINUATION] for c in clients]
     choices, better, gains = random.Random(0), 0, []
     for i, ids in enumerate(tqdm(texts, desc="continuations")):
         others = choices.sample([j for j in range(len(clients)) if j != i], min(_OTHERS, len(clients) - 1))
@@ -174,11 +175,11 @@ def judge(clients: list[Client], service: Service, part: int, folder: Path) -> d
 
 
 async def load(clients: list[Client], service: Service, part: int, write: int, seconds: float) -> list[BaseException]:
-    """All clients at once; returns what went wrong."""
+    """All clients at once; returns the errors."""
     limits = httpx.Limits(max_connections=len(clients))
     async with httpx.AsyncClient(base_url=service.url, timeout=600, limits=limits) as http:
         until = time.monotonic() + seconds
-        done = await asyncio.gather(*(live(c, http, part, write, until) for c in clients), return_exceptions=True)
+        done = await asyncio.gather(*(run_client(c, http, part, write, until) for c in clients), return_exceptions=True)
     return [error for error in done if isinstance(error, BaseException)]
 
 
@@ -204,14 +205,14 @@ def under_load(clients: list[Client], service: Service, args: argparse.Namespace
         "between_tokens": percentiles([s for c in clients for s in c.between_tokens]),
         "server_errors": [line for line in metrics.splitlines() if "requests_total" in line and 'status="5' in line],
     }
-    result |= judge(clients, service, args.part, folder)
+    result |= compare(clients, service, args.part, folder)
     service.end(signal.SIGTERM)
     return result
 
 
-def killed(clients: list[Client], service: Service, args: argparse.Namespace) -> dict[str, Any]:
+def with_kills(clients: list[Client], service: Service, args: argparse.Namespace) -> dict[str, Any]:
     choices, wrong, checked, further = random.Random(args.seed), [], 0, 0
-    _, tokenizer = load_reader()
+    _, tokenizer = load_model()
     service.start()
     for _ in tqdm(range(args.kills), desc="kills"):
 
@@ -230,7 +231,7 @@ def killed(clients: list[Client], service: Service, args: argparse.Namespace) ->
             file = httpx.get(f"{service.url}/v1/sessions/{client.id}/export")
             checked += 1
             same = found.get("text_digest") == client.acknowledged["text_digest"]
-            if not same:  # the request that was under way may have been done, and not answered any more
+            if not same:  # the running request may have been done, but not answered
                 text = client.text[client.parts * args.part : (client.parts + 1) * args.part]
                 count = client.acknowledged["tokens"] + len(tokenizer.encode(text))
                 if found.get("tokens") == count:
@@ -248,10 +249,10 @@ def main() -> None:
     parser.add_argument("books", type=Path, metavar="PARQUET", help="a parquet file with a column text")
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--kills", type=int, help="kill the service so often instead")
-    parser.add_argument("--kill-seconds", type=float, default=5.0, help="at most, between a start and a kill")
-    parser.add_argument("--part", type=int, default=1500, help="characters of a reading request")
-    parser.add_argument("--write", type=int, default=32, help="tokens of a writing request")
+    parser.add_argument("--kills", type=int, help="kill the service N times instead")
+    parser.add_argument("--kill-seconds", type=float, default=5.0, help="longest time between a start and a kill")
+    parser.add_argument("--part", type=int, default=1500, help="characters per reading request")
+    parser.add_argument("--write", type=int, default=32, help="tokens per completion")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
@@ -263,8 +264,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         service = Service(Path(folder) / "sessions", args.threads)
         if args.kills:
-            result = killed(clients, service, args)
-            result |= judge(clients, service, args.part, Path(folder))
+            result = with_kills(clients, service, args)
+            started = [client for client in clients if client.id]  # the first kill may come before a session exists
+            result |= compare(started, service, args.part, Path(folder))
             service.end(signal.SIGTERM)
         else:
             result = under_load(clients, service, args, Path(folder))
