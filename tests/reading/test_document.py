@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ class Killed(BaseException):
 
 def but_times(report: ReadingReport) -> dict:
     times = {"seconds", "learning_seconds", "tokens_per_second"}
-    return {name: value for name, value in report.to_dict().items() if name not in times}
+    return {name: value for name, value in asdict(report).items() if name not in times}
 
 
 def read_saving(path: Path, text: str = TEXT, killed_at: int | None = None, **options: object) -> ReadingReport:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from ttt_e2e.cli.common import add_options, note, open_session, print_json
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         recording=recording,
     )
     if arguments.json:
-        print_json(report.to_dict())
+        print_json(asdict(report))
     else:
         print(summary(report))
     say = note if arguments.json else print

@@ -23,7 +23,7 @@ from ttt_e2e.inference.session import Diverged, Session
 from ttt_e2e.inference.session_file import Precision
 from ttt_e2e.reading.recording import Recording, forget_unread, record_text
 from ttt_e2e.reading.report import ReadingReport, build_report
-from ttt_e2e.reading.resume import ReadingProgress, TokenChunk, resume_reading, save_unfinished
+from ttt_e2e.reading.resume import Reading, resume_reading, save_unfinished
 from ttt_e2e.signals import GracefulStop
 
 _MINI_BATCHES = 8  # of a chunk: between chunks, Ctrl-C and the clock are looked at
@@ -77,7 +77,7 @@ def read_document(
     twin = None
     if baseline and session.learn:
         twin = Session(session.model, tokenizer, learn=False, dtype=session.dtype)
-    reading = ReadingProgress(name, total_bytes, pending_before=session.pending)
+    reading = Reading(session, twin, name, total_bytes, pending_before=session.pending)
     if recording is not None:
         reading.notebook_start = recording.start
         chunks = iter(chunks)
@@ -86,13 +86,13 @@ def read_document(
     token_chunks = _tokenize(tokenizer, chunks, _MINI_BATCHES * session.mini_batch_size)
     if save is not None:
         reading.initial_digest = session.info().text_digest
-        if resume_reading(save, session, twin, token_chunks, reading):
+        if resume_reading(save, token_chunks, reading):
             if progress:
                 print(f"Continuing after {reading.tokens:,} tokens of {name}, from {save}.", file=sys.stderr)
         elif recording is None:
             forget_unread(save)
         else:  # before anything is recorded, the session file has to say where the text begins in the notebook
-            save_unfinished(save, session, twin, reading)
+            save_unfinished(save, reading)
     started, saved_at = time.perf_counter() - reading.seconds, time.monotonic()
     diverged = None
     bar = tqdm(
@@ -107,11 +107,11 @@ def read_document(
     with GracefulStop(signal.SIGINT) as stop, bar:
         if session.compiled:
             bar.set_postfix_str("compiling")
-        for chunk in stop.until_requested(token_chunks):
-            diverged = _learn(reading, functools.partial(session.read_chunks, chunk.ids))
+        for ids, size in stop.until_requested(token_chunks):
+            diverged = _learn(reading, functools.partial(session.read_chunks, ids))
             if twin is not None:
-                reading.twin_curve.add(twin.read(chunk.ids))
-            reading.add_chunk(chunk)
+                reading.twin_curve.add(twin.read(ids))
+            reading.add_chunk(ids, size)
             reading.seconds = time.perf_counter() - started
             bar.update(round(reading.bytes) - bar.n)
             bar.set_postfix_str(_describe(reading), refresh=False)
@@ -119,36 +119,34 @@ def read_document(
                 break
             if save is not None and time.monotonic() - saved_at >= save_every:
                 try:
-                    save_unfinished(save, session, twin, reading)
+                    save_unfinished(save, reading)
                 except UserError as error:
                     warnings.warn(f"The reading continues, but could not be saved: {error}", stacklevel=2)
                 saved_at = time.monotonic()
         interrupted = stop.requested  # a Ctrl-C from here on is too late to leave anything unread
         if save is not None and interrupted and not diverged and reading.tokens:
-            save_unfinished(save, session, twin, reading)  # pending tokens get their losses when it is continued
+            save_unfinished(save, reading)  # pending tokens get their losses when it is continued
         if not diverged:
             diverged = _learn(reading, lambda: [session.score_pending()])
         if twin is not None:
             reading.twin_curve.add(twin.score_pending())
     reading.seconds = time.perf_counter() - started
-    report = build_report(
-        session, reading, model_name, has_twin=twin is not None, interrupted=interrupted, diverged=diverged
-    )
+    report = build_report(reading, model_name, interrupted=interrupted, diverged=diverged)
     if save is not None and (diverged or not interrupted):
         session.save(save, precision)
     return report
 
 
-def _tokenize(tokenizer: Tokenizer, chunks: Iterable[str], length: int) -> Iterator[TokenChunk]:
-    """The tokens of the text, at most `length` at a time; where they are split depends on the text alone."""
+def _tokenize(tokenizer: Tokenizer, chunks: Iterable[str], length: int) -> Iterator[tuple[np.ndarray, float]]:
+    """At most `length` tokens of the text at a time, and their bytes; the splits depend on the text alone."""
     for tokens in tokenizer.encode_chunks(short_chunks(chunks)):
         token_bytes = len(tokenizer.decode(tokens).encode("utf-8", "replace")) / max(1, len(tokens))
         for start in range(0, len(tokens), length):
             ids = tokens[start : start + length]
-            yield TokenChunk(ids, token_bytes * len(ids))
+            yield ids, token_bytes * len(ids)
 
 
-def _learn(reading: ReadingProgress, losses_of: Callable[[], Iterable[np.ndarray]]) -> str | None:
+def _learn(reading: Reading, losses_of: Callable[[], Iterable[np.ndarray]]) -> str | None:
     """Add the losses of the learning reader and the time that they take; returns how it diverged, if it did."""
     started = time.perf_counter()
     try:
@@ -161,11 +159,11 @@ def _learn(reading: ReadingProgress, losses_of: Callable[[], Iterable[np.ndarray
     return None
 
 
-def _describe(reading: ReadingProgress) -> str:
+def _describe(reading: Reading) -> str:
     """Speed and losses so far, for the progress bar."""
     curve, twin_curve = reading.curve, reading.twin_curve
     if curve.tokens == 0:
         return "filling the first mini-batch"
-    without = f" ({twin_curve.total() / twin_curve.tokens:.3f} without learning)" if twin_curve.tokens else ""
+    without = f" ({twin_curve.mean():.3f} without learning)" if twin_curve.tokens else ""
     speed = curve.tokens / max(reading.learning_seconds, 1e-9)
-    return f"{speed:,.0f} tokens/s, loss {curve.total() / curve.tokens:.3f}{without}"
+    return f"{speed:,.0f} tokens/s, loss {curve.mean():.3f}{without}"

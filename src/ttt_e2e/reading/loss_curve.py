@@ -1,25 +1,20 @@
 """The losses along a text, in memory that does not grow with the text."""
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 BINS = 512
 
 
+@dataclass
 class LossCurve:
     """Sums of the losses along a text over bins of `bin_tokens` tokens. When all bins are full, neighbours merge."""
 
-    def __init__(self, bins: int = BINS) -> None:
-        assert bins % 2 == 0
-        self.bin_tokens = 1
-        self.tokens = 0
-        self.sums = np.zeros(bins)
-
-    @classmethod
-    def restore(cls, bin_tokens: int, tokens: int, sums: np.ndarray) -> "LossCurve":
-        """The curve that had these values."""
-        curve = cls(len(sums))
-        curve.bin_tokens, curve.tokens, curve.sums = bin_tokens, tokens, sums
-        return curve
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
+    """[bins], an even number."""
+    bin_tokens: int = 1
+    tokens: int = 0
 
     def add(self, losses: np.ndarray) -> None:
         """Append losses [n], one per token."""
@@ -32,14 +27,11 @@ class LossCurve:
         self.sums += np.bincount(bins, losses.astype(np.float64), len(self.sums))
         self.tokens = stop
 
-    def total(self, start: float = 0.0, stop: float | None = None) -> float:
-        """The sum of the losses of tokens `start` to `stop` (default: all); within a bin every token has its mean."""
+    def mean(self, start: float = 0.0, stop: float | None = None) -> float:
+        """The mean loss of tokens `start` to `stop` (default: all); within a bin every token has its mean."""
+        stop = self.tokens if stop is None else stop
         full = -(-self.tokens // self.bin_tokens)
         edges = np.minimum(np.arange(full + 1) * self.bin_tokens, self.tokens)
         sums = np.concatenate(([0.0], self.sums[:full].cumsum()))
-        first, last = np.interp([start, self.tokens if stop is None else stop], edges, sums)
-        return float(last - first)
-
-    def mean(self, start: float, stop: float) -> float:
-        """The mean loss of tokens `start` to `stop`."""
-        return self.total(start, stop) / (stop - start)
+        first, last = np.interp([start, stop], edges, sums)
+        return float(last - first) / (stop - start)

@@ -1,5 +1,6 @@
 """The plot of a reading, drawn without a display."""
 
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -33,28 +34,23 @@ def plot_reading(report: ReadingReport, path: Path) -> None:
     check_plot_target(path)
     compared = report.gain is not None
     figure = Figure(figsize=(9, 5.6 if compared else 3.8), dpi=150, layout="constrained")
-    rows = figure.subplots(2 if compared else 1, 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + compared])
-    axes = rows[:, 0]
-    tokens = np.array([(part.start + part.stop) / 2 for part in report.curve])
-    weights = np.array([part.stop - part.start for part in report.curve])
-    loss = np.array([part.loss for part in report.curve])
-    series = [(loss, "with learning" if report.learns else "loss", _WITH)]
-    without = np.array([part.loss_without for part in report.curve], dtype=float)
-    if compared:
-        series.insert(0, (without, "without learning", _WITHOUT))
-    for values, label, color in series:
+    axes = figure.subplots(1 + compared, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + compared])[:, 0]
+    start, stop, loss, without, gain = np.array([astuple(part) for part in report.curve], float).T
+    tokens, weights = (start + stop) / 2, stop - start
+    series = [(without, report.loss_without, "without learning", _WITHOUT)] if compared else []
+    series.append((loss, report.loss, "with learning" if report.learns else "loss", _WITH))
+    low, high = np.percentile(np.concatenate([values for values, *_ in series]), [1, 99])
+    for values, mean, label, color in series:
+        smooth = _smooth(values, weights)
+        low, high = min(low, smooth.min()), max(high, smooth.max())
         axes[0].plot(tokens, values, color=color, linewidth=0.6, alpha=0.25)
-        mean = report.loss if values is loss else report.loss_without
-        axes[0].plot(tokens, _smooth(values, weights), color=color, linewidth=1.8, label=f"{label} (mean {mean:.3f})")
+        axes[0].plot(tokens, smooth, color=color, linewidth=1.8, label=f"{label} (mean {mean:.3f})")
     axes[0].set_ylabel("loss (nats per token)")
-    shown = np.concatenate([_smooth(values, weights) for values, _, _ in series])
-    low, high = np.percentile(np.concatenate([values for values, _, _ in series]), [1, 99])
-    low, high = min(low, shown.min()), max(high, shown.max())
     margin = 0.05 * (high - low) or 0.1
     axes[0].set_ylim(low - margin, high + margin)
     axes[0].legend(frameon=False, loc="best")
     if compared:
-        gain = _smooth(without - loss, weights)
+        gain = _smooth(gain, weights)
         axes[1].axhline(0, color=_GREY, linewidth=0.8)
         axes[1].fill_between(tokens, gain, 0, where=gain >= 0, interpolate=True, color=_WITH, alpha=0.3, linewidth=0)
         axes[1].fill_between(tokens, gain, 0, where=gain <= 0, interpolate=True, color=_WITHOUT, alpha=0.4, linewidth=0)
@@ -69,7 +65,7 @@ def plot_reading(report: ReadingReport, path: Path) -> None:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     title = f"Reading {report.name}: {report.tokens:,} tokens with {report.model}"
-    if report.gain is not None and report.gain_percent is not None:
+    if report.gain_percent is not None:
         title += f"\nlearning gains {report.gain:+.3f} nats per token ({report.gain_percent:+.1f} %)"
     title = title.encode("utf-8", "replace").decode()  # the name of a file may be invalid UTF-8
     axes[0].set_title(title, loc="left", fontsize=11, parse_math=False)  # a name may contain $
@@ -79,9 +75,5 @@ def plot_reading(report: ReadingReport, path: Path) -> None:
 
 def _smooth(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Running mean, weighted by tokens, over a twenty-fifth of the bins, centred; shorter at the ends."""
-    reach = max(0, len(values) // _SMOOTHING // 2)
-    sums = np.concatenate(([0.0], (values * weights).cumsum()))
-    counts = np.concatenate(([0.0], weights.cumsum()))
-    at = np.arange(len(values))
-    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
-    return (sums[last] - sums[first]) / (counts[last] - counts[first])
+    window = np.ones(2 * (len(values) // _SMOOTHING // 2) + 1)
+    return np.convolve(values * weights, window, "same") / np.convolve(weights, window, "same")

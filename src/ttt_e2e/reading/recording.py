@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, remove_stale_parts
-from ttt_e2e.inference.session_file import session_facts
-from ttt_e2e.reading.resume import unfinished_reading
+from ttt_e2e.reading.resume import unfinished_facts
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
 
 
@@ -48,15 +47,21 @@ def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
     something else has its name, and if the one to be replaced belongs to no session.
     """
     folder, size = notebook_folder(save), passage_size(window)
-    if unfinished := unfinished_reading(save):
+    unfinished = unfinished_facts(save)
+    if unfinished.get("tokens"):
         # If it was not recorded so far, `read_document` says that the options differ.
         return Recording(folder, unfinished["notebook_start"] or 0, size, resumed=True)
-    source = None if session is None else notebook_folder(session)
-    characters = None if session is None else _characters(session, size)
-    remarks = []
-    if session is not None and characters is None:
-        remarks.append(f"What {session} has read before is not in its notebook, which begins with this text.")
-    in_place = source is not None and source.resolve() == folder.resolve()
+    source, start, in_place, remarks = None, 0, False, []
+    if session is not None:
+        source = notebook_folder(session)
+        in_place = source.resolve() == folder.resolve()
+        if source.exists():
+            with Notebook(source, size=size) as notebook:
+                unread_from, start = _unread_from(session), notebook.characters
+            start = start if unread_from is None else min(unread_from, start)
+        else:
+            remarks.append(f"What {session} has read before is not in its notebook, which begins with this text.")
+            source = None
     if folder.exists() and not in_place:
         with Notebook(folder, size=size) as notebook:
             is_empty = notebook.characters == 0
@@ -67,14 +72,7 @@ def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
             )
         if not is_empty:
             remarks.append(f"The notebook {folder} is replaced, like the session {save}.")
-    return Recording(
-        folder,
-        characters or 0,
-        size,
-        replaced=not in_place,
-        source=None if characters is None else source,
-        remarks=tuple(remarks),
-    )
+    return Recording(folder, start, size, replaced=not in_place, source=source, remarks=tuple(remarks))
 
 
 def record_text(chunks: Iterable[str], recording: Recording) -> Iterator[str]:
@@ -83,9 +81,18 @@ def record_text(chunks: Iterable[str], recording: Recording) -> Iterator[str]:
     Nothing is written before the first chunk is asked for; by then the session file has to say where the text begins.
     Raises UserError as `Notebook` and `Notebook.record` do.
     """
-    if recording.replaced and not recording.resumed:
-        _replace(recording.folder, recording.source, recording.size)
-    with Notebook(recording.folder, size=recording.size) as notebook:
+    folder, source, size = recording.folder, recording.source, recording.size
+    if recording.replaced:
+        remove_stale_parts(folder.parent, folder.name)
+        with ExitStack() as locks:
+            for used in filter(None, (folder if folder.exists() else None, source)):
+                locks.enter_context(Notebook(used, size=size))
+            with atomic_path(folder) as part:
+                if source is None:
+                    Notebook(part, size=size).close()
+                else:
+                    shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))
+    with Notebook(folder, size=size) as notebook:
         if not recording.resumed:
             notebook.cut(recording.start)
         yield from notebook.record(chunks, start=recording.start)
@@ -104,28 +111,5 @@ def forget_unread(session: Path) -> None:
 
 def _unread_from(session: Path) -> int | None:
     """Where in the notebook a text begins of which the session file has read nothing yet; None if there is none."""
-    unfinished = session_facts(session).get("unfinished") if session.exists() else None
-    start: int | None = unfinished["notebook_start"] if unfinished and not unfinished["tokens"] else None
-    return start
-
-
-def _characters(session: Path, size: int) -> int | None:
-    """How many characters of a session file's notebook belong to it; None if it has no notebook."""
-    folder, start = notebook_folder(session), _unread_from(session)
-    if not folder.exists():
-        return None
-    with Notebook(folder, size=size) as notebook:
-        return notebook.characters if start is None else min(start, notebook.characters)
-
-
-def _replace(folder: Path, source: Path | None, size: int) -> None:
-    """Replace the notebook in `folder`, if there is one, by a copy of the notebook `source`, or by an empty one."""
-    remove_stale_parts(folder.parent, folder.name)
-    with ExitStack() as locks:
-        for used in filter(None, (folder if folder.exists() else None, source)):
-            locks.enter_context(Notebook(used, size=size))
-        with atomic_path(folder) as part:
-            if source is None:
-                Notebook(part, size=size).close()
-            else:
-                shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))
+    unfinished = unfinished_facts(session)
+    return None if unfinished.get("tokens") else unfinished.get("notebook_start")

@@ -1,14 +1,12 @@
 """The report of a reading: losses with learning and without it, as values and as a table for a terminal."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.session import Session
-from ttt_e2e.reading.resume import ReadingProgress
+from ttt_e2e.reading.resume import Reading
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -20,8 +18,8 @@ class SegmentLoss:
     start: float
     stop: float
     loss: float
-    loss_without: float | None
-    gain: float | None
+    loss_without: float | None = None
+    gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,44 +58,31 @@ class ReadingReport:
     note: str | None = None
     """A sentence for people, such as that the text was too short to learn from."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
-        return asdict(self)
 
-
-def build_report(
-    session: Session,
-    progress: ReadingProgress,
-    model_name: str,
-    *,
-    has_twin: bool,
-    interrupted: bool,
-    diverged: str | None,
-) -> ReadingReport:
-    """The report of a reading that has ended, by `session` and, if `has_twin`, by a twin that did not learn.
+def build_report(reading: Reading, model_name: str, *, interrupted: bool, diverged: str | None) -> ReadingReport:
+    """The report of a reading that has ended.
 
     Raises UserError if there was nothing to read, and KeyboardInterrupt if the reading was interrupted before it began.
     """
-    curve, twin_curve = progress.curve, progress.twin_curve if has_twin else None
-    tokens = min(curve.tokens, twin_curve.tokens) if twin_curve else curve.tokens
+    session = reading.session
+    curves = [reading.curve] if reading.twin is None else [reading.curve, reading.twin_curve]
+    # Readers that stopped at different places are compared as far as the slower one has come.
+    tokens, bin_tokens = min(curve.tokens for curve in curves), max(curve.bin_tokens for curve in curves)
     if tokens == 0:
         if diverged:
             raise UserError(diverged)
         if interrupted:
             raise KeyboardInterrupt
-        raise UserError(f"There is nothing to read in {progress.name}: it has no tokens.")
+        raise UserError(f"There is nothing to read in {reading.name}: it has no tokens.")
 
     def segment(start: float, stop: float) -> SegmentLoss:
-        loss = curve.mean(start, stop)
-        without = twin_curve.mean(start, stop) if twin_curve else None
-        return SegmentLoss(start, stop, loss, without, None if without is None else without - loss)
+        loss, *without = (curve.mean(start, stop) for curve in curves)
+        return SegmentLoss(start, stop, loss, *without, *(mean - loss for mean in without))
 
     def segments(count: int) -> list[SegmentLoss]:
         return [segment(tokens * i / count, tokens * (i + 1) / count) for i in range(count)]
 
-    # Readers that stopped at different places are compared as far as the slower one has come.
-    size = progress.bytes * tokens / max(curve.tokens, twin_curve.tokens if twin_curve else 0)
-    bin_tokens = max(curve.bin_tokens, twin_curve.bin_tokens if twin_curve else 1)
+    size = reading.bytes * tokens / max(curve.tokens for curve in curves)
     config, whole, bits = session.model.config, segment(0, tokens), tokens / math.log(2) / max(size, 1)
     b, note = config.mini_batch_size, None
     if not session.model.suffix:
@@ -105,7 +90,7 @@ def build_report(
     elif session.learn and b is not None and tokens <= b:
         note = f"The text is not longer than one mini-batch of {b} tokens: nothing could be learned from it yet."
     return ReadingReport(
-        name=progress.name,
+        name=reading.name,
         model=model_name,
         learns=session.learn,
         tokens=tokens,
@@ -116,12 +101,12 @@ def build_report(
         gain_percent=None if whole.gain is None or not whole.loss_without else 100 * whole.gain / whole.loss_without,
         bits_per_byte=whole.loss * bits,
         bits_per_byte_without=None if whole.loss_without is None else whole.loss_without * bits,
-        quarters=[quarter.gain for quarter in segments(4) if quarter.gain is not None] if twin_curve else None,
+        quarters=[quarter.gain for quarter in segments(4) if quarter.gain is not None] or None,
         parts=segments(10),
         curve=[segment(start, min(start + bin_tokens, tokens)) for start in range(0, tokens, bin_tokens)],
-        seconds=progress.seconds,
-        learning_seconds=progress.learning_seconds,
-        tokens_per_second=curve.tokens / max(progress.learning_seconds, 1e-9),
+        seconds=reading.seconds,
+        learning_seconds=reading.learning_seconds,
+        tokens_per_second=reading.curve.tokens / max(reading.learning_seconds, 1e-9),
         mini_batch_size=b,
         sliding_window=config.sliding_window,
         interrupted=interrupted,
