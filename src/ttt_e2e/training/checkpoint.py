@@ -97,15 +97,13 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The content of trainer.json; raises UserError unless all files of the checkpoint are there and unaltered."""
     content = read_json(folder / TRAINER)
-    check_format(
-        content, folder, FORMAT, VERSION, "finish the run with the version that wrote it, or start another run"
-    )
+    remedy = "finish the run with the version that wrote it, or start another run"
+    check_format(content, folder, FORMAT, VERSION, remedy)
     for name, expected in content["files"].items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"The checkpoint {folder} is incomplete: {name} is missing.")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
+        if (size := file.stat().st_size) != expected["bytes"]:
             raise UserError(f"The checkpoint {folder} is incomplete: {name} has {size} of {expected['bytes']} bytes.")
         if _sha256(file) != expected["sha256"]:
             raise UserError(f"The checkpoint {folder} was altered: the digest of {name} does not match.")
@@ -126,10 +124,9 @@ def latest_checkpoint(run: Path, log: Callable[[str], None] = print) -> Path | N
     for folder in folders:
         try:
             check_checkpoint(folder)
+            return folder
         except UserError as error:
             log(f"{error} Looking for an earlier one.")
-        else:
-            return folder
     if folders:
         raise UserError(f"No checkpoint in {run / 'checkpoints'} is intact; start again in another folder.")
     return None

@@ -20,7 +20,7 @@ def evaluate_sequences(
     """The mean loss of `sequences`, in nats per token; the processes share them.
 
     Args:
-        model: any model.
+        model: the model, standard or with a suffix.
         sequences: int64 arrays of at most `config.context` + 1 token ids; each sequence starts a text.
         bos: targets equal to this id do not count.
         config: gives context, batch and dtype.
@@ -30,33 +30,27 @@ def evaluate_sequences(
         "loss" and the number of "tokens". With a suffix also "loss_without_learning", the "gain" from learning, and
         "gain_by_quarter" of the context, None where no sequence is long enough.
     """
-    has_suffix = model.config.suffix_layers > 0
-    modes = [True, False] if has_suffix else [True]
+    modes = [True, False] if model.suffix else [True]
     # Sums of losses by mode (learning or not) and quarter, and the number of tokens by quarter.
     sums = torch.zeros(len(modes), QUARTERS, dtype=torch.float64)
     counts = torch.zeros(QUARTERS, dtype=torch.float64)
-    own = map(torch.from_numpy, sequences[dist.rank :: dist.world_size])
-    by_length = sorted(own, key=len, reverse=True)
+    by_length = sorted(map(torch.from_numpy, sequences[dist.rank :: dist.world_size]), key=len, reverse=True)
     size = config.batch // config.accumulate // dist.world_size
     for start in range(0, len(by_length), size):
         batch = by_length[start : start + size]
-        tokens_BT1 = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=bos)
+        tokens_BT1 = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=bos).to(dist.device)
         quarter_T = torch.arange(tokens_BT1.shape[1] - 1) * QUARTERS // config.context
         for row, learn in enumerate(modes):
             with torch.no_grad():
-                result = sequence_loss(
-                    model, tokens_BT1.to(dist.device), bos=bos, learn=learn, dtype=getattr(torch, config.dtype)
-                )
+                result = sequence_loss(model, tokens_BT1, bos=bos, learn=learn, dtype=getattr(torch, config.dtype))
             mask_BT = result.mask_BT.cpu().double()
-            nll_BT = result.nll_BT.cpu().double() * mask_BT
-            sums[row].index_add_(0, quarter_T, nll_BT.sum(0))
-            if row == 0:
-                counts.index_add_(0, quarter_T, mask_BT.sum(0))
+            sums[row].index_add_(0, quarter_T, (result.nll_BT.cpu().double() * mask_BT).sum(0))
+        counts.index_add_(0, quarter_T, mask_BT.sum(0))
     sums, counts = sums.to(dist.device), counts.to(dist.device)
     dist.sum_([sums, counts])
     means = [float(total / counts.sum()) for total in sums.sum(1)]
     measured: dict[str, Any] = {"loss": means[0], "tokens": int(counts.sum())}
-    if has_suffix:
+    if model.suffix:
         gains = ((sums[1] - sums[0]) / counts).tolist()
         by_quarter = [gain if count > 0 else None for gain, count in zip(gains, counts.tolist(), strict=True)]
         measured |= {"loss_without_learning": means[1], "gain": means[1] - means[0], "gain_by_quarter": by_quarter}

@@ -4,8 +4,9 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
@@ -13,19 +14,27 @@ from ttt_e2e.files import write_text
 _FILE = "metrics.jsonl"
 
 
-class MetricsWriter:
+class MetricsWriter(ExitStack):
     """Appends to the metrics of a run that continues after `step`; lines of later steps are removed first."""
 
-    def __init__(
-        self, run: Path, step: int, config: Mapping[str, Any], tensorboard: bool = False, wandb: bool = False
-    ) -> None:
-        self._tensorboard = _tensorboard(run, step) if tensorboard else None
-        self._wandb = _wandb(run, config) if wandb else None
+    def __init__(self, run: Path, step: int, config: Mapping[str, Any], tensorboard: bool, wandb: bool) -> None:
+        super().__init__()
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("TensorBoard is not installed; run: pip install 'ttt-e2e[tensorboard]'.") from error
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            self.callback(self._tensorboard.close)
+        if wandb:
+            self._wandb = _start_wandb(run, config)
+            self.callback(self._wandb.finish)
         path = run / _FILE
         if path.exists():
             lines = read_metrics(run)
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self.enter_context(path.open("a", encoding="utf-8"))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line, which must have a "step"."""
@@ -48,16 +57,6 @@ class MetricsWriter:
         """Flush all lines to the disk. Called before a checkpoint, which presumes them."""
         os.fsync(self._file.fileno())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics; an incomplete last line is left out."""
@@ -70,15 +69,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _tensorboard(run: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("TensorBoard is not installed; run: pip install 'ttt-e2e[tensorboard]'.") from error
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-
-def _wandb(run: Path, config: Mapping[str, Any]) -> Any:
+def _start_wandb(run: Path, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:

@@ -37,12 +37,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     if exempt:
         groups.append({"params": exempt, "weight_decay": 0.0})
     return torch.optim.AdamW(
-        groups,
-        lr=config.lr_init,
-        betas=config.betas,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        fused=True,
+        groups, lr=config.lr_init, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
     )
 
 

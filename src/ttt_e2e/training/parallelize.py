@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,7 @@ from tqdm import tqdm
 from ttt_e2e.hardware import choose_device
 
 
-@dataclass(frozen=True)
-class DistributedContext:
+class DistributedContext(NamedTuple):
     """This process, number `rank` of `world_size`, and the device that it computes on."""
 
     rank: int
@@ -39,12 +38,11 @@ class DistributedContext:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each of `tensors` by its sum over all processes, in one exchange."""
-        if self.world_size == 1:
-            return
-        buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(buffer)
-        for tensor, part in zip(tensors, buffer.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        if self.world_size > 1:
+            buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.all_reduce(buffer)
+            for tensor, part in zip(tensors, buffer.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def barrier(self) -> None:
         """Wait until all processes have come here."""

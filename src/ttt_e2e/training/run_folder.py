@@ -39,8 +39,8 @@ def check_run(
 ) -> dict[str, Any]:
     """Check that `out` can take a new run, or holds the run to resume; returns the content of its config.json.
 
-    tokens: the training data. start_from: the model folder that the run starts from. dist: the processes, of which only
-    rank 0 checks a new folder, because it may be writing there already.
+    tokens: the training data. start_from: the model folder that the run starts from. Only rank 0 checks a new folder:
+    for the other processes, it may be writing there already.
     """
     record = {
         "format": FORMAT,
@@ -52,23 +52,17 @@ def check_run(
         "start_digest": None if start_from is None else stored_digest(start_from),
     }
     found = out / CONFIG
-    if resume and found.exists():
-        previous = read_json(found)
-        check_format(previous, found, FORMAT, VERSION, "finish the run with the version that wrote it")
-        _check_same_run(previous, record, config, out)
-        for name in ("start_from", "start_digest"):
-            record[name] = record[name] or previous.get(name)
-    elif dist.is_rank0 and out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose a folder with --out.")
-    elif dist.is_rank0 and out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
-        what = "already holds a run; continue it with --resume" if found.exists() else "is not empty"
-        raise UserError(f"{out} {what}, or choose another folder with --out.")
-    return record
-
-
-def _check_same_run(previous: dict[str, Any], record: dict[str, Any], config: RunConfig, out: Path) -> None:
+    if not (resume and found.exists()):
+        if dist.is_rank0 and out.exists() and not out.is_dir():
+            raise UserError(f"{out} is a file; choose a folder with --out.")
+        if dist.is_rank0 and out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
+            what = "already holds a run; continue it with --resume" if found.exists() else "is not empty"
+            raise UserError(f"{out} {what}, or choose another folder with --out.")
+        return record
+    previous = read_json(found)
+    check_format(previous, found, FORMAT, VERSION, "finish the run with the version that wrote it")
     settings = {section: previous.get(section, {}) for section in ("model", "train")}
-    before, now = flatten(from_dict(RunConfig, settings, str(out / CONFIG))), flatten(config)
+    before, now = flatten(from_dict(RunConfig, settings, str(found))), flatten(config)
     for name in before:
         if before[name] != now[name] and name not in _MAY_CHANGE_ON_RESUME:
             raise UserError(
@@ -83,6 +77,7 @@ def _check_same_run(previous: dict[str, Any], record: dict[str, Any], config: Ru
     moved = record["start_digest"] is not None and record["start_digest"] == previous.get("start_digest")
     if start not in (None, start_before) and not moved:
         raise UserError(f"The run in {out} started from {start_before}, not from {start}.")
+    return record | {name: record[name] or previous.get(name) for name in ("start_from", "start_digest")}
 
 
 def load_start_weights(model: Transformer, folder: Path, tokenizer_digest: str) -> None:

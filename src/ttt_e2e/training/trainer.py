@@ -10,23 +10,22 @@ import math
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ttt_e2e.config.parse import to_dict
-from ttt_e2e.config.schema import RunConfig, TrainConfig
+from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.data.loader import SequenceLoader, val_sequences
 from ttt_e2e.data.shards import open_tokens
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.files import remove_stale_parts, write_text
 from ttt_e2e.inner_loop.compiled import compiled_functions
-from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
+from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.checkpoint import CONFIG, TOKENIZER, copy_pretrained_metadata, save_model
 from ttt_e2e.model.transformer import Transformer
@@ -41,15 +40,13 @@ from ttt_e2e.training.checkpoint import (
 from ttt_e2e.training.evaluate import evaluate_sequences
 from ttt_e2e.training.metrics import MetricsWriter
 from ttt_e2e.training.optimizer import inner_learning_rate, learning_rate, make_optimizer, optimizer_step
-from ttt_e2e.training.parallelize import DistributedContext, init_distributed
+from ttt_e2e.training.parallelize import init_distributed
 from ttt_e2e.training.run_folder import MODEL, check_run, load_start_weights
 
 
-@dataclass(frozen=True)
-class TrainResult:
+class TrainResult(NamedTuple):
     """How a call of `train` ended."""
 
-    run: Path
     model: Path | None
     """Folder of the finished model; None if the run was interrupted."""
     step: int
@@ -153,7 +150,15 @@ def train(
             metrics = stack.enter_context(MetricsWriter(out, state.step, to_dict(config), tensorboard, wandb))
         hidden = not (progress and dist.is_rank0)
         bar = stack.enter_context(tqdm(total=train_config.steps, initial=state.step, unit="step", disable=hidden))
-        functions = compiled_functions(dist.device) if compile else EAGER
+        micro_batch_loss = partial(
+            sequence_loss,
+            model,
+            bos=tokens.bos,
+            learn=train_config.train_mode == "meta",
+            activation_checkpointing=train_config.activation_checkpointing,
+            dtype=getattr(torch, train_config.dtype),
+            functions=compiled_functions(dist.device) if compile else EAGER,
+        )
         if compile and state.step < train_config.steps:
             bar.set_postfix_str("compiling")
 
@@ -163,13 +168,24 @@ def train(
             step_started = time.perf_counter()
             lr = learning_rate(step, train_config)
             inner_lr = inner_learning_rate(step, train_config, config.model)
-            total = _outer_gradient(model, next(loader), tokens.bos, inner_lr, train_config, dist, functions)
+            total = torch.zeros((), device=dist.device)
+            for micro_batch_BT1 in next(loader).to(dist.device).chunk(train_config.accumulate):
+                part = micro_batch_loss(micro_batch_BT1, inner_lr=inner_lr).loss / parts
+                part.backward()
+                total += part.detach()
             stop = torch.tensor(float(stop_signals.requested), device=dist.device)
             dist.sum_([total, stop, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
             norm = optimizer_step(model, optimizer, lr, train_config.max_grad_norm)
             loss = float(total)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise _divergence(step + 1, loss, norm, config, out)
+                folders = list_checkpoints(out)
+                kept = f"The last checkpoint is kept: {folders[0]}." if folders else "There is no checkpoint yet."
+                raise Divergence(
+                    f"Step {step + 1} has a loss of {loss} and a gradient norm of {norm}. {kept} Start another run "
+                    f"with a lower train.lr (it is {train_config.lr}), a longer train.warmup_steps "
+                    f"(it is {train_config.warmup_steps}) or a lower model.inner_loop.lr "
+                    f"(it is {config.model.inner_loop.lr})."
+                )
 
             now = time.perf_counter()
             step_tokens = train_config.batch * train_config.context
@@ -194,65 +210,27 @@ def train(
             if validation and (is_last or _is_due(state.step, train_config.eval_every)):
                 # Never compiled: without gradients and with lengths of its own, each batch would be compiled anew.
                 evaluation = evaluate_sequences(model, validation, tokens.bos, train_config, dist)
-                dist.log(f"Step {state.step}: {_describe(evaluation)}")
+                gain = f", learning while reading gains {evaluation['gain']:+.4f}" if "gain" in evaluation else ""
+                dist.log(f"Step {state.step}: validation loss {evaluation['loss']:.4f}{gain}")
                 if metrics:
                     metrics.write({"step": state.step, "eval": evaluation})
             if metrics and (is_last or is_stopping or _is_due(state.step, train_config.checkpoint_every)):
                 metrics.sync()
                 save_checkpoint(out, model, optimizer, state, config, out / TOKENIZER)
-            if is_stopping and not is_last:
-                dist.log(f"Stopped after step {state.step}; continue with the same command and --resume.")
-                return TrainResult(out, None, state.step, loss, evaluation, state.tokens, state.seconds, True)
+            if is_stopping:
+                break
 
-        if metrics:
-            save_model(model, out / MODEL, out / TOKENIZER, notes={"step": state.step, "tokens": state.tokens})
-        dist.barrier()
-        dist.log(f"Finished after step {state.step}; the model is in {out / MODEL}.")
-        return TrainResult(out, out / MODEL, state.step, loss, evaluation, state.tokens, state.seconds, False)
-
-
-def _outer_gradient(
-    model: Transformer,
-    tokens_BT1: Tensor,
-    bos: int,
-    inner_lr: float,
-    config: TrainConfig,
-    dist: DistributedContext,
-    functions: LoopFunctions,
-) -> Tensor:
-    """Add this process's part of the outer gradient to the weights of `model`; returns its part of the loss."""
-    total = torch.zeros((), device=dist.device)
-    for micro_batch_BT1 in tokens_BT1.to(dist.device).chunk(config.accumulate):
-        result = sequence_loss(
-            model,
-            micro_batch_BT1,
-            bos=bos,
-            learn=config.train_mode == "meta",
-            inner_lr=inner_lr,
-            activation_checkpointing=config.activation_checkpointing,
-            dtype=getattr(torch, config.dtype),
-            functions=functions,
-        )
-        part = result.loss / (config.accumulate * dist.world_size)
-        part.backward()
-        total += part.detach()
-    return total
+        interrupted = state.step < train_config.steps
+        if interrupted:
+            dist.log(f"Stopped after step {state.step}; continue with the same command and --resume.")
+        else:
+            if metrics:
+                save_model(model, out / MODEL, out / TOKENIZER, notes={"step": state.step, "tokens": state.tokens})
+            dist.barrier()
+            dist.log(f"Finished after step {state.step}; the model is in {out / MODEL}.")
+        model_folder = None if interrupted else out / MODEL
+        return TrainResult(model_folder, state.step, loss, evaluation, state.tokens, state.seconds, interrupted)
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _describe(evaluation: dict[str, Any]) -> str:
-    loss = f"validation loss {evaluation['loss']:.4f}"
-    return f"{loss}, learning while reading gains {evaluation['gain']:+.4f}" if "gain" in evaluation else loss
-
-
-def _divergence(step: int, loss: float, norm: float, config: RunConfig, out: Path) -> Divergence:
-    folders = list_checkpoints(out)
-    kept = f"The last checkpoint is kept: {folders[0]}." if folders else "There is no checkpoint yet."
-    return Divergence(
-        f"Step {step} has a loss of {loss} and a gradient norm of {norm}. {kept} Start another run with a lower "
-        f"train.lr (it is {config.train.lr}), a longer train.warmup_steps (it is {config.train.warmup_steps}) or a "
-        f"lower model.inner_loop.lr (it is {config.model.inner_loop.lr})."
-    )
