@@ -60,13 +60,10 @@ def prompt_with_passages(
     characters above it. max_tokens: of the text before the question; passages that do not fit are left out.
     """
     taken: list[Passage] = []
-    before = ""
+    before = "\n\n"
     for passage in passages:
-        longer = _format([*taken, passage])
+        longer = f"\n\n[{passage.start}-{passage.stop}]\n{passage.text.strip()}{before}"
         if len(tokenizer.encode(longer)) <= max_tokens:
-            taken, before = [*taken, passage], longer
-    return before + question, taken
-
-
-def _format(passages: list[Passage]) -> str:
-    return "\n\n" + "".join(f"[{p.start}-{p.stop}]\n{p.text.strip()}\n\n" for p in reversed(passages))
+            taken.append(passage)
+            before = longer
+    return (before if taken else "") + question, taken

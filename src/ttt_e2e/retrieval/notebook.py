@@ -18,10 +18,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
+from ttt_e2e.data.text import short_chunks
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_format, lock_folder, read_json, remove_stale_parts, write_text
 from ttt_e2e.retrieval.passages import BEFORE_FIRST, OpenPassage, Passage, Span
@@ -45,13 +46,8 @@ def passage_size(window: int) -> int:
     return max(20, min(SIZE, 3 * window // 4))
 
 
-class _Index(NamedTuple):
-    """What a search needs in memory: spans, a function that reads passage i, bm25s's index, and vectors [N, D]."""
-
-    spans: list[Span]
-    text_of: Callable[[int], str]
-    by_words: Any
-    vectors_ND: np.ndarray | None
+# What a search needs in memory: spans, a function that reads passage i, bm25s's index, and vectors [N, D].
+_Index = tuple[list[Span], Callable[[int], str], Any, np.ndarray | None]
 
 
 class Notebook:
@@ -80,7 +76,14 @@ class Notebook:
         self._files: list[IO[Any]] = []
         with self._closed_on_error("open"):
             self._lock()
-            self.size = self._read_size(size)
+            path = self.folder / "notebook.json"
+            if not path.exists():
+                write_text(path, json.dumps({"format": FORMAT, "version": VERSION, "size": size}) + "\n")
+            settings = read_json(path)
+            check_format(settings, path, FORMAT, VERSION, "record its text again")
+            if type(settings.get("size")) is not int:
+                raise self._altered()
+            self.size: int = settings["size"]
             lines_path, text_path = self.folder / "passages.jsonl", self.folder / "text.txt"
             self._lines, self._text = lines_path.open("ab", buffering=0), text_path.open("ab", buffering=0)
             self._reader = text_path.open("rb", buffering=0)  # a buffer would still hold what was cut off
@@ -135,18 +138,16 @@ class Notebook:
         with (self.folder / "text.txt").open(encoding="utf-8", errors="replace", newline="") as recorded:
             for skipped in range(0, start, _BLOCK):
                 recorded.read(min(_BLOCK, start - skipped))
-            for chunk in chunks:
-                for begin in range(0, len(chunk), _BLOCK):
-                    block = chunk[begin : begin + _BLOCK]
-                    same = recorded.read(min(len(block), known))
-                    if not block.startswith(same):
-                        raise UserError(
-                            f"The notebook {self.folder} holds another text at character {self.characters - known} "
-                            f"to {self.characters - known + len(same)}; read the same text again, or start a new one."
-                        )
-                    known -= len(same)
-                    self.add(block[len(same) :])
-                    yield block
+            for block in short_chunks(chunks):
+                same = recorded.read(min(len(block), known))
+                if not block.startswith(same):
+                    raise UserError(
+                        f"The notebook {self.folder} holds another text at character {self.characters - known} "
+                        f"to {self.characters - known + len(same)}; read the same text again, or start a new one."
+                    )
+                known -= len(same)
+                self.add(block[len(same) :])
+                yield block
         if known:
             raise UserError(
                 f"The notebook {self.folder} holds {known} characters more than this text has; "
@@ -189,16 +190,16 @@ class Notebook:
         self._require_open()
         if count < 1:
             raise UserError(f"Cannot search for {count} passages; ask for at least one.")
-        index = self._current_index()
-        if index is None:
+        if (index := self._current_index()) is None:
             return []
-        spans, query_words = index.spans, words(query)
-        scores_N = index.by_words.get_scores(query_words) if query_words else np.zeros(len(spans))
-        if index.vectors_ND is not None and self.embed is not None:
-            cosines_N = index.vectors_ND @ unit_vectors(self.embed, [query])[0]
+        spans, text_of, by_words, vectors_ND = index
+        query_words = words(query)
+        scores_N = by_words.get_scores(query_words) if query_words else np.zeros(len(spans))
+        if vectors_ND is not None and self.embed is not None:
+            cosines_N = vectors_ND @ unit_vectors(self.embed, [query])[0]
             scores_N = reciprocal_ranks(scores_N) + reciprocal_ranks(cosines_N)
         best = [int(i) for i in np.argsort(-scores_N, kind="stable")[:count] if scores_N[i] > 0]
-        return [Passage(index.text_of(i), *spans[i][:4], i, float(scores_N[i])) for i in best]
+        return [Passage(text_of(i), *spans[i][:4], i, float(scores_N[i])) for i in best]
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -207,14 +208,12 @@ class Notebook:
         """Close the notebook if the block fails; errors of the operating system become a UserError."""
         try:
             yield
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise UserError(
-                f"Cannot {action} the notebook {self.folder}: {error.strerror}; what it holds is kept."
-            ) from error
-        except BaseException:
-            self.close()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            message = f"Cannot {action} the notebook {self.folder}: {error.strerror}; what it holds is kept."
+            raise UserError(message) from error
 
     def _require_open(self) -> None:
         if not self._files:
@@ -231,24 +230,15 @@ class Notebook:
         self._files.append(lock_folder(self.folder, in_use))
         remove_stale_parts(self.folder)
 
-    def _read_size(self, size: int) -> int:
-        """The passage size of the notebook; a new one gets `size`."""
-        path = self.folder / "notebook.json"
-        if not path.exists():
-            write_text(path, json.dumps({"format": FORMAT, "version": VERSION, "size": size}) + "\n")
-            return size
-        settings = read_json(path)
-        check_format(settings, path, FORMAT, VERSION, "record its text again")
-        if type(settings.get("size")) is not int:
-            raise self._altered()
-        return int(settings["size"])
-
     def _resume(self) -> None:
         """Find where the text ends, drop a half-written line or character, and add the passages that are missing."""
-        lines, end = _last_two_lines(self.folder / "passages.jsonl")
-        self._lines.truncate(end)
+        with (self.folder / "passages.jsonl").open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - _LINE_BYTES))
+            *lines, half = file.read().split(b"\n")
+        self._lines.truncate(end - len(half))
         self._open_passage, size = OpenPassage(), self._reader.seek(0, os.SEEK_END)
-        if spans := [self._parse(line) for line in lines]:
+        if spans := [self._parse(line) for line in lines[-2:]]:
             last = spans[-1]
             if size < last.stop_byte:
                 raise UserError(f"{self.folder / 'text.txt'} is truncated; use another copy of the notebook.")
@@ -274,28 +264,24 @@ class Notebook:
         """The index of the whole text, rebuilt if text was added; None if there is no text."""
         open_span = self._open_passage.span()
         end = open_span or self._open_passage.previous
-        if end.digest and (self._index is None or self._index.spans[-1].digest != end.digest):
-            spans = self._spans() + ([open_span] if open_span else [])
-            digests = [span.digest for span in spans]
-            previous_digests = ["", *digests]
+        if end.digest and (self._index is None or self._index[0][-1].digest != end.digest):
+            with (self.folder / "passages.jsonl").open("rb") as lines:
+                spans = [self._parse(line) for line in lines]
+            full, digests = len(spans), [span.digest for span in (BEFORE_FIRST, *spans)]
+            if digests[-1] != self._open_passage.previous.digest:
+                raise self._altered()
+            if open_span:
+                spans.append(open_span)
+                digests.append(open_span.digest)
 
             def text_of(i: int) -> str:
-                return self._text_at(spans[i], previous_digests[i])
+                return self._text_at(spans[i], digests[i])
 
-            by_words, vectors_ND = word_index(self.folder, digests, text_of), None
+            by_words, vectors_ND = word_index(self.folder, digests[1:], text_of), None
             if self.embed is not None:
-                full = len(spans) - (open_span is not None)
-                vectors_ND = passage_vectors(self.folder, digests, full, text_of, self.embed)
-            self._index = _Index(spans, text_of, by_words, vectors_ND)
+                vectors_ND = passage_vectors(self.folder, digests[1:], full, text_of, self.embed)
+            self._index = spans, text_of, by_words, vectors_ND
         return self._index
-
-    def _spans(self) -> list[Span]:
-        """The spans of all full passages."""
-        with (self.folder / "passages.jsonl").open("rb") as lines:
-            spans = [self._parse(line) for line in lines]
-        if (spans[-1].digest if spans else "") != self._open_passage.previous.digest:
-            raise self._altered()
-        return spans
 
     def _text_at(self, span: Span, previous_digest: str) -> str:
         """The text of a passage, checked against its digest."""
@@ -322,12 +308,3 @@ def _write(file: IO[bytes], data: bytes) -> None:
     """Write all of `data` to an unbuffered file, so that a full disk shows here and not when the file is closed."""
     while data:
         data = data[file.write(data) :]
-
-
-def _last_two_lines(path: Path) -> tuple[list[bytes], int]:
-    """The last two complete lines of a file, or fewer if it has fewer, and the position where they end."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _LINE_BYTES))
-        *lines, half = file.read().split(b"\n")
-    return lines[-2:], size - len(half)

@@ -92,22 +92,20 @@ class OpenPassage(NamedTuple):
         A passage ends with the first sentence (else line, else word) that ends between `size` and 2 `size` characters
         after its start. The next one begins at the first boundary in the last `size` / 4 characters of it.
         """
-        previous, text, start, start_byte = self.previous, self.text + text, self.start, self.start_byte
-        at, full = 0, []
-        while len(text) - at >= 2 * size:
-            stop = _boundary(text, at + size, at + 2 * size, default=at + 2 * size)
-            previous = Span.of(text[at:stop], start, start_byte, previous.digest)
-            full.append(previous)
-            following = _next_start(text, stop, size)
-            start += following - at
-            start_byte += len(text[at:following].encode())
-            at = following
-        return full, OpenPassage(previous, text[at:], start, start_byte)
+        last, full = self._replace(text=self.text + text), []
+        while len(last.text) >= 2 * size:
+            stop = _boundary(last.text, size, 2 * size, default=2 * size)
+            passage, rest = last.text[:stop], last.text[stop:]
+            full.append(Span.of(passage, last.start, last.start_byte, last.previous.digest))
+            last = OpenPassage.after(full[-1], passage, size)
+            last = last._replace(text=last.text + rest)
+        return full, last
 
     @classmethod
     def after(cls, previous: Span, text: str, size: int) -> "OpenPassage":
         """The open passage right after the passage `previous`, whose text is `text`, was full."""
-        rest = text[_next_start(text, len(text), size) :]
+        earliest = len(text) - size // 4
+        rest = text[_boundary(text, earliest, len(text), default=earliest) :]
         return cls(previous, rest, previous.stop - len(rest), previous.stop_byte - len(rest.encode()))
 
     def span(self) -> Span | None:
@@ -122,11 +120,6 @@ def format_passages(passages: Iterable[Passage]) -> str:
     return "\n\n".join(
         f"characters {p.start:,} to {p.stop:,} (score {p.score:.3g})\n{p.text.strip()}" for p in passages
     )
-
-
-def _next_start(text: str, stop: int, size: int) -> int:
-    """Where the passage begins that follows the one that ends at `stop`."""
-    return _boundary(text, stop - size // 4, stop, default=stop - size // 4)
 
 
 def _boundary(text: str, first: int, last: int, default: int) -> int:
