@@ -166,18 +166,9 @@ def _first_block(position, window, num_empty, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _softmax(
-    scores,
-    lse2,
-    scale2,
-    first_position,
-    last_position,
-    first_key,
-    positions,
-    keys,
-    window,
-    num_empty,
+    scores, lse2, scale2, first_position, last_position, first_key, positions, keys, window, num_empty,
     BLOCK_S: tl.constexpr,
-):
+):  # fmt: skip
     """Powers of two of scaled scores less the row statistic; 0 where a query does not see a key.
 
     `positions` and `keys` are shaped to broadcast to the scores, whose orientation is free.
@@ -196,7 +187,7 @@ def _forward_kernel(
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    num_empty = tl.load(num_empty_slots_ptr)
+    num_empty = tl.load(num_empty_slots_ptr).to(tl.int32)
     head = tl.program_id(1).to(tl.int64)
     k_ptr += head // SHARE * S * K
     v_ptr += head // SHARE * S * K
@@ -232,7 +223,7 @@ def _backward_row_kernel(
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    num_empty = tl.load(num_empty_slots_ptr)
+    num_empty = tl.load(num_empty_slots_ptr).to(tl.int32)
     head = tl.program_id(1).to(tl.int64)
     k_ptr += head // SHARE * S * K
     v_ptr += head // SHARE * S * K
@@ -266,7 +257,7 @@ def _backward_column_kernel(
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    num_empty = tl.load(num_empty_slots_ptr)
+    num_empty = tl.load(num_empty_slots_ptr).to(tl.int32)
     key_head = tl.program_id(1).to(tl.int64)
     start = cached + tl.program_id(0) * BLOCK_S
     keys = start + tl.arange(0, BLOCK_S)
@@ -307,7 +298,7 @@ def _double_backward_row_kernel(
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    num_empty = tl.load(num_empty_slots_ptr)
+    num_empty = tl.load(num_empty_slots_ptr).to(tl.int32)
     head = tl.program_id(1).to(tl.int64)
     new = S - cached
     k_ptr += head // SHARE * S * K
@@ -385,7 +376,7 @@ def _double_backward_column_kernel(
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    num_empty = tl.load(num_empty_slots_ptr)
+    num_empty = tl.load(num_empty_slots_ptr).to(tl.int32)
     key_head = tl.program_id(1).to(tl.int64)
     new = S - cached
     # Blocks of cached keys come first; none reaches across to the new ones.
