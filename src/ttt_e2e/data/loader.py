@@ -33,8 +33,9 @@ class SequenceLoader:
         is_long = tokens.lengths > context
         self._long = np.flatnonzero(is_long)
         self._short = np.flatnonzero(~is_long)
-        self._window_ends = np.cumsum((tokens.lengths[self._long] - 1) // context)
-        self._long_windows = int(self._window_ends[-1]) if len(self._long) else 0
+        windows = (tokens.lengths[self._long] - 1) // context
+        self._window_starts = np.cumsum(windows) - windows
+        self._long_windows = int(windows.sum())
         self._short_total = int(tokens.lengths[self._short].sum())
         self.windows = self._long_windows + max(0, (self._short_total - 1) // context)
         if self.windows == 0:
@@ -60,14 +61,8 @@ class SequenceLoader:
 
     def state(self) -> dict[str, Any]:
         """The position and what it belongs to, as plain values for JSON; equal on all ranks."""
-        return {
-            "epoch": self._epoch,
-            "index": self._index,
-            "seed": self.seed,
-            "context": self.context,
-            "batch": self.batch,
-            "data": self.tokens.digest,
-        }
+        position = {"epoch": self._epoch, "index": self._index, "seed": self.seed}
+        return {**position, "context": self.context, "batch": self.batch, "data": self.tokens.digest}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken, with its seed; `batch` and `world_size` may be others.
@@ -101,27 +96,24 @@ class SequenceLoader:
         leftover = (self.tokens.lengths[self._long] - 1) % self.context
         self._offsets = (bits.random_raw(len(self._long)) % (leftover + 1).astype(np.uint64)).astype(np.int64)
         self._packed = self._short[np.argsort(bits.random_raw(len(self._short)), kind="stable")]
-        self._packed_ends = np.cumsum(self.tokens.lengths[self._packed])
+        packed_lengths = self.tokens.lengths[self._packed]
+        self._packed_starts = np.cumsum(packed_lengths) - packed_lengths
         packed_leftover = max(0, self._short_total - 1) % self.context
         self._packed_offset = int(bits.random_raw(1)[0] % np.uint64(packed_leftover + 1))
 
     def _read(self, window: int, into: np.ndarray) -> None:
         if window < self._long_windows:
-            nth = int(np.searchsorted(self._window_ends, window, side="right"))
-            before = int(self._window_ends[nth - 1]) if nth else 0
-            start = int(self._offsets[nth]) + (window - before) * self.context
+            nth = int(np.searchsorted(self._window_starts, window, side="right")) - 1
+            start = int(self._offsets[nth] + (window - self._window_starts[nth]) * self.context)
             into[:] = self.tokens.document(int(self._long[nth]), start, start + self.context + 1)
             return
         position = self._packed_offset + (window - self._long_windows) * self.context
-        nth = int(np.searchsorted(self._packed_ends, position, side="right"))
-        filled = 0
-        while filled < len(into):
-            document = int(self._packed[nth])
-            start = position + filled - (int(self._packed_ends[nth]) - int(self.tokens.lengths[document]))
-            part = self.tokens.document(document, start, start + len(into) - filled)
-            into[filled : filled + len(part)] = part
-            filled += len(part)
-            nth += 1
+        nth = int(np.searchsorted(self._packed_starts, position, side="right")) - 1
+        while len(into):
+            start = position - int(self._packed_starts[nth])
+            part = self.tokens.document(int(self._packed[nth]), start, start + len(into))
+            into[: len(part)] = part
+            into, position, nth = into[len(part) :], position + len(part), nth + 1
 
 
 def val_sequences(tokens: TokenSet, context: int, max_tokens: int) -> list[np.ndarray]:
@@ -131,19 +123,17 @@ def val_sequences(tokens: TokenSet, context: int, max_tokens: int) -> list[np.nd
     with at most `max_tokens` targets in all. Raises UserError if there is no such sequence.
     """
     sequences: list[np.ndarray] = []
-    total = 0
-    start = 0
-    documents = np.arange(len(tokens))
-    before = -1
-    while len(documents := documents[tokens.lengths[documents] > start + 1]) and len(sequences) > before:
-        before = len(sequences)
-        for document in documents:
-            size = min(context + 1, int(tokens.lengths[document]) - start)
-            if total + size - 1 <= max_tokens:
-                ids = tokens.document(int(document), start, start + size)
+    room = max_tokens
+    for start in range(0, int(tokens.lengths.max()), context):
+        room_before = room
+        for document in np.flatnonzero(tokens.lengths > start + 1).tolist():
+            targets = min(context, int(tokens.lengths[document]) - start - 1)
+            if targets <= room:
+                ids = tokens.document(document, start, start + targets + 1)
                 sequences.append(tokens.check_ids(ids).astype(np.int64))
-                total += size - 1
-        start += context
+                room -= targets
+        if room == room_before:
+            break
     if not sequences:
         raise UserError(
             f"{tokens.where} has no sequence to evaluate on within {max_tokens} tokens; "

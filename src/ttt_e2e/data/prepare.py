@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ttt_e2e.data.shards import FORMAT_VERSION, ShardWriter, token_dtype
-from ttt_e2e.data.text import Document, documents, source_files, standard_library
+from ttt_e2e.data.text import Document, documents, slices, source_files, standard_library
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import remove_stale_parts, write_text
@@ -87,7 +87,7 @@ def prepare(
         "tokenizer": tokenizer,
         "vocab_size": None if tokenizer else vocab_size,
         "text_column": text_column,
-        "val_share": None if val else val_share,
+        "val_share": val_share if val is None else None,
         "seed": seed,
         "sample_chars": None if tokenizer else sample_chars,
         "shard_tokens": shard_tokens,
@@ -106,15 +106,13 @@ def prepare(
         _save_state(out, state)
         existing = Tokenizer.load(tokenizer) if tokenizer else None
         skipped: list[str] = []
-        plan, sample = _survey(
-            texts(skipped), val_share if val is None else None, seed, 0 if existing else sample_chars, progress
-        )
+        plan, sample = _survey(texts(skipped), config, progress)
         (existing or Tokenizer.train(sample, vocab_size)).save(out / "tokenizer.json")
         state |= {"plan": plan | {"skipped": skipped}, "documents": 0, "characters": 0, "rounds": []}
         _save_state(out, state)
     # Loaded even if it has just been trained: the digest must not depend on which run trained it.
     trained = Tokenizer.load(out / "tokenizer.json")
-    _tokenise(out, state, texts(), trained, shard_tokens, progress)
+    _tokenise(out, state, texts(), trained, progress)
     meta = {
         "version": FORMAT_VERSION,
         "vocab_size": trained.vocab_size,
@@ -183,15 +181,11 @@ def _save_state(out: Path, state: dict[str, Any]) -> None:
 
 
 def _survey(
-    texts: Iterator[tuple[bool, Document]],
-    val_share: float | None,
-    seed: int,
-    sample_chars: int,
-    progress: bool,
+    texts: Iterator[tuple[bool, Document]], config: dict[str, Any], progress: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Read everything once: counts, which documents are held out, and a uniform (reservoir) sample of the others."""
-    rng = random.Random(seed)
-    capacity = sample_chars // _SAMPLE_CHARS
+    rng = random.Random(config["seed"])
+    capacity = (config["sample_chars"] or 0) // _SAMPLE_CHARS
     reservoir: list[tuple[int, str]] = []
     lengths: list[int] = []
     draws: list[bytes] = []
@@ -200,27 +194,27 @@ def _survey(
     with tqdm(desc="reading", unit="char", unit_scale=True, disable=not progress) as bar:
         for index, (is_val, document) in enumerate(texts):
             lengths.append(0)
-            draws.append(hashlib.sha256(f"{seed}/{document.name}".encode()).digest())
+            draws.append(hashlib.sha256(f"{config['seed']}/{document.name}".encode()).digest())
             if is_val:
                 held_out.append(index)
             for chunk in document.chunks():
                 lengths[-1] += len(chunk)
                 bar.update(len(chunk))
-                for start in range(0, len(chunk) if capacity else 0, _SAMPLE_CHARS):
+                for text in slices(chunk, _SAMPLE_CHARS) if capacity else ():
                     seen += 1
                     slot = len(reservoir) if len(reservoir) < capacity else rng.randrange(seen)
                     if slot < capacity:
-                        reservoir[slot : slot + 1] = [(index, chunk[start : start + _SAMPLE_CHARS])]
+                        reservoir[slot : slot + 1] = [(index, text)]
             bar.set_postfix(documents=len(lengths), refresh=False)
     characters = sum(lengths)
-    if val_share:
-        room = val_share * characters
-        for index in sorted(range(len(lengths)), key=lambda index: (draws[index], index)):
+    if config["val_share"]:
+        room = config["val_share"] * characters
+        for index in sorted(range(len(lengths)), key=draws.__getitem__):
             if lengths[index] <= room:
                 room -= lengths[index]
                 held_out.append(index)
         if not held_out and len(lengths) > 1:
-            held_out.append(min(range(len(lengths)), key=lambda index: (lengths[index], draws[index], index)))
+            held_out.append(min(range(len(lengths)), key=lambda index: (lengths[index], draws[index])))
     if len(lengths) == len(held_out):
         raise UserError("The sources hold no text to train on; give at least one text file that is not empty.")
     held_out.sort()
@@ -230,12 +224,7 @@ def _survey(
 
 
 def _tokenise(
-    out: Path,
-    state: dict[str, Any],
-    texts: Iterator[tuple[bool, Document]],
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-    progress: bool,
+    out: Path, state: dict[str, Any], texts: Iterator[tuple[bool, Document]], tokenizer: Tokenizer, progress: bool
 ) -> None:
     """Write the rounds that `state` lacks; a round is one shard of each split that has documents in it."""
     plan = state["plan"]
@@ -265,7 +254,7 @@ def _tokenise(
                     size += writers[split].write(document.name, tokenizer.encode_chunks(counted(document)))
                     state["documents"] = index + 1
                     bar.set_postfix(documents=state["documents"], refresh=False)
-                    if size >= shard_tokens:
+                    if size >= state["config"]["shard_tokens"]:
                         break
                 if not writers:
                     break

@@ -7,8 +7,9 @@ Every document begins with the BOS token.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import InitVar, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,46 +66,36 @@ class ShardWriter:
         }
 
 
+@dataclass(eq=False, repr=False)
 class TokenSet:
     """The documents of a split, `len()` of them: arrays of token ids on disk, of which only slices are read.
 
-    Attributes:
-        names: the documents' names.
-        lengths: tokens per document, an int64 array.
-        total: tokens of all documents.
-        bos: id of the token that begins every document.
-        vocab_size: None if it is not known (zarr).
-        digest: changes with the tokens or their tokenizer.
-        where: the folder, for messages.
+    `lengths` is an int64 array of the tokens per document, `total` their sum.
     """
 
-    def __init__(
-        self,
-        arrays: Sequence[Any],
-        names: list[str],
-        lengths: list[list[int]],
-        *,
-        bos: int,
-        vocab_size: int | None,
-        digest: str,
-        where: str,
-        folder: Path | None = None,
-        tokenizer_digest: str | None = None,
-    ) -> None:
-        self._arrays = arrays
-        self._shard = np.repeat(np.arange(len(arrays)), [len(shard) for shard in lengths])
-        starts = [np.cumsum([0, *shard[:-1]]) for shard in lengths if shard]
-        self._starts = np.concatenate(starts).astype(np.int64)
-        self.names = names
-        self.lengths = np.array([length for shard in lengths for length in shard], np.int64)
+    arrays: list[Any]
+    """The token ids of every shard."""
+    names: list[str]
+    """The documents' names."""
+    shard_lengths: InitVar[list[list[int]]]
+    """Tokens per document, shard by shard."""
+    bos: int
+    """Id of the token that begins every document."""
+    vocab_size: int | None
+    """None if it is not known (zarr)."""
+    digest: str
+    """Changes with the tokens or their tokenizer."""
+    where: str
+    """The folder."""
+    tokenizer_digest: str | None = None
+    """Of the `tokenizer.json` in the folder; None if there is none (zarr)."""
+
+    def __post_init__(self, shard_lengths: list[list[int]]) -> None:
+        self.lengths = np.array([length for shard in shard_lengths for length in shard], np.int64)
         self.total = int(self.lengths.sum())
-        self.bos = bos
-        self.vocab_size = vocab_size
-        self._id_limit = vocab_size
-        self.digest = digest
-        self.where = where
-        self._folder = folder
-        self._tokenizer_digest = tokenizer_digest
+        self._shard = np.repeat(np.arange(len(self.arrays)), [len(shard) for shard in shard_lengths])
+        self._starts = np.concatenate([np.cumsum([0, *shard])[:-1] for shard in shard_lengths])
+        self._id_limit = self.vocab_size
 
     @classmethod
     def open(cls, folder: Path, split: str = "train") -> "TokenSet":
@@ -118,8 +109,7 @@ class TokenSet:
         if not (folder / "meta.json").is_file():
             raise UserError(f"{folder} is not a folder of prepared tokens; write it with `ttt-e2e prepare`.")
         meta = read_json(folder / "meta.json")
-        version = meta.get("version")
-        if version != FORMAT_VERSION:
+        if (version := meta.get("version")) != FORMAT_VERSION:
             found = f"{folder} has format version {version}, and this ttt-e2e reads version {FORMAT_VERSION}"
             raise UserError(f"{found}; prepare it anew.")
         shards = meta["splits"].get(split)
@@ -140,17 +130,8 @@ class TokenSet:
             arrays.append(np.memmap(path, dtype, "r"))
             names += index["names"]
             lengths.append(index["lengths"])
-        return cls(
-            arrays,
-            names,
-            lengths,
-            bos=meta["bos"],
-            vocab_size=meta["vocab_size"],
-            digest=_digest(meta["tokenizer"], shards),
-            where=str(folder),
-            folder=folder,
-            tokenizer_digest=meta["tokenizer"],
-        )
+        digest = _digest(meta["tokenizer"], shards)
+        return cls(arrays, names, lengths, meta["bos"], meta["vocab_size"], digest, str(folder), meta["tokenizer"])
 
     @classmethod
     def open_zarr(cls, path: Path, split: str, bos: int) -> "TokenSet":
@@ -172,15 +153,8 @@ class TokenSet:
         if array.ndim != 1 or array.dtype.kind not in "iu" or array.shape[0] == 0:
             raise UserError(f"{path / split} is not a list of tokens: its shape is {array.shape}, {array.dtype}.")
         ends = [np.asarray(part).tolist() for part in (array[:1024], array[-1024:])]
-        return cls(
-            [array],
-            [split],
-            [[int(array.shape[0])]],
-            bos=bos,
-            vocab_size=None,
-            digest=_digest(str(array.dtype), [array.shape[0], *ends]),
-            where=str(path),
-        )
+        digest = _digest(str(array.dtype), [array.shape[0], *ends])
+        return cls([array], [split], [[int(array.shape[0])]], bos, None, digest, str(path))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -189,7 +163,7 @@ class TokenSet:
         """Tokens [start, stop) of a document in their dtype on disk: a view of the mapped file, or a copy from zarr."""
         length, first = int(self.lengths[index]), int(self._starts[index])
         stop = length if stop is None else min(stop, length)
-        return self._arrays[self._shard[index]][first + start : first + stop]
+        return self.arrays[self._shard[index]][first + start : first + stop]
 
     def check_ids(self, ids: np.ndarray) -> np.ndarray:
         """Return `ids`; raise UserError if one of them is not in the vocabulary, as far as that is known."""
@@ -202,12 +176,13 @@ class TokenSet:
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer of these tokens; raises UserError if it is missing or another one."""
-        if self._folder is None:
+        if self.tokenizer_digest is None:
             raise UserError(f"{self.where} comes without a tokenizer; name the one that made its tokens.")
-        tokenizer = Tokenizer.load(self._folder / "tokenizer.json")
-        if tokenizer.digest != self._tokenizer_digest:
+        path = Path(self.where) / "tokenizer.json"
+        tokenizer = Tokenizer.load(path)
+        if tokenizer.digest != self.tokenizer_digest:
             raise UserError(
-                f"{self._folder / 'tokenizer.json'} is not the tokenizer that made the tokens beside it; "
+                f"{path} is not the tokenizer that made the tokens beside it; "
                 "put that one back or prepare the folder anew."
             )
         return tokenizer

@@ -15,9 +15,10 @@ from ttt_e2e.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 _SHORT_CHUNK_CHARS = 1 << 16
-_JSONL = {".jsonl", ".ndjson"}
 _ROWS_PER_BATCH = 16
 _TEST_FOLDERS = {"test", "tests", "idle_test", "__phello__"}
+
+_Row = tuple[int, str, dict[str, Any]]  # its number, where it is (for messages), and its fields
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,8 @@ class Document:
     source: str | Path
 
     def chunks(self) -> Iterator[str]:
-        """Yield the text in chunks of about a megabyte; raises UserError as `text_chunks` does."""
-        if isinstance(self.source, Path):
-            yield from text_chunks(self.source)
-        else:
-            for start in range(0, len(self.source), CHUNK_BYTES):
-                yield self.source[start : start + CHUNK_BYTES]
+        """The text in chunks of about a megabyte; raises UserError as `text_chunks` does."""
+        return text_chunks(self.source) if isinstance(self.source, Path) else slices(self.source, CHUNK_BYTES)
 
     @property
     def text(self) -> str:
@@ -62,11 +59,14 @@ def text_chunks(source: Path | IO[bytes], chunk_bytes: int = CHUNK_BYTES) -> Ite
         raise UserError(f"Cannot read {source}: {error.strerror}.") from error
 
 
+def slices(text: str, size: int) -> Iterator[str]:
+    """Cut `text` into slices of `size` characters."""
+    return (text[start : start + size] for start in range(0, len(text), size))
+
+
 def short_chunks(chunks: Iterable[str]) -> Iterator[str]:
     """Split the chunks of a text to at most 65,536 characters, so that reading begins after little tokenising."""
-    for chunk in chunks:
-        for start in range(0, len(chunk), _SHORT_CHUNK_CHARS):
-            yield chunk[start : start + _SHORT_CHUNK_CHARS]
+    return (part for chunk in chunks for part in slices(chunk, _SHORT_CHUNK_CHARS))
 
 
 def _decode(stream: IO[bytes], name: str, chunk_bytes: int) -> Iterator[str]:
@@ -74,25 +74,24 @@ def _decode(stream: IO[bytes], name: str, chunk_bytes: int) -> Iterator[str]:
     offset = 0
     # Of a pipe, `read1` returns what there is. `read` would wait for a whole chunk, and Ctrl-C lose what has come.
     read = getattr(stream, "read1", stream.read)
-    while chunk := read(chunk_bytes):
+    while True:
+        chunk = read(chunk_bytes)
         if (zero := chunk.find(0)) >= 0:
             raise UserError(f"{name} looks binary: byte {offset + zero} is zero; give a UTF-8 text.")
-        yield _decode_chunk(decoder, chunk, offset, name)
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            where = offset - pending + error.start
+            raise UserError(
+                f"{name} is not valid UTF-8 at byte {where} ({error.reason}); convert it to UTF-8 first."
+            ) from error
+        if not chunk:
+            break
+        yield text
         offset += len(chunk)
     if offset == 0:
         raise UserError(f"{name} is empty; give a text of at least one character.")
-    _decode_chunk(decoder, b"", offset, name, final=True)
-
-
-def _decode_chunk(decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int, name: str, final: bool = False) -> str:
-    pending = len(decoder.getstate()[0])
-    try:
-        return decoder.decode(chunk, final)
-    except UnicodeDecodeError as error:
-        where = offset - pending + error.start
-        raise UserError(
-            f"{name} is not valid UTF-8 at byte {where} ({error.reason}); convert it to UTF-8 first."
-        ) from error
 
 
 def read_text(path: Path) -> str:
@@ -144,35 +143,29 @@ def documents(
     for name, path, in_folder in source_files(paths):
         if path.resolve() in excluded:
             continue
-        if path.suffix.lower() in _JSONL:
-            yield from _jsonl_documents(name, path, text_column, skipped)
-        elif path.suffix.lower() == ".parquet":
-            yield from _parquet_documents(name, path, text_column, skipped)
+        if (suffix := path.suffix.lower()) in _ROWS:
+            for number, where, row in _ROWS[suffix](path, text_column):
+                text, title = row[text_column], row.get("title")
+                if text is not None and not isinstance(text, str):
+                    kind = type(text).__name__
+                    raise UserError(f"{where}: {text_column!r} is not text but {kind}; name another text column.")
+                if not text:
+                    skipped.append(f"{where}: {text_column!r} is empty.")
+                    continue
+                if surrogate := re.search("[\ud800-\udfff]", text):
+                    raise UserError(f"{where}: half of a surrogate pair at character {surrogate.start()}; remove it.")
+                yield Document(title if isinstance(title, str) and title else f"{name}:{number}", text)
+            continue
+        try:
+            for _ in text_chunks(path) if in_folder else ():
+                pass
+        except UserError as error:
+            skipped.append(str(error))
         else:
-            try:
-                for _ in text_chunks(path) if in_folder else ():
-                    pass
-            except UserError as error:
-                skipped.append(str(error))
-            else:
-                yield Document(name, path)
+            yield Document(name, path)
 
 
-def _row_document(
-    row: dict[str, Any], text_column: str, fallback: str, where: str, skipped: list[str]
-) -> Document | None:
-    text, title = row[text_column], row.get("title")
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: {text_column!r} is not text but {type(text).__name__}; name another text column.")
-    if not text:
-        skipped.append(f"{where}: {text_column!r} is empty.")
-        return None
-    if surrogate := re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: half of a surrogate pair at character {surrogate.start()}; remove it.")
-    return Document(title if isinstance(title, str) and title else fallback, text)
-
-
-def _jsonl_documents(name: str, path: Path, text_column: str, skipped: list[str]) -> Iterator[Document]:
+def _jsonl_rows(path: Path, text_column: str) -> Iterator[_Row]:
     number = 0
     try:
         with path.open("rb") as lines:
@@ -188,36 +181,34 @@ def _jsonl_documents(name: str, path: Path, text_column: str, skipped: list[str]
                     raise UserError(f"{where}: not valid JSON ({error}); correct or remove the line.") from error
                 if not isinstance(row, dict) or text_column not in row:
                     raise UserError(f"{where}: no field {text_column!r} with the text; name another text column.")
-                if document := _row_document(row, text_column, f"{name}:{number}", where, skipped):
-                    yield document
+                yield number, where, row
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     if number == 0:
         raise UserError(f"{path} is empty; give a file with at least one line.")
 
 
-def _parquet_documents(name: str, path: Path, text_column: str, skipped: list[str]) -> Iterator[Document]:
+def _parquet_rows(path: Path, text_column: str) -> Iterator[_Row]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f'Reading {path} needs pyarrow: pip install "ttt-e2e[parquet]".') from error
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if text_column not in columns:
                 raise UserError(f"{path} has no column {text_column!r}; name one of its columns: {', '.join(columns)}.")
             wanted = [text_column] + ["title"] * ("title" in columns and text_column != "title")
-            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=wanted):
-                for index in range(batch.num_rows):
-                    number += 1
-                    row = {column: batch.column(column)[index].as_py() for column in wanted}
-                    where = f"{path}, row {number}"
-                    if document := _row_document(row, text_column, f"{name}:{number}", where, skipped):
-                        yield document
+            batches = file.iter_batches(_ROWS_PER_BATCH, columns=wanted)
+            rows = (batch.slice(i, 1).to_pylist()[0] for batch in batches for i in range(batch.num_rows))
+            for number, row in enumerate(rows, 1):
+                yield number, f"{path}, row {number}", row
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+_ROWS = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".parquet": _parquet_rows}
 
 
 def standard_library() -> Iterator[Document]:

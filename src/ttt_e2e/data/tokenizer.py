@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from ttt_e2e.data.text import CHUNK_BYTES, read_text
+from ttt_e2e.data.text import CHUNK_BYTES, read_text, slices
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 
@@ -43,13 +43,10 @@ def segments(chunks: Iterable[str], min_chars: int) -> Iterator[list[str]]:
     for chunk in chunks:
         text += chunk
         start, complete = 0, []
-        while True:
-            if line := _LINE_START.search(text, start + min_chars - 1, start + max_chars):
-                end = line.end()
-            elif len(text) - start >= max_chars:
-                end = start + max_chars
-            else:
-                break
+        while (line := _LINE_START.search(text, start + min_chars - 1, start + max_chars)) or len(
+            text
+        ) - start >= max_chars:
+            end = line.end() if line else start + max_chars
             complete.append(text[start:end])
             start = end
         text = text[start:]
@@ -96,12 +93,9 @@ class Tokenizer:
         if vocab_size < 257:
             raise UserError(f"A vocabulary of {vocab_size} is too small; 256 bytes and {BOS} need at least 257.")
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -119,8 +113,7 @@ class Tokenizer:
         Raises UserError if it is missing or damaged, cannot be downloaded, or has no token that begins documents.
         """
         path = Path(path_or_name).expanduser()
-        if path.is_dir():
-            path = path / "tokenizer.json"
+        path = path / "tokenizer.json" if path.is_dir() else path
         if path.exists() or path.suffix == ".json" or path.is_absolute() or len(path.parts) > 2:
             text = read_text(path)
             try:
@@ -141,8 +134,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The token ids of `text` as an int64 array, without special ones; raises UserError for lone surrogates."""
-        chunks = (text[start : start + CHUNK_BYTES] for start in range(0, len(text), CHUNK_BYTES))
-        return np.concatenate([np.empty(0, np.int64), *self.encode_chunks(chunks)])
+        return np.concatenate([np.empty(0, np.int64), *self.encode_chunks(slices(text, CHUNK_BYTES))])
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode a text that comes in chunks, on several cores; yields int64 arrays of token ids.
