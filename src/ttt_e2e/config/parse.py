@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import operator
 import types
 import typing
 from typing import Any, Literal
@@ -34,13 +35,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any) -> dict[str, Any]:
     """The value of every setting of a configuration by its full name, such as "inner_loop.lr"."""
-    found: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        found |= flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
-    return found
+    return {name: operator.attrgetter(name)(config) for name in _settings(type(config))}
 
 
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration", prefix: str = "") -> C:
@@ -94,18 +91,17 @@ def _full_name(name: str, known: list[str]) -> str:
     raise UserError(f"There is no setting {name!r}.{hint}")
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _choices(kind: Any) -> tuple[str, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+def _kinds(hint: Any) -> list[Any]:
+    """The types that a setting may have, and the words that it may be."""
+    if isinstance(hint, types.UnionType):
+        return [kind for part in typing.get_args(hint) for kind in _kinds(part)]
+    return list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else [hint]
 
 
 def _check(value: Any, hint: Any, where: str) -> Any:
-    for kind in _alternatives(hint):
-        if typing.get_origin(kind) is Literal:
-            if value in _choices(kind):
+    for kind in _kinds(hint):
+        if isinstance(kind, str):
+            if value == kind:
                 return value
         elif typing.get_origin(kind) is tuple:
             if isinstance(value, (list, tuple)):
@@ -114,24 +110,21 @@ def _check(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
-    raise UserError(f"{where} must be {_describe(hint)}, not {value!r}.")
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+    names |= {tuple: "a list"}
+    kinds = [typing.get_origin(kind) or kind for kind in _kinds(hint)]
+    expected = " or ".join(repr(kind) if isinstance(kind, str) else names.get(kind, "an object") for kind in kinds)
+    raise UserError(f"{where} must be {expected}, not {value!r}.")
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return tuple(_parse(item.strip(), typing.get_args(hint)[0], where) for item in text.split(","))
-    choices = [choice for kind in _alternatives(hint) for choice in _choices(kind)]
+    kinds = _kinds(hint)
     try:
-        value = text if text in choices else None if text.lower() in ("none", "null") else json.loads(text.lower())
+        value = text if text in kinds else None if text.lower() in ("none", "null") else json.loads(text.lower())
     except json.JSONDecodeError:
         value = text
-    if isinstance(value, float) and value.is_integer() and float not in _alternatives(hint):
+    if isinstance(value, float) and value.is_integer() and float not in kinds:
         value = int(value)
     return _check(value, hint, where)
-
-
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
-    names |= {tuple: "a list"}
-    kinds = [choice for kind in _alternatives(hint) for choice in _choices(kind) or [typing.get_origin(kind) or kind]]
-    return " or ".join(repr(kind) if isinstance(kind, str) else names.get(kind, "an object") for kind in kinds)

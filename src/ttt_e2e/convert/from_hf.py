@@ -93,8 +93,15 @@ def convert_from_hf(
     folder = find_checkpoint(path_or_name)
     source = read_source(read_json(folder / CONFIG), folder / CONFIG)
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
-    unused_ids = _count_unused_ids(tokenizer, source.settings["vocab_size"], folder)
-    source.settings["vocab_size"] -= unused_ids
+    vocab_size = source.settings["vocab_size"]
+    tokens = vocab_size if tokenizer is None else tokenizer.vocab_size
+    if tokens > vocab_size:
+        raise UserError(
+            f"The tokenizer in {folder} has {tokens} tokens, but its model has a vocabulary of {vocab_size}; use the "
+            "tokenizer that belongs to the model."
+        )
+    source.settings["vocab_size"] = tokens
+    unused_ids = vocab_size - tokens  # embeddings are often rounded up to a size that suits a GPU
     config = config_from_source(source, options)
     stored = stored_tensors(folder)
     copies = list(_slice_copies(config, unused_ids))
@@ -120,17 +127,6 @@ def convert_from_hf(
             shutil.copyfile(folder / TOKENIZER, part / TOKENIZER)
         copy_pretrained_metadata(folder, part)
     return HFConversion(config, source.family, parameters(config), dtype, tokenizer is not None, unused_ids)
-
-
-def _count_unused_ids(tokenizer: Tokenizer | None, vocab_size: int, folder: Path) -> int:
-    """How many of the last ids belong to no token: embeddings are often rounded up to a size that suits a GPU."""
-    tokens = vocab_size if tokenizer is None else tokenizer.vocab_size
-    if tokens > vocab_size:
-        raise UserError(
-            f"The tokenizer in {folder} has {tokens} tokens, but its model has a vocabulary of {vocab_size}; use the "
-            "tokenizer that belongs to the model."
-        )
-    return vocab_size - tokens
 
 
 # -- which tensor goes where -------------------------------------------------------------------------------------------
@@ -183,7 +179,11 @@ def _check_tensors(stored: Mapping[str, StoredTensor], copies: list[SliceCopy], 
     unknown = [name for name in unknown if not name.endswith(".rotary_emb.inv_freq")]
     if is_tied and "lm_head.weight" in unknown:
         unknown.remove("lm_head.weight")
-        if not _equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]):
+        head, embedding = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+        blocks = _row_blocks(embedding.shape, _ALL)
+        if head.shape != embedding.shape or any(
+            (head.read(rows).float() != embedding.read(rows).float()).any() for rows in blocks
+        ):
             raise UserError(
                 f"{folder / CONFIG} says that the output head is the embedding, but the checkpoint has another one; "
                 "set tie_word_embeddings to false there if that is how it was trained."
@@ -195,12 +195,6 @@ def _check_tensors(stored: Mapping[str, StoredTensor], copies: list[SliceCopy], 
         )
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    return one.shape == other.shape and all(
-        torch.equal(one.read(rows).float(), other.read(rows).float()) for rows in _row_blocks(one.shape, _ALL)
-    )
-
-
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
@@ -208,8 +202,7 @@ def _row_blocks(shape: tuple[int, ...], rows: slice) -> Iterator[slice]:
     """Cut `rows` of a tensor into slices of about `_BLOCK` numbers."""
     start, stop, _ = rows.indices(shape[0])
     step = max(1, _BLOCK // math.prod(shape[1:]))
-    for row in range(start, stop, step):
-        yield slice(row, min(row + step, stop))
+    return (slice(row, min(row + step, stop)) for row in range(start, stop, step))
 
 
 def _write_new_fast_mlps(config: ModelConfig, write_rows: WriteRows) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import preset
 from ttt_e2e.config.schema import ModelConfig, RunConfig
-from ttt_e2e.convert.model_folder import model_folder, parameter_shapes, require_shapes
+from ttt_e2e.convert.model_folder import Shapes, model_folder, parameter_shapes, require_shapes
 from ttt_e2e.convert.orbax import find_step, stored_arrays
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -59,12 +59,10 @@ def _array_copies(config: ModelConfig) -> list[ArrayCopy]:
     layers, suffix, head_dim = config.num_hidden_layers, config.suffix_layers, config.head_dim
     vocab, width, hidden = config.vocab_size, config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    copies = [
-        ArrayCopy(_EMBEDDING, (vocab, width), None, "embedding"),
-        ArrayCopy(_MODEL + "ln_f.weight", (width,), None, "final_norm.weight"),
-    ]
+    final_norm = ArrayCopy(_MODEL + "ln_f.weight", (width,), None, "final_norm.weight")
+    copies = [ArrayCopy(_EMBEDDING, (vocab, width), None, "embedding"), final_norm]
     if not config.tie_word_embeddings:
-        copies.append(ArrayCopy(_HEAD, (width, vocab), None, "head", 0, _transpose))
+        copies.append(ArrayCopy(_HEAD, (width, vocab), None, "head", 0, torch.t))
 
     def stacked(source: str, shape: tuple[int, ...], target: str, *row_and_transform: Any, count: int = layers) -> None:
         """Add an array that is stacked over the last `count` layers."""
@@ -79,25 +77,21 @@ def _array_copies(config: ModelConfig) -> list[ArrayCopy]:
 
     stacked(_MIXER + "wq", (width, queries), "mixer.w_qkv", 0, lambda weight: split_pairs(weight.T))
     stacked(_MIXER + "wk", (width, keys), "mixer.w_qkv", queries, lambda weight: split_pairs(weight.T))
-    stacked(_MIXER + "wv", (width, keys), "mixer.w_qkv", queries + keys, _transpose)
-    stacked(_MIXER + "wo", (queries, width), "mixer.w_out", 0, _transpose)
+    stacked(_MIXER + "wv", (width, keys), "mixer.w_qkv", queries + keys, torch.t)
+    stacked(_MIXER + "wo", (queries, width), "mixer.w_out", 0, torch.t)
     if config.qk_norm:
         for name in ("q_norm", "k_norm"):
             stacked(_MIXER + name, (head_dim,), f"mixer.{name}", 0, split_pairs)
     for source, target, count in ((_MLP, "mlp", layers), (_FAST, "fast", suffix)):
-        stacked(source + "w1", (width, hidden), f"{target}.w_in", 0, _transpose, count=count)
-        stacked(source + "w3", (width, hidden), f"{target}.w_in", hidden, _transpose, count=count)
-        stacked(source + "w2", (hidden, width), f"{target}.w_out", 0, _transpose, count=count)
+        stacked(source + "w1", (width, hidden), f"{target}.w_in", 0, torch.t, count=count)
+        stacked(source + "w3", (width, hidden), f"{target}.w_in", hidden, torch.t, count=count)
+        stacked(source + "w2", (hidden, width), f"{target}.w_out", 0, torch.t, count=count)
     for wanted, post in ((config.pre_norm, ""), (config.post_norm, "post_")):
         if wanted:
             stacked(f"{_BLOCKS}seq_{post}norm", (width,), f"mixer_{post}norm.weight")
             stacked(f"{_BLOCKS}ffn_{post}norm", (width,), f"mlp_{post}norm.weight")
             stacked(f"{_PRIME}ffn_prime_{post}norm", (width,), f"fast_{post}norm.weight", count=suffix)
     return copies
-
-
-def _transpose(weight: Tensor) -> Tensor:
-    return weight.T
 
 
 def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Tensor]:
@@ -116,7 +110,7 @@ def state_dict_from_official(arrays: Mapping[str, np.ndarray], config: ModelConf
     return {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
 
 
-def _check_arrays(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayCopy], config: ModelConfig) -> None:
+def _check_arrays(found: Shapes, copies: Sequence[ArrayCopy], config: ModelConfig) -> None:
     """Raise UserError unless the arrays whose shapes were `found` are those of the model `config`."""
     expected = {copy.source: copy.shape for copy in copies}
     unknown = require_shapes(found, expected, "The official checkpoint")
@@ -126,11 +120,10 @@ def _check_arrays(found: Mapping[str, tuple[int, ...]], copies: Sequence[ArrayCo
         unknown = sorted({*unknown} - {*norms})
     if unknown:
         raise UserError(f"The official checkpoint has unknown parameters: {', '.join(unknown)}.")
-    sizes = Counter[str]()
+    sizes = Counter({name: -math.prod(shape) for name, shape in parameter_shapes(config).items()})
     for copy in copies:
         sizes[copy.target] += math.prod(copy.shape if copy.layer is None else copy.shape[1:])
-    ours = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    differing = sorted(name for name in ours.keys() | sizes.keys() if ours.get(name) != sizes.get(name))
+    differing = sorted(name for name, difference in sizes.items() if difference)
     if differing:
         raise UserError(
             f"No official model has such a {differing[0]}: all blocks have attention without biases, and in the suffix "
@@ -204,9 +197,7 @@ def convert_from_official(
     return OfficialConversion(found, parameters(config), str(dtype).removeprefix("torch."))
 
 
-def official_config(
-    shapes: Mapping[str, tuple[int, ...]], preset_name: str | None, settings: Sequence[str]
-) -> ModelConfig:
+def official_config(shapes: Shapes, preset_name: str | None, settings: Sequence[str]) -> ModelConfig:
     """The configuration of a checkpoint whose arrays have the given `shapes`, by name.
 
     The shapes determine vocabulary, widths, layers, heads, suffix and whether the head is tied. All other settings are
@@ -236,14 +227,12 @@ def official_config(
     differing = [name for name, value in from_shapes.items() if getattr(model, name) != value]
     if differing:
         found = ", ".join(f"{name} {from_shapes[name]}" for name in differing)
-        configured = ", ".join(str(getattr(model, name)) for name in differing)
-        raise UserError(
-            f"The checkpoint has {found}, where the configuration has {configured}; name another preset or values."
-        )
+        ours = ", ".join(str(getattr(model, name)) for name in differing)
+        raise UserError(f"The checkpoint has {found}, where the configuration has {ours}; change the preset or values.")
     return model
 
 
-def _settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _settings_from_shapes(shapes: Shapes) -> dict[str, Any]:
     """The settings of `ModelConfig` that follow from the arrays' shapes."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:

@@ -56,21 +56,20 @@ def warm_start(model: Transformer, config: ModelConfig) -> Transformer:
     fast_units = config.fast_intermediate_size if config.parallel_mlp else 0
     with torch.no_grad():
         for name, weight in converted.named_parameters():
-            static_name = name.replace(".fast", ".mlp")
-            is_fast, is_mlp = ".fast" in name, ".mlp." in name
             if ".fast.up_" in name or ".fast.down_" in name:
                 continue  # factors of an addition that begins at zero
+            is_fast, source = ".fast" in name, trained[name.replace(".fast", ".mlp")]
             if is_fast and config.static_mlp and not config.parallel_mlp:
                 if name.endswith("fast_norm.weight"):
-                    weight.copy_(trained[static_name])
+                    weight.copy_(source)
                 elif name.endswith("w_out"):
                     weight.zero_()
-            elif is_fast and config.parallel_mlp:
-                weight.copy_(_units(trained[static_name], slice(fast_units), name))
-            elif is_mlp and weight.shape != trained[name].shape:
-                weight.copy_(_units(trained[name], slice(fast_units, None), name))
-            else:
-                weight.copy_(trained[static_name])
+            elif weight.shape == source.shape:
+                weight.copy_(source)
+            else:  # some of the hidden units: rows of gate and value in w_in, columns of w_out
+                units = slice(fast_units) if is_fast else slice(fast_units, None)
+                is_out = name.endswith("w_out")
+                weight.copy_(source[:, units] if is_out else torch.cat([part[units] for part in source.chunk(2)]))
     return converted
 
 
@@ -87,11 +86,3 @@ def convert_from_standard(folder: Path, out: Path, options: LearningOptions) -> 
     notes = {"source": str(folder), "fast": options.fast}
     save_model(converted, out, tokenizer if tokenizer.is_file() else None, notes=notes)
     return config
-
-
-def _units(weight: torch.Tensor, units: slice, name: str) -> torch.Tensor:
-    """Some hidden units of an MLP's matrix: rows of gate and value in w_in, columns in w_out."""
-    if name.endswith("w_out"):
-        return weight[:, units]
-    gate, value = weight.chunk(2)
-    return torch.cat((gate[units], value[units]))

@@ -82,7 +82,7 @@ def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
     content = values.get("rope_parameters", None) or values.get("rope_scaling", None) or {}
     if not isinstance(content, dict) or any(isinstance(value, dict) for value in content.values()):
         raise UserError(
-            f"{values.where} has more than one kind of rotary positions; only one for all layers can be converted."
+            f"{values.where} has more than one kind of rotary positions; only a single one can be converted."
         )
     rope = _Values({**{k: values.content[k] for k in ("rope_theta",) if k in values.content}, **content}, values.where)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -106,21 +106,12 @@ def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
         return settings | {"rope_scaling": scaling}, max_positions
     factor = rope.number("factor", max_positions / original)
     low, high = rope.number("beta_slow", 0.0) or 1.0, rope.number("beta_fast", 0.0) or 32.0
-    scaling = RopeScaling("yarn", factor, original, low, high, _attention_factor(rope, factor))
-    return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original))
-
-
-def _attention_factor(rope: "_Values", factor: float) -> float:
-    """The attention factor of YaRN: the given one, or the one that follows from `factor`."""
-    given = rope.number("attention_factor", 0.0)
-    if given:
-        return given
-
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
     one, other = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
-    return scale(one) / scale(other) if one and other else scale(1.0)
+    one, other = (one, other) if one and other else (1.0, 0.0)
+    log = math.log(max(1.0, factor))
+    attention_factor = rope.number("attention_factor", 0.0) or (0.1 * one * log + 1) / (0.1 * other * log + 1)
+    scaling = RopeScaling("yarn", factor, original, low, high, attention_factor)
+    return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original))
 
 
 def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:

@@ -100,11 +100,11 @@ def _not_found(name: str, error: Exception) -> UserError:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that should hold the weights of the checkpoint in `folder`. Raises UserError if that is not clear."""
-    if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX).get("weight_map")
+    if (index := folder / INDEX).is_file():
+        names = read_json(index).get("weight_map")
         files = sorted(set(names.values()), key=str) if isinstance(names, dict) else []
         if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
-            raise UserError(f"{folder / INDEX} does not list the files of the weights; use a complete copy.")
+            raise UserError(f"{index} does not list the files of the weights; use a complete copy.")
         return [folder / name for name in files]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -113,9 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has its weights only as pickles, which may run code and are not read; save them as safetensors "
             "with the program that wrote them."
         )
-    raise UserError(
-        f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; give the folder of a complete checkpoint."
-    )
+    raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; give a complete checkpoint.")
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -134,13 +132,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                     found[name] = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
             raise UserError(f"{path} is truncated or not a safetensors file ({error}); use a complete copy.") from error
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)["weight_map"]
-        wrong = [name for name, file in index.items() if name not in found or found[name].file.name != file]
-        if wrong:
-            raise UserError(
-                f"{folder / INDEX} places {wrong[0]} in a file that does not have it; use an unaltered copy."
-            )
+    index = folder / INDEX
+    for name, file_name in read_json(index)["weight_map"].items() if index.is_file() else ():
+        if name not in found or found[name].file.name != file_name:
+            raise UserError(f"{index} places {name} in a file that does not have it; use an unaltered copy.")
     for tensor in found.values():
         if tensor.dtype not in _FLOATS:
             raise UserError(

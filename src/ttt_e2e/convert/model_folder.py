@@ -9,8 +9,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ttt_e2e.model.transformer import Transformer
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK_BYTES = 1 << 24  # that are hashed at once
 
+Shapes = Mapping[str, tuple[int, ...]]  # by the name of a tensor
 WriteRows = Callable[[str, int, Tensor], None]
 
 
@@ -34,19 +36,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
 
-def require_shapes(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
-) -> list[str]:
+def require_shapes(found: Shapes, expected: Shapes, where: str) -> list[str]:
     """Raise UserError unless a checkpoint has tensors of the `expected` shapes; returns the names of all others.
 
     where: the checkpoint, as the subject of a sentence.
     """
     missing = sorted(set(expected) - set(found))
     if missing:
-        more = " and more" if len(missing) > 3 else ""
-        raise UserError(
-            f"{where} lacks {', '.join(missing[:3])}{more}, which its configuration requires; use a complete copy."
-        )
+        names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
+        raise UserError(f"{where} lacks {names}, which its configuration requires; use a complete copy.")
     for name, shape in expected.items():
         if found[name] != shape:
             raise UserError(
@@ -66,59 +64,42 @@ def model_folder(
     which writes rows [n, ...] of a parameter, beginning with its row `row`. All rows of all parameters must have been
     written when the block ends. notes: plain values for people. Raises UserError as `files.atomic_path` does.
     """
-    with atomic_path(out) as part:
-        part.mkdir()
-        write_config(config, part, notes)
-        with (part / WEIGHTS).open("w+b") as file:
-            weights = _SafetensorsWriter(file, parameter_shapes(config), dtype)
-            yield part, weights.write_rows
-            weights.finish()
+    shapes = dict(sorted(parameter_shapes(config).items()))
+    ends = [*accumulate(math.prod(shape) * dtype.itemsize for shape in shapes.values())]
+    spans = dict(zip(shapes, pairwise([0, *ends]), strict=True))
+    missing = ends[-1]  # bytes that have not been written yet
 
-
-class _SafetensorsWriter:
-    """A safetensors file: the length of the header, the header, then all parameters in the order of their names."""
-
-    def __init__(self, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.file, self.dtype = file, dtype
-        self.shapes = dict(sorted(shapes.items()))
-        self.spans: dict[str, tuple[int, int]] = {}
-        self.missing = 0  # bytes that have not been written yet
-        for name, shape in self.shapes.items():
-            begin, self.missing = self.missing, self.missing + math.prod(shape) * dtype.itemsize
-            self.spans[name] = (begin, self.missing)
-        self.start = len(self._header("0" * 64))
-        file.truncate(self.start + self.missing)
-
-    def write_rows(self, name: str, row: int, rows: Tensor) -> None:
-        """Write `rows` [n, ...] of the parameter `name`, beginning with its row `row`."""
-        assert rows.shape[1:] == self.shapes[name][1:] and row + len(rows) <= self.shapes[name][0], name
-        values = rows.to(self.dtype).contiguous().view(torch.uint8).numpy()
-        self.file.seek(self.start + self.spans[name][0] + row * (values.size // len(rows)))
-        self.file.write(values.data)
-        self.missing -= values.size
-
-    def finish(self) -> None:
-        """Write the header, with the digest of all rows."""
-        assert self.missing == 0, f"{self.missing} bytes of the weights were never written"
-        header = self._header(self._digest())
-        self.file.seek(0)
-        self.file.write(header)
-
-    def _header(self, digest: str) -> bytes:
+    def header(digest: str) -> bytes:
+        """What comes before the parameters in a safetensors file: the length of the JSON object, and that object."""
         entries: dict[str, Any] = {"__metadata__": {"digest": digest}}
-        for name, shape in self.shapes.items():
-            entries[name] = {"dtype": _NAMES[self.dtype], "shape": shape, "data_offsets": self.spans[name]}
+        for name, shape in shapes.items():
+            entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": spans[name]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def _digest(self) -> str:
-        """The value of `model.checkpoint.model_digest`, computed block by block."""
-        digest = hashlib.sha256()
-        for name, (begin, end) in self.spans.items():
-            digest.update(f"{name} {list(self.shapes[name])}\n".encode())
-            self.file.seek(self.start + begin)
-            for position in range(begin, end, _BLOCK_BYTES):
-                block = bytearray(self.file.read(min(_BLOCK_BYTES, end - position)))
-                digest.update(torch.frombuffer(block, dtype=self.dtype).float().numpy().data)
-        return digest.hexdigest()
+    def write_rows(name: str, row: int, rows: Tensor) -> None:
+        nonlocal missing
+        assert rows.shape[1:] == shapes[name][1:] and row + len(rows) <= shapes[name][0], name
+        values = rows.to(dtype).contiguous().view(torch.uint8).numpy()
+        file.seek(start + spans[name][0] + row * (values.size // len(rows)))
+        file.write(values.data)
+        missing -= values.size
+
+    with atomic_path(out) as part:
+        part.mkdir()
+        write_config(config, part, notes)
+        with (part / WEIGHTS).open("w+b") as file:
+            start = len(header("0" * 64))
+            file.truncate(start + missing)
+            yield part, write_rows
+            assert missing == 0, f"{missing} bytes of the weights were never written"
+            digest = hashlib.sha256()  # the value of `model.checkpoint.model_digest`, computed block by block
+            for name, (begin, end) in spans.items():
+                digest.update(f"{name} {list(shapes[name])}\n".encode())
+                file.seek(start + begin)
+                for position in range(begin, end, _BLOCK_BYTES):
+                    block = bytearray(file.read(min(_BLOCK_BYTES, end - position)))
+                    digest.update(torch.frombuffer(block, dtype=dtype).float().numpy().data)
+            file.seek(0)
+            file.write(header(digest.hexdigest()))

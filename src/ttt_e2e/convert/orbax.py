@@ -81,17 +81,16 @@ def find_step(folder: Path, item: str, step: int | None = None) -> Path:
         if not steps:
             what = "only unfinished steps" if list(folder.glob(f"*{_UNFINISHED}*")) else "no checkpoint"
             raise UserError(f"{folder} holds {what}; give a folder that has {item} in it, or one with such folders.")
-        candidates = [steps[number] for number in sorted(steps, reverse=True)] if step is None else [steps[step]]
-    skipped: list[str] = []
+        candidates = [steps[number] for number in (sorted(steps, reverse=True) if step is None else [step])]
+    skipped: list[tuple[Path, str]] = []
     for path in candidates:
-        reason = _incomplete(path, item)
-        if reason is None:
-            for sentence in skipped:
-                warnings.warn(sentence, stacklevel=2)
+        if (reason := _incomplete(path, item)) is None:
+            for later, why in skipped:
+                warnings.warn(f"Step {later.name} is skipped: {why}.", stacklevel=2)
             return path
-        skipped.append(f"Step {path.name} is skipped: {reason}.")
-    reason = _incomplete(candidates[0], item)
-    raise UserError(f"The checkpoint {candidates[0]} is incomplete: {reason}; use a complete copy, or another step.")
+        skipped.append((path, reason))
+    path, reason = skipped[0]
+    raise UserError(f"The checkpoint {path} is incomplete: {reason}; use a complete copy, or another step.")
 
 
 def _incomplete(folder: Path, item: str) -> str | None:
@@ -111,13 +110,19 @@ def _incomplete(folder: Path, item: str) -> str | None:
 
 
 def stored_arrays(folder: Path) -> dict[str, StoredArray]:
-    """The arrays of the item in `folder` by name, the keys of its tree joined by dots.
+    """The arrays of the item in `folder` that have a value, by name: the keys of the tree joined by dots.
 
     Raises UserError if tensorstore is not installed, or if an array is missing, damaged or not of floating point.
     """
-    metadata = read_json(folder / _ITEM)
+    path = folder / _ITEM
+    try:
+        entries = [(e["key_metadata"], e["value_metadata"]) for e in read_json(path)["tree_metadata"].values()]
+        keys = [key for key, value in entries if not value.get("skip_deserialize") and value["value_type"] != "None"]
+        names = [".".join(str(part["key"]) for part in key) for key in keys]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is altered: it does not list arrays as orbax does; use a complete copy.") from error
     arrays = {}
-    for name in _names(metadata, folder / _ITEM):
+    for name in names:
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}},
@@ -133,16 +138,6 @@ def stored_arrays(folder: Path) -> dict[str, StoredArray]:
             raise UserError(f"{where} is {store.dtype.name}; weights are {', '.join(_DTYPES)}.")
         arrays[name] = StoredArray(spec, where, store.shape, store.dtype.name, store.chunk_layout.read_chunk.shape)
     return arrays
-
-
-def _names(metadata: dict[str, Any], path: Path) -> list[str]:
-    """The names of the arrays in `metadata`, read from `path`; leaves of the tree without a value are left out."""
-    try:
-        entries = [(entry["key_metadata"], entry["value_metadata"]) for entry in metadata["tree_metadata"].values()]
-        arrays = [key for key, value in entries if not value.get("skip_deserialize") and value["value_type"] != "None"]
-        return [".".join(str(part["key"]) for part in key) for key in arrays]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is altered: it does not list arrays as orbax does; use a complete copy.") from error
 
 
 def _open(spec: dict[str, Any], cache_bytes: int, where: str) -> Any:

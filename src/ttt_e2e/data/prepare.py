@@ -162,14 +162,12 @@ def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
             continue
         except ValueError as error:
             raise UserError(f"{out / name} is damaged ({error}); delete {out} or choose another folder.") from error
-        changed = [key for key in config if state.get("config", {}).get(key) != config[key]]
+        changed = ", ".join(key for key in config if state.get("config", {}).get(key) != config[key])
         if not changed:
             remove_stale_parts(out)
             return state
         if name == "meta.json" or "plan" in state:
-            raise UserError(
-                f"{out} was prepared with other {', '.join(changed)}; choose another folder or delete this one."
-            )
+            raise UserError(f"{out} was prepared with other {changed}; choose another folder or delete this one.")
         return {"config": config}
     if out.is_dir() and any(not file.name.endswith(".part") for file in out.iterdir()):
         raise UserError(f"{out} holds other files; choose an empty or a new folder for the tokens.")

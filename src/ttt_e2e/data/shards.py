@@ -119,13 +119,13 @@ class TokenSet:
         dtype = np.dtype(meta["dtype"])
         arrays, names, lengths = [], [], []
         for shard in shards:
-            path, total = folder / f"{shard['name']}.bin", shard["tokens"]
+            path, size = folder / f"{shard['name']}.bin", shard["tokens"]
             index = read_json(path.with_suffix(".json"))
             if not path.exists():
                 raise UserError(f"{path} is missing; prepare {folder} anew.")
-            if path.stat().st_size != total * dtype.itemsize or sum(index["lengths"]) != total:
+            if path.stat().st_size != size * dtype.itemsize or sum(index["lengths"]) != size:
                 raise UserError(
-                    f"{path} was altered or cut short: it does not hold {total} tokens; prepare {folder} anew."
+                    f"{path} is altered or cut short: it does not hold {size} tokens; prepare {folder} anew."
                 )
             arrays.append(np.memmap(path, dtype, "r"))
             names += index["names"]
@@ -182,8 +182,7 @@ class TokenSet:
         tokenizer = Tokenizer.load(path)
         if tokenizer.digest != self.tokenizer_digest:
             raise UserError(
-                f"{path} is not the tokenizer that made the tokens beside it; "
-                "put that one back or prepare the folder anew."
+                f"{path} is not the tokenizer that made the tokens beside it; put that one back, or prepare them anew."
             )
         return tokenizer
 

@@ -83,9 +83,7 @@ def _decode(stream: IO[bytes], name: str, chunk_bytes: int) -> Iterator[str]:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             where = offset - pending + error.start
-            raise UserError(
-                f"{name} is not valid UTF-8 at byte {where} ({error.reason}); convert it to UTF-8 first."
-            ) from error
+            raise UserError(f"{name} is not valid UTF-8 at byte {where} ({error.reason}); convert it first.") from error
         if not chunk:
             break
         yield text
@@ -218,27 +216,21 @@ def standard_library() -> Iterator[Document]:
     their initial into documents called "modules a", "modules b", ... Raises UserError for a Python without source.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    packages = sorted(init.parent for init in root.glob("*/__init__.py"))
-    initials: dict[str, list[Path]] = {}
-    for file in sorted(root.glob("*.py")):
-        initials.setdefault(file.name[0].lower(), []).append(file)
-    if not initials:
+    modules = sorted(root.glob("*.py"), key=lambda file: (file.name[0].lower(), file))
+    if not modules:
         raise UserError("This Python comes without the source of its standard library; give texts of your own.")
-    for package in packages:
-        if package.name not in _TEST_FOLDERS and (text := _sources(root, sorted(package.rglob("*.py")))):
-            yield Document(package.name, text)
-    for initial, files in sorted(initials.items()):
-        yield Document(f"modules {initial}", _sources(root, files))
-
-
-def _sources(root: Path, files: list[Path]) -> str:
-    parts = []
-    for file in files:
-        relative = file.relative_to(root)
-        if not _TEST_FOLDERS.intersection(relative.parts):
-            with tokenize.open(file) as stream:
-                parts.append(f"# file: {relative.as_posix()}\n{stream.read()}\n")
-    return "".join(parts)
+    groups = {init.parent.name: sorted(init.parent.rglob("*.py")) for init in sorted(root.glob("*/__init__.py"))}
+    for file in modules:
+        groups.setdefault(f"modules {file.name[0].lower()}", []).append(file)
+    for name, files in groups.items():
+        parts = []
+        for file in files:
+            relative = file.relative_to(root)
+            if not _TEST_FOLDERS.intersection(relative.parts):
+                with tokenize.open(file) as stream:
+                    parts.append(f"# file: {relative.as_posix()}\n{stream.read()}\n")
+        if parts:
+            yield Document(name, "".join(parts))
 
 
 def standard_library_document(name: str = "asyncio") -> Document:

@@ -117,18 +117,17 @@ class Tokenizer:
         if path.exists() or path.suffix == ".json" or path.is_absolute() or len(path.parts) > 2:
             text = read_text(path)
             try:
-                return cls(tokenizers.Tokenizer.from_str(text), str(path))
-            except UserError:
-                raise
+                backend = tokenizers.Tokenizer.from_str(text)
             except Exception as error:  # the library raises bare Exception
                 raise UserError(f"{path} is not a tokenizer of the tokenizers library: {error}") from error
+            return cls(backend, str(path))
         try:
             backend = tokenizers.Tokenizer.from_pretrained(str(path_or_name))
         except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"{path_or_name} is neither a file or folder here nor a tokenizer that could be downloaded from "
-                f"Hugging Face ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                "check the name and the connection."
+                f"Hugging Face ({reason}); check the name and the connection."
             ) from error
         return cls(backend, str(path_or_name))
 

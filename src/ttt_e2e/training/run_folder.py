@@ -89,8 +89,7 @@ def load_start_weights(model: Transformer, folder: Path, tokenizer_digest: str) 
                 f"The model in {folder} has {name} = {theirs[name]}, not {value}; "
                 f"set model.{name}={theirs[name]} to train it further."
             )
-    if (folder / TOKENIZER).is_file() and Tokenizer.load(folder / TOKENIZER).digest != tokenizer_digest:
-        raise UserError(
-            f"The model in {folder} has another tokenizer than the data; prepare the data with {folder / TOKENIZER}."
-        )
+    path = folder / TOKENIZER
+    if path.is_file() and Tokenizer.load(path).digest != tokenizer_digest:
+        raise UserError(f"The model in {folder} has another tokenizer than the data; prepare the data with {path}.")
     read_weights(model, folder)
