@@ -113,15 +113,6 @@ def open_session(arguments: argparse.Namespace, *, learn: bool = True, compile: 
     return session
 
 
-def load_embedding(folder: Path | None) -> Any:
-    """The embedding that --embeddings names, None if it names none."""
-    if folder is None:
-        return None
-    from ttt_e2e.retrieval.search_index import load_embed
-
-    return load_embed(folder)
-
-
 def print_json(value: Any) -> None:
     """Print plain values as JSON on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

@@ -17,67 +17,39 @@ EPILOG = """examples:
   ttt-e2e convert to-hf model hf-model
   ttt-e2e convert ACTION --help"""
 
-_FROM_HF = """Turn a pretrained Transformer (Llama, Mistral, Qwen 2, 2.5 or 3) into a model that can learn while
-it reads. The last blocks get a fast MLP. Until the first update the predictions are those of the
-original, within the window. Train the result further: ttt-e2e train PRESET --from OUT."""
-_FROM_HF_EPILOG = """examples:
-  ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
-  ttt-e2e convert from-hf checkpoints/llama model --window 4096 --fast split --fast-share 0.5"""
-
-_FROM_STANDARD = """Turn a standard Transformer that was trained here, such as small-full or small-window, into a model
-that can learn while it reads. Where the window covers the text, the predictions are those of the
-original until the first update. Train the result further: ttt-e2e train PRESET --from OUT."""
-_FROM_STANDARD_EPILOG = """examples:
-  ttt-e2e convert from-standard run/model model --window 1024 --fast split
-  ttt-e2e train small --data tokens --out warm --from model"""
-
-_FROM_OFFICIAL = """Turn a checkpoint of the official JAX implementation's trainer into a model folder. This needs
-tensorstore, not JAX: pip install "ttt-e2e[official]". The weights keep their values; the state of
-the optimizer is ignored.
-
-Vocabulary, sizes, layers, heads, suffix and output head are read from the checkpoint. The other
-settings come from a preset, or are named: pattern, rope_theta, sliding_window and mini_batch_size.
-A model with full attention that was extended to a longer context has another rope_theta than its
-preset."""
-_FROM_OFFICIAL_EPILOG = """examples:
-  ttt-e2e convert from-official checkpoints/pretrain-125m-e2e model --preset 125m --tokenizer NAME
-  ttt-e2e convert from-official checkpoints/pretrain-125m-e2e/4800 model --preset 125m
-  ttt-e2e convert from-official checkpoints/ext-125m-fa-32K model --preset 125m-full rope_theta=2e6
-  ttt-e2e convert from-official checkpoints/mine model pattern=window rope_theta=5e5 sliding_window=512 \\
-      mini_batch_size=64"""
-
-_TO_HF = """Write a model folder for the transformers library: pip install "ttt-e2e[hf]". Once `ttt_e2e.hf` is
-imported, AutoModelForCausalLM loads it; `generate`, pipelines and the Trainer work, and it learns
-while it reads."""
-_TO_HF_EPILOG = """example:
-  ttt-e2e convert to-hf run/model hf-model
-
-and in Python:
-  import ttt_e2e.hf
-  from transformers import pipeline
-  print(pipeline("text-generation", "hf-model")("Once more", max_new_tokens=50))"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions of `convert`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     from_hf = actions.add_parser(
-        "from-hf", help="a pretrained Transformer from Hugging Face", description=_FROM_HF, epilog=_FROM_HF_EPILOG
+        "from-hf",
+        help="a pretrained Transformer from Hugging Face",
+        description="""\
+Turn a pretrained Transformer (Llama, Mistral, Qwen 2, 2.5 or 3) into a model that can learn while
+it reads. The last blocks get a fast MLP. Until the first update the predictions are those of the
+original, within the window. Train the result further: ttt-e2e train PRESET --from OUT.""",
+        epilog="""examples:
+  ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
+  ttt-e2e convert from-hf checkpoints/llama model --window 4096 --fast split --fast-share 0.5""",
     )
     from_hf.add_argument("source", metavar="PATH_OR_NAME", help="a checkpoint folder, or a name on Hugging Face")
     from_hf.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
     add_options(from_hf, *LEARNING)
-    from_hf.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights in the file (default: the original's)"
-    )
+    dtypes = ("float32", "bfloat16")
+    from_hf.add_argument("--dtype", choices=dtypes, help="of the weights in the file (default: the original's)")
     add_options(from_hf, "quiet")
 
     from_standard = actions.add_parser(
         "from-standard",
         help="a standard Transformer that was trained here",
-        description=_FROM_STANDARD,
-        epilog=_FROM_STANDARD_EPILOG,
+        description="""\
+Turn a standard Transformer that was trained here, such as small-full or small-window, into a model
+that can learn while it reads. Where the window covers the text, the predictions are those of the
+original until the first update. Train the result further: ttt-e2e train PRESET --from OUT.""",
+        epilog="""examples:
+  ttt-e2e convert from-standard run/model model --window 1024 --fast split
+  ttt-e2e train small --data tokens --out warm --from model""",
     )
     from_standard.add_argument("source", type=Path, metavar="MODEL", help="a model folder")
     from_standard.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
@@ -86,23 +58,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from_official = actions.add_parser(
         "from-official",
         help="a checkpoint of the official JAX implementation",
-        description=_FROM_OFFICIAL,
-        epilog=_FROM_OFFICIAL_EPILOG,
+        description="""\
+Turn a checkpoint of the official JAX implementation's trainer into a model folder. This needs
+tensorstore, not JAX: pip install "ttt-e2e[official]". The weights keep their values; the state of
+the optimizer is ignored.
+
+Vocabulary, sizes, layers, heads, suffix and output head are read from the checkpoint. The other
+settings come from a preset, or are named: pattern, rope_theta, sliding_window and mini_batch_size.
+A model with full attention that was extended to a longer context has another rope_theta than its
+preset.""",
+        epilog="""examples:
+  ttt-e2e convert from-official checkpoints/pretrain-125m-e2e model --preset 125m --tokenizer NAME
+  ttt-e2e convert from-official checkpoints/pretrain-125m-e2e/4800 model --preset 125m
+  ttt-e2e convert from-official checkpoints/ext-125m-fa-32K model --preset 125m-full rope_theta=2e6
+  ttt-e2e convert from-official checkpoints/mine model pattern=window rope_theta=5e5 sliding_window=512 \\
+      mini_batch_size=64""",
     )
-    from_official.add_argument(
-        "source", type=Path, metavar="DIR", help="the folder of a step, or of steps: then the last complete one"
-    )
-    from_official.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
-    from_official.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="a setting of the model")
-    from_official.add_argument("--step", type=int, metavar="N", help="convert step N instead of the last one")
-    from_official.add_argument(
-        "--preset", metavar="PRESET", help="the source of all other settings; see `ttt-e2e presets`"
-    )
-    from_official.add_argument("--tokenizer", metavar="NAME", help="the tokenizer of the training tokens, to be copied")
+    add = from_official.add_argument
+    add("source", type=Path, metavar="DIR", help="the folder of a step, or of steps: then the last complete one")
+    add("out", type=Path, metavar="OUT", help="the model folder to write")
+    add("settings", nargs="*", metavar="NAME=VALUE", help="a setting of the model")
+    add("--step", type=int, metavar="N", help="convert step N instead of the last one")
+    add("--preset", metavar="PRESET", help="the source of all other settings; see `ttt-e2e presets`")
+    add("--tokenizer", metavar="NAME", help="the tokenizer of the training tokens, to be copied")
     add_options(from_official, "quiet")
 
     to_hf = actions.add_parser(
-        "to-hf", help="a model folder for the transformers library", description=_TO_HF, epilog=_TO_HF_EPILOG
+        "to-hf",
+        help="a model folder for the transformers library",
+        description="""\
+Write a model folder for the transformers library: pip install "ttt-e2e[hf]". Once `ttt_e2e.hf` is
+imported, AutoModelForCausalLM loads it; `generate`, pipelines and the Trainer work, and it learns
+while it reads.""",
+        epilog="""example:
+  ttt-e2e convert to-hf run/model hf-model
+
+and in Python:
+  import ttt_e2e.hf
+  from transformers import pipeline
+  print(pipeline("text-generation", "hf-model")("Once more", max_new_tokens=50))""",
     )
     to_hf.add_argument("source", type=Path, metavar="MODEL", help="a model folder")
     to_hf.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
@@ -121,8 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
         from ttt_e2e.convert.from_standard import convert_from_standard
 
         config = convert_from_standard(source, out, learning_options(arguments))
-        learning = f"{config.suffix_layers} of {config.num_hidden_layers} blocks learn"
-        print(f"{out}: {learning}; window {config.sliding_window}")
+        blocks = f"{config.suffix_layers} of {config.num_hidden_layers} blocks"
+        print(f"{out}: {blocks} learn; window {config.sliding_window}")
     elif arguments.action == "from-official":
         from ttt_e2e.convert.from_official import convert_from_official
 

@@ -16,10 +16,11 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate`."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="texts, JSONL, parquet, or folders of them")
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="texts, JSONL, parquet, or folders of them")
     add_options(parser, "model", "dtype", "device", "threads", "text-column")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens of each document")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="documents at once (default: 8)")
+    add("--max-tokens", type=int, metavar="N", help="read at most N tokens of each document")
+    add("--batch", type=int, default=8, metavar="N", help="documents at once (default: 8)")
     add_options(parser, "json", "quiet")
 
 

@@ -11,41 +11,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from ttt_e2e.cli import (
-    convert,
-    cost,
-    evaluate,
-    generate,
-    info,
-    notebook,
-    prepare,
-    presets,
-    read,
-    reproduce,
-    serve,
-    train,
-)
 from ttt_e2e.cli.parser import parse
 from ttt_e2e.errors import INTERRUPTED, UserError
 
-COMMANDS: dict[str, ModuleType] = {
-    "read": read,
-    "generate": generate,
-    "notebook": notebook,
-    "prepare": prepare,
-    "train": train,
-    "evaluate": evaluate,
-    "presets": presets,
-    "cost": cost,
-    "convert": convert,
-    "serve": serve,
-    "reproduce": reproduce,
-    "info": info,
-}
+_NAMES = "read generate notebook prepare train evaluate presets cost convert serve reproduce info"
+COMMANDS = {name: import_module(f"ttt_e2e.cli.{name}") for name in _NAMES.split()}
 
 _LONGEST_NAME = 200  # characters of a file's name in an error
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ttt_e2e.cli.common import add_options, load_embedding, note, print_json
+from ttt_e2e.cli.common import add_options, note, print_json
 
 HELP = "search what a session has read"
 DESCRIPTION = """Search the notebook of a session: its exact text, in passages, which `ttt-e2e read --notebook`
@@ -37,10 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Search and print; returns 0."""
     from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
     from ttt_e2e.retrieval.passages import format_passages
+    from ttt_e2e.retrieval.search_index import load_embed
 
-    path: Path = arguments.session
-    folder = path if path.is_dir() else notebook_folder(path)
-    with Notebook(folder, embed=load_embedding(arguments.embeddings), create=False) as notebook:
+    folder = arguments.session if arguments.session.is_dir() else notebook_folder(arguments.session)
+    embed = load_embed(arguments.embeddings) if arguments.embeddings else None
+    with Notebook(folder, embed=embed, create=False) as notebook:
         found = notebook.search(" ".join(arguments.words), arguments.count)
     if arguments.json:
         print_json([passage._asdict() for passage in found])

@@ -8,21 +8,18 @@ from typing import Any, NoReturn
 
 from ttt_e2e import __version__
 
-_WIDTH = 100
-
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
-        options.setdefault(
-            "formatter_class",
-            lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=_WIDTH),
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
+            **options,
         )
-        super().__init__(allow_abbrev=False, **options)
         self.set_defaults(parser=self)  # in the parsed arguments it is the parser of the command, or of its action
 
     def error(self, message: str) -> NoReturn:
-        message = message.rstrip(".")
-        self.exit(2, f"ttt-e2e: error: {message}. See {self.prog} --help.\n")
+        self.exit(2, f"ttt-e2e: error: {message.rstrip('.')}. See {self.prog} --help.\n")
 
 
 def parse(argv: list[str], commands: Mapping[str, ModuleType]) -> argparse.Namespace:
@@ -30,20 +27,6 @@ def parse(argv: list[str], commands: Mapping[str, ModuleType]) -> argparse.Names
 
     Raises SystemExit, as argparse does, after --help, --version and for an invalid command line.
     """
-    parser = _build_parser(commands)
-    if not argv:
-        parser.print_help()
-        raise SystemExit(2)
-    first = next((word for word in argv if not word.startswith("-")), None)
-    if first is not None and first not in commands:
-        parser.error(f"there is no command {first!r}{_suggestion(first, commands)}; there are: {', '.join(commands)}")
-    arguments, extra = parser.parse_known_args(argv)
-    if extra:
-        _complete_list(arguments, extra)
-    return arguments
-
-
-def _build_parser(commands: Mapping[str, ModuleType]) -> _Parser:
     parser = _Parser(
         prog="ttt-e2e",
         description="A language model that keeps learning while it reads (end-to-end test-time training).",
@@ -63,7 +46,16 @@ Train your own model:
         sub = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION, epilog=command.EPILOG)
         sub.set_defaults(run=command.run)
         command.add_arguments(sub)
-    return parser
+    if not argv:
+        parser.print_help()
+        raise SystemExit(2)
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if first is not None and first not in commands:
+        parser.error(f"there is no command {first!r}{_suggestion(first, commands)}; there are: {', '.join(commands)}")
+    arguments, extra = parser.parse_known_args(argv)
+    if extra:
+        _complete_list(arguments, extra)
+    return arguments
 
 
 def _complete_list(arguments: argparse.Namespace, extra: list[str]) -> None:

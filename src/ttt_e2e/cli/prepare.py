@@ -18,22 +18,15 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `prepare`."""
-    parser.add_argument(
-        "sources", nargs="*", type=Path, metavar="SOURCE", help="files and folders (default: Python's library)"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer.json, its folder, or a name on Hugging Face")
-    parser.add_argument(
-        "--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train (default: 4096)"
-    )
+    add = parser.add_argument
+    add("sources", nargs="*", type=Path, metavar="SOURCE", help="files and folders (default: Python's library)")
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    add("--tokenizer", metavar="NAME", help="tokenizer.json, its folder, or a name on Hugging Face")
+    add("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train (default: 4096)")
     add_options(parser, "text-column")
-    parser.add_argument(
-        "--val", type=Path, nargs="+", metavar="SOURCE", help="documents to hold out (default: a share)"
-    )
-    parser.add_argument(
-        "--val-share", type=float, default=0.02, metavar="SHARE", help="share to hold out (default: 0.02)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of that choice (default: 0)")
+    add("--val", type=Path, nargs="+", metavar="SOURCE", help="documents to hold out (default: a share)")
+    add("--val-share", type=float, default=0.02, metavar="SHARE", help="share to hold out (default: 0.02)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of that choice (default: 0)")
     add_options(parser, "json", "quiet")
 
 

@@ -1,6 +1,7 @@
 """`ttt-e2e read`: read a text while learning from it, and show what learning was worth."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,25 +27,20 @@ running the same command again continues where it stopped, whether by Ctrl-C or 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `read`."""
-    parser.add_argument("file", nargs="?", metavar="FILE", help="a UTF-8 text; - for standard input")
+    add = parser.add_argument
+    add("file", nargs="?", metavar="FILE", help="a UTF-8 text; - for standard input")
     add_options(parser, "model", "dtype", "device", "threads")
-    parser.add_argument("--session", type=Path, metavar="SESSION", help="continue from this saved session")
-    parser.add_argument("--save", type=Path, metavar="SESSION", help="save what was learned to this file")
-    parser.add_argument(
-        "--save-every",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="save every SECONDS while reading (default: 30)",
+    add("--session", type=Path, metavar="SESSION", help="continue from this saved session")
+    add("--save", type=Path, metavar="SESSION", help="save what was learned to this file")
+    add(
+        "--save-every", type=float, default=30, metavar="SECONDS", help="save every SECONDS while reading (default: 30)"
     )
     add_options(parser, "precision")
-    parser.add_argument(
-        "--notebook", action="store_true", help="with --save: also record the exact text, in SESSION.notebook"
-    )
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="file of the plot (default: NAME.reading.png)")
-    parser.add_argument("--no-plot", action="store_true", help="draw no plot")
-    parser.add_argument("--no-baseline", action="store_true", help="skip the second reading, without learning; faster")
-    parser.add_argument("--no-learning", action="store_true", help="read without learning")
+    add("--notebook", action="store_true", help="with --save: also record the exact text, in SESSION.notebook")
+    add("--plot", type=Path, metavar="PATH", help="file of the plot (default: NAME.reading.png)")
+    add("--no-plot", action="store_true", help="draw no plot")
+    add("--no-baseline", action="store_true", help="skip the second reading, without learning; faster")
+    add("--no-learning", action="store_true", help="read without learning")
     add_options(parser, "compile", "json", "quiet")
 
 
@@ -60,10 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ttt_e2e.inference.session_file import check_session_target
     from ttt_e2e.reading.document import read_document
     from ttt_e2e.reading.plot import check_plot_target, plot_reading
+    from ttt_e2e.reading.recording import plan_recording
     from ttt_e2e.reading.report import summary
+    from ttt_e2e.retrieval.notebook import notebook_folder
 
     # Fail now, not after the work.
-    plot = arguments.plot or Path(f"{_file_stem(name)}.reading.png")
+    stem = re.sub(r"[^\w.-]", "-", Path(name).stem.replace("'s ", "-"))
+    plot = arguments.plot or Path(f"{stem or 'text'}.reading.png")
     if not arguments.no_plot:
         check_plot_target(plot)
     if arguments.save:
@@ -73,13 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
         note("Nothing is compiled: only a model that learns while it reads is.")
     recording = None
     if arguments.notebook:
-        from ttt_e2e.reading.recording import plan_recording
-
         recording = plan_recording(arguments.save, arguments.session, session.model.config.sliding_window)
         for remark in recording.remarks:
             note(remark)
     elif arguments.save:
-        _note_missing_text(arguments.save, arguments.session)
+        folders = [notebook_folder(path) for path in (arguments.save, arguments.session) if path]
+        if existing := next((folder for folder in folders if folder.exists()), None):
+            note(f"The notebook {existing} will not have this text; --notebook records it.")
     report = read_document(
         session,
         chunks,
@@ -128,17 +127,3 @@ def _open_text(file: str | None) -> tuple[str, Iterator[str], int | None]:
     can_be_read_twice = not path.exists() or path.is_file() or path.is_dir()  # unlike a pipe
     size = sum(len(chunk.encode()) for chunk in text_chunks(path)) if can_be_read_twice else None
     return path.name, text_chunks(path), size
-
-
-def _file_stem(name: str) -> str:
-    """A file name made of a text's name."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(name).stem.replace("'s ", "-")) or "text"
-
-
-def _note_missing_text(save: Path, session: Path | None) -> None:
-    """Say if there is a notebook that will lack the text."""
-    from ttt_e2e.retrieval.notebook import notebook_folder
-
-    folders = [notebook_folder(path) for path in (save, session) if path]
-    if existing := next((folder for folder in folders if folder.exists()), None):
-        note(f"The notebook {existing} will not have this text; --notebook records it.")

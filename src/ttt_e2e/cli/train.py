@@ -29,26 +29,23 @@ The tokens must have the vocabulary of the preset: 4,096 for tiny, which is what
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `train`."""
-    parser.add_argument("preset", metavar="PRESET", help="see `ttt-e2e presets`")
-    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the preset")
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="tokens from `prepare`, or the official zarr arrays"
-    )
-    parser.add_argument("--tokenizer", metavar="NAME", help="the tokenizer of the zarr arrays")
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
-    parser.add_argument(
-        "--from", dest="start_from", type=Path, metavar="MODEL", help="start from this model or checkpoint"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("preset", metavar="PRESET", help="see `ttt-e2e presets`")
+    add("settings", nargs="*", metavar="NAME=VALUE", help="change a setting of the preset")
+    add("--data", type=Path, required=True, metavar="DIR", help="tokens from `prepare`, or the official zarr arrays")
+    add("--tokenizer", metavar="NAME", help="the tokenizer of the zarr arrays")
+    add("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
+    add("--resume", action="store_true", help="continue from the last checkpoint of the run")
+    add("--from", dest="start_from", type=Path, metavar="MODEL", help="start from this model or checkpoint")
+    add(
         "--extend",
         type=count,
         metavar="TOKENS",
         help="with --from: continue at this longer context, by the published recipe",
     )
     add_options(parser, "device", "threads", "compile")
-    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard, in RUN/tensorboard")
-    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
+    add("--tensorboard", action="store_true", help="log for TensorBoard, in RUN/tensorboard")
+    add("--wandb", action="store_true", help="log to Weights & Biases")
     add_options(parser, "quiet")
 
 
