@@ -15,7 +15,7 @@ import torch
 from helpers import small_model
 
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.inference import divergence
+from ttt_e2e.inference import session_pool
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.engine.engine import Engine
@@ -115,15 +115,15 @@ class HeldText:
 @contextmanager
 def diverging_at(position: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, learning seems to diverge at the mini-batch after `position` tokens."""
-    original = divergence.find_divergence
+    original = session_pool.find_divergence
 
-    def find_divergence(losses: np.ndarray, norm: float, at: int, *rest: Any, **more: Any) -> divergence.Finding | None:
+    def find_divergence(losses: np.ndarray, norm: float, at: int, *rest: Any, **more: Any) -> tuple[str, bool] | None:
         if at == position:
-            return divergence.Finding("this is made up", bad_update=False)
+            return "this is made up", False
         return original(losses, norm, at, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(divergence, "find_divergence", find_divergence)
+        patch.setattr(session_pool, "find_divergence", find_divergence)
         yield
 
 

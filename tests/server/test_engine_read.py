@@ -298,6 +298,6 @@ def test_model_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         await generate(engine, "me", first, "And", max_tokens=3, learn=True)
         await engine.sessions.fork("me", first)
 
-    monkeypatch.setattr("ttt_e2e.inference.session.model_fingerprint", counted)
+    monkeypatch.setattr("ttt_e2e.inference.session_file.model_fingerprint", counted)
     with_engine(tmp_path / "data", work, Session(MODEL, TOKENIZER, dtype=F64))
     assert len(hashed) == 1
