@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,7 @@ def run(
     """
     outcome = Outcome(results={job.folder: r for job in jobs if (r := result_of(out / job.folder)) is not None})
     waiting = [job for job in jobs if job.folder not in outcome.results]
-    running: dict[str, _JobProcess] = {}
+    running: dict[Job, subprocess.Popen] = {}
     hide_bar = None if progress and waiting else True  # None: shown on a terminal only
     with tqdm(total=len(jobs), initial=len(outcome.results), unit="job", disable=hide_bar, leave=False) as bar:
 
@@ -77,9 +77,8 @@ def run(
 
         try:
             while waiting or running:
-                for folder in [folder for folder, process in running.items() if process.has_ended]:
-                    process = running.pop(folder)
-                    record(process.job, *process.close())
+                for job in [job for job, process in running.items() if process.poll() is not None]:
+                    record(job, *_finish(out / job.folder, running.pop(job)))
                 ended = {*outcome.results, *outcome.problems}
                 ready = [job for job in waiting if ended.issuperset(job.needs)]
                 for job in ready[: max(1, num_workers) - len(running)]:
@@ -91,21 +90,18 @@ def run(
                         continue
                     write_text(out / job.folder / JOB, json.dumps(content, indent=1) + "\n")
                     if num_workers:
-                        running[job.folder] = _JobProcess(job, out / job.folder, content, lock)
+                        running[job] = _start(out / job.folder, content, lock)
                     else:
                         record(job, *_run_here(out / job.folder))
-                bar.set_postfix_str(" ".join(running))
+                bar.set_postfix_str(" ".join(job.folder for job in running))
                 time.sleep(_POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
             outcome.interrupted = True
             tqdm.write("Stopping: the jobs that are running write their checkpoints.", file=sys.stderr)
-            _stop(running)
-            for folder, process in running.items():
-                result, _ = process.close()
-                if result is not None:
-                    outcome.results[folder] = result
+            _stop(running.values())
+            outcome.results |= {job.folder: r for job in running if (r := result_of(out / job.folder)) is not None}
         except BaseException:
-            _stop(running)
+            _stop(running.values())
             raise
     return outcome
 
@@ -133,60 +129,48 @@ def _run_here(folder: Path) -> tuple[dict[str, Any] | None, str]:
     return result_of(folder), f"see {folder / LOG}"
 
 
-class _JobProcess:
-    """A job's process, or with torchrun its process group."""
-
-    def __init__(self, job: Job, folder: Path, settings: Mapping[str, Any], lock: int) -> None:
-        self.job, self.folder = job, folder
-        command = [sys.executable, "-m"]
-        if settings.get("processes", 1) > 1:
-            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(settings["processes"]), "-m"]
-        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}  # seconds to finish a step and write a checkpoint
-        if settings["threads"] is not None:
-            environment["OMP_NUM_THREADS"] = str(settings["threads"])
-        with (folder / LOG).open("ab") as log:
-            # A session of its own: Ctrl-C in the terminal is for this process, which passes it on. The job's standard
-            # input is a pipe that closes when this process ends.
-            self._process = subprocess.Popen(
-                [*command, "ttt_e2e.reproduce.job", str(folder)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environment,
-                pass_fds=(lock,),
-                start_new_session=True,
-            )
-
-    @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def send_signal(self, number: int) -> None:
-        if not self.has_ended:
-            os.killpg(self._process.pid, number)
-
-    def close(self) -> tuple[dict[str, Any] | None, str]:
-        """Wait for the end; the job's result, or None and the reason."""
-        code = self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        result = result_of(self.folder)
-        if result is not None:
-            return result, ""
-        log = self.folder / LOG
-        lines = log.read_text(errors="replace").strip().splitlines()
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        return None, f"{how}: {lines[-1] if lines else 'it printed nothing'} (see {log})"
+def _start(folder: Path, settings: Mapping[str, Any], lock: int) -> subprocess.Popen:
+    """The process that does the job in `folder`; under torchrun, several."""
+    command = [sys.executable, "-m"]
+    if settings.get("processes", 1) > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(settings["processes"]), "-m"]
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}  # seconds to finish a step and write a checkpoint
+    if settings["threads"] is not None:
+        environment["OMP_NUM_THREADS"] = str(settings["threads"])
+    with (folder / LOG).open("ab") as log:
+        # A session of its own: Ctrl-C in the terminal is for this process, which passes it on. The job's standard input
+        # is a pipe that closes when this process ends.
+        return subprocess.Popen(
+            [*command, "ttt_e2e.reproduce.job", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
 
 
-def _stop(running: Mapping[str, _JobProcess]) -> None:
+def _finish(folder: Path, process: subprocess.Popen) -> tuple[dict[str, Any] | None, str]:
+    """The result of the job whose process has ended, or None and the reason."""
+    process.communicate()
+    result, log = result_of(folder), folder / LOG
+    lines = log.read_text(errors="replace").strip().splitlines()
+    how = f"killed by signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+    return result, f"{how}: {lines[-1] if lines else 'it printed nothing'} (see {log})"
+
+
+def _stop(processes: Collection[subprocess.Popen]) -> None:
     """Stop all processes and wait for their ends: gently at first, and at once after another Ctrl-C."""
     number = signal.SIGTERM
-    while not all(process.has_ended for process in running.values()):
+    while any(process.poll() is None for process in processes):
         try:
-            for process in running.values():
-                process.send_signal(number)
-            while not all(process.has_ended for process in running.values()):
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+            while any(process.poll() is None for process in processes):
                 time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
             number = signal.SIGKILL
+    for process in processes:
+        process.communicate()
