@@ -95,8 +95,9 @@ def preset(name: str) -> RunConfig:
     "-full-prefix" it is TTT-E2E over full attention.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        likeness = {known: difflib.SequenceMatcher(None, known, name).ratio() for known in PRESETS}
+        near = max(PRESETS, key=lambda known: (likeness[known], -len(known)))
+        hint = f" Did you mean {near!r}?" if likeness[near] >= 0.5 else ""
         raise UserError(f"There is no preset {name!r}.{hint} `ttt-e2e presets` lists them all.")
     return PRESETS[name]
 

@@ -173,7 +173,7 @@ def convert_from_official(
         raise UserError(f"{out} exists; name another folder for the model, or remove it first.")
     found = find_step(folder, WEIGHTS_ITEM, step)
     arrays = stored_arrays(found / WEIGHTS_ITEM)
-    shapes = {name: array.shape for name, array in arrays.items()}
+    shapes = {name: array.store.shape for name, array in arrays.items()}
     config = official_config(shapes, preset_name, settings)
     copies = _array_copies(config)
     _check_arrays(shapes, copies, config)
@@ -183,15 +183,13 @@ def convert_from_official(
             f"The tokenizer {tokenizer} has {loaded.vocab_size} tokens, but the checkpoint has a vocabulary of "
             f"{config.vocab_size}; name the tokenizer of its training tokens."
         )
-    dtype = torch.bfloat16 if all(array.dtype == "bfloat16" for array in arrays.values()) else torch.float32
+    dtype = torch.bfloat16 if all(array.store.dtype.name == "bfloat16" for array in arrays.values()) else torch.float32
     notes = {"from": "a checkpoint of the official implementation", "step": found.name, "preset": preset_name}
     with model_folder(out, config, dtype, notes) as (part, write_rows):
-        with tqdm(total=len(copies), unit="array", disable=not progress) as bar:
-            for source, of_source in itertools.groupby(copies, key=lambda copy: copy.source):
-                read = arrays[source].open()
-                for copy in of_source:
-                    write_rows(copy.target, copy.target_row, copy.transform(read(copy.layer)))
-                    bar.update()
+        bar = tqdm(copies, unit="array", disable=not progress)
+        for (source, is_stacked), group in itertools.groupby(bar, lambda copy: (copy.source, copy.layer is not None)):
+            for copy, values in zip(group, arrays[source].read(is_stacked), strict=True):
+                write_rows(copy.target, copy.target_row, copy.transform(values))
         if loaded is not None:
             loaded.save(part / TOKENIZER)
     return OfficialConversion(found, parameters(config), str(dtype).removeprefix("torch."))

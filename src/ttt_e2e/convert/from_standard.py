@@ -74,10 +74,7 @@ def warm_start(model: Transformer, config: ModelConfig) -> Transformer:
 
 
 def convert_from_standard(folder: Path, out: Path, options: LearningOptions) -> ModelConfig:
-    """Convert the standard Transformer in `folder` to the model folder `out`; returns its configuration.
-
-    Raises UserError as `learning_config` does, and if `out` exists or `folder` is not a model.
-    """
+    """Convert the standard Transformer in `folder` to the model folder `out`; returns its configuration."""
     if out.exists():
         raise UserError(f"{out} exists; name another folder for the model, or remove it first.")
     config = learning_config(load_config(folder), options)

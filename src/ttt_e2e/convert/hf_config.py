@@ -6,9 +6,9 @@ whose defaults are used for what an older file leaves out.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ttt_e2e.config.schema import RopeScaling
 from ttt_e2e.convert.learning import SourceModel
@@ -22,10 +22,7 @@ _MISTRAL_WINDOW = 4096
 
 
 def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
-    """The model that `config`, the content of the file `where`, describes.
-
-    Raises UserError for a family, or a feature of one, that is not supported, and for invalid values.
-    """
+    """The model that `config`, the content of the file `where`, describes; raises UserError if it is unsupported."""
     values = _Values(config, where)
     family = _family(values)
     layers = values.count("num_hidden_layers")
@@ -115,16 +112,14 @@ def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
 
 
 def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:
-    """The sliding window of all layers; None if they see everything.
-
-    Qwen's layers have one from `max_window_layers` on, and only with `use_sliding_window`.
-    """
+    """The sliding window of all layers; None if they see everything."""
     if family == "mistral" and "sliding_window" not in values.content:
         return _MISTRAL_WINDOW  # transformers' default; null means no window
     if values.get("sliding_window", None) is None or family == "llama":
         return None
     if family in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):
         return None
+    # Qwen's layers have one from `max_window_layers` on.
     first = values.count("max_window_layers", 28, least=0) if family in ("qwen2", "qwen3") else 0
     by_depth = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     kinds = set(values.get("layer_types", None) or by_depth)
@@ -133,32 +128,27 @@ def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:
     return values.count("sliding_window") if kinds == {"sliding_attention"} else None
 
 
-class _Values:
+class _Values(NamedTuple):
     """The values of a JSON object, checked as they are asked for. null counts as missing."""
 
-    def __init__(self, content: Mapping[str, Any], where: Path) -> None:
-        self.content, self.where = content, where
+    content: Mapping[str, Any]
+    where: Path
 
-    def get(self, name: str, default: Any) -> Any:
+    def get(self, name: str, default: Any, is_valid: Callable[[Any], bool] = lambda value: True, what: str = "") -> Any:
         value = self.content.get(name)
         if value is None and default is _REQUIRED:
             raise UserError(f"{self.where} lacks {name}; use an unaltered copy of the checkpoint.")
+        if value is not None and not is_valid(value):
+            raise UserError(f"{self.where} has {name} = {value!r}, which is {what}.")
         return default if value is None else value
 
     def count(self, name: str, default: Any = _REQUIRED, least: int = 1) -> Any:
-        value = self.get(name, default)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise UserError(f"{self.where} has {name} = {value!r}, which is not a whole number of at least {least}.")
-        return value
+        what = f"not a whole number of at least {least}"
+        return self.get(name, default, lambda value: type(value) is int and value >= least, what)
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        value = self.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise UserError(f"{self.where} has {name} = {value!r}, which is not a number.")
+        value = self.get(name, default, lambda x: type(x) in (int, float) and math.isfinite(x), "not a number")
         return float(value)
 
     def flag(self, name: str) -> bool:
-        value = self.get(name, False)
-        if not isinstance(value, bool):
-            raise UserError(f"{self.where} has {name} = {value!r}, which is neither true nor false.")
-        return value
+        return self.get(name, False, lambda value: type(value) is bool, "neither true nor false")

@@ -72,10 +72,7 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
 
 
 def find_config(path_or_name: str | Path) -> Path:
-    """The config.json of a checkpoint, given that file, its folder or its name on Hugging Face.
-
-    Raises UserError if it does not exist or cannot be downloaded.
-    """
+    """The config.json of a checkpoint, given that file, its folder or its name on Hugging Face."""
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
     file = path / CONFIG if path.is_dir() else path
     if file.is_file():
@@ -117,10 +114,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of the checkpoint in `folder`, by name.
-
-    Raises UserError if files are missing, truncated or do not match the index, and for tensors that are not floats.
-    """
+    """All tensors of the checkpoint in `folder`; raises UserError if one is missing, damaged or not a float."""
     found: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         if not path.is_file():

@@ -50,15 +50,13 @@ def config_from_source(source: SourceModel, options: LearningOptions) -> ModelCo
     """The configuration of the converted model. Raises UserError for options that do not fit the original."""
     layers, mlp = source.settings["num_hidden_layers"], source.settings["intermediate_size"]
     window, mini_batch, share = options.sliding_window, options.mini_batch_size, options.fast_share
+    limit, reason = source.max_window, source.max_window_reason
     if window is None:
-        window = min(_PUBLISHED_WINDOW, source.max_window)
+        window = min(_PUBLISHED_WINDOW, limit)
     if mini_batch is None:
         mini_batch = min(_PUBLISHED_MINI_BATCH, max(1, window // 8))
-    if window > source.max_window:
-        raise UserError(
-            f"The window of {window} tokens is longer than {source.max_window}, {source.max_window_reason}; "
-            "choose a shorter one."
-        )
+    if window > limit:
+        raise UserError(f"The window of {window} tokens is longer than {limit}, {reason}; choose a shorter one.")
     if not 0 < options.suffix <= 1:
         raise UserError(f"The suffix is a part of the blocks, above 0 and up to 1, not {options.suffix}.")
     if not 0 < share <= 1:

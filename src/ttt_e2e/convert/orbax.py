@@ -8,9 +8,8 @@ folders cannot be renamed, no time of the commit.
 Source: orbax-checkpoint 0.11.13, `path/step.py` and the checkpoints that it writes.
 """
 
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,39 +24,32 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "commit_success.txt"
 _STEP, _ITEM, _ROOT = "_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"
 _DTYPES = ("float32", "bfloat16", "float16")
-_SLACK = 1 << 24  # bytes; the cache evicts what would only just fit
 
 
 class StoredArray(NamedTuple):
     """An array of a checkpoint that is read in parts."""
 
-    spec: dict[str, Any]
     where: str
-    shape: tuple[int, ...]
-    dtype: str
-    chunk: tuple[int, ...]
-    """Shape of the chunks that it is stored in."""
+    store: Any
+    """The `tensorstore.TensorStore`."""
 
-    def open(self) -> Callable[[int | None], Tensor]:
-        """A function that reads a layer, given its index on the first axis, or the whole array, given None.
+    def read(self, is_stacked: bool) -> Iterator[Tensor]:
+        """The whole array or, if it is stacked, layer by layer, with the layers of one chunk in memory.
 
-        Chunks of several layers are cached, so that each is decompressed once, until the function is deleted. The
-        function raises UserError if data are missing or damaged.
+        Raises UserError if data are missing or damaged.
         """
-        layers = self.chunk[0] if len(self.shape) > 2 else 1
-        cache_bytes = 4 * layers * math.prod(self.shape[1:]) + _SLACK if layers > 1 else 0
-        store = _open(self.spec, cache_bytes, self.where)
-
-        def read(layer: int | None) -> Tensor:
+        length = self.store.shape[0]
+        step = self.store.chunk_layout.read_chunk.shape[0] if is_stacked else length
+        for start in range(0, length, step):
             try:
-                values = (store if layer is None else store[layer]).read().result()
+                values = self.store[start : min(start + step, length)].read().result()
             except ValueError as error:
                 raise _damaged(self.where, error) from error
-            if self.dtype == "bfloat16":  # which NumPy does not know
-                return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-            return torch.from_numpy(values)
-
-        return read
+            if self.store.dtype.name == "bfloat16":  # which NumPy does not know
+                part = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+            else:
+                part = torch.from_numpy(values)
+            yield from part if is_stacked else [part]
 
 
 def find_step(folder: Path, item: str, step: int | None = None) -> Path:
@@ -110,10 +102,7 @@ def _incomplete(folder: Path, item: str) -> str | None:
 
 
 def stored_arrays(folder: Path) -> dict[str, StoredArray]:
-    """The arrays of the item in `folder` that have a value, by name: the keys of the tree joined by dots.
-
-    Raises UserError if tensorstore is not installed, or if an array is missing, damaged or not of floating point.
-    """
+    """The arrays in the item `folder`, by the keys of its tree joined by dots; raises UserError for damaged ones."""
     path = folder / _ITEM
     try:
         entries = [(e["key_metadata"], e["value_metadata"]) for e in read_json(path)["tree_metadata"].values()]
@@ -121,6 +110,10 @@ def stored_arrays(folder: Path) -> dict[str, StoredArray]:
         names = [".".join(str(part["key"]) for part in key) for key in keys]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is altered: it does not list arrays as orbax does; use a complete copy.") from error
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise UserError('Reading official checkpoints needs tensorstore: pip install "ttt-e2e[official]".') from error
     arrays = {}
     for name in names:
         spec = {
@@ -133,24 +126,14 @@ def stored_arrays(folder: Path) -> dict[str, StoredArray]:
             "recheck_cached_data": False,
         }
         where = f"{name!r} in {folder}"
-        store = _open(spec, 0, where)
+        try:
+            store = tensorstore.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise _damaged(where, error) from error
         if store.dtype.name not in _DTYPES:
             raise UserError(f"{where} is {store.dtype.name}; weights are {', '.join(_DTYPES)}.")
-        arrays[name] = StoredArray(spec, where, store.shape, store.dtype.name, store.chunk_layout.read_chunk.shape)
+        arrays[name] = StoredArray(where, store)
     return arrays
-
-
-def _open(spec: dict[str, Any], cache_bytes: int, where: str) -> Any:
-    """The array that `spec` describes, with a cache for decompressed chunks."""
-    try:
-        import tensorstore
-    except ImportError as error:
-        raise UserError('Reading official checkpoints needs tensorstore: pip install "ttt-e2e[official]".') from error
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
-    try:
-        return tensorstore.open(spec, context=context, open=True, read=True).result()
-    except ValueError as error:
-        raise _damaged(where, error) from error
 
 
 def _damaged(where: str, error: ValueError) -> UserError:

@@ -65,10 +65,7 @@ class SequenceLoader:
         return {**position, "context": self.context, "batch": self.batch, "data": self.tokens.digest}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state` was taken, with its seed; `batch` and `world_size` may be others.
-
-        Raises UserError if `state` belongs to other tokens or another context.
-        """
+        """Continue exactly where `state` was taken; only `batch`, `world_size` and the seed may be others here."""
         if state["data"] != self.tokens.digest:
             raise UserError(
                 f"{self.tokens.where} does not hold the tokens that the saved position belongs to; "

@@ -99,10 +99,7 @@ class TokenSet:
 
     @classmethod
     def open(cls, folder: Path, split: str = "train") -> "TokenSet":
-        """Open a split ("train" or "val") of a folder that `prepare` has written, without reading its tokens.
-
-        Raises UserError if the folder is missing, unfinished or altered, or has no such split.
-        """
+        """Open a split ("train" or "val") of a folder of `prepare`; raises UserError if it is not intact."""
         folder = Path(folder)
         if (folder / "progress.json").exists() and not (folder / "meta.json").exists():
             raise UserError(f"{folder} is unfinished; run the same `ttt-e2e prepare` again to complete it.")
@@ -135,10 +132,7 @@ class TokenSet:
 
     @classmethod
     def open_zarr(cls, path: Path, split: str, bos: int) -> "TokenSet":
-        """Open an official token array, the 1-D integer array of a split in a zarr group, as one document.
-
-        Raises UserError if zarr is not installed or there is no such array.
-        """
+        """Open an official token array, the 1-D integer array of a split in a zarr group, as one document."""
         try:
             import zarr
         except ImportError as error:
@@ -207,10 +201,7 @@ class TokenSet:
 
 
 def open_tokens(folder: Path, split: str, tokenizer: Tokenizer | None) -> TokenSet:
-    """Open a split of a prepared folder or, given the tokenizer that made them, of the official zarr arrays.
-
-    Raises UserError if `folder` is neither, or if a tokenizer is given for a prepared folder, which has its own.
-    """
+    """Open a split of a prepared folder or, given the tokenizer that made them, of the official zarr arrays."""
     folder = Path(folder)
     if tokenizer is None:
         return TokenSet.open(folder, split)

@@ -86,10 +86,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train a byte-level BPE of at most `vocab_size` tokens, fewer if the texts yield fewer.
-
-        Raises UserError if `vocab_size` is too small for the 256 bytes and the BOS token.
-        """
+        """Train a byte-level BPE of at most `vocab_size` tokens, at least 257; fewer if the texts yield fewer."""
         if vocab_size < 257:
             raise UserError(f"A vocabulary of {vocab_size} is too small; 256 bytes and {BOS} need at least 257.")
         backend = tokenizers.Tokenizer(models.BPE())
@@ -108,10 +105,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> "Tokenizer":
-        """Load a `tokenizer.json`, a folder that has one, or a tokenizer by its name on Hugging Face.
-
-        Raises UserError if it is missing or damaged, cannot be downloaded, or has no token that begins documents.
-        """
+        """Load a `tokenizer.json`, a folder that has one, or a tokenizer by its name on Hugging Face."""
         path = Path(path_or_name).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
         if path.exists() or path.suffix == ".json" or path.is_absolute() or len(path.parts) > 2:

@@ -53,10 +53,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
 
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
-    """Clip the gradients of `model`, update it and clear them; returns their global norm before the clip.
-
-    Nothing is changed if that norm is not finite.
-    """
+    """Clip, apply and clear the gradients of `model` if their norm is finite; returns it, from before the clip."""
     norm = clip_gradients(model, max_grad_norm)
     if math.isfinite(norm):
         for group in optimizer.param_groups:

@@ -52,10 +52,7 @@ class DistributedContext(NamedTuple):
 
 @contextmanager
 def init_distributed(device: str) -> Iterator[DistributedContext]:
-    """Connect the processes of `torchrun`, if there are several.
-
-    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Raises UserError if it does not exist.
-    """
+    """Connect the processes of `torchrun`, if there are several. device: "auto", "cpu", "cuda" or "cuda:N"."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if world_size == 1:
