@@ -174,10 +174,10 @@ def _read(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
             found = find_divergence(nll[row, :count], norm, start, vocab_size, learns=learn, text=texts[row].name)
             if found is not None:
                 raise Diverged(
-                    f"Learning diverged: {found.what}. Use a model with a smaller inner_loop.lr, or --max-tokens to "
+                    f"Learning diverged: {found[0]}. Use a model with a smaller inner_loop.lr, or --max-tokens to "
                     "stop before.",
                     start,
-                    found.what,
+                    found[0],
                 )
         bar.update(int(mask.sum()))
     return losses

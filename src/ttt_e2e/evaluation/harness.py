@@ -191,9 +191,9 @@ class HarnessModel(TemplateLM):
             found = find_divergence(nll_1T[0], 0.0, reader.position, vocab_size, learns=session.learn)
             if found is not None:
                 raise Diverged(
-                    f"Learning diverged: {found.what}. Use a model with a smaller inner_loop.lr, or learn=false.",
+                    f"Learning diverged: {found[0]}. Use a model with a smaller inner_loop.lr, or learn=false.",
                     reader.position,
-                    found.what,
+                    found[0],
                 )
             parts.append((nll_1T[0], greedy_1T[0]))
             if len(ids) > size + 1:  # else nothing would be read with what is learned

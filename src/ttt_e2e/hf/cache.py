@@ -11,7 +11,8 @@ Shapes: B texts, T tokens of a call, V vocabulary.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from ttt_e2e.model.transformer import Transformer
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the library calls a cache, in arguments and in outputs: past_key_values in its older versions."""
 
+T = TypeVar("T")
+
 
 class _Text(NamedTuple):
     """One text: a value.
@@ -43,16 +46,27 @@ class _Text(NamedTuple):
     end: RowRef | None
 
 
+@dataclass(eq=False)
+class _Row:
+    """A text in a call. new: its tokens there. wanted: for how many of the last ones logits are wanted."""
+
+    text: _Text
+    new: np.ndarray
+    wanted: int
+    logits: list[Tensor] = field(default_factory=list)
+
+
 class ReadingCache(TransformersCache):
     """The texts of a batch, one for each row of the input. It begins empty, and `read` fills it.
 
     width: columns of the input so far, padding included.
     """
 
+    width = 0
+    _texts: tuple[_Text, ...] = ()
+
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.width = 0
-        self._texts: tuple[_Text, ...] = ()
 
     @torch.no_grad()
     def read(
@@ -87,10 +101,13 @@ class ReadingCache(TransformersCache):
                 The cache is then unchanged.
         """
         batch, length = tokens_BT.shape
-        texts = self._texts or _empty_texts(model, batch, dtype)
+        texts, nothing = self._texts, np.empty(0, np.int64)
+        if not texts:
+            state = BatchedState(start_reading(model, batch, dtype), (0,) * batch)
+            texts = tuple(_Text(RowRef(state, i), nothing, nothing, None) for i in range(batch))
         if len(texts) != batch:
             raise UserError(f"The cache is of {len(texts)} texts, the input of {batch}; give each batch its own cache.")
-        ids, seen = tokens_BT.cpu().numpy(), np.ones((batch, length), bool)
+        ids, marks = tokens_BT.cpu().numpy(), np.ones((batch, length), bool)
         if mask is not None:
             if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, self.width + length):
                 raise UserError(
@@ -98,22 +115,31 @@ class ReadingCache(TransformersCache):
                     f"{[batch, self.width + length]} for all columns since the start."
                 )
             marks = mask.cpu().numpy() != 0
-            seen = marks[:, -length:]
-            if marks.shape[1] > length:
-                texts = tuple(_without_masked(text, marks[i]) for i, text in enumerate(texts))
+        seen = marks[:, -length:]
         check_token_ids(ids[seen], model.config.vocab_size)
-        new = [row[s] for row, s in zip(ids, seen, strict=True)]
-        call = _Call(model, dtype, texts, new, seen[:, -logits_to_keep:].sum(1))
+        rows = []
+        for i, text in enumerate(texts):
+            if marks.shape[1] > length and not (kept := marks[i, text.columns]).all():
+                text = _Text(text.border, text.pending[kept], text.columns[kept], None)
+            new, columns = ids[i, seen[i]], np.concatenate((text.columns, self.width + np.flatnonzero(seen[i])))
+            text = text._replace(pending=np.concatenate((text.pending, new)), columns=columns)
+            rows.append(_Row(text, new, int(seen[i, -logits_to_keep:].sum())))
         if learn:
-            call.learn()
-        call.predict()
-        added = [self.width + np.flatnonzero(row) for row in seen]
-        self._texts = call.texts_after(added, keep_pending)
+            _learn(model, rows, dtype)
+        _predict(model, rows, dtype)
+        copies = compact(row.text.border for row in rows) if keep_pending else {}
+        self._texts = tuple(
+            _Text(end, nothing, nothing, end)
+            if end is not None and not keep_pending
+            else _Text(copies.get(border, border), pending, columns, end)
+            for border, pending, columns, end in (row.text for row in rows)
+        )
         self.width += length
         shape = (batch, logits_to_keep, model.config.vocab_size)
         logits_BTV = torch.zeros(shape, dtype=dtype, device=model.embedding.device)
-        for i, parts in enumerate(call.logits):
-            logits_BTV[i, np.flatnonzero(seen[i, -logits_to_keep:])] = torch.cat(parts)
+        for i, row in enumerate(rows):
+            if row.logits:
+                logits_BTV[i, np.flatnonzero(seen[i, -logits_to_keep:])] = torch.cat(row.logits)
         return logits_BTV
 
     # -- the interface of the transformers library ---------------------------------------------------------------------
@@ -148,112 +174,67 @@ class ReadingCache(TransformersCache):
             raise UserError("Tokens that were read cannot be removed; keep a copy of the cache (copy.copy).")
 
 
-class _Call:
-    """More tokens for every text. wanted: for how many of each text's last ones logits are wanted."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        dtype: torch.dtype,
-        texts: Sequence[_Text],
-        new: list[np.ndarray],
-        wanted: Iterable[int],
-    ) -> None:
-        self.model, self.dtype = model, dtype
-        self.texts = texts
-        self.new = new
-        self.wanted = [int(n) for n in wanted]
-        self.borders = [text.border for text in texts]
-        self.pending = [np.concatenate((text.pending, more)) for text, more in zip(texts, new, strict=True)]
-        self.ends = [text.end for text in texts]
-        none = torch.empty(0, model.config.vocab_size, dtype=dtype, device=model.embedding.device)
-        self.logits = [[none] for _ in texts]
-
-    def learn(self) -> None:
-        """Learn from all full mini-batches whose next token is known, as many texts at a time as share a position."""
-        b, vocab_size = self.model.config.tokens_per_read, self.model.config.vocab_size
-        while ready := [i for i, pending in enumerate(self.pending) if len(pending) > b]:
-            for rows in _groups(ready, lambda i: self.borders[i].position):
-                batch = gather([self.borders[i] for i in rows])
-                ids = [self.pending[i][: b + 1] for i in rows]
-                wanted = [self.wanted[i] + b - len(self.pending[i]) for i in rows]
-                if max(wanted) > 0:
-                    self._read(batch, [row[:-1] for row in ids], rows, wanted)
-                after, losses_BT, norm_B = read_rows(self.model, batch.state, ids, learn=True, dtype=self.dtype)
-                new = BatchedState(after, tuple(position + b for position in batch.positions))
-                for row, i in enumerate(rows):
-                    position = batch.positions[row]
-                    found = find_divergence(losses_BT[row], norm_B[row], position, vocab_size, learns=True)
-                    if found is not None:
-                        raise UserError(
-                            f"Learning diverged in row {i} of the batch: {found.what}; the cache is unchanged. "
-                            "Read with learn_while_reading=False, or use a model with a smaller inner_loop.lr."
-                        )
-                    self.borders[i] = RowRef(new, row)
-                    self.pending[i], self.ends[i] = self.pending[i][b:], None
-
-    def predict(self) -> None:
-        """Read every text to its end without learning, and keep the logits that are wanted there."""
-        starts, tokens = [], []
-        for border, end, pending, new in zip(self.borders, self.ends, self.pending, self.new, strict=True):
-            starts.append(border if end is None else end)
-            tokens.append(pending if end is None else new)
-        given = [i for i in range(len(starts)) if len(tokens[i])]
-        for rows in _groups(given, lambda i: (len(tokens[i]), starts[i].batch.kind)):
-            batch = gather([starts[i] for i in rows])
-            after = self._read(batch, [tokens[i] for i in rows], rows, [self.wanted[i] for i in rows])
-            for row, i in enumerate(rows):
-                self.ends[i] = RowRef(after, row)
-
-    def texts_after(self, added: Sequence[np.ndarray], keep_pending: bool) -> tuple[_Text, ...]:
-        """The texts with the tokens that were read. added: the columns of these."""
-        texts = []
-        copies = compact(self.borders) if keep_pending else {}
-        for i, (text, border, end) in enumerate(zip(self.texts, self.borders, self.ends, strict=True)):
-            if keep_pending or end is None:
-                pending, columns = self.pending[i], np.concatenate((text.columns, added[i]))
-                columns = columns[len(columns) - len(pending) :]
-                texts.append(_Text(copies.get(border, border), pending, columns, end))
-            else:
-                texts.append(_Text(end, self.pending[i][:0], added[i][:0], end))
-        return tuple(texts)
-
-    def _read(
-        self, batch: BatchedState, ids: list[np.ndarray], rows: Sequence[int], wanted: Sequence[int]
-    ) -> BatchedState:
-        """The state after all ids, without learning; keeps the logits after each row's last `wanted` ones of them."""
-        ids_BT = ids_tensor(self.model, ids)
-        state, length = batch.state, ids_BT.shape[1]
-        first = length - min(length, max(0, *wanted))
-        size = chunk_size(self.model, learn=False)
-        for start in range(0, first, size):  # no logits of a whole text at once
-            part_BT = ids_BT[:, start : min(start + size, first)]
-            state, _, _ = read_mini_batch(self.model, state, part_BT, part_BT, learn=False, dtype=self.dtype)
-        if first < length:
-            logits_BTV, state = forward(self.model, state, ids_BT[:, first:], self.dtype)
-            for row, (i, count) in enumerate(zip(rows, wanted, strict=True)):
-                if count > 0:
-                    self.logits[i].append(logits_BTV[row, -min(length, count) :])
-        return BatchedState(state, tuple(position + length for position in batch.positions))
+def _learn(model: Transformer, rows: list[_Row], dtype: torch.dtype) -> None:
+    """Learn from all full mini-batches whose next token is known, as many texts at a time as share a position."""
+    b = model.config.tokens_per_read
+    while ready := [row for row in rows if len(row.text.pending) > b]:
+        for some in _groups(ready, lambda row: row.text.border.position):
+            batch = gather([row.text.border for row in some])
+            ids = [row.text.pending[: b + 1] for row in some]
+            wanted = [row.wanted + b - len(row.text.pending) for row in some]
+            if max(wanted) > 0:
+                _read(model, batch, [row[:-1] for row in ids], some, wanted, dtype)
+            after, losses_BT, norm_B = read_rows(model, batch.state, ids, learn=True, dtype=dtype)
+            new = BatchedState(after, tuple(position + b for position in batch.positions))
+            for i, row in enumerate(some):
+                position, vocab_size = batch.positions[i], model.config.vocab_size
+                found = find_divergence(losses_BT[i], norm_B[i], position, vocab_size, learns=True)
+                if found is not None:
+                    raise UserError(
+                        f"Learning diverged in row {rows.index(row)} of the batch: {found[0]}; the cache is unchanged. "
+                        "Read with learn_while_reading=False, or use a model with a smaller inner_loop.lr."
+                    )
+                row.text = _Text(RowRef(new, i), row.text.pending[b:], row.text.columns[b:], None)
 
 
-def _empty_texts(model: Transformer, batch: int, dtype: torch.dtype) -> tuple[_Text, ...]:
-    """Texts of which nothing was read yet."""
-    state, nothing = BatchedState(start_reading(model, batch, dtype), (0,) * batch), np.empty(0, np.int64)
-    return tuple(_Text(RowRef(state, row), nothing, nothing, None) for row in range(batch))
+def _predict(model: Transformer, rows: list[_Row], dtype: torch.dtype) -> None:
+    """Read every text to its end without learning, and keep the logits that are wanted there."""
+    ends = [(row.text.end, row.new) if row.text.end else (row.text.border, row.text.pending) for row in rows]
+    given = [(row, start, ids) for row, (start, ids) in zip(rows, ends, strict=True) if len(ids)]
+    for some in _groups(given, lambda one: (len(one[2]), one[1].batch.kind)):
+        group, starts, ids = zip(*some, strict=True)
+        after = _read(model, gather(starts), ids, group, [row.wanted for row in group], dtype)
+        for i, row in enumerate(group):
+            row.text = row.text._replace(end=RowRef(after, i))
 
 
-def _without_masked(text: _Text, marks: np.ndarray) -> _Text:
-    """The text without the pending tokens whose columns are not marked."""
-    kept = marks[text.columns]
-    if kept.all():
-        return text
-    return text._replace(pending=text.pending[kept], columns=text.columns[kept], end=None)
+def _read(
+    model: Transformer,
+    batch: BatchedState,
+    ids: Sequence[np.ndarray],
+    rows: Sequence[_Row],
+    wanted: Sequence[int],
+    dtype: torch.dtype,
+) -> BatchedState:
+    """The state after all ids, without learning; keeps the logits after each row's last `wanted` ones of them."""
+    ids_BT, state = ids_tensor(model, ids), batch.state
+    length = ids_BT.shape[1]
+    first = length - min(length, max(0, *wanted))
+    size = chunk_size(model, learn=False)
+    for start in range(0, first, size):  # no logits of a whole text at once
+        part_BT = ids_BT[:, start : min(start + size, first)]
+        state, _, _ = read_mini_batch(model, state, part_BT, part_BT, learn=False, dtype=dtype)
+    if first < length:
+        logits_BTV, state = forward(model, state, ids_BT[:, first:], dtype)
+        for i, (row, count) in enumerate(zip(rows, wanted, strict=True)):
+            if count > 0:
+                row.logits.append(logits_BTV[i, -min(length, count) :])
+    return BatchedState(state, tuple(position + length for position in batch.positions))
 
 
-def _groups(rows: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
-    """Rows with equal keys, in their order."""
-    groups: dict[Hashable, list[int]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
+def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Items with equal keys, in their order."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())

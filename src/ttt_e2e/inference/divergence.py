@@ -1,8 +1,6 @@
 """Whether a mini-batch's loss or gradient shows that learning diverged, and the error that says so."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,17 +21,10 @@ class Diverged(Divergence):
         self.what = what
 
 
-class Finding(NamedTuple):
-    """What is wrong with a mini-batch. bad_update: whether the update before it is to blame."""
-
-    what: str
-    bad_update: bool
-
-
 def find_divergence(
     losses: np.ndarray, norm: float, position: int, vocab_size: int, *, learns: bool, text: str = ""
-) -> Finding | None:
-    """What is wrong with a mini-batch; None if nothing is.
+) -> tuple[str, bool] | None:
+    """What is wrong with a mini-batch, and whether the update before it is to blame; None if nothing is wrong.
 
     Its loss judges the update before it. A gradient that is not finite would only spoil the next state.
 
@@ -57,32 +48,16 @@ def find_divergence(
             position,
         )
     if learned and not loss <= _LIMIT * math.log(vocab_size):
-        return Finding(f"the loss {at} is {loss:.4g} nats per token", bad_update=True)
-    return None if math.isfinite(norm) else Finding(f"the gradient {at} is {norm}", bad_update=False)
+        return f"the loss {at} is {loss:.4g} nats per token", True
+    return None if math.isfinite(norm) else (f"the gradient {at} is {norm}", False)
 
 
-def check_mini_batch(
-    losses: np.ndarray,
-    norm: float,
-    position: int,
-    vocab_size: int,
-    *,
-    learns: bool,
-    roll_back: Callable[[bool], tuple[int, bool]],
-) -> None:
-    """Raise Diverged if `find_divergence` finds something, after the reader went back to its last good state.
-
-    roll_back: called with whether the last update is to be undone, too; returns the position after that, and whether
-    the last good state was known.
-    """
-    found = find_divergence(losses, norm, position, vocab_size, learns=learns)
-    if found is None:
-        return
-    position, known = roll_back(found.bad_update)
+def rolled_back_error(what: str, position: int, known: bool) -> Diverged:
+    """The error of a session that went back to `position`. known: whether a good state was known there."""
     back = "back at its last good state" if known else "at a state that may be unusable: no earlier one is known"
-    raise Diverged(
-        f"Learning diverged: {found.what}; the session is {back}, after {position} tokens. "
+    return Diverged(
+        f"Learning diverged: {what}; the session is {back}, after {position} tokens. "
         "Read without learning, or use a model with a smaller inner_loop.lr.",
         position,
-        found.what,
+        what,
     )

@@ -108,18 +108,13 @@ def single_row(state: ReadState) -> RowRef:
     return RowRef(BatchedState(state, (state.position,)), 0)
 
 
-def detach_row(row: RowRef) -> RowRef:
-    """A copy of the row, as the only one of its state."""
-    return RowRef(gather([row], copy=True), 0)
-
-
 def compact(rows: Iterable[RowRef]) -> dict[RowRef, RowRef]:
     """Copies of rows that keep a state alive most of whose rows are not among `rows`."""
     used: dict[BatchedState, set[int]] = {}
     for row in rows:
         used.setdefault(row.batch, set()).add(row.row_index)
     return {
-        RowRef(batch, i): detach_row(RowRef(batch, i))
+        RowRef(batch, i): RowRef(gather([RowRef(batch, i)], copy=True), 0)
         for batch, indices in used.items()
         # At the start of a text all rows are views of the model's own weights.
         if 2 * len(indices) < len(batch.positions) and any(batch.positions)
@@ -135,16 +130,9 @@ def ids_tensor(model: Transformer, rows: Sequence[np.ndarray]) -> Tensor:
 def read_rows(
     model: Transformer, state: ReadState, rows: Sequence[np.ndarray], **options: Any
 ) -> tuple[ReadState, np.ndarray, list[float]]:
-    """Read T tokens of every row, each of which predicts the next one.
+    """Read T of every row's T + 1 token ids, each of which predicts the next one; options as for `read_mini_batch`.
 
-    Args:
-        model: to read with.
-        state: of the texts so far.
-        rows: T + 1 token ids for every row.
-        options: as for `read_mini_batch`.
-
-    Returns:
-        The state after T tokens, their targets' losses in nats, float32 [B, T], and the norm of every row's gradient.
+    Returns the state after them, their targets' losses in nats, float32 [B, T], and the norm of every row's gradient.
     """
     ids_BT = ids_tensor(model, rows)
     state, nll_BT, norm_B = read_mini_batch(model, state, ids_BT[:, :-1], ids_BT[:, 1:], **options)

@@ -19,22 +19,12 @@ from torch import Tensor
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.divergence import Diverged, check_mini_batch
+from ttt_e2e.inference import session_file
+from ttt_e2e.inference.divergence import Diverged, find_divergence, rolled_back_error
 from ttt_e2e.inference.row_batch import chunk_size, ids_tensor, read_rows
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens, sample
-from ttt_e2e.inference.session_file import (
-    DTYPES,
-    Precision,
-    SessionInfo,
-    learned_norm,
-    memory_bytes,
-    model_fingerprint,
-    read_session_file,
-    state_from_tensors,
-    state_tensors,
-    write_session_file,
-)
-from ttt_e2e.inference.streaming import ReadState, forward, start_reading, supports_static_cache
+from ttt_e2e.inference.session_file import Precision, SessionInfo
+from ttt_e2e.inference.streaming import ReadState, forward, start_reading
 from ttt_e2e.inference.text_digest import TextDigest, token_bytes
 from ttt_e2e.inference.text_stream import TextStream
 from ttt_e2e.inner_loop.compiled import compiled_functions
@@ -71,8 +61,6 @@ class Session:
             learns and every mixer is windowed attention, and does not change the form of the state.
     """
 
-    _state: SessionState
-
     def __init__(
         self,
         model: Transformer,
@@ -82,14 +70,11 @@ class Session:
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
     ) -> None:
-        config = model.config
-        self.model = model
-        self.tokenizer = tokenizer
-        self.learn = learn and config.can_learn
-        self.dtype = dtype
-        self.compiled = compile and self.learn and supports_static_cache(config)
-        if compile and self.learn and not self.compiled:
-            others = ", ".join(sorted({*config.mixers} - {"window"}))
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.learn = learn and model.config.can_learn
+        others = ", ".join(sorted({*model.config.mixers} - {"window"}))
+        self.compiled = compile and self.learn and not others
+        if compile and self.learn and others:
             warnings.warn(f"Reading without compilation, which needs a window everywhere, not {others}.", stacklevel=2)
         self._functions = compiled_functions(model.embedding.device) if self.compiled else EAGER
         self.token_sizes = None if tokenizer is None else token_bytes(tokenizer)
@@ -133,8 +118,8 @@ class Session:
             model=self._model_fingerprint,
             learn=self.learn,
             dtype=str(self.dtype).removeprefix("torch."),
-            memory_bytes=memory_bytes(state),
-            learned_norm=learned_norm(self.model, state),
+            memory_bytes=sum(tensor.nbytes for tensor in state.tensors()),
+            learned_norm=session_file.learned_norm(self.model, state),
         )
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -175,14 +160,8 @@ class Session:
     def _read_chunk(self) -> np.ndarray:
         """Read a chunk of the pending tokens. The state changes last and at once, or not at all."""
         size, (read_state, text, pending) = self.chunk_size, self._state
-        after, losses_1T, norm_1 = read_rows(
-            self.model,
-            read_state,
-            [pending[: size + 1]],
-            learn=self.learn,
-            dtype=self.dtype,
-            functions=self._functions,
-        )
+        options = {"learn": self.learn, "dtype": self.dtype, "functions": self._functions}
+        after, losses_1T, norm_1 = read_rows(self.model, read_state, [pending[: size + 1]], **options)
         self._check(losses_1T[0], norm_1[0])
         last_good = SessionState(read_state, text, pending[:1].copy()) if self.learn else None
         text = text.add(pending[:size], self.mini_batch_size, self.token_sizes)
@@ -190,21 +169,15 @@ class Session:
         return losses_1T[0]
 
     def _check(self, losses: np.ndarray, norm: float) -> None:
-        """Raise Diverged if a mini-batch shows that learning diverged."""
-        check_mini_batch(
-            losses,
-            norm,
-            self.position,
-            self.model.config.vocab_size,
-            learns=self.learn,
-            roll_back=self._roll_back,
-        )
-
-    def _roll_back(self, last_update: bool) -> tuple[int, bool]:
-        known = not last_update or self._last_good is not None
-        good = self._last_good if last_update and self._last_good is not None else self._state
-        self._restore(good._replace(pending=good.pending[:1]))
-        return self.position, known
+        """Return to the last good state and raise Diverged if a mini-batch shows that learning diverged."""
+        found = find_divergence(losses, norm, self.position, self.model.config.vocab_size, learns=self.learn)
+        if found is None:
+            return
+        what, bad_update = found
+        good = self._last_good if bad_update else self._state
+        state = good or self._state
+        self._restore(state._replace(pending=state.pending[:1]))
+        raise rolled_back_error(what, self.position, known=good is not None)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -228,7 +201,7 @@ class Session:
         precision: "float32" keeps the fast weights bit for bit; "bfloat16" and "float16" keep their difference to the
         model's, rounded, in half the space. Raises UserError if `path` is anything but a session, or cannot be written.
         """
-        write_session_file(Path(path), *self.pack(precision))
+        session_file.write_session_file(Path(path), *self.pack(precision))
 
     @classmethod
     def load(
@@ -239,9 +212,9 @@ class Session:
         Raises UserError if the file is not a session of this version, is truncated or altered, or belongs to another
         model or tokenizer.
         """
-        facts, tensors = read_session_file(Path(path))
-        learn, dtype = facts["learn"], DTYPES[facts["dtype"]]
-        session = cls(model, tokenizer, learn=learn, dtype=dtype, compile=compile)
+        facts, tensors = session_file.read_session_file(Path(path))
+        dtype = session_file.DTYPES[facts["dtype"]]
+        session = cls(model, tokenizer, learn=facts["learn"], dtype=dtype, compile=compile)
         session.unpack(facts, tensors, str(path))
         return session
 
@@ -254,7 +227,7 @@ class Session:
             "state_digest": self._state.text.digest.hex(),
             "state_bytes": self._state.text.bytes,
         }
-        tensors = state_tensors(self.model, self._state.read_state, self.learn, precision)
+        tensors = session_file.state_tensors(self.model, self._state.read_state, self.learn, precision)
         return facts, {**tensors, "pending": torch.from_numpy(self._state.pending.copy())}
 
     def unpack(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "The session") -> None:
@@ -266,7 +239,8 @@ class Session:
                 f"The session {name} was read with another tokenizer; give the model folder that it was read with."
             )
         try:
-            state = state_from_tensors(self.model, tensors, facts["position"], facts["learn"], facts["precision"])
+            about = facts["position"], facts["learn"], facts["precision"]
+            state = session_file.state_from_tensors(self.model, tensors, *about)
             pending = tensors["pending"].numpy()
         except KeyError as error:
             raise UserError(f"The session {name} lacks {error}; use an unaltered copy.") from error
@@ -275,7 +249,7 @@ class Session:
 
     @cached_property
     def _model_fingerprint(self) -> str:
-        return model_fingerprint(self.model)
+        return session_file.model_fingerprint(self.model)
 
     @property
     def _tokenizer_digest(self) -> str | None:
@@ -283,11 +257,8 @@ class Session:
 
     def _restore(self, state: SessionState, last_good: SessionState | None = None) -> None:
         """Take on a state of the same model. last_good: one mini-batch before, when the loss was good."""
-        self._state = state
+        self._state: SessionState = state
         self._last_good = last_good
-
-    def _adopt(self, other: "Session") -> None:
-        self._restore(other.state(), other._last_good)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -339,10 +310,8 @@ class Session:
                 return
             token = np.array([chosen])
             if learn_from_writing:
-                for _ in writer.read_chunks(token):
-                    state = (
-                        writer._state.read_state
-                    )  # a mini-batch was full and learned from; the token alone is pending
+                for _ in writer.read_chunks(token):  # a mini-batch was full; the token alone is pending
+                    state = writer._state.read_state
             yield chosen
             ids_1T = ids_tensor(self.model, [token])
 
@@ -382,7 +351,7 @@ class Session:
                 text = stream.add(token)
                 behind = stream.has_pending
                 if not behind:
-                    reader._adopt(writer)
+                    reader._restore(writer._state, writer._last_good)
                 if text:
                     yield text
                 if stream.stopped:
@@ -390,7 +359,7 @@ class Session:
             if text := stream.flush():
                 yield text
         except Diverged:
-            reader._adopt(writer)
+            reader._restore(writer._state, writer._last_good)
             behind = False
             raise
         finally:

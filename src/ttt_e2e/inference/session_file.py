@@ -143,11 +143,6 @@ def _named(group: str, kinds: list[Any], values: Sequence[Any]) -> dict[str, Ten
     }
 
 
-def memory_bytes(state: ReadState) -> int:
-    """The size of `state`: fast weights and mixers' states."""
-    return sum(tensor.nbytes for tensor in state.tensors())
-
-
 def learned_norm(model: Transformer, state: ReadState) -> float:
     """The Euclidean norm of the difference between the fast weights and the model's: 0 if nothing was learned."""
     pairs = zip(state.loop.fast, model.initial_fast_weights(1), strict=True)

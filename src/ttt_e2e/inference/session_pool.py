@@ -18,24 +18,14 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.divergence import Diverged, check_mini_batch
-from ttt_e2e.inference.row_batch import (
-    BatchedState,
-    RowRef,
-    compact,
-    detach_row,
-    gather,
-    ids_tensor,
-    read_rows,
-    single_row,
-)
+from ttt_e2e.inference.divergence import Diverged, find_divergence, rolled_back_error
+from ttt_e2e.inference.row_batch import BatchedState, RowRef, compact, gather, ids_tensor, read_rows, single_row
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens, sample
 from ttt_e2e.inference.session import Session, SessionState, check_token_ids
 from ttt_e2e.inference.streaming import forward
@@ -68,8 +58,7 @@ class Done(NamedTuple):
 
 Event = Losses | Token | Done
 
-MAX_REPLAY = 64
-"""How many mini-batches are learned in place, which a text that diverges has to read again."""
+MAX_REPLAY = 64  # mini-batches that are learned in place, which a text that diverges has to read again
 
 
 class Checkpoint(NamedTuple):
@@ -95,28 +84,21 @@ class Sequence:
         return [self.row] if self.checkpoint is None else [self.row, self.checkpoint.row]
 
 
-class GenerateRequest(NamedTuple):
-    """See `SessionPool.submit_generate`."""
-
-    prompt: np.ndarray
-    max_tokens: int
-    options: SamplingOptions
-    learn: bool
-
-
 @dataclass(eq=False)
 class Generation:
-    """A `GenerateRequest` in progress.
+    """A request to generate.
 
-    sequence: the copy of the session that it generates from. left: tokens that may still come. border: if it learns
-    from what it generates, the sequence after the last full mini-batch, with all tokens since then pending; None while
-    that is `sequence` itself.
+    left: tokens that may still come. sequence: once it has begun, the copy of the session that it generates from.
+    border: if it learns from what it generates, the sequence after the last full mini-batch, with all tokens since then
+    pending; None while that is `sequence` itself.
     """
 
-    request: GenerateRequest
-    sequence: Sequence
+    prompt: np.ndarray
     left: int
+    options: SamplingOptions
+    learn: bool
     generator: torch.Generator
+    sequence: Sequence = field(init=False)
     border: Sequence | None = None
 
 
@@ -129,7 +111,7 @@ class Slot:
 
     id: int
     own: Sequence
-    queue: deque[np.ndarray | GenerateRequest] = field(default_factory=deque)
+    queue: deque[np.ndarray | Generation] = field(default_factory=deque)
     job: np.ndarray | Generation | None = None
     waiting_since: int = 0
 
@@ -238,8 +220,10 @@ class SessionPool:
         """
         check_max_tokens(max_tokens)
         ids = check_token_ids(prompt, self._model.config.vocab_size)
+        options = options or SamplingOptions()
+        generator = torch.Generator().manual_seed(options.seed)
         learn = learn_from_writing and self.template.learn
-        self._submit(id, GenerateRequest(ids, max_tokens, options or SamplingOptions(), learn))
+        self._submit(id, Generation(ids, max_tokens, options, learn, generator))
 
     def step(self) -> list[Event]:
         """Generate one token for every session that generates, and read one mini-batch of as many as share a call.
@@ -267,7 +251,7 @@ class SessionPool:
             raise UserError(f"There is no session {id} in this pool; it was removed, or never added.")
         return self._slots[id]
 
-    def _submit(self, id: int, request: np.ndarray | GenerateRequest) -> None:
+    def _submit(self, id: int, request: np.ndarray | Generation) -> None:
         slot = self._slot(id)
         if slot.job is None and not slot.queue:
             slot.waiting_since = self._steps
@@ -278,20 +262,17 @@ class SessionPool:
         while slot.job is not None or slot.queue:
             own = slot.own
             if slot.job is None:
-                request = slot.queue.popleft()
-                if isinstance(request, np.ndarray):
-                    slot.job = request
-                    own.pending = np.concatenate((own.pending, request))
+                slot.job = slot.queue.popleft()
+                if isinstance(slot.job, Generation):
+                    pending = np.concatenate((own.pending, slot.job.prompt))
+                    slot.job.sequence = Sequence(own.row, own.text, pending)
                 else:
-                    copy = Sequence(own.row, own.text, np.concatenate((own.pending, request.prompt)))
-                    generator = torch.Generator().manual_seed(request.options.seed)
-                    slot.job = Generation(request, copy, request.max_tokens, generator)
-            if isinstance(slot.job, Generation):
-                if slot.job.left > 0:
-                    if len(slot.job.sequence.pending) == 0:
-                        self._fail(slot, UserError("There is no text to continue; give a prompt."), events)
-                    return
-            elif self._must_read(own):
+                    own.pending = np.concatenate((own.pending, slot.job))
+            if isinstance(slot.job, Generation) and slot.job.left > 0:
+                if len(slot.job.sequence.pending) == 0:
+                    self._fail(slot, UserError("There is no text to continue; give a prompt."), events)
+                return
+            if isinstance(slot.job, np.ndarray) and self._must_read(own):
                 return
             slot.job = None
             events.append(Done(slot.id))
@@ -329,53 +310,35 @@ class SessionPool:
 
     def _read(self, slots: list[Slot], events: list[Event]) -> None:
         """Read a mini-batch of each slot. Every sequence changes last and at once, or not at all."""
-        learn, sequences = self.template.learn, [slot.sequence for slot in slots]
+        learn, b, sequences = self.template.learn, self._mini_batch_size, [slot.sequence for slot in slots]
         in_place = learn and self._may_overwrite(sequences)
         batch = gather([sequence.row for sequence in sequences], copy=learn and not in_place)
+        options = {"learn": learn, "dtype": self.template.dtype, "donate_state": learn}
         try:
-            self._read_batch(slots, batch, in_place, events)
+            ids = [sequence.pending[: b + 1] for sequence in sequences]
+            after, losses_BT, norm_B = read_rows(self._model, batch.state, ids, **options)
+            new = BatchedState(after, tuple(position + b for position in batch.positions))
+            for i, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
+                slot.waiting_since = self._steps
+                try:
+                    self._check(sequence, losses_BT[i], norm_B[i], in_place)
+                except Diverged as error:
+                    self._fail(slot, error, events)
+                    continue
+                read, good = sequence.pending[:b], sequence.checkpoint if in_place else None
+                if learn:
+                    good = good or Checkpoint(sequence.row, sequence.text)
+                    good = good._replace(read=(*good.read, read))
+                sequence.text = sequence.text.add(read, b, self.template.token_sizes)
+                sequence.row, sequence.pending, sequence.checkpoint = RowRef(new, i), sequence.pending[b:], good
+                if sequence is slot.own:
+                    events.append(Losses(slot.id, losses_BT[i]))
+                self._advance_queue(slot, events)
         except KeyboardInterrupt:  # perhaps in the middle of an update
             for sequence in sequences:
                 if in_place and sequence.row.batch is batch:
                     self._replay(sequence, 0)
             raise
-
-    def _read_batch(self, slots: list[Slot], batch: BatchedState, in_place: bool, events: list[Event]) -> None:
-        """in_place: whether `batch` is the sequences' own state, and not a copy."""
-        template, b = self.template, self._mini_batch_size
-        after, losses_BT, norm_B = read_rows(
-            self._model,
-            batch.state,
-            [slot.sequence.pending[: b + 1] for slot in slots],
-            learn=template.learn,
-            dtype=template.dtype,
-            donate_state=template.learn,
-        )
-        new = BatchedState(after, tuple(position + b for position in batch.positions))
-        for i, slot in enumerate(slots):
-            slot.waiting_since, sequence = self._steps, slot.sequence
-            try:
-                check_mini_batch(
-                    losses_BT[i],
-                    norm_B[i],
-                    sequence.row.position,
-                    self._model.config.vocab_size,
-                    learns=template.learn,
-                    roll_back=partial(self._roll_back, sequence, in_place),
-                )
-            except Diverged as error:
-                self._fail(slot, error, events)
-                continue
-            checkpoint = None
-            if template.learn:
-                checkpoint = sequence.checkpoint if in_place else None
-                checkpoint = checkpoint or Checkpoint(sequence.row, sequence.text)
-                checkpoint = checkpoint._replace(read=(*checkpoint.read, sequence.pending[:b]))
-            sequence.text = sequence.text.add(sequence.pending[:b], b, template.token_sizes)
-            sequence.row, sequence.pending, sequence.checkpoint = RowRef(new, i), sequence.pending[b:], checkpoint
-            if sequence is slot.own:
-                events.append(Losses(slot.id, losses_BT[i]))
-            self._advance_queue(slot, events)
 
     def _may_overwrite(self, sequences: list[Sequence]) -> bool:
         """Whether the sequences share a state that nothing else needs, and have checkpoints that are not too old."""
@@ -385,13 +348,18 @@ class SessionPool:
         recent = all(s.checkpoint is not None and len(s.checkpoint.read) < MAX_REPLAY for s in sequences)
         return whole and recent and len(users) == len(sequences)
 
-    def _roll_back(self, sequence: Sequence, in_place: bool, last_update: bool) -> tuple[int, bool]:
-        """Return to the last good state; see `check_mini_batch`."""
-        known = not last_update or sequence.checkpoint is not None
-        if in_place or (last_update and known):
-            self._replay(sequence, 1 if last_update else 0)
+    def _check(self, sequence: Sequence, losses: np.ndarray, norm: float, in_place: bool) -> None:
+        """Return to the last good state and raise Diverged if a mini-batch shows that learning diverged."""
+        position, vocab_size = sequence.row.position, self._model.config.vocab_size
+        found = find_divergence(losses, norm, position, vocab_size, learns=self.template.learn)
+        if found is None:
+            return
+        what, bad_update = found
+        known = not bad_update or sequence.checkpoint is not None
+        if in_place or (bad_update and known):
+            self._replay(sequence, without=int(bad_update))
         sequence.checkpoint, sequence.pending = None, sequence.pending[:1]
-        return sequence.row.position, known
+        raise rolled_back_error(what, sequence.row.position, known)
 
     def _replay(self, sequence: Sequence, without: int) -> None:
         """Read again from the checkpoint on, without the last mini-batches."""
@@ -406,7 +374,7 @@ class SessionPool:
         sequence.pending = tokens[read_state.position - row.position :]
 
     def _session(self, row: RowRef, text: TextDigest, pending: np.ndarray) -> Session:
-        return self.template.with_state(SessionState(detach_row(row).batch.state, text, pending.copy()))
+        return self.template.with_state(SessionState(gather([row], copy=True).state, text, pending.copy()))
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -423,12 +391,10 @@ class SessionPool:
             job = slot.job
             assert isinstance(job, Generation)
             if not is_finite[i]:
-                message = (
-                    f"The model's logits after {sequence.row.position} tokens are not finite; nothing is generated."
-                )
-                self._fail(slot, UserError(message), events)
+                at = f"after {sequence.row.position} tokens"
+                self._fail(slot, UserError(f"The model's logits {at} are not finite; nothing is generated."), events)
                 continue
-            token = sample(logits_BV[i], job.request.options, job.generator)
+            token = sample(logits_BV[i], job.options, job.generator)
             if tokenizer is not None and token in tokenizer.end_ids:
                 job.left = 0
             else:
@@ -436,7 +402,7 @@ class SessionPool:
                 events.append(Token(slot.id, token))
             generated = np.array([token], np.int64)
             job.sequence = Sequence(RowRef(new, i), sequence.text, generated)
-            if job.request.learn:
+            if job.learn:
                 job.border = job.border or sequence
                 job.border.pending = np.concatenate((job.border.pending, generated))
                 if self._must_read(job.border):

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions, read_and_learn
 from ttt_e2e.inner_loop.meta_loss import static_cache_view
 from ttt_e2e.inner_loop.step import InnerLoopState, empty_caches, initial_state, tree_map
@@ -101,7 +100,8 @@ def read_mini_batch(
     lr = torch.tensor(model.config.inner_loop.lr if inner_lr is None else inner_lr)
     lr = lr.to(tokens_Bb.device, accumulation_dtype(dtype))
     static, loop = state.static, state.loop
-    if functions.static_cache and supports_static_cache(model.config) and length == model.config.mini_batch_size:
+    has_windows_only = set(model.config.mixers) == {"window"}  # whose states can have their final size from the start
+    if functions.static_cache and has_windows_only and length == model.config.mini_batch_size:
         # A state holds filled slots only; the compiled function is given a whole window of them.
         view = static_cache_view(min(state.position, window), length, window, window, positions.cos)
         if static is None:
@@ -127,11 +127,6 @@ def forward(
     """Logits [B, T, V] after each of the tokens, and the state after them; nothing is learned."""
     x_BTD, after = _forward(model, state, tokens_BT, dtype)
     return model.logits(x_BTD), after
-
-
-def supports_static_cache(config: ModelConfig) -> bool:
-    """Whether every mixer's state can have its final size from the start, as compiled reading needs it."""
-    return set(config.mixers) == {"window"}
 
 
 def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, ReadState]:
