@@ -1,1 +1,1 @@
-"""The comparison of the paper, reproduced: every system on the same tokens, by one command."""
+"""The paper's comparisons of systems, latency, and needles in a haystack, each by one command."""

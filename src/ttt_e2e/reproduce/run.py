@@ -47,7 +47,7 @@ def reproduce(
         systems: Names of the systems. None: the default ones.
         seeds: Every training is done once with each. None: 0.
         contexts: Some of the scale's. None: all.
-        num_workers: Jobs at a time. None: one a CPU core, or one on a GPU. 0: one after the other in this process.
+        num_workers: Jobs at a time. None: one per CPU core, or one on a GPU. 0: one after the other in this process.
         compile: Whether to train compiled.
         device: "auto", "cpu" or "cuda".
         dry_run: Only print the plan.
