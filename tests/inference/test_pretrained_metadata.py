@@ -13,8 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.load import load_model
-from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template, end_tokens
+from ttt_e2e.inference.load import ChatTemplate, chat_template, end_tokens, load_model
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_pool import SessionPool, Token

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.sampling import SamplingOptions, min_p, sample, top_k, top_p
+from ttt_e2e.inference.sampling import SamplingOptions, filter_probabilities, sample
 
 
 def expected_probabilities(p: list[float], options: SamplingOptions) -> list[float]:
@@ -59,12 +59,14 @@ def test_sample_draws_with_the_defined_probabilities(options: SamplingOptions) -
 @settings(max_examples=60, deadline=None)
 def test_filters_keep_the_likeliest_tokens(logits: list[float], k: int, p: float) -> None:
     p_V = torch.tensor(logits, dtype=torch.float64).softmax(-1).sort(descending=True)[0]
-    for kept_V in (top_k(p_V, k), top_p(p_V, p), min_p(p_V, p)):
+    filters = SamplingOptions(top_k=k, top_p=1), SamplingOptions(top_p=p), SamplingOptions(top_p=1, min_p=p)
+    top_k_V, top_p_V, min_p_V = (filter_probabilities(p_V, options) for options in filters)
+    for kept_V in (top_k_V, top_p_V, min_p_V):
         assert kept_V[0] > 0 and float(kept_V.sum()) == pytest.approx(1)
         count = int((kept_V > 0).sum())
         torch.testing.assert_close(kept_V[:count], p_V[:count] / p_V[:count].sum())
-    assert int((top_k(p_V, k) > 0).sum()) <= k
-    nucleus = int((top_p(p_V, p) > 0).sum())
+    assert int((top_k_V > 0).sum()) <= k
+    nucleus = int((top_p_V > 0).sum())
     assert p_V[:nucleus].sum() >= p - 1e-9 and (nucleus == 1 or p_V[: nucleus - 1].sum() < p + 1e-9)
 
 

@@ -1,6 +1,6 @@
 """Chat formats without a model. Templates of real models: tests/inference/test_pretrained_metadata.py."""
 
-from ttt_e2e.inference.pretrained_metadata import ChatTemplate
+from ttt_e2e.inference.load import ChatTemplate
 from ttt_e2e.server.chat import ChatFormat
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello {{ 7 * 7 }}"}]

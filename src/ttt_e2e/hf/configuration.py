@@ -35,34 +35,17 @@ class TTTE2EConfig(PreTrainedConfig):
         **others: Any,
     ) -> None:
         self.settings = dict(settings or {})
-        self.learn_while_reading = learn_while_reading
-        self.learn_from_writing = learn_from_writing
+        self.learn_while_reading, self.learn_from_writing = learn_while_reading, learn_from_writing
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        self.tie_word_embeddings = False  # a tied head is one weight here, not two
-        others.pop("tie_word_embeddings", None)
-        super().__init__(**others)
+        super().__init__(**others | {"tie_word_embeddings": False})  # a tied head is one weight here, not two
 
     @property
     def model(self) -> ModelConfig:
         """The settings as a `ModelConfig`. Raises UserError if they are invalid."""
         return from_dict(ModelConfig, self.settings, "the field settings of config.json")
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens in the vocabulary."""
-        return self.model.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Size of the residual stream."""
-        return self.model.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Number of blocks."""
-        return self.model.num_hidden_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Query heads of a block."""
-        return self.model.num_attention_heads
+    # What the library asks a configuration for.
+    vocab_size = property(lambda self: self.model.vocab_size)
+    hidden_size = property(lambda self: self.model.hidden_size)
+    num_hidden_layers = property(lambda self: self.model.num_hidden_layers)
+    num_attention_heads = property(lambda self: self.model.num_attention_heads)

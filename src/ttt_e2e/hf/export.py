@@ -12,8 +12,7 @@ from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 from ttt_e2e.hf import TTTE2EConfig, TTTE2EForCausalLM
-from ttt_e2e.inference.load import load_model
-from ttt_e2e.inference.pretrained_metadata import chat_template
+from ttt_e2e.inference.load import chat_template, load_model
 from ttt_e2e.model.checkpoint import TOKENIZER
 from ttt_e2e.model.transformer import Transformer
 
@@ -24,7 +23,6 @@ def convert_to_hf(folder: Path, out: Path) -> int:
     The weights are float32, and all in memory at once. Raises UserError if `out` exists, or if `folder` is not a model
     with a tokenizer.
     """
-    out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not.")
     model, tokenizer = load_model(folder)
@@ -56,7 +54,7 @@ def wrap_tokenizer(folder: Path, bos: int) -> PreTrainedTokenizerFast:
 
     A text begins with BOS, which also ends documents and pads, on the left. A chat template in the folder is kept.
     """
-    backend = tokenizers.Tokenizer.from_file(str(Path(folder) / TOKENIZER))
+    backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     bos_token = backend.id_to_token(bos)
     if backend.encode("a").ids[:1] != [bos]:
         begin = processors.TemplateProcessing(
@@ -64,7 +62,7 @@ def wrap_tokenizer(folder: Path, bos: int) -> PreTrainedTokenizerFast:
         )
         before = [] if backend.post_processor is None else [backend.post_processor]
         backend.post_processor = processors.Sequence([*before, begin])
-    template = chat_template(Path(folder))
+    template = chat_template(folder)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos_token,

@@ -20,8 +20,6 @@ from ttt_e2e.hf.configuration import TTTE2EConfig
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
 
-_IGNORED = -100  # the library's mark in labels
-
 
 class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
     """A `Transformer`, the attribute `model`, with the interface of the transformers library.
@@ -44,11 +42,6 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the `Transformer` has drawn its own."""
-
-    @property
-    def learns(self) -> bool:
-        """Whether the model learns while it reads."""
-        return self.config.learn_while_reading and self.model.config.can_learn
 
     @can_return_tuple
     def forward(
@@ -87,48 +80,41 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
         # The model decides itself what is computed in which precision: autocast would lose the gradient of a gradient.
         device = input_ids.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.compute_dtype
-        if labels is not None:
-            with torch.autocast(device, enabled=False):
-                return CausalLMOutputWithPast(loss=self._loss(input_ids, attention_mask, labels, dtype))
         if cache is None:
             cache = ReadingCache() if past_key_values is None else past_key_values
         if not isinstance(cache, ReadingCache):
             raise UserError(f"The cache is a {type(cache).__name__}; give a ReadingCache that this model returned.")
+        learns = self.config.learn_while_reading and self.model.config.can_learn
         with torch.autocast(device, enabled=False):
+            if labels is not None:
+                return CausalLMOutputWithPast(loss=self._loss(input_ids, attention_mask, labels, dtype))
             logits_BTV = cache.read(
                 self.model,
                 input_ids,
                 attention_mask,
                 min(logits_to_keep or input_ids.shape[1], input_ids.shape[1]),
-                learn=self.learns and (self.config.learn_from_writing or not generated),
-                keep_pending=self.learns or generated,
+                learn=learns and (self.config.learn_from_writing or not generated),
+                keep_pending=learns or generated,
                 dtype=dtype,
             )
         caches: dict[str, Any] = {} if use_cache is False else {CACHE_NAME: cache}
         return CausalLMOutputWithPast(logits=logits_BTV, **caches)
 
     def _loss(self, ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        bos = self.config.bos_token_id
-        tokens_BT = ids_BT
+        bos, tokens_BT, learn = self.config.bos_token_id, ids_BT, self.config.learn_while_reading
         if mask_BT is not None and not (mask_BT != 0).all():
             padding_BT = mask_BT == 0
             if bos is None or (padding_BT[:, :-1] & ~padding_BT[:, 1:]).any():
                 raise UserError("In training texts are padded at their end only, with BOS; set padding_side='right'.")
             tokens_BT = ids_BT.masked_fill(padding_BT, bos)
-        ignored_BT = labels_BT == _IGNORED
+        ignored_BT = labels_BT == -100
         wrongly_ignored_BT = ignored_BT if bos is None else ignored_BT & (tokens_BT != bos)
         if (~ignored_BT & (labels_BT != ids_BT)).any() or wrongly_ignored_BT[:, 1:].any():
             raise UserError(
                 "The model learns from all that it reads: labels are the input ids, with -100 only for BOS and padding."
             )
-        return sequence_loss(
-            self.model,
-            tokens_BT,
-            bos=bos,
-            learn=self.config.learn_while_reading,
-            activation_checkpointing="mini-batch",
-            dtype=dtype,
-        ).loss
+        options: dict[str, Any] = {"activation_checkpointing": "mini-batch", "dtype": dtype}
+        return sequence_loss(self.model, tokens_BT, bos=bos, learn=learn, **options).loss
 
     # -- for `generate` ------------------------------------------------------------------------------------------------
 
@@ -140,14 +126,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = library.prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         return {**inputs, "generated": not is_first_iteration}
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> Any:
         if generation_config.use_cache is False:
             raise UserError("Generation continues from the cache; leave use_cache=True.")
         if generation_config.cache_implementation is not None:

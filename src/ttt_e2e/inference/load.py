@@ -1,14 +1,16 @@
-"""A model folder ready to read with: the model, its tokenizer, and the tokens that end a text."""
+"""A model folder ready to read with: the model, its tokenizer, the tokens that end a text, and the chat template."""
 
 import importlib.resources
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.pretrained_metadata import end_tokens
-from ttt_e2e.model.checkpoint import load_transformer
+from ttt_e2e.files import read_json
+from ttt_e2e.model.checkpoint import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG, load_transformer
 from ttt_e2e.model.transformer import Transformer
 
 
@@ -39,3 +41,56 @@ def load_model(folder: str | Path | None = None, device: str | torch.device = "c
         )
     tokenizer.end_ids = end_tokens(folder, tokenizer)
     return model, tokenizer
+
+
+class ChatTemplate(NamedTuple):
+    """A Jinja template of a Hugging Face model, and the spelling of the special tokens that it may use."""
+
+    source: str
+    bos: str
+    eos: str
+
+
+def chat_template(folder: Path, source: str | None = None) -> ChatTemplate | None:
+    """The chat template of the model in `folder`, the default one of several; None if there is none.
+
+    source: a template to use in place of the model's own, with the model's special tokens. Raises UserError for a file
+    that cannot be read, and a template that is not a string.
+    """
+    settings = _settings(folder / TOKENIZER_CONFIG)
+    own = settings.get("chat_template")
+    if source is not None:
+        own = source
+    elif (folder / CHAT_TEMPLATE).is_file():
+        own = read_text(folder / CHAT_TEMPLATE)
+    elif isinstance(own, list):  # several, by name
+        named = (one.get("template") for one in own if isinstance(one, dict) and one.get("name") == "default")
+        own = next(named, None)
+    if own is None:
+        return None
+    if not isinstance(own, str):
+        raise UserError(
+            f"The chat_template in {folder / TOKENIZER_CONFIG} is not a string; remove it, or use an unaltered copy."
+        )
+    return ChatTemplate(own, _spelling(settings.get("bos_token")), _spelling(settings.get("eos_token")))
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end a text which the model in `folder` generates.
+
+    These are BOS, which begins the next document, and the ids in the model's own settings, such as the end of an
+    answer, if the tokenizer has them. Raises UserError for a file that cannot be read.
+    """
+    ends = _settings(folder / GENERATION).get("eos_token_id")
+    named = ends if isinstance(ends, list) else [ends]
+    named.append(tokenizer.special.get(_spelling(_settings(folder / TOKENIZER_CONFIG).get("eos_token"))))
+    return frozenset({tokenizer.bos, *(i for i in named if isinstance(i, int) and 0 <= i < tokenizer.vocab_size)})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _spelling(token: Any) -> str:
+    """A special token in a tokenizer_config.json: a string, or an object that holds it."""
+    return str(token.get("content", "") if isinstance(token, dict) else token or "")

@@ -54,29 +54,19 @@ def sample(logits_V: Tensor, options: SamplingOptions, generator: torch.Generato
     # Less the largest: then no temperature is so small that a quotient overflows.
     logits_V = (logits_V - logits_V.max()).double() / options.temperature
     p_V, order_V = logits_V.softmax(-1).sort(descending=True, stable=True)
-    if options.top_k:
-        p_V = top_k(p_V, options.top_k)
-    if options.top_p < 1:
-        p_V = top_p(p_V, options.top_p)
-    if options.min_p:
-        p_V = min_p(p_V, options.min_p)
+    p_V = filter_probabilities(p_V, options)
     return int(order_V[torch.multinomial(p_V, 1, generator=generator)])
 
 
-def top_k(p_V: Tensor, k: int) -> Tensor:
-    """The k likeliest tokens (Fan et al. 2018, arXiv 1805.04833). Of equally likely ones the first are kept."""
-    kept_V = torch.zeros_like(p_V)
-    kept_V[:k] = p_V[:k]
-    return kept_V / kept_V.sum()
-
-
-def top_p(p_V: Tensor, p: float) -> Tensor:
-    """The fewest of the likeliest tokens with a probability of at least p (Holtzman et al. 2019, arXiv 1904.09751)."""
-    kept_V = p_V.masked_fill(p_V.cumsum(-1) - p_V >= p, 0.0)
-    return kept_V / kept_V.sum()
-
-
-def min_p(p_V: Tensor, p: float) -> Tensor:
-    """The tokens at least p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082)."""
-    kept_V = p_V.masked_fill(p_V < p * p_V[0], 0.0)
-    return kept_V / kept_V.sum()
+def filter_probabilities(p_V: Tensor, options: SamplingOptions) -> Tensor:
+    """What the filters leave of probabilities that begin with the largest, divided by its sum each time."""
+    if options.top_k:  # Fan et al. 2018, arXiv 1805.04833; of equally likely tokens the first are kept
+        p_V = p_V.masked_fill(torch.arange(len(p_V)) >= options.top_k, 0.0)
+        p_V = p_V / p_V.sum()
+    if options.top_p < 1:  # Holtzman et al. 2019, arXiv 1904.09751
+        p_V = p_V.masked_fill(p_V.cumsum(-1) - p_V >= options.top_p, 0.0)
+        p_V = p_V / p_V.sum()
+    if options.min_p:  # Nguyen et al. 2024, arXiv 2407.01082
+        p_V = p_V.masked_fill(p_V < options.min_p * p_V[0], 0.0)
+        p_V = p_V / p_V.sum()
+    return p_V

@@ -61,6 +61,8 @@ class Session:
             learns and every mixer is windowed attention, and does not change the form of the state.
     """
 
+    _state: SessionState
+
     def __init__(
         self,
         model: Transformer,
@@ -257,7 +259,7 @@ class Session:
 
     def _restore(self, state: SessionState, last_good: SessionState | None = None) -> None:
         """Take on a state of the same model. last_good: one mini-batch before, when the loss was good."""
-        self._state: SessionState = state
+        self._state = state
         self._last_good = last_good
 
     def _require_tokenizer(self) -> Tokenizer:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.pretrained_metadata import ChatTemplate, chat_template
+from ttt_e2e.inference.load import ChatTemplate, chat_template
 
 _ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 _ESCAPE, _ANSWER = "\ufdd0", "\ufdd1"  # noncharacters, which occur in no meaningful text
