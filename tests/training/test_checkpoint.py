@@ -44,7 +44,7 @@ def trained(seed: int = 0, updates: int = 3) -> Trained:
 
 
 def save(run: Path, pair: Trained, step: int) -> Path:
-    return save_checkpoint(run, *pair, TrainerState(step, step * 10, 1.5, {"index": step}), CONFIG, None)
+    return save_checkpoint(run, *pair, TrainerState(step, step * 10, 1.5, {"index": step}), CONFIG)
 
 
 def test_update_after_loading_is_the_one_that_would_have_been(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     """`config` with assignments such as "model.sliding_window=256" applied.
 
     The beginning of a name may be left out: "lr" is "train.lr" and "inner_loop.lr" is "model.inner_loop.lr". Of several
-    full names that end in the given one, that with the fewest parts is meant. Raises UserError for an unknown or
-    ambiguous name and for a value of another type.
+    full names that end in the given one, that with the fewest parts is meant.
     """
     known = _settings(RunConfig)
     changes: dict[str, Any] = {}
@@ -25,8 +24,15 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"{assignment!r} is not a setting; write NAME=VALUE, such as train.steps=100.")
-        full = _full_name(name, list(known))
-        changes[full] = _parse(text, known[full], full)
+        matches = [name] if name in known else [full for full in known if full.endswith(f".{name}")]
+        shortest = [full for full in matches if full.count(".") == min(m.count(".") for m in matches)]
+        if len(shortest) > 1:
+            raise UserError(f"There are several settings {name!r}: {', '.join(shortest)}; write one of these names.")
+        if not shortest:
+            near = difflib.get_close_matches(name, [*known, *(full.rpartition(".")[2] for full in known)], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(known)}."
+            raise UserError(f"There is no setting {name!r}.{hint}")
+        changes[shortest[0]] = _parse(text, known[shortest[0]], shortest[0])
     return replace(config, changes)
 
 
@@ -43,8 +49,7 @@ def flatten(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configuration", prefix: str = "") -> C:
     """The reverse of `to_dict`: a configuration of type `cls`.
 
-    Raises UserError for unknown, missing and mistyped settings. It names `where` the values come from, and settings
-    with the `prefix`, such as "inner_loop.".
+    Raises UserError for unknown, missing and mistyped settings: their `prefix` and name, and `where` they come from.
     """
     hints = _hints(cls)
     unknown = sorted(set(values) - set(hints))
@@ -75,20 +80,6 @@ def _hints(cls: Any) -> dict[str, Any]:
     """The type of every field; fields whose default is None accept it, too."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in dataclasses.fields(cls)}
-
-
-def _full_name(name: str, known: list[str]) -> str:
-    if name in known:
-        return name
-    matches = [full for full in known if full.endswith(f".{name}")]
-    shortest = [full for full in matches if full.count(".") == min(m.count(".") for m in matches)]
-    if len(shortest) == 1:
-        return shortest[0]
-    if shortest:
-        raise UserError(f"There are several settings {name!r}: {', '.join(shortest)}; write one of these names.")
-    near = difflib.get_close_matches(name, [*known, *(full.rpartition(".")[2] for full in known)], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(known)}."
-    raise UserError(f"There is no setting {name!r}.{hint}")
 
 
 def _kinds(hint: Any) -> list[Any]:

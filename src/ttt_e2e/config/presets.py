@@ -54,19 +54,10 @@ def _variants(size: str) -> dict[str, RunConfig]:
     lr, steps, batch, context, dtype = _SCHEDULES[size]
 
     def variant(mlp: int, *pattern: str, train_mode: Any = "meta", **settings: Any) -> RunConfig:
-        return RunConfig(
-            ModelConfig(
-                vocab_size=vocab_size,
-                hidden_size=hidden_size,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                intermediate_size=mlp,
-                pattern=pattern,
-                sliding_window=window,
-                **{"mini_batch_size": None, **settings},
-            ),
-            TrainConfig(context=context, batch=batch, steps=steps, lr=lr, dtype=dtype, train_mode=train_mode),
-        )
+        shape = (vocab_size, hidden_size, layers, heads, mlp)
+        model = ModelConfig(*shape, pattern=pattern, sliding_window=window, **{"mini_batch_size": None, **settings})
+        train = TrainConfig(context=context, batch=batch, steps=steps, lr=lr, dtype=dtype, train_mode=train_mode)
+        return RunConfig(model, train)
 
     memory = {"mini_batch_size": mini_batch}
     fast = {"mini_batch_size": mini_batch, "suffix_layers": suffix}

@@ -119,17 +119,11 @@ def convert_from_hf(
             for rows in _row_blocks(copy.shape, copy.rows):
                 row = copy.target_row + rows.start - (copy.rows.start or 0)
                 write_rows(copy.target, row, stored[copy.source].read(rows, copy.columns))
-        if options.fast == "new":
-            _write_new_fast_mlps(config, write_rows)
-        if config.fast_rank is not None:
-            _write_factors(config, write_rows)
+        _write_new_parameters(config, options.fast == "new", write_rows)
         if tokenizer is not None:
             shutil.copyfile(folder / TOKENIZER, part / TOKENIZER)
         copy_pretrained_metadata(folder, part)
     return HFConversion(config, source.family, parameters(config), dtype, tokenizer is not None, unused_ids)
-
-
-# -- which tensor goes where -------------------------------------------------------------------------------------------
 
 
 def _slice_copies(config: ModelConfig, unused_ids: int) -> Iterator[SliceCopy]:
@@ -195,9 +189,6 @@ def _check_tensors(stored: Mapping[str, StoredTensor], copies: list[SliceCopy], 
         )
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
 def _row_blocks(shape: tuple[int, ...], rows: slice) -> Iterator[slice]:
     """Cut `rows` of a tensor into slices of about `_BLOCK` numbers."""
     start, stop, _ = rows.indices(shape[0])
@@ -205,27 +196,23 @@ def _row_blocks(shape: tuple[int, ...], rows: slice) -> Iterator[slice]:
     return (slice(row, min(row + step, stop)) for row in range(start, stop, step))
 
 
-def _write_new_fast_mlps(config: ModelConfig, write_rows: WriteRows) -> None:
-    """Fast MLPs that add nothing yet: the first matrix random, the second zero."""
-    generator = torch.Generator().manual_seed(_SEED)
+def _write_new_parameters(config: ModelConfig, has_new_mlps: bool, write_rows: WriteRows) -> None:
+    """New fast MLPs, which add nothing yet, and the factors of additions to fast MLPs, as in a new model."""
+    for_mlps, for_factors = torch.Generator().manual_seed(_SEED), torch.Generator().manual_seed(_SEED)
     shapes = parameter_shapes(config)
     for i in range(config.prefix_layers, config.num_hidden_layers):
-        for name, std in ((f"blocks.{i}.fast.w_in", config.initializer_range), (f"blocks.{i}.fast.w_out", 0.0)):
+        fast = f"blocks.{i}.fast"
+        for name, std in ((f"{fast}.w_in", config.initializer_range), (f"{fast}.w_out", 0.0)) if has_new_mlps else ():
             for rows in _row_blocks(shapes[name], _ALL):
                 values = torch.zeros(rows.stop - rows.start, shapes[name][1])
-                write_rows(name, rows.start, values.normal_(0.0, std, generator=generator) if std else values)
-
-
-def _write_factors(config: ModelConfig, write_rows: WriteRows) -> None:
-    """The factors of the additions to the fast MLPs, initialised as in a new model."""
-    generator = torch.Generator().manual_seed(_SEED)
-    for i in range(config.prefix_layers, config.num_hidden_layers):
-        # Its matrices are allocated, but never touched.
-        mlp = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank)
-        mlp.reset_factors(generator)
-        for name, factor in mlp.named_parameters():
-            if name not in ("w_in", "w_out"):
-                write_rows(f"blocks.{i}.fast.{name}", 0, factor.detach())
+                write_rows(name, rows.start, values.normal_(0.0, std, generator=for_mlps) if std else values)
+        if config.fast_rank is not None:
+            # Its matrices are allocated, but never touched.
+            mlp = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank)
+            mlp.reset_factors(for_factors)
+            for name, factor in mlp.named_parameters():
+                if name not in ("w_in", "w_out"):
+                    write_rows(f"{fast}.{name}", 0, factor.detach())
 
 
 def describe(done: HFConversion) -> list[str]:

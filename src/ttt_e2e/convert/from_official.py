@@ -165,8 +165,7 @@ def convert_from_official(
         progress: show a progress bar.
 
     Raises:
-        UserError: if `out` exists, if the checkpoint is missing, incomplete, damaged or of another shape, if settings
-            are missing, or if tensorstore is not installed.
+        UserError: if `out` exists, settings are missing, or the checkpoint is incomplete, damaged or of another shape.
     """
     out = Path(out)
     if out.exists():
@@ -201,7 +200,6 @@ def official_config(shapes: Shapes, preset_name: str | None, settings: Sequence[
     The shapes determine vocabulary, widths, layers, heads, suffix and whether the head is tied. All other settings are
     those of the preset, changed by `settings` ("NAME=VALUE"). Without a preset, `settings` must include those that
     differ between the released models: pattern, rope_theta and, where they apply, sliding_window and mini_batch_size.
-    Raises UserError if settings are missing or contradict the shapes.
     """
     from_shapes = _settings_from_shapes(shapes)
     if preset_name is not None:

@@ -4,6 +4,7 @@ Only safetensors and JSON are read: a pickle could run code.
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,7 @@ class StoredTensor(NamedTuple):
 def find_checkpoint(path_or_name: str | Path) -> Path:
     """The folder of a checkpoint, given that folder or a name on Hugging Face such as "owner/model".
 
-    A name is looked up in the local cache, and downloaded if it is not there or incomplete. Raises UserError if there
-    is no such folder or name, or if it cannot be downloaded.
+    A name is looked up in the local cache, and downloaded if it is not there or incomplete.
     """
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
     if path.is_dir():
@@ -55,12 +55,10 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     complete = None  # the folder in the cache, if it has everything but perhaps a tokenizer, which is optional
-    try:
+    with suppress(LocalEntryNotFoundError, UserError):
         cached = Path(snapshot_download(name, local_files_only=True))
         if (cached / CONFIG).is_file() and all(file.is_file() for file in weight_files(cached)):
             complete = cached
-    except (LocalEntryNotFoundError, UserError):
-        pass
     if complete is not None and (complete / TOKENIZER).is_file():
         return complete
     try:

@@ -37,10 +37,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def require_shapes(found: Shapes, expected: Shapes, where: str) -> list[str]:
-    """Raise UserError unless a checkpoint has tensors of the `expected` shapes; returns the names of all others.
-
-    where: the checkpoint, as the subject of a sentence.
-    """
+    """Raise UserError unless the checkpoint `where` has the `expected` tensors; returns the names of all others."""
     missing = sorted(set(expected) - set(found))
     if missing:
         names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")

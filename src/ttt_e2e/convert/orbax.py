@@ -34,10 +34,7 @@ class StoredArray(NamedTuple):
     """The `tensorstore.TensorStore`."""
 
     def read(self, is_stacked: bool) -> Iterator[Tensor]:
-        """The whole array or, if it is stacked, layer by layer, with the layers of one chunk in memory.
-
-        Raises UserError if data are missing or damaged.
-        """
+        """The whole array or, if it is stacked, layer by layer, with the layers of one chunk in memory."""
         length = self.store.shape[0]
         step = self.store.chunk_layout.read_chunk.shape[0] if is_stacked else length
         for start in range(0, length, step):
@@ -55,8 +52,7 @@ class StoredArray(NamedTuple):
 def find_step(folder: Path, item: str, step: int | None = None) -> Path:
     """The folder of a complete step: `folder` itself, or the step inside it with the number `step`.
 
-    step: None means the last complete one, with a warning about later ones that are incomplete. item: what must have
-    been saved with the step. Raises UserError if there is no such step, or if it is incomplete.
+    step: None means the last complete one, with a warning about later ones. item: what must be saved with the step.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -10,7 +10,7 @@ from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 
 
-class SequenceLoader:
+class SequenceLoader(Iterator[torch.Tensor]):
     """An endless iterator of batches: int64 tensors [batch, context + 1] on the CPU.
 
     In an epoch every document of more than `context` tokens is cut into windows of `context + 1` tokens that overlap by
@@ -45,9 +45,6 @@ class SequenceLoader:
             )
         self._epoch, self._index = 0, 0
         self._shuffle()
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self
 
     def __next__(self) -> torch.Tensor:
         sequences = np.empty((self.batch, self.context + 1), np.int64)

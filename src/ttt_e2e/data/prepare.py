@@ -75,8 +75,7 @@ def prepare(
         progress: show progress bars.
 
     Raises:
-        UserError: for sources that cannot be read or that change meanwhile, and if `out` holds anything but the same
-            preparation.
+        UserError: for sources that cannot be read or that change, and if `out` holds anything but this preparation.
     """
     out = Path(out)
     if not 0 <= val_share < 1:
@@ -155,22 +154,21 @@ def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The content of meta.json if `out` is finished, of progress.json if it has been begun, else an initial state."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose a folder for the tokens.")
-    for name in ("meta.json", "progress.json"):
-        try:
-            state = json.loads((out / name).read_bytes())
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            raise UserError(f"{out / name} is damaged ({error}); delete {out} or choose another folder.") from error
-        changed = ", ".join(key for key in config if state.get("config", {}).get(key) != config[key])
-        if not changed:
-            remove_stale_parts(out)
-            return state
-        if name == "meta.json" or "plan" in state:
-            raise UserError(f"{out} was prepared with other {changed}; choose another folder or delete this one.")
+    path = next((path for path in (out / "meta.json", out / "progress.json") if path.exists()), None)
+    if path is None:
+        if out.is_dir() and any(not file.name.endswith(".part") for file in out.iterdir()):
+            raise UserError(f"{out} holds other files; choose an empty or a new folder for the tokens.")
         return {"config": config}
-    if out.is_dir() and any(not file.name.endswith(".part") for file in out.iterdir()):
-        raise UserError(f"{out} holds other files; choose an empty or a new folder for the tokens.")
+    try:
+        state = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete {out} or choose another folder.") from error
+    changed = ", ".join(key for key in config if state.get("config", {}).get(key) != config[key])
+    if not changed:
+        remove_stale_parts(out)
+        return state
+    if path.name == "meta.json" or "plan" in state:
+        raise UserError(f"{out} was prepared with other {changed}; choose another folder or delete this one.")
     return {"config": config}
 
 
@@ -229,10 +227,8 @@ def _tokenise(
     held_out = set(plan["held_out"])
     dtype = token_dtype(tokenizer.vocab_size)
     remaining = enumerate(islice(texts, state["documents"], None), state["documents"])
-    total, initial = plan["characters"], state["characters"]
-    with tqdm(
-        desc="tokenising", total=total, initial=initial, unit="char", unit_scale=True, disable=not progress
-    ) as bar:
+    sizes = {"total": plan["characters"], "initial": state["characters"]}
+    with tqdm(desc="tokenising", unit="char", unit_scale=True, disable=not progress, **sizes) as bar:
 
         def counted(document: Document) -> Iterator[str]:
             for chunk in document.chunks():

@@ -68,10 +68,7 @@ class ShardWriter:
 
 @dataclass(eq=False, repr=False)
 class TokenSet:
-    """The documents of a split, `len()` of them: arrays of token ids on disk, of which only slices are read.
-
-    `lengths` is an int64 array of the tokens per document, `total` their sum.
-    """
+    """The documents of a split, `len()` of them: arrays of token ids on disk, of which only slices are read."""
 
     arrays: list[Any]
     """The token ids of every shard."""
@@ -92,6 +89,7 @@ class TokenSet:
 
     def __post_init__(self, shard_lengths: list[list[int]]) -> None:
         self.lengths = np.array([length for shard in shard_lengths for length in shard], np.int64)
+        """Tokens per document."""
         self.total = int(self.lengths.sum())
         self._shard = np.repeat(np.arange(len(self.arrays)), [len(shard) for shard in shard_lengths])
         self._starts = np.concatenate([np.cumsum([0, *shard])[:-1] for shard in shard_lengths])

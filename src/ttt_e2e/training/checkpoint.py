@@ -18,7 +18,7 @@ from ttt_e2e.config.parse import to_dict
 from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, check_format, read_json, remove_atomically
-from ttt_e2e.model.checkpoint import load_safetensors, read_weights, save_safetensors, write_model_files
+from ttt_e2e.model.checkpoint import TOKENIZER, load_safetensors, read_weights, save_safetensors, write_model_files
 from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e checkpoint"
@@ -42,19 +42,14 @@ class TrainerState:
 
 
 def save_checkpoint(
-    run: Path,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    config: RunConfig,
-    tokenizer_json: Path | None,
+    run: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: TrainerState, config: RunConfig
 ) -> Path:
     """Write the checkpoint of `state.step` in the folder `run`, then remove all but the latest `keep_checkpoints`.
 
-    tokenizer_json: a file to copy into the checkpoint. Returns the checkpoint's folder. Raises UserError if the disk is
-    full; the checkpoints that exist are then kept.
+    The tokenizer of the run is copied into it. Returns its folder. On a full disk, the existing checkpoints are kept.
     """
     folder = run / "checkpoints" / f"step-{state.step:08d}"
+    tokenizer_json = run / TOKENIZER if (run / TOKENIZER).is_file() else None
     with atomic_path(folder) as part:
         part.mkdir()
         write_model_files(model, part, tokenizer_json, notes={"step": state.step, "tokens": state.tokens})
@@ -116,10 +111,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def latest_checkpoint(run: Path, log: Callable[[str], None] = print) -> Path | None:
-    """The newest intact checkpoint of `run`; None if it has no checkpoints. `log` is told why others are skipped.
-
-    Raises UserError if there are checkpoints, but none of them is intact.
-    """
+    """The newest intact checkpoint of `run`, None if it has none at all; `log` is told why others are skipped."""
     folders = list_checkpoints(run)
     for folder in folders:
         try:

@@ -17,18 +17,11 @@ QUARTERS = 4
 def evaluate_sequences(
     model: Transformer, sequences: Sequence[np.ndarray], bos: int, config: TrainConfig, dist: DistributedContext
 ) -> dict[str, Any]:
-    """The mean loss of `sequences`, in nats per token; the processes share them.
+    """The mean loss, in nats per token, of `sequences`: int64 arrays of at most `config.context` + 1 ids.
 
-    Args:
-        model: the model, standard or with a suffix.
-        sequences: int64 arrays of at most `config.context` + 1 token ids; each sequence starts a text.
-        bos: targets equal to this id do not count.
-        config: gives context, batch and dtype.
-        dist: the processes.
-
-    Returns:
-        "loss" and the number of "tokens". With a suffix also "loss_without_learning", the "gain" from learning, and
-        "gain_by_quarter" of the context, None where no sequence is long enough.
+    The processes share them; targets equal to `bos` do not count. Returns "loss" and the number of "tokens", with a
+    suffix also "loss_without_learning", the "gain" from learning, and "gain_by_quarter" of the context, None where no
+    sequence is long enough.
     """
     modes = [True, False] if model.suffix else [True]
     # Sums of losses by mode (learning or not) and quarter, and the number of tokens by quarter.

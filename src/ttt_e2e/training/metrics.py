@@ -28,7 +28,15 @@ class MetricsWriter(ExitStack):
             self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
             self.callback(self._tensorboard.close)
         if wandb:
-            self._wandb = _start_wandb(run, config)
+            try:
+                import wandb as library
+            except ImportError as error:
+                raise UserError("Weights & Biases is not installed; run: pip install 'ttt-e2e[wandb]'.") from error
+            id_file = run / "wandb-id"  # random, because many folders are called "run"
+            if not id_file.exists():
+                write_text(id_file, secrets.token_hex(8))
+            options = {"id": id_file.read_text(encoding="utf-8"), "resume": "allow", "config": dict(config)}
+            self._wandb = library.init(project="ttt-e2e", name=run.name, dir=run, **options)
             self.callback(self._wandb.finish)
         path = run / _FILE
         if path.exists():
@@ -67,15 +75,3 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def _start_wandb(run: Path, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("Weights & Biases is not installed; run: pip install 'ttt-e2e[wandb]'.") from error
-    path = run / "wandb-id"  # random, because many folders are called "run"
-    if not path.exists():
-        write_text(path, secrets.token_hex(8))
-    id = path.read_text(encoding="utf-8")
-    return wandb.init(project="ttt-e2e", name=run.name, id=id, resume="allow", dir=run, config=dict(config))

@@ -39,8 +39,7 @@ def check_run(
 ) -> dict[str, Any]:
     """Check that `out` can take a new run, or holds the run to resume; returns the content of its config.json.
 
-    tokens: the training data. start_from: the model folder that the run starts from. Only rank 0 checks a new folder:
-    for the other processes, it may be writing there already.
+    Only rank 0 checks a new folder `out`: for the other processes, it may be writing there already.
     """
     record = {
         "format": FORMAT,

@@ -216,7 +216,7 @@ def train(
                     metrics.write({"step": state.step, "eval": evaluation})
             if metrics and (is_last or is_stopping or _is_due(state.step, train_config.checkpoint_every)):
                 metrics.sync()
-                save_checkpoint(out, model, optimizer, state, config, out / TOKENIZER)
+                save_checkpoint(out, model, optimizer, state, config)
             if is_stopping:
                 break
 
