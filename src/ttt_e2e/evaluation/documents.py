@@ -78,13 +78,6 @@ class _Text(NamedTuple):
     bytes: int
 
 
-class _Losses(NamedTuple):
-    """Of a document's tokens, in nats [n], and those of the same model without learning, if it can learn."""
-
-    loss: np.ndarray
-    without: np.ndarray | None
-
-
 def evaluate_documents(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -116,18 +109,25 @@ def evaluate_documents(
         raise UserError("There are no documents to evaluate on; name text files.")
     by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens))
     learns = model.config.can_learn
-    losses: dict[int, _Losses] = {}
+    losses: list[list[np.ndarray]] = [[] for _ in texts]  # without learning, and with it if the model can learn
     total = sum(len(text.tokens) - 1 for text in texts) * (1 + learns)
     with tqdm(total=total, unit="token", unit_scale=True, disable=not progress, desc="evaluating") as bar:
         for first in range(0, len(texts), batch):
             rows = by_length[first : first + batch]
-            some = [texts[i] for i in rows]
-            without = _read(model, some, False, dtype, bar)
-            learned = _read(model, some, True, dtype, bar) if learns else [None] * len(rows)
-            for i, with_learning, plain in zip(rows, learned, without, strict=True):
-                losses[i] = _Losses(plain, None) if with_learning is None else _Losses(with_learning, plain)
-    results = [_document_result(text, losses[i]) for i, text in enumerate(texts)]
-    return _report(results, _by_position(list(losses.values()), model.config.tokens_per_read))
+            for learn in (False, True) if learns else (False,):
+                for i, nll in zip(rows, _read(model, [texts[i] for i in rows], learn, dtype, bar), strict=True):
+                    losses[i].append(nll)
+    results = [_document_result(text, *both) for text, both in zip(texts, losses, strict=True)]
+    positions = _by_position([losses[i] for i in by_length], model.config.tokens_per_read)
+
+    means: dict[str, Any] = {}
+    for name in ("loss", "loss_without", "gain", "bits_per_byte", "bits_per_byte_without"):
+        values = [getattr(document, name) for document in results]
+        means[name] = None if None in values else _mean(values)
+    tokens = sum(document.tokens for document in results)
+    per_token = sum(document.loss * document.tokens for document in results) / tokens
+    error = standard_error([document.gain for document in results if document.gain is not None])
+    return EvaluationReport(results, positions, tokens, loss_per_token=per_token, gain_error=error, **means)
 
 
 def _tokenise(tokenizer: Tokenizer, document: Document, max_tokens: int | None) -> _Text:
@@ -148,10 +148,9 @@ def _read(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
     size, vocab_size = chunk_size(model, learn), model.config.vocab_size
     counts = [len(text.tokens) - 1 for text in texts]
     losses = [np.empty(count, np.float32) for count in counts]
-    state = start_reading(model, len(texts), dtype)
+    rows, state = len(texts), start_reading(model, len(texts), dtype)
     if learn:  # in memory of its own, to be donated; without learning all rows share the model's weights
         state = state.map(torch.clone)
-    rows = len(texts)
     for start in range(0, counts[0], size):
         if counts[rows - 1] <= start:
             rows = sum(count > start for count in counts)
@@ -173,72 +172,38 @@ def _read(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
             norm = norms[row] if counts[row] > stop else 0.0  # nothing more is read with what was learned
             found = find_divergence(nll[row, :count], norm, start, vocab_size, learns=learn, text=texts[row].name)
             if found is not None:
-                raise Diverged(
-                    f"Learning diverged: {found[0]}. Use a model with a smaller inner_loop.lr, or --max-tokens to "
-                    "stop before.",
-                    start,
-                    found[0],
-                )
+                advice = "Use a model with a smaller inner_loop.lr, or --max-tokens to stop before."
+                raise Diverged(f"Learning diverged: {found[0]}. {advice}", start, found[0])
         bar.update(int(mask.sum()))
     return losses
 
 
-def _document_result(text: _Text, losses: _Losses) -> DocumentResult:
-    loss, without = losses
-    tokens = len(loss)
-    to_bits = tokens / math.log(2) / max(text.bytes, 1)
-    mean, mean_without = _mean(loss), None if without is None else _mean(without)
-    quarter = tokens // 4
+def _document_result(text: _Text, without: np.ndarray, learned: np.ndarray | None = None) -> DocumentResult:
+    tokens, quarter = len(without), len(without) // 4
+    loss, loss_without, gain = _compare(_mean(without), None if learned is None else _mean(learned))
     first = last = None
-    if without is not None and quarter:
-        first = _mean(without[:quarter]) - _mean(loss[:quarter])
-        last = _mean(without[-quarter:]) - _mean(loss[-quarter:])
-    return DocumentResult(
-        name=text.name,
-        tokens=tokens,
-        bytes=text.bytes,
-        loss=mean,
-        loss_without=mean_without,
-        gain=None if mean_without is None else mean_without - mean,
-        bits_per_byte=mean * to_bits,
-        bits_per_byte_without=None if mean_without is None else mean_without * to_bits,
-        first_quarter=first,
-        last_quarter=last,
-    )
+    if learned is not None and quarter:
+        first = _mean(without[:quarter]) - _mean(learned[:quarter])
+        last = _mean(without[-quarter:]) - _mean(learned[-quarter:])
+    to_bits = tokens / math.log(2) / max(text.bytes, 1)
+    bits = loss * to_bits, None if loss_without is None else loss_without * to_bits
+    return DocumentResult(text.name, tokens, text.bytes, loss, loss_without, gain, *bits, first, last)
 
 
-def _by_position(losses: list[_Losses], b: int) -> list[PositionResult]:
+def _by_position(losses: list[list[np.ndarray]], b: int) -> list[PositionResult]:
     """Means over tokens 0 to b, b to 2 b, 2 b to 4 b, ... of the documents that fill the bin."""
     results: list[PositionResult] = []
     start, stop = 0, b
-    while reaching := [both for both in losses if len(both.loss) >= stop]:
-        loss = _mean([_mean(both.loss[start:stop]) for both in reaching])
-        withouts = [_mean(both.without[start:stop]) for both in reaching if both.without is not None]
-        without = _mean(withouts) if withouts else None
-        gain = None if without is None else without - loss
-        results.append(PositionResult(start, stop, len(reaching), loss, without, gain))
+    while reaching := [both for both in losses if len(both[0]) >= stop]:
+        means = [_mean([_mean(nll[start:stop]) for nll in one]) for one in zip(*reaching, strict=True)]
+        results.append(PositionResult(start, stop, len(reaching), *_compare(*means)))
         start, stop = stop, 2 * stop
     return results
 
 
-def _report(documents: list[DocumentResult], positions: list[PositionResult]) -> EvaluationReport:
-    def mean(name: str) -> Any:
-        values = [getattr(document, name) for document in documents]
-        return None if None in values else _mean(values)
-
-    tokens = sum(document.tokens for document in documents)
-    return EvaluationReport(
-        documents=documents,
-        positions=positions,
-        tokens=tokens,
-        loss=mean("loss"),
-        loss_without=mean("loss_without"),
-        loss_per_token=sum(document.loss * document.tokens for document in documents) / tokens,
-        gain=mean("gain"),
-        gain_error=standard_error([document.gain for document in documents if document.gain is not None]),
-        bits_per_byte=mean("bits_per_byte"),
-        bits_per_byte_without=mean("bits_per_byte_without"),
-    )
+def _compare(without: float, learned: float | None = None) -> tuple[float, float | None, float | None]:
+    """The loss, that without learning, and the gain of learning."""
+    return (without, None, None) if learned is None else (learned, without, without - learned)
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ttt_e2e.errors import UserError
@@ -67,8 +68,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
         if str(learn).lower() not in ("true", "false"):
             raise UserError(f"learn must be true or false, not {learn!r}.")
-        if batch_size == "auto":
-            batch_size = 16
+        batch_size = 16 if batch_size == "auto" else batch_size
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
         # The harness's command line asks for cuda:0 unless it is told otherwise.
@@ -96,30 +96,27 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Score]:
-        scores: list[Score] = [(0.0, True)] * len(requests)
+        scores: dict[int, Score] = {}
         # Requests with one context come together, and those of about the same length.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i][1]), requests[i][1], len(requests[i][2])))
-        longest = self._template.mini_batch_size
-        short = [i for i in order if len(requests[i][1]) + len(requests[i][2]) <= longest]
-        long = [i for i in order if len(requests[i][1]) + len(requests[i][2]) > longest]
+        is_short = [len(one[1]) + len(one[2]) <= self._template.mini_batch_size for one in requests]
+        short, long = [i for i in order if is_short[i]], [i for i in order if not is_short[i]]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as bar:
             for start in range(0, len(short), self.batch_size):
                 some = short[start : start + self.batch_size]
-                found = self._score_short([(self._without_bos(requests[i][1]), requests[i][2]) for i in some])
-                for i, score in zip(some, found, strict=True):
-                    scores[i] = score
+                pairs = [(self._without_bos(requests[i][1]), requests[i][2]) for i in some]
+                scores.update(zip(some, self._score_short(pairs), strict=True))
                 bar.update(len(some))
-            context: list[int] | None = None
-            session = self._template
+            context, session = None, self._template
             for i in long:
                 if requests[i][1] != context:
                     context, session = requests[i][1], self._template.fork()
                     session.read(np.array(self._without_bos(context), np.int64))
                 scores[i] = self._score_long(session, requests[i][2])
                 bar.update(1)
-        for request, score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request[0], score)
-        return scores
+        for i, request in enumerate(requests):
+            self.cache_hook.add_partial("loglikelihood", request[0], scores[i])
+        return [scores[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, each read from its first token to its last."""
@@ -133,20 +130,17 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text generated after each context, up to the request's first stop string or number of tokens."""
-        texts = []
+        texts: list[str] = []
         repeats: Counter[str] = Counter()  # the harness repeats a request to get another text
         for request in tqdm(requests, disable=disable_tqdm, desc="generating"):
-            context, options = request.args
-            seed = repeats[repr(request.args)]
-            repeats[repr(request.args)] += 1
+            (context, options), name = request.args, repr(request.args)
             wanted = dict(normalize_gen_kwargs(options, self.max_gen_toks))
-            names = ("temperature", "top_p", "top_k", "min_p")
-            sampling = {"temperature": 0.0} | {name: wanted[name] for name in names if name in wanted}
+            sampling = {option: wanted[option] for option in ("top_p", "top_k", "min_p") if option in wanted}
+            sampling["temperature"] = wanted.get("temperature", 0.0)
             stop = [text for text in wanted["until"] if text]
-            parts = self._template.generate(
-                context, max_tokens=wanted["max_gen_toks"], stop=stop, seed=seed, **sampling
-            )
-            texts.append("".join(parts))
+            sampling |= {"max_tokens": wanted["max_gen_toks"], "seed": repeats[name]}
+            texts.append("".join(self._template.generate(context, stop=stop, **sampling)))
+            repeats[name] += 1
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 
@@ -158,12 +152,10 @@ class HarnessModel(TemplateLM):
 
     def _score_short(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
         """Score continuations, each after its context, which are too short to learn from, in one call."""
-        rows = [[self._tokenizer.bos, *context, *continuation] for context, continuation in pairs]
-        ids_BT = np.zeros((len(rows), max(map(len, rows))), np.int64)
-        for row, ids in zip(ids_BT, rows, strict=True):
-            row[: len(ids)] = ids  # the padding behind is never seen: every mixer is causal
-        tokens_BT = torch.from_numpy(ids_BT).to(self._device)
-        at_once = max(1, MAX_LOGITS // (ids_BT.shape[1] * self._model.config.vocab_size))
+        rows = [torch.tensor([self._tokenizer.bos, *context, *continuation]) for context, continuation in pairs]
+        # The padding behind is never seen: every mixer is causal.
+        tokens_BT = pad_sequence(rows, batch_first=True).to(self._device)
+        at_once = max(1, MAX_LOGITS // (tokens_BT.shape[1] * self._model.config.vocab_size))
         parts = []
         for some_BT in tokens_BT.split(at_once):
             state = start_reading(self._model, len(some_BT), self._template.dtype)
@@ -171,8 +163,8 @@ class HarnessModel(TemplateLM):
             parts.append(_losses(logits_BTV, some_BT[:, 1:]))
         nll_BT, greedy_BT = (np.concatenate(part) for part in zip(*parts, strict=True))
         scores = []
-        for ids, (_, continuation), nll_T, greedy_T in zip(rows, pairs, nll_BT, greedy_BT, strict=True):
-            span = slice(len(ids) - 1 - len(continuation), len(ids) - 1)
+        for row, (_, continuation), nll_T, greedy_T in zip(rows, pairs, nll_BT, greedy_BT, strict=True):
+            span = slice(len(row) - 1 - len(continuation), len(row) - 1)
             scores.append((-float(nll_T[span].sum()), bool(greedy_T[span].all())))
         return scores
 
@@ -190,11 +182,8 @@ class HarnessModel(TemplateLM):
             vocab_size = self._model.config.vocab_size
             found = find_divergence(nll_1T[0], 0.0, reader.position, vocab_size, learns=session.learn)
             if found is not None:
-                raise Diverged(
-                    f"Learning diverged: {found[0]}. Use a model with a smaller inner_loop.lr, or learn=false.",
-                    reader.position,
-                    found[0],
-                )
+                advice = "Use a model with a smaller inner_loop.lr, or learn=false."
+                raise Diverged(f"Learning diverged: {found[0]}. {advice}", reader.position, found[0])
             parts.append((nll_1T[0], greedy_1T[0]))
             if len(ids) > size + 1:  # else nothing would be read with what is learned
                 reader.read(ids[num_pending : size + 1])
