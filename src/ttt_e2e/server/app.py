@@ -49,9 +49,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         docs_url=None,  # these two would load scripts from other sites
         redoc_url=None,
         redirect_slashes=False,
+        exception_handlers=dict.fromkeys((HTTPException, RequestValidationError, UserError), _handle),
         responses={"default": {"model": ErrorBody, "description": "An error"}},
     )
-    metrics = ServiceMetrics(engine.stats)
+    metrics, text = ServiceMetrics(engine.stats), {"content": {"text/plain": {"schema": {"type": "string"}}}}
     page, policy = _load_page()
 
     @app.get("/", include_in_schema=False)
@@ -68,37 +69,28 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     # `AccessMiddleware` checks the key before the body is received; this only documents it.
     key_in_schema = [Depends(HTTPBearer(auto_error=False))] if settings.keys else []
 
-    @app.get("/metrics", tags=["service"], response_class=Response, responses=_METRICS, dependencies=key_in_schema)
+    @app.get("/metrics", tags=["service"], response_class=Response, responses={200: text}, dependencies=key_in_schema)
     async def get_metrics() -> Response:
         """Metrics for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(openai.routes(engine, settings, metrics), dependencies=key_in_schema)
     app.include_router(sessions.routes(engine), dependencies=key_in_schema)
-    _install_error_handlers(app)
     app.add_middleware(AccessMiddleware, keys=settings.keys, limits=settings.limits)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)  # the last one added is the outermost
     return app
 
 
-_METRICS: dict[int | str, dict[str, object]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-
-
-def _install_error_handlers(app: FastAPI) -> None:
-    """Answer all errors in OpenAI's form; unexpected ones are left to `RequestLogMiddleware`."""
-
-    async def handle(request: Request, error: Exception) -> JSONResponse:
-        if not is_expected(error):
-            log_entry(request).set_error(error)
-        response = error_response(error)
-        if response.status_code == 405 and "route" in request.scope:
-            # Starlette only names the methods of the first route with this path.
-            methods = app.openapi()["paths"].get(request.scope["route"].path, {"get": None})
-            response.headers["allow"] = ", ".join(sorted(methods)).upper()
-        return response
-
-    for kind in (HTTPException, RequestValidationError, UserError):
-        app.add_exception_handler(kind, handle)
+async def _handle(request: Request, error: Exception) -> JSONResponse:
+    """Answer an error in OpenAI's form; unexpected ones are left to `RequestLogMiddleware`."""
+    if not is_expected(error):
+        log_entry(request).set_error(error)
+    response = error_response(error)
+    if response.status_code == 405 and "route" in request.scope:
+        # Starlette only names the methods of the first route with this path.
+        methods = request.app.openapi()["paths"].get(request.scope["route"].path, {"get": None})
+        response.headers["allow"] = ", ".join(sorted(methods)).upper()
+    return response
 
 
 def _load_page() -> tuple[str, str]:

@@ -1,7 +1,5 @@
 """Errors of the service, always in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
 
-from collections.abc import Mapping
-
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -46,12 +44,7 @@ class ApiError(HTTPException):
     """An error response with this status; `message` is a sentence for the client."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, code: str, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
         super().__init__(status, message, headers)
         self.code, self.param = code, param

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ttt_e2e.errors import UserError
@@ -88,11 +88,10 @@ class Store:
     def add(self, owner: str, session: Session) -> SessionRecord:
         """Save a new session. Raises UserError if the disk is full or not writable."""
         record = SessionRecord(f"sess-{secrets.token_hex(16)}", owner, time.time())
-        content = {"id": record.id, "owner": owner, "created": record.created}
         with self._changing(record.id):
             session.save(self.path(record.id))
             try:
-                write_text(self._record_path(record.id), json.dumps(content) + "\n")
+                write_text(self._record_path(record.id), json.dumps(asdict(record)) + "\n")
             except BaseException:
                 self.path(record.id).unlink(missing_ok=True)
                 raise

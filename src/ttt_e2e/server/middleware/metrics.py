@@ -18,12 +18,13 @@ _ENGINE_METRICS = {
 }
 
 
-class ServiceMetrics:
+class ServiceMetrics(Collector):
     """The metrics of the service. engine_stats: `Engine.stats`, called whenever the metrics are collected."""
 
     def __init__(self, engine_stats: Callable[[], Mapping[str, float]]) -> None:
+        self._engine_stats = engine_stats
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine_stats))
+        self._registry.register(self)
         self._requests = Counter(
             "ttt_e2e_requests",
             "Requests by path template and status",
@@ -58,16 +59,13 @@ class ServiceMetrics:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-
-class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
-        self._stats = stats
-
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        """The engine's metrics."""
+        stats = self._engine_stats()
         for name, (only_grows, description) in _ENGINE_METRICS.items():
             family = CounterMetricFamily if only_grows else GaugeMetricFamily
             yield family(f"ttt_e2e_{name}", description, value=stats[name])
 
     def describe(self) -> list[Metric]:
-        return []  # otherwise the registry would call the engine before it is started
+        """Nothing: otherwise the registry would call the engine before it is started."""
+        return []
