@@ -18,7 +18,7 @@ from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import Prompt, TextChunk
 from ttt_e2e.server.errors import ApiError
-from ttt_e2e.server.middleware.logs import log_entry
+from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
 from ttt_e2e.server.settings import Settings
 
@@ -53,14 +53,7 @@ class _GenerationHandler:
         closing: Prompt = "",
         stop: tuple[str, ...] = (),
     ) -> Response:
-        """Generate `n` texts after each prompt. Raises an error if the request fails before anything is sent.
-
-        Args:
-            request, body: The request, and its parsed body.
-            prompts, session, closing: As for `Engine.generate`.
-            chat: Whether the response is a chat completion.
-            stop: Stop strings in addition to the request's own.
-        """
+        """Generate `n` texts after each prompt, before the stop strings of the request and those in `stop`."""
         self.check_model(body.model)
         n = body.n or 1
         if body.learn and session is None:
@@ -70,23 +63,8 @@ class _GenerationHandler:
         kind = "text_completion" if not chat else "chat.completion.chunk" if body.stream else "chat.completion"
         id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         head = {"id": id, "object": kind, "created": int(time.time()), "model": self.settings.model_name}
-        chunks = self._generate(request, body, prompts, session, closing, stop)
-        if body.stream:
-            return await event_stream(request, _events(chunks, head, n, chat, body.include_usage))
-        return JSONResponse(await cancel_on_disconnect(request.receive, _whole(chunks, head, n, chat)))
-
-    async def _generate(
-        self,
-        request: Request,
-        body: schemas.GenerationRequest,
-        prompts: Sequence[Prompt | Callable[[bool], Prompt]],
-        session: str | None,
-        closing: Prompt,
-        stop: tuple[str, ...],
-    ) -> _Chunks:
-        """The chunks of all choices as they come, with logs and metrics; the first prompt's choices come first."""
-        sampling = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-        sampling = {name: value for name, value in sampling.items() if value is not None}
+        sampling = body.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
+        own_stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         seed = secrets.randbits(62) if body.seed is None else body.seed
         owner: str = request.state.caller.owner
         generations = [
@@ -94,19 +72,26 @@ class _GenerationHandler:
                 owner,
                 session,
                 prompt,
-                max_tokens=body.token_limit,
-                stop=(*body.stop_strings, *stop),
+                max_tokens=body.max_tokens or body.max_completion_tokens or schemas.DEFAULT_TOKENS,
+                stop=(*own_stop, *stop),
                 options=SamplingOptions(**sampling, seed=(seed + repetition) % 2**63),
                 learn=bool(body.learn),
                 closing=closing,
                 limit=self.semaphores[owner],
             )
             for prompt in prompts
-            for repetition in range(body.n or 1)
+            for repetition in range(n)
         ]
-        entry = log_entry(request)
+        chunks = self._observe(merge(generations), log_entry(request))
+        if body.stream:
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return await event_stream(request, _events(chunks, head, n, chat, include_usage))
+        return JSONResponse(await cancel_on_disconnect(request.receive, _whole(chunks, head, n, chat)))
+
+    async def _observe(self, chunks: _Chunks, entry: LogEntry) -> _Chunks:
+        """The chunks of all choices as they come, counted for log and metrics."""
         previous: dict[int, tuple[float, int]] = {}  # by choice: when its last chunk came, and its tokens so far
-        async with aclosing(merge(generations)) as chunks:
+        async with aclosing(chunks):
             async for choice, chunk in chunks:
                 now = time.perf_counter()
                 if choice not in previous:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-_MAX_TOKENS, _DEFAULT_TOKENS = 16_384, 200  # per generated text
+_MAX_TOKENS, DEFAULT_TOKENS = 16_384, 200  # per generated text
 _MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS = 16, 8, 4
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -69,21 +69,6 @@ class GenerationRequest(_RequestModel):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream; set stream to true, or omit stream_options.")
         return self
-
-    @property
-    def token_limit(self) -> int:
-        """Maximum number of tokens to generate."""
-        return self.max_tokens or self.max_completion_tokens or _DEFAULT_TOKENS
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class SessionCompletionRequest(GenerationRequest):
