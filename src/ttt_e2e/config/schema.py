@@ -243,7 +243,7 @@ class ModelConfig:
         if "mamba2" in self.mixers:
             heads, groups = self.mamba2.expand * self.num_attention_heads, self.mamba2.n_groups
             _require(
-                heads % groups == 0, f"Mamba 2's {heads} heads do not divide into {groups} groups (mamba2.n_groups)."
+                heads % groups == 0, f"{heads} heads of Mamba 2 do not divide into {groups} groups (mamba2.n_groups)."
             )
 
     def _check_mini_batch(self) -> None:
@@ -358,7 +358,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def _derived(config: Any) -> dict[str, Any]:
+def _derived(config: Any) -> dict[str, int]:
     """The fields of `config` that follow from others unless they are set, with their derived values."""
     if isinstance(config, TrainConfig):
         return {"warmup_steps": config.steps // 10, "inner_warmup_steps": config.steps // 10}

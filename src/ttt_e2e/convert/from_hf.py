@@ -175,9 +175,8 @@ def _check_tensors(stored: Mapping[str, StoredTensor], copies: list[SliceCopy], 
         unknown.remove("lm_head.weight")
         head, embedding = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
         blocks = _row_blocks(embedding.shape, _ALL)
-        if head.shape != embedding.shape or any(
-            (head.read(rows).float() != embedding.read(rows).float()).any() for rows in blocks
-        ):
+        pairs = ((head.read(rows).float(), embedding.read(rows).float()) for rows in blocks)
+        if head.shape != embedding.shape or not all(torch.equal(*pair) for pair in pairs):
             raise UserError(
                 f"{folder / CONFIG} says that the output head is the embedding, but the checkpoint has another one; "
                 "set tie_word_embeddings to false there if that is how it was trained."

@@ -40,10 +40,7 @@ class StoredTensor(NamedTuple):
 
 
 def find_checkpoint(path_or_name: str | Path) -> Path:
-    """The folder of a checkpoint, given that folder or a name on Hugging Face such as "owner/model".
-
-    A name is looked up in the local cache, and downloaded if it is not there or incomplete.
-    """
+    """The folder of a checkpoint: itself or, for a name on Hugging Face, the complete cached or a downloaded copy."""
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
     if path.is_dir():
         return path

@@ -129,15 +129,11 @@ def prepare(
 
 
 def _summary(out: Path, meta: dict[str, Any]) -> Prepared:
-    splits = meta["splits"].items()
-    return Prepared(
-        folder=out,
-        vocab_size=meta["vocab_size"],
-        documents={split: sum(shard["documents"] for shard in shards) for split, shards in splits},
-        tokens={split: sum(shard["tokens"] for shard in shards) for split, shards in splits},
-        characters=meta["characters"],
-        skipped=meta["skipped"],
+    documents, tokens = (
+        {split: sum(shard[unit] for shard in shards) for split, shards in meta["splits"].items()}
+        for unit in ("documents", "tokens")
     )
+    return Prepared(out, meta["vocab_size"], documents, tokens, meta["characters"], meta["skipped"])
 
 
 def _fingerprint(sources: list[Path] | None) -> str:

@@ -58,12 +58,8 @@ class ShardWriter:
         """Move the shard to its place and return its entry for `meta.json`."""
         self._file.close()
         write_text(self._index, json.dumps({"names": self._names, "lengths": self._lengths}))
-        return {
-            "name": self._stem,
-            "documents": len(self._names),
-            "tokens": sum(self._lengths),
-            "sha256": self._hash.hexdigest(),
-        }
+        digest = self._hash.hexdigest()
+        return {"name": self._stem, "documents": len(self._names), "tokens": sum(self._lengths), "sha256": digest}
 
 
 @dataclass(eq=False, repr=False)

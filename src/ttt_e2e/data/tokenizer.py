@@ -95,10 +95,7 @@ class Tokenizer:
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[BOS],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+            vocab_size=vocab_size, special_tokens=[BOS], initial_alphabet=byte_level.alphabet(), show_progress=False
         )
         backend.train_from_iterator(texts, trainer)
         return cls(backend)

@@ -33,9 +33,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     exempt = [getattr(mixer, name) for mixer in mixers for name in mixer.no_weight_decay]
     ids = {id(parameter) for parameter in exempt}
-    groups: list[dict] = [{"params": [p for p in model.parameters() if id(p) not in ids]}]
-    if exempt:
-        groups.append({"params": exempt, "weight_decay": 0.0})
+    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    groups: list[dict] = [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups, lr=config.lr_init, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
     )
