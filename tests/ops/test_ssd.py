@@ -5,6 +5,7 @@ import torch
 from ops_helpers import assert_same
 from torch import Tensor
 
+from ttt_e2e.ops import tuning
 from ttt_e2e.ops.ssd import ssd, ssd_reference
 
 F64 = torch.float64
@@ -30,23 +31,25 @@ def ssd_inputs(tokens: int, groups: int = 2, seed: int = 0, dtype: torch.dtype =
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 24])
-def test_chunks_equal_the_recurrence(tokens: int, start: bool, groups: int) -> None:
+def test_chunks_equal_the_recurrence(monkeypatch: pytest.MonkeyPatch, tokens: int, start: bool, groups: int) -> None:
     """Outputs, state and gradients, with and without a state to start from."""
+    monkeypatch.setattr(tuning, "SSD_CHUNK", 8)
     inputs = [t.requires_grad_() for t in ssd_inputs(tokens, groups)]
     args = [*inputs[:5], inputs[5] if start else None]
     leaves = inputs if start else inputs[:5]
     g = [draw(2, tokens, 4, 3, seed=8), draw(2, 4, 3, 5, seed=9)]
-    ours, reference = ssd(*args, chunk=8), ssd_reference(*args)
+    ours, reference = ssd(*args), ssd_reference(*args)
     assert_same(ours, reference, 1e-9)
     assert_same(torch.autograd.grad(ours, leaves, g), torch.autograd.grad(reference, leaves, g), 1e-9)
 
 
-def test_decays_of_any_strength_equal_the_recurrence() -> None:
+def test_decays_of_any_strength_equal_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     """From no decay at all to one that leaves nothing."""
+    monkeypatch.setattr(tuning, "SSD_CHUNK", 8)
     x, _, a, b, c, state = ssd_inputs(24)
     dt = torch.tensor([0.0, 1e-12, 1.0, 1e6], dtype=F64)[torch.randint(4, (2, 24, 4), generator=torch.manual_seed(0))]
     args = [t.requires_grad_() for t in (x, dt, a, b, c, state)]
-    ours, reference = ssd(*args, chunk=8), ssd_reference(*args)
+    ours, reference = ssd(*args), ssd_reference(*args)
     assert_same(ours, reference, 1e-9)
     g = [draw(2, 24, 4, 3, seed=8), draw(2, 4, 3, 5, seed=9)]
     assert_same(torch.autograd.grad(ours, args, g), torch.autograd.grad(reference, args, g), 1e-9)

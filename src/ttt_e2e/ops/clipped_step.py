@@ -25,20 +25,11 @@ def clipped_step_reference(
 def clipped_step(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float | Tensor, max_norm: float
 ) -> tuple[list[Tensor], Tensor]:
-    """One step of SGD on every sequence's own weights, with gradients clipped by their norm.
+    """The new weights [B, ..., ...] after one step of SGD, and the norms [B] of the gradients, which take no gradient.
 
-    Differentiable once in weights and gradients, through the norm too, and finite at a gradient of zero. If autograd
-    records nothing, the new weights take the gradients' memory: for many sequences, fresh memory costs more than the
-    arithmetic.
-
-    Args:
-        weights: Matrices [B, ..., ...].
-        gradients: Their gradients. Each sequence's are scaled to a joint norm of at most `max_norm`.
-        lr: Learning rate.
-        max_norm: The largest norm.
-
-    Returns:
-        The new weights, and the gradients' norms [B] before clipping, which take no gradient.
+    Each sequence's gradients are scaled to a joint norm of at most `max_norm`. Differentiable once in weights and
+    gradients, through the norm too, and finite at a gradient of zero. If autograd records nothing, the new weights take
+    the gradients' memory: for many sequences, fresh memory costs more than the arithmetic.
     """
     if is_compiling():
         return clipped_step_reference(weights, gradients, lr, max_norm)

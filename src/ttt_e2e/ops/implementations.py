@@ -14,13 +14,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def triton_serves(x: Tensor, implementation: str, unsupported: str | None = None) -> bool:
     """Whether Triton kernels can serve the tensor x; in Triton's interpreter they also serve tensors on a CPU.
 
-    Args:
-        x: One of the operator's tensors.
-        implementation: The implementation that was asked for.
-        unsupported: What the kernels need that x does not have, besides its device; None if nothing.
-
-    Raises:
-        ValueError: If the implementation is unknown, or is "triton" and cannot serve x.
+    `unsupported` says what else they would need of x. Raises ValueError if the implementation is unknown, or is
+    "triton" and cannot serve x.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")

@@ -35,10 +35,8 @@ class KernelLibrary(NamedTuple):
         """The functions if they are to compute the mixer for the input x, None if PyTorch is.
 
         "auto" takes them, if they are installed, for 16-bit inputs on a GPU outside of compiled code: they multiply
-        float32 in TF32, and a compiler cannot trace them. "fused" always takes them, "torch" never.
-
-        Raises:
-            UserError: If kernels is "fused" and the package is not installed or x is not on a GPU.
+        float32 in TF32, and a compiler cannot trace them. "fused" always takes them, "torch" never. Raises UserError if
+        kernels is "fused" and the package is not installed or x is not on a GPU.
         """
         self.check(kernels)
         if kernels == "fused" and not x.is_cuda:

@@ -26,13 +26,9 @@ def short_convolution(
     """y_t = silu(bias + sum_i weight[:, i] x_{t - W + 1 + i}), and the state for the next tokens; differentiable once.
 
     Args:
-        x_BTC: Inputs.
-        weight_CW: Weights.
-        bias_C: Biases, or None.
+        x_BTC: Inputs. Results have their dtype.
+        weight_CW, bias_C: Weights, and biases or None.
         state: The W - 1 inputs before the first [B, W - 1, C]; None for zeros, at the start of a text.
-
-    Returns:
-        [B, T, C] and the last W - 1 inputs, in x's dtype.
     """
     x_BSC = _with_earlier(x_BTC, weight_CW, state)
     tokens = x_BTC.shape[1]

@@ -62,10 +62,7 @@ def inner_loop_attention(
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys: int) -> tuple[Tensor, AttentionVjp]:
-    """softmax(q k^T + mask) v, and its vjp to q and to the last `num_new_keys` of k and v: the definition of `_attend`.
-
-    A compiler is given this one, and fuses it by itself.
-    """
+    """softmax(q k^T + mask) v, and its vjp to q and to the last `num_new_keys` of k and v: what `_attend` computes."""
     scores = q @ k.transpose(-1, -2)
     p = (scores.to(accumulation_dtype(q.dtype)) + mask).softmax(-1)
     weights = p.to(q.dtype)
@@ -141,12 +138,9 @@ def _add_product(x: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """x + a @ b, in the memory of x; None stands for zeros."""
     if x is None:
         return a @ b
-    a, b = a.flatten(0, 1), b.flatten(0, 1)
-    rows = x.view(-1, *x.shape[2:])  # a view or an error, never a copy
-    if x.dtype == a.dtype:
-        rows.baddbmm_(a, b)
-    else:
-        rows.add_(a @ b)
+    if x.dtype != a.dtype:
+        return x.add_(a @ b)
+    x.view(-1, *x.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))  # a view or an error, never a copy
     return x
 
 

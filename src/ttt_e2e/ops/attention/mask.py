@@ -26,32 +26,23 @@ def causal_window_mask(
         num_keys: S, at least T.
         window: Number of keys that a query sees, its own included; None for all of them.
         like: A tensor that gives the mask's dtype and device.
-        num_empty_slots: How many of the first keys hold nothing and are seen by no query: a 0-dim integer tensor for
-            all rows, an integer tensor [B] for each row of a batch, or None if there are none.
+        num_empty_slots: How many of the first keys hold nothing: 0-dim, or [B] for each row; None if there are none.
 
     Returns:
         [T, S], or [B, 1, T, S] if `num_empty_slots` is [B].
     """
     key_S = torch.arange(num_keys, device=like.device)
-    first_key = num_empty_slots
-    if first_key is not None and first_key.dim() == 1:
-        first_key = first_key[:, None, None]
+    if num_empty_slots is not None and num_empty_slots.dim() == 1:
+        num_empty_slots = num_empty_slots[:, None, None]
     limit = window if window is None or window < num_keys else None
-    hidden = hidden_keys(key_S[num_keys - num_queries :], key_S, limit, first_key)
+    hidden = hidden_keys(key_S[num_keys - num_queries :], key_S, limit, num_empty_slots)
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
 def hidden_keys(query_T: Tensor, key_S: Tensor, window: int | None, first_key: int | Tensor | None = None) -> Tensor:
     """Whether a query may not see a key: one at a later position, `window` or more before it, or before `first_key`.
 
-    Args:
-        query_T: Positions of queries [..., T].
-        key_S: Positions of keys [..., S].
-        window: Number of keys that a query sees, its own included; None for all up to its own position.
-        first_key: The first key's position, broadcast to [..., S]; None if all keys count.
-
-    Returns:
-        Boolean, [..., T, S].
+    From positions [..., T] and [..., S] (`first_key` broadcasts to these) to booleans [..., T, S].
     """
     distance_TS = query_T[..., :, None] - key_S[..., None, :]
     hidden_TS = distance_TS < 0

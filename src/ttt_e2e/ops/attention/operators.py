@@ -26,8 +26,8 @@ def windowed_attention(
 ) -> Tensor:
     """Causal softmax attention of T queries over S >= T keys; differentiable twice, in linear memory.
 
-    Query i is at the position of key S - T + i and sees the last `window` keys up to its own. The scores are
-    scaled by K ** -0.5. H may be a multiple of G: query head h then reads key head h // (H / G).
+    Query i is at the position of key S - T + i. The scores are scaled by K ** -0.5. H may be a multiple of G: query
+    head h then reads key head h // (H / G).
 
     Args:
         q_BHTK: Queries [B, H, T, K].
@@ -73,9 +73,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention o [B, H, T, K], and the scores' logsumexp [B, H, T], which takes no gradient.
 
-    The logsumexp is in float32 (float64 for float64 inputs). Arguments as in `windowed_attention`, unchecked, and
-    `num_empty_slots`: how many of the first keys hold nothing and are seen by no query, a 0-dim integer tensor (None:
-    no such keys). It is a tensor so that a captured graph can be run again while a cache of fixed size fills up.
+    Arguments as in `inner_loop_attention`, unchecked. `num_empty_slots` is a tensor so that a captured graph can be run
+    again while a cache of fixed size fills up.
     """
     return _choose(implementation, q, k).forward(q, k, v, _view(k, window, num_empty_slots))
 
@@ -95,8 +94,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of <o, do>: dq [B, H, T, K], and dk, dv [B, G, N, K] of the last N = `num_new_keys` keys and values.
 
-    `o` and `lse` are what `attention_forward` returned for q, k, v and window. Differentiable once more, in q, k, v and
-    do. The effect of o and lse as functions of q, k and v is contained in that derivative, so they take no gradient.
+    Differentiable once more, in q, k, v and do. The effect of `o` and `lse`, which `attention_forward` returned, as
+    functions of q, k and v is contained in that derivative, so they take no gradient.
     """
     view = _view(k, window, num_empty_slots, num_new_keys)
     return _choose(implementation, q, k).backward(q, k, v, o, lse, do, view)
@@ -120,8 +119,7 @@ def attention_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of <dq, a> + <dk, b> + <dv, c>: gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K].
 
-    a [B, H, T, K] and b, c [B, G, N, K] are the gradients of what `attention_backward` returned. gk and gv cover all
-    keys, the cached ones included. Not differentiable.
+    a [B, H, T, K] and b, c [B, G, N, K] are the gradients of what `attention_backward` returned. Not differentiable.
     """
     view = _view(k, window, num_empty_slots, num_new_keys)
     return _choose(implementation, q, k).double_backward(q, k, v, o, lse, do, a, b, c, view)

@@ -20,18 +20,9 @@ def sdpa(
     num_empty_slots: Tensor | None = None,
     attn_mask_TS: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of T queries over S >= T keys; differentiable once.
+    """Softmax attention of T queries over S >= T keys, [B, H, T, K]; differentiable once.
 
-    Args:
-        q_BHTK: Queries [B, H, T, K], at the positions of the last T keys. H may be a multiple of G.
-        k_BGSK: Keys [B, G, S, K].
-        v_BGSK: Values, shaped as the keys.
-        window: Number of keys that a query sees, its own included; None for all up to its own position.
-        num_empty_slots: How many of the first keys hold nothing; None, 0-dim or [B], as in `causal_window_mask`.
-        attn_mask_TS: What `causal_window_mask` returns for these arguments, if it is known already.
-
-    Returns:
-        [B, H, T, K].
+    The arguments are those of `inner_loop_attention`, but `num_empty_slots` may also be [B], a number for every row.
     """
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     if attn_mask_TS is None and num_empty_slots is not None and num_empty_slots.dim() == 1:

@@ -23,13 +23,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Ten
     """Attention o [B, H, T, K] and the scores' logsumexp [B, H, T]."""
     rows = _Rows(q, k, view)
     k_PSK, v_PSK = k.flatten(0, 1), v.flatten(0, 1)
-    o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), rows.statistic()
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:3], dtype=rows.dtype, device=q.device)
     for block in rows.blocks():
         q_PRK = rows.take(q, block) * rows.scale
         largest_PR1 = rows.zeros(q_PRK, 1).fill_(torch.finfo(rows.dtype).min)  # finite, so that differences are not NaN
         total_PR1, o_PRK = rows.zeros(q_PRK, 1), rows.zeros(q_PRK, q.shape[3])
         for keys in rows.key_blocks(block):
-            p_PRs = _product(q_PRK, k_PSK[:, keys].mT, rows.dtype)
+            p_PRs = torch.bmm(q_PRK, k_PSK[:, keys].mT).to(rows.dtype)
             rows.mask_(p_PRs, block, keys, -torch.inf)
             larger_PR1 = torch.maximum(largest_PR1, p_PRs.amax(-1, keepdim=True))
             shrink_PR1 = (largest_PR1 - larger_PR1).exp_()
@@ -49,10 +50,7 @@ def backward(
     rows = _Rows(q, k, view)
     k_PSK, v_PSK = k.flatten(0, 1), v.flatten(0, 1)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk_PNK, dv_PNK = (
-        rows.zeros(k_PSK[:, : view.num_new_keys], k.shape[3]),
-        rows.zeros(v_PSK[:, : view.num_new_keys], k.shape[3]),
-    )
+    dk_PNK, dv_PNK = (rows.zeros(k_PSK[:, : view.num_new_keys], k.shape[3]) for _ in range(2))
     for block in rows.blocks():
         q_PRK, do_PRK = rows.take(q, block) * rows.scale, rows.take(do, block)
         lse_PR1 = rows.take(lse[..., None], block)
@@ -60,7 +58,7 @@ def backward(
         dq_PRK = rows.zeros(q_PRK, q.shape[3])
         for keys in rows.key_blocks(block):
             p_PRs = rows.softmax(q_PRK, k_PSK, lse_PR1, block, keys)
-            ds_PRs = _product(do_PRK, v_PSK[:, keys].mT, rows.dtype).sub_(delta_PR1).mul_(p_PRs)
+            ds_PRs = torch.bmm(do_PRK, v_PSK[:, keys].mT).to(rows.dtype).sub_(delta_PR1).mul_(p_PRs)
             _add_product_(dq_PRK, ds_PRs, k_PSK[:, keys])
             if keys.start >= rows.cached:
                 new_keys = rows.among_new(keys)
@@ -100,13 +98,13 @@ def double_backward(
         gq_PRK = rows.zeros(q_PRK, q.shape[3])
         for keys in rows.key_blocks(block):
             p_PRs = rows.softmax(q_PRK, k_PSK, lse_PR1, block, keys)
-            ds_PRs = _product(do_PRK, v_PSK[:, keys].mT, rows.dtype).sub_(delta_PR1).mul_(p_PRs)
+            ds_PRs = torch.bmm(do_PRK, v_PSK[:, keys].mT).to(rows.dtype).sub_(delta_PR1).mul_(p_PRs)
             x_PRs = rows.tangent(q_PRK, a_PRK, k_PSK, b_PNK, keys).sub_(mean_PR1)
             g_PRs = x_PRs * ds_PRs
             _add_product_(gv_PSK[:, keys], x_PRs.mul_(p_PRs).mT, do_PRK)
             if keys.start >= rows.cached:
                 new_keys = rows.among_new(keys)
-                y_PRs = _product(do_PRK, c_PNK[:, new_keys].mT, rows.dtype)
+                y_PRs = torch.bmm(do_PRK, c_PNK[:, new_keys].mT).to(rows.dtype)
                 g_PRs.addcmul_(p_PRs, y_PRs.sub_(w_PR1))
                 _add_product_(gq_PRK, ds_PRs, b_PNK[:, new_keys])
             else:
@@ -155,9 +153,6 @@ class _Rows:
     def heads(self, x_PSK: Tensor, like_BGSK: Tensor) -> Tensor:
         return x_PSK.unflatten(0, like_BGSK.shape[:2]).to(like_BGSK.dtype)
 
-    def statistic(self) -> Tensor:
-        return torch.empty(self.batch, self.heads_q, self.queries, dtype=self.dtype, device=self.device)
-
     def zeros(self, like: Tensor, width: int) -> Tensor:
         return torch.zeros(*like.shape[:2], width, dtype=self.dtype, device=self.device)
 
@@ -165,12 +160,12 @@ class _Rows:
         return (x_PRK.to(self.dtype) * y_PRK).sum(-1, keepdim=True)
 
     def softmax(self, q_PRK: Tensor, k_PSK: Tensor, lse_PR1: Tensor, block: slice, keys: slice) -> Tensor:
-        p_PRs = _product(q_PRK, k_PSK[:, keys].mT, self.dtype).sub_(lse_PR1).exp_()
+        p_PRs = torch.bmm(q_PRK, k_PSK[:, keys].mT).to(self.dtype).sub_(lse_PR1).exp_()
         self.mask_(p_PRs, block, keys, 0.0)
         return p_PRs
 
     def tangent(self, q_PRK: Tensor, a_PRK: Tensor, k_PSK: Tensor, b_PNK: Tensor, keys: slice) -> Tensor:
-        x_PRs = _product(a_PRK, k_PSK[:, keys].mT, self.dtype)
+        x_PRs = torch.bmm(a_PRK, k_PSK[:, keys].mT).to(self.dtype)
         if keys.start >= self.cached:
             _add_product_(x_PRs, q_PRK, b_PNK[:, self.among_new(keys)].mT)
         return x_PRs
@@ -184,10 +179,6 @@ class _Rows:
         key_s = torch.arange(keys.start, keys.stop, device=self.device)
         hidden_ts = hidden_keys(query_t, key_s, self.window)
         x_PRs.unflatten(1, (-1, hidden_ts.shape[0])).masked_fill_(hidden_ts, value)
-
-
-def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.bmm(x, y).to(dtype)
 
 
 def _add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:

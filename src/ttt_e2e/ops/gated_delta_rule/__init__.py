@@ -1,7 +1,7 @@
 """The gated delta rule (arXiv 2412.06464): a memory that decays, and corrects what it holds for a key.
 
-`reference.py` is the recurrence, token by token; `chunked.py` computes it in chunks of tokens. On a GPU,
-flash-linear-attention's kernels do it, if that package is installed.
+`reference.py` is the recurrence, token by token; `chunked.py` computes it in chunks of tokens; on a GPU,
+flash-linear-attention's kernels do, if it is installed.
 
 Shapes: B sequences, T tokens, H key heads, E value heads per key head, A = H E value heads, K key dimension, V value
 dimension.
@@ -39,8 +39,7 @@ def gated_delta_rule(
     """The memory's output for every query, and the memory after the last token.
 
     Args:
-        q_BTHK: Queries. Scale and normalise queries and keys before: they are not changed here.
-        k_BTHK: Keys.
+        q_BTHK, k_BTHK: Queries and keys, scaled and normalised by the caller.
         v_BTAV: Values. Value heads h E to h E + E - 1 share the queries and keys of head h.
         g_BTA: Logarithm of the decay, at most 0.
         beta_BTA: Share of the error that is corrected, in [0, 1].
@@ -51,8 +50,7 @@ def gated_delta_rule(
     Returns:
         [B, T, A, V] in v's dtype, and [B, A, K, V] as the state.
 
-    Raises:
-        UserError: If kernels is "fused" and flash-linear-attention is not installed or the inputs are not on a GPU.
+    Raises UserError as `KernelLibrary.choose` does.
     """
     dtype = accumulation_dtype(v_BTAV.dtype)
     functions = LIBRARY.choose(kernels, v_BTAV)

@@ -55,10 +55,7 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, 
 def cross_entropy_forward(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """The losses [N] for x [N, D], and the logits' logsumexp [N] for `cross_entropy_backward`.
-
-    The logsumexp takes no gradient. Arguments as in `linear_cross_entropy`, unchecked.
-    """
+    """The losses [N] for x [N, D], unchecked, and the logits' logsumexp [N], which takes no gradient."""
     return _choose(implementation, x_ND).forward(x_ND, weight_VD, targets_N)
 
 
@@ -73,8 +70,7 @@ def cross_entropy_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of sum(g * losses) in x [N, D] and in weight [V, D], the latter an empty tensor if not needed."""
-    chosen = _choose(implementation, x_ND)
-    return chosen.backward(x_ND, weight_VD, targets_N, lse_N, g_N, need_weight)
+    return _choose(implementation, x_ND).backward(x_ND, weight_VD, targets_N, lse_N, g_N, need_weight)
 
 
 @torch.library.custom_op("ttt_e2e::cross_entropy_double_backward", mutates_args=())
@@ -89,8 +85,7 @@ def cross_entropy_double_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of <dx, a> + <dweight, c> in x [N, D], weight [V, D] and g [N]; an empty c stands for zeros."""
-    chosen = _choose(implementation, x_ND)
-    return chosen.double_backward(x_ND, weight_VD, targets_N, lse_N, g_N, a_ND, c_VD)
+    return _choose(implementation, x_ND).double_backward(x_ND, weight_VD, targets_N, lse_N, g_N, a_ND, c_VD)
 
 
 def _choose(implementation: str, x_ND: Tensor) -> Any:

@@ -58,14 +58,7 @@ class Tiled:
         return dx_ND.to(x_ND.dtype), dweight_VD
 
     def double_backward(
-        self,
-        x_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        lse_N: Tensor,
-        g_N: Tensor,
-        a_ND: Tensor,
-        c_VD: Tensor,
+        self, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, lse_N: Tensor, g_N: Tensor, a_ND: Tensor, c_VD: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients gx [N, D], gW [V, D] and gg [N]; an empty c stands for zeros."""
         sizes = chunk_sizes(len(x_ND), len(weight_VD), tuning.LOGITS_AT_ONCE // 2)  # z and z'

@@ -13,16 +13,10 @@ from ttt_e2e.ops import tuning
 
 
 def ssd_chunked(
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    a_H: Tensor,
-    b_BTGN: Tensor,
-    c_BTGN: Tensor,
-    state_BHPN: Tensor,
-    chunk: int | None = None,
+    x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, state_BHPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The outputs [B, T, H, P] and the state after the last token; None for chunks of `tuning.SSD_CHUNK` tokens."""
-    chunk = tuning.SSD_CHUNK if chunk is None else chunk
+    """The outputs [B, T, H, P] and the state after the last token, in chunks of `tuning.SSD_CHUNK` tokens."""
+    chunk = tuning.SSD_CHUNK
     # Inside, the heads of a group are adjacent: with what they share, they make one matrix product.
     groups, tokens = b_BTGN.shape[2], x_BTHP.shape[1]
     x_BTGRP, dt_BTGR = x_BTHP.unflatten(2, (groups, -1)), dt_BTH.unflatten(2, (groups, -1))
