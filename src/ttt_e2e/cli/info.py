@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ttt_e2e.cli.common import add_options, print_json
 from ttt_e2e.config.parse import flatten
@@ -25,9 +24,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the description; returns 0."""
     from ttt_e2e.inference.load import shipped_model
+    from ttt_e2e.inference.session_file import session_facts
+    from ttt_e2e.model.checkpoint import load_transformer, model_digest
 
     path = shipped_model() if arguments.path is None else arguments.path
-    facts = _session(path) if path.is_file() else _model(path)
+    if path.is_file():
+        facts = {"kind": "session", "path": str(path), "bytes": path.stat().st_size, **session_facts(path)}
+        if "unfinished" in facts:
+            unfinished = facts.pop("unfinished")
+            facts["unfinished"] = f"after {unfinished['tokens']:,} tokens of {unfinished['name']}"
+    else:
+        model = load_transformer(path)
+        facts = {
+            "kind": "model",
+            "path": str(path),
+            "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "fast_weights": sum(w.numel() for pair in model.initial_fast_weights(1) for w in pair),
+            "digest": model_digest(model),
+            **flatten(model.config),
+            "notes": read_json(path / "config.json").get("notes", {}),
+        }
     if arguments.json:
         print_json(facts)
         return 0
@@ -35,28 +52,3 @@ def run(arguments: argparse.Namespace) -> int:
     for key, value in facts.items():
         print(f"{key:<{width}}{f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")
     return 0
-
-
-def _session(path: Path) -> dict[str, Any]:
-    from ttt_e2e.inference.session_file import session_facts
-
-    facts = session_facts(path)
-    if unfinished := facts.pop("unfinished", None):
-        facts["unfinished"] = f"after {unfinished['tokens']:,} tokens of {unfinished['name']}"
-    return {"kind": "session", "path": str(path), "bytes": path.stat().st_size, **facts}
-
-
-def _model(path: Path) -> dict[str, Any]:
-    from ttt_e2e.model.checkpoint import load_transformer, model_digest
-
-    model = load_transformer(path)
-    return {
-        "kind": "model",
-        "path": str(path),
-        "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "fast_weights": sum(w.numel() for pair in model.initial_fast_weights(1) for w in pair),
-        "digest": model_digest(model),
-        **flatten(model.config),
-        "notes": read_json(path / "config.json").get("notes", {}),
-    }

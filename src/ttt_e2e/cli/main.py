@@ -21,8 +21,6 @@ from ttt_e2e.errors import INTERRUPTED, UserError
 _NAMES = "read generate notebook prepare train evaluate presets cost convert serve reproduce info"
 COMMANDS = {name: import_module(f"ttt_e2e.cli.{name}") for name in _NAMES.split()}
 
-_LONGEST_NAME = 200  # characters of a file's name in an error
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process); returns the exit code.
@@ -55,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
             return _fail(f"No space left on the disk{where}; make room and run the command again.")
         if error.filename is None:
             raise
-        name = f"{str(error.filename)[:_LONGEST_NAME]}{'...' * (len(str(error.filename)) > _LONGEST_NAME)}"
+        name = str(error.filename)
+        name = name if len(name) <= 200 else f"{name[:200]}..."
         return _fail(f"Cannot use {name}: {error.strerror}; check the name and the permissions.")
 
 

@@ -147,11 +147,13 @@ def _tokenize(tokenizer: Tokenizer, chunks: Iterable[str], length: int) -> Itera
 
 
 def _learn(reading: Reading, losses_of: Callable[[], Iterable[np.ndarray]]) -> str | None:
-    """Add the losses of the learning reader and the time that they take; returns how it diverged, if it did."""
+    """Add the session's losses of this text and the time that they take; returns how it diverged, if it did."""
     started = time.perf_counter()
     try:
         for losses in losses_of():
-            reading.add_losses(losses)
+            earlier = min(reading.pending_before, len(losses))
+            reading.pending_before -= earlier
+            reading.curve.add(losses[earlier:])
     except Diverged as error:
         return str(error)
     finally:

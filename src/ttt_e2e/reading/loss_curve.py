@@ -11,8 +11,7 @@ BINS = 512
 class LossCurve:
     """Sums of the losses along a text over bins of `bin_tokens` tokens. When all bins are full, neighbours merge."""
 
-    sums: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
-    """[bins], an even number."""
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(BINS))  # an even number
     bin_tokens: int = 1
     tokens: int = 0
 

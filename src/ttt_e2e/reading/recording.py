@@ -27,15 +27,11 @@ class Recording(NamedTuple):
 
     folder: Path
     start: int
-    size: int
-    """Characters of a passage, as for `Notebook`."""
-    resumed: bool = False
-    """An unfinished reading continues."""
-    replaced: bool = False
-    """The notebook is first replaced by a copy of `source`, or by an empty one."""
+    size: int  # characters of a passage, as for `Notebook`
+    resumed: bool = False  # an unfinished reading continues
+    replaced: bool = False  # the notebook is first replaced by a copy of `source`, or by an empty one
     source: Path | None = None
-    remarks: tuple[str, ...] = ()
-    """Sentences for people."""
+    remarks: tuple[str, ...] = ()  # sentences for people
 
 
 def plan_recording(save: Path, session: Path | None, window: int) -> Recording:

@@ -29,34 +29,25 @@ class ReadingReport:
     name: str
     model: str
     learns: bool
-    tokens: int
-    """Of the text, as far as both readers have come; so are `bytes`."""
+    tokens: int  # of the text, as far as both readers have come; so are `bytes`
     bytes: int
     loss: float
     loss_without: float | None
     gain: float | None
     gain_percent: float | None
-    bits_per_byte: float
-    """The loss relative to the size of the text, which is comparable across tokenizers."""
+    bits_per_byte: float  # the loss relative to the size of the text, which is comparable across tokenizers
     bits_per_byte_without: float | None
-    quarters: list[float] | None
-    """The gain in each quarter of the text."""
-    parts: list[SegmentLoss]
-    """Tenths of the text."""
-    curve: list[SegmentLoss]
-    """At most `loss_curve.BINS` segments."""
+    quarters: list[float] | None  # the gain in each quarter of the text
+    parts: list[SegmentLoss]  # tenths of the text
+    curve: list[SegmentLoss]  # at most `loss_curve.BINS` segments
     seconds: float
-    learning_seconds: float
-    """Of the reader that learns, without its twin."""
-    tokens_per_second: float
-    """Of the reader that learns."""
+    learning_seconds: float  # of the reader that learns, without its twin
+    tokens_per_second: float  # of the reader that learns
     mini_batch_size: int | None
     sliding_window: int
     interrupted: bool = False
-    diverged: str | None = None
-    """Where and how learning diverged."""
-    note: str | None = None
-    """A sentence for people, such as that the text was too short to learn from."""
+    diverged: str | None = None  # where and how learning diverged
+    note: str | None = None  # a sentence for people, such as that the text was too short to learn from
 
 
 def build_report(reading: Reading, model_name: str, *, interrupted: bool, diverged: str | None) -> ReadingReport:

@@ -27,32 +27,19 @@ class Reading:
     """A reading of a text: who reads what, how far it has come and what was measured."""
 
     session: Session
-    twin: Session | None
-    """Reads the same without learning."""
+    twin: Session | None  # reads the same without learning
     name: str
-    total_bytes: int | None
-    """Size of the text, if known."""
-    initial_digest: str = ""
-    """Digest of the text that the session had read before."""
-    notebook_start: int | None = None
-    """The notebook's character at which the text begins; None if it is not recorded."""
-    pending_before: int = 0
-    """So many of the next losses belong to the tokens that were pending in the session before."""
+    total_bytes: int | None  # of the text, if known
+    initial_digest: str = ""  # of the text that the session had read before
+    notebook_start: int | None = None  # the notebook's character at which the text begins; None: it is not recorded
+    pending_before: int = 0  # how many of the next losses belong to tokens that were pending in the session before
     tokens: int = 0
     bytes: float = 0.0
     seconds: float = 0.0
-    learning_seconds: float = 0.0
-    """Of the session, without its twin."""
+    learning_seconds: float = 0.0  # of the session, without its twin
     curve: LossCurve = field(default_factory=LossCurve)
-    twin_curve: LossCurve = field(default_factory=LossCurve)
-    """Losses without learning."""
+    twin_curve: LossCurve = field(default_factory=LossCurve)  # losses without learning
     token_hash: Any = field(default_factory=hashlib.sha256)
-
-    def add_losses(self, losses: np.ndarray) -> None:
-        """Add losses [n] of the session, without those of earlier tokens."""
-        skipped = min(self.pending_before, len(losses))
-        self.pending_before -= skipped
-        self.curve.add(losses[skipped:])
 
     def add_chunk(self, ids: np.ndarray, size: float) -> None:
         """Count `size` bytes of the text, whose token ids [n] are `ids`, as read."""
@@ -92,8 +79,7 @@ def unfinished_facts(path: Path) -> dict[str, Any]:
 
     Raises UserError for a file that is not a session.
     """
-    facts: dict[str, Any] = session_facts(path).get("unfinished", {}) if path.exists() else {}
-    return facts
+    return session_facts(path).get("unfinished", {}) if path.exists() else {}
 
 
 def resume_reading(path: Path, chunks: Iterator[tuple[np.ndarray, float]], reading: Reading) -> bool:

@@ -286,10 +286,7 @@ class Notebook:
     def _text_at(self, span: Span, previous_digest: str) -> str:
         """The text of a passage, checked against its digest."""
         self._reader.seek(span.start_byte)
-        try:
-            text = self._reader.read(span.stop_byte - span.start_byte).decode()
-        except UnicodeDecodeError as error:
-            raise self._altered() from error
+        text = self._reader.read(span.stop_byte - span.start_byte).decode(errors="replace")
         if Span.of(text, span.start, span.start_byte, previous_digest) != span:
             raise self._altered()
         return text

@@ -118,7 +118,6 @@ def load_embed(folder: Path) -> Embed:
 
     Raises UserError if model2vec is missing, or if the folder holds no embedding.
     """
-    folder = Path(folder)
     try:
         from model2vec import StaticModel
     except ImportError as error:
