@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens.
 """
 
 import math
-from itertools import pairwise
+from itertools import count, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,6 @@ from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
-
-_FIRST_BIN = 16
-_BINS_PER_OCTAVE = 2
 
 
 class Book(NamedTuple):
@@ -38,9 +35,9 @@ def held_out_books(tokens: TokenSet, longest_context: int, max_tokens: int) -> l
     """
     books = []
     for i, length in enumerate(tokens.lengths):
-        count = min(max_tokens, int(length) - 1) // longest_context * longest_context
-        if count:
-            ids = tokens.check_ids(tokens.document(i, 0, count + 1)).astype(np.int64)
+        size = min(max_tokens, int(length) - 1) // longest_context * longest_context
+        if size:
+            ids = tokens.check_ids(tokens.document(i, 0, size + 1)).astype(np.int64)
             books.append(Book(f"{i} {tokens.names[i]}", ids))
     if not books:
         raise UserError(
@@ -71,14 +68,13 @@ class BookReader:
         for book in books:
             starts = np.arange(0, len(book.tokens) - 1, context)
             sequences_BT1 = torch.from_numpy(np.stack([book.tokens[start : start + context + 1] for start in starts]))
-            nll_BT, mask_BT = self._read(sequences_BT1, learn, inner_lr)
-            loss = float((nll_BT * mask_BT).sum() / mask_BT.sum())
+            nll_BT, mask_BT, loss = self._read(sequences_BT1, learn, inner_lr)
             if not math.isfinite(loss):
                 raise Divergence(f"Reading {book.name} in sequences of {context} tokens diverged: its loss is {loss}.")
-            bins = list(pairwise(position_edges(context)))
-            sums = [float((nll_BT * mask_BT)[:, start:stop].sum()) for start, stop in bins]
-            counts = [float(mask_BT[:, start:stop].sum()) for start, stop in bins]
-            by_position = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+            by_position = []
+            for start, stop in pairwise(position_edges(context)):
+                tokens = float(mask_BT[:, start:stop].sum())
+                by_position.append(float(nll_BT[:, start:stop].sum()) / tokens if tokens else None)
             tokens = int(mask_BT.sum())
             results.append({"name": book.name, "tokens": tokens, "loss": loss, "by_position": by_position})
         return results
@@ -90,8 +86,7 @@ class BookReader:
         """
         losses: dict[float, float | None] = {}
         for lr in inner_lrs:
-            nll_BT, mask_BT = self._read(sequences_BT1, True, lr)
-            loss = float((nll_BT * mask_BT).sum() / mask_BT.sum())
+            loss = self._read(sequences_BT1, True, lr)[-1]
             losses[lr] = loss if math.isfinite(loss) else None
         if all(loss is None for loss in losses.values()):
             context = sequences_BT1.shape[1] - 1
@@ -101,27 +96,24 @@ class BookReader:
     @torch.no_grad()
     def _read(
         self, sequences_BT1: torch.Tensor, learn: bool, inner_lr: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens' losses, and which of them count, [B, T] float64 on the CPU."""
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """The tokens' losses (0 where they do not count) and which count, [B, T] float64, and the mean of these."""
         losses, masks = [], []
         for some_BT1 in sequences_BT1.split(max(1, self.batch_tokens // (sequences_BT1.shape[1] - 1))):
             tokens_BT1 = some_BT1.to(self.model.embedding.device)
-            result = sequence_loss(
-                self.model, tokens_BT1, bos=self.bos, learn=learn, inner_lr=inner_lr, dtype=self.dtype
-            )
+            options: dict[str, Any] = {"bos": self.bos, "learn": learn, "inner_lr": inner_lr, "dtype": self.dtype}
+            result = sequence_loss(self.model, tokens_BT1, **options)
             losses.append(result.nll_BT.double().cpu())
             masks.append(result.mask_BT.double().cpu())
-        return torch.cat(losses), torch.cat(masks)
+        mask_BT = torch.cat(masks)
+        nll_BT = torch.cat(losses) * mask_BT
+        return nll_BT, mask_BT, float(nll_BT.sum() / mask_BT.sum())
 
 
 def position_edges(context: int) -> list[int]:
     """Edges of the bins of positions, two bins to a doubling: 0, 16, 22, 32, 45, ..., `context`."""
-    edges = [0]
-    while True:
-        edge = int(_FIRST_BIN * 2 ** ((len(edges) - 1) / _BINS_PER_OCTAVE))
-        if edge >= context:
-            return [*edges, context]
-        edges.append(edge)
+    edges = (int(16 * 2 ** (i / 2)) for i in count())
+    return [0, *takewhile(lambda edge: edge < context, edges), context]
 
 
 def evaluate_books(model: Transformer, settings: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +129,8 @@ def evaluate_books(model: Transformer, settings: dict[str, Any]) -> dict[str, An
     }
     inner_lr = None
     if settings["inner_lrs"]:
-        count = max(1, settings["inner_lr_tokens"] // context)
-        sequences_BT1 = next(SequenceLoader(TokenSet.open(folder, "train"), context, count, settings["seed"]))
+        batch = max(1, settings["inner_lr_tokens"] // context)
+        sequences_BT1 = next(SequenceLoader(TokenSet.open(folder, "train"), context, batch, settings["seed"]))
         losses = reader.inner_lr_losses(sequences_BT1, settings["inner_lrs"])
         inner_lr = min((lr for lr, loss in losses.items() if loss is not None), key=lambda lr: losses[lr] or 0.0)
         result |= {"inner_lr": inner_lr, "inner_lr_losses": [[lr, loss] for lr, loss in losses.items()]}

@@ -1,7 +1,7 @@
 """`ttt-e2e reproduce latency`: time per token of every system by context, as numbers, a table and a picture."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ def run_latency(
         "configs": {name: to_dict(model) for name, model in models.items()},
     }
     long_contexts = LONG_CONTEXTS.get(scale, ()) if contexts is None else ()
+    from ttt_e2e.reproduce.plots import plot_times  # matplotlib is slow to import
+
+    labels = {system.name: {"label": system.label, "colour": system.colour} for system in SYSTEMS}
+    host = ", ".join(f"{key} {value}" for key, value in facts["machine"].items())
+    head = f"# Time per token at scale {scale}\n\nOne sequence, {facts['dtype']}, random weights and tokens. {host}.\n"
     rows: list[LatencyRow] = []
     all_contexts = (*(numbers.latency_contexts if contexts is None else contexts), *long_contexts)
     for context in tqdm(all_contexts, desc="timing", unit="context", disable=not progress):
@@ -84,22 +89,7 @@ def run_latency(
             system = known[row["system"]]
             row["train_us"] = train_us.get((system.weights_from or system).name)
         rows += new
-        _write(out, facts, rows)
+        write_text(out / "latency.json", json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        write_text(out / "latency.md", "\n".join([head, *time_tables(rows, labels)]))
+        plot_times(rows, labels, out / "latency.png")
     return rows
-
-
-def _write(out: Path, facts: Mapping[str, Any], rows: Sequence[LatencyRow]) -> None:
-    from ttt_e2e.reproduce.plots import plot_times  # matplotlib is slow to import
-
-    systems = {system.name: {"label": system.label, "colour": system.colour} for system in SYSTEMS}
-    host = ", ".join(f"{key} {value}" for key, value in facts["machine"].items())
-    lines = [
-        f"# Time per token at scale {facts['scale']}",
-        "",
-        f"One sequence, {facts['dtype']}, random weights and tokens. {host}.",
-        "",
-        *time_tables(rows, systems),
-    ]
-    write_text(out / "latency.json", json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    write_text(out / "latency.md", "\n".join(lines))
-    plot_times(rows, systems, out / "latency.png")

@@ -17,7 +17,7 @@ import random
 import re
 import statistics
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,24 +148,19 @@ def make_example(
     def tokens(count: int) -> int:
         return 1 + len(tokenizer.encode(needle.join(around_needle(count)))) + answer_tokens
 
-    count = _largest(lambda count: tokens(count) <= context)
-    if count < 1:
+    least = tokens(1)
+    if least > context:
         raise UserError(
             f"A context of {context} tokens is too small for needle task {task}: instructions, needle, question and "
-            f"one sentence of haystack take {tokens(1)}; choose a longer one."
+            f"one sentence of haystack take {least}; choose a longer one."
         )
+    high = 2
+    while tokens(high) <= context:
+        high *= 2
+    # The largest count that fits, where the next does not.
+    count = high // 2 + bisect.bisect_right(range(high // 2 + 1, high), context, key=tokens)
     before, after = around_needle(count)
     return Example(before + needle + after, value, key, 1 + len(tokenizer.encode(before)), tokens(count))
-
-
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest count that fits, where the next does not; 0 if 1 does not fit. Doubles, then bisects."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    return low + bisect.bisect_left(range(low + 1, high), True, key=lambda count: not fits(count))
 
 
 def example_for(
@@ -180,7 +175,7 @@ def example_for(
 
 
 NeedleResult = dict[str, Any]
-"""One question and its answer, as needles.json has it: "model", "task", "context", "depth", "sample", and see `ask`."""
+"""A question and its answer, as in needles.json: "model", "task", "context", "depth", "sample", and see `ask`."""
 
 
 def ask(answerer: Answerer, tokenizer: Tokenizer, example: Example) -> dict[str, Any]:
@@ -257,7 +252,15 @@ def run_needles(
     text = standard_library_document().text if haystack is None else read_text(haystack)
     facts: dict[str, Any] = {"format": FORMAT, "version": VERSION, "seed": seed, "dtype": "float32"}
     facts["haystack"] = hashlib.sha256(text.encode()).hexdigest()
-    facts, results = _read_results(out, facts)
+    path = out / "needles.json"
+    found: dict[str, Any] = facts | {"models": {}, "results": []}
+    if path.exists():
+        found = {"format": FORMAT, "version": 2} | read_json(path)  # version 2 had no such entries
+        check_format(found, path, FORMAT, VERSION, "choose another folder")
+        different = [key for key, value in facts.items() if found.get(key) != value]
+        if different:
+            raise UserError(f"{path} has results of another {' and another '.join(different)}; choose another folder.")
+    facts, results = found, found.pop("results")
     chosen = choose_device(device)
     facts["machine"] = machine(chosen)
     for name, folder in models.items():  # what cannot be asked is refused before the first question
@@ -279,7 +282,10 @@ def run_needles(
                     answer = ask(answerer, tokenizer, example_for(task, tokenizer, context, depth, sample, seed, text))
                     question = {"model": name, "task": task, "context": context, "depth": depth, "sample": sample}
                     results.append({**question, **answer})
-                    _write_results(out, facts, results)
+                    # A line for each result, so that the file can be read by people.
+                    lines = ",\n".join(map(json.dumps, results))
+                    head = json.dumps(facts, indent=1).removesuffix("\n}")
+                    write_text(path, f'{head},\n "results": [\n{lines}\n]}}\n')
                 bar.update()
     from ttt_e2e.reproduce.plots import plot_needles  # matplotlib is slow to import
 
@@ -289,26 +295,6 @@ def run_needles(
         cells.setdefault((result["model"], result["task"], result["context"], result["depth"]), []).append(result)
     plot_needles({key: (score(some)[0], _format(some, "\n")) for key, some in cells.items()}, out / "needles.png")
     return results
-
-
-def _read_results(out: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[NeedleResult]]:
-    """The facts and results in needles.json; `facts` and no results if there is no such file."""
-    path = out / "needles.json"
-    if not path.exists():
-        return {**facts, "models": {}}, []
-    found: dict[str, Any] = {"format": FORMAT, "version": 2} | read_json(path)  # version 2 had no such entries
-    check_format(found, path, FORMAT, VERSION, "choose another folder")
-    different = [key for key, value in facts.items() if found.get(key) != value]
-    if different:
-        raise UserError(f"{path} has results of another {' and another '.join(different)}; choose another folder.")
-    return found, found.pop("results")
-
-
-def _write_results(out: Path, facts: dict[str, Any], results: Iterable[NeedleResult]) -> None:
-    """A line for each result, so that the file can be read by people."""
-    lines = ",\n".join(json.dumps(result) for result in results)
-    head = json.dumps(facts, indent=1).removesuffix("\n}")
-    write_text(out / "needles.json", f'{head},\n "results": [\n{lines}\n]}}\n')
 
 
 def score(results: Sequence[NeedleResult]) -> tuple[float, float | None]:
@@ -325,8 +311,7 @@ def _format(results: Sequence[NeedleResult], separator: str) -> str:
 def needles_table(results: Sequence[NeedleResult], facts: dict[str, Any]) -> str:
     """Markdown: percent found and the value's loss by model, task and context, over all depths; then by depth."""
     contexts = sorted({result["context"] for result in results})
-    over_all: list[list[str]] = []
-    by_depth: list[list[str]] = []
+    rows: list[list[str]] = []
     for name, task in sorted({(r["model"], r["task"]) for r in results}, key=lambda pair: (pair[1], pair[0])):
         own = [r for r in results if (r["model"], r["task"]) == (name, task)]
         for depth in (None, *sorted({r["depth"] for r in own})):
@@ -334,15 +319,13 @@ def needles_table(results: Sequence[NeedleResult], facts: dict[str, Any]) -> str
             for context in contexts:
                 some = [r for r in own if r["context"] == context and depth in (None, r["depth"])]
                 row.append(_format(some, " / ") if some else "-")
-            (over_all if depth is None else by_depth).append(row)
+            rows.append(row)
+    rows.sort(key=lambda row: row[2] != "all")
     host = ", ".join(f"{key} {value}" for key, value in facts["machine"].items())
-    lines = [
-        "# Needles in a haystack",
-        "",
-        f"Seed {facts['seed']}, {facts['dtype']}. {host}.",
-        "",
-        "Percent of the values that were written, and the loss of their tokens in nats per token.",
-        "",
-        *markdown_table(["model", "task", "depth", *map(in_tokens, contexts)], [*over_all, *by_depth]),
-    ]
-    return "\n".join(lines)
+    head = f"""# Needles in a haystack
+
+Seed {facts["seed"]}, {facts["dtype"]}. {host}.
+
+Percent of the values that were written, and the loss of their tokens in nats per token.
+"""
+    return "\n".join([head, *markdown_table(["model", "task", "depth", *map(in_tokens, contexts)], rows)])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ttt_e2e.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """The numbers of a comparison, the same for every system. Lengths and amounts are in tokens."""
 
@@ -23,17 +23,17 @@ class Scale:
 
     extend_tokens: int  # of that further training
     warm_start_tokens: int  # of a second stage at `pretrain_context`, for a system that starts from another one's model
-    extend_lr: float  # outer learning rate of the further training; a second stage sweeps around it
+    extend_lr: float = 4e-4  # outer learning rate of the further training; a second stage sweeps around it
     tokens_per_step: int  # of the first and the second stage
     extend_tokens_per_step: int
     micro_batch_tokens: int  # of a step, computed at once by a process
 
-    sweep_factors: tuple[float, ...]
+    sweep_factors: tuple[float, ...] = (0.25, 1.0, 4.0)
     """Factors of the preset's outer learning rate, each tried for `sweep_tokens`; then half and twice the best are."""
 
     sweep_tokens: int
 
-    inner_lrs: tuple[float, ...]
+    inner_lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     """Inner learning rates to try with a model that was trained without meta-learning, on `inner_lr_tokens` of the
     training text."""
 
@@ -44,7 +44,10 @@ class Scale:
     latency_seconds: float  # for each figure
     vocab_size: int
     requirements: str  # a sentence on the machine and the data that it takes
-    settings: tuple[str, ...] = ()  # further settings, NAME=VALUE, in place of the presets'
+    settings: tuple[str, ...] = (
+        "dtype=bfloat16",
+        "checkpoint_every=200",
+    )  # further settings, NAME=VALUE, in place of the presets'
     processes: int = 1  # that train one model together, each on its own GPU
     val_share: float = 0.1  # of the text, held out where the tokens are prepared here
 
@@ -72,7 +75,6 @@ SCALES = {
             sweep_factors=(0.5, 2.0, 8.0),
             # In half of this no rate gets beyond word frequencies, and the sweep picks one that is too high.
             sweep_tokens=983_040,
-            inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             inner_lr_tokens=32_768,
             eval_tokens=16_384,
             eval_batch_tokens=8192,
@@ -86,19 +88,15 @@ SCALES = {
             size="small",
             sliding_window=1024,
             mini_batch_size=128,
-            settings=("dtype=bfloat16", "checkpoint_every=200"),
             pretrain_context=1024,
             pretrain_tokens=524_288_000,
             contexts=(1024, 2048, 4096, 8192, 16_384, 32_768),
             extend_tokens=26_214_400,
             warm_start_tokens=52_428_800,
-            extend_lr=4e-4,
             tokens_per_step=131_072,
             extend_tokens_per_step=131_072,
             micro_batch_tokens=32_768,
-            sweep_factors=(0.25, 1.0, 4.0),
             sweep_tokens=15_728_640,
-            inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             inner_lr_tokens=262_144,
             eval_tokens=65_536,
             eval_batch_tokens=65_536,
@@ -113,19 +111,15 @@ SCALES = {
             size="3b",
             sliding_window=8192,
             mini_batch_size=1024,
-            settings=("dtype=bfloat16", "checkpoint_every=200"),
             pretrain_context=8192,
             pretrain_tokens=52_000 * 128 * 8192,
             contexts=(8192, 16_384, 32_768, 65_536, 131_072),
             extend_tokens=1300 * 128 * 8192,
             warm_start_tokens=5200 * 128 * 8192,
-            extend_lr=4e-4,
             tokens_per_step=128 * 8192,
             extend_tokens_per_step=128 * 8192,
             micro_batch_tokens=8192,
-            sweep_factors=(0.25, 1.0, 4.0),
             sweep_tokens=780 * 128 * 8192,
-            inner_lrs=(0.01, 0.03, 0.1, 0.3, 1.0),
             inner_lr_tokens=1_048_576,
             eval_tokens=131_072,
             eval_batch_tokens=131_072,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import extend_model, preset
-from ttt_e2e.config.schema import ModelConfig, RunConfig, replace
+from ttt_e2e.config.schema import RunConfig, replace
 from ttt_e2e.convert.from_standard import learning_config
 from ttt_e2e.convert.learning import FastInit, LearningOptions
 from ttt_e2e.errors import UserError
@@ -81,19 +81,13 @@ BASELINE = {"figure1": "full", "ablations": "ttt-e2e", "warmstart": "window-on"}
 """By comparison, the system from whose loss the others' losses are subtracted."""
 
 
-def comparison_systems(comparison: str, scale: Scale) -> tuple[System, ...]:
-    """All systems of a comparison (a key of `BASELINE`) at this scale, the baseline among them."""
-    if comparison == "ablations":
-        return ablations(scale)
-    return SYSTEMS if comparison == "figure1" else WARM_STARTS
-
-
 def choose(comparison: str, scale: Scale, names: list[str] | None) -> tuple[System, ...]:
     """The systems called `names` (None: all but full-prefix, as in the paper) and the baseline, in their usual order.
 
     Raises UserError for an unknown name.
     """
-    known = {system.name: system for system in comparison_systems(comparison, scale)}
+    systems = {"figure1": SYSTEMS, "warmstart": WARM_STARTS}.get(comparison) or ablations(scale)
+    known = {system.name: system for system in systems}
     wanted = {BASELINE[comparison], *(set(known) - {"full-prefix"} if names is None else names)}
     for name in sorted(wanted - set(known)):
         raise UserError(f"There is no system {name!r} in {comparison}; there are: {', '.join(known)}.")
@@ -144,70 +138,39 @@ def pretraining(
     config = override(config, list(scale.settings))
     count = parameters(config.model)
     config = override(config, list(system.changes))
-    if system.same_size:
-        config = replace(config, {"model": with_parameters(config.model, count, 8)})
+    if system.same_size:  # as nearly as MLPs of a multiple of 8 allow
+        one, two = (parameters(replace(config, {"model.intermediate_size": width}).model) for width in (1, 2))
+        config = replace(config, {"model.intermediate_size": max(8, round((count - one) / (two - one) / 8) * 8)})
     stage_tokens, stage_lr = scale.pretrain_tokens, config.train.lr
     if system.starts_from is not None:
         stage_tokens, stage_lr = scale.warm_start_tokens, scale.extend_lr
         seed += 1
     if system.fast is not None:
         assert system.starts_from is not None
-        options = LearningOptions(
-            scale.sliding_window,
-            config.model.suffix_layers / config.model.num_hidden_layers,
-            scale.mini_batch_size,
-            system.fast,
-            system.fast_share,
-        )
+        share = config.model.suffix_layers / config.model.num_hidden_layers
+        options = LearningOptions(scale.sliding_window, share, scale.mini_batch_size, system.fast, system.fast_share)
         model = learning_config(pretraining(scale, system.starts_from, 0).model, options)
         config = replace(config, {"model": replace(model, {"inner_loop": config.model.inner_loop})})
-    return _stage(
-        scale,
-        config,
-        context=scale.pretrain_context,
-        tokens=stage_tokens if tokens is None else tokens,
-        tokens_per_step=scale.tokens_per_step,
-        lr=stage_lr if lr is None else lr,
-        seed=seed,
-    )
+    tokens, lr = stage_tokens if tokens is None else tokens, stage_lr if lr is None else lr
+    return _stage(scale, config, scale.pretrain_context, tokens, scale.tokens_per_step, lr, seed)
 
 
 def extending(scale: Scale, system: System, seed: int, context: int) -> RunConfig:
     """The configuration of a system's further training for a longer `context`, by the paper's recipe."""
     config = pretraining(scale, system, seed)
-    config = _stage(
-        scale,
-        replace(config, {"model": extend_model(config.model, context)}),
-        context=context,
-        tokens=scale.extend_tokens,
-        tokens_per_step=scale.extend_tokens_per_step,
-        lr=scale.extend_lr,
-        seed=seed,
-    )
+    config = replace(config, {"model": extend_model(config.model, context)})
+    config = _stage(scale, config, context, scale.extend_tokens, scale.extend_tokens_per_step, scale.extend_lr, seed)
     return replace(config, {"train.inner_warmup_steps": 0})
 
 
-def with_parameters(model: ModelConfig, count: int, step: int) -> ModelConfig:
-    """`model` with about `count` parameters, by the width of its MLPs, a multiple of `step`."""
-    one, two = (parameters(replace(model, {"intermediate_size": width})) for width in (1, 2))
-    return replace(model, {"intermediate_size": max(step, round((count - one) / (two - one) / step) * step)})
-
-
 def _stage(
-    scale: Scale, config: RunConfig, *, context: int, tokens: int, tokens_per_step: int, lr: float, seed: int
+    scale: Scale, config: RunConfig, context: int, tokens: int, tokens_per_step: int, lr: float, seed: int
 ) -> RunConfig:
     """`config` for `tokens` tokens in sequences of `context`: the same batches for every system."""
     batch = max(1, tokens_per_step // context)
     at_once = max(1, scale.micro_batch_tokens // context) * scale.processes
     accumulate = next(n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or batch // n <= at_once))
-    changes = {
-        "context": context,
-        "batch": batch,
-        "accumulate": accumulate,
-        "steps": max(1, tokens // (batch * context)),
-        "lr": lr,
-        "seed": seed,
-        "eval_every": 0,
-        "log_every": 1,
-    }
+    steps = max(1, tokens // (batch * context))
+    changes = dict(context=context, batch=batch, accumulate=accumulate, steps=steps, lr=lr, seed=seed)
+    changes |= dict(eval_every=0, log_every=1)
     return replace(config, {f"train.{name}": value for name, value in changes.items()})
