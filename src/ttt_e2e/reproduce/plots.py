@@ -25,14 +25,8 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
     for name in systems:
         rows = [r for r in report["comparison"] if r["system"] == name and r["difference"] is not None]
         if rows:
-            axes[0].errorbar(
-                [row["context"] for row in rows],
-                [row["difference"]["mean"] for row in rows],
-                [row["difference"]["books_error"] or 0.0 for row in rows],
-                **_style(systems, name),
-                capsize=2,
-                elinewidth=0.8,
-            )
+            contexts, y, errors = _points([row["context"] for row in rows], [row["difference"] for row in rows])
+            axes[0].errorbar(contexts, y, errors, **_style(systems, name), capsize=2, elinewidth=0.8)
     axes[0].set_ylabel(f"loss minus that of {systems[report['baseline']]['label']} (nats per token)")
     _token_axis(axes[0], [row["context"] for row in report["comparison"]], "context (tokens)")
     if has_latency:
@@ -42,7 +36,6 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
         else:
             axes[1].text(0.5, 0.5, "not measured yet", ha="center", transform=axes[1].transAxes, color=_GREY)
     axes[0].set_title(f"{report['name']}, scale {report['plan']['scale']['name']}", loc="left", fontsize=11)
-    _legend(figure, axes[0])
     _save(figure, path)
 
 
@@ -53,20 +46,17 @@ def plot_by_position(report: dict[str, Any], path: Path) -> None:
     middles = [(max(start, 1) * stop) ** 0.5 for start, stop in pairwise(edges)]
     for row in report["by_position"]["rows"]:
         for axis, key in zip(axes, ("loss", "difference"), strict=True):
-            points = [(x, b[key]) for x, b in zip(middles, row["bins"], strict=True) if b[key] is not None]
-            x, y = [x for x, _ in points], [value["mean"] for _, value in points]
+            x, y, errors = _points(middles, [b[key] for b in row["bins"]])
             axis.plot(x, y, **_style(systems, row["system"]))
             if key == "difference":
-                errors = [value["books_error"] or 0.0 for _, value in points]
-                low, high = ([a + sign * b for a, b in zip(y, errors, strict=True)] for sign in (-1, 1))
-                axis.fill_between(x, low, high, color=systems[row["system"]]["colour"], alpha=0.12, lw=0)
+                colour = systems[row["system"]]["colour"]
+                axis.fill_between(x, y - errors, y + errors, color=colour, alpha=0.12, lw=0)
     axes[0].set_ylabel("loss (nats per token)")
     axes[1].set_ylabel(f"minus that of {systems[report['baseline']]['label']}")
     for axis in axes:
         _token_axis(axis, [edge for edge in edges[1:] if edge & (edge - 1) == 0], "position in the sequence (token)")
     context = in_tokens(report["by_position"]["context"])
     axes[0].set_title(f"Loss by position in a context of {context}", loc="left", fontsize=11)
-    _legend(figure, axes[0])
     _save(figure, path)
 
 
@@ -78,7 +68,6 @@ def plot_times(rows: Sequence[Mapping[str, Any]], systems: Mapping[str, Mapping[
         _draw_times(axis, rows, key, systems)
         axis.set_title(TIMES[key], loc="left", fontsize=11)
     axes[0].set_ylabel("microseconds per token")
-    _legend(figure, axes[0])
     _save(figure, path)
 
 
@@ -97,12 +86,9 @@ def plot_needles(cells: Mapping[tuple[str, int, int, float], tuple[float, str]],
         for column, model in enumerate(models):
             axes = panels[row, column]
             grid = np.full((len(depths), len(contexts)), np.nan)
-            for i, depth in enumerate(depths):
-                for j, context in enumerate(contexts):
-                    if (model, task, context, depth) in cells:
-                        grid[i, j], text = cells[model, task, context, depth]
-                        colour = "w" if grid[i, j] > 60 else "k"
-                        axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+            for i, j in np.ndindex(grid.shape):
+                grid[i, j], text = cells.get((model, task, contexts[j], depths[i]), (np.nan, ""))
+                axes.text(j, i, text, ha="center", va="center", fontsize=6, color="w" if grid[i, j] > 60 else "k")
             image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=100, aspect="auto")
             axes.set_xticks(range(len(contexts)), [in_tokens(context) for context in contexts], fontsize=7)
             axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths], fontsize=7)
@@ -125,14 +111,20 @@ def _draw_times(
         if some:
             style = _style(systems, name)
             axes.plot([row["context"] for row in some], [row[key] for row in some], **style)
-            hollow = [row for row in some if key == "prefill_us" and not row["whole"]]
-            points = [row["context"] for row in hollow], [row[key] for row in hollow]
-            axes.plot(*points, **style | dict(linestyle="", markerfacecolor="white", label="_"))
+            hollow = [(row["context"], row[key]) for row in some if key == "prefill_us" and not row["whole"]]
+            style |= dict(linestyle="", markerfacecolor="white", label="_")
+            axes.plot(*np.array(hollow).reshape(-1, 2).T, **style)
     _token_axis(axes, [row["context"] for row in rows], "context (tokens)")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def _points(x: Sequence[float], values: Sequence[dict[str, Any] | None]) -> np.ndarray:
+    """Positions, means and errors over books, of the values that there are; [3, number of them]."""
+    known = [(a, v["mean"], v["books_error"] or 0.0) for a, v in zip(x, values, strict=True) if v is not None]
+    return np.array(known).reshape(-1, 3).T
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
@@ -146,15 +138,8 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def _style(systems: Mapping[str, Mapping[str, str]], name: str) -> dict[str, Any]:
-    is_ours = name == "ttt-e2e"
-    return {
-        "label": systems[name]["label"],
-        "color": systems[name]["colour"],
-        "linewidth": 2.2 if is_ours else 1.4,
-        "marker": "o",
-        "markersize": 4,
-        "zorder": 3 if is_ours else 2,
-    }
+    emphasis = dict(linewidth=2.2, zorder=3) if name == "ttt-e2e" else dict(linewidth=1.4, zorder=2)
+    return dict(label=systems[name]["label"], color=systems[name]["colour"], marker="o", markersize=4) | emphasis
 
 
 def _token_axis(axis: Axes, ticks: Sequence[int], label: str) -> None:
@@ -166,14 +151,12 @@ def _token_axis(axis: Axes, ticks: Sequence[int], label: str) -> None:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_tokens(int(value))))
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    """All labels below the panels, in as many columns as fit the longest one."""
-    lines, labels = axis.get_legend_handles_labels()
-    inches = 0.6 + 0.07 * max(map(len, labels), default=0)  # of the longest label at this font size
-    columns = max(1, min(4, int(figure.get_figwidth() / inches)))
-    figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=columns, fontsize=9)
-
-
 def _save(figure: Figure, path: Path) -> None:
+    """Write the picture, with all labels below the panels, in as many columns as fit the longest one."""
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        columns = int(figure.get_figwidth() / (0.6 + 0.07 * max(map(len, labels))))  # inches, at this font size
+        columns = max(1, min(4, columns))
+        figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=columns, fontsize=9)
     with atomic_path(path) as part:
         figure.savefig(part, format="png")

@@ -22,15 +22,13 @@ def comparison_tables(report: dict[str, Any]) -> str:
     by_context = [in_tokens(context) for context in contexts]
     state = "Finished" if report["finished"] else "Not finished yet"
     facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    lines = [
-        f"# {report['name']}, scale {report['plan']['scale']['name']}",
-        "",
-        f"{state}; {report['hours']:.2f} hours of work. Measured on: {facts}.",
-        "",
-        'After ± comes the standard error over books, for differences paired by book; after "seeds" the one over '
-        "seeds.",
-        "",
-    ]
+    head = f"""# {report["name"]}, scale {report["plan"]["scale"]["name"]}
+
+{state}; {report["hours"]:.2f} hours of work. Measured on: {facts}.
+
+After ± comes the standard error over books, for differences paired by book; after "seeds" the one over seeds.
+"""
+    lines = [head]
 
     def add(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         if rows:
@@ -49,44 +47,27 @@ def comparison_tables(report: dict[str, Any]) -> str:
     add_losses("Loss by context, in nats per token", "loss")
     add_losses("Loss with frozen fast weights", "frozen_loss")
     if report["name"] == "warmstart":
-        shares = {name: [_share_of_gain(cells, name, context) for context in contexts] for name in systems}
-        add(
-            "Share of the gain over the sliding window that TTT-E2E has when it is trained from the start",
-            ["system", *by_context],
-            [
-                [systems[name]["label"], *("-" if share is None else f"{share:.0%}" for share in some)]
-                for name, some in shares.items()
-                if any(share is not None for share in some)
-            ],
-        )
-    add(
-        "Outer learning rates tried for a short while, with their training losses",
-        ["system", "tried", "taken"],
-        [
-            [
-                system["label"],
-                _tried([(row["lr"], row["loss"]) for row in system["sweep"]]),
-                "-" if system["lr"] is None else _taken(system["lr"], system["lr_at_edge"]),
-            ]
-            for system in systems.values()
-            if system["sweep"]
-        ],
-    )
-    add(
-        "Inner learning rates of models trained without meta-learning",
-        ["system", "seed", "context", "losses on training text", "taken"],
-        [
-            [
-                systems[e["system"]]["label"],
-                str(e["seed"]),
-                in_tokens(e["context"]),
-                _tried(e["inner_lr_losses"]),
-                _taken(e["inner_lr"], e["inner_lr"] in (e["inner_lr_losses"][0][0], e["inner_lr_losses"][-1][0])),
-            ]
-            for e in report["evaluations"]
-            if "inner_lr" in e
-        ],
-    )
+        rows = []
+        for name, system in systems.items():
+            shares = [_share_of_gain(cells, name, context) for context in contexts]
+            if set(shares) != {"-"}:
+                rows.append([system["label"], *shares])
+        title = "Share of the gain over the sliding window that TTT-E2E has when it is trained from the start"
+        add(title, ["system", *by_context], rows)
+    rows = []
+    for system in systems.values():
+        if system["sweep"]:
+            tried = [(row["lr"], row["loss"]) for row in system["sweep"]]
+            rows.append([system["label"], *_tried(tried, system["lr"])])
+    title = "Outer learning rates tried for a short while, with their training losses"
+    add(title, ["system", "tried", "taken"], rows)
+    rows = []
+    for e in report["evaluations"]:
+        if "inner_lr" in e:
+            what = [systems[e["system"]]["label"], str(e["seed"]), in_tokens(e["context"])]
+            rows.append([*what, *_tried(e["inner_lr_losses"], e["inner_lr"])])
+    title = "Inner learning rates of models trained without meta-learning"
+    add(title, ["system", "seed", "context", "losses on training text", "taken"], rows)
     lines += time_tables(report["latency"], systems)
     add("What went wrong", ["job", "why"], [[job, why.replace("|", "/")] for job, why in report["failed"].items()])
     return "\n".join(lines)
@@ -98,17 +79,13 @@ def time_tables(rows: Sequence[Mapping[str, Any]], systems: Mapping[str, Mapping
     lines = []
     for key, title in TIMES.items():
         if any(row[key] is not None for row in rows):
-            cells = {
-                (row["system"], row["context"]): f"{'' if row['whole'] or key != 'prefill_us' else '~'}{row[key]:,.1f}"
-                for row in rows
-                if row[key] is not None
-            }
-            table = [
-                [systems[name]["label"], *(cells.get((name, context), "-") for context in contexts)]
-                for name in dict.fromkeys(row["system"] for row in rows)
-            ]
+            table = {row["system"]: [systems[row["system"]]["label"], *["-"] * len(contexts)] for row in rows}
+            for row in rows:
+                if row[key] is not None:
+                    mark = "~" if key == "prefill_us" and not row["whole"] else ""
+                    table[row["system"]][1 + contexts.index(row["context"])] = f"{mark}{row[key]:,.1f}"
             lines += [f"## Time for {title} (medians in microseconds per token)", ""]
-            lines += markdown_table(["system", *map(in_tokens, contexts)], table)
+            lines += markdown_table(["system", *map(in_tokens, contexts)], [*table.values()])
     if lines:
         lines += ["~: interpolated from segments of the text. -: does not fit into memory, or was not measured.", ""]
     return lines
@@ -122,15 +99,14 @@ def _mean(value: dict[str, Any] | None, sign: str) -> str:
     return f"{value['mean']:{sign}.4f}{books}{seeds}"
 
 
-def _tried(losses: Sequence[tuple[float, float | None]]) -> str:
-    return ", ".join(f"{lr:g}: {'diverged' if loss is None else format(loss, '.4f')}" for lr, loss in losses)
+def _tried(losses: Sequence[tuple[float, float | None]], best: float | None) -> tuple[str, str]:
+    """The learning rates that were tried, with their losses, and the one that was taken."""
+    tried = ", ".join(f"{lr:g}: {'diverged' if loss is None else format(loss, '.4f')}" for lr, loss in losses)
+    at_edge = len(losses) > 1 and best in (losses[0][0], losses[-1][0])
+    return tried, "-" if best is None else f"{best:g}{' (at the edge)' if at_edge else ''}"
 
 
-def _taken(lr: float, at_edge: bool) -> str:
-    return f"{lr:g}{' (at the edge)' if at_edge else ''}"  # of what was tried
-
-
-def _share_of_gain(cells: Mapping[tuple[str, int], dict[str, Any]], name: str, context: int) -> float | None:
-    """A warm start's share of the gain that TTT-E2E from the start has; None if that has none."""
+def _share_of_gain(cells: Mapping[tuple[str, int], dict[str, Any]], name: str, context: int) -> str:
+    """A warm start's share of the gain that TTT-E2E from the start has; "-" if that has none."""
     own, whole = ((cells.get((system, context)) or {}).get("difference") for system in (name, "ttt-on"))
-    return None if not own or not whole or whole["mean"] >= 0 else own["mean"] / whole["mean"]
+    return "-" if not own or not whole or whole["mean"] >= 0 else f"{own['mean'] / whole['mean']:.0%}"

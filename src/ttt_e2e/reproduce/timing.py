@@ -91,9 +91,21 @@ def measure(
         train: Whether training is timed, too.
     """
     times: dict[tuple[str, str], float] = {}
-    for is_training in (False, True)[: 1 + train]:
+    for make_timers, needed_bytes in ((_reading, reading_bytes), (_training, training_bytes))[: 1 + train]:
         setup = Setup(device, getattr(torch, dtype), seconds, 0.8 * free_memory(device))
-        times |= _measure_work(context, models, is_training, setup)
+        needs = {name: needed_bytes(config, context, setup) for name, config in models.items()}
+        for group in group_by_memory(needs, setup.memory, try_all=device.type != "cpu"):
+            made = {name: partial(make_timers, models[name], context, setup) for name in group}
+            timers: dict[tuple[str, str], Timer] = {
+                (name, figure): timer
+                for name, make in made.items()
+                for figure, timer in (_none_if_out_of_memory(make) or {}).items()
+            }
+            times |= take_turns(timers, seconds)
+            del timers
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     rows: list[LatencyRow] = []
     for name in models:
         us = {figure: 1e6 * value for (system, figure), value in times.items() if system == name}
@@ -108,26 +120,6 @@ def measure(
             }
         )
     return rows
-
-
-def _measure_work(
-    context: int, models: Mapping[str, ModelConfig], is_training: bool, setup: Setup
-) -> dict[tuple[str, str], float]:
-    """Times by system and figure."""
-    make_timers, needed_bytes = (_training, training_bytes) if is_training else (_reading, reading_bytes)
-    needs = {name: needed_bytes(config, context, setup) for name, config in models.items()}
-    times: dict[tuple[str, str], float] = {}
-    for group in group_by_memory(needs, setup.memory, try_all=setup.device.type != "cpu"):
-        timers: dict[tuple[str, str], Timer] = {}
-        for name in group:
-            made = _none_if_out_of_memory(partial(make_timers, models[name], context, setup)) or {}
-            timers |= {(name, figure): timer for figure, timer in made.items()}
-        times |= take_turns(timers, setup.seconds)
-        del timers
-        gc.collect()
-        if setup.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return times
 
 
 def group_by_memory(needs: Mapping[str, float], memory: float, try_all: bool) -> list[list[str]]:
@@ -175,12 +167,11 @@ def _none_if_out_of_memory(work: Callable[[], Any]) -> Any:
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """The time that `work` takes, until the device has done it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    synchronize()
     started = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize()
     return time.perf_counter() - started
 
 
@@ -285,9 +276,9 @@ class RandomReading:
 
         assert state.static is not None
         states = zip(self.model.config.mixers, (*state.static, *state.loop.caches), strict=True)
-        grown = [grow(value) if mixer == "full" else value for mixer, value in states]
+        grown = tuple(grow(value) if mixer == "full" else value for mixer, value in states)
         count = len(state.static)
-        return ReadState(position, tuple(grown[:count]), state.loop._replace(caches=tuple(grown[count:])))
+        return ReadState(position, grown[:count], state.loop._replace(caches=grown[count:]))
 
     def time_whole(self) -> float:
         """Seconds per token to read the whole text."""
