@@ -20,9 +20,7 @@ class LoopFunctions(NamedTuple):
     mini_batch_loss: Callable[[Transformer, InnerLoopState, MiniBatch], tuple[Tensor, tuple[KVCache, ...]]]
     inner_step: Callable[[Transformer, InnerLoopState, MiniBatch, Tensor], tuple[InnerLoopState, Tensor, Tensor]]
     read_and_learn: Callable[..., tuple[tuple[KVCache, ...], InnerLoopState, Tensor, Tensor]]
-
-    static_cache: bool
-    """Whether caches have all their slots from the start, so that all mini-batches have the same shapes."""
+    static_cache: bool  # caches have all their slots from the start, so that all mini-batches have the same shapes
 
 
 def forward_prefix(model: Transformer, tokens_BT: Tensor, positions: Positions, dtype: torch.dtype) -> Tensor:
@@ -47,19 +45,14 @@ def read_and_learn(
     lr: Tensor,
     dtype: torch.dtype,
 ) -> tuple[tuple[KVCache, ...], InnerLoopState, Tensor, Tensor]:
-    """A whole mini-batch of reading, from tokens to updated fast weights.
+    """A whole mini-batch of reading, from tokens to updated fast weights: `forward_prefix`, then `inner_step`.
 
     Args:
-        model: supplies all static weights.
-        static: states of the mixers below the loop; None at the start of a text.
-        loop: fast weights and caches of the loop.
+        static, loop: states of the mixers below the loop (None at the start of a text), and the loop's own state.
         tokens_Bb, targets_Bb, mask_Bb: token ids, the ids after them, and which of these count.
         positions, cache_view: see `Mixer.forward`.
-        lr: inner learning rate.
-        dtype: of the matrix products.
 
-    Returns:
-        The next `static` and `loop`, the losses [B, b], and the norms [B] of the unclipped gradients.
+    Returns the next `static`, and what `inner_step` returns.
     """
     x_BbD, static = model.forward_prefix(tokens_Bb, positions, static, dtype, cache_view)
     step = inner_step_ if cache_view.donated else inner_step

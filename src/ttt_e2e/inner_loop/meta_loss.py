@@ -21,14 +21,9 @@ from ttt_e2e.ops.elementwise import accumulation_dtype
 class LossOutput(NamedTuple):
     """The loss of some sequences."""
 
-    loss: Tensor
-    """The mean over sequences, a scalar."""
-
-    nll_BT: Tensor
-    """Every token's loss in nats, float32, without a graph."""
-
-    mask_BT: Tensor
-    """1 where the token counts, else 0."""
+    loss: Tensor  # the mean over sequences, a scalar
+    nll_BT: Tensor  # every token's loss in nats, float32, without a graph
+    mask_BT: Tensor  # 1 where the token counts, else 0
 
 
 def sequence_loss(
@@ -44,9 +39,8 @@ def sequence_loss(
 ) -> LossOutput:
     """The training loss of sequences that each start a text, differentiable through the inner updates.
 
-    It is the mean over mini-batches of their masked means (a last, shorter mini-batch weighs by its length), then over
-    sequences. It works for a standard model too, where nothing is updated, and under `torch.no_grad`, where the model
-    learns all the same and no graph is kept.
+    It is the mean over sequences of their `mini_batch_mean`. It works for a standard model too, where nothing is
+    updated, and under `torch.no_grad`, where the model learns all the same and no graph is kept.
 
     Args:
         model: any model.
@@ -61,6 +55,7 @@ def sequence_loss(
     config = model.config
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     batch, length = inputs_BT.shape
+    b = config.mini_batch_size or length
     mask_BT = torch.ones_like(targets_BT, dtype=accumulation_dtype(dtype))
     if bos is not None:
         mask_BT = (targets_BT != bos).to(mask_BT.dtype)
@@ -75,7 +70,9 @@ def sequence_loss(
         x_BTD, _, _ = model.forward_suffix(x_BTD, positions, fast, None, second_order=False)
         nll_BT = functions.losses(model, x_BTD, targets_BT)
     else:
-        num_slots = _num_slots(model, length) if functions.static_cache else 0
+        num_slots = 0
+        if functions.static_cache:  # a window, or all tokens but those of a mini-batch
+            num_slots = config.loop_window or max(0, -(-length // b) - 1) * b
         batches = split_mini_batches(model, x_BTD, targets_BT, mask_BT, positions, num_slots)
         start = initial_state(model, batch, dtype, num_slots)
         lr = config.inner_loop.lr if inner_lr is None else inner_lr
@@ -83,7 +80,7 @@ def sequence_loss(
             model=model,
             start=start,
             batches=batches,
-            lr=torch.tensor(lr, dtype=accumulation_dtype(dtype), device=x_BTD.device),
+            lr=torch.tensor(lr, dtype=mask_BT.dtype, device=x_BTD.device),
             keep_all=activation_checkpointing == "mini-batch",
             parameters=loop_parameters(model),
             functions=functions,
@@ -93,9 +90,7 @@ def sequence_loss(
         else:
             x_NBbD = [batch.x_BbD for batch in batches]
             nll_BT = RecomputedLoop.apply(loop, *x_NBbD, *start.tensors(), *loop.parameters)
-    b = min(config.mini_batch_size or length, length)
-    loss_B = mini_batch_mean(nll_BT, mask_BT, b)
-    return LossOutput(loss_B.mean(), nll_BT.detach(), mask_BT)
+    return LossOutput(mini_batch_mean(nll_BT, mask_BT, b).mean(), nll_BT.detach(), mask_BT)
 
 
 def mini_batch_mean(nll_BT: Tensor, mask_BT: Tensor, b: int) -> Tensor:
@@ -108,10 +103,7 @@ def mini_batch_mean(nll_BT: Tensor, mask_BT: Tensor, b: int) -> Tensor:
 def split_mini_batches(
     model: Transformer, x_BTD: Tensor, targets_BT: Tensor, mask_BT: Tensor, positions: Positions, num_slots: int = 0
 ) -> list[MiniBatch]:
-    """A whole sequence cut into mini-batches; the last may be shorter.
-
-    num_slots: slots that caches have from the start; 0 if they grow.
-    """
+    """A whole sequence cut into mini-batches, the last perhaps shorter; see `static_cache_view` for `num_slots`."""
     b, length = model.config.mini_batch_size, x_BTD.shape[1]
     assert b is not None
     starts = range(0, length, b)
@@ -132,7 +124,7 @@ def split_mini_batches(
 def static_cache_view(seq_len: int, length: int, num_slots: int, window: int | None, like: Tensor) -> CacheView:
     """The view of caches that have `num_slots` slots from the start, after `seq_len` tokens and for `length` more.
 
-    like: gives the mask's dtype and device, such as the cosines of the positions.
+    `like` gives the mask's dtype and device, such as the cosines of the positions.
     """
     seq_lens = torch.tensor(seq_len, dtype=torch.int32, device=like.device)
     attn_mask_TS = None
@@ -140,10 +132,3 @@ def static_cache_view(seq_len: int, length: int, num_slots: int, window: int | N
         num_empty_slots = (num_slots - seq_lens).clamp(min=0)
         attn_mask_TS = causal_window_mask(length, num_slots + length, window, like, num_empty_slots)
     return CacheView(seq_lens, attn_mask_TS, max_slots=num_slots)
-
-
-def _num_slots(model: Transformer, length: int) -> int:
-    """Slots of a static cache in a text of `length` tokens: a window, or all tokens but those of a mini-batch."""
-    b = model.config.mini_batch_size
-    assert b is not None
-    return model.config.loop_window or max(0, -(-length // b) - 1) * b

@@ -46,13 +46,7 @@ class SequenceLoop(NamedTuple):
         return after, nll_Bb
 
     def walk(
-        self,
-        state: InnerLoopState,
-        first: int,
-        stop: int,
-        *,
-        keep: bool = False,
-        x_NBbD: Sequence[Tensor] | None = None,
+        self, state: InnerLoopState, first: int, stop: int, keep: bool = False, x_NBbD: Sequence[Tensor] | None = None
     ) -> tuple[list[InnerLoopState], list[Tensor], InnerLoopState | None]:
         """Walk mini-batches `first` to `stop`, on their own x or on `x_NBbD`.
 
@@ -149,13 +143,8 @@ def _go_back(
     along = [*grad_nll[graph.first : graph.first + len(graph.losses)], *grad_after]
     pairs = [(o, g) for o, g in zip(outputs, along, strict=True) if o.requires_grad]
     state, count = graph.state.tensors(), len(graph.x_NBbD)
-    gradients = torch.autograd.grad(
-        [o for o, _ in pairs],
-        [*graph.x_NBbD, *state, *loop.parameters],
-        [g for _, g in pairs],
-        allow_unused=True,
-        materialize_grads=False,
-    )
+    inputs = [*graph.x_NBbD, *state, *loop.parameters]
+    gradients = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
     of_state = zip(state, gradients[count : count + len(state)], strict=True)
     for j, g in enumerate(gradients[count + len(state) :]):
         total = totals[j]

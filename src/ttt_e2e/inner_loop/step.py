@@ -54,13 +54,9 @@ def tree_map(values: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tup
 class MiniBatch(NamedTuple):
     """One mini-batch as the loop sees it."""
 
-    x_BbD: Tensor
-    """The residual stream after the first suffix block's mixer."""
-
+    x_BbD: Tensor  # the residual stream after the first suffix block's mixer
     targets_Bb: Tensor
-    mask_Bb: Tensor
-    """1 where the target counts, else 0."""
-
+    mask_Bb: Tensor  # 1 where the target counts, else 0
     positions: Positions
     cache_view: CacheView = CacheView()
 
@@ -68,14 +64,9 @@ class MiniBatch(NamedTuple):
 class InnerGradient(NamedTuple):
     """A scored mini-batch."""
 
-    nll_Bb: Tensor
-    """Every token's loss in nats."""
-
-    gradient: tuple[Weights, ...]
-    """Of the masked mean of these losses, before it is clipped."""
-
-    caches: tuple[KVCache, ...]
-    """For the next mini-batch."""
+    nll_Bb: Tensor  # every token's loss in nats
+    gradient: tuple[Weights, ...]  # of the masked mean of these losses, before it is clipped
+    caches: tuple[KVCache, ...]  # for the next mini-batch
 
 
 def masked_mean(nll_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -85,8 +76,8 @@ def masked_mean(nll_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 def mini_batch_loss(model: Transformer, state: InnerLoopState, batch: MiniBatch) -> tuple[Tensor, tuple[KVCache, ...]]:
     """Every token's loss [B, b] under the state's fast weights, and the caches for the next mini-batch."""
-    x_BbD, positions, view = batch.x_BbD, batch.positions, batch.cache_view
-    x_BbD, caches, _ = model.forward_suffix(x_BbD, positions, state.fast, state.caches, view, second_order=False)
+    given = (batch.x_BbD, batch.positions, state.fast, state.caches, batch.cache_view)
+    x_BbD, caches, _ = model.forward_suffix(*given, second_order=False)
     return model.losses(x_BbD, batch.targets_Bb)[0], caches
 
 
@@ -94,9 +85,8 @@ def inner_gradient_reference(model: Transformer, state: InnerLoopState, batch: M
     """Score one mini-batch, and the gradient of its loss in the fast weights: the definition, by autograd."""
     fast = tree_map(state.fast, lambda w: w if w.requires_grad else w.detach().requires_grad_())
     with torch.enable_grad():
-        x_BbD, caches, _ = model.forward_suffix(
-            batch.x_BbD, batch.positions, fast, state.caches, batch.cache_view, second_order=True
-        )
+        given = (batch.x_BbD, batch.positions, fast, state.caches, batch.cache_view)
+        x_BbD, caches, _ = model.forward_suffix(*given, second_order=True)
         nll_Bb, _ = model.losses(x_BbD, batch.targets_Bb)
         loss = masked_mean(nll_Bb, batch.mask_Bb).sum()  # a sum over sequences: each has fast weights of its own
         gradients = torch.autograd.grad(loss, [w for value in fast for w in value], create_graph=True)
@@ -114,9 +104,8 @@ def _inner_gradient_factors(
     model: Transformer, state: InnerLoopState, batch: MiniBatch
 ) -> tuple[Tensor, list[OuterProductFactors], tuple[KVCache, ...]]:
     """`inner_gradient` with every matrix's gradient left as the two factors of its product."""
-    x_BbD, caches, suffix_vjp = model.forward_suffix(
-        batch.x_BbD, batch.positions, state.fast, state.caches, batch.cache_view, second_order=True
-    )
+    given = (batch.x_BbD, batch.positions, state.fast, state.caches, batch.cache_view)
+    x_BbD, caches, suffix_vjp = model.forward_suffix(*given, second_order=True)
     nll_Bb, loss_vjp = model.losses(x_BbD, batch.targets_Bb)
     weight_Bb = batch.mask_Bb / batch.mask_Bb.sum(-1, keepdim=True).clamp(min=1)
     return nll_Bb, suffix_vjp(loss_vjp(weight_Bb)), caches
@@ -129,17 +118,9 @@ def inner_step(
     lr: float | Tensor,
     gradient: Callable[[Transformer, InnerLoopState, MiniBatch], InnerGradient] = inner_gradient,
 ) -> tuple[InnerLoopState, Tensor, Tensor]:
-    """Score one mini-batch, then learn from it.
+    """Score one mini-batch, then learn from it with the inner learning rate `lr`; `gradient` may be the reference.
 
-    Args:
-        model: supplies all static weights.
-        state: fast weights and caches before the mini-batch; it is not changed.
-        batch: the mini-batch.
-        lr: inner learning rate.
-        gradient: `inner_gradient`, or its reference.
-
-    Returns:
-        The next state, the losses [B, b] under the old fast weights, and the norms [B] of the unclipped gradients.
+    Returns the next state, the losses [B, b] under the old fast weights, and the norms [B] of the unclipped gradients.
     """
     scored = gradient(model, state, batch)
     weights, gradients = ([w for value in values for w in value] for values in (state.fast, scored.gradient))
@@ -163,8 +144,7 @@ def inner_step_(
 
 def _by_block(model: Transformer, tensors: Sequence[Tensor]) -> tuple[Weights, ...]:
     """Tensors in the order of the blocks, and of their names within one, as fast weights, one value a block."""
-    kind = model.fast_kind
-    count = len(kind._fields)
+    kind, count = model.fast_kind, len(model.fast_kind._fields)
     return tuple(kind(*tensors[i : i + count]) for i in range(0, len(tensors), count))
 
 

@@ -40,8 +40,7 @@ def save_model(
     """Write `model` to `folder`, complete or not at all.
 
     Args:
-        model: the model.
-        folder: replaced if it exists.
+        model, folder: the folder is replaced if it exists.
         tokenizer_json: a tokenizer file to copy into it, together with the `PRETRAINED_METADATA` beside that file.
         dtype: the weights are rounded to this in the file; None: not rounded.
         notes: plain values for people, such as where the model comes from.
@@ -102,8 +101,8 @@ def load_config(folder: Path) -> ModelConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no model folder {folder}; give the path of a folder with {CONFIG} and {WEIGHTS}.")
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        missing = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
+    missing = next((name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()), None)
+    if missing is not None:
         inside = [folder / "model", *sorted((folder / "checkpoints").glob("step-*"), reverse=True)]
         hint = next((f" Its newest model is {inner}." for inner in inside if (inner / WEIGHTS).is_file()), "")
         raise UserError(f"{folder} is not a model folder: it has no {missing}.{hint}")
@@ -117,15 +116,13 @@ def load_config(folder: Path) -> ModelConfig:
 def read_weights(model: Transformer, folder: Path) -> None:
     """Fill the parameters of `model`, on any device, from `folder`. Raises UserError as `load_transformer` does."""
     path = Path(folder) / WEIGHTS
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
-    tensors, metadata = load_safetensors(path, shapes)
+    tensors, metadata = load_safetensors(path, {name: tuple(w.shape) for name, w in model.named_parameters()})
     if "digest" not in metadata:
         raise UserError(f"{path} was not written by ttt-e2e: it has no digest; convert the model first.")
     if _digest(tensors) != metadata["digest"]:
         raise UserError(f"{path} was altered after it was written: its digest does not match; use an unaltered copy.")
     with torch.no_grad():
-        for name, weight in parameters.items():
+        for name, weight in model.named_parameters():
             weight.copy_(tensors[name])
 
 
@@ -179,25 +176,20 @@ def load_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            _require_same_names(path, set(found), set(shapes))
+            for what, names in (("lacks", shapes.keys() - found), ("has unknown", found.keys() - shapes)):
+                if names:
+                    some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
+                    raise UserError(f"{path} {what} tensors: {some}; it does not belong to this model.")
             for name, part in found.items():
                 if tuple(part.get_shape()) != shapes[name]:
                     raise UserError(
                         f"{name} in {path} has shape {part.get_shape()} where {list(shapes[name])} is expected; "
                         "the weights and their configuration do not belong together."
                     )
-            tensors = {name: file.get_tensor(name) for name in found}
-            metadata = file.metadata() or {}
+            tensors, metadata = {name: file.get_tensor(name) for name in found}, file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}); use a complete copy.") from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise UserError(f"{name} in {path} is {tensor.dtype}, not floating point; use an unaltered copy.")
     return tensors, metadata
-
-
-def _require_same_names(path: Path, found: set[str], expected: set[str]) -> None:
-    for what, names in (("lacks", expected - found), ("has unknown", found - expected)):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
-            raise UserError(f"{path} {what} tensors: {some}; it does not belong to this model.")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from ttt_e2e.config.schema import ModelConfig, TrainMode
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.counting import KEPT_GRAPHS, num_pairs, product_operations, projection_operations
+from ttt_e2e.model.counting import KEPT_GRAPHS, num_pairs, product_operations, projection_operations, score_operations
 from ttt_e2e.model.mixers import MIXER_COSTS
 from ttt_e2e.model.mixers.attention import attention_cost
 
@@ -105,12 +105,7 @@ def hours(operations: float, tokens: int, rate: float) -> float:
 
 
 def operations(config: ModelConfig, context: int, train_mode: TrainMode = "meta") -> Operations:
-    """Operations per token at `context` tokens.
-
-    train_mode: as in `TrainConfig`; with "pretrain" nothing is learned in training.
-
-    Raises UserError if there is no token.
-    """
+    """Operations per token at `context` >= 1 tokens. With "pretrain" as `train_mode` nothing is learned in training."""
     _require_tokens(context)
     mixers = [MIXER_COSTS[name](config, context) for name in config.mixers]
     dense = _mlp(config, 1, _hidden(config)) + config.suffix_layers * _additions(config, 1) + _head(config, 1)
@@ -138,7 +133,8 @@ def table(costs: Sequence[Cost], beside: Sequence[Cost] = ()) -> str:
     columns = ("state", "prefill", "decoding", "training", "recomputing")
     lines = [f"{'context':<8}" + "".join(f"{name:>18}" for name in columns)]
     for i, at in enumerate(costs):
-        cells = [in_bytes(at.state_bytes), *map(_in_operations, _figures(at)[1:])]
+        units = ("", " K", " M", " G", " T", " P")
+        cells = [in_bytes(at.state_bytes), *(_readable(figure, 1000, units) for figure in _figures(at)[1:])]
         if beside:
             ratios = (f / o for f, o in zip(_figures(at), _figures(beside[i]), strict=True))
             cells = [f"{cell} ({r:.{2 if r >= 0.1 else 4}f})" for cell, r in zip(cells, ratios, strict=True)]
@@ -157,10 +153,6 @@ def in_tokens(number: int) -> str:
         if number % unit == 0:
             return f"{number // unit}{name}"
     return str(number)
-
-
-def _in_operations(number: float) -> str:
-    return _readable(number, 1000, ("", " K", " M", " G", " T", " P"))
 
 
 def _readable(number: float, base: int, units: Sequence[str]) -> str:
@@ -203,9 +195,8 @@ def _head(config: ModelConfig, tokens: int) -> int:
 
 def _hidden(config: ModelConfig) -> int:
     """Hidden units of all MLPs together, static and fast."""
-    return config.prefix_layers * config.intermediate_size + config.suffix_layers * (
-        _beside(config) + config.fast_intermediate_size
-    )
+    suffix = config.suffix_layers * (_beside(config) + config.fast_intermediate_size)
+    return config.prefix_layers * config.intermediate_size + suffix
 
 
 def _beside(config: ModelConfig) -> int:
@@ -232,13 +223,10 @@ def _inner_gradient(config: ModelConfig, tokens: int) -> int:
     suffix, b = config.suffix_layers, config.mini_batch_size or 1
     static = (suffix - config.parallel_mlp) * _mlp(config, tokens, _beside(config))
     rank = config.fast_rank or 0
-    fast = suffix * (
-        _mlp(config, tokens, config.fast_intermediate_size) * (1 if rank else 2) + 2 * _additions(config, tokens)
-    )
+    matrices = _mlp(config, tokens, config.fast_intermediate_size) * (1 if rank else 2)
+    fast = suffix * (matrices + 2 * _additions(config, tokens))
     fast -= product_operations(tokens, config.hidden_size, 2 * config.fast_intermediate_size + rank)
     # Gradients of scores and of queries go over all pairs; those of keys and values over the mini-batch's own.
-    pairs = 2 * (num_pairs(tokens, config.loop_window) + tokens // b * num_pairs(b, config.loop_window))
-    attention = projection_operations(config, tokens) + product_operations(
-        pairs, config.num_attention_heads, config.head_dim
-    )
+    pairs = num_pairs(tokens, config.loop_window) + tokens // b * num_pairs(b, config.loop_window)
+    attention = projection_operations(config, tokens) + score_operations(config, pairs)
     return static + fast + (suffix - 1) * attention + _head(config, tokens)

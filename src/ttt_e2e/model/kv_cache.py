@@ -33,11 +33,10 @@ class KVCache(NamedTuple):
 
     def append_(self, new: "KVCache") -> "BufferedKVCache":
         """`append` for a cache that nobody else needs any more: in place, where its memory has room behind it."""
-        buffer = self.buffer if isinstance(self, BufferedKVCache) else None
-        if buffer is None or not buffer.has_room(new.num_slots):
-            total = self.num_slots + new.num_slots
+        buffer, total = self.buffer if isinstance(self, BufferedKVCache) else None, self.num_slots + new.num_slots
+        if buffer is None or buffer.stop + new.num_slots > buffer.k.shape[2]:
             buffer = KVBuffer(self, capacity=total + total // 2)  # so that few calls copy the cache
-        return buffer.append(new, keep=self.num_slots + new.num_slots)
+        return buffer.append(new, keep=total)
 
     def last(self, count: int | None) -> "KVCache":
         """A view of the last `count` slots, or of all if there are fewer or if `count` is None."""
@@ -67,10 +66,6 @@ class KVBuffer:
         batch, heads, self.stop, head_dim = cache.k_BGSK.shape
         self.k, self.v = (x.new_empty(batch, heads, capacity, head_dim) for x in cache)
         self.k[:, :, : self.stop], self.v[:, :, : self.stop] = cache
-
-    def has_room(self, tokens: int) -> bool:
-        """Whether `tokens` more fit behind the last one."""
-        return self.stop + tokens <= self.k.shape[2]
 
     def append(self, new: KVCache, keep: int) -> BufferedKVCache:
         """Write `new` behind the last token; returns the cache of the last `keep` slots."""

@@ -26,7 +26,7 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers import MIXER_TYPES
 from ttt_e2e.model.mixers.attention import Attention
-from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, Positions
+from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, Positions, reset_parameters
 from ttt_e2e.model.rope import frequencies
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, cross_entropy, rms_norm, swiglu
@@ -36,7 +36,7 @@ from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entro
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 (float64 if x is)."""
+    """x / rms(x) * weight over the last dimension, in x's dtype; see `rms_norm`."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Vjp]:
-        """Normalise x [..., width]; the result has x's dtype."""
+        """Normalise x [..., width]."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -112,8 +112,6 @@ class FastMLP(nn.Module):
 
         The first step on `up` is then the whole matrix's step, projected onto the rows of `down`.
         """
-        if self.rank is None:
-            return
         with torch.no_grad():
             for up, down in ((self.up_in, self.down_in), (self.up_out, self.down_out)):
                 up.zero_()
@@ -163,18 +161,17 @@ class Block(nn.Module):
             mixer, mlps: which half runs.
             second_order: whether the vjp goes through the mixer, which then has to be an attention.
 
-        Returns:
-            The residual stream, the mixer's state, and, if there are fast weights, the vjp: from a cotangent of the
-            residual stream to one of x_BTD (None unless it is asked for with `below`) and to the fast weights.
+        Returns the residual stream, the mixer's state, and, if there are fast weights, the vjp: from a cotangent of the
+        residual stream to one of x_BTD (None unless it is asked for with `below`) and to the fast weights.
         """
         mixer_vjp: Vjp | None = None
         if mixer:
-            x_BTD, state, mixer_vjp = self.mixer_sublayer(x_BTD, positions, state, cache_view, second_order)
+            x_BTD, state, mixer_vjp = self._mixer_sublayer(x_BTD, positions, state, cache_view, second_order)
         if not mlps:
             return x_BTD, state, None
         if fast is None:
-            return self.mlp_sublayer(x_BTD)[0], state, None
-        x_BTD, mlps_vjp = self.fast_mlp_sublayer(x_BTD, fast)
+            return self._mlp_sublayer(x_BTD)[0], state, None
+        x_BTD, mlps_vjp = self._fast_mlp_sublayer(x_BTD, fast)
 
         def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
             below_BTD, factors = mlps_vjp(g_BTD, below)
@@ -184,7 +181,7 @@ class Block(nn.Module):
 
         return x_BTD, state, vjp
 
-    def mixer_sublayer(
+    def _mixer_sublayer(
         self, x_BTD: Tensor, positions: Positions, state: Any | None, cache_view: CacheView, second_order: bool
     ) -> tuple[Tensor, Any, Vjp | None]:
         """x + post_norm(mixer(norm(x))), the mixer's state, and the vjp if it is asked for with `second_order`."""
@@ -197,7 +194,7 @@ class Block(nn.Module):
         z_BTD, post_norm_vjp = self.mixer_post_norm(y_BTD)
         return x_BTD + z_BTD, state, lambda g: g + norm_vjp(mixer_vjp(post_norm_vjp(g)))
 
-    def mlp_sublayer(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
+    def _mlp_sublayer(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
         """The static MLP's sub-layer and its vjp; the identity in a block without one."""
         if not self.static:
             return x_BTD, lambda g: g
@@ -206,14 +203,14 @@ class Block(nn.Module):
         z_BTD, post_norm_vjp = self.mlp_post_norm(y_BTD)
         return x_BTD + z_BTD, lambda g: g + norm_vjp(mlp_vjp(post_norm_vjp(g)))
 
-    def fast_mlp_sublayer(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastVjp]:
+    def _fast_mlp_sublayer(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastVjp]:
         """Both MLPs of a suffix block, one after the other or in parallel, the fast one with the weights `fast`."""
         if self.parallel:
             return self._parallel_mlp_sublayer(x_BTD, fast)
         n_BTD, norm_vjp = self.fast_norm(x_BTD)
         y_BTD, fast_vjp = self.fast(n_BTD, fast)
         z_BTD, post_norm_vjp = self.fast_post_norm(y_BTD)
-        out_BTD, static_vjp = self.mlp_sublayer(x_BTD + z_BTD)
+        out_BTD, static_vjp = self._mlp_sublayer(x_BTD + z_BTD)
 
         def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
             g_BTD = static_vjp(g_BTD)
@@ -257,21 +254,15 @@ class Transformer(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every matrix anew and set every norm to one; mixers and low-rank factors have rules of their own."""
         mixers = [block.mixer for block in (*self.prefix, *self.suffix)]
-        excluded = {id(parameter) for mixer in mixers for parameter in mixer.parameters()}
-        if self.config.fast_rank is not None:
-            excluded |= {id(factor) for block in self.suffix for factor in block.fast.start()}
-        with torch.no_grad():
-            for parameter in self.parameters():
-                if id(parameter) in excluded:
-                    continue
-                if parameter.dim() == 1:
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        low_rank = [] if self.config.fast_rank is None else [block.fast for block in self.suffix]
+        excluded = {id(p) for mixer in mixers for p in mixer.parameters()}
+        excluded |= {id(factor) for fast in low_rank for factor in fast.start()}
+        std = self.config.initializer_range
+        reset_parameters((p for p in self.parameters() if id(p) not in excluded), std, generator)
         for mixer in mixers:
-            mixer.reset_parameters(self.config.initializer_range, generator)
-        for block in self.suffix:
-            block.fast.reset_factors(generator)
+            mixer.reset_parameters(std, generator)
+        for fast in low_rank:
+            fast.reset_factors(generator)
 
     @property
     def prefix(self) -> list[Block]:
@@ -282,10 +273,6 @@ class Transformer(nn.Module):
     def suffix(self) -> list[Block]:
         """The last blocks, those with a fast MLP; empty in a standard model."""
         return list(self.blocks[self.config.prefix_layers :])  # type: ignore[arg-type]
-
-    def embed(self, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        """Token embeddings [B, T, D] in the compute dtype."""
-        return F.embedding(tokens_BT, self.embedding).to(dtype)
 
     def positions(
         self, start: int, length: int, dtype: torch.dtype, position_offsets_B: Tensor | None = None
@@ -314,10 +301,7 @@ class Transformer(nn.Module):
         return linear(self.final_norm(x_BTD)[0], self.head_weight)
 
     def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Vjp]:
-        """Negative log-likelihood of every target, [B, T] in float32 (float64 if the model is), masked or not.
-
-        The vjp takes a cotangent [B, T] of the losses to one of x.
-        """
+        """Negative log-likelihood of every target, [B, T] in float32 (float64 if x is), and its vjp to x."""
         n_BTD, norm_vjp = self.final_norm(x_BTD)
         weight_VD = self.head_weight
         if targets_BT.numel() * len(weight_VD) > tuning.KEPT_LOGITS:
@@ -343,19 +327,15 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Everything below the lowest fast weight: embedding, prefix, and the first suffix block's mixer.
 
-        In a standard model that is all blocks.
-
         Args:
             tokens_BT: token ids [B, T].
-            positions: rotary angles of the T tokens.
+            positions, cache_view: see `Mixer.forward`.
             states: the mixers' states after the tokens before; None at the start of a text.
             dtype: of the matrix products.
-            cache_view: what is known of the caches among the states.
 
-        Returns:
-            The residual stream [B, T, D], and the state of every mixer that ran.
+        Returns the residual stream [B, T, D], and the state of every mixer that ran.
         """
-        x_BTD = self.embed(tokens_BT, dtype)
+        x_BTD = F.embedding(tokens_BT, self.embedding).to(dtype)
         old: Iterator[Any] = itertools.repeat(None) if states is None else iter(states)
         new = []
         for block in self.prefix:
@@ -380,15 +360,13 @@ class Transformer(nn.Module):
 
         Args:
             x_BTD: the residual stream after the first suffix block's mixer [B, T, D].
-            positions: rotary angles of the T tokens.
+            positions, cache_view: see `Mixer.forward`.
             fast: the fast weights, one value a block.
             caches: one for every block but the first; None at the start of a text.
-            cache_view: what is known of the caches.
             second_order: whether the vjp will be called.
 
-        Returns:
-            The residual stream [B, T, D]; the caches; and the vjp from the residual stream to the fast weights, as
-            factors, block by block in the order of their fields.
+        Returns the residual stream [B, T, D]; the caches; and the vjp from the residual stream to the fast weights, as
+        factors, block by block in the order of their fields.
         """
         old: Iterator[KVCache | None] = itertools.repeat(None) if caches is None else iter(caches)
         new, vjps = [], []

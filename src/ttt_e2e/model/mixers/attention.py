@@ -18,10 +18,7 @@ from ttt_e2e.ops.linear import linear, linear_vjp
 
 
 class Attention(Mixer):
-    """Multi-head attention over the last `window` tokens (None: all), the query's own included.
-
-    With grouped key/value heads, biases, RMSNorm on queries and keys per head, and rotary positions.
-    """
+    """Multi-head attention over the last `window` tokens (None: all): grouped key/value heads, rotary positions."""
 
     State = KVCache
 
@@ -51,7 +48,7 @@ class Attention(Mixer):
     def forward(
         self, x_BTD: Tensor, positions: Positions, state: KVCache | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, KVCache]:
-        """Attend from x to the cached tokens and to x itself; see `Mixer.forward`. Memory is linear in T."""
+        """See `Mixer.forward`. Memory is linear in T."""
         return self.forward_with_vjp(x_BTD, positions, state, cache_view, second_order=False)[:2]
 
     def forward_with_vjp(
@@ -91,9 +88,7 @@ class Attention(Mixer):
         keys = (seen.k_BGSK, seen.v_BGSK, self.window, num_empty_slots, attn_mask_TS)
         attention_vjp: AttentionVjp | None = None
         if second_order:
-            assert num_empty_slots is None or num_empty_slots.dim() == 0, (
-                "rows of unequal length cannot be learned from"
-            )
+            assert num_empty_slots is None or num_empty_slots.dim() == 0, "rows to learn from are of equal length"
             y_BHTK, attention_vjp = inner_loop_attention(q_BHTK, *keys)
         else:
             y_BHTK = sdpa(q_BHTK, *keys)

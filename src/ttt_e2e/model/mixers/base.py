@@ -7,6 +7,7 @@ a new one is handed back, so that keeping an old one is keeping a reference. The
 Shapes: B sequences, T tokens, S slots of a cache, D hidden size, K head dimension.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -51,31 +52,18 @@ class MixerCost(NamedTuple):
     """What one mixer costs after, and over, a number of tokens; see `model.cost`."""
 
     parameters: int
-
-    cached: int
-    """Numbers of its state in the compute dtype."""
-
-    accumulated: int
-    """Numbers of its state in float32."""
-
-    text: int
-    """Operations of reading all tokens from the start of a text."""
-
-    training: int
-    """The same with the backward pass."""
-
-    token: int
-    """Operations of one token more."""
+    cached: int  # numbers of its state in the compute dtype
+    accumulated: int  # numbers of its state in float32
+    text: int  # operations of reading all tokens from the start of a text
+    training: int  # the same with the backward pass
+    token: int  # operations of one token more
 
 
 class Mixer(nn.Module):
     """A sequence mixer."""
 
-    State: ClassVar[Any]
-    """The named tuple that `forward` hands back."""
-
-    no_weight_decay: ClassVar[tuple[str, ...]] = ()
-    """Names of the parameters without weight decay."""
+    State: ClassVar[Any]  # the named tuple that `forward` hands back
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of parameters
 
     def forward(
         self, x_BTD: Tensor, positions: Positions, state: Any | None = None, cache_view: CacheView = ALL_FILLED
@@ -95,9 +83,14 @@ class Mixer(nn.Module):
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """Draw every matrix from N(0, std^2) and set every vector to one."""
-        with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() == 1:
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(0.0, std, generator=generator)
+        reset_parameters(self.parameters(), std, generator)
+
+
+@torch.no_grad()
+def reset_parameters(parameters: Iterable[nn.Parameter], std: float, generator: torch.Generator | None) -> None:
+    """Draw every matrix from N(0, std^2) and set every vector to one."""
+    for parameter in parameters:
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, std, generator=generator)

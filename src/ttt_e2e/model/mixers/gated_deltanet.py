@@ -21,7 +21,6 @@ from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
 
 UNIT_EPS = 1e-6  # added to the squared norm of queries and keys
-DT_RANGE = 0.001, 0.1  # of the steps that softplus(dt_bias) starts from
 
 
 class DeltaState(NamedTuple):
@@ -61,24 +60,19 @@ class GatedDeltaNet(Mixer):
         self.w_out = nn.Parameter(torch.empty(config.hidden_size, values))
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Draw matrices from N(0, std^2), and the rest as the authors' released code does.
-
-        exp(a_log) is uniform in [0, 16], softplus(dt_bias) log-uniform in [0.001, 0.1], the convolution uniform within
-        +-W^(-1/2), W being its width.
-        """
+        """Draw matrices from N(0, std^2), and the rest as the authors' released code does."""
         super().reset_parameters(std, generator)
         with torch.no_grad():
             bound = self.w_conv.shape[1] ** -0.5
             self.w_conv.uniform_(-bound, bound, generator=generator)
             self.a_log.uniform_(0, 16, generator=generator).clamp_(min=0.01).log_()  # zero has no logarithm
-            low, high = DT_RANGE
-            dt_A = self.dt_bias.uniform_(math.log(low), math.log(high), generator=generator).exp_()
+            dt_A = self.dt_bias.uniform_(math.log(0.001), math.log(0.1), generator=generator).exp_()
             self.dt_bias.copy_(dt_A + torch.log(-torch.expm1(-dt_A)))  # the inverse of softplus
 
     def forward(
         self, x_BTD: Tensor, positions: Positions, state: DeltaState | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, DeltaState]:
-        """Write every token to the memory, then read it; see `Mixer.forward`. Memory is linear in T."""
+        """See `Mixer.forward`. Memory is linear in T."""
         conv_BWC, rule_BAKK = (None, None) if state is None else state
         keys, values = self.heads * self.head_width, self.value_heads * self.head_width
         qkv_BTC, gate_BTE = linear(x_BTD, self.w_in).split((2 * keys + values, values), 2)
@@ -88,15 +82,8 @@ class GatedDeltaNet(Mixer):
 
         beta_BTA, a_BTA = linear(x_BTD, self.w_ba).to(accumulation_dtype(x_BTD.dtype)).chunk(2, -1)
         g_BTA = -self.a_log.to(a_BTA.dtype).exp() * F.softplus(a_BTA + self.dt_bias)
-        o_BTAK, rule_BAKK = gated_delta_rule(
-            q_BTHK,
-            k_BTHK,
-            v_BTE.unflatten(2, (self.value_heads, -1)),
-            g_BTA,
-            beta_BTA.sigmoid(),
-            rule_BAKK,
-            self.kernels,
-        )
+        v_BTAK, beta_BTA = v_BTE.unflatten(2, (self.value_heads, -1)), beta_BTA.sigmoid()
+        o_BTAK, rule_BAKK = gated_delta_rule(q_BTHK, k_BTHK, v_BTAK, g_BTA, beta_BTA, rule_BAKK, self.kernels)
         o_BTAK, _ = rms_norm(o_BTAK, self.norm, self.norm_eps)
         return linear(o_BTAK.flatten(2) * F.silu(gate_BTE), self.w_out), DeltaState(conv_BWC, rule_BAKK)
 
@@ -110,11 +97,8 @@ class GatedDeltaNet(Mixer):
 
 def gated_deltanet_cost(config: ModelConfig, context: int) -> MixerCost:
     """The cost of one mixer at `context` tokens; see `model.cost`."""
-    keys, head_width, heads = (
-        config.hidden_size,
-        config.head_dim,
-        config.gated_deltanet.expand_v * config.num_attention_heads,
-    )
+    keys, head_width = config.hidden_size, config.head_dim
+    heads = config.gated_deltanet.expand_v * config.num_attention_heads
     values = heads * head_width
     channels = 2 * keys + values  # of the convolution
     projections = keys * (2 * keys + 2 * values + 2 * heads) + values * keys
@@ -123,9 +107,7 @@ def gated_deltanet_cost(config: ModelConfig, context: int) -> MixerCost:
     length = -(-context // count)  # chunks are of one length; the last is filled up with zeros
     # Per chunk: keys and queries against keys, for every key head; the corrections, and what queries see of them; and
     # three products with the memory.
-    chunk = product_operations(length, length, 2 * keys + 2 * values) + product_operations(
-        length, head_width, 3 * values
-    )
+    chunk = product_operations(length, length, 2 * (keys + values)) + product_operations(length, head_width, 3 * values)
     text = context * product_operations(1, 1, projections) + count * chunk
     return MixerCost(
         parameters=projections + channels * config.gated_deltanet.conv_size + 2 * heads + head_width,

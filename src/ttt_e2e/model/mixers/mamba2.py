@@ -24,11 +24,6 @@ from ttt_e2e.ops.linear import linear
 from ttt_e2e.ops.short_convolution import short_convolution
 from ttt_e2e.ops.ssd import LIBRARY, ssd
 
-# The released code's initial values: -a uniform, dt log-uniform but at least DT_FLOOR.
-A_RANGE = (1.0, 16.0)
-DT_RANGE = (0.001, 0.1)
-DT_FLOOR = 1e-4
-
 
 class Mamba2State(NamedTuple):
     """The last inputs of the convolution, in x's dtype, and every head's state, in float32 (float64 if x is)."""
@@ -70,8 +65,8 @@ class Mamba2(Mixer):
         with torch.no_grad():
             for parameter in (self.conv_weight, self.conv_bias):
                 parameter.uniform_(-bound, bound, generator=generator)
-            self.a_log.uniform_(*A_RANGE, generator=generator).log_()
-            dt_H = self.dt_bias.uniform_(*map(math.log, DT_RANGE), generator=generator).exp().clamp(min=DT_FLOOR)
+            self.a_log.uniform_(1.0, 16.0, generator=generator).log_()
+            dt_H = self.dt_bias.uniform_(math.log(0.001), math.log(0.1), generator=generator).exp().clamp(min=1e-4)
             self.dt_bias.copy_(dt_H + (-torch.expm1(-dt_H)).log())  # softplus of it is dt
 
     def forward(
@@ -83,23 +78,15 @@ class Mamba2(Mixer):
         z_BTI, convolved_BTC, dt_BTH = linear(x_BTD, self.w_in).split((inner, inner + 2 * shared, self.heads), -1)
         convolved_BTC, conv_BUC = short_convolution(convolved_BTC, self.conv_weight, self.conv_bias, conv_BUC)
         v_BTI, b_BTS, c_BTS = convolved_BTC.split((inner, shared, shared), -1)
-        v_BTHP = v_BTI.unflatten(-1, (self.heads, -1))
+        v_BTHP, a_H = v_BTI.unflatten(-1, (self.heads, -1)), -self.a_log.to(accurate).exp()
+        b_BTGN, c_BTGN = (x_BTS.unflatten(-1, (self.groups, -1)) for x_BTS in (b_BTS, c_BTS))
         dt_BTH = F.softplus(dt_BTH.to(accurate) + self.dt_bias)
-        y_BTHP, ssm_BHPN = ssd(
-            v_BTHP,
-            dt_BTH,
-            -self.a_log.to(accurate).exp(),
-            b_BTS.unflatten(-1, (self.groups, -1)),
-            c_BTS.unflatten(-1, (self.groups, -1)),
-            ssm_BHPN,
-            kernels=self.config.mamba2.kernels,
-        )
+        y_BTHP, ssm_BHPN = ssd(v_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, ssm_BHPN, self.config.mamba2.kernels)
         y_BTHP = torch.addcmul(y_BTHP.to(accurate), v_BTHP.to(accurate), self.d_skip.to(accurate)[:, None])
         y_BTI = y_BTHP.flatten(2) * F.silu(z_BTI.to(accurate))
         # As in the released code, the norm is over a group's channels, not over all.
-        y_BTGI, _ = rms_norm(
-            y_BTI.unflatten(-1, (self.groups, -1)), self.norm.unflatten(0, (self.groups, -1)), self.config.rms_norm_eps
-        )
+        y_BTGI, norm_GI = (t.unflatten(-1, (self.groups, -1)) for t in (y_BTI, self.norm))
+        y_BTGI, _ = rms_norm(y_BTGI, norm_GI, self.config.rms_norm_eps)
         return linear(y_BTGI.flatten(2).to(x_BTD.dtype), self.w_out), Mamba2State(conv_BUC, ssm_BHPN)
 
 

@@ -31,9 +31,6 @@ from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm, swiglu
 from ttt_e2e.ops.fast_mlp import FastWeights
 from ttt_e2e.ops.linear import batched_linear, linear, weight_gradient
 
-# Added to the square of a residual before it divides.
-TINY = 1e-12
-
 
 class Memory(nn.Module):
     """The initial weights of every head's MLP, learned through the updates that follow."""
@@ -55,10 +52,8 @@ class Memory(nn.Module):
 
     def start(self, batch: int, dtype: torch.dtype) -> FastWeights:
         """The initial weights for `batch` sequences, [N, E, K] and [N, K, F], for tokens in `dtype`."""
-        w_in, w_out = (
-            w.to(accumulation_dtype(dtype)).expand(batch, -1, -1, -1).flatten(0, 1) for w in (self.w_in, self.w_out)
-        )
-        return FastWeights(w_in, w_out)
+        weights = (w.to(accumulation_dtype(dtype)) for w in (self.w_in, self.w_out))
+        return FastWeights(*(w.expand(batch, -1, -1, -1).flatten(0, 1) for w in weights))
 
 
 class ScanCoefficients(NamedTuple):
@@ -74,8 +69,7 @@ class ScanCoefficients(NamedTuple):
 def scan_coefficients(theta: Tensor, eta: Tensor, keep: Tensor) -> ScanCoefficients:
     """The running sums of Titans over a mini-batch in closed form; theta, eta and keep are [..., T].
 
-    Sums and products along the tokens are formed by doubling, without quotients or logarithms, so factors of 0 are
-    safe.
+    Sums and products along the tokens are formed by doubling, without quotients or logarithms: factors of 0 are safe.
     """
     # The factors of t + 1 at t, and 1 at the end.
     next_eta, next_keep = (_shift(x, 1, 1.0) for x in (eta, keep))
@@ -108,7 +102,7 @@ def gradients(fast: FastWeights, k_NTK: Tensor, v_NTK: Tensor, *shares_NT: Tenso
     residual_NTK = batched_linear(y_NTF, w_out_NKF) - v_NTK
     dh_NTE = swiglu_vjp(residual_NTK @ w_out_NKF)
     k_NT, y_NT, residual_NT, dh_NT = (_square(x) for x in (k_NTK, y_NTF, residual_NTK, dh_NTE))
-    rho_NT = (residual_NT * y_NT + dh_NT * k_NT) / (residual_NT + TINY)
+    rho_NT = (residual_NT * y_NT + dh_NT * k_NT) / (residual_NT + 1e-12)
     found = []
     for share_NT in shares_NT:
         step_NT1 = (share_NT / (k_NTK.shape[-1] + rho_NT))[..., None].to(k_NTK.dtype)

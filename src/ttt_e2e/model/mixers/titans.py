@@ -84,8 +84,8 @@ class Titans(Mixer):
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(head_width))
             self.k_norm = nn.Parameter(torch.ones(head_width))
-        self.persistent_k = nn.Parameter(torch.empty(heads, config.memory.num_persistent_tokens, head_width))
-        self.persistent_v = nn.Parameter(torch.empty(heads, config.memory.num_persistent_tokens, head_width))
+        persistent = (heads, config.memory.num_persistent_tokens, head_width)
+        self.persistent_k, self.persistent_v = (nn.Parameter(torch.empty(persistent)) for _ in range(2))
         self.memory = Memory(config)
         self.w_context = nn.Parameter(torch.empty(width, width))  # from tokens to the memory's queries
         self.context_norm = nn.Parameter(torch.ones(head_width))
@@ -132,14 +132,9 @@ class Titans(Mixer):
         # The keys and values that are seen: the persistent ones, then the segment's.
         first_k_BHQK, first_v_BHQK = self._persistent(x_BTD)
         k_seen, v_seen = torch.cat((first_k_BHQK, state.k_BHSK), 2), torch.cat((first_v_BHQK, state.v_BHSK), 2)
-        outputs = []
-        sizes = split_lengths(pending, length, b)
-        cut = zip(
-            *(x_BHTK.split(sizes, 2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)),
-            context_NTK.split(sizes, 1),
-            *(x_T.split(sizes) for x_T in (positions.cos, positions.sin)),
-            strict=True,
-        )
+        outputs, sizes = [], split_lengths(pending, length, b)
+        along = ((q_BHTK, 2), (k_BHTK, 2), (v_BHTK, 2), (context_NTK, 1), (positions.cos, 0), (positions.sin, 0))
+        cut = zip(*(x.split(sizes, dim) for x, dim in along), strict=True)
         for i, (q, k, v, context, cos, sin) in enumerate(cut):
             h_BTD = merge_heads(fast_mlp(context, fast)[0], self.context_norm, config)
             h_k, h_v = self._keys(h_BTD, Positions(cos, sin))
@@ -198,8 +193,8 @@ class Titans(Mixer):
         k_HQK = self.persistent_k.to(accumulation_dtype(x_BTD.dtype))
         if self.config.qk_norm:
             k_HQK, _ = rms_norm(k_HQK, self.k_norm, self.config.rms_norm_eps)
-        k_HQK, v_HQK = k_HQK.to(x_BTD.dtype), self.persistent_v.to(x_BTD.dtype)
-        return k_HQK.expand(len(x_BTD), -1, -1, -1), v_HQK.expand(len(x_BTD), -1, -1, -1)
+        k_BHQK, v_BHQK = (x.to(x_BTD.dtype).expand(len(x_BTD), -1, -1, -1) for x in (k_HQK, self.persistent_v))
+        return k_BHQK, v_BHQK
 
 
 def _visible(q_BHTK: Tensor, k_BHSK: Tensor, persistent: int) -> Tensor:
@@ -224,31 +219,26 @@ def _learn(
 def titans_cost(config: ModelConfig, context: int) -> MixerCost:
     """The cost of one mixer at `context` tokens; see `model.cost`."""
     width, heads, b = config.hidden_size, config.num_attention_heads, config.mini_batch_size or 1
+    persistent = config.memory.num_persistent_tokens
     read, gradient = memory_operations(config)
     weights, projections = 3 * width * config.memory.intermediate_size, width * (8 * width + 3 * heads)
+    vectors = 2 * persistent * width + 3 * heads + (4 if config.qk_norm else 2) * config.head_dim
     segments, rest = divmod(context, config.sliding_window)
 
     def attention(length: int) -> int:  # over a segment, whose every token has two keys
-        pairs = length * config.memory.num_persistent_tokens + 2 * num_pairs(length, None)
-        return score_operations(config, pairs)
+        return score_operations(config, length * persistent + 2 * num_pairs(length, None))
 
     # What the memory gave goes through the attention's projection to keys and values too.
     static = product_operations(1, 1, projections + 2 * width * width) + 2 * read
     still = context * static + segments * attention(config.sliding_window) + attention(rest)
     learn = read + gradient + read  # one vjp of the residual, then a gradient each for weights and momentum
     text = still + context // b * b * learn
-    seen = config.memory.num_persistent_tokens + (config.sliding_window + 1 if segments else 2 * (context + 1))
+    seen = persistent + (config.sliding_window + 1 if segments else 2 * (context + 1))
     pending = min(context, b)
     learned = -(-context // b) - 1  # mini-batches after which a token reads the memory
     going_back = learned * (read + gradient) + max(0, learned - 1) * read  # the last momentum is of no use
     return MixerCost(
-        parameters=(
-            weights
-            + projections
-            + 2 * config.memory.num_persistent_tokens * width
-            + 3 * heads
-            + (4 if config.qk_norm else 2) * config.head_dim
-        ),
+        parameters=weights + projections + vectors,
         cached=(4 * min(context, config.sliding_window) + 2 * pending) * width,
         accumulated=2 * weights + 3 * pending * heads,
         text=text,

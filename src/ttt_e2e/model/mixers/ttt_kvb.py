@@ -68,15 +68,11 @@ class TTTKVB(Mixer):
     def forward(
         self, x_BTD: Tensor, positions: Positions, state: TTTKVBState | None = None, cache_view: CacheView = ALL_FILLED
     ) -> tuple[Tensor, TTTKVBState]:
-        """Attend, read the memory, and train it with every mini-batch that x completes; see `Mixer.forward`.
-
-        A Python loop runs over the mini-batches. Memory is linear in T.
-        """
+        """See `Mixer.forward`. A Python loop runs over the mini-batches. Memory is linear in T."""
         config, b = self.config, self.mini_batch
         batch, length = x_BTD.shape[:2]
-        y_BTD, cache = self.attention(
-            x_BTD, positions, None if state is None else KVCache(*state[:2]), cache_view._replace(donated=False)
-        )
+        old = None if state is None else KVCache(*state[:2])
+        y_BTD, cache = self.attention(x_BTD, positions, old, cache_view._replace(donated=False))
 
         q_NTK, k_NTK, v_NTK = project(x_BTD, self.w_qkv, config)
         z_BTH = linear(x_BTD, self.w_step).to(accumulation_dtype(x_BTD.dtype)) + self.step_bias
@@ -85,10 +81,8 @@ class TTTKVB(Mixer):
             fast, pending = self.memory.start(batch, x_BTD.dtype), 0
         else:
             fast = FastWeights(state.w_in_BHEK.flatten(0, 1), state.w_out_BHKF.flatten(0, 1))
-            pending = state.pending_k_BHPK.shape[2]
-            k_NTK = torch.cat((state.pending_k_BHPK.flatten(0, 1), k_NTK), 1)
-            v_NTK = torch.cat((state.pending_v_BHPK.flatten(0, 1), v_NTK), 1)
-            theta_NT = torch.cat((state.pending_theta_BHP.flatten(0, 1), theta_NT), 1)
+            pending, new = state.pending_k_BHPK.shape[2], (k_NTK, v_NTK, theta_NT)
+            k_NTK, v_NTK, theta_NT = (torch.cat((p.flatten(0, 1), x), 1) for p, x in zip(state[4:], new, strict=True))
 
         reads = []
         queries = q_NTK.split(split_lengths(pending, length, b), 1)
