@@ -43,7 +43,7 @@ def main(folder: Path) -> int:
         torch.set_num_threads(settings["threads"])
     result: dict[str, Any] | None
     try:
-        result = _KINDS[settings["kind"]](folder, settings)
+        result = {"evaluate": _evaluate, "latency": _measure_latency}.get(settings["kind"], _train)(folder, settings)
     except Divergence as error:
         result = {"failed": " ".join(str(error).split())}
     except UserError as error:
@@ -54,7 +54,12 @@ def main(folder: Path) -> int:
     if _is_rank0():
         result = {"seconds": time.perf_counter() - started} | result
         write_text(folder / RESULT, json.dumps(result, allow_nan=False) + "\n")
-        _clean_up(folder, settings["kind"])
+        # No other job needs checkpoints, converted models, or the model of a sweep.
+        unneeded = [folder / _CONVERTED, folder / RUN / "checkpoints"]
+        if settings["kind"] == "sweep":
+            unneeded.append(folder / RUN / MODEL)
+        for path in unneeded:
+            shutil.rmtree(path, ignore_errors=True)
     return 0
 
 
@@ -114,14 +119,6 @@ def _is_rank0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _clean_up(folder: Path, kind: str) -> None:
-    """Remove what no other job needs: checkpoints, converted models, and the models of a sweep."""
-    shutil.rmtree(folder / _CONVERTED, ignore_errors=True)
-    shutil.rmtree(folder / RUN / "checkpoints", ignore_errors=True)
-    if kind == "sweep":
-        shutil.rmtree(folder / RUN / MODEL, ignore_errors=True)
-
-
 def _evaluate(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     device = choose_device(settings["device"])
     model = load_transformer(Path(settings["model"]), device)
@@ -136,15 +133,6 @@ def _measure_latency(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     how = {"seconds": settings["seconds"], "device": choose_device(settings["device"]), "dtype": settings["dtype"]}
     rows = [row for context in settings["contexts"] for row in timing.measure(models, context, train=False, **how)]
     return {"rows": rows}
-
-
-_KINDS = {
-    "sweep": _train,
-    "pretrain": _train,
-    "extend": _train,
-    "evaluate": _evaluate,
-    "latency": _measure_latency,
-}
 
 
 if __name__ == "__main__":

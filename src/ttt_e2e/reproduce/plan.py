@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.config.schema import RunConfig
@@ -26,11 +26,9 @@ from ttt_e2e.reproduce.systems import System, extending, pretraining
 
 FORMAT, VERSION = "ttt-e2e comparison", 3
 PLAN, JOB, LOG, RESULT = "plan.json", "job.json", "log.txt", "result.json"
-RUN = "run"
-"""The folder of a job's training run, in the job's folder."""
+RUN = "run"  # the folder of a job's training run, in the job's folder
 
-_SECOND_ROUND = {"below": 0.5, "above": 2.0}
-"""Of a sweep: the learning rates, as factors of the best one of the first round."""
+_SECOND_ROUND = {"below": 0.5, "above": 2.0}  # of a sweep: learning rates, as factors of the first round's best
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ def _add_first_stage(comparison: Comparison, system: System, seed: int, jobs: di
     sweep_start = () if before is None else (_first_stage(before, comparison.seeds[0]),)
     size = _size(pretraining(scale, swept, 0, tokens=_sweep_tokens(scale, swept)))
     first_round = tuple(_first_round(scale, swept))
+    second_round = [f"runs/{swept.name}/sweep/{name}" for name in _SECOND_ROUND]
     sweep = [Job(folder, "sweep", swept, 0, *size, sweep_start) for folder in first_round]
-    for name in _SECOND_ROUND:
-        sweep.append(Job(f"runs/{swept.name}/sweep/{name}", "sweep", swept, 0, *size, (*sweep_start, *first_round)))
+    sweep += [Job(folder, "sweep", swept, 0, *size, (*sweep_start, *first_round)) for folder in second_round]
     folder = _first_stage(system, seed)
     needs = (*start, *(job.folder for job in sweep))
     training = Job(folder, "pretrain", system, seed, *_size(pretraining(scale, system, seed)), needs)
@@ -196,21 +194,18 @@ def job_settings(comparison: Comparison, job: Job, out: Path, results: Mapping[s
             "seed": job.seed,
             "dtype": config.train.dtype,
         }
-    if job.kind == "extend":
-        config, data, start_from = extending(scale, system, job.seed, job.context), comparison.books, needed_model
+    is_extension, is_sweep = job.kind == "extend", job.kind == "sweep"
+    if is_extension:
+        config = extending(scale, system, job.seed, job.context)
     else:
-        if job.kind == "sweep":
-            lr, tokens = sweep_rates(scale, system, results).get(job.folder), _sweep_tokens(scale, system)
-        else:
-            lr, tokens = best_rate(scale, system, results), None
+        lr = sweep_rates(scale, system, results).get(job.folder) if is_sweep else best_rate(scale, system, results)
         if lr is None:
             raise UserError("every learning rate of the sweep failed.")
-        config, data = pretraining(scale, system, job.seed, lr, tokens), comparison.data
-        start_from = None if system.starts_from is None else needed_model
+        config = pretraining(scale, system, job.seed, lr, _sweep_tokens(scale, system) if is_sweep else None)
     return settings | {
         "config": to_dict(config),
-        "data": str(data.resolve()),
-        "start_from": start_from,
+        "data": str((comparison.books if is_extension else comparison.data).resolve()),
+        "start_from": needed_model if is_extension or system.starts_from is not None else None,
         "compile": comparison.compile,
         "processes": scale.processes,
     }
@@ -226,32 +221,35 @@ def write_plan(comparison: Comparison, out: Path) -> dict[str, list[Any]]:
     seeds and contexts. Returns all that any call has named of this comparison: "systems", "seeds" and "contexts".
     Raises UserError if anything else differs.
     """
-    path, scale = out / PLAN, comparison.scale
+    path = out / PLAN
     chosen: dict[str, list[Any]] = {
         "systems": [system.name for system in comparison.systems],
         "seeds": list(comparison.seeds),
         "contexts": list(comparison.contexts),
     }
-    numbers = asdict(scale)
+    numbers = json.loads(json.dumps(asdict(comparison.scale)))
     del numbers["requirements"]
     plan = {
         "format": FORMAT,
         "version": VERSION,
-        "scale": json.loads(json.dumps(numbers)),
+        "scale": numbers,
         "device": comparison.device,
         "digests": dict(comparison.digests),
-        "configs": {system.name: to_dict(pretraining(scale, system, 0)) for system in comparison.systems},
+        "configs": {system.name: to_dict(pretraining(comparison.scale, system, 0)) for system in comparison.systems},
         "comparisons": {},
     }
     if path.exists():
         previous = read_plan(out)
-        fixed = _fixed(previous)
-        for name, value in _fixed(plan).items():
-            if fixed.get(name) != value:
-                _refuse(out, f"{name} = {fixed.get(name)}, not {value}")
+        before, now = _fixed(previous), _fixed(plan)
+        different = [f"{key} = {before.get(key)}, not {now[key]}" for key in now if before.get(key) != now[key]]
         for name, config in previous["configs"].items():
             if plan["configs"].setdefault(name, config) != config:
-                _refuse(out, f"other settings of {name}, from another version of ttt-e2e")
+                different.append(f"other settings of {name}, from another version of ttt-e2e")
+        if different:
+            raise UserError(
+                f"{out} holds a comparison with {different[0]}; repeat its options (only --systems, --seeds, "
+                "--contexts, --workers and --compile may differ), or choose another folder."
+            )
         for key, values in previous["comparisons"].get(comparison.name, {}).items():
             chosen[key] = [*values, *(value for value in chosen[key] if value not in values)]
         plan["comparisons"] = previous["comparisons"]
@@ -274,10 +272,3 @@ def _fixed(plan: dict[str, Any]) -> dict[str, Any]:
     """What all calls in a folder have in common, by name."""
     values = {f"{key}.{name}": value for key in ("scale", "digests") for name, value in plan[key].items()}
     return {"device": plan["device"], **values}
-
-
-def _refuse(out: Path, difference: str) -> NoReturn:
-    raise UserError(
-        f"{out} holds a comparison with {difference}; repeat its options (only --systems, --seeds, --contexts, "
-        "--workers and --compile may differ), or choose another folder."
-    )

@@ -1,6 +1,7 @@
 """The report of a comparison: all numbers of the jobs that are done, as JSON, as tables and as pictures."""
 
 import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,10 @@ from ttt_e2e.evaluation.documents import standard_error
 from ttt_e2e.files import write_text
 from ttt_e2e.hardware import machine
 from ttt_e2e.reproduce import tables
-from ttt_e2e.reproduce.plan import (
-    Comparison,
-    best_rate,
-    latency_jobs,
-    read_plan,
-    sweep_rates,
-    training_jobs,
-)
+from ttt_e2e.reproduce.plan import Comparison, best_rate, latency_jobs, read_plan, sweep_rates, training_jobs
 from ttt_e2e.reproduce.scales import Scale
 from ttt_e2e.reproduce.systems import BASELINE, System
-from ttt_e2e.reproduce.workers import result_of
+from ttt_e2e.reproduce.workers import results_of
 
 Losses = Mapping[int, Mapping[str, float]]
 """Mean losses by seed and by book."""
@@ -55,7 +49,7 @@ def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
     jobs = [*training_jobs(comparison), *latency_jobs(comparison)]
     starts = [(system.weights_from or system).starts_from for system in comparison.systems]
     systems = [*dict.fromkeys(start for start in starts if start is not None), *comparison.systems]
-    results = {job.folder: r for job in jobs if (r := result_of(out / job.folder)) is not None}
+    results = results_of(jobs, out)
     evaluations = [
         {"system": job.system.name, "seed": job.seed, **results[job.folder]}
         for job in jobs
@@ -84,11 +78,8 @@ def _system(
 ) -> dict[str, Any]:
     trained = system.weights_from or system
     rates = {} if trained.lr_from is not None else sweep_rates(scale, trained, results)
-    sweep = [
-        {"lr": lr, "loss": results[folder].get("loss"), "failed": results[folder].get("failed")}
-        for folder, lr in rates.items()
-        if folder in results
-    ]
+    tried = [(lr, results[folder]) for folder, lr in rates.items() if folder in results]
+    sweep = [{"lr": lr, "loss": result.get("loss"), "failed": result.get("failed")} for lr, result in tried]
     best = best_rate(scale, trained, results)
     return {
         "label": system.label,
@@ -117,15 +108,10 @@ def _comparison(comparison: Comparison, evaluations: list[dict[str, Any]]) -> li
             losses = _losses(evaluations, system.name, context)
             if losses:
                 baseline = _losses(evaluations, BASELINE[comparison.name], context)
-                rows.append(
-                    {
-                        "system": system.name,
-                        "context": context,
-                        "loss": mean(losses),
-                        "difference": difference(losses, baseline),
-                        "frozen_loss": mean(_losses(evaluations, system.name, context, "frozen")),
-                    }
-                )
+                row: dict[str, Any] = {"system": system.name, "context": context, "loss": mean(losses)}
+                row["difference"] = difference(losses, baseline)
+                row["frozen_loss"] = mean(_losses(evaluations, system.name, context, "frozen"))
+                rows.append(row)
     return rows
 
 
@@ -147,11 +133,8 @@ def _by_position(comparison: Comparison, evaluations: list[dict[str, Any]]) -> d
 
     rows = []
     for system in comparison.systems:
-        bins = []
-        for i in range(len(edges) - 1):
-            losses = losses_in_bin(system.name, i)
-            minus_baseline = difference(losses, losses_in_bin(baseline, i))
-            bins.append({"loss": mean(losses), "difference": minus_baseline})
+        by_bin = [(losses_in_bin(system.name, i), losses_in_bin(baseline, i)) for i in range(len(edges) - 1)]
+        bins = [{"loss": mean(losses), "difference": difference(losses, base)} for losses, base in by_bin]
         if bins[0]["loss"] is not None:
             rows.append({"system": system.name, "bins": bins})
     return {"context": context, "position_edges": edges, "rows": rows}
@@ -165,16 +148,10 @@ def mean(losses: Losses) -> dict[str, Any] | None:
     """
     if not losses:
         return None
-    by_seed = [sum(books.values()) / len(books) for books in losses.values()]
-    names = next(iter(losses.values()))
-    by_book = [sum(books[name] for books in losses.values()) / len(losses) for name in names]
-    return {
-        "mean": sum(by_seed) / len(by_seed),
-        "books_error": standard_error(by_book),
-        "seeds_error": standard_error(by_seed),
-        "books": len(by_book),
-        "seeds": len(by_seed),
-    }
+    by_seed = [statistics.fmean(books.values()) for books in losses.values()]
+    by_book = [statistics.fmean(values) for values in zip(*(books.values() for books in losses.values()), strict=True)]
+    errors = {"books_error": standard_error(by_book), "seeds_error": standard_error(by_seed)}
+    return {"mean": statistics.fmean(by_seed), **errors, "books": len(by_book), "seeds": len(by_seed)}
 
 
 def difference(losses: Losses, baseline: Losses) -> dict[str, Any] | None:

@@ -102,7 +102,17 @@ def reproduce(
         )
         jobs = training_jobs(comparison)
         jobs += latency_jobs(whole, needs=tuple(job.folder for job in jobs))
-        print(_describe(comparison, jobs, out))
+        print(f"{name} at scale {scale.name}: {', '.join(system.name for system in chosen)}")
+        print(
+            f"Seeds {', '.join(map(str, comparison.seeds))}; "
+            f"contexts {', '.join(map(in_tokens, comparison.contexts))}; "
+            f"{comparison.book_tokens:,} tokens of held-out books. {scale.requirements}"
+        )
+        print(f"\n{'jobs':<12}{'all':>6}{'done':>6}{'tokens':>20}")
+        for kind in dict.fromkeys(job.kind for job in jobs):
+            alike = [job for job in jobs if job.kind == kind]
+            done = len(workers.results_of(alike, out))
+            print(f"{kind:<12}{len(alike):>6}{done:>6}{sum(job.tokens for job in alike):>20,}")
         if dry_run:
             return workers.Outcome()
 
@@ -127,19 +137,3 @@ def reproduce(
     else:
         print(f"The report is {out / name}.md, with pictures and all numbers ({name}.json) beside it.")
     return outcome
-
-
-def _describe(comparison: Comparison, jobs: list[Job], out: Path) -> str:
-    """The plan, as a table."""
-    lines = [
-        f"{comparison.name} at scale {comparison.scale.name}: {', '.join(s.name for s in comparison.systems)}",
-        f"Seeds {', '.join(map(str, comparison.seeds))}; contexts {', '.join(map(in_tokens, comparison.contexts))}; "
-        f"{comparison.book_tokens:,} tokens of held-out books. {comparison.scale.requirements}",
-        "",
-        f"{'jobs':<12}{'all':>6}{'done':>6}{'tokens':>20}",
-    ]
-    for kind in dict.fromkeys(job.kind for job in jobs):
-        some = [job for job in jobs if job.kind == kind]
-        done = sum(workers.result_of(out / job.folder) is not None for job in some)
-        lines.append(f"{kind:<12}{len(some):>6}{done:>6}{sum(job.tokens for job in some):>20,}")
-    return "\n".join(lines)

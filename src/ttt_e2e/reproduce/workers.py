@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,20 +57,25 @@ def run(
         on_result: Called after every new result.
         progress: Whether to show a progress bar on a terminal.
     """
-    outcome = Outcome(results={job.folder: r for job in jobs if (r := result_of(out / job.folder)) is not None})
+    outcome = Outcome(results_of(jobs, out))
     waiting = [job for job in jobs if job.folder not in outcome.results]
     running: dict[Job, subprocess.Popen] = {}
     hide_bar = None if progress and waiting else True  # None: shown on a terminal only
     with tqdm(total=len(jobs), initial=len(outcome.results), unit="job", disable=hide_bar, leave=False) as bar:
 
-        def record(job: Job, result: dict[str, Any] | None, problem: str) -> None:
-            if result is not None:
-                outcome.results[job.folder] = result
-            else:
+        def record(job: Job, problem: str) -> None:
+            """Note a job's result or, if it has none, the problem."""
+            result = results_of([job], out).get(job.folder)
+            if result is None:
                 outcome.problems[job.folder] = problem
+                news = f"not done: {problem}"
+            else:
+                outcome.results[job.folder] = result
+                loss = f"loss {result['loss']:.4f}, " if "loss" in result else ""
+                news = f"failed: {result['failed']}" if "failed" in result else f"{loss}{result['seconds']:,.0f} s"
             bar.update()
             count = len(outcome.results) + len(outcome.problems)
-            tqdm.write(f"{count} of {len(jobs)}  {job.folder}  {_describe(result, problem)}", file=sys.stdout)
+            tqdm.write(f"{count} of {len(jobs)}  {job.folder}  {news}", file=sys.stdout)
             sys.stdout.flush()
             if result is not None:
                 on_result(job)
@@ -78,7 +83,7 @@ def run(
         try:
             while waiting or running:
                 for job in [job for job, process in running.items() if process.poll() is not None]:
-                    record(job, *_finish(out / job.folder, running.pop(job)))
+                    record(job, _finish(out / job.folder, running.pop(job)))
                 ended = {*outcome.results, *outcome.problems}
                 ready = [job for job in waiting if ended.issuperset(job.needs)]
                 for job in ready[: max(1, num_workers) - len(running)]:
@@ -86,47 +91,35 @@ def run(
                     try:
                         content = settings(job, outcome.results)
                     except UserError as error:
-                        record(job, None, str(error))
+                        record(job, str(error))
                         continue
                     write_text(out / job.folder / JOB, json.dumps(content, indent=1) + "\n")
                     if num_workers:
                         running[job] = _start(out / job.folder, content, lock)
                     else:
-                        record(job, *_run_here(out / job.folder))
+                        log = out / job.folder / LOG
+                        with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+                            code = job_process.main(log.parent)
+                        if code == INTERRUPTED:
+                            raise KeyboardInterrupt
+                        record(job, f"see {log}")
                 bar.set_postfix_str(" ".join(job.folder for job in running))
                 time.sleep(_POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
             outcome.interrupted = True
             tqdm.write("Stopping: the jobs that are running write their checkpoints.", file=sys.stderr)
             _stop(running.values())
-            outcome.results |= {job.folder: r for job in running if (r := result_of(out / job.folder)) is not None}
+            outcome.results |= results_of(running, out)
         except BaseException:
             _stop(running.values())
             raise
     return outcome
 
 
-def result_of(folder: Path) -> dict[str, Any] | None:
-    """The result of the job in `folder`, None if it is not done."""
-    return read_json(folder / RESULT) if (folder / RESULT).is_file() else None
-
-
-def _describe(result: dict[str, Any] | None, problem: str) -> str:
-    if result is None:
-        return f"not done: {problem}"
-    if "failed" in result:
-        return f"failed: {result['failed']}"
-    loss = f"loss {result['loss']:.4f}, " if "loss" in result else ""
-    return f"{loss}{result['seconds']:,.0f} s"
-
-
-def _run_here(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """Do the job in this process; its result, or None and the reason. Raises KeyboardInterrupt."""
-    with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        code = job_process.main(folder)
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-    return result_of(folder), f"see {folder / LOG}"
+def results_of(jobs: Iterable[Job], out: Path) -> dict[str, dict[str, Any]]:
+    """The results of those `jobs` that are done, by job folder."""
+    paths = {job.folder: out / job.folder / RESULT for job in jobs}
+    return {folder: read_json(path) for folder, path in paths.items() if path.is_file()}
 
 
 def _start(folder: Path, settings: Mapping[str, Any], lock: int) -> subprocess.Popen:
@@ -151,13 +144,13 @@ def _start(folder: Path, settings: Mapping[str, Any], lock: int) -> subprocess.P
         )
 
 
-def _finish(folder: Path, process: subprocess.Popen) -> tuple[dict[str, Any] | None, str]:
-    """The result of the job whose process has ended, or None and the reason."""
+def _finish(folder: Path, process: subprocess.Popen) -> str:
+    """How the process of a job has ended, and the last that it printed."""
     process.communicate()
-    result, log = result_of(folder), folder / LOG
+    log = folder / LOG
     lines = log.read_text(errors="replace").strip().splitlines()
     how = f"killed by signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-    return result, f"{how}: {lines[-1] if lines else 'it printed nothing'} (see {log})"
+    return f"{how}: {lines[-1] if lines else 'it printed nothing'} (see {log})"
 
 
 def _stop(processes: Collection[subprocess.Popen]) -> None:
