@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ttt_e2e.cli.common import add_options
 from ttt_e2e.errors import INTERRUPTED, UserError
@@ -74,65 +75,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions of `reproduce`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, help, description, epilog in (
-        ("figure1", "loss and time per token by context, of every system", _FIGURE1, _FIGURE1_EPILOG),
-        ("ablations", "TTT-E2E with one choice changed", _ABLATIONS, _ABLATIONS_EPILOG),
-        ("warmstart", "TTT-E2E that starts from full attention", _WARMSTART, _WARMSTART_EPILOG),
+        ("figure1", "loss and time per token by context, of every system", _FIGURE1 + _JOBS, _FIGURE1_EPILOG),
+        ("ablations", "TTT-E2E with one choice changed", _ABLATIONS + _JOBS, _ABLATIONS_EPILOG),
+        ("warmstart", "TTT-E2E that starts from full attention", _WARMSTART + _JOBS, _WARMSTART_EPILOG),
+        ("latency", "time per token by context, of every system", _LATENCY, _LATENCY_EPILOG),
+        ("needles", "find one sentence in a long text", _NEEDLES, _NEEDLES_EPILOG),
     ):
-        _add_comparison_options(actions.add_parser(name, help=help, description=description + _JOBS, epilog=epilog))
-
-    sub = actions.add_parser(
-        "latency", help="time per token by context, of every system", description=_LATENCY, epilog=_LATENCY_EPILOG
-    )
-    sub.add_argument("--scale", default="tiny", metavar="NAME", help="tiny, small or paper (default: tiny)")
-    sub.add_argument("--out", type=Path, required=True, metavar="OUT", help="the folder to write")
-    sub.add_argument("--systems", type=_names, metavar="A,B", help="only these (default: all but full-prefix)")
-    sub.add_argument("--contexts", type=_list(tokens), metavar="N,M", help="such as 512,2K (default: the scale's)")
-    sub.add_argument("--seconds", type=float, metavar="S", help="time for each figure (default: the scale's)")
-    add_options(sub, "device", "threads", "quiet")
-
-    sub = actions.add_parser(
-        "needles", help="find one sentence in a long text", description=_NEEDLES, epilog=_NEEDLES_EPILOG
-    )
-    sub.add_argument("--models", nargs="+", default=[], type=_model, metavar="NAME=DIR", help="model folders")
-    sub.add_argument("--comparison", type=Path, metavar="OUT", help="the models of a figure1 for its longest context")
-    sub.add_argument("--out", type=Path, required=True, metavar="OUT", help="the folder to write")
-    sub.add_argument("--tasks", type=_list(int), default=[1, 2, 3], metavar="N,M", help="of RULER (default: 1,2,3)")
-    sub.add_argument(
-        "--contexts",
-        type=_list(tokens),
-        default=[1024, 2048, 4096],
-        metavar="N,M",
-        help="in tokens (default: 1K,2K,4K)",
-    )
-    sub.add_argument(
-        "--depths",
-        type=_list(int),
-        default=[0, 25, 50, 75, 100],
-        metavar="N,M",
-        help="where the sentence is, in percent of the text (default: 0,25,50,75,100)",
-    )
-    sub.add_argument("--samples", type=int, default=5, metavar="N", help="questions of each kind (default: 5)")
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the questions (default: 0)")
-    sub.add_argument(
-        "--haystack", type=Path, metavar="FILE", help="the text of tasks 2 and 3 (default: Python's library)"
-    )
-    add_options(sub, "device", "quiet")
+        sub = actions.add_parser(name, help=help, description=description, epilog=epilog)
+        add_own = {"latency": _add_latency_options, "needles": _add_needle_options}.get(name, _add_comparison_options)
+        add_own(sub.add_argument)
+        add_options(sub, "device", *(["threads"] if name == "latency" else []), "quiet")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ttt-e2e reproduce`; returns the exit code."""
-    common = {"contexts": arguments.contexts, "device": arguments.device, "progress": not arguments.quiet}
+
+    def options(*names: str) -> dict[str, Any]:
+        return {name: getattr(arguments, name) for name in (*names, "contexts", "device")}
+
+    progress = not arguments.quiet
     if arguments.action == "latency":
         from ttt_e2e.reproduce.latency import run_latency
 
-        run_latency(
-            arguments.scale,
-            arguments.out,
-            systems=arguments.systems,
-            threads=arguments.threads,
-            seconds=arguments.seconds,
-            **common,
-        )
+        run_latency(arguments.scale, arguments.out, progress=progress, **options("systems", "threads", "seconds"))
         return 0
     if arguments.action == "needles":
         from ttt_e2e.reproduce.needles import run_needles
@@ -142,16 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
             models |= _models_of(arguments.comparison)
         if not models:
             raise UserError("There is no model to ask; name some with --models or --comparison.")
-        run_needles(
-            arguments.out,
-            models=models,
-            tasks=arguments.tasks,
-            depths=arguments.depths,
-            samples=arguments.samples,
-            seed=arguments.seed,
-            haystack=arguments.haystack,
-            **common,
-        )
+        chosen = options("tasks", "depths", "samples", "seed", "haystack")
+        run_needles(arguments.out, models=models, progress=progress, **chosen)
         return 0
     from ttt_e2e.reproduce.run import reproduce
     from ttt_e2e.reproduce.scales import find_scale
@@ -160,14 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.action,
         find_scale(arguments.scale),
         arguments.out,
-        data=arguments.data,
-        books=arguments.books,
-        systems=arguments.systems,
-        seeds=arguments.seeds,
         num_workers=arguments.workers,
-        compile=arguments.compile,
-        dry_run=arguments.dry_run,
-        **common,
+        progress=progress,
+        **options("data", "books", "systems", "seeds", "compile", "dry_run"),
     )
     return INTERRUPTED if outcome.interrupted else 0
 
@@ -184,42 +136,46 @@ def _models_of(comparison: Path) -> dict[str, Path]:
     runs = {name: comparison / "runs" / name / f"seed{named['seeds'][0]}" / stage / "run" for name in named["systems"]}
     found = {name: folder / "model" for name, folder in runs.items() if (folder / "model").is_dir()}
     if not found:
-        raise UserError(
-            f"{comparison} has no model for its longest context yet; finish `ttt-e2e reproduce figure1` there first."
-        )
+        missing = f"{comparison} has no model for its longest context yet"
+        raise UserError(f"{missing}; finish `ttt-e2e reproduce figure1` there first.")
     return found
 
 
-def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scale", default="tiny", metavar="NAME", help="tiny, small or paper (default: tiny)")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="tokens from `ttt-e2e prepare` (default: Python's library, prepared in OUT/tokens)",
-    )
-    parser.add_argument(
-        "--books",
-        type=Path,
-        metavar="DIR",
-        help="tokens to train on for longer contexts and to evaluate on (default: --data)",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="the folder of the comparison")
-    parser.add_argument("--systems", type=_names, metavar="A,B", help="only these and the baseline (default: all)")
-    parser.add_argument("--seeds", type=_list(int), metavar="N,M", help="train once with each (default: 0)")
-    parser.add_argument(
-        "--contexts", type=_list(tokens), metavar="N,M", help="only these, such as 512,2K (default: all)"
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="jobs at a time (default: one per CPU core, or one on a GPU)"
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="train compiled: faster, after a minute or two for every system and stage",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, and train nothing")
-    add_options(parser, "device", "quiet")
+def _add_comparison_options(add: Callable[..., argparse.Action]) -> None:
+    add("--scale", default="tiny", metavar="NAME", help="tiny, small or paper (default: tiny)")
+    data = "tokens from `ttt-e2e prepare` (default: Python's library, prepared in OUT/tokens)"
+    add("--data", type=Path, metavar="DIR", help=data)
+    books = "tokens to train on for longer contexts and to evaluate on (default: --data)"
+    add("--books", type=Path, metavar="DIR", help=books)
+    add("--out", type=Path, required=True, metavar="OUT", help="the folder of the comparison")
+    add("--systems", type=_names, metavar="A,B", help="only these and the baseline (default: all)")
+    add("--seeds", type=_list(int), metavar="N,M", help="train once with each (default: 0)")
+    add("--contexts", type=_list(tokens), metavar="N,M", help="only these, such as 512,2K (default: all)")
+    add("--workers", type=int, metavar="N", help="jobs at a time (default: one per CPU core, or one on a GPU)")
+    compiled = "train compiled: faster, after a minute or two for every system and stage"
+    add("--compile", action="store_true", help=compiled)
+    add("--dry-run", action="store_true", help="print the plan, and train nothing")
+
+
+def _add_latency_options(add: Callable[..., argparse.Action]) -> None:
+    add("--scale", default="tiny", metavar="NAME", help="tiny, small or paper (default: tiny)")
+    add("--out", type=Path, required=True, metavar="OUT", help="the folder to write")
+    add("--systems", type=_names, metavar="A,B", help="only these (default: all but full-prefix)")
+    add("--contexts", type=_list(tokens), metavar="N,M", help="such as 512,2K (default: the scale's)")
+    add("--seconds", type=float, metavar="S", help="time for each figure (default: the scale's)")
+
+
+def _add_needle_options(add: Callable[..., argparse.Action]) -> None:
+    add("--models", nargs="+", default=[], type=_model, metavar="NAME=DIR", help="model folders")
+    add("--comparison", type=Path, metavar="OUT", help="the models of a figure1 for its longest context")
+    add("--out", type=Path, required=True, metavar="OUT", help="the folder to write")
+    add("--tasks", type=_list(int), default="1,2,3", metavar="N,M", help="of RULER (default: 1,2,3)")
+    add("--contexts", type=_list(tokens), default="1K,2K,4K", metavar="N,M", help="in tokens (default: 1K,2K,4K)")
+    depths = "where the sentence is, in percent of the text (default: 0,25,50,75,100)"
+    add("--depths", type=_list(int), default="0,25,50,75,100", metavar="N,M", help=depths)
+    add("--samples", type=int, default=5, metavar="N", help="questions of each kind (default: 5)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the questions (default: 0)")
+    add("--haystack", type=Path, metavar="FILE", help="the text of tasks 2 and 3 (default: Python's library)")
 
 
 def _names(text: str) -> list[str]:
