@@ -24,7 +24,7 @@ from server_helpers import (
 )
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.server.middleware.access import Limits, TokenBucket
+from ttt_e2e.server.middleware.access import TokenBucket
 from ttt_e2e.server.middleware.keys import KEYS_VARIABLE, LOCAL, Keys, check_host, load_keys
 
 ANNA, BERT = "a-long-key-for-anna-1", "another-key-for-bert"
@@ -180,7 +180,7 @@ def test_token_bucket_refills_evenly() -> None:
 def test_rate_is_limited_per_key(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = functools.partial(TokenBucket, clock=lambda: 0.0)
     monkeypatch.setattr("ttt_e2e.server.middleware.access.TokenBucket", stopped)
-    with client_of(engine, keys=KEYS, limits=Limits(requests_per_minute=3)) as client:
+    with client_of(engine, keys=KEYS, requests_per_minute=3) as client:
         assert [client.get("/v1/models", headers=as_(ANNA)).status_code for _ in range(3)] == [200] * 3
         response = client.get("/v1/models", headers=as_(ANNA))
         error_of(response, 429)
@@ -191,7 +191,7 @@ def test_rate_is_limited_per_key(engine: FakeEngine, monkeypatch: pytest.MonkeyP
 
 def test_open_requests_are_limited_per_key(engine: FakeEngine) -> None:
     engine.hold_from = 2
-    with client_of(engine, keys=KEYS, limits=Limits(open_requests=2)) as client, ThreadPoolExecutor(2) as pool:
+    with client_of(engine, keys=KEYS, open_requests=2) as client, ThreadPoolExecutor(2) as pool:
         body = {"prompt": "x", "max_tokens": 4}
         responses = [pool.submit(client.post, "/v1/completions", json=body, headers=as_(ANNA)) for _ in range(2)]
         until(lambda: engine.running == 2)
@@ -204,7 +204,7 @@ def test_open_requests_are_limited_per_key(engine: FakeEngine) -> None:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_body_size_is_limited(engine: FakeEngine, chunked: bool) -> None:
-    with client_of(engine, limits=Limits(body_bytes=1000)) as client:
+    with client_of(engine, body_bytes=1000) as client:
         session = client.post("/v1/sessions").json()["id"]
 
         def body(size: int) -> Any:
@@ -225,7 +225,7 @@ def test_body_size_is_limited(engine: FakeEngine, chunked: bool) -> None:
 
 
 def test_session_file_may_be_larger_than_a_text(engine: FakeEngine) -> None:
-    with client_of(engine, limits=Limits(body_bytes=1000, file_bytes=3000)) as client:
+    with client_of(engine, body_bytes=1000, file_bytes=3000) as client:
         path, headers = "/v1/sessions/import", {"content-type": "application/octet-stream"}
         assert client.post(path, content=b"session:" + b"a " * 1000, headers=headers).status_code == 201
         response = client.post(path, content=b"session:" + b"a " * 2000, headers=headers)
@@ -235,7 +235,7 @@ def test_session_file_may_be_larger_than_a_text(engine: FakeEngine) -> None:
 def test_response_to_a_large_body_arrives_over_a_socket(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttt_e2e.server.middleware.access.DRAIN_SECONDS", 60.0)
     body = b"a " * 2_000_000
-    with served(engine, limits=Limits(body_bytes=1000)) as address:
+    with served(engine, body_bytes=1000) as address:
         for _ in range(5):
             with connection_to(address) as connection:
                 send_post(connection, "/v1/completions", body, {})

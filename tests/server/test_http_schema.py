@@ -10,13 +10,12 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from server_helpers import FakeEngine
 
 from ttt_e2e.server.app import create_app
-from ttt_e2e.server.middleware.access import Limits
 from ttt_e2e.server.settings import Settings
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 HERE = {"host": "localhost"}
-app = create_app(FakeEngine(), Settings("tiny", limits=Limits(requests_per_minute=1 << 30)))  # type: ignore[arg-type]
+app = create_app(FakeEngine(), Settings("tiny", requests_per_minute=1 << 30))  # type: ignore[arg-type]
 schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers=HERE)
 schemathesis.checks.load_all_checks()
 # Not checked: whether valid requests are accepted. Valid fields may contradict each other, and sessions may not exist.

@@ -30,7 +30,6 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.server.api.streams import with_keepalive
 from ttt_e2e.server.engine.records import StoppingError
-from ttt_e2e.server.middleware.access import Limits
 from ttt_e2e.server.middleware.keys import Keys
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
@@ -358,7 +357,7 @@ def test_disconnect_ends_the_generation(engine: FakeEngine, stream: bool) -> Non
 
 
 def test_concurrent_generations_are_limited_per_key(engine: FakeEngine) -> None:
-    with client_of(engine, limits=Limits(generations=2)) as client:
+    with client_of(engine, generations=2) as client:
         response = client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 3, "max_tokens": 2})
     assert [choice["text"] for choice in response.json()["choices"]] == [words(2)] * 6
     assert engine.most_running == 2

@@ -18,7 +18,6 @@ from ttt_e2e.cli import serve as command
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.server.app import create_app
-from ttt_e2e.server.middleware.access import Limits
 from ttt_e2e.server.middleware.keys import KEYS_VARIABLE
 from ttt_e2e.server.settings import Settings
 
@@ -91,7 +90,7 @@ def test_options_reach_engine_and_settings(tmp_path: Path, monkeypatch: pytest.M
     assert given == dict(
         memory_bytes=3 << 20, max_sessions=7, max_session_tokens=900, max_batch=5, dtype=torch.bfloat16
     )
-    assert settings.limits == Limits(body_bytes=2048, file_bytes=5000, requests_per_minute=11)
+    assert (settings.body_bytes, settings.file_bytes, settings.requests_per_minute) == (2048, 5000, 11)
     assert settings.model_name == "ttt-e2e"
 
 

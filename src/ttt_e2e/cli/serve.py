@@ -66,12 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code.
-
-    Raises UserError if the packages of the service are missing, the keys are invalid, other machines could connect
-    without a key, or the port is in use, all of this before a model is loaded; then if the model is unfit for use or
-    another process uses the folder of sessions.
-    """
+    """Serve until SIGINT or SIGTERM; returns the exit code."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -94,7 +89,6 @@ def run(arguments: argparse.Namespace) -> int:
         from ttt_e2e.server.chat import load_chat_format
         from ttt_e2e.server.engine.engine import Engine
         from ttt_e2e.server.engine.store import Store
-        from ttt_e2e.server.middleware.access import Limits
         from ttt_e2e.server.middleware.logs import configure_logging
         from ttt_e2e.server.settings import Settings
 
@@ -113,12 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
         settings = Settings(
             model_name="ttt-e2e" if arguments.model is None else folder.resolve().name,
             keys=keys,
-            limits=Limits(
-                body_bytes=arguments.max_body,
-                file_bytes=min(engine.max_file_bytes, _MAX_FILE_BYTES),
-                requests_per_minute=arguments.rate,
-            ),
             chat=load_chat_format(folder, tokenizer, arguments.chat_template),
+            body_bytes=arguments.max_body,
+            file_bytes=min(engine.max_file_bytes, _MAX_FILE_BYTES),
+            requests_per_minute=arguments.rate,
         )
         app = create_app(engine, settings)
         config = uvicorn.Config(
@@ -151,10 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at this address; clients that connect while the model is loading wait.
-
-    Raises UserError if the address is not available.
-    """
+    """A socket that listens at this address; clients that connect while the model is loading wait."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:

@@ -76,7 +76,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     app.include_router(openai.routes(engine, settings, metrics), dependencies=key_in_schema)
     app.include_router(sessions.routes(engine), dependencies=key_in_schema)
-    app.add_middleware(AccessMiddleware, keys=settings.keys, limits=settings.limits)
+    app.add_middleware(AccessMiddleware, settings=settings)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)  # the last one added is the outermost
     return app
 
@@ -96,14 +96,10 @@ async def _handle(request: Request, error: Exception) -> JSONResponse:
 def _load_page() -> tuple[str, str]:
     """The page at /, and a Content-Security-Policy under which a browser runs its own script and style only."""
     page = (importlib.resources.files("ttt_e2e.server") / "page.html").read_text("utf-8")
-
-    def hash_of(tag: str) -> str:
-        found = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        assert found is not None
-        return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
-
+    inline = re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
+    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in inline}
     policy = (
-        f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy

@@ -16,31 +16,24 @@ _ESCAPE, _ANSWER = "\ufdd0", "\ufdd1"  # noncharacters, which occur in no meanin
 
 
 class ChatFormat:
-    """How messages become a prompt, and what ends an answer.
+    """How messages become a prompt; without a `template`, as lines such as "User: ...".
 
-    Args:
-        template: None for a plain format with lines such as "User: ...".
-        special_tokens: Ids of the tokenizer's special tokens by their text. Where the template contains such a text it
-            becomes the token. Where a message does it stays text, so that a message cannot contain another one.
-
-    `stop` are the strings before which an answer ends. Raises UserError if the template is invalid.
+    special_tokens: ids by text. Where the template contains such a text it becomes the token; where a message does it
+    stays text, so that a message cannot contain another one. `stop` are the strings before which an answer ends. Raises
+    UserError if the template is invalid.
     """
 
     def __init__(self, template: ChatTemplate | None = None, special_tokens: Mapping[str, int] | None = None) -> None:
         self._special_tokens = dict(special_tokens or {})
         longest_first = sorted(self._special_tokens, key=len, reverse=True)
-        self._special_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._special_text = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._bos, self._eos = ("", "") if template is None else (template.bos, template.eos)
         self._template: Any = None if template is None else _compile(template.source)
         end = "\nUser:" if template is None else "" if self._eos in self._special_tokens else self._eos
         self.stop: tuple[str, ...] = (end,) if end else ()
 
     def prompt(self, messages: list[dict[str, str]], continues: bool) -> list[str | int]:
-        """The prompt for an answer to `messages`: texts, and ids of special tokens between them.
-
-        continues: whether it follows something that was read before. Raises UserError if the template rejects the
-        messages.
-        """
+        """The prompt for an answer to `messages`: texts and token ids. continues: it follows what was read before."""
         if self._template is None:
             # A generated answer begins with the space after "Assistant:", and so does one that is sent back.
             lines = [f"{_ROLES[message['role']]}: {message['content'].removeprefix(' ')}" for message in messages]
@@ -62,9 +55,13 @@ class ChatFormat:
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
+        def escape(content: str) -> str:  # puts `_ESCAPE` inside everything that looks like a special token
+            content = content.replace(_ESCAPE, "")
+            return self._special_text.sub(lambda found: found[0][:1] + _ESCAPE + found[0][1:], content)
+
         try:
             text: str = self._template.render(
-                messages=[message | {"content": self._escape(message["content"])} for message in messages],
+                messages=[message | {"content": escape(message["content"])} for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self._bos,
                 eos_token=self._eos,
@@ -74,25 +71,14 @@ class ChatFormat:
             raise UserError(f"The chat template rejects these messages ({error}); send others.") from error
         return text
 
-    def _escape(self, content: str) -> str:
-        """`content` with `_ESCAPE` inside everything that looks like a special token."""
-        return self._special_text.sub(lambda found: found[0][:1] + _ESCAPE + found[0][1:], content.replace(_ESCAPE, ""))
-
     def _parts(self, text: str) -> list[str | int]:
-        parts: list[str | int] = []
-        start = 0
-        for found in self._special_text.finditer(text):
-            parts += [text[start : found.start()].replace(_ESCAPE, ""), self._special_tokens[found[0]]]
-            start = found.end()
-        parts.append(text[start:].replace(_ESCAPE, ""))
+        pieces = enumerate(self._special_text.split(text))  # every second one is a special token
+        parts = [self._special_tokens[piece] if i % 2 else piece.replace(_ESCAPE, "") for i, piece in pieces]
         return [part for part in parts if part != ""]
 
 
 def load_chat_format(model: Path, tokenizer: Tokenizer, file: Path | None = None) -> ChatFormat:
-    """The chat template in `file`, else the one in the model folder `model`, else the plain format.
-
-    Raises UserError if the template is invalid.
-    """
+    """The chat template in `file`, else the one in the model folder `model`, else the plain format."""
     source = None if file is None else read_text(file)
     return ChatFormat(chat_template(model, source), tokenizer.special)
 

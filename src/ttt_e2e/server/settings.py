@@ -3,15 +3,23 @@
 from dataclasses import dataclass, field
 
 from ttt_e2e.server.chat import ChatFormat
-from ttt_e2e.server.middleware.access import Limits
 from ttt_e2e.server.middleware.keys import Keys
 
 
 @dataclass(frozen=True)
 class Settings:
-    """model_name: the name of the model in the API. keys: without any, all clients are one owner."""
+    """What the service is called, how it formats messages, and what one client may request.
+
+    model_name: in the API. keys: without any, all clients are one owner. body_bytes: size of a text. file_bytes: size
+    of a session file, if more than `body_bytes`. requests_per_minute: per key. generations: how many a key may have
+    running at once; further ones wait. open_requests: how many a key may have open at once; further ones are refused.
+    """
 
     model_name: str
     keys: Keys = field(default_factory=Keys)
-    limits: Limits = field(default_factory=Limits)
     chat: ChatFormat = field(default_factory=ChatFormat)
+    body_bytes: int = 64 << 20
+    file_bytes: int = 0
+    requests_per_minute: int = 600
+    generations: int = 32
+    open_requests: int = 128

@@ -25,6 +25,7 @@ from ttt_e2e.server.settings import Settings
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
+_Prompts = Sequence[Prompt | Callable[[bool], Prompt]]  # see `Engine.generate`
 _Chunks = AsyncGenerator[tuple[int, TextChunk], None]  # with the index of the choice
 
 
@@ -34,7 +35,7 @@ class _GenerationHandler:
     def __init__(self, engine: Engine, settings: Settings, metrics: ServiceMetrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         # By owner. Each generation holds its owner's semaphore while it runs.
-        self.semaphores = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(settings.limits.generations))
+        self.semaphores = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(settings.generations))
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError if this is another model than the one that is served."""
@@ -46,16 +47,13 @@ class _GenerationHandler:
         self,
         request: Request,
         body: schemas.GenerationRequest,
-        prompts: Sequence[Prompt | Callable[[bool], Prompt]],
+        prompts: _Prompts,
         session: str | None,
-        *,
-        chat: bool = False,
         closing: Prompt = "",
-        stop: tuple[str, ...] = (),
     ) -> Response:
-        """Generate `n` texts after each prompt, before the stop strings of the request and those in `stop`."""
+        """Generate `n` texts after each prompt."""
         self.check_model(body.model)
-        n = body.n or 1
+        n, chat = body.n or 1, isinstance(body, schemas.ChatCompletionRequest)
         if body.learn and session is None:
             raise ApiError(400, "learn needs a session to learn in; send one, or omit learn.", "no_session")
         if body.learn and n * len(prompts) > 1:
@@ -64,7 +62,7 @@ class _GenerationHandler:
         id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         head = {"id": id, "object": kind, "created": int(time.time()), "model": self.settings.model_name}
         sampling = body.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
-        own_stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         seed = secrets.randbits(62) if body.seed is None else body.seed
         owner: str = request.state.caller.owner
         generations = [
@@ -73,7 +71,7 @@ class _GenerationHandler:
                 session,
                 prompt,
                 max_tokens=body.max_tokens or body.max_completion_tokens or schemas.DEFAULT_TOKENS,
-                stop=(*own_stop, *stop),
+                stop=(*stop, *(self.settings.chat.stop if chat else ())),
                 options=SamplingOptions(**sampling, seed=(seed + repetition) % 2**63),
                 learn=bool(body.learn),
                 closing=closing,
@@ -177,9 +175,7 @@ def routes(engine: Engine, settings: Settings, metrics: ServiceMetrics) -> APIRo
         messages = [message.for_template() for message in body.messages]
         prompt = functools.partial(settings.chat.prompt, messages)
         closing = settings.chat.closing(messages) if body.learn else ""
-        return await handler.respond(
-            request, body, [prompt], body.session, chat=True, closing=closing, stop=settings.chat.stop
-        )
+        return await handler.respond(request, body, [prompt], body.session, closing)
 
     path = "/sessions/{session}/completions"
 

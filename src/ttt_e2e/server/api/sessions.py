@@ -23,11 +23,11 @@ EVENT_SECONDS = 0.1  # minimum time between two progress events
 _CHUNK_BYTES = 1 << 18
 _BINARY = "application/octet-stream"
 _BINARY_SCHEMA = {"type": "string", "format": "binary"}
-_FORM_SCHEMA = {
-    "type": "object",
-    "properties": {"file": _BINARY_SCHEMA},
-    "required": ["file"],
-    "additionalProperties": False,
+_BINARY_CONTENT = {_BINARY: {"schema": _BINARY_SCHEMA}}
+_FORM_SCHEMA = {"type": "object", "properties": {"file": _BINARY_SCHEMA}, "required": ["file"]}
+_TEXT_CONTENT = {
+    "text/plain": {"schema": {"type": "string", "minLength": 1}},
+    "multipart/form-data": {"schema": {**_FORM_SCHEMA, "additionalProperties": False}},
 }
 
 
@@ -46,12 +46,6 @@ class DeletedSession(BaseModel):
     deleted: bool
 
 
-def _request_body(schemas: dict[str, Any]) -> dict[str, Any]:
-    """Documents a body that is not JSON, by content type."""
-    content = {content_type: {"schema": schema} for content_type, schema in schemas.items()}
-    return {"requestBody": {"required": True, "content": content}}
-
-
 def routes(engine: Engine) -> APIRouter:
     """The endpoints under /v1/sessions, except completions."""
     router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
@@ -66,7 +60,9 @@ def routes(engine: Engine) -> APIRouter:
         """List all sessions of this key, the oldest first."""
         return SessionList(object="list", data=await engine.sessions.summaries(_owner(request)))
 
-    @router.post("/import", status_code=201, openapi_extra=_request_body({_BINARY: _BINARY_SCHEMA}))
+    @router.post(
+        "/import", status_code=201, openapi_extra={"requestBody": {"required": True, "content": _BINARY_CONTENT}}
+    )
     async def import_session(request: Request) -> SessionSummary:
         """Create a session from a session file, as export returns and `ttt-e2e read --save` writes."""
         with engine.sessions.store.temporary_folder() as folder:
@@ -94,9 +90,7 @@ def routes(engine: Engine) -> APIRouter:
         "/{session}/read",
         response_model=ReadProgress,
         responses={200: {"content": {EVENT_STREAM: {}}}},
-        openapi_extra=_request_body(
-            {"text/plain": {"type": "string", "minLength": 1}, "multipart/form-data": _FORM_SCHEMA}
-        ),
+        openapi_extra={"requestBody": {"required": True, "content": _TEXT_CONTENT}},
     )
     async def read(session: str, request: Request) -> Response:
         """Read a text and learn from it: all of it or, if anything fails, nothing.
@@ -111,11 +105,7 @@ def routes(engine: Engine) -> APIRouter:
             return await event_stream(request, events)
         return JSONResponse(await cancel_on_disconnect(request.receive, _final(events)))
 
-    @router.get(
-        "/{session}/export",
-        response_class=Response,
-        responses={200: {"content": {_BINARY: {"schema": _BINARY_SCHEMA}}}},
-    )
+    @router.get("/{session}/export", response_class=Response, responses={200: {"content": _BINARY_CONTENT}})
     async def export_session(session: str, request: Request) -> Response:
         """Download a session as a file, for import or the command line."""
         with engine.sessions.store.temporary_folder() as folder:

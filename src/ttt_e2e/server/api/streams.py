@@ -21,10 +21,7 @@ _Result = TypeVar("_Result")
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """The result of `work`, which is cancelled if the client disconnects; the request's body must have been received.
-
-    Raises ClientDisconnect in that case, and whatever `work` raises.
-    """
+    """The result of `work`; cancels it and raises ClientDisconnect if the client, whose body has come, disconnects."""
     working, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait((working, disconnect), return_when=asyncio.FIRST_COMPLETED)

@@ -8,7 +8,6 @@ takes its current version and waits for nobody.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -33,14 +32,9 @@ _MAX_SUBMITTED = 2  # one submission is read while the next is tokenised
 class Engine:
     """Reads and generates for many clients at the same time, with one model.
 
-    Args:
-        template: What new sessions are copies of: it has read nothing, and has a tokenizer.
-        store: An open store; `stop` closes it.
-        max_batch: As for `SessionPool`.
-        memory_bytes, max_sessions, max_session_tokens: As for `SessionRegistry`.
-
-    `sessions` is the registry. Errors are those of the registry, and StoppingError after `stop`; `read` and `generate`
-    raise them when their iterator is advanced.
+    The arguments are those of `SessionPool` and `SessionRegistry`; `template` has a tokenizer. `sessions` is the
+    registry. Errors are those of the registry, and StoppingError after `stop`; `read` and `generate` raise them when
+    their iterator is advanced.
     """
 
     def __init__(
@@ -78,8 +72,7 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Current numbers of sessions and requests, and totals since the start, by name."""
-        worker = self._worker
-        totals = {"tokens_read": worker.tokens_read, "tokens_written": worker.tokens_written, "steps": worker.steps}
+        totals = {name: getattr(self._worker, name) for name in ("tokens_read", "tokens_written", "steps")}
         return {**self.sessions.stats(), "running": self._running, **totals}
 
     @property
@@ -116,7 +109,7 @@ class Engine:
                             if ids is not None:
                                 length += len(ids)
                                 self.sessions.check_length(length)
-                                pooled.submit(partial(SessionPool.submit_read, tokens=ids))
+                                pooled.submit(SessionPool.submit_read, tokens=ids)
                                 submitted += 1
                             continue
                         event = await pooled.next_event()
@@ -154,17 +147,12 @@ class Engine:
         Args:
             owner, id: The session; id None to start from the prompt alone.
             prompt: A prompt, or a function that returns one, given whether the session has read anything.
-            max_tokens: Maximum number of generated tokens. A token that ends texts ends the generation earlier.
-            stop: Strings before which the text ends.
-            options: How tokens are sampled.
-            learn: Whether prompt and generated text become part of the session.
+            max_tokens, stop, options: Limit of generated tokens, strings before which the text ends, and sampling.
             closing: What the session reads after the generated text, with `learn`.
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
-        Raises:
-            UserError: For values out of range.
-            LimitReachedError: If prompt, `max_tokens` and, with `learn`, the session are too long together.
-            Diverged: If learning diverged; the session is unchanged.
+        Raises UserError for values out of range, LimitReachedError if prompt, `max_tokens` and, with `learn`, the
+        session are too long together, and Diverged.
         """
         slot = None if id is None else self.sessions.slot(owner, id)
         check_max_tokens(max_tokens)
@@ -184,8 +172,8 @@ class Engine:
                 complete = 0  # how many of the tokens have been given out as text entirely
                 reason: Literal["stop", "length"] | None = None
                 with self._pooled(slot, session) as pooled:
-                    request = partial(SessionPool.submit_generate, prompt=ids, max_tokens=max_tokens, options=options)
-                    pooled.submit(partial(request, learn_from_writing=learn))
+                    request = {"prompt": ids, "max_tokens": max_tokens, "options": options}
+                    pooled.submit(SessionPool.submit_generate, **request, learn_from_writing=learn)
                     while reason is None:
                         event = await pooled.next_event()
                         if isinstance(event, Done):
@@ -244,7 +232,7 @@ class Engine:
     async def _after_reading(self, slot: SessionSlot | None, session: Session, ids: np.ndarray) -> Session:
         """The session once it has read the tokens `ids` [n]."""
         with self._pooled(slot, session) as pooled:
-            pooled.submit(partial(SessionPool.submit_read, tokens=ids))
+            pooled.submit(SessionPool.submit_read, tokens=ids)
             while not isinstance(await pooled.next_event(), Done):
                 pass
             return await pooled.leave()

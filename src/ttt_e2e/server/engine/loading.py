@@ -77,37 +77,30 @@ class SessionLoader:
                     f"{name} was read with {fact} = {facts[fact]}, and this service uses {getattr(self.info, fact)}; "
                     "use the same setting, or read the text again."
                 )
-        position, pending = facts["position"], tensors["pending"]
+        position, pending, template = facts["position"], tensors["pending"], self.template
         for number in (position, facts["state_bytes"]):
             if type(number) is not int or not 0 <= number < _MAX_NUMBER:
                 raise _invalid(name)
-        if position % self.template.mini_batch_size or len(facts["state_digest"]) != (64 if position else 0):
+        if position % template.mini_batch_size or len(facts["state_digest"]) != (64 if position else 0):
             raise _invalid(name)
-        if pending.dtype != torch.int64 or pending.dim() != 1 or not 1 <= len(pending) <= self.template.chunk_size:
+        if pending.dtype != torch.int64 or pending.dim() != 1 or not 1 <= len(pending) <= template.chunk_size:
             raise _invalid(name)
-        check_token_ids(pending.numpy(), self.template.model.config.vocab_size)
-        for key, (shape, dtype) in self._expected(position, facts["precision"]).items():
-            tensor = tensors[key]
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.isfinite().all():
-                raise _invalid(name)
-
-    def _expected(self, position: int, precision: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of the tensors in the file of a session at `position`, by their names in the file."""
-        model, kind = self.template.model, (position > 0, precision)
+        model, kind = template.model, (position > 0, facts["precision"])
+        check_token_ids(pending.numpy(), model.config.vocab_size)
         if kind not in self._shapes:
-            state = (self._after_mini_batch if position else self.template).state().read_state
-            tensors = state_tensors(model, state, self.template.learn, precision)
-            self._shapes[kind] = {key: (list(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+            state = (self._after_mini_batch if position else template).state().read_state
+            valid = state_tensors(model, state, template.learn, facts["precision"])
+            self._shapes[kind] = {key: (list(tensor.shape), tensor.dtype) for key, tensor in valid.items()}
         mixers = [block.mixer for block in (*model.prefix, *model.suffix)]
         first_block = {"static": 0, "loop": len(model.prefix) + 1}
-        expected = {}
         for key, (shape, dtype) in self._shapes[kind].items():
             place, i, part = key.split(".")
             if part in ("k", "v"):  # only caches grow with the text
                 slots = _cache_slots(mixers[first_block[place] + int(i)], model.config.sliding_window, position)
                 shape = [*shape[:2], slots, *shape[3:]]
-            expected[key] = tuple(shape), dtype
-        return expected
+            tensor = tensors[key]
+            if list(tensor.shape) != shape or tensor.dtype != dtype or not tensor.isfinite().all():
+                raise _invalid(name)
 
 
 def _cache_slots(mixer: Any, window: int, position: int) -> int:

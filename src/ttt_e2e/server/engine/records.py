@@ -71,8 +71,7 @@ class TextChunk:
     """The next part of a generated text.
 
     finish_reason: None except in the last chunk: "stop" at a stop string or at a token that ends texts, else "length".
-    prompt_tokens: tokens of the request's prompt, without what the session has read. completion_tokens: tokens
-    generated so far.
+    prompt_tokens: those of the request's prompt alone. completion_tokens: those generated so far.
     """
 
     text: str

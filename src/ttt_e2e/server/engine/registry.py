@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
@@ -51,16 +51,15 @@ class SessionSlot:
         return SessionSummary(id, created, info.tokens, info.text_bytes, info.text_digest, size, info.learn, in_memory)
 
 
-def _completed(
-    method: "Callable[Concatenate[SessionRegistry, _P], Coroutine[Any, Any, _T]]",
-) -> "Callable[Concatenate[SessionRegistry, _P], Coroutine[Any, Any, _T]]":
+def _completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
     """Decorate a change that runs to its end even if the caller is cancelled, and is refused after `close`."""
 
     @functools.wraps(method)
-    async def complete(self: "SessionRegistry", *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    async def complete(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        self: Any = args[0]
         if self._closed:
             raise StoppingError
-        task = asyncio.create_task(method(self, *args, **kwargs))
+        task = asyncio.create_task(method(*args, **kwargs))
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved, even if nobody waits
@@ -72,12 +71,8 @@ def _completed(
 class SessionRegistry:
     """The sessions in a store, with the model, tokenizer, dtype and `learn` of `template`, which has read nothing.
 
-    Args:
-        template: What new sessions are copies of.
-        store: An open store; `close` closes it.
-        memory_bytes: How much memory sessions may take; those used longest ago are then kept on disk only.
-        max_sessions: Per owner.
-        max_session_tokens: Per session.
+    Beyond `memory_bytes`, sessions used longest ago are kept on disk only. `max_sessions` is per owner. `close` closes
+    the store.
 
     An owner is any string, and a session is visible to its owner only. Methods raise SessionNotFoundError if the owner
     has no such session, UserError if a file is damaged or not a session of this model, and StoppingError for changes
@@ -97,12 +92,14 @@ class SessionRegistry:
 
     async def open(self) -> None:
         """Read the store's records. Raises UserError if the model is not fit for use."""
-
-        def find() -> list[SessionSlot]:
-            self._loader = SessionLoader(self.template)
-            return [self._find(record) for record in self.store.records()]
-
-        self._slots = {slot.record.id: slot for slot in await asyncio.to_thread(find)}
+        self._loader = await asyncio.to_thread(SessionLoader, self.template)
+        for record in await asyncio.to_thread(self.store.records):
+            path, name = self.store.path(record.id), f"The session {record.id}"
+            try:
+                info = await asyncio.to_thread(self._loader.read_info, path, name)
+                self._slots[record.id] = SessionSlot(record, info)
+            except UserError as error:
+                self._slots[record.id] = SessionSlot(record, None, error=str(error))
 
     async def close(self) -> None:
         """Wait for changes under way, and refuse any further ones."""
@@ -113,18 +110,13 @@ class SessionRegistry:
 
     def stats(self) -> dict[str, float]:
         """How many sessions there are, and how much memory they take, by name."""
-        return {
-            "sessions_in_memory": len(self._in_memory),
-            "sessions_on_disk": len(self._slots),
-            "bytes_in_memory": self._bytes_in_memory(),
-        }
+        counts = {"sessions_in_memory": len(self._in_memory), "sessions_on_disk": len(self._slots)}
+        return {**counts, "bytes_in_memory": self._bytes_in_memory()}
 
     def check_length(self, tokens: int) -> None:
         """Raise LimitReachedError if a session cannot hold this many tokens."""
         if tokens > self.max_session_tokens:
             raise LimitReachedError(f"A session holds at most {self.max_session_tokens:,} tokens; use a new one.")
-
-    # -- for clients -----------------------------------------------------------------------------------------------
 
     @_completed
     async def create(self, owner: str, session: Session | None = None) -> SessionSummary:
@@ -182,8 +174,6 @@ class SessionRegistry:
         self.check_length(session.info().tokens)
         return await self.create(owner, session)
 
-    # -- for the engine --------------------------------------------------------------------------------------------
-
     def slot(self, owner: str, id: str) -> SessionSlot:
         """The slot of a session."""
         slot = self._slots.get(id)
@@ -216,12 +206,6 @@ class SessionRegistry:
             slot.info, slot.session = info, session
             self._mark_used(slot)
             return slot.summary()
-
-    def _find(self, record: SessionRecord) -> SessionSlot:
-        try:
-            return SessionSlot(record, self._loader.read_info(self.store.path(record.id), f"The session {record.id}"))
-        except UserError as error:
-            return SessionSlot(record, None, error=str(error))
 
     def _bytes_in_memory(self) -> int:
         return sum(slot.info.memory_bytes for slot in self._in_memory.values() if slot.info)

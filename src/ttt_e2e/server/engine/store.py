@@ -39,8 +39,7 @@ class SessionRecord:
 class Store:
     """The sessions in `folder`, which is created if it is missing, readable by its owner only.
 
-    Only one process can open a store at a time. Opening it removes what killed processes left behind. Raises UserError
-    if another process has it open or the folder is not writable.
+    One process can open a store at a time. Opening it removes what killed processes left behind. Raises UserError.
     """
 
     def __init__(self, folder: Path) -> None:

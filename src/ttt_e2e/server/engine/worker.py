@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_pool import Done, Event, Losses, SessionPool, Token
@@ -82,21 +82,18 @@ class Worker:
                 if command is None:
                     return
                 command()
-            self._step()
-
-    def _step(self) -> None:
-        try:
-            events = self._pool.step()
-        except Exception as error:  # out of memory, for example; which session caused it is unknown
-            self._failed_steps += 1
-            _log.exception("A step of the model failed, and with it every request that was running.")
-            self._fail_all(error)
-            return
-        self._failed_steps = 0
-        self.steps += 1
-        self.tokens_read += sum(len(event.losses) for event in events if isinstance(event, Losses))
-        self.tokens_written += sum(isinstance(event, Token) for event in events)
-        self._loop.call_soon_threadsafe(_deliver, [(self._sessions[event.id], event) for event in events])
+            try:
+                events = self._pool.step()
+            except Exception as error:  # out of memory, for example; which session caused it is unknown
+                self._failed_steps += 1
+                _log.exception("A step of the model failed, and with it every request that was running.")
+                self._fail_all(error)
+                continue
+            self._failed_steps = 0
+            self.steps += 1
+            self.tokens_read += sum(len(event.losses) for event in events if isinstance(event, Losses))
+            self.tokens_written += sum(isinstance(event, Token) for event in events)
+            self._loop.call_soon_threadsafe(_deliver, [(self._sessions[event.id], event) for event in events])
 
     def _apply(self, pooled: "PooledSession", command: Callable[[SessionPool, int], _T]) -> _T | None:
         """Run a command on a session that is still in the pool; the session fails if the command does."""
@@ -134,11 +131,11 @@ class PooledSession:
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._error: Exception | None = None
 
-    def submit(self, command: Callable[[SessionPool, int], None]) -> None:
-        """Call `command(pool, id)` in the thread, to submit work for this session."""
+    def submit(self, command: Callable[..., None], **arguments: Any) -> None:
+        """Call `command(pool, id, **arguments)` in the thread, to submit work for this session."""
         if self._error:
             raise self._error
-        self._worker._send(lambda: self._worker._apply(self, command))
+        self._worker._send(lambda: self._worker._apply(self, lambda pool, id: command(pool, id, **arguments)))
 
     async def next_event(self) -> Event:
         """Wait for the next event. Raises the error of a request that failed."""

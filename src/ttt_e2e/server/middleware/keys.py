@@ -46,10 +46,7 @@ class Keys:
 
 
 def load_keys(file: Path | None, environment: Mapping[str, str]) -> Keys:
-    """The keys in `file` or in `TTT_E2E_API_KEYS`, one per line (or comma, in the variable): a name and a key.
-
-    Raises UserError for invalid lines, duplicates, short keys, a source without keys, and if both sources are given.
-    """
+    """The keys in `file` or in `TTT_E2E_API_KEYS`, one per line (or comma, in the variable): a name and a key."""
     variable = environment.get(KEYS_VARIABLE, "")
     if file is None:
         return Keys(_parse(variable.replace(",", "\n"), KEYS_VARIABLE)) if variable.strip() else Keys()

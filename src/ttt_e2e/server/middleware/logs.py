@@ -20,7 +20,6 @@ from ttt_e2e.server.engine.records import StoppingError
 from ttt_e2e.server.errors import error_response
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
 
-CLIENT_CLOSED_REQUEST = 499  # as in nginx; only logs and metrics show it
 _log = logging.getLogger("ttt_e2e.server.requests")
 
 
@@ -85,24 +84,14 @@ class RequestLogMiddleware:
                 await error_response(error)(scope, receive, observed_send)
         finally:
             seconds = time.perf_counter() - started
-            final = CLIENT_CLOSED_REQUEST if disconnected or status is None else status
+            final = 499 if disconnected or status is None else status  # as in nginx; only log and metrics show it
             route = getattr(scope.get("route"), "path", "-")  # never the path: it contains ids, or anything at all
             method = scope["method"] if route != "-" and final != 405 else "-"  # clients can invent methods, too
             self.metrics.observe_request(method, route, final, seconds)
-            _log.log(
-                logging.INFO if final < 500 else logging.ERROR,
-                _json_line(
-                    request=request_id,
-                    key=entry.key,
-                    method=method,
-                    route=route,
-                    status=final,
-                    ms=round(1000 * seconds, 1),
-                    tokens_read=entry.tokens_read,
-                    tokens_written=entry.tokens_written,
-                    **({"error": entry.error} if entry.error else {}),
-                ),
-            )
+            line = {"request": request_id, "key": entry.key, "method": method, "route": route, "status": final}
+            line |= {"ms": round(1000 * seconds, 1), "tokens_read": entry.tokens_read}
+            line |= {"tokens_written": entry.tokens_written} | ({"error": entry.error} if entry.error else {})
+            _log.log(logging.INFO if final < 500 else logging.ERROR, _json_line(**line))
 
 
 def configure_logging() -> None:

@@ -25,11 +25,9 @@ class ServiceMetrics(Collector):
         self._engine_stats = engine_stats
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        labels = ("method", "route", "status")
         self._requests = Counter(
-            "ttt_e2e_requests",
-            "Requests by path template and status",
-            ("method", "route", "status"),
-            registry=self._registry,
+            "ttt_e2e_requests", "Requests by path template and status", labels, registry=self._registry
         )
         self._request_seconds = Histogram(
             "ttt_e2e_request_seconds",
