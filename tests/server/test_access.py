@@ -24,8 +24,8 @@ from server_helpers import (
 )
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.server.keys import KEYS_VARIABLE, LOCAL, Keys, check_host, load_keys
 from ttt_e2e.server.middleware.access import TokenBucket
-from ttt_e2e.server.middleware.keys import KEYS_VARIABLE, LOCAL, Keys, check_host, load_keys
 
 ANNA, BERT = "a-long-key-for-anna-1", "another-key-for-bert"
 KEYS = Keys({"anna": ANNA, "bert": BERT})

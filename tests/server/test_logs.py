@@ -10,7 +10,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from server_helpers import PLAIN_TEXT, FakeEngine, TestClient, client_of, log_lines
 
-from ttt_e2e.server.middleware.keys import Keys
+from ttt_e2e.server.keys import Keys
 from ttt_e2e.server.middleware.logs import RequestLogMiddleware
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
 

@@ -30,7 +30,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.server.api.streams import with_keepalive
 from ttt_e2e.server.engine.records import StoppingError
-from ttt_e2e.server.middleware.keys import Keys
+from ttt_e2e.server.keys import Keys
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
 

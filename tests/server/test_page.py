@@ -12,7 +12,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from server_helpers import PATIENCE, FakeEngine, served, until
 
-from ttt_e2e.server.middleware.keys import Keys
+from ttt_e2e.server.keys import Keys
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -18,7 +18,7 @@ from ttt_e2e.cli import serve as command
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.server.app import create_app
-from ttt_e2e.server.middleware.keys import KEYS_VARIABLE
+from ttt_e2e.server.keys import KEYS_VARIABLE
 from ttt_e2e.server.settings import Settings
 
 KEY = "a-long-key-for-anna-1"

@@ -35,7 +35,7 @@ from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.store import Store
-from ttt_e2e.server.middleware.keys import KEYS_VARIABLE
+from ttt_e2e.server.keys import KEYS_VARIABLE
 
 TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8
 LONG_TEXT = TEXT.encode() * 1000  # takes minutes to read

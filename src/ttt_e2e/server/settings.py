@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ttt_e2e.server.chat import ChatFormat
-from ttt_e2e.server.middleware.keys import Keys
+from ttt_e2e.server.keys import Keys
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ttt_e2e.server.errors import ApiError, error_response
-from ttt_e2e.server.middleware.keys import is_loopback
+from ttt_e2e.server.keys import is_loopback
 from ttt_e2e.server.settings import Settings
 
 _PUBLIC_PATHS = ("/", "/health", "/openapi.json")  # these need no key
