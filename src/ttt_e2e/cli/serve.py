@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         import uvicorn
     except ImportError as error:
         raise UserError(f'Serving needs {error.name}; install it with: pip install "ttt-e2e[serve]"') from error
-    from ttt_e2e.server.middleware.keys import check_host, load_keys
+    from ttt_e2e.server.keys import check_host, load_keys
 
     keys = load_keys(arguments.keys, os.environ)
     check_host(arguments.host, keys)
