@@ -139,7 +139,7 @@ def main() -> None:
     while pool.busy:
         pool.step()
     texts = [
-        pool.remove(id).state()._replace(pending=tokens[length:])
+        pool.peek(id).state()._replace(pending=tokens[length:])
         for id, (tokens, length) in enumerate(zip(own, before, strict=True))
     ]
     del pool

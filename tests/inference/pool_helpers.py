@@ -93,6 +93,12 @@ def pool_at(model: Transformer, lengths: list[int], max_batch: int = 16) -> Sess
     return pool
 
 
+def removed(pool: SessionPool, id: int) -> Session:
+    session = pool.peek(id)
+    pool.drop(id)
+    return session
+
+
 def poisoned(session: Session) -> Session:
     """The session with fast weights that are not numbers."""
     return with_fast_weights(session, lambda w: w * math.nan)

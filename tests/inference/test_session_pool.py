@@ -19,6 +19,7 @@ from pool_helpers import (
     model_of,
     of,
     read_alone,
+    removed,
     run,
 )
 
@@ -65,7 +66,7 @@ class Check:
 
     def remove(self, id: int) -> None:
         """Remove a session, perhaps in the middle of its work, and compare all that it gave so far."""
-        peeked, text = self.pool.peek(id).state(), self.pool.remove(id).state()
+        peeked, text = self.pool.peek(id).state(), removed(self.pool, id).state()
         assert_same_state(peeked.read_state, text.read_state, 0)
         losses, written, ends = of(self.events, id)
         assert ends == [None] * len(ends)
@@ -121,7 +122,8 @@ def play(check: Check, actions: list[tuple]) -> None:
     for id in list(check.jobs):
         assert len(of(check.events, id)[2]) == len(check.jobs[id])  # all that was submitted was done
         check.remove(id)
-    assert len(check.pool) == 0
+        with pytest.raises(UserError, match="no session"):
+            check.pool.peek(id)
 
 
 @given(
@@ -163,11 +165,11 @@ def test_removed_session_continues_in_another_pool() -> None:
     other = second.add()
     second.submit_read(other, tokens_of(33, 1))
     run(first), run(second)
-    moved = second.add(first.remove(one))
+    moved = second.add(removed(first, one))
     second.submit_read(moved, text[33:])
     run(second)
     state, _, done = read_alone(model, text)
-    left = second.remove(moved).state()
+    left = removed(second, moved).state()
     assert_same_state(left.read_state, state)
     np.testing.assert_array_equal(left.pending, text[done:])
 
@@ -205,7 +207,7 @@ def test_removed_session_is_like_any_other(tmp_path: Path, learn: bool, read_bef
         pool.submit_read(other, text[read_before:])
     run(pool)
     alone.read(text[read_before:])
-    ours, info = pool.remove(id), alone.info()
+    ours, info = removed(pool, id), alone.info()
     if learn:  # without learning, one alone reads several mini-batches at once, and more is pending
         assert_same_state(ours.state().read_state, alone.state().read_state)
     ours.save(tmp_path / "s")
@@ -229,7 +231,7 @@ def test_pool_without_learning() -> None:
     logits, _ = forward(model, start_reading(model, 1, F64), torch.from_numpy(text)[None], F64)
     alone = torch.nn.functional.cross_entropy(logits[0, :-1], torch.from_numpy(text[1:]), reduction="none")
     np.testing.assert_allclose(losses, alone[: len(losses)], atol=1e-6)
-    for ours, start in zip(pool.remove(0).state().read_state.loop.fast, model.initial_fast_weights(1), strict=True):
+    for ours, start in zip(removed(pool, 0).state().read_state.loop.fast, model.initial_fast_weights(1), strict=True):
         torch.testing.assert_close(tuple(ours), tuple(start), rtol=0, atol=0)
 
 
@@ -241,4 +243,4 @@ def test_generation_ends_with_the_document_and_text_begins_with_bos() -> None:
     pool.submit_generate(id, max_tokens=2000, options=SamplingOptions(temperature=5.0, top_p=1.0))
     _, written, ends = of(run(pool), id)
     assert 0 < len(written) < 2000 and bos not in written and ends == [None]
-    assert pool.remove(id).state().pending.tolist() == [bos]
+    assert removed(pool, id).state().pending.tolist() == [bos]

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 from inference_helpers import tokens_of
-from pool_helpers import F64, MODELS, assert_same_state, generate_alone, of, pool_at, read_alone, run
+from pool_helpers import F64, MODELS, assert_same_state, generate_alone, of, pool_at, read_alone, removed, run
 
 from ttt_e2e.inference import session_pool as pool_module
 from ttt_e2e.inference.sampling import SamplingOptions
@@ -126,14 +126,14 @@ def test_readers_take_turns_and_generation_never_waits() -> None:
 def test_rows_left_in_a_state_keep_little_memory() -> None:
     pool = pool_at(MODELS["window"], [11] * 8)
     for id in range(7):
-        pool.remove(id)
+        removed(pool, id)
     pool.step()
     (member,) = pool._slots.values()
     rows = member.own.rows
     assert len(rows) == 2
     assert [len(row.batch.positions) for row in rows] == [1, 1]
     assert all(len(t.untyped_storage()) == t.nbytes for row in rows for t in row.batch.state.tensors())
-    text = pool.remove(7).state()
+    text = removed(pool, 7).state()
     state, _, done = read_alone(MODELS["window"], tokens_of(11, 7))
     assert_same_state(text.read_state, state)
     assert text.pending.tolist() == tokens_of(11, 7)[done:].tolist()

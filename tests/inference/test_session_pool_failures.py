@@ -16,6 +16,7 @@ from pool_helpers import (
     poisoned,
     pool_at,
     read_alone,
+    removed,
     run,
 )
 
@@ -32,7 +33,7 @@ from ttt_e2e.inference.text_digest import TextDigest
 def test_row_that_fails_does_not_affect_others() -> None:
     model = MODELS["window"]
     pool = pool_at(model, [26] * 3)
-    bad = pool.add(poisoned(pool.remove(1)))
+    bad = pool.add(poisoned(removed(pool, 1)))
     for id in (0, bad, 2):
         pool.submit_read(id, tokens_of(15, 20 + id))
         pool.submit_generate(id, tokens_of(3), max_tokens=4, options=SamplingOptions(seed=id))
@@ -47,13 +48,13 @@ def test_row_that_fails_does_not_affect_others() -> None:
         np.testing.assert_allclose(losses, read_alone(model, text)[1][25:], atol=1e-9)
         options = SamplingOptions(seed=id)
         assert written == generate_alone(model, np.concatenate((text, tokens_of(3))), 4, options)
-        assert_same_state(pool.remove(id).state().read_state, read_alone(model, text)[0])
+        assert_same_state(removed(pool, id).state().read_state, read_alone(model, text)[0])
 
 
 def test_row_that_fails_to_generate_does_not_affect_others() -> None:
     model = MODELS["window"]
     pool = pool_at(model, [26] * 2)
-    bad = pool.add(poisoned(pool.remove(1)))
+    bad = pool.add(poisoned(removed(pool, 1)))
     for id in (0, bad):
         pool.submit_generate(id, max_tokens=4)
     events = run(pool)
@@ -78,7 +79,7 @@ def test_divergence_restores_the_last_good_state() -> None:
     more = tokens_of(20, 8)
     pool.submit_read(0, more)  # it can be read on from there
     assert of(run(pool), 0)[2] == [None]
-    assert_same_state(pool.remove(0).state().read_state, read_alone(model, np.concatenate((text, more)))[0])
+    assert_same_state(removed(pool, 0).state().read_state, read_alone(model, np.concatenate((text, more)))[0])
 
 
 @pytest.mark.parametrize("mini_batches", [1, 2, 4])
@@ -109,14 +110,14 @@ def test_divergence_in_place_replays_to_the_last_good_state(
     (error,) = of(events, 0)[2]
     kept = 25 + 5 * mini_batches - (5 if what == "weights" else 0)
     assert isinstance(error, Diverged) and error.position == kept and "back at its last good" in str(error)
-    left = pool.remove(0).state()
+    left = removed(pool, 0).state()
     whole = np.concatenate((text, more))
     assert_same_state(left.read_state, read_alone(model, whole[: kept + 1])[0])
     assert left.pending.tolist() == whole[kept : kept + 1].tolist()
     assert left.text == TextDigest().add(whole[:kept], 5, None)
     assert of(events, 1)[2] == [None]
     beside = np.concatenate((tokens_of(31, 1), more, tokens_of(5, 7)))
-    assert_same_state(pool.remove(1).state().read_state, read_alone(model, beside)[0])
+    assert_same_state(removed(pool, 1).state().read_state, read_alone(model, beside)[0])
 
 
 def test_divergence_during_replay_restores_the_state_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +157,7 @@ def test_ctrl_c_during_an_update_in_place_loses_nothing(monkeypatch: pytest.Monk
     run(pool)
     for id, text in enumerate(texts):
         whole = np.concatenate((text, tokens_of(10, 7)))
-        assert_same_state(pool.remove(id).state().read_state, read_alone(model, whole)[0])
+        assert_same_state(removed(pool, id).state().read_state, read_alone(model, whole)[0])
 
 
 def test_too_large_learning_rate_returns_every_session_to_its_start() -> None:
@@ -169,7 +170,7 @@ def test_too_large_learning_rate_returns_every_session_to_its_start() -> None:
     for id in range(2):
         (error,) = of(events, id)[2]
         assert isinstance(error, Diverged) and error.position == 0
-        text = pool.remove(id).state()
+        text = removed(pool, id).state()
         assert text.read_state.position == 0 and text.pending.tolist() == tokens_of(1, id).tolist()
 
 
@@ -182,7 +183,7 @@ def test_invalid_requests_are_rejected() -> None:
             pool.submit_read(id, np.array(bad))
     with pytest.raises(UserError, match="max_tokens"):
         pool.submit_generate(id, max_tokens=-1)
-    for call in (pool.remove, lambda id: pool.submit_read(id, [1]), pool.submit_generate):
+    for call in (pool.peek, pool.drop, lambda id: pool.submit_read(id, [1]), pool.submit_generate):
         with pytest.raises(UserError, match="no session 7"):
             call(7)
     with pytest.raises(UserError, match="max_batch"):

@@ -156,16 +156,11 @@ def _read(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtyp
             rows = sum(count > start for count in counts)
             state = state.map(itemgetter(slice(rows)))
         stop = min(start + size, counts[0])
-        ids = np.zeros((rows, stop - start + 1), np.int64)
-        mask = np.zeros((rows, stop - start), np.float32)
-        for row in range(rows):
-            part = texts[row].tokens[start : stop + 1]
-            ids[row, : len(part)] = part
-            mask[row, : len(part) - 1] = 1
+        parts = [text.tokens[start : stop + 1].astype(np.int64) for text in texts[:rows]]
+        ids = [np.pad(part, (0, stop - start + 1 - len(part))) for part in parts]
+        mask = np.stack([np.arange(stop - start) < len(part) - 1 for part in parts]).astype(np.float32)
         mask_BT = torch.from_numpy(mask).to(model.embedding.device)
-        state, nll, norms = read_rows(
-            model, state, list(ids), mask_Bb=mask_BT, learn=learn, dtype=dtype, donate_state=learn
-        )
+        state, nll, norms = read_rows(model, state, ids, mask_Bb=mask_BT, learn=learn, dtype=dtype, donate_state=learn)
         for row in range(rows):
             count = min(counts[row], stop) - start
             losses[row][start : start + count] = nll[row, :count]

@@ -10,7 +10,6 @@ Shapes: B requests, T tokens, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import DTYPES
 from ttt_e2e.inference.streaming import forward, start_reading
 
-Score = tuple[float, bool]
-"""Log-likelihood of a continuation in nats, and whether every token of it was the likeliest."""
+Score = tuple[float, bool]  # log-likelihood of a continuation in nats, and whether all its tokens were the likeliest
 
 
 @register_model("ttt-e2e")
@@ -97,6 +95,8 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Score]:
         scores: dict[int, Score] = {}
+        bos = [self._tokenizer.bos]  # the harness puts it in front; a session has it already
+        contexts = [one[1][1:] if one[1][:1] == bos else one[1] for one in requests]
         # Requests with one context come together, and those of about the same length.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i][1]), requests[i][1], len(requests[i][2])))
         is_short = [len(one[1]) + len(one[2]) <= self._template.mini_batch_size for one in requests]
@@ -104,14 +104,14 @@ class HarnessModel(TemplateLM):
         with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as bar:
             for start in range(0, len(short), self.batch_size):
                 some = short[start : start + self.batch_size]
-                pairs = [(self._without_bos(requests[i][1]), requests[i][2]) for i in some]
+                pairs = [(contexts[i], requests[i][2]) for i in some]
                 scores.update(zip(some, self._score_short(pairs), strict=True))
                 bar.update(len(some))
             context, session = None, self._template
             for i in long:
-                if requests[i][1] != context:
-                    context, session = requests[i][1], self._template.fork()
-                    session.read(np.array(self._without_bos(context), np.int64))
+                if contexts[i] != context:
+                    context, session = contexts[i], self._template.fork()
+                    session.read(np.array(context, np.int64))
                 scores[i] = self._score_long(session, requests[i][2])
                 bar.update(1)
         for i, request in enumerate(requests):
@@ -144,12 +144,6 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 
-    # -- scoring -------------------------------------------------------------------------------------------------------
-
-    def _without_bos(self, context: Sequence[int]) -> list[int]:
-        """The context without the BOS that the harness puts in front: a session has it already."""
-        return list(context[1:] if context and context[0] == self._tokenizer.bos else context)
-
     def _score_short(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
         """Score continuations, each after its context, which are too short to learn from, in one call."""
         rows = [torch.tensor([self._tokenizer.bos, *context, *continuation]) for context, continuation in pairs]
@@ -179,8 +173,9 @@ class HarnessModel(TemplateLM):
             tokens_1T = torch.from_numpy(ids[: size + 1]).to(self._device)[None]
             logits_1TV, _ = forward(self._model, reader.state().read_state, tokens_1T[:, :-1], session.dtype)
             nll_1T, greedy_1T = _losses(logits_1TV, tokens_1T[:, 1:])
-            vocab_size = self._model.config.vocab_size
-            found = find_divergence(nll_1T[0], 0.0, reader.position, vocab_size, learns=session.learn)
+            found = find_divergence(
+                nll_1T[0], 0.0, reader.position, self._model.config.vocab_size, learns=session.learn
+            )
             if found is not None:
                 advice = "Use a model with a smaller inner_loop.lr, or learn=false."
                 raise Diverged(f"Learning diverged: {found[0]}. {advice}", reader.position, found[0])

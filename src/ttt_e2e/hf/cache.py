@@ -12,7 +12,7 @@ Shapes: B texts, T tokens of a call, V vocabulary.
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,20 +30,14 @@ from ttt_e2e.model.transformer import Transformer
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the library calls a cache, in arguments and in outputs: past_key_values in its older versions."""
 
-T = TypeVar("T")
-
 
 class _Text(NamedTuple):
-    """One text: a value.
+    """One text: a value."""
 
-    border: its state after its last full mini-batch. pending: the tokens since then, int64 [n]. columns: where in the
-    input these were. end: the state after them; None if it is not known yet.
-    """
-
-    border: RowRef
-    pending: np.ndarray
-    columns: np.ndarray
-    end: RowRef | None
+    border: RowRef  # its state after its last full mini-batch
+    pending: np.ndarray  # the tokens since then, int64 [n]
+    columns: np.ndarray  # where in the input these were
+    end: RowRef | None  # the state after them; None if it is not known yet
 
 
 @dataclass(eq=False)
@@ -135,8 +129,7 @@ class ReadingCache(TransformersCache):
             for border, pending, columns, end in (row.text for row in rows)
         )
         self.width += length
-        shape = (batch, logits_to_keep, model.config.vocab_size)
-        logits_BTV = torch.zeros(shape, dtype=dtype, device=model.embedding.device)
+        logits_BTV = model.embedding.new_zeros(batch, logits_to_keep, model.config.vocab_size, dtype=dtype)
         for i, row in enumerate(rows):
             if row.logits:
                 logits_BTV[i, np.flatnonzero(seen[i, -logits_to_keep:])] = torch.cat(row.logits)
@@ -181,14 +174,15 @@ def _learn(model: Transformer, rows: list[_Row], dtype: torch.dtype) -> None:
         for some in _groups(ready, lambda row: row.text.border.position):
             batch = gather([row.text.border for row in some])
             ids = [row.text.pending[: b + 1] for row in some]
-            wanted = [row.wanted + b - len(row.text.pending) for row in some]
-            if max(wanted) > 0:
-                _read(model, batch, [row[:-1] for row in ids], some, wanted, dtype)
+            wanted = {row: row.wanted + b - len(row.text.pending) for row in some}
+            if max(wanted.values()) > 0:
+                _read(model, batch, [row[:-1] for row in ids], wanted, dtype)
             after, losses_BT, norm_B = read_rows(model, batch.state, ids, learn=True, dtype=dtype)
             new = BatchedState(after, tuple(position + b for position in batch.positions))
             for i, row in enumerate(some):
-                position, vocab_size = batch.positions[i], model.config.vocab_size
-                found = find_divergence(losses_BT[i], norm_B[i], position, vocab_size, learns=True)
+                found = find_divergence(
+                    losses_BT[i], norm_B[i], batch.positions[i], model.config.vocab_size, learns=True
+                )
                 if found is not None:
                     raise UserError(
                         f"Learning diverged in row {rows.index(row)} of the batch: {found[0]}; the cache is unchanged. "
@@ -201,40 +195,35 @@ def _predict(model: Transformer, rows: list[_Row], dtype: torch.dtype) -> None:
     """Read every text to its end without learning, and keep the logits that are wanted there."""
     ends = [(row.text.end, row.new) if row.text.end else (row.text.border, row.text.pending) for row in rows]
     given = [(row, start, ids) for row, (start, ids) in zip(rows, ends, strict=True) if len(ids)]
-    for some in _groups(given, lambda one: (len(one[2]), one[1].batch.kind)):
+    for some in _groups(given, lambda one: (len(one[2]), one[1].batch.kind_and_slots[0])):
         group, starts, ids = zip(*some, strict=True)
-        after = _read(model, gather(starts), ids, group, [row.wanted for row in group], dtype)
+        after = _read(model, gather(starts), ids, {row: row.wanted for row in group}, dtype)
         for i, row in enumerate(group):
             row.text = row.text._replace(end=RowRef(after, i))
 
 
 def _read(
-    model: Transformer,
-    batch: BatchedState,
-    ids: Sequence[np.ndarray],
-    rows: Sequence[_Row],
-    wanted: Sequence[int],
-    dtype: torch.dtype,
+    model: Transformer, batch: BatchedState, ids: Sequence[np.ndarray], wanted: dict[_Row, int], dtype: torch.dtype
 ) -> BatchedState:
     """The state after all ids, without learning; keeps the logits after each row's last `wanted` ones of them."""
     ids_BT, state = ids_tensor(model, ids), batch.state
     length = ids_BT.shape[1]
-    first = length - min(length, max(0, *wanted))
+    first = length - min(length, max(0, *wanted.values()))
     size = chunk_size(model, learn=False)
     for start in range(0, first, size):  # no logits of a whole text at once
         part_BT = ids_BT[:, start : min(start + size, first)]
         state, _, _ = read_mini_batch(model, state, part_BT, part_BT, learn=False, dtype=dtype)
     if first < length:
         logits_BTV, state = forward(model, state, ids_BT[:, first:], dtype)
-        for i, (row, count) in enumerate(zip(rows, wanted, strict=True)):
+        for i, (row, count) in enumerate(wanted.items()):
             if count > 0:
                 row.logits.append(logits_BTV[i, -min(length, count) :])
     return BatchedState(state, tuple(position + length for position in batch.positions))
 
 
-def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+def _groups(items: Iterable[Any], key: Callable[[Any], Hashable]) -> list[list[Any]]:
     """Items with equal keys, in their order."""
-    groups: dict[Hashable, list[T]] = {}
+    groups: dict[Hashable, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return list(groups.values())

@@ -17,8 +17,7 @@ class TTTE2EConfig(PreTrainedConfig):
         learn_while_reading: whether the model learns from what it reads.
         learn_from_writing: whether `generate` also learns from what it generates, as soon as that fills a mini-batch.
             Otherwise it is learned from only once a later prompt follows it.
-        bos_token_id, eos_token_id, pad_token_id: as in every configuration of the library.
-        others: fields of the library's.
+        others: fields of the library's, such as bos_token_id, eos_token_id and pad_token_id.
     """
 
     model_type = "ttt-e2e"
@@ -29,14 +28,11 @@ class TTTE2EConfig(PreTrainedConfig):
         settings: Mapping[str, Any] | None = None,
         learn_while_reading: bool = True,
         learn_from_writing: bool = False,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
         **others: Any,
     ) -> None:
         self.settings = dict(settings or {})
         self.learn_while_reading, self.learn_from_writing = learn_while_reading, learn_from_writing
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        others = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | others
         super().__init__(**others | {"tie_word_embeddings": False})  # a tied head is one weight here, not two
 
     @property

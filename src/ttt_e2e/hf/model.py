@@ -80,14 +80,14 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
         # The model decides itself what is computed in which precision: autocast would lose the gradient of a gradient.
         device = input_ids.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.compute_dtype
-        if cache is None:
-            cache = ReadingCache() if past_key_values is None else past_key_values
-        if not isinstance(cache, ReadingCache):
-            raise UserError(f"The cache is a {type(cache).__name__}; give a ReadingCache that this model returned.")
         learns = self.config.learn_while_reading and self.model.config.can_learn
         with torch.autocast(device, enabled=False):
             if labels is not None:
                 return CausalLMOutputWithPast(loss=self._loss(input_ids, attention_mask, labels, dtype))
+            if cache is None:
+                cache = ReadingCache() if past_key_values is None else past_key_values
+            if not isinstance(cache, ReadingCache):
+                raise UserError(f"The cache is a {type(cache).__name__}; give a ReadingCache that this model returned.")
             logits_BTV = cache.read(
                 self.model,
                 input_ids,
@@ -115,8 +115,6 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             )
         options: dict[str, Any] = {"activation_checkpointing": "mini-batch", "dtype": dtype}
         return sequence_loss(self.model, tokens_BT, bos=bos, learn=learn, **options).loss
-
-    # -- for `generate` ------------------------------------------------------------------------------------------------
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, is_first_iteration: bool = False, **kwargs: Any

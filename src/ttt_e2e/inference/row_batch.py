@@ -46,19 +46,14 @@ class BatchedState:
         return tuple(tuple(t.shape[1:]) for t in self.state.tensors())
 
     @cached_property
-    def cache_slots(self) -> tuple[int, ...]:
-        """The number of slots of each of the row's caches."""
-        return tuple(value.num_slots for value in self._mixer_states if isinstance(value, KVCache))
+    def kind_and_slots(self) -> tuple[Hashable, tuple[int, ...]]:
+        """The mixers' states: the shapes of all but caches, and the number of slots of each cache.
 
-    @cached_property
-    def kind(self) -> Hashable:
-        """The shapes of all but the caches: rows of one kind can be read in one call if nothing is learned."""
-        others = (value for value in self._mixer_states if not isinstance(value, KVCache))
-        return len(self._mixer_states), tuple(tuple(t.shape[1:]) for value in others for t in value)
-
-    @property
-    def _mixer_states(self) -> tuple:
-        return (*(self.state.static or ()), *self.state.loop.caches)
+        Rows of one kind can be read in one call if nothing is learned.
+        """
+        values = (*(self.state.static or ()), *self.state.loop.caches)
+        others = tuple(tuple(t.shape[1:]) for value in values if not isinstance(value, KVCache) for t in value)
+        return (len(values), others), tuple(value.num_slots for value in values if isinstance(value, KVCache))
 
 
 class RowRef(NamedTuple):

@@ -33,16 +33,11 @@ from ttt_e2e.model.transformer import Transformer
 
 
 class SessionState(NamedTuple):
-    """All that reading has changed in a session: a value.
+    """All that reading has changed in a session: a value."""
 
-    read_state: what the tokens left behind that were read, in whole mini-batches. text: their digest and size.
-    pending: the token ids [n] after them, int64. The first one is the input to the next prediction, and every other
-    one is still to be scored.
-    """
-
-    read_state: ReadState
-    text: TextDigest
-    pending: np.ndarray
+    read_state: ReadState  # what the tokens left behind that were read, in whole mini-batches
+    text: TextDigest  # their digest and size
+    pending: np.ndarray  # token ids after them, int64 [n]: the next prediction's input, and those still to be scored
 
 
 class Session:
@@ -147,7 +142,15 @@ class Session:
             ids = check_token_ids(tokens, self.model.config.vocab_size)
         self._state = self._state._replace(pending=np.concatenate((self._state.pending, ids)))
         while len(self._state.pending) > self.chunk_size:
-            yield self._read_chunk()
+            # The state changes last and at once, or not at all.
+            size, (read_state, text, pending) = self.chunk_size, self._state
+            options = {"learn": self.learn, "dtype": self.dtype, "functions": self._functions}
+            after, losses_1T, norm_1 = read_rows(self.model, read_state, [pending[: size + 1]], **options)
+            self._check(losses_1T[0], norm_1[0])
+            last_good = SessionState(read_state, text, pending[:1].copy()) if self.learn else None
+            text = text.add(pending[:size], self.mini_batch_size, self.token_sizes)
+            self._restore(SessionState(after, text, pending[size:]), last_good)
+            yield losses_1T[0]
         self._state = self._state._replace(pending=self._state.pending.copy())  # a view would keep all the ids
 
     def score_pending(self) -> np.ndarray:
@@ -157,17 +160,6 @@ class Session:
         state, _, pending = self._state
         _, losses_1T, _ = read_rows(self.model, state, [pending], learn=False, dtype=self.dtype)
         self._check(losses_1T[0], 0.0)
-        return losses_1T[0]
-
-    def _read_chunk(self) -> np.ndarray:
-        """Read a chunk of the pending tokens. The state changes last and at once, or not at all."""
-        size, (read_state, text, pending) = self.chunk_size, self._state
-        options = {"learn": self.learn, "dtype": self.dtype, "functions": self._functions}
-        after, losses_1T, norm_1 = read_rows(self.model, read_state, [pending[: size + 1]], **options)
-        self._check(losses_1T[0], norm_1[0])
-        last_good = SessionState(read_state, text, pending[:1].copy()) if self.learn else None
-        text = text.add(pending[:size], self.mini_batch_size, self.token_sizes)
-        self._restore(SessionState(after, text, pending[size:]), last_good)
         return losses_1T[0]
 
     def _check(self, losses: np.ndarray, norm: float) -> None:
@@ -225,7 +217,7 @@ class Session:
         facts = {
             **self.info().to_facts(),
             "precision": precision,
-            "tokenizer": self._tokenizer_digest,
+            "tokenizer": self.tokenizer and self.tokenizer.digest,
             "state_digest": self._state.text.digest.hex(),
             "state_bytes": self._state.text.bytes,
         }
@@ -236,7 +228,7 @@ class Session:
         """Take on the state that was packed; `learn` does not change. Raises UserError as `load` does."""
         if facts["model"] != self._model_fingerprint:
             raise UserError(f"The session {name} belongs to another model; give the model that it was read with.")
-        if facts["tokenizer"] != self._tokenizer_digest:
+        if facts["tokenizer"] != (self.tokenizer and self.tokenizer.digest):
             raise UserError(
                 f"The session {name} was read with another tokenizer; give the model folder that it was read with."
             )
@@ -252,10 +244,6 @@ class Session:
     @cached_property
     def _model_fingerprint(self) -> str:
         return session_file.model_fingerprint(self.model)
-
-    @property
-    def _tokenizer_digest(self) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.digest
 
     def _restore(self, state: SessionState, last_good: SessionState | None = None) -> None:
         """Take on a state of the same model. last_good: one mini-batch before, when the loss was good."""
@@ -328,15 +316,14 @@ class Session:
     ) -> Iterator[str]:
         """`generate_tokens` as text, in whole characters: a character waits until all its bytes are there.
 
+        Raises what `generate_tokens` does.
+
         Args:
             prompt: what to read first.
             max_tokens: how many tokens to generate at most.
             stop: strings before which the text ends.
             learn_from_writing: whether the prompt and exactly the text that was yielded become part of the session.
             sampling: the fields of `SamplingOptions`.
-
-        Raises:
-            UserError, Diverged: as `generate_tokens` does.
         """
         check_max_tokens(max_tokens)  # all is checked before anything becomes part of the session
         SamplingOptions(**sampling)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ FORMAT, VERSION = "ttt-e2e session", 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 Precision = Literal["float32", "bfloat16", "float16"]
-_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Names in a file, in the order of the fields. A field may be renamed, what is on disk may not.
 TENSOR_NAMES: dict[type, str] = {
@@ -76,9 +75,6 @@ class SessionInfo:
         return from_dict(cls, {field.name: facts[name] for field, name in named if name in facts}, "the session")
 
 
-# -- tensors -----------------------------------------------------------------------------------------------------------
-
-
 def state_tensors(
     model: Transformer, state: ReadState, learned: bool, precision: Precision = "float32"
 ) -> dict[str, Tensor]:
@@ -90,14 +86,14 @@ def state_tensors(
     affects what was learned and not the weights. Raises UserError for another precision, or a difference beyond its
     range.
     """
-    if precision != "float32" and precision not in _HALVES:
-        raise UserError(f"There is no precision {precision!r} for a session; choose float32, {' or '.join(_HALVES)}.")
+    if precision not in get_args(Precision):
+        raise UserError(f"There is no precision {precision!r} for a session; choose float32, bfloat16 or float16.")
     below, above, fast = _state_kinds(model)
     tensors = _named("static", below, state.static or ()) | _named("loop", above, state.loop.caches)
     if learned and precision == "float32":
         tensors |= _named("fast", fast, state.loop.fast)
     elif learned:
-        dtype = _HALVES[precision]
+        dtype = getattr(torch, precision)
         pairs = zip(state.loop.fast, model.initial_fast_weights(1), strict=True)
         differences = [[(w - w0).to(dtype) for w, w0 in zip(now, start, strict=True)] for now, start in pairs]
         if not all(difference.isfinite().all() for of_block in differences for difference in of_block):
@@ -156,9 +152,6 @@ def model_fingerprint(model: Transformer) -> str:
     return hashlib.sha256(f"{model_digest(model)} {config}".encode()).hexdigest()
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
 def write_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write facts and tensors to `path`, whole or not at all.
 
@@ -177,16 +170,14 @@ def read_session_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises UserError if it is not a session of this version, or is truncated or altered.
     """
-    facts = session_facts(path)
-    while True:
+    before = None
+    while (facts := session_facts(path)) != before:  # or the session was saved again in between
+        before = facts
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{path} is truncated, or is being written at this moment; use a whole copy.") from error
-        before, facts = facts, session_facts(path)
-        if facts == before:  # else the session was saved again in between
-            break
     if facts.get("sha256") != _sha256(tensors, {name: fact for name, fact in facts.items() if name != "sha256"}):
         raise UserError(f"{path} was altered after it was written: its digest does not match; use another copy.")
     return facts, tensors

@@ -47,13 +47,10 @@ class Token(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The request that was submitted first to the session `id` is done.
-
-    error: None, or why it failed. Requests that were submitted to the session after it are then dropped.
-    """
+    """The request that was submitted first to the session `id` is done."""
 
     id: int
-    error: UserError | None = None
+    error: UserError | None = None  # why it failed; the requests that were submitted after it are then dropped
 
 
 Event = Losses | Token | Done
@@ -104,16 +101,13 @@ class Generation:
 
 @dataclass(eq=False)
 class Slot:
-    """A session of the pool.
-
-    queue: its requests; a read is its tokens. job: the request in progress. waiting_since: the step of its last turn.
-    """
+    """A session of the pool."""
 
     id: int
     own: Sequence
-    queue: deque[np.ndarray | Generation] = field(default_factory=deque)
-    job: np.ndarray | Generation | None = None
-    waiting_since: int = 0
+    queue: deque[np.ndarray | Generation] = field(default_factory=deque)  # its requests; a read is its tokens
+    job: np.ndarray | Generation | None = None  # the request in progress
+    waiting_since: int = 0  # the step of its last turn
 
     @property
     def sequence(self) -> Sequence:
@@ -129,18 +123,14 @@ class SessionPool:
     that has waited longest. So nobody starves: a session that reads waits for at most as many steps as there are
     sessions that read, and one that generates for one reading call between two tokens.
 
-    Args:
-        template: what a new session is a copy of. All sessions have its model, tokenizer, dtype and `learn`, and none
-            is compiled.
-        max_batch: the most rows in a call. A CPU gains nothing beyond about 16.
+    A new session is a copy of `template`. All sessions have its model, tokenizer, dtype and `learn`, and none is
+    compiled. A call has at most `max_batch` rows; a CPU gains nothing beyond about 16.
     """
 
     def __init__(self, template: Session, *, max_batch: int = 16) -> None:
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, not {max_batch}.")
-        self.template = template.fork()
-        self.max_batch = max_batch
-        self._model = template.model
+        self.template, self.max_batch, self._model = template.fork(), max_batch, template.model
         self._mini_batch_size = template.mini_batch_size
         self._slots: dict[int, Slot] = {}
         self._ids = itertools.count()
@@ -150,9 +140,6 @@ class SessionPool:
     def busy(self) -> bool:
         """Whether some request is not done yet."""
         return any(slot.job is not None or slot.queue for slot in self._slots.values())
-
-    def __len__(self) -> int:
-        return len(self._slots)
 
     def add(self, session: Session | None = None) -> int:
         """Add a copy of a session, the template if None; returns its id, which is never used again.
@@ -168,23 +155,16 @@ class SessionPool:
         self._slots[id] = Slot(id, Sequence(single_row(read_state), text, pending))
         return id
 
-    def remove(self, id: int) -> Session:
-        """Remove a session, at any time; returns it in its present state.
-
-        Tokens of a read in progress that were not read yet are pending. Generation ends, and queued requests are
-        dropped. Raises UserError for an unknown id.
-        """
-        session = self.peek(id)
-        self.drop(id)
-        return session
-
     def peek(self, id: int) -> Session:
-        """The session in its present state, as `remove` returns it; it stays in the pool."""
+        """A copy of the session in its present state. Tokens of a read in progress that were not read yet are pending.
+
+        Raises UserError for an unknown id.
+        """
         own = self._slot(id).own
         return self._session(own.row, own.text, own.pending)
 
     def drop(self, id: int) -> None:
-        """Remove a session that is not needed any more. Raises UserError for an unknown id."""
+        """Remove a session, at any time, with all its requests. Raises UserError for an unknown id."""
         del self._slots[self._slot(id).id]
 
     def submit_read(self, id: int, tokens: np.ndarray | Iterable[int]) -> None:
@@ -206,7 +186,7 @@ class SessionPool:
         """Have a session generate. The events are `Token`, one at a time, then `Done`.
 
         The session itself does not change: a copy reads the prompt, and learns from its full mini-batches. To keep what
-        was generated, submit it as a read. For stop strings, look at the text and remove the session.
+        was generated, submit it as a read. For stop strings, look at the text and drop the session.
 
         Args:
             id: of the session.
@@ -296,8 +276,9 @@ class SessionPool:
         for (tokens, state), some in states.items():
             some.sort(key=lambda slot: slot.sequence.row.row_index)
             # Caches in a call differ by less than a factor of two: a short text does not bear the cost of a long one.
-            lengths = tuple(slots.bit_length() for slots in state.cache_slots)
-            alike = state.shapes if tokens > self._mini_batch_size else (state.kind, lengths)
+            kind, slots_of_caches = state.kind_and_slots
+            lengths = tuple(count.bit_length() for count in slots_of_caches)
+            alike = state.shapes if tokens > self._mini_batch_size else (kind, lengths)
             open_batches = batches.setdefault((tokens, alike), [])
             room = next((batch for batch in open_batches if len(batch) + len(some) <= self.max_batch), None)
             if room is None:
@@ -421,6 +402,5 @@ class SessionPool:
         copies = compact(row for sequence in sequences for row in sequence.rows)
         for sequence in sequences:
             sequence.row = copies.get(sequence.row, sequence.row)
-            if sequence.checkpoint is not None:
-                row = sequence.checkpoint.row
-                sequence.checkpoint = sequence.checkpoint._replace(row=copies.get(row, row))
+            if good := sequence.checkpoint:
+                sequence.checkpoint = good._replace(row=copies.get(good.row, good.row))

@@ -25,21 +25,14 @@ from ttt_e2e.ops.elementwise import accumulation_dtype
 class ReadState(NamedTuple):
     """All that a text leaves behind in a model between two mini-batches: a value, to keep, copy or save.
 
-    The first dimension of every tensor is the batch.
+    The first dimension of every tensor is the batch. Rows that have read different numbers of tokens may have empty
+    slots in their caches, and can be learned from only when they have none.
     """
 
-    position: int
-    """Tokens read so far; where rows have read different numbers, the smallest of them."""
-
-    static: tuple[Any, ...] | None
-    """States of the mixers below the lowest fast weight; None before the first token."""
-
-    loop: InnerLoopState
-    """Fast weights, and caches of the mixers above."""
-
-    position_offsets_B: Tensor | None = None
-    """How many tokens more than `position` each row has read, int64; None if none has. Such rows may have empty slots
-    in their caches, and can be learned from only when they have none."""
+    position: int  # tokens read so far; where rows have read different numbers, the smallest of them
+    static: tuple[Any, ...] | None  # states of the mixers below the lowest fast weight; None before the first token
+    loop: InnerLoopState  # fast weights, and caches of the mixers above
+    position_offsets_B: Tensor | None = None  # how many tokens more each row has read, int64; None if none has
 
     def tensors(self) -> list[Tensor]:
         """All tensors that `map` changes, in its order."""
@@ -53,8 +46,7 @@ class ReadState(NamedTuple):
 
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
     """The state before the first token of `batch` texts."""
-    state = initial_state(model, batch, dtype)
-    return ReadState(0, None, state._replace(fast=tree_map(state.fast, Tensor.detach)))
+    return ReadState(0, None, initial_state(model, batch, dtype).map(Tensor.detach))
 
 
 @torch.no_grad()
@@ -151,8 +143,4 @@ def _cache_view(model: Transformer, state: ReadState) -> CacheView:
 
 def _last_slots(caches: tuple[KVCache, ...], slots: int) -> tuple[KVCache, ...]:
     """Caches of the last `slots` slots, with empty ones in front where there are fewer."""
-
-    def cut(t: Tensor) -> Tensor:
-        return t if t.shape[2] == slots else F.pad(t, (0, 0, slots - t.shape[2], 0))
-
-    return tree_map(caches, cut)
+    return tree_map(caches, lambda t: t if t.shape[2] == slots else F.pad(t, (0, 0, slots - t.shape[2], 0)))

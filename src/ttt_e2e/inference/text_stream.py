@@ -15,15 +15,9 @@ class TextStream:
     """Turns tokens into text, which it emits as soon as it cannot change any more.
 
     A character waits until all its bytes are there, and what may be the beginning of a stop string until it turns out
-    not to be. `stopped` says whether a stop string was found.
+    not to be. The text ends before the stop string that is complete first; `stopped` says whether there was one.
 
-    Args:
-        tokenizer: of the tokens.
-        stop: one string or several. The text ends before the one that is complete first.
-        context: the tokens before the text. The last few are enough.
-
-    Raises:
-        UserError: a stop string is empty.
+    context: the tokens before the text. The last few are enough. Raises UserError for an empty stop string.
     """
 
     def __init__(
