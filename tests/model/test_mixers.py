@@ -87,6 +87,15 @@ def test_a_cache_is_appended_to_in_its_own_memory(
         assert all(map(torch.equal, ours, theirs))
 
 
+def test_appending_in_place_can_be_made_again_after_a_failure() -> None:
+    """A call that failed after some caches were appended to is repeated on the caches that it was given."""
+    first, lost, new = (KVCache(*torch.randn(2, 1, 2, count, 4).unbind()) for count in (12, 3, 3))
+    cache = first.append_(lost).last(8)
+    expected = KVCache(*(t.clone() for t in cache)).append(new)
+    cache.append_(lost)
+    assert all(map(torch.equal, cache.append_(new), expected))
+
+
 def test_few_calls_copy_a_cache() -> None:
     cache, new, places = KVCache(*torch.randn(2, 2, 3, 8, 4).unbind()), torch.randn(2, 3, 1, 4), set()
     for _ in range(80):

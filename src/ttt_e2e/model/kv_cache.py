@@ -32,21 +32,29 @@ class KVCache(NamedTuple):
         return KVCache(torch.cat((self.k_BGSK, new.k_BGSK), 2), torch.cat((self.v_BGSK, new.v_BGSK), 2))
 
     def append_(self, new: "KVCache") -> "BufferedKVCache":
-        """`append` for a cache that nobody else needs any more: in place, where its memory has room behind it."""
-        buffer, total = self.buffer if isinstance(self, BufferedKVCache) else None, self.num_slots + new.num_slots
-        if buffer is None or buffer.stop + new.num_slots > buffer.k.shape[2]:
-            buffer = KVBuffer(self, capacity=total + total // 2)  # so that few calls copy the cache
-        return buffer.append(new, keep=total)
+        """`append` for a cache that nobody else needs any more: in place, where its memory has room behind it.
+
+        What stands behind the cache is overwritten, so that a call that failed half-way can be made again.
+        """
+        total = self.num_slots + new.num_slots
+        buffer, stop = (self.buffer, self.stop) if isinstance(self, BufferedKVCache) else (None, 0)
+        if buffer is None or stop + new.num_slots > buffer.num_slots:
+            batch, heads, stop, head_dim = self.k_BGSK.shape
+            room = total + total // 2  # so that few calls copy the cache
+            buffer = KVCache(*(x.new_empty(batch, heads, room, head_dim) for x in self))
+            buffer.k_BGSK[:, :, :stop], buffer.v_BGSK[:, :, :stop] = self
+        end = stop + new.num_slots
+        buffer.k_BGSK[:, :, stop:end], buffer.v_BGSK[:, :, stop:end] = new
+        return BufferedKVCache.of(buffer, end - total, end)
 
     def last(self, count: int | None) -> "KVCache":
         """A view of the last `count` slots, or of all if there are fewer or if `count` is None."""
         if count is None or count >= self.num_slots:
             return self
+        if isinstance(self, BufferedKVCache) and self.buffer is not None:
+            return BufferedKVCache.of(self.buffer, self.stop - count, self.stop)
         drop = self.num_slots - count
-        rest = type(self)(self.k_BGSK[:, :, drop:], self.v_BGSK[:, :, drop:])
-        if isinstance(self, BufferedKVCache) and isinstance(rest, BufferedKVCache):
-            rest.buffer = self.buffer
-        return rest
+        return KVCache(self.k_BGSK[:, :, drop:], self.v_BGSK[:, :, drop:])
 
     def contiguous(self) -> "KVCache":
         """The cache in memory of its own, so that it keeps nothing larger alive."""
@@ -54,24 +62,14 @@ class KVCache(NamedTuple):
 
 
 class BufferedKVCache(KVCache):
-    """A cache whose slots are the last ones written to a buffer with room for more. A copy has no buffer."""
+    """A cache that is a part of a buffer, up to the slot `stop`, with room behind it. A copy has no buffer."""
 
-    buffer: "KVBuffer | None" = None
+    buffer: KVCache | None = None
+    stop: int = 0
 
-
-class KVBuffer:
-    """Memory for `capacity` slots, which tokens are appended to. Only the newest cache may be appended to again."""
-
-    def __init__(self, cache: KVCache, capacity: int):
-        batch, heads, self.stop, head_dim = cache.k_BGSK.shape
-        self.k, self.v = (x.new_empty(batch, heads, capacity, head_dim) for x in cache)
-        self.k[:, :, : self.stop], self.v[:, :, : self.stop] = cache
-
-    def append(self, new: KVCache, keep: int) -> BufferedKVCache:
-        """Write `new` behind the last token; returns the cache of the last `keep` slots."""
-        start, self.stop = self.stop, self.stop + new.num_slots
-        self.k[:, :, start : self.stop], self.v[:, :, start : self.stop] = new
-        first = self.stop - keep
-        cache = BufferedKVCache(self.k[:, :, first : self.stop], self.v[:, :, first : self.stop])
-        cache.buffer = self
+    @classmethod
+    def of(cls, buffer: KVCache, start: int, stop: int) -> "BufferedKVCache":
+        """The slots `start` to `stop` of `buffer`."""
+        cache = cls(buffer.k_BGSK[:, :, start:stop], buffer.v_BGSK[:, :, start:stop])
+        cache.buffer, cache.stop = buffer, stop
         return cache
