@@ -15,7 +15,13 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_file import VERSION, read_session_file, session_facts, write_session_file
+from ttt_e2e.inference.session_file import (
+    MAX_HEADER_BYTES,
+    VERSION,
+    read_session_file,
+    session_facts,
+    write_session_file,
+)
 from ttt_e2e.server.engine.loading import SessionLoader
 
 TOKENIZER = Tokenizer.train([""], 257)
@@ -171,6 +177,48 @@ def test_crafted_files_are_rejected_without_naming_the_path(tmp_path: Path, writ
     with pytest.raises(UserError) as caught:
         SessionLoader(TEMPLATE).load(tmp_path / "s", "The file")
     assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        crafted(lambda facts, tensors: tensors.update({f"{i}": torch.zeros(0) for i in range(10_000)})),
+        crafted(lambda facts, tensors: tensors.update({"more": torch.zeros(1 << 20)})),
+        crafted(lambda facts, tensors: tensors.pop("static.0.k")),
+        with_tensor("fast.0.w_in", lambda t: t.repeat(99, 1, 1)),
+        with_tensor("loop.0.k", lambda t: t.double()),
+        with_tensor("pending", lambda t: t.repeat(10_000)),
+        with_facts(model="0" * 64),
+        with_facts(unfinished={}),
+    ],
+)
+def test_no_tensor_is_made_of_a_file_with_another_layout(
+    tmp_path: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "s")
+    loader = SessionLoader(TEMPLATE)
+    monkeypatch.setattr("ttt_e2e.inference.session_file._sha256", lambda *_: pytest.fail("the tensors were made"))
+    with pytest.raises(UserError):
+        loader.load(tmp_path / "s", "The file")
+
+
+@pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 1 << 62])
+def test_long_header_is_not_parsed(tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = b"".join(b',"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(30_000))
+    header = b'{"__metadata__":{"session":"{}"}' + tensors + b"}"
+    assert len(header) > MAX_HEADER_BYTES
+    (tmp_path / "s").write_bytes(length.to_bytes(8, "little") + header)
+    loader = SessionLoader(TEMPLATE)
+    monkeypatch.setattr("ttt_e2e.inference.session_file.safe_open", lambda *_: pytest.fail("it was parsed"))
+    for load in (loader.load, loader.read_info):
+        with pytest.raises(UserError, match="The file is not a session"):
+            load(tmp_path / "s", "The file")
+
+
+def test_facts_nested_deeply_are_refused(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "s", {"session": "[" * 100_000})
+    with pytest.raises(UserError, match="is not a session"):
+        session_facts(tmp_path / "s")
 
 
 def test_other_files_are_rejected_by_name(tmp_path: Path) -> None:

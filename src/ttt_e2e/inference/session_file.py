@@ -7,7 +7,7 @@ unfinished reading keeps more in the same file, under names of its own (see `rea
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,6 +32,7 @@ from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.fast_mlp import FastWeights, LowRankWeights
 
 FORMAT, VERSION = "ttt-e2e session", 3
+MAX_HEADER_BYTES = 1 << 20  # several times the header of the largest session
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -165,8 +166,14 @@ def write_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[st
         save_safetensors(tensors, part, {"session": json.dumps(facts)})
 
 
-def read_session_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Facts and tensors of the session in `path`.
+Layout = Mapping[str, tuple[list[int], str]]
+"""The tensors in a file by name: the shape of each, and its type as safetensors writes it, such as "F32"."""
+
+
+def read_session_file(
+    path: Path, check: Callable[[dict[str, Any], Layout], None] = lambda facts, layout: None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors of the session in `path`; `check` may refuse facts and layout before a tensor is made.
 
     Raises UserError if it is not a session of this version, or is truncated or altered.
     """
@@ -175,6 +182,8 @@ def read_session_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         before = facts
         try:
             with safe_open(path, "pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                check(facts, {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{path} is truncated, or is being written at this moment; use a whole copy.") from error
@@ -192,11 +201,14 @@ def session_facts(path: Path) -> dict[str, Any]:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}; give a session file, as `ttt-e2e read --save` writes it.")
     try:
+        with path.open("rb") as start:
+            if int.from_bytes(start.read(8), "little") > MAX_HEADER_BYTES:
+                raise ValueError("a header of this length would be parsed at the cost of the whole process")
         # With "pt" the file would be opened twice, and a session that is being saved might be another one by then.
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
         facts = json.loads(metadata["session"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is not a session, or is truncated; give a complete session file.") from error
     if not isinstance(facts, dict) or "version" not in facts:
         raise UserError(f"{path} is not a session; give a file that `ttt-e2e read --save` has written.")

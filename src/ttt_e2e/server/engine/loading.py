@@ -1,7 +1,8 @@
 """Loads sessions from files that may be damaged or crafted by an attacker, who can compute a valid digest.
 
 A tensor of a wrong shape would end a model call that other sessions share, so everything in a file is compared with
-what a session of this model must hold at that position.
+what a session of this model must hold at that position: names, shapes and types before any tensor is made, so that the
+work is bounded by the size of a valid session.
 """
 
 import re
@@ -10,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session, check_token_ids
-from ttt_e2e.inference.session_file import SessionInfo, read_session_file, session_facts, state_tensors
+from ttt_e2e.inference.session_file import Layout, SessionInfo, read_session_file, session_facts, state_tensors
 from ttt_e2e.model.mixers.attention import Attention
 from ttt_e2e.model.mixers.titans import Titans
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 _MAX_NUMBER = 1 << 53  # positions beyond it are not exact in float64, in which rotary angles are computed
 
 
@@ -33,7 +34,7 @@ class SessionLoader:
         self.info = template.info()
         self._after_mini_batch = template.fork()
         self._after_mini_batch.read(np.zeros(template.chunk_size, np.int64))
-        self._shapes: dict[tuple[bool, Any], dict[str, tuple[list[int], torch.dtype]]] = {}
+        self._layouts: dict[tuple[bool, Any], Layout] = {}
 
     def read_info(self, path: Path, name: str) -> SessionInfo:
         """What the header of a session file says, without reading its tensors. Args and errors as for `load`."""
@@ -56,9 +57,10 @@ class SessionLoader:
         Raises UserError if it is not a session file, is damaged or crafted, or differs from the template in settings.
         """
         try:
-            facts, tensors = read_session_file(path)
-            if facts["model"] == self.info.model:  # else `unpack` raises the error
-                self._check(facts, tensors, name)
+            facts, tensors = read_session_file(path, lambda facts, layout: self._check(facts, layout, name))
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise _invalid(name)
+            check_token_ids(tensors["pending"].numpy(), self.template.model.config.vocab_size)
             session = self.template.fork()
             session.unpack(facts, tensors, str(path))
             found = {fact: value for fact, value in session.info().to_facts().items() if fact != "learned_norm"}
@@ -70,37 +72,40 @@ class SessionLoader:
         except Exception as error:  # a crafted file may hold anything anywhere
             raise _invalid(name) from error
 
-    def _check(self, facts: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+    def _check(self, facts: dict[str, Any], layout: Layout, name: str) -> None:
+        """Raise UserError unless this is the layout of a session of this model at the position in `facts`."""
+        if facts["model"] != self.info.model:
+            raise UserError(f"{name} belongs to another model; give the model that it was read with.")
+        if "unfinished" in facts:
+            raise UserError(f"{name} holds an unfinished reading; finish it with the `ttt-e2e read` that began it.")
         for fact in ("learn", "dtype"):
             if facts[fact] != getattr(self.info, fact):
                 raise UserError(
                     f"{name} was read with {fact} = {facts[fact]}, and this service uses {getattr(self.info, fact)}; "
                     "use the same setting, or read the text again."
                 )
-        position, pending, template = facts["position"], tensors["pending"], self.template
+        position, template = facts["position"], self.template
         for number in (position, facts["state_bytes"]):
             if type(number) is not int or not 0 <= number < _MAX_NUMBER:
                 raise _invalid(name)
         if position % template.mini_batch_size or len(facts["state_digest"]) != (64 if position else 0):
             raise _invalid(name)
-        if pending.dtype != torch.int64 or pending.dim() != 1 or not 1 <= len(pending) <= template.chunk_size:
-            raise _invalid(name)
         model, kind = template.model, (position > 0, facts["precision"])
-        check_token_ids(pending.numpy(), model.config.vocab_size)
-        if kind not in self._shapes:
+        if kind not in self._layouts:
             state = (self._after_mini_batch if position else template).state().read_state
             valid = state_tensors(model, state, template.learn, facts["precision"])
-            self._shapes[kind] = {key: (list(tensor.shape), tensor.dtype) for key, tensor in valid.items()}
+            self._layouts[kind] = {key: (list(tensor.shape), _TYPES[tensor.dtype]) for key, tensor in valid.items()}
         mixers = [block.mixer for block in (*model.prefix, *model.suffix)]
         first_block = {"static": 0, "loop": len(model.prefix) + 1}
-        for key, (shape, dtype) in self._shapes[kind].items():
+        expected = dict(self._layouts[kind])
+        for key, (shape, dtype) in expected.items():
             place, i, part = key.split(".")
             if part in ("k", "v"):  # only caches grow with the text
                 slots = _cache_slots(mixers[first_block[place] + int(i)], model.config.sliding_window, position)
-                shape = [*shape[:2], slots, *shape[3:]]
-            tensor = tensors[key]
-            if list(tensor.shape) != shape or tensor.dtype != dtype or not tensor.isfinite().all():
-                raise _invalid(name)
+                expected[key] = [*shape[:2], slots, *shape[3:]], dtype
+        shape, dtype = expected["pending"] = layout["pending"]
+        if dtype != "I64" or len(shape) != 1 or not 1 <= shape[0] <= template.chunk_size or layout != expected:
+            raise _invalid(name)
 
 
 def _cache_slots(mixer: Any, window: int, position: int) -> int:
