@@ -124,7 +124,7 @@ def write_text(target: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`. Raises UserError if the file is missing or holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; use a complete copy of the folder.") from error
     except ValueError as error:

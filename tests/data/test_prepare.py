@@ -3,17 +3,20 @@
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ttt_e2e.data import prepare as module
 from ttt_e2e.data.prepare import Prepared, prepare
 from ttt_e2e.data.shards import ShardWriter, TokenSet
-from ttt_e2e.data.text import standard_library_document
+from ttt_e2e.data.text import Document, slices, standard_library_document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 
@@ -186,12 +189,97 @@ def test_validation_documents_are_held_out(sources: list[Path], tmp_path: Path) 
     assert "0.txt" not in TokenSet.open(tmp_path / "both").names
     with pytest.raises(UserError, match="no text to train on"):
         run(sources[:1], tmp_path / "nothing", val=sources[:1])
-    few = run(sources[:2], tmp_path / "few", val_share=0.01)
-    assert few.documents == {"train": 1, "val": 1}
-    one = run(sources[:1], tmp_path / "one")
-    assert one.documents == {"train": 1, "val": 0}
     with pytest.raises(UserError, match="val_share"):
         run(sources, tmp_path / "bad", val_share=1.0)
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_end_of_the_longest_text_is_held_out_if_there_are_few(tmp_path: Path, documents: int, suffix: str) -> None:
+    text = "".join(LINES[:200])
+    texts = [text, "".join(LINES[200:250])][:documents]
+    if suffix == "txt":
+        files = [tmp_path / f"{i}.txt" for i in range(documents)]
+        for file, one in zip(files, texts, strict=True):
+            file.write_text(one)
+    else:
+        files = [tmp_path / "a.jsonl"]
+        files[0].write_text(
+            "".join(json.dumps({"text": one, "title": f"{i}.txt"}) + "\n" for i, one in enumerate(texts))
+        )
+    prepared = run(files, tmp_path / "out")
+    assert prepared.documents == {"train": documents, "val": 1} and prepared.divided == "0.txt"
+    train, val = TokenSet.open(tmp_path / "out"), TokenSet.open(tmp_path / "out", "val")
+    assert val.names == ["0.txt (end)"]
+    beginning, end = (one.tokenizer().decode(one.document(0)[1:]) for one in (train, val))
+    assert beginning + end == text and beginning.endswith("\n")
+    assert 0.1 * sum(map(len, texts)) <= len(end) < 0.13 * sum(map(len, texts))
+
+
+def test_resumed_prepare_of_a_divided_text_is_the_same(sources: list[Path], tmp_path: Path) -> None:
+    assert run(sources[:1], tmp_path / "whole").divided
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, Tokenizer, "encode_chunks", 1)
+        run(sources[:1], tmp_path / "out")
+    run(sources[:1], tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@settings(max_examples=10)
+@given(
+    text=st.text(st.sampled_from("ab \né"), min_size=2, max_size=300),
+    val_share=st.floats(0.001, 0.99),
+    chunk=st.integers(1, 40),
+)
+def test_divided_text_is_complete(text: str, val_share: float, chunk: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        (Path(folder) / "a.txt").write_bytes(text.encode())
+        patch.setattr(Document, "chunks", lambda document: slices(text, chunk))
+        run([Path(folder) / "a.txt"], Path(folder) / "out", val_share=val_share)
+        parts = [TokenSet.open(Path(folder) / "out", split) for split in ("train", "val")]
+        beginning, end = (part.tokenizer().decode(part.document(0)[1:]) for part in parts)
+    assert beginning + end == text and beginning and end
+
+
+def test_text_of_one_character_cannot_be_divided(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match="too little text to hold out"):
+        run([tmp_path / "a.txt"], tmp_path / "out")
+    assert run([tmp_path / "a.txt"], tmp_path / "none", val_share=0).documents == {"train": 1, "val": 0}
+
+
+def test_tokenizer_is_trained_without_the_end_that_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("aaaa bbbb " * 20_000 + "\n" + "zqzq " * 4_000)
+    run([tmp_path / "a.txt"], tmp_path / "out")
+    vocabulary = TokenSet.open(tmp_path / "out").tokenizer().backend.get_vocab()
+    assert "Ġbbbb" in vocabulary and "zq" not in vocabulary
+
+
+@pytest.mark.parametrize(("vocab_size", "sentence"), [(10**9, "too large"), (0, "too small"), (-(10**30), "too small")])
+def test_vocabulary_is_bounded_before_anything_is_read(tmp_path: Path, vocab_size: int, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run([tmp_path / "missing.txt"], tmp_path / "out", vocab_size=vocab_size)
+
+
+def test_pipes_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="read twice"):
+        run([tmp_path / "pipe"], tmp_path / "out")
+
+
+def test_validation_sources_without_text_are_refused(sources: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="validation sources hold no text"):
+        run(sources, tmp_path / "out", val=[tmp_path / "in"])
+
+
+def test_titles_and_file_names_are_escaped(tmp_path: Path) -> None:
+    rows = [{"title": title, "text": "some text\n"} for title in ("half \ud800", "two\nlines", "雪 ☃")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff\n.txt"))
+    file.write_text("more text\n")
+    run([tmp_path / "a.jsonl", file], tmp_path / "out", val_share=0)
+    assert TokenSet.open(tmp_path / "out").names == ["half \\ud800", "two\\nlines", "雪 ☃", "b\\udcff\\n.txt"]
 
 
 def test_tokenizer_is_trained_without_validation_text(tmp_path: Path) -> None:

@@ -1,15 +1,23 @@
 """`ttt-e2e prepare`: turn texts into tokens to train on."""
 
 import argparse
+import shlex
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ttt_e2e.cli.common import add_options, print_json
+from ttt_e2e.config.presets import preset
+
+if TYPE_CHECKING:
+    from ttt_e2e.data.prepare import Prepared
 
 HELP = "turn texts into tokens to train on"
 DESCRIPTION = """Tokenize texts into a folder to train on. A tokenizer is trained on them unless one is named. Text
-files are one document each; JSONL and parquet files one per row; folders are searched. Some of the
-documents are held out for validation. If interrupted, run the same command again to continue."""
+files are one document each; JSONL, JSON arrays and parquet one per row; each may be compressed, and
+folders are searched. Some of the documents are held out for validation or, where they are few, the
+end of the longest. If interrupted, run the same command again to continue."""
 EPILOG = """examples:
   ttt-e2e prepare --out tokens                          Python's own library, a small corpus that everyone has
   ttt-e2e prepare books/ more.jsonl --out tokens --vocab-size 8192
@@ -48,10 +56,26 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(asdict(prepared) | {"folder": str(prepared.folder)})
         return 0
-    for split, count in prepared.documents.items():
-        print(f"{split}: {count:,} documents, {prepared.tokens[split]:,} tokens")
+    for split, documents in prepared.documents.items():
+        print(f"{split}: {documents:,} documents, {prepared.tokens[split]:,} tokens")
     print(f"vocabulary: {prepared.vocab_size:,} tokens")
+    if prepared.divided:
+        print(f"held out: the end of {prepared.divided}, since there are few documents")
     if prepared.skipped:
         print(f"skipped: {len(prepared.skipped)}, the first: {prepared.skipped[0]}")
-    print(f"Train on it with: ttt-e2e train tiny --data {prepared.folder} --out run")
+    print(f"Train on it with: {_train_command(prepared)}")
     return 0
+
+
+def _train_command(prepared: "Prepared") -> str:
+    """A command that trains `tiny` on what was prepared, with the settings that differ for these tokens."""
+    tiny = preset("tiny")
+    run = next(name for i in count(1) if not Path(name := f"run-{i}" if i > 1 else "run").exists())
+    words = ["ttt-e2e", "train", "tiny", "--data", str(prepared.folder), "--out", run]
+    if prepared.vocab_size != tiny.model.vocab_size:
+        words.append(f"vocab_size={prepared.vocab_size}")
+    if prepared.tokens["train"] <= tiny.train.context:
+        words.append(f"context={1 << ((prepared.tokens['train'] - 1).bit_length() - 1)}")
+    if not prepared.tokens["val"]:
+        words.append("eval_every=0")
+    return shlex.join(words)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -19,11 +19,16 @@ from tqdm import tqdm
 
 from ttt_e2e.data.shards import FORMAT_VERSION, ShardWriter, token_dtype
 from ttt_e2e.data.text import Document, documents, slices, source_files, standard_library
-from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.data.tokenizer import Tokenizer, check_vocab_size
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import remove_stale_parts, write_text
 
 _SAMPLE_CHARS = 1 << 13  # of text that is drawn into the sample at once
+# Where the end of a document is held out, the beginning of a line is looked for in as much text before it as the end
+# has, but in no less and no more than this.
+_MIN_LINE_CHARS, _MAX_LINE_CHARS = 1000, 1 << 16
+
+_Texts = Callable[[list[str]], Iterator[tuple[bool, Document]]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Prepared:
     """Characters of all documents."""
     skipped: list[str]
     """A sentence for each file or row that was left out."""
+    divided: str | None
+    """The document whose end was held out, if there were too few whole ones for that."""
 
 
 def prepare(
@@ -67,7 +74,9 @@ def prepare(
         vocab_size: tokens of the tokenizer that is trained.
         text_column: the field or column of JSONL and parquet that holds the text.
         val: sources of the validation documents, which are left out of `sources`. None: documents of `sources` are held
-            out, in an order drawn by `seed` each that still fits into `val_share`, or the shortest if none does.
+            out, in an order drawn by `seed` each that still fits into `val_share`. If they fill less than half of it,
+            as with one text or a few long ones, the end of the longest other document is held out as well, from the
+            beginning of a line on.
         val_share: part of all characters to hold out if `val` is None.
         seed: of the validation documents and of the tokenizer's sample.
         sample_chars: the tokenizer is trained on a uniform sample of at most this many characters of the training text.
@@ -80,7 +89,10 @@ def prepare(
     out = Path(out)
     if not 0 <= val_share < 1:
         raise UserError(f"val_share must be at least 0 and below 1, not {val_share}.")
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
     config = {
+        "format": FORMAT_VERSION,
         "sources": _fingerprint(sources),
         "val": None if val is None else _fingerprint(val),
         "tokenizer": tokenizer,
@@ -95,7 +107,7 @@ def prepare(
     if "splits" in state:
         return _summary(out, state)
 
-    def texts(skipped: list[str] | None = None) -> Iterator[tuple[bool, Document]]:
+    def texts(skipped: list[str]) -> Iterator[tuple[bool, Document]]:
         val_files = [path for _, path, _ in source_files(val or [])]
         own = standard_library() if sources is None else documents(sources, text_column, skipped, exclude=val_files)
         held_out = documents(val or [], text_column, skipped)
@@ -104,14 +116,13 @@ def prepare(
     if "plan" not in state:
         _save_state(out, state)
         existing = Tokenizer.load(tokenizer) if tokenizer else None
-        skipped: list[str] = []
-        plan, sample = _survey(texts(skipped), config, progress)
+        plan, sample = _survey(texts, config, progress)
         (existing or Tokenizer.train(sample, vocab_size)).save(out / "tokenizer.json")
-        state |= {"plan": plan | {"skipped": skipped}, "documents": 0, "characters": 0, "rounds": []}
+        state |= {"plan": plan, "documents": 0, "characters": 0, "rounds": []}
         _save_state(out, state)
     # Loaded even if it has just been trained: the digest must not depend on which run trained it.
     trained = Tokenizer.load(out / "tokenizer.json")
-    _tokenise(out, state, texts(), trained, progress)
+    _tokenise(out, state, texts([]), trained, progress)
     meta = {
         "version": FORMAT_VERSION,
         "vocab_size": trained.vocab_size,
@@ -121,6 +132,7 @@ def prepare(
         "splits": {s: [shards[s] for shards in state["rounds"] if s in shards] for s in ("train", "val")},
         "characters": state["plan"]["characters"],
         "skipped": state["plan"]["skipped"],
+        "divided": state["plan"]["divided"]["name"] if state["plan"]["divided"] else None,
         "config": config,
     }
     write_text(out / "meta.json", json.dumps(meta, indent=1))
@@ -133,7 +145,8 @@ def _summary(out: Path, meta: dict[str, Any]) -> Prepared:
         {split: sum(shard[unit] for shard in shards) for split, shards in meta["splits"].items()}
         for unit in ("documents", "tokens")
     )
-    return Prepared(out, meta["vocab_size"], documents, tokens, meta["characters"], meta["skipped"])
+    rest = (meta[name] for name in ("characters", "skipped", "divided"))
+    return Prepared(out, meta["vocab_size"], documents, tokens, *rest)
 
 
 def _fingerprint(sources: list[Path] | None) -> str:
@@ -141,6 +154,8 @@ def _fingerprint(sources: list[Path] | None) -> str:
         return f"the standard library of Python {platform.python_version()}"
     fingerprint = hashlib.sha256()
     for name, path, _ in source_files(sources):
+        if not path.is_file():
+            raise UserError(f"{path} is a pipe or a device, but texts are read twice; write it to a file first.")
         status = path.stat()
         fingerprint.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
     return fingerprint.hexdigest()
@@ -172,47 +187,76 @@ def _save_state(out: Path, state: dict[str, Any]) -> None:
     write_text(out / "progress.json", json.dumps(state))
 
 
-def _survey(
-    texts: Iterator[tuple[bool, Document]], config: dict[str, Any], progress: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Read everything once: counts, which documents are held out, and a uniform (reservoir) sample of the others."""
+def _survey(texts: _Texts, config: dict[str, Any], progress: bool) -> tuple[dict[str, Any], list[str]]:
+    """Read everything once: counts, what is held out, and a uniform (reservoir) sample of the rest."""
     rng = random.Random(config["seed"])
     capacity = (config["sample_chars"] or 0) // _SAMPLE_CHARS
-    reservoir: list[tuple[int, str]] = []
+    reservoir: list[tuple[int, int, str]] = []  # document, position in it, text
     lengths: list[int] = []
     draws: list[bytes] = []
     held_out: list[int] = []
+    skipped: list[str] = []
     seen = 0
     with tqdm(desc="reading", unit="char", unit_scale=True, disable=not progress) as bar:
-        for index, (is_val, document) in enumerate(texts):
+        for index, (is_val, document) in enumerate(texts(skipped)):
             lengths.append(0)
             draws.append(hashlib.sha256(f"{config['seed']}/{document.name}".encode()).digest())
             if is_val:
                 held_out.append(index)
             for chunk in document.chunks():
-                lengths[-1] += len(chunk)
-                bar.update(len(chunk))
+                start = lengths[-1]
                 for text in slices(chunk, _SAMPLE_CHARS) if capacity else ():
                     seen += 1
                     slot = len(reservoir) if len(reservoir) < capacity else rng.randrange(seen)
                     if slot < capacity:
-                        reservoir[slot : slot + 1] = [(index, text)]
+                        reservoir[slot : slot + 1] = [(index, start, text)]
+                    start += len(text)
+                lengths[-1] += len(chunk)
+                bar.update(len(chunk))
             bar.set_postfix(documents=len(lengths), refresh=False)
     characters = sum(lengths)
-    if config["val_share"]:
-        room = config["val_share"] * characters
+    divided = None
+    if config["val_share"] and lengths:
+        room = target = config["val_share"] * characters
         for index in sorted(range(len(lengths)), key=draws.__getitem__):
             if lengths[index] <= room:
                 room -= lengths[index]
                 held_out.append(index)
-        if not held_out and len(lengths) > 1:
-            held_out.append(min(range(len(lengths)), key=lambda index: (lengths[index], draws[index])))
+        if room > target / 2:
+            longest = max(set(range(len(lengths))) - set(held_out), key=lambda index: (lengths[index], draws[index]))
+            divided = _divide(texts, longest, lengths[longest], max(1, int(room)))
     if len(lengths) == len(held_out):
         raise UserError("The sources hold no text to train on; give at least one text file that is not empty.")
+    if config["val"] and not held_out:
+        raise UserError("The validation sources hold no text; give at least one text file that is not empty.")
     held_out.sort()
-    excluded = set(held_out)
-    sample = [text for index, text in reservoir if index not in excluded]
-    return {"documents": len(lengths), "characters": characters, "held_out": held_out}, sample
+    ends = dict.fromkeys(held_out, 0) | ({divided["document"]: divided["start"]} if divided else {})
+    sample = [text[: max(0, ends.get(index, characters) - start)] for index, start, text in reservoir]
+    plan = {"documents": len(lengths), "characters": characters, "held_out": held_out, "divided": divided}
+    return plan | {"skipped": skipped}, [text for text in sample if text]
+
+
+def _divide(texts: _Texts, index: int, length: int, chars: int) -> dict[str, Any]:
+    """Where to divide a document of `length` characters to hold out the last `chars`: before them, or before a line."""
+    if length <= chars:
+        raise UserError("There is too little text to hold out a part of it; give more text, or --val-share 0.")
+    start = length - chars
+    earliest = max(length // 2, start - min(_MAX_LINE_CHARS, max(_MIN_LINE_CHARS, chars)))
+    _, document = next(islice(texts([]), index, None))
+    before = "".join(_part(document, earliest, start))
+    line = before.rfind("\n" if "\n" in before else " ")
+    return {"document": index, "name": document.name, "start": start if line < 0 else earliest + line + 1}
+
+
+def _part(document: Document, start: int, stop: int | None) -> Iterator[str]:
+    """The characters [start, stop) of a document, in chunks; None: to its end."""
+    position = 0
+    for chunk in document.chunks():
+        if part := chunk[max(0, start - position) : None if stop is None else max(0, stop - position)]:
+            yield part
+        position += len(chunk)
+        if stop is not None and position >= stop:
+            break
 
 
 def _tokenise(
@@ -221,13 +265,14 @@ def _tokenise(
     """Write the rounds that `state` lacks; a round is one shard of each split that has documents in it."""
     plan = state["plan"]
     held_out = set(plan["held_out"])
+    divided = plan["divided"] or {"document": None}
     dtype = token_dtype(tokenizer.vocab_size)
     remaining = enumerate(islice(texts, state["documents"], None), state["documents"])
     sizes = {"total": plan["characters"], "initial": state["characters"]}
     with tqdm(desc="tokenising", unit="char", unit_scale=True, disable=not progress, **sizes) as bar:
 
-        def counted(document: Document) -> Iterator[str]:
-            for chunk in document.chunks():
+        def counted(chunks: Iterator[str]) -> Iterator[str]:
+            for chunk in chunks:
                 state["characters"] += len(chunk)
                 bar.update(len(chunk))
                 yield chunk
@@ -237,11 +282,16 @@ def _tokenise(
                 writers: dict[str, ShardWriter] = {}
                 size = 0
                 for index, (_, document) in remaining:
-                    split = "val" if index in held_out else "train"
-                    if split not in writers:
-                        stem = f"{split}-{len(state['rounds']):05d}"
-                        writers[split] = ShardWriter(stack, out, stem, dtype, tokenizer.bos)
-                    size += writers[split].write(document.name, tokenizer.encode_chunks(counted(document)))
+                    parts = [("val" if index in held_out else "train", document.name, document.chunks())]
+                    if index == divided["document"]:
+                        end = f"{document.name} (end)"
+                        parts = [("train", document.name, _part(document, 0, divided["start"]))]
+                        parts += [("val", end, _part(document, divided["start"], None))]
+                    for split, name, chunks in parts:
+                        if split not in writers:
+                            stem = f"{split}-{len(state['rounds']):05d}"
+                            writers[split] = ShardWriter(stack, out, stem, dtype, tokenizer.bos)
+                        size += writers[split].write(name, tokenizer.encode_chunks(counted(chunks)))
                     state["documents"] = index + 1
                     bar.set_postfix(documents=state["documents"], refresh=False)
                     if size >= state["config"]["shard_tokens"]:

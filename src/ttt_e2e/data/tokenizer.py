@@ -29,6 +29,7 @@ _SPLIT = (
 )
 
 SEGMENT_CHARS = 1 << 14
+_MAX_VOCAB_SIZE = 1 << 20  # four times the largest published ones
 _LINE_START = re.compile(r"\n(?=\S)")
 
 
@@ -54,6 +55,14 @@ def segments(chunks: Iterable[str], min_chars: int) -> Iterator[list[str]]:
             yield complete
     if text:
         yield [text]
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise UserError unless a tokenizer of `vocab_size` tokens can be trained; memory is taken for all at once."""
+    if vocab_size < 257:
+        raise UserError(f"A vocabulary of {vocab_size} is too small; 256 bytes and {BOS} need at least 257.")
+    if vocab_size > _MAX_VOCAB_SIZE:
+        raise UserError(f"A vocabulary of {vocab_size} is too large; choose at most {_MAX_VOCAB_SIZE}.")
 
 
 class Tokenizer:
@@ -87,8 +96,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train a byte-level BPE of at most `vocab_size` tokens, at least 257; fewer if the texts yield fewer."""
-        if vocab_size < 257:
-            raise UserError(f"A vocabulary of {vocab_size} is too small; 256 bytes and {BOS} need at least 257.")
+        check_vocab_size(vocab_size)
         backend = tokenizers.Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -34,7 +34,7 @@ async def receive_text(request: Request) -> IO[bytes]:
         file.name = "The text"  # in errors about its content
         await (_receive_form_file if media_type == _FORM else _receive)(request, file)
     file.seek(0)
-    await asyncio.to_thread(deque, text_chunks(file), 0)  # raises the errors of the text
+    await asyncio.to_thread(deque, text_chunks(file, compressed=False), 0)  # raises the errors of the text
     file.seek(0)
     return file
 
