@@ -60,10 +60,11 @@ def _family(values: "_Values") -> str:
         raise UserError(f"{values.where} is a mixture of experts ({family}), which cannot be converted; {known} can.")
     if family not in FAMILIES:
         raise UserError(f"{values.where} says model_type {family!r}, which cannot be converted; {known} can.")
-    if values.get("quantization_config", None) is not None:
+    if (quantization := values.get("quantization_config", None)) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UserError(
-            f"{values.where} describes a quantised checkpoint, which cannot be trained further; convert the one "
-            "that it was made from."
+            f"{values.where} describes a quantised checkpoint{f' ({method})' if method else ''}, which cannot be "
+            "trained further; convert the one that it was made from."
         )
     for name in values.get("architectures", None) or []:
         if not str(name).endswith("ForCausalLM"):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ttt_e2e.data.file_types import unreadable
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import read_json
 from ttt_e2e.model.checkpoint import TOKENIZER
@@ -21,6 +22,14 @@ _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Some repositories hold the same weights a second time in another format.
 _WANTED, _UNWANTED = ["*.json", "*.safetensors", "*.jinja"], ["*/*", "consolidated*"]
+# Weights that are not read, by the names of their files.
+_OTHER_WEIGHTS = {
+    "GGUF": ("*.gguf", "*.ggml"),
+    "ONNX": ("*.onnx",),
+    "TensorFlow's HDF5": ("*.h5", "*.keras"),
+    "Flax's MessagePack": ("*.msgpack",),
+    "pickles, which may run code": ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
+}
 
 
 class StoredTensor(NamedTuple):
@@ -42,6 +51,7 @@ class StoredTensor(NamedTuple):
 def find_checkpoint(path_or_name: str | Path) -> Path:
     """The folder of a checkpoint: itself or, for a name on Hugging Face, the complete cached or a downloaded copy."""
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    _refuse_other_formats(path)
     if path.is_dir():
         return path
     if path.exists():
@@ -70,6 +80,8 @@ def find_config(path_or_name: str | Path) -> Path:
     """The config.json of a checkpoint, given that file, its folder or its name on Hugging Face."""
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
     file = path / CONFIG if path.is_dir() else path
+    if path.is_file() or not file.is_file():
+        _refuse_other_formats(path)
     if file.is_file():
         return file
     if path.exists() or not _NAME.fullmatch(name):
@@ -90,6 +102,29 @@ def _not_found(name: str, error: Exception) -> UserError:
     )
 
 
+def _refuse_other_formats(path: Path) -> None:
+    """Raise UserError if `path` is a file, a folder or a name of weights in another format, or of an adapter."""
+    remedy = "give the folder of the original checkpoint, in safetensors, or its name on Hugging Face"
+    if path.is_file():
+        with path.open("rb") as file:
+            found = unreadable(file.read(1 << 12))
+        kinds = (kind for kind, patterns in _OTHER_WEIGHTS.items() if any(map(path.match, patterns)))
+        if kind := found[0] if found else next(kinds, None):
+            raise UserError(f"{path} is {kind}, which cannot be converted; {remedy}.")
+    elif not path.exists() and path.name.lower().endswith(("gguf", "ggml")):
+        raise UserError(f"{path} is by its name a GGUF model, which cannot be converted; {remedy}.")
+    elif path.is_dir() and not any((path / name).is_file() for name in (WEIGHTS, INDEX)):
+        if (adapter := path / "adapter_config.json").is_file():
+            base = read_json(adapter).get("base_model_name_or_path")
+            raise UserError(
+                f"{path} is an adapter, such as LoRA, for {base}; merge it into that model first, with PEFT's "
+                "merge_and_unload()."
+            )
+        for kind, patterns in _OTHER_WEIGHTS.items():
+            if any(any(path.glob(pattern)) for pattern in patterns):
+                raise UserError(f"{path} has its weights only as {kind}, which cannot be converted; {remedy}.")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that should hold the weights of the checkpoint in `folder`. Raises UserError if that is not clear."""
     if (index := folder / INDEX).is_file():
@@ -100,11 +135,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in files]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise UserError(
-            f"{folder} has its weights only as pickles, which may run code and are not read; save them as safetensors "
-            "with the program that wrote them."
-        )
+    _refuse_other_formats(folder)
     raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; give a complete checkpoint.")
 
 
