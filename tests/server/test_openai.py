@@ -210,21 +210,20 @@ def test_fields_reach_the_engine(client: TestClient, engine: FakeEngine) -> None
         ("temperature", ["NaN", "Infinity", "-Infinity", "-0.1", "2.1", "1e999", '"1"', "true", "[]"]),
         ("top_p", ["0", "-1", "1.1", "NaN", "false"]),
         ("min_p", ["-0.1", "1.1", "NaN"]),
-        ("top_k", ["-1", "1.5", "NaN", "99999999999999999999"]),
-        ("seed", ["-1", "9223372036854775808", "0.5"]),
+        ("top_k", ["-2", "1.5", "NaN", "99999999999999999999"]),
+        ("seed", ["-9223372036854775809", "9223372036854775808", "0.5"]),
         ("n", ["0", "9", "-1", "true", "1.0"]),
         ("max_tokens", ["0", "-1", "16385", "1e3", "99999999999999999999999", "NaN"]),
         ("max_completion_tokens", ["0", "16385"]),
         ("stop", ['""', '["a", ""]', '["1","2","3","4","5"]', "1", '{"a": 1}']),
         ("stream", ["1", '"true"']),
-        ("stream_options", ["{}", '{"include_usage": true}', '{"other": 1}', "1"]),
+        ("stream_options", ["{}", '{"include_usage": true}', "1"]),
         ("learn", ["1", "true"]),
         ("session", ["5", "[]"]),
-        ("user", ["5"]),
         ("frequency_penalty", ["0.1", "false", "NaN"]),
         ("presence_penalty", ["1"]),
         ("logit_bias", ['{"5": 1}']),
-        ("surprise", ["1", "null"]),
+        ("temprature", ["1", "null"]),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -250,19 +249,16 @@ def test_invalid_values_are_refused(
         ("/v1/completions", "prompt", [1, 2], ["x"]),
         ("/v1/completions", "prompt", [], "x"),
         ("/v1/completions", "prompt", ["x"] * 17, ["x"] * 16),
-        ("/v1/completions", "service_tier", "priority", "auto"),
         ("/v1/completions", "frequency_penalty", 0.5, 0.0),
         ("/v1/chat/completions", "logprobs", True, False),
         ("/v1/chat/completions", "tools", [{}], []),
-        ("/v1/chat/completions", "tool_choice", "auto", "none"),
+        ("/v1/chat/completions", "tool_choice", "required", "auto"),
         ("/v1/chat/completions", "response_format", {"type": "json_object"}, {"type": "text"}),
         ("/v1/chat/completions", "modalities", ["audio"], ["text"]),
-        ("/v1/chat/completions", "reasoning_effort", "high", None),
-        ("/v1/chat/completions", "store", True, False),
         ("/v1/chat/completions", "messages", [], HELLO),
         ("/v1/chat/completions", "messages", [{"role": "tool", "content": "x"}], HELLO),
         ("/v1/chat/completions", "messages", [{"role": "user"}], HELLO),
-        ("/v1/chat/completions", "messages", [{**HELLO[0], "name": "x"}], [{**HELLO[0], "name": None}]),
+        ("/v1/chat/completions", "messages", [{**HELLO[0], "tool_calls": [{}]}], [{**HELLO[0], "tool_calls": []}]),
         ("/v1/chat/completions", "messages", [{"role": "user", "content": [{"type": "image_url"}]}], HELLO),
     ],
 )
@@ -288,12 +284,6 @@ def test_unsupported_fields_are_refused_unless_default(
 def test_contradictory_fields_are_refused(client: TestClient, body: dict[str, Any], message: str) -> None:
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 400 and message in response.json()["error"]["message"]
-
-
-def test_field_name_that_is_half_a_surrogate_pair(client: TestClient) -> None:
-    body = '{"prompt": "x", "\\ud800": 1}'
-    response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert response.status_code == 400
 
 
 # -- errors and disconnects -------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Errors of the service, always in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -96,9 +99,29 @@ def _invalid_request(error: RequestValidationError) -> tuple[int, ErrorBody]:
         return _body(400, str(problems[0]["ctx"]["error"]), "invalid_value")
     if where == ("body",):
         return _body(400, "The body must be a JSON object, sent with Content-Type: application/json.", "invalid_body")
-    # A value that matches none of several types has a problem for each of them.
-    field = where[:2]
-    reasons = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in problems if p["loc"][:2] == field)
-    name = ".".join(map(str, where[1:] if len(reasons) == 1 else field[1:]))[:_MAX_NAME]
-    message = f"{name}: {', or: '.join(reasons)}"
-    return _body(400, message if message.endswith(".") else f"{message}.", "invalid_value", str(field[-1])[:_MAX_NAME])
+    # A value that matches none of several types has a problem for each of them. The one found deepest in the value is
+    # about the type that the client meant: a part of a list, and not that a list is no text.
+    problems = [
+        problem | {"path": _path(problem["loc"], error.body, problem["type"] == "missing")} for problem in problems
+    ]
+    first = problems[0]["path"]
+    about_first = [problem for problem in problems if problem["path"][: len(first)] == first]
+    path = max((problem["path"] for problem in about_first), key=len)
+    reasons = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in about_first if p["path"] == path)
+    message = f"{'.'.join(map(str, path))[:_MAX_NAME]}: {', or: '.join(reasons)}"
+    param = str(path[0])[:_MAX_NAME]
+    return _body(400, message if message.endswith(".") else f"{message}.", "invalid_value", param)
+
+
+def _path(location: Sequence[int | str], body: Any, missing: bool) -> list[int | str]:
+    """Where a problem is in the body, without the names of types that pydantic puts between."""
+    path: list[int | str] = []
+    for step in location[1:]:
+        if isinstance(body, dict) and (step in body or missing):
+            body = body.get(step)
+        elif isinstance(body, list) and isinstance(step, int):
+            body = body[step]
+        else:
+            continue
+        path.append(step)
+    return path

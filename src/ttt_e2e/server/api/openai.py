@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.api import schemas
+from ttt_e2e.server.api.fields import ignored_fields, ignored_header
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream, merge
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import Prompt, TextChunk
@@ -53,6 +54,7 @@ class _GenerationHandler:
     ) -> Response:
         """Generate `n` texts after each prompt."""
         self.check_model(body.model)
+        headers = ignored_header(ignored_fields(body))
         n, chat = body.n or 1, isinstance(body, schemas.ChatCompletionRequest)
         if body.learn and session is None:
             raise ApiError(400, "learn needs a session to learn in; send one, or omit learn.", "no_session")
@@ -63,7 +65,9 @@ class _GenerationHandler:
         head = {"id": id, "object": kind, "created": int(time.time()), "model": self.settings.model_name}
         sampling = body.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        seed = secrets.randbits(62) if body.seed is None else body.seed
+        if body.top_k == -1:
+            sampling["top_k"] = 0
+        seed = secrets.randbits(62) if body.seed in (None, -1) else body.seed
         owner: str = request.state.caller.owner
         generations = [
             self.engine.generate(
@@ -83,8 +87,9 @@ class _GenerationHandler:
         chunks = self._observe(merge(generations), log_entry(request))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await event_stream(request, _events(chunks, head, n, chat, include_usage))
-        return JSONResponse(await cancel_on_disconnect(request.receive, _whole(chunks, head, n, chat)))
+            return await event_stream(request, _events(chunks, head, n, chat, include_usage), headers)
+        whole = await cancel_on_disconnect(request.receive, _whole(chunks, head, n, chat))
+        return JSONResponse(whole, headers=headers)
 
     async def _observe(self, chunks: _Chunks, entry: LogEntry) -> _Chunks:
         """The chunks of all choices as they come, counted for log and metrics."""

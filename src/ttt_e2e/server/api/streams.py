@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -67,7 +67,9 @@ async def with_keepalive(items: AsyncGenerator[_Item, None]) -> AsyncGenerator[_
             yield item
 
 
-async def event_stream(request: Request, events: AsyncGenerator[dict[str, Any], None]) -> StreamResponse:
+async def event_stream(
+    request: Request, events: AsyncGenerator[dict[str, Any], None], headers: Mapping[str, str] | None = None
+) -> StreamResponse:
     """Server-sent events, one per dictionary, with [DONE] at the end; comments keep the connection alive.
 
     An error before the first event is raised here and can still become a response with a status. A later one becomes
@@ -90,7 +92,7 @@ async def event_stream(request: Request, events: AsyncGenerator[dict[str, Any], 
                 yield b"data: [DONE]\n\n"
 
     # The second header is for nginx, which otherwise holds events back until its buffer is full.
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})}
     return StreamResponse(parts(), headers=headers, media_type=EVENT_STREAM)
 
 

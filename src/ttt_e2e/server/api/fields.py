@@ -1,0 +1,146 @@
+"""Fields of a request that this server does not act on: refused where they would change the answer, else ignored.
+
+Clients of OpenAI, vLLM, TGI, llama.cpp and others send many fields; most do not concern the text. A field that does is
+listed here with the values under which it changes nothing. The names of all that were ignored are told in a header.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import BaseModel
+
+from ttt_e2e.server.errors import ApiError
+
+HEADER = "x-ignored-fields"
+_MAX_NAMES, _MAX_NAME = 50, 64  # in the header, and characters of each name
+
+# The fields that would change the answer, and the values under which they do not; null is always one.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+    # vLLM and SGLang
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False, True),
+    "allowed_token_ids": ([],),
+    "bad_words": ([], ""),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "custom_logit_processor": (),
+    "documents": ([],),
+    "ebnf": (),
+    "guided_choice": ([],),
+    "guided_grammar": ("",),
+    "guided_json": (),
+    "guided_regex": ("",),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "no_stop_trim": (False,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "regex": (),
+    "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "stop_regex": (),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    # TGI
+    "adapter_id": (),
+    "decoder_input_details": (False,),
+    "do_sample": (True,),
+    "max_new_tokens": (),
+    "max_output_tokens": (),
+    "return_full_text": (False,),
+    "truncate": (),
+    "typical_p": (1,),
+    "watermark": (False,),
+    # llama.cpp and others that sample as it does
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "grammar": ("",),
+    "json_schema": ({},),
+    "lora": ([],),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "n_indent": (0,),
+    "n_predict": (),
+    "n_probs": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "repeat_penalty": (1,),
+    "samplers": ([],),
+    "smoothing_factor": (0,),
+    "t_max_predict_ms": (0,),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "xtc_probability": (0,),
+}
+_IN_MESSAGES: dict[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
+
+
+def ignored_fields(body: BaseModel) -> list[str]:
+    """The names of the fields that `body` does not declare and that change nothing, those of messages among them.
+
+    Raises ApiError for a field that would change the answer, and for one that is spelt almost like a known one.
+    """
+    known = [*type(body).model_fields, *_NEUTRAL]
+    for name in body.model_extra or {}:
+        close = [] if name in _NEUTRAL else difflib.get_close_matches(name[:_MAX_NAME], known, 1, cutoff=0.92)
+        if close:
+            message = f"{name[:_MAX_NAME]}: no such field; send {close[0]} if that is meant."
+            raise ApiError(400, message, "invalid_value", name[:_MAX_NAME])
+    found = dict.fromkeys(_ignored(body, _NEUTRAL | {"best_of": (1, getattr(body, "n", 1))}))
+    if options := getattr(body, "stream_options", None):
+        found |= dict.fromkeys(f"stream_options.{name}" for name in _ignored(options, {}))
+    for index, message in enumerate(getattr(body, "messages", ())):
+        found |= dict.fromkeys(f"messages.{name}" for name in _ignored(message, _IN_MESSAGES, f"messages.{index}."))
+        for part in message.content if isinstance(message.content, list) else ():
+            found |= dict.fromkeys(f"messages.content.{name}" for name in _ignored(part, {}))
+    return list(found)
+
+
+def ignored_header(names: list[str]) -> dict[str, str]:
+    """The header that tells a client of ignored fields, if there are any."""
+    shown = [quote(name[:_MAX_NAME], safe="", errors="replace") for name in names[:_MAX_NAMES]]
+    return {HEADER: ", ".join([*shown, "..."] if len(names) > _MAX_NAMES else shown)} if names else {}
+
+
+def _ignored(model: BaseModel, neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> Iterator[str]:
+    """The fields of `model` that it does not declare and that are not null. prefix: where it is, in errors."""
+    for name, value in (model.model_extra or {}).items():
+        if value is not None:
+            if name in neutral and not any(_equal(value, harmless) for harmless in neutral[name]):
+                message = f"{prefix}{name}: this server does not support this value; omit {name}."
+                raise ApiError(400, message, "invalid_value", prefix.partition(".")[0] or name)
+            yield name
+
+
+def _equal(value: Any, harmless: Any) -> bool:
+    """Whether two values are equal in JSON, where true is not 1."""
+    return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
