@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import tokenizers
 from helpers import small_model
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.load import ChatTemplate, chat_template, end_tokens, load_model
+from ttt_e2e.inference.load import chat_template, end_tokens, load_model
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_pool import SessionPool, Token
@@ -59,20 +57,24 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
+def prompt_of(chat: ChatFormat) -> str:
+    return byte_tokenizer().backend.decode([*chat.prompt(TALK, "nothing")], skip_special_tokens=False)
+
+
 def test_chat_template_is_found_where_models_keep_it(tmp_path: Path) -> None:
-    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "add_bos_token": True}
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
     for template in (TEMPLATE, named):
         write(tmp_path, tokenizer_config={**config, "chat_template": template})
         chat = load_chat_format(tmp_path, byte_tokenizer())
-        assert chat.prompt(TALK, False) == ['<system>"Be kind."\n<user>"Hello {{ 7 * 7 }}"\n<assistant>']
+        assert prompt_of(chat) == '<s><system>"Be kind."\n<user>"Hello {{ 7 * 7 }}"\n<assistant>'
         assert chat.stop == ("</s>",)
     with pytest.raises(UserError, match="no such role"):
-        chat.prompt([{"role": "developer", "content": ""}], False)
+        chat.prompt([{"role": "developer", "content": ""}], "nothing")
     (tmp_path / "other.jinja").write_text("{{ messages[0].content }}!")
-    assert load_chat_format(tmp_path, byte_tokenizer(), tmp_path / "other.jinja").prompt(TALK, False) == ["Be kind.!"]
+    assert prompt_of(load_chat_format(tmp_path, byte_tokenizer(), tmp_path / "other.jinja")) == "Be kind.!"
     (tmp_path / "chat_template.jinja").write_text("{{ messages[1].content }}?")  # where newer ones have it
-    assert load_chat_format(tmp_path, byte_tokenizer()).prompt(TALK, False) == ["Hello {{ 7 * 7 }}?"]
+    assert prompt_of(load_chat_format(tmp_path, byte_tokenizer())) == "Hello {{ 7 * 7 }}?"
     (tmp_path / "chat_template.jinja").unlink()
     write(tmp_path, tokenizer_config={"chat_template": {"default": "x"}})
     with pytest.raises(UserError, match="is not a string"):
@@ -82,48 +84,14 @@ def test_chat_template_is_found_where_models_keep_it(tmp_path: Path) -> None:
     write(tmp_path, tokenizer_config=config)  # a template of one's own for a model without, which spells its tokens
     (tmp_path / "other.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
     chat = load_chat_format(tmp_path, byte_tokenizer(), tmp_path / "other.jinja")
-    assert chat.prompt(TALK, False) == ["Be kind.</s>"] and chat.stop == ("</s>",)
+    assert prompt_of(chat) == "<s>Be kind.</s>" and chat.stop == ("</s>",)
+    write(tmp_path, special_tokens_map={"bos_token": "<x>", "unk_token": {"content": "<unk>"}, "sep_token": None})
+    found = chat_template(tmp_path, "x")
+    assert found is not None
+    assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").unlink()
     assert chat_template(tmp_path) is None
     assert load_chat_format(tmp_path, byte_tokenizer()).stop == ("\nUser:",)
-
-
-def test_invalid_and_unsafe_templates_are_rejected() -> None:
-    with pytest.raises(UserError, match="not a valid Jinja template"):
-        ChatFormat(ChatTemplate("{% if %}", "", ""))
-    for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ nothing.there.atall }}"):
-        with pytest.raises(UserError, match="rejects these messages"):
-            ChatFormat(ChatTemplate(source, "", "")).prompt(TALK, False)
-
-
-def chatml() -> ChatFormat:
-    return ChatFormat(ChatTemplate(CHATML, "", "<|im_end|>"), byte_tokenizer().special)
-
-
-def test_special_tokens_of_a_template_become_ids(tmp_path: Path) -> None:
-    """The same ids as transformers gives."""
-    start, end = byte_tokenizer().special["<|im_start|>"], byte_tokenizer().special["<|im_end|>"]
-    assert chatml().prompt(TALK, False) == [
-        *(start, "system\nBe kind.", end, "\n", start, "user\nHello {{ 7 * 7 }}", end, "\n", start, "assistant\n"),
-    ]
-    assert chatml().stop == ()  # the token ends the answer, and its spelling does not
-    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
-    byte_tokenizer().save(tmp_path / "tokenizer.json")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=CHATML)
-    expected = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
-    parts = chatml().prompt(TALK, False)
-    assert expected == [
-        i for part in parts for i in (byte_tokenizer().encode(part) if isinstance(part, str) else [part])
-    ]
-
-
-@given(st.lists(st.sampled_from([*SPECIAL, "<|im_", "end|>", "<", "|", ">", "\ufdd0", "user\n", " ", "é"])))
-def test_messages_cannot_contain_special_tokens(pieces: list[str]) -> None:
-    content = "".join(pieces)
-    parts = chatml().prompt([{"role": "user", "content": content}], False)
-    start, end = byte_tokenizer().special["<|im_start|>"], byte_tokenizer().special["<|im_end|>"]
-    said = "user\n" + content.replace("\ufdd0", "").strip()
-    assert parts == [start, said, end, "\n", start, "assistant\n"]
 
 
 # -- the end of a text -------------------------------------------------------------------------------------------------

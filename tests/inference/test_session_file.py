@@ -141,10 +141,10 @@ def test_load_rejects_damaged_foreign_and_old_files(tmp_path: Path, model: Trans
     refused(data.replace(b'position\\": 30', b'position\\": 31'), "altered")
     refused(b"\x80\x04pickle", "not a session")
     refused(
-        data.replace(b'version\\": 3', b'version\\": 2'),
-        "version 2, and this ttt-e2e reads version 3; read its text again",
+        data.replace(b'version\\": 4', b'version\\": 3'),
+        "version 3, and this ttt-e2e reads version 4; read its text again",
     )
-    refused(data.replace(b'version\\": 3', b'version\\": 4'), "version 4, and this ttt-e2e reads version 3; update")
+    refused(data.replace(b'version\\": 4', b'version\\": 5'), "version 5, and this ttt-e2e reads version 4; update")
     save_file({"x": torch.zeros(3)}, tmp_path / "foreign")
     refused((tmp_path / "foreign").read_bytes(), "not a session")
     refused(data, "another model", small_model(seed=1, vocab_size=tokenizer.vocab_size))

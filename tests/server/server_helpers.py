@@ -29,6 +29,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.app import create_app
 from ttt_e2e.server.engine.records import (
+    Before,
     LimitReachedError,
     Prompt,
     ReadProgress,
@@ -144,7 +145,7 @@ class FakeEngine:
         self,
         owner: str,
         id: str | None,
-        prompt: Prompt | Callable[[bool], Prompt],
+        prompt: Prompt | Callable[[Before], Prompt],
         *,
         max_tokens: int = 200,
         stop: Sequence[str] = (),
@@ -155,7 +156,7 @@ class FakeEngine:
     ) -> AsyncIterator[TextChunk]:
         one = None if id is None else self._of(owner, id)
         if callable(prompt):
-            prompt = prompt(one is not None and bool(one.text))
+            prompt = prompt("text" if one is not None and one.text else "nothing")
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
         self.calls.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
         read, text = len(words.split()), ""

@@ -85,7 +85,9 @@ def test_closing_is_read_after_a_learned_answer(tmp_path: Path) -> None:
 
     async def work(engine: Engine) -> None:
         id = (await engine.sessions.create("me")).id
-        text, _ = await generate(engine, "me", id, "Rain", max_tokens=5, learn=True, closing=[bos, "\n"])
+        text, _ = await generate(
+            engine, "me", id, "Rain", max_tokens=5, learn=True, closing=[bos, *TOKENIZER.encode("\n")]
+        )
         alone = TEMPLATE.fork()
         assert "".join(alone.generate("Rain", max_tokens=5, learn_from_writing=True)) == text
         alone.read(np.array([bos, *TOKENIZER.encode("\n")]))

@@ -198,6 +198,9 @@ def test_fields_reach_the_engine(client: TestClient, engine: FakeEngine) -> None
     refused = {"role": "assistant", "content": None, "refusal": "No."}  # as OpenAI's response has it
     client.post("/v1/chat/completions", json={"messages": [*HELLO, refused, *HELLO], "max_tokens": 1})
     assert engine.calls[-1]["prompt"] == "User: Hello\nAssistant: No.\nUser: Hello\nAssistant:"
+    parts = [{"type": "text", "text": text} for text in ("One", "two", "")]
+    client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}], "max_tokens": 1})
+    assert engine.calls[-1]["prompt"] == "User: One\ntwo\n\nAssistant:"  # as vLLM joins them
     for message in ({"role": "user", "content": None}, {"role": "assistant"}):
         assert client.post("/v1/chat/completions", json={"messages": [message]}).status_code == 400
     client.post("/v1/completions", json={})

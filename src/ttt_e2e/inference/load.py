@@ -1,6 +1,7 @@
 """A model folder ready to read with: the model, its tokenizer, the tokens that end a text, and the chat template."""
 
 import importlib.resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,13 @@ from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import read_json
-from ttt_e2e.model.checkpoint import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG, load_transformer
+from ttt_e2e.model.checkpoint import (
+    CHAT_TEMPLATE,
+    GENERATION,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    load_transformer,
+)
 from ttt_e2e.model.transformer import Transformer
 
 
@@ -44,11 +51,10 @@ def load_model(folder: str | Path | None = None, device: str | torch.device = "c
 
 
 class ChatTemplate(NamedTuple):
-    """A Jinja template of a Hugging Face model, and the spelling of the special tokens that it may use."""
+    """A Jinja template of a Hugging Face model, and the special tokens that it may use by name, as in `bos_token`."""
 
     source: str
-    bos: str
-    eos: str
+    special_tokens: Mapping[str, str]
 
 
 def chat_template(folder: Path, source: str | None = None) -> ChatTemplate | None:
@@ -64,15 +70,17 @@ def chat_template(folder: Path, source: str | None = None) -> ChatTemplate | Non
     elif (folder / CHAT_TEMPLATE).is_file():
         own = read_text(folder / CHAT_TEMPLATE)
     elif isinstance(own, list):  # several, by name
-        named = (one.get("template") for one in own if isinstance(one, dict) and one.get("name") == "default")
-        own = next(named, None)
+        defaults = (one.get("template") for one in own if isinstance(one, dict) and one.get("name") == "default")
+        own = next(defaults, None)
     if own is None:
         return None
     if not isinstance(own, str):
         raise UserError(
             f"The chat_template in {folder / TOKENIZER_CONFIG} is not a string; remove it, or use an unaltered copy."
         )
-    return ChatTemplate(own, _spelling(settings.get("bos_token")), _spelling(settings.get("eos_token")))
+    named = {**_settings(folder / SPECIAL_TOKENS), **settings}
+    tokens = {name: _spelling(token) for name, token in named.items() if name.endswith("_token")}
+    return ChatTemplate(own, {name: text for name, text in tokens.items() if text})
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
@@ -93,4 +101,5 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _spelling(token: Any) -> str:
     """A special token in a tokenizer_config.json: a string, or an object that holds it."""
-    return str(token.get("content", "") if isinstance(token, dict) else token or "")
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""

@@ -36,7 +36,7 @@ class SessionState(NamedTuple):
     """All that reading has changed in a session: a value."""
 
     read_state: ReadState  # what the tokens left behind that were read, in whole mini-batches
-    text: TextDigest  # their digest and size
+    text: TextDigest  # their digest, size and kind
     pending: np.ndarray  # token ids after them, int64 [n]: the next prediction's input, and those still to be scored
 
 
@@ -220,6 +220,7 @@ class Session:
             "tokenizer": self.tokenizer and self.tokenizer.digest,
             "state_digest": self._state.text.digest.hex(),
             "state_bytes": self._state.text.bytes,
+            "chat": self._state.text.chat,
         }
         tensors = session_file.state_tensors(self.model, self._state.read_state, self.learn, precision)
         return facts, {**tensors, "pending": torch.from_numpy(self._state.pending.copy())}
@@ -238,7 +239,7 @@ class Session:
             pending = tensors["pending"].numpy()
         except KeyError as error:
             raise UserError(f"The session {name} lacks {error}; use an unaltered copy.") from error
-        text = TextDigest(bytes.fromhex(facts["state_digest"]), facts["state_bytes"])
+        text = TextDigest(bytes.fromhex(facts["state_digest"]), facts["state_bytes"], facts["chat"] is True)
         self._restore(SessionState(state, text, pending))
 
     @cached_property

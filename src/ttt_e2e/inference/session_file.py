@@ -31,7 +31,7 @@ from ttt_e2e.model.mixers.ttt_kvb import TTTKVBState
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.fast_mlp import FastWeights, LowRankWeights
 
-FORMAT, VERSION = "ttt-e2e session", 3
+FORMAT, VERSION = "ttt-e2e session", 4
 MAX_HEADER_BYTES = 1 << 20  # several times the header of the largest session
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

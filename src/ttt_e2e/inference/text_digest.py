@@ -1,4 +1,4 @@
-"""Digest and size of the text that a session has read."""
+"""Digest, size and kind of the text that a session has read."""
 
 import hashlib
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 
 
 class TextDigest(NamedTuple):
-    """A digest of tokens, and how many bytes of text they are: a value, which can be saved.
+    """A digest of tokens, how many bytes of text they are, and whether they hold a chat: a value, which can be saved.
 
     The digest is a chain, since the state of a hash object cannot be saved: each link is the SHA-256 of the link before
     and of the next `link` tokens (int64, little-endian). So what is added must be whole links, except for the last.
@@ -18,13 +18,14 @@ class TextDigest(NamedTuple):
 
     digest: bytes = b""
     bytes: int = 0
+    chat: bool = False  # such as begins once, with a system message
 
     def add(self, ids: np.ndarray, link: int, sizes: np.ndarray | None) -> "TextDigest":
         """The digest with more tokens, `link` of them hashed together. sizes: see `token_bytes`; None counts 0."""
         digest = self.digest
         for start in range(0, len(ids), link):
             digest = hashlib.sha256(digest + ids[start : start + link].astype("<i8").tobytes()).digest()
-        return TextDigest(digest, self.bytes + (0 if sizes is None else int(sizes[ids].sum())))
+        return TextDigest(digest, self.bytes + (0 if sizes is None else int(sizes[ids].sum())), self.chat)
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:

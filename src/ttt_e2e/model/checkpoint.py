@@ -26,7 +26,8 @@ FORMAT = "ttt-e2e model"
 VERSION = 3
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 GENERATION, TOKENIZER_CONFIG, CHAT_TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
-PRETRAINED_METADATA = (GENERATION, TOKENIZER_CONFIG, CHAT_TEMPLATE, "special_tokens_map.json")
+SPECIAL_TOKENS = "special_tokens_map.json"
+PRETRAINED_METADATA = (GENERATION, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS)
 """Files that a pretrained model may have beside its tokenizer; they are copied wherever the tokenizer is copied."""
 
 

@@ -1,108 +1,117 @@
 """Chat messages as a prompt, by the model's chat template or a plain format."""
 
-import json
-import re
+from bisect import bisect_left
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.load import ChatTemplate, chat_template
+from ttt_e2e.server.chat_template import JinjaTemplate, Messages, MessagesRefusedError
+from ttt_e2e.server.chat_tokens import ANSWER, ChatTokens
+from ttt_e2e.server.engine.records import Before, Prompt
 
 _ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
-_ESCAPE, _ANSWER = "\ufdd0", "\ufdd1"  # noncharacters, which occur in no meaningful text
+_QUESTION = {"role": "user", "content": "?"}
+# Stands for the conversation so far: what a template adds to this one it adds to any.
+_EARLIER = [_QUESTION, {"role": "assistant", "content": ANSWER}]
 
 
 class ChatFormat:
-    """How messages become a prompt; without a `template`, as lines such as "User: ...".
+    """How messages become a prompt where a model has no chat template: lines such as "User: ...".
 
-    special_tokens: ids by text. Where the template contains such a text it becomes the token; where a message does it
-    stays text, so that a message cannot contain another one. `stop` are the strings before which an answer ends. Raises
-    UserError if the template is invalid.
+    `stop` are the strings before which an answer ends.
     """
 
-    def __init__(self, template: ChatTemplate | None = None, special_tokens: Mapping[str, int] | None = None) -> None:
-        self._special_tokens = dict(special_tokens or {})
-        longest_first = sorted(self._special_tokens, key=len, reverse=True)
-        self._special_text = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self._bos, self._eos = ("", "") if template is None else (template.bos, template.eos)
-        self._template: Any = None if template is None else _compile(template.source)
-        end = "\nUser:" if template is None else "" if self._eos in self._special_tokens else self._eos
-        self.stop: tuple[str, ...] = (end,) if end else ()
+    stop: tuple[str, ...] = ("\nUser:",)
 
-    def prompt(self, messages: list[dict[str, str]], continues: bool) -> list[str | int]:
-        """The prompt for an answer to `messages`: texts and token ids. continues: it follows what was read before."""
-        if self._template is None:
-            # A generated answer begins with the space after "Assistant:", and so does one that is sent back.
-            lines = [f"{_ROLES[message['role']]}: {message['content'].removeprefix(' ')}" for message in messages]
-            return ["\n" * continues + "\n".join([*lines, "Assistant:"])]
-        text = self._render(messages, add_generation_prompt=True)
-        return self._parts(text.removeprefix(self._bos))  # a session already begins with this token
+    def prompt(self, messages: list[dict[str, str]], before: Before, values: Mapping[str, Any] | None = None) -> Prompt:
+        """The prompt for an answer to `messages`, as text or token ids.
 
-    def closing(self, messages: list[dict[str, str]]) -> list[str | int]:
-        """What the template puts after an answer to `messages`, as texts and ids of special tokens."""
-        if self._template is None:
-            return []  # the next prompt begins with the end of the line
+        Args:
+            messages: with `role` and `content`.
+            before: what the session holds. If "nothing", ids are its whole text, in place of BOS. If "conversation",
+                the prompt is what the messages add to one.
+            values: further variables of a template, by name.
+
+        Raises UserError if a template refuses the messages, and names one, or fails.
+        """
+        # A generated answer begins with the space after "Assistant:", and so does one that is sent back.
+        lines = [f"{_ROLES[message['role']]}: {message['content'].removeprefix(' ')}" for message in messages]
+        return "\n" * (before != "nothing") + "\n".join([*lines, "Assistant:"])
+
+    def closing(self, values: Mapping[str, Any] | None = None) -> Prompt:
+        """What follows an answer whatever comes next. values: as for `prompt`."""
+        return ""  # the next prompt begins with the end of the line
+
+
+class TemplateFormat(ChatFormat):
+    """Messages as token ids by a model's chat template, as transformers gives them.
+
+    Special tokens in the template become tokens; in a message they stay text. Raises UserError if the template is
+    invalid.
+    """
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self._template, self._tokens, self._bos = JinjaTemplate(template), ChatTokens(tokenizer), tokenizer.bos
+        end = template.special_tokens.get("eos_token", "")
+        self.stop = (end,) if end and end not in tokenizer.special else ()
+
+    def prompt(self, messages: list[dict[str, str]], before: Before, values: Mapping[str, Any] | None = None) -> Prompt:
+        """As for `ChatFormat`; what a template writes once, such as a default system message, is not repeated."""
+        messages, values = self._tokens.escape(messages), self._tokens.escape(dict(values or {}))
+        if before == "conversation":
+            closing, added = self._closing(values), self._after_answer([*_EARLIER, *messages], values)
+            if len(added) > len(closing) and added[: len(closing)] == closing:
+                return added[len(closing) :]
         try:
-            answered = [*messages, {"role": "assistant", "content": _ANSWER}]
-            text = self._render(answered, add_generation_prompt=False)
+            ids = self._tokens.encode(self._template.render(messages, values))
+        except MessagesRefusedError as error:
+            shorter = range(1, len(messages))
+            index = bisect_left(shorter, True, key=lambda number: self._refuses(messages[:number], values))
+            raise UserError(f"messages.{index}: the chat template refuses it ({error}); send others.") from error
+        # A session begins with BOS already. One that the template writes before every question is no beginning.
+        if before != "nothing" and ids[:1] == [self._bos] and self._bos not in self._next_question(values):
+            del ids[0]
+        if not ids:
+            raise UserError("The chat template makes nothing of these messages; send others.")
+        return ids
+
+    def closing(self, values: Mapping[str, Any] | None = None) -> Prompt:
+        """The ids that the template puts after an answer, whatever comes next."""
+        return self._closing(self._tokens.escape(dict(values or {})))
+
+    def _closing(self, values: Mapping[str, Any]) -> list[int]:
+        at_the_end = self._after_answer(_EARLIER, values, add_generation_prompt=False)
+        pairs = zip(at_the_end, self._next_question(values), strict=False)
+        return [i for i, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+    def _next_question(self, values: Mapping[str, Any]) -> list[int]:
+        return self._after_answer([*_EARLIER, _QUESTION], values)
+
+    def _after_answer(
+        self, messages: Messages, values: Mapping[str, Any], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The ids after ANSWER in a conversation; none if the template refuses it, or leaves earlier messages out."""
+        try:
+            text = self._template.render(messages, values, add_generation_prompt=add_generation_prompt)
         except UserError:
-            return []  # some templates require that users and assistants alternate
-        return self._parts(text.rpartition(_ANSWER)[2]) if _ANSWER in text else []
+            return []
+        return self._tokens.encode(text, after=ANSWER) if ANSWER in text else []
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        def escape(content: str) -> str:  # puts `_ESCAPE` inside everything that looks like a special token
-            content = content.replace(_ESCAPE, "")
-            return self._special_text.sub(lambda found: found[0][:1] + _ESCAPE + found[0][1:], content)
-
+    def _refuses(self, messages: Messages, values: Mapping[str, Any]) -> bool:
         try:
-            text: str = self._template.render(
-                messages=[message | {"content": escape(message["content"])} for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._bos,
-                eos_token=self._eos,
-                tools=None,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"The chat template rejects these messages ({error}); send others.") from error
-        return text
-
-    def _parts(self, text: str) -> list[str | int]:
-        pieces = enumerate(self._special_text.split(text))  # every second one is a special token
-        parts = [self._special_tokens[piece] if i % 2 else piece.replace(_ESCAPE, "") for i, piece in pieces]
-        return [part for part in parts if part != ""]
+            self._template.render(messages, values)
+        except UserError:
+            return True
+        return False
 
 
 def load_chat_format(model: Path, tokenizer: Tokenizer, file: Path | None = None) -> ChatFormat:
     """The chat template in `file`, else the one in the model folder `model`, else the plain format."""
     source = None if file is None else read_text(file)
-    return ChatFormat(chat_template(model, source), tokenizer.special)
-
-
-def _compile(source: str) -> Any:
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise UserError('A chat template needs Jinja; install it with: pip install "ttt-e2e[serve]"') from error
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own filter escapes HTML
-
-    # Templates come with models, from anywhere: they may compute, but not reach anything.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise UserError(f"The chat template is not a valid Jinja template: {error}.") from error
+    template = chat_template(model, source)
+    return ChatFormat() if template is None else TemplateFormat(template, tokenizer)

@@ -17,7 +17,7 @@ from ttt_e2e.server.api import schemas
 from ttt_e2e.server.api.fields import ignored_fields, ignored_header
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream, merge
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import Prompt, TextChunk
+from ttt_e2e.server.engine.records import Before, Prompt, TextChunk
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
@@ -26,7 +26,7 @@ from ttt_e2e.server.settings import Settings
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
-_Prompts = Sequence[Prompt | Callable[[bool], Prompt]]  # see `Engine.generate`
+_Prompts = Sequence[Prompt | Callable[[Before], Prompt]]  # see `Engine.generate`
 _Chunks = AsyncGenerator[tuple[int, TextChunk], None]  # with the index of the choice
 
 
@@ -178,8 +178,8 @@ def routes(engine: Engine, settings: Settings, metrics: ServiceMetrics) -> APIRo
     async def chat_completions(body: schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `session`, one that follows what the session has read."""
         messages = [message.for_template() for message in body.messages]
-        prompt = functools.partial(settings.chat.prompt, messages)
-        closing = settings.chat.closing(messages) if body.learn else ""
+        prompt = functools.partial(settings.chat.prompt, messages, values=body.chat_template_kwargs)
+        closing = settings.chat.closing(body.chat_template_kwargs) if body.learn else ""
         return await handler.respond(request, body, [prompt], body.session, closing)
 
     path = "/sessions/{session}/completions"

@@ -3,7 +3,7 @@
 Lists end at their first error: with all the errors of a long list, a request would take a thousand times its size.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -94,7 +94,7 @@ class Message(_RequestModel):
     def for_template(self) -> dict[str, str]:
         """Role and text, as chat templates expect them."""
         parts = self.content or self.refusal or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
         return {"role": self.role, "content": text}
 
 
@@ -103,6 +103,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)
     session: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template
 
 
 class Usage(BaseModel):

@@ -19,7 +19,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_pool import Done, Losses, SessionPool, Token
 from ttt_e2e.inference.text_stream import TextStream
 from ttt_e2e.model.cost import state_bytes
-from ttt_e2e.server.engine.records import Prompt, ReadProgress, SessionNotFoundError, StoppingError, TextChunk
+from ttt_e2e.server.engine.records import Before, Prompt, ReadProgress, SessionNotFoundError, StoppingError, TextChunk
 from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.engine.worker import PooledSession, Worker
@@ -129,7 +129,7 @@ class Engine:
         self,
         owner: str,
         id: str | None,
-        prompt: Prompt | Callable[[bool], Prompt],
+        prompt: Prompt | Callable[[Before], Prompt],
         *,
         max_tokens: int = 200,
         stop: Sequence[str] = (),
@@ -146,7 +146,8 @@ class Engine:
 
         Args:
             owner, id: The session; id None to start from the prompt alone.
-            prompt: A prompt, or a function that returns one, given whether the session has read anything.
+            prompt: A prompt, or a function that returns that of a conversation, given what the session holds. Its ids
+                for a session without a text begin that text, in place of BOS.
             max_tokens, stop, options: Limit of generated tokens, strings before which the text ends, and sampling.
             closing: What the session reads after the generated text, with `learn`.
             limit: Held while the model generates, but not while waiting for other changes of the session.
@@ -160,8 +161,9 @@ class Engine:
             async with slot.write_lock if slot and learn else nullcontext(), limit or nullcontext():
                 session = await self.sessions.session(slot, wait_for_writes=learn) if slot else self._template
                 if callable(prompt):
-                    prompt = prompt(_num_tokens(session) > 1)  # more than the BOS token
-                ids = await asyncio.to_thread(self._encode, prompt)
+                    session, ids = await asyncio.to_thread(self._begin_chat, session, prompt)
+                else:
+                    ids = await asyncio.to_thread(self._encode, prompt)
                 closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
                 length = (_num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
                 self.sessions.check_length(length)
@@ -237,10 +239,17 @@ class Engine:
                 pass
             return await pooled.leave()
 
+    def _begin_chat(self, session: Session, prompt: Callable[[Before], Prompt]) -> tuple[Session, np.ndarray]:
+        """The session as one that holds a conversation, and the ids of the prompt, which it has not read."""
+        state = session.state()
+        before: Before = "conversation" if state.text.chat else "text" if _num_tokens(session) > 1 else "nothing"
+        text = prompt(before)
+        pending = state.pending[:0] if before == "nothing" and not isinstance(text, str) else state.pending
+        chatting = state._replace(text=state.text._replace(chat=True), pending=pending)
+        return session.with_state(chatting), self._encode(text)
+
     def _encode(self, prompt: Prompt) -> np.ndarray:
-        parts = [prompt] if isinstance(prompt, str) else prompt
-        ids = [self._tokenizer.encode(part) if isinstance(part, str) else np.array([part], np.int64) for part in parts]
-        return np.concatenate([np.empty(0, np.int64), *ids])
+        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else np.array(prompt, np.int64)
 
     def _batches(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
         """The tokens of a text, at most a few mini-batches at a time."""

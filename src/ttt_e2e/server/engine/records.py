@@ -6,8 +6,11 @@ from typing import Literal
 
 from ttt_e2e.errors import UserError
 
-Prompt = str | Sequence[str | int]
-"""A text, or texts with token ids between them."""
+Prompt = str | Sequence[int]
+"""A text, or token ids."""
+
+Before = Literal["nothing", "text", "conversation"]
+"""What a session holds: BOS alone, texts that it has read, or a conversation that it has learned from, among texts."""
 
 
 class SessionNotFoundError(UserError):
