@@ -3,7 +3,7 @@
     python benchmarks/cloze.py val.parquet                       # the shipped model, 16384 tokens of every book
     python benchmarks/cloze.py val.parquet --books 3 --tokens 4096 --questions 8     # quicker
 
-Needs the extras `notebook` and `parquet`; the parquet file has the columns author, title, text. A book is read once by
+Needs the extra `parquet`; the file has the columns author, title, text. A book is read once by
 a session that learns, by one that does not, and into a notebook. Then questions are asked about sentences at least two
 windows before the end: a sentence is repeated up to a word that is rare in the text and does not occur in those two
 windows; the answer is that word. Its loss, the mean over the answer's tokens in nats, is measured in five ways: with

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +51,8 @@ def read(*argv: object) -> int:
 
 
 def recorded(session: str) -> str:
-    return Path(f"{session}.notebook/text.txt").read_text()
+    with Notebook(Path(f"{session}.notebook"), create=False) as notebook:
+        return "".join(notebook.text())
 
 
 # -- what works --------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_killed_at_random_and_run_again_it_ends_the_same(
         return run("read", "-", "--session", name, "--save", name, *options)
 
     def progress() -> tuple[int, int]:
-        return (Path("s.notebook") / "text.txt").stat().st_size, session_facts(here / "s")["tokens"]
+        return len(recorded("s")), session_facts(here / "s")["tokens"]
 
     moments = random.Random()
     for i in range(2):
@@ -232,8 +232,7 @@ def test_killed_at_random_and_run_again_it_ends_the_same(
     assert session_facts(here / "s")["unfinished"]
     assert read_all("whole") == read_all("s") == 0
     assert (here / "s").read_bytes() == (here / "whole").read_bytes()
-    for name in ("text.txt", "passages.jsonl"):
-        assert Path("s.notebook", name).read_bytes() == Path("whole.notebook", name).read_bytes()
+    assert recorded("s") == recorded("whole") == TEXT + text
     assert temporary_files(here) == []
 
 
@@ -267,25 +266,38 @@ def test_errors_are_one_sentence(here: Path, refused: Callable[..., str], argv: 
     assert not (here / "s.notebook").exists() and recorded("n") == TEXT
 
 
-def test_without_bm25s_only_searching_fails(
-    here: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_an_old_notebook_is_an_error(here: Path, refused: Callable[..., str]) -> None:
+    assert read("lake.txt", "--save", "s") == 0
+    kept = (here / "s").read_bytes()
+    (here / "s.notebook").mkdir()
+    (here / "s.notebook/notebook.json").write_text('{"format": "ttt-e2e notebook", "version": 1, "size": 400}')
+    for argv in (
+        "read next.txt --session s --save s --notebook",
+        "read next.txt --save s --notebook",
+        "generate --session s --notebook heron",
+        "notebook search s heron",
+        "notebook search s.notebook heron",
+    ):
+        assert "version 1" in refused(*argv.split())
+    assert (here / "s").read_bytes() == kept
+
+
+def test_a_notebook_in_use_is_searched_but_not_written_to(
+    here: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    assert read("lake.txt", "--save", "s", "--notebook") == 0  # recording does not need it
-    for argv in ("notebook search s heron", "generate --session s --notebook heron"):
-        assert 'pip install "ttt-e2e[notebook]"' in refused(*argv.split())
-
-
-def test_a_notebook_in_use_is_an_error(here: Path, refused: Callable[..., str]) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     kept = (here / "s").read_bytes()
-    with Notebook(here / "s.notebook"):
+    with Notebook(here / "s.notebook") as notebook:
+        notebook.add("At last came a walrus.")
         for argv in (
             "read next.txt --session s --save s --notebook",
             "read next.txt --save s --notebook",
             "read next.txt --session s --save t --notebook",
-            "generate --session s --notebook heron",
-            "notebook search s heron",
         ):
             assert "s.notebook is in use" in refused(*argv.split())
+        capsys.readouterr()
+        assert run("notebook", "search", "s", "walrus") == 0
+        assert "At last came a walrus" in capsys.readouterr().out
+        assert run("generate", "--session", "s", "--notebook", "walrus", "--max-tokens", 2) == 0
     assert (here / "s").read_bytes() == kept and not (here / "t").exists()
+    assert recorded("s") == TEXT + "At last came a walrus."

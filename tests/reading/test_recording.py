@@ -2,7 +2,9 @@
 
 import itertools
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import session_facts
 from ttt_e2e.reading.document import read_document
 from ttt_e2e.reading.recording import plan_recording, record_text
-from ttt_e2e.retrieval import notebook as notebook_module
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
 
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed to Łódź — 船. The sea was calm.\n" for i in range(7))
@@ -71,35 +72,33 @@ def read_killed(at: int, *arguments: Any, **options: Any) -> bool:
         moment()
         return result
 
-    write = notebook_module._write
+    transaction = Notebook._transaction
 
-    def write_by_halves(file: Any, data: bytes) -> None:
+    @contextmanager
+    def in_transaction(self: Notebook, action: str, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        if begin == "BEGIN":
+            with transaction(self, action, begin) as database:
+                yield database
+            return
         moment()
-        write(file, data[: len(data) // 2])
+        with transaction(self, action, begin) as database:
+            yield database
+            moment()  # all is written, but not committed
         moment()
-        write(file, data[len(data) // 2 :])
 
-    def copy_by_halves(source: Path, target: Path, **named: Any) -> None:
-        target.mkdir()
-        shutil.copy(source / "notebook.json", target)
-        moment()
-        shutil.rmtree(target)
-        copytree(source, target, **named)
-
-    copytree, read_chunks, remove = shutil.copytree, Session.read_chunks, files._remove
+    read_chunks, remove = Session.read_chunks, files._remove
 
     def kill_before_reading(self: Session, tokens: np.ndarray) -> Iterator[np.ndarray]:
         moment()
         return read_chunks(self, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(notebook_module, "_write", write_by_halves)
-        patch.setattr("shutil.copytree", copy_by_halves)
+        patch.setattr(Notebook, "_transaction", in_transaction)
         patch.setattr(Session, "read_chunks", kill_before_reading)
         patch.setattr(files, "_remove", lambda path: None if is_killed else remove(path))
         patch.setattr(files, "_sync_tree", partial(around, files._sync_tree))
         patch.setattr(session_files, "save_safetensors", partial(around, session_files.save_safetensors))
-        for owner, name in ((Notebook, "cut"), (Notebook, "_resume"), (Notebook, "_lock"), (Path, "rename")):
+        for owner, name in ((Notebook, "cut"), (Notebook, "replace"), (Notebook, "_create"), (Path, "rename")):
             function = getattr(owner, name)
             patch.setattr(owner, name, lambda *values, f=function, **named: around(f, *values, **named))
         try:
@@ -110,8 +109,10 @@ def read_killed(at: int, *arguments: Any, **options: Any) -> bool:
 
 
 def notebook_text(save: Path) -> str:
-    folder = notebook_folder(save)
-    return (folder / "text.txt").read_text(encoding="utf-8", errors="ignore") if folder.exists() else ""
+    if not (notebook_folder(save) / "notebook.db").exists():
+        return ""
+    with Notebook(notebook_folder(save)) as notebook:
+        return "".join(notebook.text())
 
 
 def make_notebook(folder: Path, text: str) -> Path:
@@ -120,8 +121,12 @@ def make_notebook(folder: Path, text: str) -> Path:
     return folder
 
 
-def same_files(one: Path, other: Path) -> bool:
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in ("text.txt", "passages.jsonl"))
+def passages(folder: Path) -> list[Any]:
+    """Of a notebook, as SQLite gives them."""
+    with sqlite3.connect(folder / "notebook.db") as database:
+        rows = database.execute("SELECT * FROM passages ORDER BY number").fetchall()
+    database.close()
+    return rows
 
 
 # -- cutting -----------------------------------------------------------------------------------------------------------
@@ -145,22 +150,20 @@ def test_cut_leaves_a_notebook_as_if_the_rest_had_never_been_added(
             notebook.search("geese")
         expected.add(text)
         assert notebook.search("ship geese", 100) == expected.search("ship geese", 100)
-    assert same_files(folder / "n", folder / "expected")
+    assert passages(folder / "n") == passages(folder / "expected")
 
 
-def test_a_cut_that_fails_closes_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Notebook) -> None:
-        raise OSError(28, "No space left on device")
-
-    notebook = Notebook(tmp_path / "n", size=SIZE)
-    notebook.add(TEXT)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
-        patch.setattr(Notebook, "_resume", full)
-        notebook.cut(300)
-    with pytest.raises(UserError, match="is closed"):
-        notebook.cut(3)
-    with Notebook(tmp_path / "n") as notebook:
-        assert notebook.characters == 300
+def test_a_cut_that_fails_changes_nothing(tmp_path: Path) -> None:
+    with Notebook(tmp_path / "n", size=SIZE) as notebook:
+        notebook.add(TEXT * 20)
+        found = notebook.search("ship", 1000)
+        notebook._connection.execute("PRAGMA max_page_count = 1")  # type: ignore[union-attr]  # as small as it can be
+        notebook._connection.execute(  # type: ignore[union-attr]
+            "CREATE TEMP TRIGGER full AFTER DELETE ON passages BEGIN SELECT RAISE(FAIL, 'no more'); END"
+        )
+        with pytest.raises(UserError):
+            notebook.cut(300)
+        assert "".join(notebook.text()) == TEXT * 20 and notebook.search("ship", 1000) == found
 
 
 # -- killed and begun again --------------------------------------------------------------------------------------------
@@ -204,7 +207,7 @@ def restarted(request: pytest.FixtureRequest, tmp_path: Path) -> Restarted:
             read(save, session=session)
         assert save.read_bytes() == (whole / "s").read_bytes()
         assert notebook_text(save) == text
-        assert same_files(notebook_folder(save), notebook_folder(whole / "s"))
+        assert passages(notebook_folder(save)) == passages(notebook_folder(whole / "s"))
         assert not [path.name for path in place.iterdir() if path.name.startswith(".")]
         return killed
 
@@ -279,7 +282,7 @@ def test_a_text_that_is_read_again_is_a_new_text(tmp_path: Path) -> None:
     assert notebook_text(save) == TEXT + TEXT
     read(save)  # a new session
     assert notebook_text(save) == TEXT
-    assert same_files(notebook_folder(save), make_notebook(tmp_path / "expected", TEXT))
+    assert passages(notebook_folder(save)) == passages(make_notebook(tmp_path / "expected", TEXT))
 
 
 def test_a_session_saved_to_another_file_gets_a_notebook_of_its_own(tmp_path: Path) -> None:
@@ -330,11 +333,9 @@ def test_only_stale_parts_of_this_session_are_removed(tmp_path: Path) -> None:
     save, others = tmp_path / "s", [".s.b.12.part", ".s.part", ".t.12.part", ".s.12.parts"]
     for name in (".s.12.part", ".s.123.old", *others):
         (tmp_path / name).write_text("half")
-    for name in (".s.notebook.12.part", ".s.notebook.12.old", ".s.notebook.b.12.part"):
-        (tmp_path / name).mkdir()
     read(save)
     left = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
-    assert left == sorted([*others, ".s.notebook.b.12.part"])
+    assert left == sorted(others)
 
 
 def test_record_text_writes_nothing_before_the_first_chunk_is_asked_for(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "search",
         help="find passages by their words",
         description="""Print the passages that match the words best (BM25), the best first, each with its position in
-the recorded text, in characters. Needs the extra `notebook`. Only one process can use a notebook at a time.""",
+the recorded text, in characters. Case and accents do not matter; Chinese, Japanese, Korean, Thai, Lao, Khmer
+and Burmese words are found inside a sentence. A text can be searched while it is being recorded.""",
         epilog="""examples:
   ttt-e2e notebook search book.session the white whale
   ttt-e2e notebook search book.session.notebook captain --count 10 --json""",

@@ -10,14 +10,11 @@ rules keep them consistent:
    through again from its beginning and compared with what the notebook has, instead of being recorded twice.
 """
 
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path, remove_stale_parts
 from ttt_e2e.reading.resume import unfinished_facts
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
 
@@ -38,9 +35,10 @@ def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
     """Plan how a text is recorded that is read with the session file `session` (None: a new one) and saved to `save`.
 
     If `save` is `session`, the text is appended to its notebook. Otherwise the notebook of `save` starts as a copy of
-    that of `session`, or empty without a session. Nothing is written here, except to finish what a killed process left
-    undone. window: of the model, in tokens. Raises UserError if a notebook that is needed is in use or damaged, if
-    something else has its name, and if the one to be replaced belongs to no session.
+    that of `session`, or empty without a session. Nothing is written here, except to
+    finish what a killed process left undone. window: of the model, in tokens. Raises
+    UserError if a notebook that is needed is in use or damaged, if something else has its name, and if the one to be
+    replaced belongs to no session.
     """
     folder, size = notebook_folder(save), passage_size(window)
     unfinished = unfinished_facts(save)
@@ -53,6 +51,7 @@ def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
         in_place = source.resolve() == folder.resolve()
         if source.exists():
             with Notebook(source, size=size) as notebook:
+                notebook.lock()
                 unread_from, start = _unread_from(session), notebook.characters
             start = start if unread_from is None else min(unread_from, start)
         else:
@@ -60,6 +59,7 @@ def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
             source = None
     if folder.exists() and not in_place:
         with Notebook(folder, size=size) as notebook:
+            notebook.lock()
             is_empty = notebook.characters == 0
         if not is_empty and not save.exists():
             raise UserError(
@@ -77,18 +77,9 @@ def record_text(chunks: Iterable[str], recording: Recording) -> Iterator[str]:
     Nothing is written before the first chunk is asked for; by then the session file has to say where the text begins.
     Raises UserError as `Notebook` and `Notebook.record` do.
     """
-    folder, source, size = recording.folder, recording.source, recording.size
-    if recording.replaced:
-        remove_stale_parts(folder.parent, folder.name)
-        with ExitStack() as locks:
-            for used in filter(None, (folder if folder.exists() else None, source)):
-                locks.enter_context(Notebook(used, size=size))
-            with atomic_path(folder) as part:
-                if source is None:
-                    Notebook(part, size=size).close()
-                else:
-                    shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))
-    with Notebook(folder, size=size) as notebook:
+    with Notebook(recording.folder, size=recording.size) as notebook:
+        if recording.replaced:
+            notebook.replace(recording.source, recording.size)
         if not recording.resumed:
             notebook.cut(recording.start)
         yield from notebook.record(chunks, start=recording.start)
@@ -101,7 +92,7 @@ def forget_unread(session: Path) -> None:
     """
     folder, start = notebook_folder(session), _unread_from(session)
     if start is not None and folder.exists():
-        with Notebook(folder, create=False) as notebook:
+        with Notebook(folder) as notebook:
             notebook.cut(start)
 
 

@@ -8,6 +8,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
 from ttt_e2e.retrieval.notebook import Notebook
 from ttt_e2e.retrieval.passages import Passage
+from ttt_e2e.retrieval.search_index import with_parts
 
 
 def generate_with_notebook(
@@ -42,7 +43,7 @@ def generate_with_notebook(
         raise UserError("Showing passages to a session needs a tokenizer; make the session with one.")
     if max_passage_tokens is None:
         max_passage_tokens = session.model.config.sliding_window // 2
-    found = notebook.search(prompt, count)
+    found = notebook.search(with_parts(prompt), count)
     text, sources = prompt_with_passages(prompt, found, session.tokenizer, max_passage_tokens)
     reader = session
     if not learn:

@@ -1,39 +1,60 @@
 """A notebook: the exact text that a session has read, in passages that can be searched.
 
-Fast weights keep the gist of a text; a notebook keeps its words. It is a folder of plain files:
+Fast weights keep the gist of a text; a notebook keeps its words. It is a folder with an SQLite database, `notebook.db`,
+and the files that SQLite has beside one in use. Three tables:
 
-    notebook.json        format, version, the size of its passages
-    text.txt             the whole text, UTF-8, appended to
-    passages.jsonl       one line per passage, appended to: its span in the text, and a digest
-    index/               for the search by words (bm25s); rebuilt when text was added
-    vectors.safetensors  the embeddings of the passages, if an embedding is used
+    settings    a row: the size of the passages, how many of them are indexed, and by which embedding
+    passages    the text, overlapping; the last passage grows with it. A row has a digest, and perhaps a vector
+    words       the index of the passages' words (FTS5), without their text
 
-The text is written first. Whatever else a killed process did not get to write follows from the text and is made up for
-when the notebook is opened. Memory does not grow with the text while it is recorded; a search holds an index of it.
+Whatever is added is in one transaction, so that a killed process leaves all of it or nothing. Passages are indexed many
+at a time, and the rest when there is a search. One process adds text at a time; others may search. Memory does not grow
+with the text, except for a search with an embedding.
 """
 
-import codecs
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
 
-from ttt_e2e.data.text import short_chunks
+from ttt_e2e.data.text import short_chunks, slices
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import check_format, lock_folder, read_json, remove_stale_parts, write_text
-from ttt_e2e.retrieval.passages import BEFORE_FIRST, OpenPassage, Passage, Span
-from ttt_e2e.retrieval.search_index import Embed, passage_vectors, reciprocal_ranks, unit_vectors, word_index, words
+from ttt_e2e.files import lock_folder
+from ttt_e2e.retrieval.passages import Excerpt, Passage
+from ttt_e2e.retrieval.search_index import (
+    PROBE,
+    Embed,
+    index_words,
+    match_expression,
+    pack_vector,
+    reciprocal_ranks,
+    unit_vectors,
+    unpack_vector,
+)
 
-FORMAT = "ttt-e2e notebook"
-VERSION = 1
+VERSION = 2  # of the format
 SIZE = 400
 
-_BLOCK = 1 << 16  # characters or bytes that are read or written at once
-_LINE_BYTES = 4096  # more than two lines of passages.jsonl, which have about 150 bytes each
+_MIN_SIZE, _MAX_SIZE = 20, 4000
+_DATABASE = "notebook.db"
+_APPLICATION_ID = 0x7474_6E62  # "ttnb"; in the file's header, like the version
+_SCHEMA = (
+    "CREATE TABLE settings (size INTEGER, indexed INTEGER, probe BLOB)",
+    "CREATE TABLE passages (number INTEGER PRIMARY KEY, start INTEGER, stop INTEGER, start_byte INTEGER, "
+    "stop_byte INTEGER, is_searched INTEGER, text TEXT, digest TEXT, vector BLOB)",
+    # `search_index` separates words by spaces; this tokenizer leaves them as they are.
+    "CREATE VIRTUAL TABLE words USING fts5(entries, content='', tokenize='ascii')",
+)
+_COLUMNS = "number, start, stop, start_byte, stop_byte, is_searched, text"
+_BLOCK = 1 << 16  # characters that are added in one transaction
+_INDEXED_AT_ONCE = 64
+_EMBEDDED_AT_ONCE = 256
+_WAIT_SECONDS = 30.0  # for another connection's transaction, which takes milliseconds
+_CANNOT = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_NOMEM")
 
 
 def notebook_folder(session: Path) -> Path:
@@ -43,58 +64,57 @@ def notebook_folder(session: Path) -> Path:
 
 def passage_size(window: int) -> int:
     """The passage size for a model of this window: a passage has about a quarter of its tokens, or less."""
-    return max(20, min(SIZE, 3 * window // 4))
-
-
-# What a search needs in memory: spans, a function that reads passage i, bm25s's index, and vectors [N, D].
-_Index = tuple[list[Span], Callable[[int], str], Any, np.ndarray | None]
+    return max(_MIN_SIZE, min(SIZE, 3 * window // 4))
 
 
 class Notebook:
-    """The notebook in `folder`, which only one `Notebook` can have open at a time, until `close` or the end of `with`.
+    """The notebook in `folder`, until `close` or the end of `with`. To be used by the thread that opened it.
 
     Args:
         folder: Of the notebook.
-        size: Approximate number of characters of a passage (see `OpenPassage.add`); 400 are 60 to 110 English words.
+        size: Approximate number of characters of a passage (see `Excerpt.cut`); 400 are 60 to 110 English words.
             Used for a new notebook only.
         embed: Rank by meaning as well as by words; see `search_index.load_embed`.
         create: Make a new notebook if there is none.
 
     Raises:
-        UserError: If the notebook is open elsewhere, missing or not writable, if the folder is something else, or if a
-            file was truncated or altered, as far as that shows without reading all of it; a search shows the rest.
+        UserError: If the notebook is missing or not readable, if the folder is something else or of an older version,
+            if the database is damaged, as far as that shows without reading all of it (`search` and `text` check what
+            they return), or if this Python's SQLite lacks FTS5.
     """
 
     def __init__(self, folder: Path, *, size: int = SIZE, embed: Embed | None = None, create: bool = True) -> None:
-        if size < 20:
-            raise UserError(f"Passages of {size} characters are too short to be found; use at least 20.")
+        if not _MIN_SIZE <= size <= _MAX_SIZE:
+            problem = "too short to be found" if size < _MIN_SIZE else "too long to be shown"
+            raise UserError(f"Passages of {size} characters are {problem}; use {_MIN_SIZE} to {_MAX_SIZE:,}.")
         self.folder = Path(folder)
-        if not create and not (self.folder / "notebook.json").exists():
-            raise UserError(f"There is no notebook {self.folder}; record one with `ttt-e2e read --notebook`.")
         self.embed = embed
-        self._index: _Index | None = None
-        self._files: list[IO[Any]] = []
-        with self._closed_on_error("open"):
-            self._lock()
-            path = self.folder / "notebook.json"
-            if not path.exists():
-                write_text(path, json.dumps({"format": FORMAT, "version": VERSION, "size": size}) + "\n")
-            settings = read_json(path)
-            check_format(settings, path, FORMAT, VERSION, "record its text again")
-            if type(settings.get("size")) is not int:
-                raise self._altered()
-            self.size: int = settings["size"]
-            lines_path, text_path = self.folder / "passages.jsonl", self.folder / "text.txt"
-            self._lines, self._text = lines_path.open("ab", buffering=0), text_path.open("ab", buffering=0)
-            self._reader = text_path.open("rb", buffering=0)  # a buffer would still hold what was cut off
-            self._files += [self._lines, self._text, self._reader]
-            self._resume()
+        self._connection: sqlite3.Connection | None = None
+        self._write_lock: IO[Any] | None = None
+        try:
+            with self._errors("open"):
+                self._check_folder(create)
+                path = self.folder / _DATABASE
+                self._connection = db = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None)
+                db.execute("PRAGMA trusted_schema = OFF")
+                db.execute("PRAGMA cell_size_check = ON")
+                db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode a kill loses nothing
+                if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    if not create:
+                        raise self._missing()
+                    self._create(size)
+                self.size = self._checked_size(db)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Let other processes open the notebook. What was added is on the disk already."""
-        for file in self._files:
-            file.close()
-        self._files = []
+        """Release the files, and let other processes write. What was added is on the disk already."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._write_lock is not None:
+            self._write_lock.close()
+        self._connection = self._write_lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -105,203 +125,352 @@ class Notebook:
     @property
     def characters(self) -> int:
         """Length of the recorded text."""
-        return self._open_passage.stop
+        with self._transaction("read", "BEGIN") as db:
+            return self._last_passage(db)[1].stop
+
+    def lock(self) -> None:
+        """Become the only writer until `close`, as every method that writes does.
+
+        Raises UserError if another process, or another `Notebook`, is.
+        """
+        self._open_connection()
+        if self._write_lock is None:
+            in_use = (
+                f"The notebook {self.folder} is in use; close it there first, or wait until that process has ended."
+            )
+            with self._errors("write to"):
+                self._write_lock = lock_folder(self.folder, in_use)
 
     def add(self, text: str) -> None:
         """Append to the text. The passages depend on the whole text, not on how it was split.
 
         Once this returns, a killed process loses nothing of `text`. Raises UserError for lone surrogates, for a full
-        disk, and if the notebook is closed; any error while writing closes it.
+        disk, and if the notebook is closed, damaged or in use; what was added before is kept.
         """
-        self._require_open()
-        for start in range(0, len(text), _BLOCK):
-            block = text[start : start + _BLOCK]
+        self.lock()
+        for start, block in zip(range(0, len(text), _BLOCK), slices(text, _BLOCK), strict=True):
             try:
-                data = block.encode()
+                block.encode()
             except UnicodeEncodeError as error:
                 raise UserError(f"Half of a surrogate pair at character {start + error.start} is not text.") from error
-            with self._closed_on_error("write to"):
-                _write(self._text, data)
-                self._add_passages(block)
+            with self._transaction("write to") as db:
+                number, last = self._last_passage(db)
+                self._replace_from(db, number, last._replace(text=last.text + block))
 
     def record(self, chunks: Iterable[str], start: int | None = None) -> Iterator[str]:
         """Yield the chunks of a text, each after it was added: `session.read_stream(notebook.record(chunks))`.
 
         start: the character of the notebook at which this text begins (default: the end of the notebook). Text that the
         notebook already has from there on, of an earlier reading that did not reach its end, is not added twice.
-        Raises UserError if it differs from this text, and as `add` does.
+        A complete text also survives a power cut. Raises UserError if the notebook has another text there, and as `add`
+        does.
         """
+        self.lock()
         start = self.characters if start is None else start
         known = self.characters - start
         if start < 0 or known < 0:
             raise UserError(f"The notebook {self.folder} has {self.characters} characters; no text begins at {start}.")
-        with (self.folder / "text.txt").open(encoding="utf-8", errors="replace", newline="") as recorded:
-            for skipped in range(0, start, _BLOCK):
-                recorded.read(min(_BLOCK, start - skipped))
-            for block in short_chunks(chunks):
-                same = recorded.read(min(len(block), known))
-                if not block.startswith(same):
-                    raise UserError(
-                        f"The notebook {self.folder} holds another text at character {self.characters - known} "
-                        f"to {self.characters - known + len(same)}; read the same text again, or start a new one."
-                    )
-                known -= len(same)
-                self.add(block[len(same) :])
-                yield block
+        recorded, held = self.text(start), ""
+        for block in short_chunks(chunks):
+            while len(held) < min(len(block), known):
+                held += next(recorded)
+            same, held = held[: len(block)], held[len(block) :]
+            if not block.startswith(same):
+                raise UserError(
+                    f"The notebook {self.folder} holds another text at character {self.characters - known} "
+                    f"to {self.characters - known + len(same)}; read the same text again, or start a new one."
+                )
+            known -= len(same)
+            self.add(block[len(same) :])
+            yield block
         if known:
             raise UserError(
                 f"The notebook {self.folder} holds {known} characters more than this text has; "
                 "read the same text again, or start a new one."
             )
-        if self._files:
-            os.fsync(self._text.fileno())  # a complete text also survives a power cut
+        self._complete_index()
+        with self._errors("write to"):
+            self._open_connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def text(self, start: int = 0) -> Iterator[str]:
+        """The recorded text from character `start` on, in pieces. Raises UserError if it was altered."""
+        number = -1
+        while True:
+            with self._transaction("read", "BEGIN") as db:
+                rows = self._rows(db, "number > ? AND stop > ? ORDER BY number LIMIT 64", number, start)
+            if not rows:
+                return
+            for number, passage in rows:  # noqa: B007 (`number` is where the next rows begin)
+                if passage.start > start:
+                    raise self._altered()  # a passage is missing
+                yield passage.text[start - passage.start :]
+                start = passage.stop
 
     def cut(self, characters: int) -> None:
         """Remove all but the first `characters` characters of the text, as if they had never been added.
 
-        Raises UserError if the notebook is closed or was altered, and if it cannot be written to.
+        Raises UserError as `add` does.
         """
-        self._require_open()
+        self.lock()
         if characters >= self.characters:
             return
-        last, end = BEFORE_FIRST, 0
-        with (self.folder / "passages.jsonl").open("rb") as lines:
-            for line in lines:
-                span = self._parse(line)
-                if span.start + 2 * self.size > characters:
-                    break  # this passage was not full yet, see `OpenPassage.add`
-                last, end = span, end + len(line)
-        with self._closed_on_error("write to"):
-            self._reader.seek(last.stop_byte)
-            rest = self._reader.read(8 * self.size).decode(errors="replace")[: characters - last.stop]
-            # The text comes last: a process that is killed in between leaves too few passages, which are made up for.
-            self._lines.truncate(end)
-            self._text.truncate(last.stop_byte + len(rest.encode()))
-            self._resume()
-        self._index = None
+        with self._transaction("read", "BEGIN") as db:
+            # Those that begin earlier were full by then, see `Excerpt.cut`.
+            number, first = self._rows(db, "start > ? ORDER BY number LIMIT 1", characters - 2 * self.size)[0]
+        text, length = "", characters - first.start
+        for piece in self.text(first.start):
+            text += piece
+            if len(text) >= length:
+                break
+        with self._transaction("write to") as db:
+            self._replace_from(db, number, first._replace(text=text[:length]))
+
+    def replace(self, source: Path | None, size: int) -> None:
+        """Become a copy of the notebook `source`, or an empty one with passages of `size` characters (None).
+
+        Whatever was in the notebook is gone then; until then, and if the process is killed, nothing of it. Raises
+        UserError as `add` does, and if `source` is in use or damaged.
+        """
+        self.lock()
+        if source is None:
+            with self._transaction("write to") as db:
+                db.execute("DELETE FROM passages")
+                db.execute("INSERT INTO words(words) VALUES ('delete-all')")
+                db.execute("UPDATE settings SET size = ?, indexed = 0", (size,))
+            self.size = size
+            return
+        with Notebook(source, create=False) as other:
+            other.lock()
+            with self._errors("write to"):
+                other._open_connection().backup(self._open_connection())
+        self.size = other.size
 
     def search(self, query: str, count: int = 3) -> list[Passage]:
         """At most `count` passages that match `query`, the best first; without `embed` each shares a word with it.
 
-        Words are compared regardless of case and weighted by BM25 (bm25s, method "lucene", k1 1.5, b 0.75). With
-        `embed` the score is that of reciprocal rank fusion of the ranks by words and by cosine. Raises UserError if
-        bm25s is missing, or if a file of the notebook was truncated or altered.
+        Words are compared regardless of case and accents and weighted by BM25 (k1 1.2, b 0.75). A run of characters in
+        a script without spaces between words is a word. With `embed` the score is that of reciprocal rank fusion of the
+        ranks by words and by cosine. Raises UserError if the notebook is closed or was altered.
         """
-        self._require_open()
         if count < 1:
             raise UserError(f"Cannot search for {count} passages; ask for at least one.")
-        if (index := self._current_index()) is None:
-            return []
-        spans, text_of, by_words, vectors_ND = index
-        query_words = words(query)
-        scores_N = by_words.get_scores(query_words) if query_words else np.zeros(len(spans))
-        if vectors_ND is not None and self.embed is not None:
-            cosines_N = vectors_ND @ unit_vectors(self.embed, [query])[0]
-            scores_N = reciprocal_ranks(scores_N) + reciprocal_ranks(cosines_N)
-        best = [int(i) for i in np.argsort(-scores_N, kind="stable")[:count] if scores_N[i] > 0]
-        return [Passage(text_of(i), *spans[i][:4], i, float(scores_N[i])) for i in best]
+        self._complete_index()
+        if self.embed is not None:
+            self._complete_vectors(self.embed)
+        with self._transaction("search", "BEGIN") as db:
+            scores: dict[int, float] = {}
+            if expression := match_expression(query):
+                ranking = (
+                    "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
+                )
+                scores = dict(db.execute(ranking, (expression, count if self.embed is None else -1)))
+            if self.embed is not None:
+                scores = self._fuse(db, scores, unit_vectors(self.embed, [query])[0])
+            best = sorted(scores, key=lambda number: (-scores[number], number))[:count]
+            return [
+                Passage(one.text, one.start, one.stop, one.start_byte, one.stop_byte, number, scores[number])
+                for number, one in (self._passage(db, number) for number in best)
+            ]
 
-    # -- writing ---------------------------------------------------------------------------------------------------
+    # -- the database ----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _closed_on_error(self, action: str) -> Iterator[None]:
-        """Close the notebook if the block fails; errors of the operating system become a UserError."""
-        try:
-            yield
-        except BaseException as error:
-            self.close()
-            if not isinstance(error, OSError):
-                raise
-            message = f"Cannot {action} the notebook {self.folder}: {error.strerror}; what it holds is kept."
-            raise UserError(message) from error
-
-    def _require_open(self) -> None:
-        if not self._files:
-            raise UserError(f"The notebook {self.folder} is closed; open it again.")
-
-    def _lock(self) -> None:
+    def _check_folder(self, create: bool) -> None:
+        """Raise UserError if the folder is or holds something else; make it if it is missing and `create`."""
+        if (self.folder / _DATABASE).exists():
+            return
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder, as a notebook is; choose another name.")
+        if (self.folder / "notebook.json").exists():
+            raise UserError(
+                f"{self.folder} is a notebook of format version 1, and this ttt-e2e reads version {VERSION}; "
+                "move it away, and record its text again (it is in text.txt)."
+            )
+        if not create:
+            raise self._missing()
         self.folder.mkdir(parents=True, exist_ok=True)
-        files = [file.name for file in self.folder.iterdir() if not file.name.startswith(".")]
-        if files and "notebook.json" not in files:
+        if any(not file.name.startswith((".", _DATABASE)) for file in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not a notebook and not empty; it is left unchanged, choose another one.")
-        in_use = f"The notebook {self.folder} is in use; close it there first, or wait until that process has ended."
-        self._files.append(lock_folder(self.folder, in_use))
-        remove_stale_parts(self.folder)
 
-    def _resume(self) -> None:
-        """Find where the text ends, drop a half-written line or character, and add the passages that are missing."""
-        with (self.folder / "passages.jsonl").open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - _LINE_BYTES))
-            *lines, half = file.read().split(b"\n")
-        self._lines.truncate(end - len(half))
-        self._open_passage, size = OpenPassage(), self._reader.seek(0, os.SEEK_END)
-        if spans := [self._parse(line) for line in lines[-2:]]:
-            last = spans[-1]
-            if size < last.stop_byte:
-                raise UserError(f"{self.folder / 'text.txt'} is truncated; use another copy of the notebook.")
-            previous_digest = spans[0].digest if len(spans) == 2 else ""
-            self._open_passage = OpenPassage.after(last, self._text_at(last, previous_digest), self.size)
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        self._reader.seek(self._open_passage.previous.stop_byte)
-        while block := self._reader.read(_BLOCK):
-            try:
-                self._add_passages(decoder.decode(block))
-            except UnicodeDecodeError as error:
-                raise self._altered() from error
-        self._text.truncate(size - len(decoder.getstate()[0]))
+    def _create(self, size: int) -> None:
+        self.lock()
+        self._open_connection().execute("PRAGMA journal_mode = WAL")
+        with self._transaction("open") as db:
+            if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody else was quicker
+                for statement in _SCHEMA:
+                    db.execute(statement)
+                db.execute("INSERT INTO settings (size, indexed) VALUES (?, 0)", (size,))
+                db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {VERSION}")
+        if self._write_lock is not None:
+            self._write_lock.close()
+            self._write_lock = None
 
-    def _add_passages(self, text: str) -> None:
-        """Write the passages that are full after `text`, which is on the disk already."""
-        full, self._open_passage = self._open_passage.add(text, self.size)
-        _write(self._lines, b"".join(span.to_json() for span in full))
-
-    # -- searching -------------------------------------------------------------------------------------------------
-
-    def _current_index(self) -> _Index | None:
-        """The index of the whole text, rebuilt if text was added; None if there is no text."""
-        open_span = self._open_passage.span()
-        end = open_span or self._open_passage.previous
-        if end.digest and (self._index is None or self._index[0][-1].digest != end.digest):
-            with (self.folder / "passages.jsonl").open("rb") as lines:
-                spans = [self._parse(line) for line in lines]
-            full, digests = len(spans), [span.digest for span in (BEFORE_FIRST, *spans)]
-            if digests[-1] != self._open_passage.previous.digest:
-                raise self._altered()
-            if open_span:
-                spans.append(open_span)
-                digests.append(open_span.digest)
-
-            def text_of(i: int) -> str:
-                return self._text_at(spans[i], digests[i])
-
-            by_words, vectors_ND = word_index(self.folder, digests[1:], text_of), None
-            if self.embed is not None:
-                vectors_ND = passage_vectors(self.folder, digests[1:], full, text_of, self.embed)
-            self._index = spans, text_of, by_words, vectors_ND
-        return self._index
-
-    def _text_at(self, span: Span, previous_digest: str) -> str:
-        """The text of a passage, checked against its digest."""
-        self._reader.seek(span.start_byte)
-        text = self._reader.read(span.stop_byte - span.start_byte).decode(errors="replace")
-        if Span.of(text, span.start, span.start_byte, previous_digest) != span:
+    def _checked_size(self, db: sqlite3.Connection) -> int:
+        """The size of the notebook's passages. Raises UserError if the database is something else, or damaged."""
+        if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
+            raise UserError(f"{self.folder / _DATABASE} is not a notebook; choose another one.")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version != VERSION:
+            remedy = "record its text again" if version < VERSION else "update ttt-e2e"
+            raise UserError(
+                f"{self.folder} is a notebook of format version {version}, and this ttt-e2e reads version {VERSION}; "
+                f"{remedy}."
+            )
+        schema = db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'words~_%' ESCAPE '~' ORDER BY rowid")
+        if [sql for (sql,) in schema] != list(_SCHEMA):
             raise self._altered()
-        return text
+        db.execute("SELECT rowid FROM words LIMIT 1").fetchall()  # fails if FTS5 is missing
+        sizes = [size for (size,) in db.execute("SELECT size FROM settings")]
+        if len(sizes) != 1 or type(sizes[0]) is not int or not _MIN_SIZE <= sizes[0] <= _MAX_SIZE:
+            raise self._altered()
+        return sizes[0]
 
-    def _parse(self, line: bytes) -> Span:
+    def _open_connection(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise UserError(f"The notebook {self.folder} is closed; open it again.")
+        return self._connection
+
+    @contextmanager
+    def _transaction(self, action: str, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        """A transaction that is undone if the block fails. begin: "BEGIN" for one that only reads."""
+        db = self._open_connection()
+        with self._errors(action):
+            try:
+                db.execute(begin)
+                yield db
+                db.execute("COMMIT")
+            finally:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+
+    @contextmanager
+    def _errors(self, action: str) -> Iterator[None]:
+        """Make a UserError of what SQLite or the operating system reports. action: such as "write to"."""
         try:
-            return Span.from_json(line)
-        except ValueError as error:
-            raise self._altered() from error
+            yield
+        except sqlite3.ProgrammingError:  # such as the use by another thread
+            raise
+        except (sqlite3.Error, OSError) as error:
+            name = getattr(error, "sqlite_errorname", "")
+            if "no such module" in str(error):
+                message = "This Python's SQLite lacks FTS5, which a notebook needs; use a Python whose SQLite has it."
+            elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+                message = f"The notebook {self.folder} is in use; try again."
+            elif isinstance(error, OSError) or name.startswith(_CANNOT):
+                reason = error.strerror if isinstance(error, OSError) else error
+                message = f"Cannot {action} the notebook {self.folder}: {reason}; what it holds is kept."
+            else:
+                raise self._altered() from error
+            raise UserError(message) from error
+
+    def _missing(self) -> UserError:
+        return UserError(f"There is no notebook {self.folder}; record one with `ttt-e2e read --notebook`.")
 
     def _altered(self) -> UserError:
-        return UserError(f"The notebook {self.folder} was altered after it was written; use another copy of it.")
+        return UserError(f"The notebook {self.folder} was altered or damaged; use another copy of it.")
+
+    # -- passages --------------------------------------------------------------------------------------------------
+
+    def _rows(self, db: sqlite3.Connection, where: str, *values: int) -> list[tuple[int, Excerpt]]:
+        """Passages with their numbers, each checked against its digest."""
+        passages = []
+        for *row, digest in db.execute(f"SELECT {_COLUMNS}, digest FROM passages WHERE {where}", values):
+            if digest != _digest(row):
+                raise self._altered()
+            passages.append((row[0], Excerpt(row[6], row[1], row[3])))
+        return passages
+
+    def _passage(self, db: sqlite3.Connection, number: int) -> tuple[int, Excerpt]:
+        if not (rows := self._rows(db, "number = ?", number)):
+            raise self._altered()
+        return rows[0]
+
+    def _last_passage(self, db: sqlite3.Connection) -> tuple[int, Excerpt]:
+        """The passage that the text ends with, which is not full, and its number."""
+        return (self._rows(db, "number = (SELECT max(number) FROM passages)") or [(0, Excerpt())])[0]
+
+    def _replace_from(self, db: sqlite3.Connection, number: int, rest: Excerpt) -> None:
+        """Remove the passages from `number` on, and add those of `rest` in their place."""
+        if (indexed := self._indexed(db)) > number:
+            self._index(db, number, indexed, "delete")
+            indexed = number
+        db.execute("DELETE FROM passages WHERE number >= ?", (number,))
+        stop = self._passage(db, number - 1)[1].stop if number else 0
+        for last, passage in enumerate(rest.cut(self.size), number):
+            # Text that is blank, or all in the passage before, is kept but not searched.
+            is_searched = bool(passage.text[stop - passage.start :].strip())
+            stop = passage.stop
+            row = (last, passage.start, stop, passage.start_byte, passage.stop_byte, int(is_searched), passage.text)
+            values = (*row, _digest(row))
+            db.execute(f"INSERT INTO passages ({_COLUMNS}, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        if last - indexed >= _INDEXED_AT_ONCE:
+            self._index(db, indexed, last)
+
+    def _indexed(self, db: sqlite3.Connection) -> int:
+        """How many passages are in the index."""
+        return db.execute("SELECT indexed FROM settings").fetchone()[0]
+
+    def _index(self, db: sqlite3.Connection, first: int, stop: int, command: str | None = None) -> None:
+        """Add the words of the passages `first` to `stop` to the index, or remove them by the command "delete"."""
+        for start in range(first, stop, _INDEXED_AT_ONCE):
+            rows = self._rows(
+                db, "number >= ? AND number < ? AND is_searched", start, min(start + _INDEXED_AT_ONCE, stop)
+            )
+            entries = [(command, number, index_words(passage.text)) for number, passage in rows]
+            db.executemany("INSERT INTO words (words, rowid, entries) VALUES (?, ?, ?)", entries)
+        db.execute("UPDATE settings SET indexed = ?", (first if command else stop,))
+
+    def _complete_index(self) -> None:
+        """Index the passages that are not indexed yet, the last and growing one too."""
+        with self._transaction("search", "BEGIN") as db:
+            is_complete = self._indexed(db) > self._last_passage(db)[0]
+        if not is_complete:
+            with self._transaction("write to") as db:
+                self._index(db, self._indexed(db), self._last_passage(db)[0] + 1)
+
+    # -- meaning ---------------------------------------------------------------------------------------------------
+
+    def _complete_vectors(self, embed: Embed) -> None:
+        """Give a vector of `embed` to every passage that has none; vectors of another embedding are removed."""
+        probe_D = unit_vectors(embed, PROBE)[0]
+        with self._transaction("search", "BEGIN") as db:
+            kept_D = unpack_vector(db.execute("SELECT probe FROM settings").fetchone()[0])
+        if kept_D is None or kept_D.shape != probe_D.shape or not np.allclose(kept_D, probe_D, atol=1e-5):
+            with self._transaction("write to") as db:
+                db.execute("UPDATE passages SET vector = NULL")
+                db.execute("UPDATE settings SET probe = ?", (pack_vector(probe_D),))
+        missing = "SELECT number, digest FROM passages WHERE number > ? AND is_searched AND vector IS NULL LIMIT ?"
+        number = -1
+        while True:
+            with self._transaction("search", "BEGIN") as db:
+                rows = db.execute(missing, (number, _EMBEDDED_AT_ONCE)).fetchall()
+                texts = [self._passage(db, number)[1].text for number, _ in rows]
+            if not rows:
+                return
+            packed = map(pack_vector, unit_vectors(embed, texts))
+            with self._transaction("write to") as db:  # unless another process has replaced the passage
+                update = "UPDATE passages SET vector = ? WHERE number = ? AND digest = ?"
+                db.executemany(update, [(vector, *row) for vector, row in zip(packed, rows, strict=True)])
+            number = rows[-1][0]
+
+    def _fuse(self, db: sqlite3.Connection, word_scores: dict[int, float], query_D: np.ndarray) -> dict[int, float]:
+        """The scores of passages by words and by meaning together."""
+        rows = db.execute("SELECT number, vector FROM passages WHERE vector IS NOT NULL ORDER BY number").fetchall()
+        vectors = [unpack_vector(vector) for _, vector in rows]
+        vectors_ND = np.array(
+            [vector_D for vector_D in vectors if vector_D is not None and vector_D.shape == query_D.shape]
+        )
+        if len(vectors_ND) < len(rows):
+            raise self._altered()
+        if not rows:
+            return word_scores
+        by_words_N = np.array([word_scores.get(number, 0.0) for number, _ in rows])
+        scores_N = reciprocal_ranks(by_words_N) + reciprocal_ranks(vectors_ND @ query_D)
+        return {number: float(score) for (number, _), score in zip(rows, scores_N, strict=True) if score > 0}
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
-    """Write all of `data` to an unbuffered file, so that a full disk shows here and not when the file is closed."""
-    while data:
-        data = data[file.write(data) :]
+def _digest(row: Sequence[object]) -> str | None:
+    """Of a row of `passages`; None if it has values of other types."""
+    if not isinstance(row[-1], str) or any(type(value) is not int for value in row[:-1]):
+        return None
+    return hashlib.blake2b(" ".join(map(str, row)).encode(), digest_size=16).hexdigest()

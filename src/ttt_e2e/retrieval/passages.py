@@ -1,7 +1,5 @@
 """Cutting a text into overlapping passages as it comes in; the cuts depend on the text, not on how it was split."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,7 +10,6 @@ _BOUNDARIES = (
     re.compile(r"\n"),
     re.compile(r"\s"),
 )
-_SPAN_KEYS = ("start", "stop", "start_byte", "stop_byte", "digest")  # in passages.jsonl
 
 
 class Passage(NamedTuple):
@@ -30,89 +27,38 @@ class Passage(NamedTuple):
     score: float
 
 
-class Span(NamedTuple):
-    """Where a passage lies in the text, in characters and in bytes of UTF-8.
+class Excerpt(NamedTuple):
+    """Part of a longer text, in which it begins at character `start` and byte `start_byte` of its UTF-8."""
 
-    digest: of its text, its position, and all passages before it; "" before the first one.
-    """
-
-    start: int
-    stop: int
-    start_byte: int
-    stop_byte: int
-    digest: str
-
-    @classmethod
-    def of(cls, text: str, start: int, start_byte: int, previous_digest: str) -> "Span":
-        """The span of the passage `text` that begins at character `start` and byte `start_byte`."""
-        data = text.encode()
-        stop, stop_byte = start + len(text), start_byte + len(data)
-        position = f"{previous_digest} {start} {stop} {start_byte} {stop_byte} "
-        return cls(start, stop, start_byte, stop_byte, hashlib.sha256(position.encode() + data).hexdigest()[:32])
-
-    @classmethod
-    def from_json(cls, line: bytes) -> "Span":
-        """The inverse of `to_json`. Raises ValueError for anything else."""
-        try:
-            values = json.loads(line)
-            span = cls(*(values[key] for key in _SPAN_KEYS))
-        except (TypeError, KeyError) as error:
-            raise ValueError(line) from error
-        if any(type(number) is not int for number in span[:4]) or not 0 <= span.start_byte < span.stop_byte:
-            raise ValueError(line)
-        return span
-
-    def to_json(self) -> bytes:
-        """The span as a line of a file."""
-        return json.dumps(dict(zip(_SPAN_KEYS, self, strict=True))).encode() + b"\n"
-
-
-BEFORE_FIRST = Span(0, 0, 0, 0, "")
-
-
-class OpenPassage(NamedTuple):
-    """The end of a text that is cut as it comes in: a passage that is not full yet, and the full one before it.
-
-    text: of the open passage so far, which begins at character `start` and byte `start_byte`.
-    """
-
-    previous: Span = BEFORE_FIRST
     text: str = ""
     start: int = 0
     start_byte: int = 0
 
     @property
     def stop(self) -> int:
-        """Characters of the whole text."""
+        """The character after the last."""
         return self.start + len(self.text)
 
-    def add(self, text: str, size: int) -> tuple[list[Span], "OpenPassage"]:
-        """Append `text`; returns the passages that are now full, and the open one after them.
+    @property
+    def stop_byte(self) -> int:
+        """The byte after the last."""
+        return self.start_byte + len(self.text.encode())
+
+    def cut(self, size: int) -> list["Excerpt"]:
+        """The passages of a text that begins like this one, `size` characters long or more, and the rest.
 
         A passage ends with the first sentence (else line, else word) that ends between `size` and 2 `size` characters
-        after its start. The next one begins at the first boundary in the last `size` / 4 characters of it.
+        after its start. The next one begins at the first boundary in the last `size` / 4 characters of it. The last
+        one returned, shorter than 2 `size`, is not full: with more text after it, it is cut again.
         """
-        last, full = self._replace(text=self.text + text), []
-        while len(last.text) >= 2 * size:
-            stop = _boundary(last.text, size, 2 * size, default=2 * size)
-            passage, rest = last.text[:stop], last.text[stop:]
-            full.append(Span.of(passage, last.start, last.start_byte, last.previous.digest))
-            last = OpenPassage.after(full[-1], passage, size)
-            last = last._replace(text=last.text + rest)
-        return full, last
-
-    @classmethod
-    def after(cls, previous: Span, text: str, size: int) -> "OpenPassage":
-        """The open passage right after the passage `previous`, whose text is `text`, was full."""
-        earliest = len(text) - size // 4
-        rest = text[_boundary(text, earliest, len(text), default=earliest) :]
-        return cls(previous, rest, previous.stop - len(rest), previous.stop_byte - len(rest.encode()))
-
-    def span(self) -> Span | None:
-        """The span of the open passage so far; None if everything in it is in the previous one."""
-        if not self.text[self.previous.stop - self.start :].strip():
-            return None
-        return Span.of(self.text, self.start, self.start_byte, self.previous.digest)
+        passages, rest = [], self
+        while len(rest.text) >= 2 * size:
+            stop = _boundary(rest.text, size, 2 * size, default=2 * size)
+            next_start = _boundary(rest.text[:stop], stop - size // 4, stop, default=stop - size // 4)
+            passages.append(rest._replace(text=rest.text[:stop]))
+            skipped_bytes = len(rest.text[:next_start].encode())
+            rest = Excerpt(rest.text[next_start:], rest.start + next_start, rest.start_byte + skipped_bytes)
+        return [*passages, rest]
 
 
 def format_passages(passages: Iterable[Passage]) -> str:

@@ -1,98 +1,105 @@
-"""The indexes of a notebook's passages: of their words (bm25s), and of their meaning if an embedding is given.
+"""What the passages of a notebook are searched by: their words, and their meaning if an embedding is given.
 
-Both are kept in the folder of the notebook and rebuilt when text was added. Passages are given as `digests`, each of
-which stands for its passage and all before it, and a function `text_of(i)` that reads passage i.
+Words are made here and not by a tokenizer of SQLite, so that they are the same with each of its versions. They are
+compared regardless of case, accents and typographic forms. In scripts without spaces between words, every character
+is indexed together with the next one; so a query of any length is found as consecutive entries of the index.
 
 Shapes: N passages, D dimensions of the embedding.
 """
 
-import hashlib
-import json
 import re
+import unicodedata
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path
 
 Embed = Callable[[list[str]], np.ndarray]
 """Texts to vectors, float [texts, D], of any length: only their directions count."""
 
-_VERSION = 1  # of the rules for words, and of the files
-_EMBED_BATCH = 256
+PROBE = ["Which embedding is this?"]  # its vector tells one embedding from another
 _RANK_OFFSET = 60  # of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): score = sum of 1 / (60 + rank)
-_PROBE = ["Which embedding is this?"]
 
-# A word, or a single character in scripts without spaces between words.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+# Letters of Thai, Lao, Burmese, Korean and Khmer, of Japanese and Chinese, in this order of Unicode.
+_NO_SPACES = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0edf\u1000-\u1049\u1050-\u109f\u1100-\u11ff\u1780-\u17d3\u17dc\u17dd"
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u312f\u31a0-\u31bf\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Marks are part of a word: Python's \w lacks them, and would cut words of Hindi and Tamil at their vowels.
+_MARKS = re.sub(
+    f"[{_NO_SPACES}]", "", "".join(c for c in map(chr, range(0x1_0000)) if unicodedata.category(c).startswith("M"))
+)
+_RUN = re.compile(f"[{_NO_SPACES}]+")
+_WORD = re.compile(rf"[^\W_{_NO_SPACES}]+(?:[{_MARKS}]+[^\W_{_NO_SPACES}]*)*|{_RUN.pattern}")
+# Accents, points of Hebrew, vowel signs of Arabic, and characters that show nothing.
+_IGNORED = re.compile(
+    "[\u0300-\u036f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u065f\u0670"
+    "\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f\u00ad\u200b-\u200f\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
+)
+_NOT_DECOMPOSED = str.maketrans(
+    {"ł": "l", "ø": "o", "đ": "d", "ħ": "h", "ŧ": "t", "ı": "i", "æ": "ae", "œ": "oe"}
+)  # by Unicode; casefold makes "ss" of "ß"
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, numbers included and punctuation not, as they are compared: regardless of case."""
-    return _WORD.findall(text.casefold())
+def index_words(text: str) -> str:
+    """The words of a text as they are indexed, separated by spaces.
 
-
-def word_index(folder: Path, digests: list[str], text_of: Callable[[int], str]) -> Any:
-    """The bm25s index (method "lucene", k1 1.5, b 0.75) of at least one passage, from `folder` or rebuilt.
-
-    Raises UserError if bm25s is missing.
+    A run of a script without spaces becomes its pairs of characters, each beginning one further, and its last one:
+    "abcd" would become "ab bc cd d".
     """
-    try:
-        import bm25s
-    except ImportError as error:
-        raise UserError('Searching a notebook needs bm25s: pip install "ttt-e2e[notebook]".') from error
-    folder = folder / "index"
-    about = {"version": _VERSION, "passages": len(digests), "digest": digests[-1]}
-    try:
-        saved = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        if saved == about | {"files": _files(folder)}:
-            return bm25s.BM25.load(folder, show_progress=False)
-    except (OSError, ValueError):
-        pass  # missing or broken: rebuild it
-    vocabulary = {"": 0}  # for passages without words: bm25s divides by their mean length
-    ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in words(text_of(i)) or [""]] for i in range(len(digests))]
-    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    index.index((ids, vocabulary), show_progress=False)
-    with atomic_path(folder) as part:
-        index.save(part, show_progress=False)
-        (part / "about.json").write_text(json.dumps(about | {"files": _files(part)}), encoding="utf-8")
-    return index
+    return " ".join(_WORD.findall(_RUN.sub(lambda run: f" {_pairs(run[0])} {run[0][-1]} ", _fold(text))))
 
 
-def passage_vectors(
-    folder: Path, digests: list[str], full: int, text_of: Callable[[int], str], embed: Embed
-) -> np.ndarray:
-    """Unit vectors of at least one passage, float32 [N, D].
+def match_expression(query: str) -> str:
+    """What FTS5 is asked for, to find passages with any word of `query`; "" if there is none.
 
-    full: number of passages that will never change. Their vectors are kept in `folder`, and used again if `embed` is
-    the same, which is tested on a fixed sentence. Raises UserError if `embed` does not return vectors.
+    Whatever `query` holds is a word or is left out; nothing in it is syntax. A run of a script without spaces is one
+    word, found inside longer runs too.
     """
-    path = folder / "vectors.safetensors"
-    probe_1D = unit_vectors(embed, _PROBE)
-    kept_ND = np.empty((0, probe_1D.shape[1]), np.float32)
-    try:
-        with safe_open(path, "np") as file:
-            saved_ND, saved_1D = file.get_tensor("vectors"), file.get_tensor("probe")
-            digest = (file.metadata() or {}).get("digest")
-        fits = 0 < len(saved_ND) <= full and digests[len(saved_ND) - 1] == digest
-        if fits and saved_1D.shape == probe_1D.shape and np.allclose(saved_1D, probe_1D, atol=1e-5):
-            kept_ND = saved_ND
-    except (SafetensorError, OSError):
-        pass  # missing or broken: compute them
-    parts = [kept_ND]
-    for start in range(len(kept_ND), len(digests), _EMBED_BATCH):
-        stop = min(start + _EMBED_BATCH, len(digests))
-        parts.append(unit_vectors(embed, [text_of(i) for i in range(start, stop)]))
-    all_ND = np.concatenate(parts)
-    if len(kept_ND) < full:
-        with atomic_path(path) as part:
-            save_file({"vectors": all_ND[:full], "probe": probe_1D}, part, {"digest": digests[full - 1]})
-    return all_ND
+    return " OR ".join(map(_match_word, dict.fromkeys(_WORD.findall(_fold(query)))))
+
+
+def _match_word(word: str) -> str:
+    if not _RUN.match(word):
+        return f'"{word}"'
+    if len(word) == 1:
+        return f'"{word}" *'  # every entry that begins with it
+    return f'"{_pairs(word)}"'  # these entries, one after the other
+
+
+def with_parts(query: str) -> str:
+    """`query` and, after it, all pairs of characters in its runs of scripts without spaces.
+
+    Such a run may be a whole sentence, which no passage repeats; passages that share a part of it are found as well.
+    """
+    return " ".join([query, *map(_pairs, _RUN.findall(_fold(query)))])
+
+
+def _fold(text: str) -> str:
+    """The text as it is compared, regardless of case, accents and typographic forms."""
+    text = _IGNORED.sub("", unicodedata.normalize("NFKD", text)).casefold().translate(_NOT_DECOMPOSED)
+    return unicodedata.normalize("NFC", text)
+
+
+def _pairs(run: str) -> str:
+    return " ".join(run[i : i + 2] for i in range(len(run) - 1))
+
+
+def pack_vector(vector_D: np.ndarray) -> bytes:
+    """A float32 vector as bytes with a checksum."""
+    data = vector_D.astype("<f4").tobytes()
+    return zlib.crc32(data).to_bytes(4, "little") + data
+
+
+def unpack_vector(packed: object) -> np.ndarray | None:
+    """The vector that `pack_vector` has packed; None if it was altered, or if there is none."""
+    if not isinstance(packed, bytes) or zlib.crc32(packed[4:]).to_bytes(4, "little") != packed[:4]:
+        return None
+    return np.frombuffer(packed, "<f4", offset=4)
 
 
 def unit_vectors(embed: Embed, texts: list[str]) -> np.ndarray:
@@ -130,9 +137,3 @@ def load_embed(folder: Path) -> Embed:
         raise UserError(
             f"{folder} is not an embedding of model2vec ({error}); give a folder that it has saved."
         ) from error
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of an index."""
-    files = sorted(file for file in folder.iterdir() if file.name != "about.json")
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
