@@ -81,6 +81,12 @@ async def export(engine: Engine, owner: str, id: str, folder: Path) -> Session:
     return Session.load(target, TEMPLATE.model, TOKENIZER)
 
 
+def file_of(folder: Path, id: str) -> Path:
+    """The only file of a session in a store."""
+    (file,) = folder.glob(f"{id}.*.session")
+    return file
+
+
 async def collect(iterator: AsyncIterator[_T]) -> list[_T]:
     return [item async for item in iterator]
 

@@ -14,6 +14,7 @@ from engine_helpers import (
     collect,
     diverging_at,
     export,
+    file_of,
     generate,
     having_read,
     read,
@@ -50,7 +51,7 @@ def test_generate_equals_session_generate(tmp_path: Path, learn: bool, stop: str
         assert text == expected and reason in ("stop", "length")
         assert reason == "stop" or text == whole
         assert_same(await export(engine, "me", id, tmp_path), session)
-        assert_same(Session.load(tmp_path / "data" / f"{id}.session", MODEL, TOKENIZER), session)
+        assert_same(Session.load(file_of(tmp_path / "data", id), MODEL, TOKENIZER), session)
 
     async def work(engine: Engine) -> None:
         await asyncio.gather(*(check(engine, seed) for seed in range(4)))

@@ -85,7 +85,7 @@ def say(*words: object) -> None:
 def test_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     seed = random.randrange(1000)
     script = Path(__file__)
-    environment = {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, script, tmp_path / "data", "6", str(seed)],
         capture_output=True,

@@ -18,6 +18,7 @@ from engine_helpers import (
     collect,
     diverging_at,
     export,
+    file_of,
     generate,
     having_read,
     read,
@@ -34,7 +35,7 @@ from ttt_e2e.inference.session_file import model_fingerprint
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import SessionSummary
-from ttt_e2e.server.engine.store import Store
+from ttt_e2e.server.engine.store import SessionRecord, Store
 
 
 @pytest.mark.parametrize("learn", [True, False])
@@ -190,7 +191,7 @@ def test_incomplete_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
             raise UserError("No space left.")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "save", full)
+            patch.setattr(Store, "replace", full)
             with pytest.raises(UserError, match="No space"):
                 await read(engine, "me", id, second)
             with pytest.raises(UserError, match="No space"):
@@ -203,7 +204,7 @@ def test_incomplete_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
             await failure(engine, id)
             assert await engine.sessions.summary("me", id) == before, failure
             assert_same(await export(engine, "me", id, tmp_path), alone)
-            assert_same(Session.load(tmp_path / "data" / f"{id}.session", MODEL, TOKENIZER), alone)
+            assert_same(Session.load(file_of(tmp_path / "data", id), MODEL, TOKENIZER), alone)
         await read(engine, "me", id, second)
         assert_same(await export(engine, "me", id, tmp_path), having_read(first, second))
 
@@ -231,16 +232,16 @@ def test_last_update_is_checked_before_it_is_saved(tmp_path: Path) -> None:
 
 def test_save_is_completed_after_the_client_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = text_of(1), text_of(2)
-    saving, release, original = threading.Event(), threading.Event(), Store.save
+    saving, release, original = threading.Event(), threading.Event(), Store.replace
 
-    def held_save(store: Store, id: str, session: Session) -> None:
+    def held_replace(store: Store, record: SessionRecord, session: Session) -> SessionRecord:
         saving.set()
         assert release.wait(PATIENCE)
-        original(store, id, session)
+        return original(store, record, session)
 
     async def work(engine: Engine) -> None:
         id = (await engine.sessions.create("me")).id
-        monkeypatch.setattr(Store, "save", held_save)
+        monkeypatch.setattr(Store, "replace", held_replace)
         task = asyncio.create_task(read(engine, "me", id, first))
         await asyncio.to_thread(saving.wait)
         assert (await engine.sessions.summaries("me"))[0].tokens == 1  # unchanged until the new version is on disk

@@ -150,57 +150,6 @@ def test_import_and_export(tmp_path: Path) -> None:
     with_engine(tmp_path / "data", work)
 
 
-def test_damaged_sessions_have_an_error_and_others_work(tmp_path: Path) -> None:
-    async def work(engine: Engine) -> list[str]:
-        ids = [(await engine.sessions.create("me")).id for _ in range(3)]
-        await asyncio.gather(*(read(engine, "me", id, text_of(1)) for id in ids))
-        return ids
-
-    async def restarted(engine: Engine) -> None:
-        no_header, altered, good = await engine.sessions.summaries("me")
-        assert no_header.error and no_header.id in no_header.error and altered.error is None is good.error
-        with pytest.raises(UserError, match=f"{no_header.id} is not a session"):
-            await engine.sessions.summary("me", no_header.id)
-        for summary, match in ((no_header, "is not a session"), (altered, "was altered")):
-            for call in (
-                read(engine, "me", summary.id, "Rain"),
-                generate(engine, "me", summary.id, "Rain"),
-                engine.sessions.fork("me", summary.id),
-                engine.sessions.export_session("me", summary.id, tmp_path / "out"),
-            ):
-                with pytest.raises(UserError, match=f"^The session {summary.id} {match}") as caught:
-                    await call
-                assert str(tmp_path) not in str(caught.value)
-        await read(engine, "me", good.id, text_of(2))
-        assert_same(await export(engine, "me", good.id, tmp_path), having_read(text_of(1), text_of(2)))
-        await engine.sessions.delete("me", no_header.id)
-        assert [summary.id for summary in await engine.sessions.summaries("me")] == [altered.id, good.id]
-
-    ids = with_engine(tmp_path / "data", work)
-    first, second = (tmp_path / "data" / f"{id}.session" for id in ids[:2])
-    first.write_bytes(first.read_bytes()[:100])
-    data = second.read_bytes()
-    second.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
-    with_engine(tmp_path / "data", restarted)
-
-
-def test_missing_session_file_is_an_error(tmp_path: Path) -> None:
-    async def work(engine: Engine) -> str:
-        id = (await engine.sessions.create("me")).id
-        await read(engine, "me", id, text_of(1))
-        return id
-
-    async def restarted(engine: Engine) -> None:
-        (summary,) = await engine.sessions.summaries("me")
-        assert summary.error and "does not exist" in summary.error
-        with pytest.raises(UserError, match="does not exist"):
-            await read(engine, "me", summary.id, text_of(2))
-
-    id = with_engine(tmp_path / "data", work)
-    (tmp_path / "data" / f"{id}.session").unlink()
-    with_engine(tmp_path / "data", restarted)
-
-
 # -- deletion and stopping ---------------------------------------------------------------------------------------------
 
 

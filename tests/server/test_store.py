@@ -1,16 +1,21 @@
-"""The store: sessions on disk, and what killed processes leave behind."""
+"""The store: sessions on disk, what opening it finds, and what it refuses."""
 
+import json
+import random
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from engine_helpers import file_of
 from helpers import small_model
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
-from ttt_e2e.server.engine.store import Store
+from ttt_e2e.server.engine.store import DATABASE, Store
 
 TOKENIZER = Tokenizer.train([""], 257)
 MODEL = small_model(vocab_size=257).requires_grad_(False)
@@ -24,56 +29,58 @@ def session_of(text: str) -> Session:
     return session
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def test_sessions_are_found_when_the_store_is_opened_again(tmp_path: Path) -> None:
-    store = Store(tmp_path / "deep" / "data")
-    assert store.records() == [] and (tmp_path / "deep" / "data").stat().st_mode & 0o777 == 0o700
+    folder = tmp_path / "deep" / "data"
+    store = Store(folder)
+    assert store.records() == [] and folder.stat().st_mode & 0o777 == 0o700
     fresh, read = store.add("me", TEMPLATE), store.add("you", session_of(TEXT))
     assert len({fresh.id, read.id}) == 2 and all(len(r.id) == 37 and r.id[:5] == "sess-" for r in (fresh, read))
-    store.save(read.id, session_of(TEXT * 2))
+    new = store.replace(read, session_of(TEXT * 2))
+    assert store.records() == [fresh, new] and not store.path(read).exists()
     store.close()
-    again = Store(tmp_path / "deep" / "data")
-    assert again.records() == [fresh, read]
-    assert Session.load(again.path(fresh.id), MODEL, TOKENIZER).info() == TEMPLATE.info()
-    loaded = Session.load(again.path(read.id), MODEL, TOKENIZER)
-    assert loaded.info() == session_of(TEXT * 2).info()
-    again.delete(read.id)
-    assert again.records() == [fresh] and not again.path(read.id).exists()
-    with pytest.raises(UserError, match="Cannot delete"):
-        again.delete(read.id)
+    again = Store(folder)
+    assert again.records() == [fresh, new]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert Session.load(again.path(fresh), MODEL, TOKENIZER).info() == TEMPLATE.info() == fresh.info
+    assert Session.load(again.path(new), MODEL, TOKENIZER).info() == session_of(TEXT * 2).info() == new.info
+    again.delete(new)
+    assert again.records() == [fresh] and not again.path(new).exists()
 
 
-def test_open_removes_leftovers_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = Store(tmp_path)
-    kept = store.add("me", session_of(TEXT))
+def test_opening_removes_leftovers_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, elsewhere = tmp_path / "data", tmp_path / "other"
+    store, other = Store(folder), Store(elsewhere)
+    kept, gone = store.add("me", session_of(TEXT)), store.add("me", TEMPLATE)
+    tag, foreign = kept.file[38:46], other.add("me", TEMPLATE)
+    leftovers = [f"{kept.id}.{tag}-{16 * '0'}.session", f"sess-{32 * '0'}.{tag}-{16 * '0'}.session", gone.file]
+    store.delete(gone)
     store.close()
-    stranger = "sess-" + 32 * "0"
-    leftovers = [f".{kept.id}.session.77.part", f".{stranger}.json.77.part"]
-    (tmp_path / ".tmp-x").mkdir()
-    (tmp_path / ".tmp-x/export.session").write_text("somebody's text")
-    leftovers += [f"{stranger}.session", f"{stranger}.changing", f"{kept.id}.changing"]
-    others = ["notes.txt", "my.session", ".mine.part", "sess-other.json", f"sess-{32 * '1'}.session"]
+    (folder / f".tmp-{tag}-x").mkdir()
+    (folder / f".tmp-{tag}-x/export.session").write_text("somebody's text")
+    others = ["notes.txt", "my.session", ".mine.part", "sess-other.json", f"sess-{32 * '1'}.session", foreign.file]
+    others += [f"{kept.id}.{tag}-backup.session", ".tmp-mine", "sessions.db.bak"]
     for name in (*leftovers, *others):
-        (tmp_path / name).write_text("x")
-    again = Store(tmp_path)
-    assert again.records() == [kept] and "belongs to nobody" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*others, ".lock", f"{kept.id}.json", f"{kept.id}.session"]
-    )
+        (folder / name).write_text("x")
+    again = Store(folder)
+    assert again.records() == [kept] and caplog.text.count("belongs to nobody") == 4
+    assert {path.name for path in folder.iterdir()} == {*others, DATABASE, f"{DATABASE}-journal", kept.file}
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", '{"id": 1}', '{"id": "sess-x", "owner": "me", "created": 1}']
-    + [f'{{"id": "ID", "owner": "me", "created": {when}}}' for when in ("NaN", "Infinity", "-1", "1" + "0" * 400)],
-)
-def test_damaged_record_is_skipped_and_kept(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_newer_files_are_kept_when_an_older_database_is_put_back(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    good, bad = store.add("me", TEMPLATE), store.add("me", session_of(TEXT))
-    (tmp_path / f"{bad.id}.json").write_text(content.replace("ID", bad.id))
+    old = store.add("me", TEMPLATE)
     store.close()
+    backup = (tmp_path / DATABASE).read_bytes()
+    store = Store(tmp_path)
+    new = store.replace(store.records()[0], session_of(TEXT))
+    store.close()
+    (tmp_path / DATABASE).write_bytes(backup)
     again = Store(tmp_path)
-    assert again.records() == [good] and again.path(bad.id).exists()
-    assert f"{bad.id}.json is damaged" in caplog.text
+    assert again.records() == [old] and again.path(new).exists()
 
 
 def test_only_one_process_can_open_a_store(tmp_path: Path) -> None:
@@ -85,10 +92,22 @@ def test_only_one_process_can_open_a_store(tmp_path: Path) -> None:
         [sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout and other.stdout.readline() == b"open\n"
-        with pytest.raises(UserError, match="in use by another process"):
-            Store(tmp_path)
+        for _ in range(2):
+            with pytest.raises(UserError, match="in use by another process"):
+                Store(tmp_path)
         other.kill()
     Store(tmp_path).close()
+
+
+def test_store_that_is_open_in_this_process_stays_locked(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="in use by another process"):
+            Store(tmp_path)
+    program = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN IMMEDIATE')"
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path / DATABASE], capture_output=True, text=True)
+    assert "database is locked" in ended.stderr
+    store.add("me", TEMPLATE)
 
 
 def test_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
@@ -96,14 +115,132 @@ def test_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     for name in ("file", "file/data"):
         with pytest.raises(UserError, match="Cannot keep sessions"):
             Store(tmp_path / name)
+    (tmp_path / "data" / DATABASE).mkdir(parents=True)
+    with pytest.raises(UserError, match="Cannot keep sessions"):
+        Store(tmp_path / "data")
 
 
-def test_failed_write_of_a_record_leaves_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, text: str) -> None:
-        raise UserError("No space left.")
+# -- what is refused, with nothing touched -----------------------------------------------------------------------------
+
+
+def old_store(folder: Path) -> None:
+    id = f"sess-{32 * 'a'}"
+    (folder / f"{id}.json").write_text(json.dumps({"id": id, "owner": "me", "created": 1.5}))
+    TEMPLATE.save(folder / f"{id}.session")
+    (folder / ".lock").touch()
+
+
+def without_database(folder: Path) -> None:
+    store = Store(folder)
+    store.add("me", TEMPLATE)
+    store.close()
+    (folder / DATABASE).unlink()
+
+
+def empty_database(folder: Path) -> None:
+    without_database(folder)
+    (folder / DATABASE).touch()
+
+
+def foreign_database(folder: Path) -> None:
+    with sqlite3.connect(folder / DATABASE) as database:
+        database.execute("CREATE TABLE sessions (text)")
+    database.close()
+
+
+def newer_version(folder: Path) -> None:
+    Store(folder).close()
+    with sqlite3.connect(folder / DATABASE) as database:
+        database.execute("PRAGMA user_version = 3")
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "match"),
+    [
+        (old_store, r"format version 1, .*export the sessions with the ttt-e2e that wrote them, or move .*import them"),
+        (without_database, r"has sessions but no sessions\.db; put it back, or move"),
+        (empty_database, r"has sessions but no sessions\.db; put it back, or move"),
+        (foreign_database, r"sessions\.db is the database of another program, so it is kept; name another folder"),
+        (newer_version, r"sessions\.db is a store of sessions of format version 3, .*reads version 2; update ttt-e2e"),
+    ],
+)
+def test_other_stores_are_refused_and_kept(prepare: Callable[[Path], None], match: str, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    before = contents(tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match=match):
+            Store(tmp_path)
+        assert contents(tmp_path) == before
+
+
+def test_altered_databases_are_refused_or_say_the_same(tmp_path: Path) -> None:
+    """One flipped bit, or a truncation: a sentence that names the database, or the records that were written."""
+    store = Store(tmp_path)
+    records = [store.add(owner, TEMPLATE) for owner in ("me", "you", "Straße")]
+    store.close()
+    path, files = tmp_path / DATABASE, {record.file for record in records}
+    whole, choices, refused = path.read_bytes(), random.Random(1), 0
+    used = [i for i, byte in enumerate(whole) if byte]
+    for i in range(150):
+        altered = bytearray(whole)
+        if i % 10:
+            altered[choices.choice(used)] ^= 1 << choices.randrange(8)
+        else:
+            del altered[choices.randrange(1, len(whole)) :]
+        path.write_bytes(altered)
+        try:
+            opened = Store(tmp_path)
+        except UserError as error:
+            refused += 1
+            assert DATABASE in str(error), i
+            assert path.read_bytes() == altered, i
+        else:
+            assert opened.records() == records, i
+            opened.close()
+        assert files <= {path.name for path in tmp_path.iterdir()}, i
+        for journal in tmp_path.glob(f"{DATABASE}-*"):
+            journal.unlink()
+    assert refused > 100
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+
+def limit(store: Store, pages: int) -> None:
+    store._execute(f"PRAGMA max_page_count = {pages}")
+
+
+def test_full_disk_changes_nothing_and_sessions_can_be_deleted(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    limit(store, 8)
+    records = []
+    with pytest.raises(UserError, match="disk is full") as caught:
+        while True:
+            records.append(store.add("me" * 100, TEMPLATE))
+    assert isinstance(caught.value.__cause__, sqlite3.Error) and len(records) > 5
+    assert store.records() == records and not list(tmp_path.glob(".tmp*"))
+    assert {path.name for path in tmp_path.glob("*.session")} == {record.file for record in records}
+    store.delete(records.pop())
+    assert store.records() == records
+    store.replace(records[-1], session_of(TEXT))
+    assert file_of(tmp_path, records[-1].id) == store.path(store.records()[-1])
+
+
+def test_full_disk_while_a_session_is_written_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object) -> None:
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
 
     store = Store(tmp_path)
-    monkeypatch.setattr("ttt_e2e.server.engine.store.write_text", full)
-    with pytest.raises(UserError, match="No space"):
-        store.add("me", session_of(TEXT))
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    record = store.add("me", TEMPLATE)
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("ttt_e2e.server.engine.store.write_new_session_file", full)
+        with pytest.raises(UserError, match="No space left"):
+            store.add("me", session_of(TEXT))
+        with pytest.raises(UserError, match="No space left"):
+            store.replace(record, session_of(TEXT))
+        assert contents(tmp_path) == before and store.records() == [record]
+        store.delete(record)
+    store.add("me", session_of(TEXT))

@@ -128,6 +128,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"Serving {settings.model_name} at http://{shown}:{port}, sessions in {arguments.data}.", file=sys.stderr)
 
         class Server(uvicorn.Server):
+            async def on_tick(self, counter: int) -> bool:
+                return await super().on_tick(counter) or store.lost is not None
+
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
                 # Requests that do not end in time get an error response before uvicorn would cut them off.
                 stopping = asyncio.create_task(engine.stop())
@@ -139,6 +142,8 @@ def run(arguments: argparse.Namespace) -> int:
             Server(config).run(sockets=[listener])
         if hasattr(app.state, "failure"):
             raise app.state.failure
+        if store.lost:
+            raise UserError(store.lost)
     return 0
 
 

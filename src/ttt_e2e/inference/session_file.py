@@ -159,11 +159,16 @@ def write_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[st
     Raises UserError if `path` is something other than a session, if the disk is full or the folder is not writable.
     """
     check_session_target(path)
+    with atomic_path(path) as part:
+        write_new_session_file(part, facts, tensors)
+
+
+def write_new_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write facts and tensors to the file `path`, which holds nothing yet. If this fails, a part of it may remain."""
     facts = {"format": FORMAT, "version": VERSION, **facts}
     facts["sha256"] = _sha256(tensors, facts)
-    with atomic_path(path) as part:
-        # One entry alone: the library writes several in any order, and equal sessions should be equal files.
-        save_safetensors(tensors, part, {"session": json.dumps(facts)})
+    # One entry alone: the library writes several in any order, and equal sessions should be equal files.
+    save_safetensors(tensors, path, {"session": json.dumps(facts)})
 
 
 Layout = Mapping[str, tuple[list[int], str]]

@@ -1,5 +1,6 @@
 """Errors of the service, always in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
 
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,12 @@ from starlette.exceptions import HTTPException
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.divergence import Diverged
-from ttt_e2e.server.engine.records import LimitReachedError, SessionNotFoundError, StoppingError
+from ttt_e2e.server.engine.records import (
+    DamagedSessionError,
+    LimitReachedError,
+    SessionNotFoundError,
+    StoppingError,
+)
 
 _INTERNAL_ERROR = "The server failed unexpectedly; its log has the error under this response's x-request-id."
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -21,6 +27,7 @@ _HTTP_MESSAGES = {
 }
 _ENGINE_ERRORS: tuple[tuple[type[UserError], int, str, str | None], ...] = (  # with status, code and param
     (SessionNotFoundError, 404, "session_not_found", "session"),
+    (DamagedSessionError, 500, "session_damaged", "session"),
     (LimitReachedError, 400, "limit_reached", None),
     (StoppingError, 503, "stopping", None),
     (Diverged, 422, "diverged", None),
@@ -64,7 +71,7 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
     for kind, status, code, param in _ENGINE_ERRORS:
         if isinstance(error, kind):
             return _body(status, str(error), code, param)
-    if isinstance(error, UserError) and isinstance(error.__cause__, OSError):
+    if isinstance(error, UserError) and isinstance(error.__cause__, OSError | sqlite3.Error):
         # Clients cannot do anything about a full disk, and the message names folders of the server.
         return _body(503, "The server cannot use its disk; nothing has changed. Tell its operator.", "disk")
     if isinstance(error, UserError):

@@ -77,8 +77,8 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether the engine serves requests: it is not stopping, and the model does not fail at every step."""
-        return not self._stopping and self._worker.healthy
+        """Whether the engine serves requests: not if it is stopping, has lost its store, or every step fails."""
+        return not self._stopping and self._worker.healthy and self.sessions.store.lost is None
 
     @property
     def max_file_bytes(self) -> int:
@@ -97,7 +97,7 @@ class Engine:
         slot = self.sessions.slot(owner, id)
         with self._request():
             async with slot.write_lock:
-                session = await self.sessions.session(slot, wait_for_writes=True)
+                session = await self.sessions.session(slot, for_change=True)
                 length, unscored = _num_tokens(session), session.pending
                 batches, more, submitted = self._batches(chunks), True, 0
                 scored, loss_sum = 0, 0.0
@@ -159,7 +159,7 @@ class Engine:
         check_max_tokens(max_tokens)
         with self._request():
             async with slot.write_lock if slot and learn else nullcontext(), limit or nullcontext():
-                session = await self.sessions.session(slot, wait_for_writes=learn) if slot else self._template
+                session = await self.sessions.session(slot, for_change=learn) if slot else self._template
                 if callable(prompt):
                     session, ids = await asyncio.to_thread(self._begin_chat, session, prompt)
                 else:

@@ -20,6 +20,13 @@ class SessionNotFoundError(UserError):
         super().__init__("There is no such session; it may have been deleted.")
 
 
+class DamagedSessionError(UserError):
+    """The file of a session is missing, or does not hold what was written to it; the log has its path."""
+
+    def __init__(self) -> None:
+        super().__init__("This session's file is damaged; delete the session, or import a copy of it.")
+
+
 class LimitReachedError(UserError):
     """A limit is reached: the number of sessions per owner, or of tokens per session."""
 

@@ -6,6 +6,7 @@ even if its client leaves, so that disk and memory always agree. This runs in on
 
 import asyncio
 import functools
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -14,12 +15,19 @@ from typing import Any, ParamSpec, TypeVar
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_file import SessionInfo
+from ttt_e2e.inference.session_file import write_new_session_file
 from ttt_e2e.server.engine.loading import SessionLoader
-from ttt_e2e.server.engine.records import LimitReachedError, SessionNotFoundError, SessionSummary, StoppingError
+from ttt_e2e.server.engine.records import (
+    DamagedSessionError,
+    LimitReachedError,
+    SessionNotFoundError,
+    SessionSummary,
+    StoppingError,
+)
 from ttt_e2e.server.engine.store import SessionRecord, Store
 from ttt_e2e.server.engine.worker import PooledSession
 
+_log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -28,15 +36,16 @@ _T = TypeVar("_T")
 class SessionSlot:
     """A session of the registry; only `SessionRegistry` changes it, apart from `pooled` and `write_lock`.
 
-    info: None if the session's file is damaged, and `error` says how. session: None while it is on disk only. pooled:
-    its copies in the worker's pool, which fail when it is deleted. write_lock: held by a request that is going to
-    replace the session. file_lock: held while its file is read or written.
+    session: None while it is on disk only. fingerprint: of its file, when it was last known to hold what the record
+    says. damaged: it was later found not to. pooled: its copies in the worker's pool, which fail when it is deleted.
+    write_lock: held by a request that is going to replace the session. file_lock: held while its file is read or
+    written.
     """
 
     record: SessionRecord
-    info: SessionInfo | None
     session: Session | None = None
-    error: str | None = None
+    fingerprint: tuple[int, ...] = ()
+    damaged: bool = False
     deleted: bool = False
     pooled: set[PooledSession] = field(default_factory=set)
     write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -44,9 +53,9 @@ class SessionSlot:
 
     def summary(self) -> SessionSummary:
         """The session as clients see it."""
-        id, created, info = self.record.id, int(self.record.created), self.info
-        if info is None:
-            return SessionSummary(id, created, error=self.error)
+        id, created, info = self.record.id, int(self.record.created), self.record.info
+        if self.damaged:
+            return SessionSummary(id, created, error=str(DamagedSessionError()))
         size, in_memory = info.memory_bytes, self.session is not None
         return SessionSummary(id, created, info.tokens, info.text_bytes, info.text_digest, size, info.learn, in_memory)
 
@@ -75,8 +84,8 @@ class SessionRegistry:
     the store.
 
     An owner is any string, and a session is visible to its owner only. Methods raise SessionNotFoundError if the owner
-    has no such session, UserError if a file is damaged or not a session of this model, and StoppingError for changes
-    after `close`.
+    has no such session, DamagedSessionError if its file is, UserError if it is not a session of this model, and
+    StoppingError for changes after `close`.
     """
 
     def __init__(
@@ -93,13 +102,7 @@ class SessionRegistry:
     async def open(self) -> None:
         """Read the store's records. Raises UserError if the model is not fit for use."""
         self._loader = await asyncio.to_thread(SessionLoader, self.template)
-        for record in await asyncio.to_thread(self.store.records):
-            path, name = self.store.path(record.id), f"The session {record.id}"
-            try:
-                info = await asyncio.to_thread(self._loader.read_info, path, name)
-                self._slots[record.id] = SessionSlot(record, info)
-            except UserError as error:
-                self._slots[record.id] = SessionSlot(record, None, error=str(error))
+        await asyncio.to_thread(self._read_records)
 
     async def close(self) -> None:
         """Wait for changes under way, and refuse any further ones."""
@@ -125,8 +128,8 @@ class SessionRegistry:
         async with self._owner_locks[owner]:
             if len(await self.summaries(owner)) >= self._max_sessions:
                 raise LimitReachedError(f"The limit of {self._max_sessions} sessions is reached; delete one first.")
-            record = await asyncio.to_thread(self.store.add, owner, session)
-            slot = SessionSlot(record, await asyncio.to_thread(session.info), session)
+            record, fingerprint = await asyncio.to_thread(self._saved, self.store.add, owner, session)
+            slot = SessionSlot(record, session, fingerprint)
             self._slots[record.id] = slot
             self._mark_used(slot)
             return slot.summary()
@@ -137,8 +140,8 @@ class SessionRegistry:
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
-            if slot.error:
-                raise UserError(slot.error)
+            if slot.damaged:
+                raise DamagedSessionError
             return slot.summary()
 
     async def summaries(self, owner: str) -> list[SessionSummary]:
@@ -156,7 +159,7 @@ class SessionRegistry:
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
-            await asyncio.to_thread(self.store.delete, id)
+            await asyncio.to_thread(self.store.delete, slot.record)
             slot.deleted = True
             del self._slots[id]
             self._in_memory.pop(id, None)
@@ -164,9 +167,9 @@ class SessionRegistry:
             pooled.fail(SessionNotFoundError())
 
     async def export_session(self, owner: str, id: str, target: Path) -> None:
-        """Write a session to the new file `target`, whole or not at all."""
+        """Write a session to the new file `target`. If this fails, a part of it may remain."""
         session = await self.session(self.slot(owner, id))
-        await asyncio.to_thread(session.save, target)
+        await asyncio.to_thread(_export, session, target)
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
         """Add the session in an untrusted file. Raises LimitReachedError if it is too long, or as `create` does."""
@@ -181,16 +184,17 @@ class SessionRegistry:
             raise SessionNotFoundError
         return slot
 
-    async def session(self, slot: SessionSlot, *, wait_for_writes: bool = False) -> Session:
-        """The current version of a session, loaded if necessary; wait_for_writes: wait for one that is being saved."""
+    async def session(self, slot: SessionSlot, *, for_change: bool = False) -> Session:
+        """The current version of a session, loaded if necessary.
+
+        for_change: wait for a version that is being saved, and be sure that the file still holds this one.
+        """
         session = slot.session
-        if session is None or wait_for_writes:
+        if session is None or for_change:
             async with slot.file_lock:
                 if slot.deleted:
                     raise SessionNotFoundError
-                if slot.session is None:
-                    path, name = self.store.path(slot.record.id), f"The session {slot.record.id}"
-                    slot.session = await asyncio.to_thread(self._loader.load, path, name)
+                slot.session = await asyncio.to_thread(self._checked, slot)
                 session = slot.session
         self._mark_used(slot)
         return session
@@ -201,14 +205,52 @@ class SessionRegistry:
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
-            info = await asyncio.to_thread(session.info)
-            await asyncio.to_thread(self.store.save, slot.record.id, session)
-            slot.info, slot.session = info, session
+            slot.record, slot.fingerprint = await asyncio.to_thread(
+                self._saved, self.store.replace, slot.record, session
+            )
+            slot.session, slot.damaged = session, False
             self._mark_used(slot)
             return slot.summary()
 
+    def _read_records(self) -> None:
+        for record in self.store.records():
+            slot = self._slots[record.id] = SessionSlot(record)
+            path = self.store.path(record)
+            if not path.is_file() or path.stat().st_size != record.size:
+                self._set_damaged(slot, "it is missing, or its size has changed")
+
+    def _saved(self, save: Callable[_P, SessionRecord], *args: _P.args, **kwargs: _P.kwargs) -> Any:
+        """The record that `save` returns, and the fingerprint of its file."""
+        record = save(*args, **kwargs)
+        return record, self.store.fingerprint(record)
+
+    def _checked(self, slot: SessionSlot) -> Session:
+        """The session of a slot: that in memory, unless somebody has touched the file. Then it is read and checked."""
+        path, name, info = self.store.path(slot.record), f"The session {slot.record.id}", slot.record.info
+        fingerprint = self.store.fingerprint(slot.record)
+        if slot.session and fingerprint == slot.fingerprint:
+            return slot.session
+        try:
+            if self._loader.read_info(path, name) != info:
+                raise UserError(f"{name} was replaced by another.")
+            session = self._loader.load(path, name)
+        except UserError as error:
+            self.store.check_in_place()  # or all files are missing
+            served = self._loader.info
+            if (info.model, info.learn, info.dtype) != (served.model, served.learn, served.dtype):
+                raise
+            self._set_damaged(slot, str(error))
+            raise DamagedSessionError from error
+        slot.fingerprint, slot.damaged = fingerprint, False
+        return session
+
+    def _set_damaged(self, slot: SessionSlot, reason: str) -> None:
+        if not slot.damaged:
+            slot.damaged = True
+            _log.error("The file %s is damaged: %s", self.store.path(slot.record), reason)
+
     def _bytes_in_memory(self) -> int:
-        return sum(slot.info.memory_bytes for slot in self._in_memory.values() if slot.info)
+        return sum(slot.record.info.memory_bytes for slot in self._in_memory.values())
 
     def _mark_used(self, slot: SessionSlot) -> None:
         """Mark a session in memory as the most recently used, and drop others from memory if the limit demands it."""
@@ -218,3 +260,8 @@ class SessionRegistry:
         self._in_memory[slot.record.id] = slot
         while self._in_memory and self._bytes_in_memory() > self._memory_bytes:
             self._in_memory.pop(next(iter(self._in_memory))).session = None
+
+
+def _export(session: Session, target: Path) -> None:
+    # Not `Session.save`, which would create a folder that was removed under the service.
+    write_new_session_file(target, *session.pack())

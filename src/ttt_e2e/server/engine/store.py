@@ -1,143 +1,271 @@
-"""Sessions on disk: a folder with two files per session, which stays consistent after a `kill -9` at any moment.
+"""Sessions on disk: a database of records, and beside it a file per session, as `Session.save` writes it.
 
-`ID.json` says who owns the session. `ID.session` is the session, as `Session.save` writes it. The record is written
-after a new session's file and removed before a deleted one's, so the file behind a record is always complete. Meanwhile
-a third file, `ID.changing`, exists; a session file that has one but no record is a leftover. Session files on their way
-in or out lie in folders `.tmp-*`. Any other file is left alone, including a session file that somebody has put there.
+The record of a session names the file with its current version. A new version is a new file, which is on disk as a
+whole before one transaction makes the record point to it; then the former file is removed. So the file behind a record
+is always complete, after a `kill -9` or a power cut too, and what no record points to is a leftover. Leftovers are
+removed when the store is opened, by names that only this database gives. Any other file is left alone.
 """
 
+import errno
+import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
+import sqlite3
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import lock_folder, remove_stale_parts, sync, write_text
+from ttt_e2e.files import check_format, sync
 from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.session_file import SessionInfo, write_new_session_file
 
-_TEMPORARY = ".tmp-"
-_ID = re.compile(r"sess-[0-9a-f]{32}")
+DATABASE = "sessions.db"
+FORMAT, VERSION = "store of sessions", 2  # version 1 had a JSON file per session in place of the database
+_APPLICATION_ID = 0x74747465  # "ttte" in the header of the database
+_SCHEMA = (
+    "CREATE TABLE store (tag TEXT NOT NULL)",  # one row; the tag is in the names of the files of this database
+    "CREATE TABLE sessions (id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, file TEXT NOT NULL,"
+    " size INTEGER NOT NULL, info TEXT NOT NULL, digest TEXT NOT NULL) WITHOUT ROWID",
+    f"PRAGMA application_id = {_APPLICATION_ID}",
+    f"PRAGMA user_version = {VERSION}",
+)
+_DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_ID = "sess-[0-9a-f]{32}"
+_REMEDY = "move its .session files to another folder, start with an empty one and import them"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """The content of `ID.json`. id: "sess-" and 32 hex digits. created: Unix time."""
+    """A session of the store. id: "sess-" and 32 hex digits. created: Unix time. info: as in the header of its file."""
 
     id: str
     owner: str
     created: float
+    file: str
+    size: int
+    info: SessionInfo
 
 
 class Store:
     """The sessions in `folder`, which is created if it is missing, readable by its owner only.
 
-    One process can open a store at a time. Opening it removes what killed processes left behind. Raises UserError.
+    One process can open a store at a time. Its methods can be called from any thread. Where they write, they raise
+    UserError if the disk is full or not writable, and then nothing has changed. lost: None until the folder or its
+    database was found to be removed or replaced; then a sentence about it, and every write fails.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self.lost: str | None = None
+        self._mutex = threading.Lock()
+        path = self.folder / DATABASE
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = lock_folder(
-                self.folder, f"The sessions in {self.folder} are in use by another process; stop it first."
-            )
-        except OSError as error:
-            raise UserError(f"Cannot keep sessions in {self.folder}: {error.strerror}; name another folder.") from error
-        remove_stale_parts(self.folder)
-        for path in self.folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
-        for marker in self.folder.glob("sess-*.changing"):
-            if not self._record_path(marker.stem).exists():
-                self.path(marker.stem).unlink(missing_ok=True)
-            marker.unlink()
-        for path in self.folder.glob("*.session"):
-            if _ID.fullmatch(path.stem) and not self._record_path(path.stem).exists():
-                _log.warning("%s has no record, so it belongs to nobody; it is left alone. Import it to use it.", path)
+            if not path.exists() or not path.stat().st_size:
+                self._check_empty()
+            with suppress(FileExistsError):  # SQLite would make it readable by others
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+            self._opened = self._identity()
+            self._database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from error
+        try:
+            self._open(path)
+        except BaseException as error:
+            self._database.close()
+            if not isinstance(error, OSError | sqlite3.Error):
+                raise
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # without one: not UTF-8
+            if code == sqlite3.SQLITE_BUSY:
+                message = f"The sessions in {self.folder} are in use by another process; stop it first."
+                raise UserError(message) from error
+            if isinstance(error, sqlite3.Error) and code in _DAMAGE:
+                raise self._damaged(_reason(error)) from error
+            raise self._unusable(error) from error
 
     def records(self) -> list[SessionRecord]:
-        """All records, the oldest first. Skips damaged ones with a warning and leaves their files alone."""
+        """All records, the oldest first. Raises UserError if the database was altered."""
         records = []
-        for path in self.folder.glob("*.json"):
-            if not _ID.fullmatch(path.stem):
-                continue
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                record = SessionRecord(content["id"], content["owner"], float(content["created"]))
-                if record.id != path.stem or not isinstance(record.owner, str):
-                    raise ValueError("it belongs to another session")
-                if not 0 <= record.created < 1 << 40:
-                    raise ValueError(f"{record.created} is not a time of creation")
-                records.append(record)
-            except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-                _log.warning("The record %s is damaged (%s); its session is left alone.", path, error)
-        return sorted(records, key=lambda record: (record.created, record.id))
+        for *row, digest in self._execute("SELECT * FROM sessions ORDER BY created, id"):
+            if digest != _digest(row):
+                raise self._damaged("a record was altered")
+            id, owner, created, file, size, info = row
+            records.append(SessionRecord(id, owner, created, file, size, SessionInfo.from_facts(json.loads(info))))
+        return records
 
-    def path(self, id: str) -> Path:
-        """The session file of a record."""
-        return self.folder / f"{id}.session"
+    def path(self, record: SessionRecord) -> Path:
+        """The file with the current version of a session."""
+        return self.folder / record.file
+
+    def fingerprint(self, record: SessionRecord) -> tuple[int, ...]:
+        """What is different as soon as somebody has altered or replaced a session's file; () if it is missing."""
+        try:
+            stat = self.path(record).stat()
+        except OSError:
+            return ()
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
     def add(self, owner: str, session: Session) -> SessionRecord:
-        """Save a new session. Raises UserError if the disk is full or not writable."""
-        record = SessionRecord(f"sess-{secrets.token_hex(16)}", owner, time.time())
-        with self._changing(record.id):
-            session.save(self.path(record.id))
-            try:
-                write_text(self._record_path(record.id), json.dumps(asdict(record)) + "\n")
-            except BaseException:
-                self.path(record.id).unlink(missing_ok=True)
-                raise
-        return record
+        """Save a new session."""
+        return self._save(f"sess-{secrets.token_hex(16)}", owner, time.time(), session)
 
-    def save(self, id: str, session: Session) -> None:
-        """Replace a session's file, whole or not at all. Raises UserError if the disk is full or not writable."""
-        session.save(self.path(id))
+    def replace(self, record: SessionRecord, session: Session) -> SessionRecord:
+        """Save the next version of a session, whole or not at all; returns its record."""
+        new = self._save(record.id, record.owner, record.created, session)
+        self._discard(record.file)
+        return new
 
-    def delete(self, id: str) -> None:
-        """Delete a session. Raises UserError, and changes nothing, if the folder is not writable."""
-        with self._changing(id):
-            try:
-                self._record_path(id).unlink()
-            except OSError as error:
-                raise UserError(f"Cannot delete the session {id}: {error.strerror}.") from error
-            try:
-                self.path(id).unlink(missing_ok=True)
-                sync(self.folder)  # a power cut must not bring it back
-            except OSError as error:
-                _log.warning("The file of the deleted session %s could not be removed: %s", id, error)
+    def delete(self, record: SessionRecord) -> None:
+        """Delete a session. This works on a full disk, too: SQLite overwrites the journal that it keeps."""
+        with self._writing("delete a session"):
+            self._execute("DELETE FROM sessions WHERE id = ?", record.id)
+        self._discard(record.file)
 
     def close(self) -> None:
         """Release the store for other processes."""
-        self._lock.close()
+        self._database.close()
 
     @contextmanager
     def temporary_folder(self) -> Iterator[Path]:
         """A folder that exists inside the block. If this process is killed, the next one removes it."""
-        try:
-            folder = tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self.folder)
-        except OSError as error:
-            raise UserError(f"Cannot write to {self.folder}: {error.strerror}.") from error
+        with self._writing("write a file"):
+            self.check_in_place()
+            folder = tempfile.TemporaryDirectory(prefix=self._temporary, dir=self.folder, ignore_cleanup_errors=True)
         with folder as path:
             yield Path(path)
 
-    def _record_path(self, id: str) -> Path:
-        return self.folder / f"{id}.json"
+    def check_in_place(self) -> None:
+        """Raise UserError if the folder or its database is not the one that was opened, and ever after."""
+        if not self.lost:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if self._identity() == self._opened:
+                    return
+            self.lost = (
+                f"The folder {self.folder} or {DATABASE} in it was removed or replaced while the service was running, "
+                "so it has stopped; put the folder back and start it again."
+            )
+            _log.error("%s", self.lost)
+        raise UserError(self.lost) from OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def _open(self, path: Path) -> None:
+        self._execute("PRAGMA locking_mode = EXCLUSIVE")  # from the first transaction until the database is closed
+        self._execute("PRAGMA synchronous = FULL")
+        self._execute("BEGIN EXCLUSIVE")
+        ((application,),), ((version,),) = (
+            self._execute(f"PRAGMA {name}") for name in ("application_id", "user_version")
+        )
+        if not application and not self._execute("SELECT 1 FROM sqlite_master"):
+            for statement in _SCHEMA:
+                self._execute(statement)
+            self._execute("INSERT INTO store VALUES (?)", secrets.token_hex(4))
+        elif application != _APPLICATION_ID:
+            raise UserError(f"{path} is the database of another program, so it is kept; name another folder.")
+        else:
+            check_format({"format": FORMAT, "version": version}, path, FORMAT, VERSION, _REMEDY)
+        self._execute("COMMIT")
+        self._execute("PRAGMA journal_mode = PERSIST")
+        ((verdict,),) = self._execute("PRAGMA integrity_check(1)")
+        tags = self._execute("SELECT tag FROM store")
+        if verdict != "ok" or len(tags) != 1 or not re.fullmatch("[0-9a-f]{8}", str(tags[0][0])):
+            raise self._damaged(verdict)
+        self._tag = str(tags[0][0])
+        self._temporary = f".tmp-{self._tag}-"
+        self._remove_leftovers()
+
+    def _check_empty(self) -> None:
+        """Raise UserError if there are sessions in a folder without a database."""
+        names = [path.name for path in self.folder.iterdir()]
+        if any(re.fullmatch(rf"{_ID}\.json", name) for name in names):
+            raise UserError(
+                f"{self.folder} is a {FORMAT} of format version 1, a JSON file per session, and this ttt-e2e reads "
+                f"version {VERSION}; export the sessions with the ttt-e2e that wrote them, or {_REMEDY}."
+            )
+        if any(re.fullmatch(rf"{_ID}\..*session", name) for name in names):
+            raise UserError(f"{self.folder} has sessions but no {DATABASE}; put it back, or {_REMEDY}.")
+
+    def _remove_leftovers(self) -> None:
+        records = self.records()
+        kept = {record.file for record in records}
+        ours = re.compile(rf"({_ID})\.{self._tag}-[0-9a-f]{{16}}\.session")
+        incomplete = {record.id for record in records if not self.path(record).exists()}  # an older database, perhaps
+        for path in self.folder.iterdir():
+            match = ours.fullmatch(path.name)
+            if path.name.startswith(self._temporary):
+                shutil.rmtree(path, ignore_errors=True)
+            elif match and path.name not in kept and match[1] not in incomplete:
+                self._discard(path.name)
+            elif path.suffix == ".session" and path.name not in kept:
+                _log.warning("%s has no record, so it belongs to nobody; it is left alone. Import it to use it.", path)
+
+    def _save(self, id: str, owner: str, created: float, session: Session) -> SessionRecord:
+        facts, tensors = session.pack()
+        info = SessionInfo.from_facts(facts)
+        file = f"{id}.{self._tag}-{secrets.token_hex(8)}.session"
+        with self._writing("save a session"):
+            with self.temporary_folder() as folder:
+                part = folder / file
+                part.touch(mode=0o600)
+                write_new_session_file(part, facts, tensors)
+                sync(part)
+                record = SessionRecord(id, owner, created, file, part.stat().st_size, info)
+                self.check_in_place()
+                part.rename(self.folder / file)
+            try:
+                sync(self.folder)
+                row = [id, owner, created, file, record.size, json.dumps(info.to_facts())]
+                self._execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)", *row, _digest(row))
+            except (OSError, sqlite3.Error):
+                self._discard(file)
+                raise
+        return record
+
+    def _discard(self, file: str) -> None:
+        """Remove a session file that no record points to; if this fails, opening the store does it."""
+        try:
+            if not self._execute("SELECT 1 FROM sessions WHERE file = ?", file):
+                (self.folder / file).unlink(missing_ok=True)
+        except (OSError, sqlite3.Error, UserError) as error:
+            _log.warning("The unused file %s could not be removed: %s", self.folder / file, error)
+
+    def _execute(self, statement: str, *values: object) -> list[Any]:
+        """The rows that a statement gives. Outside of `_open`, each is a transaction of its own."""
+        with self._mutex:
+            self.check_in_place()
+            return self._database.execute(statement, values).fetchall()
+
+    def _identity(self) -> list[tuple[int, int]]:
+        stats = (path.stat() for path in (self.folder, self.folder / DATABASE))
+        return [(stat.st_dev, stat.st_ino) for stat in stats]
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(f"Cannot keep sessions in {self.folder}: {_reason(error)}; mend that or name another folder.")
+
+    def _damaged(self, reason: str) -> UserError:
+        path = self.folder / DATABASE
+        return UserError(f"{path} is damaged ({reason}); use a copy of the whole folder, or {_REMEDY}.")
 
     @contextmanager
-    def _changing(self, id: str) -> Iterator[None]:
-        """Mark a session as being created or deleted inside the block."""
-        marker = self.folder / f"{id}.changing"
-        with suppress(OSError):  # deleting must work on a full disk, too
-            marker.touch(mode=0o600)
+    def _writing(self, what: str) -> Iterator[None]:
         try:
             yield
-        finally:
-            if self.path(id).exists() <= self._record_path(id).exists():  # else the next start removes the leftover
-                marker.unlink(missing_ok=True)
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"Cannot {what} in {self.folder}: {_reason(error)}.") from error
+
+
+def _digest(row: list[Any]) -> str:
+    return hashlib.sha256(repr(row).encode()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
