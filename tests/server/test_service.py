@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 import httpx
+from engine_helpers import file_of
 from helpers import small_model, with_fact
 from server_helpers import (
     PATIENCE,
@@ -24,6 +26,7 @@ from server_helpers import (
     TestClient,
     client_at,
     client_of,
+    error_of,
     parse_events,
     served,
     until,
@@ -34,7 +37,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.store import Store
+from ttt_e2e.server.engine.store import DATABASE, Store
 from ttt_e2e.server.keys import KEYS_VARIABLE
 
 TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8
@@ -142,21 +145,24 @@ def test_damaged_sessions_have_an_error_and_others_work(
     store = tmp_path / "sessions"
     with client_of(Engine(Session(model, tokenizer), Store(store))) as client:
         sound, damaged, short, odd = (read(client, TEXT)["id"] for _ in range(4))
-    with_fact(store / f"{odd}.session", "memory_bytes", 153.5)
+    with_fact(file_of(store, odd), "memory_bytes", 153.5)
     for session in (damaged, short):
-        content = bytearray((store / f"{session}.session").read_bytes())
+        content = bytearray(file_of(store, session).read_bytes())
         content[-20] ^= 1
-        (store / f"{session}.session").write_bytes(content if session == damaged else content[:7])
+        file_of(store, session).write_bytes(content if session == damaged else content[:7])
     with client_of(Engine(Session(model, tokenizer), Store(store))) as client:
-        responses = [client.post("/v1/sessions/import", content=bytes(content))]
-        for session in (damaged, short):
-            responses.append(client.post("/v1/completions", json={"prompt": "x", "session": session}))
-            responses.append(client.get(f"/v1/sessions/{session}/export"))
-        for response in responses:
-            assert response.status_code == 400 and "/" not in response.json()["error"]["message"]
+        assert "/" not in error_of(client.post("/v1/sessions/import", content=bytes(content)), 400)["message"]
+        for session in (damaged, short, odd):
+            for response in (
+                client.post("/v1/completions", json={"prompt": "x", "session": session}),
+                client.get(f"/v1/sessions/{session}/export"),
+                client.get(f"/v1/sessions/{session}"),
+                client.post(f"/v1/sessions/{session}/read", content=TEXT.encode(), headers=PLAIN_TEXT),
+            ):
+                error = error_of(response, 500)
+                assert error["code"] == "session_damaged" and "/" not in error["message"]
         listed = {one["id"]: one["error"] for one in client.get("/v1/sessions").json()["data"]}
-        assert listed[sound] is None and listed[short] is not None and "does not hold" in listed[odd]
-        assert client.get(f"/v1/sessions/{odd}").status_code == 400
+        assert listed.pop(sound) is None and set(listed) == {damaged, short, odd} and all(listed.values())
         body = {"prompt": "x", "session": sound, "max_tokens": 2}
         assert client.post("/v1/completions", json=body).status_code == 200
         assert client.delete(f"/v1/sessions/{damaged}").status_code == 200
@@ -248,7 +254,25 @@ def test_kill_loses_nothing_that_was_acknowledged(model: Transformer, tokenizer:
         for line in running.stderr:
             json.loads(line)
     left = {path.name for path in (tmp_path / "data").iterdir()}
-    assert left == {".lock", f"{made['id']}.json", f"{made['id']}.session"}
+    assert left == {DATABASE, f"{DATABASE}-journal", file_of(tmp_path / "data", made["id"]).name}
+
+
+@pytest.mark.slow
+def test_service_whose_folder_is_removed_stops(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    save_model(model, tmp_path / "tiny", tmp_path / "tokenizer.json")
+    data = tmp_path / "data"
+    with process(tmp_path / "tiny", data) as (running, address), client_at(address) as client:
+        made = read(client, TEXT)
+        shutil.rmtree(data)
+        path = f"/v1/sessions/{made['id']}/read"
+        error = error_of(client.post(path, content=TEXT.encode(), headers=PLAIN_TEXT), 503)
+        assert str(tmp_path) not in error["message"]
+        assert running.wait(PATIENCE) == 1
+        assert running.stderr is not None
+        *logged, sentence = running.stderr.read().splitlines()
+    assert not data.exists() and "put the folder back and start it again" in sentence and str(data) in sentence
+    assert any(str(data) in json.loads(line).get("message", "") for line in logged)
 
 
 @pytest.mark.slow
