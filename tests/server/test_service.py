@@ -263,7 +263,13 @@ def test_service_whose_folder_is_removed_stops(model: Transformer, tokenizer: To
     save_model(model, tmp_path / "tiny", tmp_path / "tokenizer.json")
     data = tmp_path / "data"
     with process(tmp_path / "tiny", data) as (running, address), client_at(address) as client:
-        made = read(client, TEXT)
+        damaged, made = read(client, TEXT), read(client, TEXT)
+        file = file_of(data, damaged["id"])
+        file.write_bytes(b"x")
+        path = f"/v1/sessions/{damaged['id']}/read"
+        for _ in range(2):
+            error = error_of(client.post(path, content=TEXT.encode(), headers=PLAIN_TEXT), 500)
+            assert str(tmp_path) not in error["message"]
         shutil.rmtree(data)
         path = f"/v1/sessions/{made['id']}/read"
         error = error_of(client.post(path, content=TEXT.encode(), headers=PLAIN_TEXT), 503)
@@ -272,7 +278,9 @@ def test_service_whose_folder_is_removed_stops(model: Transformer, tokenizer: To
         assert running.stderr is not None
         *logged, sentence = running.stderr.read().splitlines()
     assert not data.exists() and "put the folder back and start it again" in sentence and str(data) in sentence
-    assert any(str(data) in json.loads(line).get("message", "") for line in logged)
+    messages = [json.loads(line).get("message", "") for line in logged]
+    assert [str(file) in message for message in messages].count(True) == 1
+    assert sum(str(data) in message for message in messages) == 2
 
 
 @pytest.mark.slow

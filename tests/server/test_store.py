@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_helpers import file_of
@@ -225,6 +226,25 @@ def test_full_disk_changes_nothing_and_sessions_can_be_deleted(tmp_path: Path) -
     assert store.records() == records
     store.replace(records[-1], session_of(TEXT))
     assert file_of(tmp_path, records[-1].id) == store.path(store.records()[-1])
+
+
+def test_session_can_be_deleted_when_there_is_no_room_for_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    record, other = store.add("me", TEMPLATE), store.add("me", TEMPLATE)
+    original = store._execute
+
+    def execute(statement: str, *values: object) -> list[Any]:
+        if statement.startswith("DELETE") and len(list(tmp_path.glob("*.session"))) == 2:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return original(statement, *values)
+
+    monkeypatch.setattr(store, "_execute", execute)
+    store.delete(record)
+    assert store.records() == [other] and not store.path(record).exists()
 
 
 def test_full_disk_while_a_session_is_written_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

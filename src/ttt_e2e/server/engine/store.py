@@ -127,9 +127,15 @@ class Store:
         return new
 
     def delete(self, record: SessionRecord) -> None:
-        """Delete a session. This works on a full disk, too: SQLite overwrites the journal that it keeps."""
+        """Delete a session. On a full disk its file goes first; should that not make room, it is a damaged session."""
         with self._writing("delete a session"):
-            self._execute("DELETE FROM sessions WHERE id = ?", record.id)
+            try:
+                self._execute("DELETE FROM sessions WHERE id = ?", record.id)
+            except sqlite3.Error as error:
+                if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                    raise
+                self.path(record).unlink(missing_ok=True)
+                self._execute("DELETE FROM sessions WHERE id = ?", record.id)
         self._discard(record.file)
 
     def close(self) -> None:
