@@ -326,6 +326,56 @@ def test_tokenizers_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path
         convert(checkpoint, tmp_path)
 
 
+def test_tokens_without_an_embedding_are_refused_in_a_text_alone(pretrained: Pretrained, tmp_path: Path) -> None:
+    """The checkpoint loads in transformers, too, and there such a token is an index out of range."""
+    theirs, folder = pretrained("llama")
+    folder = Path(shutil.copytree(folder, tmp_path / "checkpoint"))
+    backend = tokenizers.Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate(["<s>", *map(chr, range(32, 127))])}, [])
+    )
+    backend.add_special_tokens(["<s>"])
+    backend.add_tokens(["<extra>"])
+    backend.add_special_tokens(["<pad>"])
+    backend.save(str(folder / "tokenizer.json"))
+    model, tokenizer = load_model(convert(folder, tmp_path))
+    ids = tokenizer.encode("A text.")
+    with torch.no_grad():
+        assert (
+            logits(model, torch.from_numpy(ids)[None]) - theirs(torch.from_numpy(ids)[None]).logits
+        ).abs().max() < 1e-4
+    assert model.config.vocab_size == tokenizer.vocab_size == 96
+    session = Session(model, tokenizer)
+    session.read("A text. " * 9)
+    for text in ("A <extra> text", [backend.token_to_id("<pad>")]):
+        with pytest.raises(UserError, match=r"'<extra>', of which the model has no embedding|from 0 to 95"):
+            session.read(text)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_refused(
+    pretrained: Pretrained, tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    folder = Path(shutil.copytree(pretrained("llama, one key head, sharded")[1], tmp_path / "checkpoint"))
+    file = sorted(folder.glob("*.safetensors"))[1]
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} that are not finite numbers"):
+        convert(folder, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_bfloat16_cannot_hold_are_refused(pretrained: Pretrained, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pretrained("llama")[1], tmp_path / "checkpoint"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 3.4e38
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model.norm.weight that are not finite numbers in torch.bfloat16"):
+        convert(folder, tmp_path, dtype="bfloat16")
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 
 

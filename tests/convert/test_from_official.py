@@ -278,6 +278,16 @@ def test_missing_tensorstore_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
 # -- whole checkpoints -------------------------------------------------------------------------------------------------
 
 
+def test_weights_that_are_not_finite_are_refused(tensorstore: Any, tmp_path: Path) -> None:
+    arrays = official_arrays(small_model())
+    name = next(name for name in arrays if name.endswith("w2.weight"))
+    arrays[name].flat[-1] = np.nan
+    write_step(tmp_path / "100", arrays, None)
+    with pytest.raises(UserError, match=f"{name} that are not finite numbers"):
+        convert_from_official(tmp_path, tmp_path / "model", settings=SETTINGS)
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("layers", [None, 1, 3])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"suffix_layers": 0, "mini_batch_size": 5}])
 def test_converted_folder_is_what_save_model_writes(

@@ -91,3 +91,12 @@ def test_convert_from_standard_on_the_command_line(tmp_path: Path, capsys: pytes
     assert cli.main(command) == 1 and "exists" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing"):
         convert_from_standard(tmp_path / "nothing", tmp_path / "other", LearningOptions())
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = standard().float()
+    with torch.no_grad():
+        model.blocks[1].mlp.w_out[0, 0] = float("inf")
+    save_model(model, tmp_path / "standard", None)
+    with pytest.raises(UserError, match=r"blocks.1.mlp.w_out that are not finite numbers"):
+        convert_from_standard(tmp_path / "standard", tmp_path / "out", LearningOptions())

@@ -116,6 +116,7 @@ def test_missing_window_of_mistral_is_the_default_of_transformers(pretrained: Pr
         ({"model_type": None}, "model_type 'nothing'"),
         ({"model_type": "qwen3_moe"}, r"is a mixture of experts \(qwen3_moe\)"),
         ({"num_local_experts": 8}, "is a mixture of experts"),
+        ({"n_routed_experts": 64, "num_experts_per_tok": 2}, "is a mixture of experts"),
         ({"quantization_config": {"bits": 4}}, "describes a quantised checkpoint, which"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"describes a quantised checkpoint \(gptq\), which"),
         ({"quantization_config": {"quant_method": "awq"}}, r"describes a quantised checkpoint \(awq\), which"),
@@ -159,3 +160,18 @@ def test_configurations_that_are_refused(
     with pytest.raises(UserError, match=sentence):
         convert(checkpoint, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_experts": 0},
+        {"num_local_experts": 1, "num_experts_per_tok": 2},
+        {"n_routed_experts": None, "n_shared_experts": None},
+        {"num_experts": 0, "num_experts_per_tok": 8, "use_experts": False},
+    ],
+)
+def test_fields_that_say_dense_are_no_mixture(pretrained: Pretrained, tmp_path: Path, fields: dict[str, Any]) -> None:
+    folder = Path(shutil.copytree(pretrained("llama")[1], tmp_path / "checkpoint"))
+    change_config(folder, **fields)
+    assert (convert(folder, tmp_path) / "model.safetensors").is_file()

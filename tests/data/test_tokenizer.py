@@ -1,5 +1,6 @@
 """Tokenizers: texts survive the round trip however they are split, and special tokens are never spelled."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tokenizers import models, pre_tokenizers
 
 from ttt_e2e.data import tokenizer as module
 from ttt_e2e.data.text import standard_library_document
-from ttt_e2e.data.tokenizer import BOS, Tokenizer, segments
+from ttt_e2e.data.tokenizer import BOS, Tokenizer
 from ttt_e2e.errors import UserError
 
 CODE = standard_library_document("json").text
@@ -40,27 +41,10 @@ def test_chunks_encode_like_the_whole(chunks: list[str]) -> None:
     np.testing.assert_array_equal(np.concatenate(streamed), whole)
 
 
-@settings(deadline=None)
-@given(chunks=split_texts(), min_chars=st.integers(1, 5))
-def test_segments_depend_on_the_text_alone(chunks: list[str], min_chars: int) -> None:
-    cut = [segment for batch in segments(chunks, min_chars) for segment in batch]
-    whole = [segment for batch in segments(["".join(chunks)], min_chars) for segment in batch]
-    single = [segment for batch in segments("".join(chunks), min_chars) for segment in batch]
-    assert cut == whole == single
-    assert "".join(cut) == "".join(chunks)
-    assert all(len(segment) <= 4 * min_chars for segment in cut)
-
-
 def test_cuts_between_lines_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = np.array(TOKENIZER.backend.encode(CODE).ids)
     monkeypatch.setattr(module, "SEGMENT_CHARS", 4000)
     np.testing.assert_array_equal(TOKENIZER.encode(CODE), whole)
-
-
-def test_a_long_line_is_cut() -> None:
-    text = "x" * 300_000
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
-    assert max(len(part) for batch in segments([text], module.SEGMENT_CHARS) for part in batch) == 1 << 16
 
 
 def test_text_never_becomes_a_special_token(tmp_path: Path) -> None:
@@ -113,6 +97,41 @@ def test_a_special_token_begins_documents_even_where_an_ordinary_one_is_spelled_
     assert Tokenizer(backend).bos == 0
     backend.add_special_tokens(["<|endoftext|>"])
     assert Tokenizer(backend).bos == 3
+
+
+def test_named_token_begins_documents(tmp_path: Path) -> None:
+    """It stays so wherever the tokenizer is saved to."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).bos == 2
+    for name, content in (
+        ("special_tokens_map.json", {"bos_token": {"content": "<|im_start|>"}}),
+        ("tokenizer_config.json", {"bos_token": "<|im_start|>"}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        named = Tokenizer.load(tmp_path)
+        assert named.bos == 3 and named.end_ids == {3}
+        (tmp_path / name).unlink()
+    (tmp_path / "saved").mkdir()
+    named.save(tmp_path / "saved" / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "saved").bos == 3
+    for other in (None, "<s>"):  # as Qwen's, and one that the tokenizer does not have
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": other}))
+        assert Tokenizer.load(tmp_path).bos == 2
+
+
+def test_tokens_that_a_model_has_no_embedding_of_are_refused_in_texts_alone() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_tokens(["<b>"])
+    tokenizer = Tokenizer(backend)
+    tokenizer.leave_out(2)  # an ordinary token
+    assert tokenizer.vocab_size == 4 and tokenizer.encode("a <b>").tolist() == [1, 3]
+    tokenizer.leave_out(3)
+    assert tokenizer.vocab_size == 3 and tokenizer.encode("a c").tolist() == [1, 2]
+    with pytest.raises(UserError, match="'<b>', of which the model has no embedding"):
+        tokenizer.encode("a <b>")
 
 
 def test_bad_tokenizers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

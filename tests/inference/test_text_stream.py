@@ -4,6 +4,7 @@ import pytest
 import tokenizers
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import kinds
 from tokenizers import decoders, models, normalizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -109,6 +110,40 @@ def test_text_of_a_tokenizer_with_byte_fallback(before: str, text: str) -> None:
     stream = TextStream(tokenizer, context=begun)
     parts = [stream.add(token) for token in ids[len(begun) :]]
     assert tokenizer.decode(begun) + "".join(parts) + stream.flush() == tokenizer.decode(ids) == before + text
+
+
+@pytest.mark.parametrize("kind", kinds())
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_stream_shows_what_the_whole_decodes_to(kind: str, data: st.DataObject) -> None:
+    """With special tokens, spaces and empty tokens anywhere: as transformers decodes the whole text."""
+    tokenizer = Tokenizer(kinds()[kind])
+    text = data.draw(st.text("ab. the雨🌧\n", max_size=40))
+    ids = tokenizer.encode(text).tolist()
+    others = st.sampled_from([*tokenizer.special.values(), *tokenizer.encode("  a b").tolist()])
+    for token in data.draw(st.lists(others, max_size=6)):
+        ids.insert(data.draw(st.integers(0, len(ids))), token)
+    context = ids[: data.draw(st.integers(0, len(ids)))]
+    before, whole = tokenizer.decode(context), tokenizer.decode(ids)
+    assume(not before.endswith("\ufffd") and whole.startswith(before))
+    stream = TextStream(tokenizer, context=context)
+    shown = "".join([*(stream.add(token) for token in ids[len(context) :]), stream.flush()])
+    assert before + shown == whole.rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("kind", ["llama2", "metaspace always False", "metaspace first True", "gpt4"])
+def test_cut_token_is_encoded_as_a_part_of_its_word(kind: str) -> None:
+    tokenizer = Tokenizer(kinds()[kind])
+    begun, ids = tokenizer.encode("The street").tolist(), tokenizer.encode("The street again").tolist()
+    stream = TextStream(tokenizer, "ain", context=begun)
+    emitted, complete = "", begun
+    for i, token in enumerate(ids[len(begun) :], len(begun) + 1):
+        emitted += stream.add(token)
+        complete = complete if stream.has_pending else ids[:i]
+        if stream.stopped:
+            break
+    assert ids[: len(begun)] == begun and emitted == " ag" and stream.stopped
+    assert tokenizer.decode(complete + stream.emitted_tokens()) == "The street ag"
 
 
 def test_empty_stop_string_is_rejected() -> None:

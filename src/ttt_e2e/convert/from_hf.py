@@ -26,7 +26,7 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.hf_files import CONFIG, StoredTensor, find_checkpoint, stored_tensors
 from ttt_e2e.convert.learning import LearningOptions, config_from_source
-from ttt_e2e.convert.model_folder import WriteRows, model_folder, parameter_shapes, require_shapes
+from ttt_e2e.convert.model_folder import WriteRows, finite, model_folder, parameter_shapes, require_shapes
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import read_json
@@ -94,6 +94,8 @@ def convert_from_hf(
     source = read_source(read_json(folder / CONFIG), folder / CONFIG)
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     vocab_size = source.settings["vocab_size"]
+    if tokenizer is not None:
+        tokenizer.leave_out(vocab_size)
     tokens = vocab_size if tokenizer is None else tokenizer.vocab_size
     if tokens > vocab_size:
         raise UserError(
@@ -118,7 +120,8 @@ def convert_from_hf(
         for copy in tqdm(copies, "converting", disable=not progress, leave=False):
             for rows in _row_blocks(copy.shape, copy.rows):
                 row = copy.target_row + rows.start - (copy.rows.start or 0)
-                write_rows(copy.target, row, stored[copy.source].read(rows, copy.columns))
+                weights = stored[copy.source].read(rows, copy.columns)
+                write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {folder}"))
         _write_new_parameters(config, options.fast == "new", write_rows)
         if tokenizer is not None:
             shutil.copyfile(folder / TOKENIZER, part / TOKENIZER)

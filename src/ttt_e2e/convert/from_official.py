@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import preset
 from ttt_e2e.config.schema import ModelConfig, RunConfig
-from ttt_e2e.convert.model_folder import Shapes, model_folder, parameter_shapes, require_shapes
+from ttt_e2e.convert.model_folder import Shapes, finite, model_folder, parameter_shapes, require_shapes
 from ttt_e2e.convert.orbax import find_step, stored_arrays
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -188,7 +188,8 @@ def convert_from_official(
         bar = tqdm(copies, unit="array", disable=not progress)
         for (source, is_stacked), group in itertools.groupby(bar, lambda copy: (copy.source, copy.layer is not None)):
             for copy, values in zip(group, arrays[source].read(is_stacked), strict=True):
-                write_rows(copy.target, copy.target_row, copy.transform(values))
+                weights = finite(values, dtype, source, f"The checkpoint {found}")
+                write_rows(copy.target, copy.target_row, copy.transform(weights))
         if loaded is not None:
             loaded.save(part / TOKENIZER)
     return OfficialConversion(found, parameters(config), str(dtype).removeprefix("torch."))

@@ -10,6 +10,7 @@ import torch
 
 from ttt_e2e.config.schema import ATTENTIONS, ModelConfig
 from ttt_e2e.convert.learning import LearningOptions, SourceModel, config_from_source
+from ttt_e2e.convert.model_folder import finite
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_transformer, save_model
 from ttt_e2e.model.transformer import Transformer
@@ -79,7 +80,10 @@ def convert_from_standard(folder: Path, out: Path, options: LearningOptions) -> 
         raise UserError(f"{out} exists; name another folder for the model, or remove it first.")
     config = learning_config(load_config(folder), options)
     tokenizer = folder / TOKENIZER
-    converted = warm_start(load_transformer(folder), config)
+    model = load_transformer(folder)
+    for name, weight in model.named_parameters():
+        finite(weight, torch.float32, name, f"The model in {folder}")
+    converted = warm_start(model, config)
     notes = {"source": str(folder), "fast": options.fast}
     save_model(converted, out, tokenizer if tokenizer.is_file() else None, notes=notes)
     return config

@@ -56,7 +56,10 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
 def _family(values: "_Values") -> str:
     family = values.get("model_type", "nothing")
     known = ", ".join(FAMILIES.values())
-    if any("experts" in name for name in values.content) or "moe" in str(family) or family == "mixtral":
+    # A field such as num_experts may say that there are none; num_experts_per_tok counts those of a token.
+    counts = [value for name, value in values.content.items() if "experts" in name and "per_tok" not in name]
+    has_experts = any(value is True or value not in (None, False, 0, 1, []) for value in counts)
+    if has_experts or "moe" in str(family) or family == "mixtral":
         raise UserError(f"{values.where} is a mixture of experts ({family}), which cannot be converted; {known} can.")
     if family not in FAMILIES:
         raise UserError(f"{values.where} says model_type {family!r}, which cannot be converted; {known} can.")

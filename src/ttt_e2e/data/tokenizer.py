@@ -1,10 +1,18 @@
-"""Tokenizers: a byte-level BPE that is trained here, or an existing one. Long texts are encoded in segments."""
+"""Tokenizers: a byte-level BPE that is trained here, or an existing one. Long texts are encoded in segments.
+
+A tokenizer normalises a text, splits it into words and encodes each word by itself. So a text may be cut between two
+words, if each side is normalised and split as in the whole text. That is tried out, with some text on both sides of the
+cut, since a tokenizer may do anything. Where a text is one long word, as for Llama 2, a BPE may still be cut between
+two characters that no token holds next to each other: they are never merged.
+"""
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +21,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from ttt_e2e.data.text import CHUNK_BYTES, read_text, slices
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import write_text
+from ttt_e2e.files import read_json, write_text
 
 BOS = "<|bos|>"
 _BOS_NAMES = (
@@ -28,33 +36,14 @@ _SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")  # of the transformers library
 SEGMENT_CHARS = 1 << 14
 _MAX_VOCAB_SIZE = 1 << 20  # four times the largest published ones
+MAX_SEGMENT_CHARS = 1 << 24  # which take about two gigabytes while they are encoded
+_CONTEXT_CHARS = 64  # that are looked at on each side of a cut
+_TRIES = 32  # places for a cut after a word that are looked at in a block
 _LINE_START = re.compile(r"\n(?=\S)")
-
-
-def segments(chunks: Iterable[str], min_chars: int) -> Iterator[list[str]]:
-    """Cut a text that comes in chunks into segments; yield, for each chunk, the segments that it completes.
-
-    A segment ends before the first unindented line after `min_chars` characters, or after 4 * `min_chars` characters.
-    So the cuts depend on the text alone, not on how it was split into chunks.
-    """
-    max_chars = 4 * min_chars
-    text = ""
-    for chunk in chunks:
-        text += chunk
-        start, complete = 0, []
-        while (line := _LINE_START.search(text, start + min_chars - 1, start + max_chars)) or len(
-            text
-        ) - start >= max_chars:
-            end = line.end() if line else start + max_chars
-            complete.append(text[start:end])
-            start = end
-        text = text[start:]
-        if complete:
-            yield complete
-    if text:
-        yield [text]
+_WORD_END = re.compile(r"\w(?= \w)|\w(?=[^\w\s])|[^\W\d](?=\d)")
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -77,7 +66,9 @@ class Tokenizer:
         vocab_size: the largest id plus one.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, name: str = "The tokenizer") -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, name: str = "The tokenizer", bos_token: str | None = None
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -85,11 +76,14 @@ class Tokenizer:
         self.special: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
         # A special token comes first: a large vocabulary may spell such a name as an ordinary token.
         ids = [*map(self.special.get, _BOS_NAMES), *map(backend.token_to_id, _BOS_NAMES)]
-        bos = next((token for token in ids if token is not None), None)
+        usual = next((token for token in ids if token is not None), None)
+        named = None if bos_token is None else backend.token_to_id(bos_token)
+        bos = usual if named is None else named
         if bos is None:
             raise UserError(f"{name} has no token that begins a document; add one of {', '.join(_BOS_NAMES)}.")
         self.backend = backend
         self.bos: int = bos
+        self._names_bos = bos != usual
         self.end_ids = frozenset({bos})
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
 
@@ -110,7 +104,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> "Tokenizer":
-        """Load a `tokenizer.json`, a folder that has one, or a tokenizer by its name on Hugging Face."""
+        """Load a `tokenizer.json`, a folder that has one, or a tokenizer by its name on Hugging Face.
+
+        BOS is what the tokenizer_config.json beside it names, or else the token with one of the usual names.
+        """
         path = Path(path_or_name).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
         if path.exists() or path.suffix == ".json" or path.is_absolute() or len(path.parts) > 2:
@@ -119,7 +116,7 @@ class Tokenizer:
                 backend = tokenizers.Tokenizer.from_str(text)
             except Exception as error:  # the library raises bare Exception
                 raise UserError(f"{path} is not a tokenizer of the tokenizers library: {error}") from error
-            return cls(backend, str(path))
+            return cls(backend, str(path), _named_bos(path.parent))
         try:
             backend = tokenizers.Tokenizer.from_pretrained(str(path_or_name))
         except Exception as error:
@@ -128,31 +125,138 @@ class Tokenizer:
                 f"{path_or_name} is neither a file or folder here nor a tokenizer that could be downloaded from "
                 f"Hugging Face ({reason}); check the name and the connection."
             ) from error
-        return cls(backend, str(path_or_name))
+        from huggingface_hub import hf_hub_download
+
+        folder = Path()
+        with suppress(Exception):  # a tokenizer may come without it
+            folder = Path(hf_hub_download(str(path_or_name), _SETTINGS[0])).parent
+        return cls(backend, str(path_or_name), _named_bos(folder) if folder.name else None)
+
+    def leave_out(self, first: int) -> None:
+        """Do without the added tokens from the id `first` on, of which a model has no embedding.
+
+        `vocab_size` is then `first`, and a text that needs one of these tokens is refused. Nothing changes where
+        there are none, or where ordinary tokens or BOS are among them.
+        """
+        ordinary = self.backend.get_vocab(with_added_tokens=False).values()
+        if max(self.bos, *ordinary) < first < self.vocab_size:
+            self.vocab_size = first
 
     def encode(self, text: str) -> np.ndarray:
-        """The token ids of `text` as an int64 array, without special ones; raises UserError for lone surrogates."""
+        """The token ids of `text` as an int64 array, without special ones.
+
+        Raises UserError for lone surrogates, for tokens that were left out, and for a very long text without any place
+        to cut it.
+        """
         return np.concatenate([np.empty(0, np.int64), *self.encode_chunks(slices(text, CHUNK_BYTES))])
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode a text that comes in chunks, on several cores; yields int64 arrays of token ids.
 
-        Joined, they equal `encode` of the whole text, however it is split. Little more than a chunk is in memory.
+        Joined, they equal the ids of the whole text, however it is split. Little more than a chunk is in memory, unless
+        there is no place to cut the text. Raises UserError as `encode` does.
         """
-        for batch in segments(chunks, SEGMENT_CHARS):
-            try:
-                encodings = self.backend.encode_batch_fast(batch, add_special_tokens=False)
-            except TypeError as error:
-                raise UserError("The text holds half of a surrogate pair; remove it.") from error
-            for encoding in encodings:
-                yield np.array(encoding.ids, np.int64)
+        for batch in self._segments(chunks):
+            before = self._encode_batch([context for context, _ in batch])
+            both = self._encode_batch([context + segment for context, segment in batch])
+            for (context, _), context_ids, ids in zip(batch, before, both, strict=True):
+                found = np.array(ids[len(context_ids) if context else 0 :], np.int64)
+                if found.max(initial=-1) >= self.vocab_size:
+                    unknown = self.backend.id_to_token(int(found.max()))
+                    raise UserError(f"The text holds {unknown!r}, of which the model has no embedding; remove it.")
+                yield found
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except TypeError as error:
+            raise UserError("The text holds half of a surrogate pair; remove it.") from error
+
+    def _segments(self, chunks: Iterable[str]) -> Iterator[list[tuple[str, str]]]:
+        """Cut a text that comes in chunks; yields, for each chunk, the segments that it completes.
+
+        Each comes with some of the text before it. A segment ends before the first unindented line after
+        `SEGMENT_CHARS` characters or, if three times as many have none, after a word; and only where `_can_cut`. So the
+        cuts depend on the text alone, not on how it was split into chunks.
+        """
+        margin = max(_CONTEXT_CHARS, *(len(t.content) for t in self.backend.get_added_tokens_decoder().values()), 0)
+        size, text, start = SEGMENT_CHARS, "", 0
+        block = place = size  # the first places for a cut at all, and for one before a line
+        for chunk in chunks:
+            text += chunk
+            complete = []
+            while True:
+                line = _LINE_START.search(text, place - 1, block + 3 * size)
+                if line and line.end() + margin <= len(text):
+                    places = [line.end()]
+                    place = line.end() + size // 16 + 1
+                elif block + 3 * size + margin <= len(text):
+                    words = _WORD_END.finditer(text, block, block + 3 * size)
+                    places = [word.end() for word in islice(words, _TRIES)]
+                    block = place = block + 3 * size
+                else:
+                    break
+                cut = next((one for one in places if self._can_cut(text, one, margin)), None)
+                if cut is not None:
+                    complete.append((text[max(0, start - margin) : start], text[start:cut]))
+                    start, block, place = cut, cut + size, cut + size
+                elif block - start > MAX_SEGMENT_CHARS:
+                    raise UserError(
+                        f"The text has {MAX_SEGMENT_CHARS:,} characters without a place where this tokenizer's tokens "
+                        "would be the same if it were cut there; break it into lines."
+                    )
+            unneeded = max(0, start - margin)
+            text, start, block, place = text[unneeded:], start - unneeded, block - unneeded, place - unneeded
+            if complete:
+                yield complete
+        if start < len(text):
+            yield [(text[:start], text[start:])]
+
+    def _can_cut(self, text: str, place: int, margin: int) -> bool:
+        """Whether the tokens of `text` stay the same if it is cut before the character `place`."""
+        found = []
+        for size in (margin, margin - 1):  # without a common divisor, for tokenizers that count characters
+            before = text[max(0, place - size) : place]
+            both = before + text[place : place + margin]
+            ids, all_ids = self._encode_batch([before, both])
+            words, all_words = self._words(before), self._words(both)
+            joined, all_joined = "".join(words), "".join(all_words)
+            if ids != all_ids[: len(ids)] or not (
+                words == all_words[: len(words)]
+                or (all_joined.startswith(joined) and self._never_merges(all_joined[len(joined) - 1 : len(joined) + 1]))
+            ):
+                return False
+            found.append((all_ids[len(ids) :], all_words[len(words) :]))
+        return found[0] == found[1]
+
+    def _words(self, text: str) -> list[str]:
+        """What `text` is split into before each part is encoded by itself."""
+        normalizer, splitter = self.backend.normalizer, self.backend.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return [text] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
+
+    def _never_merges(self, pair: str) -> bool:
+        """Whether the model encodes a word that contains `pair` as if it were cut between these two characters."""
+        model = self.backend.model
+        if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
+            return False
+        known = model.byte_fallback or not model.fuse_unk or all(model.token_to_id(one) is not None for one in pair)
+        return len(pair) == 2 and known and pair not in self._spellings
+
+    @cached_property
+    def _spellings(self) -> str:
+        """All tokens of the model's vocabulary, one after the other."""
+        return "\0".join(self.backend.get_vocab(with_added_tokens=False))
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of token ids; special tokens are left out, an incomplete character becomes U+FFFD."""
         return self.backend.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
 
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json`, complete or not at all."""
+        """Write a `tokenizer.json`, complete or not at all, and beside it the name of BOS where that is needed."""
+        if self._names_bos:
+            settings = {"bos_token": self.backend.id_to_token(self.bos)}
+            write_text(Path(path).with_name(_SETTINGS[0]), json.dumps(settings, indent=2) + "\n")
         write_text(Path(path), self.backend.to_str(pretty=True))
 
     @cached_property
@@ -160,3 +264,13 @@ class Tokenizer:
         """SHA-256 of the tokenizer's canonical JSON; tokenizers with the same digest encode alike."""
         canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _named_bos(folder: Path) -> str | None:
+    """The token that the settings in `folder` name as BOS, if they name one."""
+    for name in _SETTINGS:
+        token = read_json(folder / name).get("bos_token") if (folder / name).is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    return None

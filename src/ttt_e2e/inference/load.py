@@ -41,6 +41,7 @@ def load_model(folder: str | Path | None = None, device: str | torch.device = "c
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; put the tokenizer that made its training tokens there.")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer.leave_out(model.config.vocab_size)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but its model has a vocabulary of "

@@ -36,5 +36,6 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     # Such a tokenizer writes every byte as one character. Added tokens are written in plain text, if at all.
     sizes = np.array([len(backend.id_to_token(i) or "") for i in range(tokenizer.vocab_size)])
     for i, added in backend.get_added_tokens_decoder().items():
-        sizes[i] = 0 if added.special else len(added.content.encode())
+        if i < len(sizes):
+            sizes[i] = 0 if added.special else len(added.content.encode())
     return sizes

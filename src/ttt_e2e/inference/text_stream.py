@@ -27,8 +27,9 @@ class TextStream:
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self._stop:
             raise UserError("A stop string is empty, so there would be no text at all; leave it out.")
-        # Some tokenizers drop a space where a text begins, so decoding needs what came before.
-        self._context = [int(token) for token in context[-_CONTEXT:]]
+        # Some tokenizers drop a space where a text begins, so decoding needs what came before, special tokens aside.
+        self._special = frozenset(tokenizer.special.values())
+        self._context = self._ordinary(context)[-_CONTEXT:]
         while self._context and tokenizer.decode(self._context).startswith(_BROKEN):
             del self._context[0]  # it is the end of a character
         self._tokens: list[int] = []
@@ -44,7 +45,10 @@ class TextStream:
     def add(self, token: int) -> str:
         """Add a token; returns the text that cannot change any more, which may be empty."""
         if not self.has_pending:
-            self._context, self._tokens, self._emitted = self._tokens or self._context, [], 0
+            last = self._ordinary(self._tokens)
+            # Tokens that show nothing by themselves do not stand for a text before.
+            self._context = last if self._tokenizer.decode(last) else self._context + last
+            self._tokens, self._emitted = [], 0
         self._tokens.append(token)
         self._text = self._decode(self._tokens)
         whole = self._text.rstrip(_BROKEN)  # some tokenizers give one for every byte of an incomplete character
@@ -62,12 +66,22 @@ class TextStream:
         counts = range(len(self._tokens), -1, -1)
         whole = next(n for n in counts if emitted.startswith(self._decode(self._tokens[:n])))
         kept = self._tokens[:whole]
-        return [*kept, *self._tokenizer.encode(emitted[len(self._decode(kept)) :]).tolist()]
+        rest = emitted[len(self._decode(kept)) :]
+        anew: list[list[int]] = []
+        for before in ("", "\n", self._tokenizer.decode(self._context + kept)):  # some begin a text with a space
+            ids = self._tokenizer.encode(before + rest).tolist()
+            anew.append(ids[len(self._tokenizer.encode(before)) :])
+            if self._decode(kept + anew[-1]) == emitted:
+                return kept + anew[-1]
+        return kept + anew[0]
 
     def _emit(self, stop: int) -> str:
         text = self._text[self._emitted : max(stop, self._emitted)]
         self._emitted += len(text)
         return text
+
+    def _ordinary(self, tokens: Sequence[int] | np.ndarray) -> list[int]:
+        return [int(token) for token in tokens if int(token) not in self._special]
 
     def _decode(self, tokens: list[int]) -> str:
         before = self._tokenizer.decode(self._context)
