@@ -1,6 +1,7 @@
 """Who may use the service and how much: keys, owners, other sites, rates, sizes of bodies."""
 
 import functools
+import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,17 +19,21 @@ from server_helpers import (
     client_of,
     connection_to,
     error_of,
+    log_lines,
     send_post,
     served,
     until,
 )
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.server.app import create_app
 from ttt_e2e.server.keys import KEYS_VARIABLE, LOCAL, Keys, check_host, load_keys
 from ttt_e2e.server.middleware.access import TokenBucket
+from ttt_e2e.server.settings import Settings
 
 ANNA, BERT = "a-long-key-for-anna-1", "another-key-for-bert"
-KEYS = Keys({"anna": ANNA, "bert": BERT})
+OPERATOR = "the-key-of-the-operator"
+KEYS = Keys({"anna": ANNA, "bert": BERT, "operator": OPERATOR})
 
 
 def as_(key: str) -> dict[str, str]:
@@ -186,7 +191,41 @@ def test_rate_is_limited_per_key(engine: FakeEngine, monkeypatch: pytest.MonkeyP
         error_of(response, 429)
         assert response.headers["retry-after"] == "20"
         assert client.get("/v1/models", headers=as_(BERT)).status_code == 200
-        assert client.get("/metrics", headers=as_(ANNA)).status_code == 200
+        assert client.get("/health", headers=as_(ANNA)).status_code == 200
+
+
+def test_requests_without_a_valid_key_are_limited_per_address(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = functools.partial(TokenBucket, clock=lambda: 0.0)
+    monkeypatch.setattr("ttt_e2e.server.middleware.access.TokenBucket", stopped)
+    monkeypatch.setattr("ttt_e2e.server.middleware.access._MAX_ADDRESSES", 2)
+    app = create_app(engine, Settings("tiny", KEYS, refusals_per_minute=2))  # type: ignore[arg-type]
+
+    def client(address: str) -> TestClient:
+        return TestClient(app, base_url="http://localhost", client=(address, 5))
+
+    def statuses(address: str, headers: dict[str, str]) -> list[int]:
+        return [client(address).get("/v1/models", headers=headers).status_code for _ in range(3)]
+
+    with log_lines() as lines:
+        assert statuses("10.0.0.1", as_("wrong")) == [401, 401, 429]
+    assert [json.loads(line)["status"] for line in lines] == [401, 401]
+    response = client("10.0.0.1").post("/v1/models", headers={"origin": "http://evil.example"}, content="x" * 9)
+    assert "address" in error_of(response, 429)["message"]
+    assert response.headers["retry-after"] == "30" and response.headers["connection"] == "close"
+    assert statuses("10.0.0.1", as_(ANNA)) == [200] * 3
+    assert client("10.0.0.1").get("/health").status_code == 200
+    assert statuses("2001:db8::1", {}) == [401, 401, 429]
+    assert statuses("2001:db8::2", {}) == [429] * 3  # anybody can choose the rest of such an address
+    assert statuses("2001:db8:0:1::2", {}) == [401, 401, 429]  # the third address; the first one is forgotten
+    assert statuses("10.0.0.1", {}) == [401, 401, 429]
+
+
+def test_metrics_are_for_the_operator(keyed: TestClient, client: TestClient) -> None:
+    assert error_of(keyed.get("/metrics", headers=as_(ANNA)), 403)["code"] == "not_the_operator"
+    assert "ttt_e2e_requests_total" in keyed.get("/metrics", headers=as_(OPERATOR)).text
+    assert client.get("/metrics").status_code == 200
 
 
 def test_open_requests_are_limited_per_key(engine: FakeEngine) -> None:

@@ -23,6 +23,7 @@ EPILOG = """examples:
 
 Ctrl-C or SIGTERM stops it; everything that was confirmed to clients is on disk."""
 
+_QUEUED_CONNECTIONS = 128  # by the system, until they are accepted
 _MAX_FILE_BYTES = 4 << 30  # of an imported session: with full attention sessions grow without bound
 
 
@@ -87,12 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
         from ttt_e2e.inference.session_file import DTYPES
         from ttt_e2e.server.app import create_app
         from ttt_e2e.server.chat import load_chat_format
+        from ttt_e2e.server.connections import ACCEPTED_AT_ONCE, bounded_protocol, connection_limit
         from ttt_e2e.server.engine.engine import Engine
         from ttt_e2e.server.engine.store import Store
         from ttt_e2e.server.middleware.logs import configure_logging
         from ttt_e2e.server.settings import Settings
 
         configure_logging()
+        protocol = bounded_protocol(connection_limit())
         store = Store(arguments.data)
         model, tokenizer = open_model(arguments)
         folder = arguments.model or shipped_model()
@@ -115,6 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
         app = create_app(engine, settings)
         config = uvicorn.Config(
             app,
+            http=protocol,
+            ws="none",
+            loop="asyncio",
+            backlog=ACCEPTED_AT_ONCE,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -130,6 +137,10 @@ def run(arguments: argparse.Namespace) -> int:
         class Server(uvicorn.Server):
             async def on_tick(self, counter: int) -> bool:
                 return await super().on_tick(counter) or store.lost is not None
+
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                listener.listen(_QUEUED_CONNECTIONS)  # uvicorn has made it as short as what is accepted at once
 
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
                 # Requests that do not end in time get an error response before uvicorn would cut them off.
@@ -157,7 +168,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(_QUEUED_CONNECTIONS)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -20,6 +20,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.server.api import openai, sessions
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.errors import ApiError, ErrorBody, error_response, is_expected
+from ttt_e2e.server.keys import OPERATOR
 from ttt_e2e.server.middleware.access import AccessMiddleware
 from ttt_e2e.server.middleware.logs import RequestLogMiddleware, log_entry
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
@@ -70,8 +71,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     key_in_schema = [Depends(HTTPBearer(auto_error=False))] if settings.keys else []
 
     @app.get("/metrics", tags=["service"], response_class=Response, responses={200: text}, dependencies=key_in_schema)
-    async def get_metrics() -> Response:
-        """Metrics for Prometheus."""
+    async def get_metrics(request: Request) -> Response:
+        """Metrics for Prometheus; where there are keys, for the one named operator."""
+        if settings.keys and request.state.caller.name != OPERATOR:
+            raise ApiError(403, f"Only the key that is named {OPERATOR} may read the metrics.", "not_the_operator")
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(openai.routes(engine, settings, metrics), dependencies=key_in_schema)

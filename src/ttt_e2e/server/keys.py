@@ -23,6 +23,8 @@ class Caller:
 
 
 LOCAL = Caller("local", "local")
+OPERATOR = "operator"
+"""The name of the key with which the metrics may be read, which show what all keys do together."""
 
 
 class Keys:

@@ -11,8 +11,9 @@ class Settings:
     """What the service is called, how it formats messages, and what one client may request.
 
     model_name: in the API. keys: without any, all clients are one owner. body_bytes: size of a text. file_bytes: size
-    of a session file, if more than `body_bytes`. requests_per_minute: per key. generations: how many a key may have
-    running at once; further ones wait. open_requests: how many a key may have open at once; further ones are refused.
+    of a session file, if more than `body_bytes`. requests_per_minute: per key. refusals_per_minute: how many requests
+    without a valid key are answered in full, per address of a client. generations: how many a key may have running at
+    once; further ones wait. open_requests: how many a key may have open at once; further ones are refused.
     """
 
     model_name: str
@@ -21,5 +22,6 @@ class Settings:
     body_bytes: int = 64 << 20
     file_bytes: int = 0
     requests_per_minute: int = 600
+    refusals_per_minute: int = 60
     generations: int = 32
     open_requests: int = 128

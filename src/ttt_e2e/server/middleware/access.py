@@ -1,6 +1,8 @@
 """Access control before every request: API key, origin, requests per minute, and size of the body."""
 
 import asyncio
+import ipaddress
+import logging
 import math
 import time
 from collections import defaultdict
@@ -18,6 +20,8 @@ from ttt_e2e.server.settings import Settings
 _PUBLIC_PATHS = ("/", "/health", "/openapi.json")  # these need no key
 DRAIN_SECONDS = 1.0  # how long the body of a refused request is discarded
 _MAX_JSON_BYTES = 4 << 20  # JSON is held in memory
+_MAX_ADDRESSES = 10_000  # of refused clients that are remembered
+_log = logging.getLogger(__name__)
 
 
 class TokenBucket:
@@ -44,6 +48,7 @@ class AccessMiddleware:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
         self.buckets: dict[str, TokenBucket] = {}  # by owner
+        self.refusals: dict[str, TokenBucket] = {}  # by address, the one made last at the end
         self.open_requests: defaultdict[str, int] = defaultdict(int)  # by owner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,8 +58,13 @@ class AccessMiddleware:
             return
         try:
             limited_receive = self._admit(scope, receive)
-        except ApiError as error:
-            if "expect" not in Headers(scope=scope):  # else the body has not been sent, and draining would request it
+        except ApiError as refusal:
+            error = refusal
+            if "caller" not in scope["state"] and (wait := self._count_refusal(scope)):
+                message = f"Too many requests without a valid key from this address; try again in {wait} s."
+                headers = {"retry-after": str(wait), "connection": "close"}
+                error = ApiError(429, message, "rate_limit_exceeded", headers=headers)
+            elif "expect" not in Headers(scope=scope):  # else the body has not been sent; draining would request it
                 await _drain(receive)
             await error_response(error)(scope, receive, send)
             return
@@ -111,6 +121,18 @@ class AccessMiddleware:
 
         return limited_receive
 
+    def _count_refusal(self, scope: Scope) -> int:
+        """Count a refused request without a valid key; returns 0, or in how many seconds it would be answered fully."""
+        address = _network((scope.get("client") or ("",))[0])
+        if address not in self.refusals and len(self.refusals) >= _MAX_ADDRESSES:
+            del self.refusals[next(iter(self.refusals))]
+        bucket = self.refusals.setdefault(address, TokenBucket(self.settings.refusals_per_minute))
+        wait = math.ceil(bucket.take())
+        if wait:
+            scope["state"]["log_entry"].silent = True
+            _log.warning("An address sends many requests without a valid key; they get status 429 and are not logged.")
+        return wait
+
     def _check_site(self, headers: Headers) -> None:
         """Refuse pages of other sites that a browser on this machine may show."""
         host = headers.get("host", "")
@@ -123,6 +145,14 @@ class AccessMiddleware:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "This service does not answer pages of other sites.", "wrong_origin")
+
+
+def _network(address: str) -> str:
+    """The part of an address that a client cannot choose at will: of an IPv6 address half."""
+    try:
+        return str(ipaddress.IPv6Network((address, 64), strict=False))
+    except ValueError:
+        return address
 
 
 async def _drain(receive: Receive) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import secrets
 import sys
 import time
@@ -20,17 +21,22 @@ from ttt_e2e.server.engine.records import StoppingError
 from ttt_e2e.server.errors import error_response
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
 
+SECONDS_BETWEEN_EQUAL_LINES = 60.0
 _log = logging.getLogger("ttt_e2e.server.requests")
 
 
 @dataclass
 class LogEntry:
-    """What the log will say about a request, filled in while it is served. key: the name of the key."""
+    """What the log will say about a request, filled in while it is served.
+
+    key: the name of the key. silent: no line is written, as there would be too many of this kind.
+    """
 
     key: str | None = None
     tokens_read: int = 0
     tokens_written: int = 0
     error: str | None = None
+    silent: bool = False
 
     def set_error(self, error: BaseException) -> None:
         """Record an error that the operator of the service should look into."""
@@ -91,11 +97,15 @@ class RequestLogMiddleware:
             line = {"request": request_id, "key": entry.key, "method": method, "route": route, "status": final}
             line |= {"ms": round(1000 * seconds, 1), "tokens_read": entry.tokens_read}
             line |= {"tokens_written": entry.tokens_written} | ({"error": entry.error} if entry.error else {})
-            _log.log(logging.INFO if final < 500 else logging.ERROR, _json_line(**line))
+            if not entry.silent:
+                _log.log(logging.INFO if final < 500 else logging.ERROR, _json_line(**line))
 
 
 def configure_logging() -> None:
-    """Send the request log, and warnings of the service and its libraries, to standard error."""
+    """Send the request log, and warnings of the service and its libraries, to standard error.
+
+    The same warning appears once a minute at most: clients can cause some as often as they like.
+    """
     plain = logging.StreamHandler(sys.stderr)
     plain.setFormatter(logging.Formatter("%(message)s"))
     _log.addHandler(plain)
@@ -105,6 +115,7 @@ def configure_logging() -> None:
     others.setFormatter(_JsonFormatter())
     # If the service cannot start, the command says why in a sentence.
     others.addFilter(lambda record: not record.getMessage().startswith("Traceback "))
+    others.addFilter(_Seldom())
     for name in ("ttt_e2e", "uvicorn", "asyncio", "python_multipart"):
         logger = logging.getLogger(name)
         logger.handlers = [others]
@@ -114,9 +125,29 @@ def configure_logging() -> None:
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        error = record.exc_info[1] if record.exc_info else None
-        name = {"error": _describe_error(error)} if error else {}
-        return _json_line(level=record.levelname.lower(), message=record.getMessage().partition("\n")[0], **name)
+        return _json_line(level=record.levelname.lower(), **_content(record))
+
+
+class _Seldom(logging.Filter):
+    """Passes each message once in `SECONDS_BETWEEN_EQUAL_LINES`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[tuple[str, ...], float] = {}  # when each message was last passed
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now, content = time.monotonic(), tuple(_content(record).values())
+        if now - self._passed.get(content, -math.inf) < SECONDS_BETWEEN_EQUAL_LINES:
+            return False
+        if len(self._passed) >= 1000:
+            self._passed.clear()
+        self._passed[content] = now
+        return True
+
+
+def _content(record: logging.LogRecord) -> dict[str, str]:
+    error = record.exc_info[1] if record.exc_info else None
+    return {"message": record.getMessage().partition("\n")[0]} | ({"error": _describe_error(error)} if error else {})
 
 
 def _describe_error(error: BaseException) -> str:
