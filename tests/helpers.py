@@ -3,12 +3,9 @@
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -56,15 +53,6 @@ def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: ob
             if parameter.dim() == 1 or ".fast.up_" in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
     return model
-
-
-@contextmanager
-def reference_operators() -> Iterator[None]:
-    """The definitions of all operators in place of the fast functions, as a compiler is given them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("attention.inner_loop", "clipped_step", "elementwise"):
-            patch.setattr(f"ttt_e2e.ops.{module}.is_compiling", lambda: True)
-        yield
 
 
 def made_up_tokens(folder: Path, documents: int) -> Path:

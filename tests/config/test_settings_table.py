@@ -36,14 +36,17 @@ def as_written(value: Any) -> str:
 
 
 def rows(cls: Any, prefix: str = "") -> list[str]:
-    """A row for every setting: its full name, its default and its docstring."""
+    """A row for every setting: its full name, its default, its range and its docstring."""
     texts, found = docstrings(cls), []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.default):
             found += rows(type(field.default), f"{prefix}{field.name}.")
         else:
             assert field.name in texts, f"{cls.__name__}.{field.name} has no docstring"
-            found.append(f"| `{prefix}{field.name}` | {as_written(field.default)} | {texts[field.name]} |")
+            range_ = schema.ranges_of(cls).get(field.name)
+            ends = "" if range_ is None else f"{schema.as_text(range_.low)} to {schema.as_text(range_.high)}"
+            cells = (f"`{prefix}{field.name}`", as_written(field.default), ends, texts[field.name])
+            found.append(f"| {' | '.join(cells)} |")
     return found
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers import small_model
 
 from ttt_e2e.data.text import Document
@@ -22,6 +23,17 @@ DOCUMENTS = [Document(f"d{i}", TEXT[: 20 + 160 * i] * (1 + i % 2)) for i in (3, 
 def alone(document: Document, learn: bool) -> np.ndarray:
     session = Session(MODEL, TOKENIZER, learn=learn)
     return np.concatenate((session.read(document.text), session.score_pending()))
+
+
+@pytest.mark.parametrize("pattern", ["window", "full", "mamba2,window", "titans,window"])
+def test_evaluation_in_float64_is_that_in_float32(pattern: str) -> None:
+    settings = {"pattern": tuple(pattern.split(",")), "inner_loop__lr": 0.1, "mini_batch_size": 4}
+    model = small_model(vocab_size=TOKENIZER.vocab_size, **settings)
+    one, other = (
+        evaluate_documents(model, TOKENIZER, DOCUMENTS[:2], dtype=dtype, max_tokens=40, progress=False)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert one.loss == pytest.approx(other.loss, abs=1e-4) and one.loss != other.loss
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

@@ -32,3 +32,11 @@ def test_find_divergence(loss: float, norm: float, position: int, learns: bool, 
 def test_find_divergence_blames_the_model_if_nothing_was_learned(position: int, learns: bool) -> None:
     with pytest.raises(Diverged, match="nothing was learned; its weights are not fit for use"):
         find_divergence(np.array([math.nan]), 0.0, position, 50, learns=learns)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 3, 20])
+def test_few_tokens_to_choose_from_are_no_cause_for_alarm(vocab_size: int) -> None:
+    """A sound model may give a token a probability of 1e-9, whatever the vocabulary."""
+    assert find_divergence(np.array([-math.log(1e-9)]), 1.0, 5, vocab_size, learns=True) is None
+    for loss in (30.1, math.inf, math.nan):
+        assert find_divergence(np.array([loss]), 1.0, 5, vocab_size, learns=True) is not None

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import reference_operators, small_config, small_model
+from helpers import small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +14,7 @@ from ttt_e2e.inner_loop.meta_loss import mini_batch_mean, sequence_loss
 from ttt_e2e.inner_loop.recompute import RecomputedLoop
 from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch, inner_gradient_reference, inner_step
 from ttt_e2e.model.transformer import MLP, Transformer
+from ttt_e2e.ops.derivatives import definitions
 from ttt_e2e.ops.elementwise import Vjp
 
 F64 = torch.float64
@@ -116,7 +117,7 @@ def test_the_inner_gradient_is_autograds(shape: str, length: int) -> None:
     """The chain of pulls gives the losses and the outer gradient that autograd gives through its own inner gradient."""
     model = small_model(F64, **SHAPES[shape])
     written_out = gradient(model, tokens(length), bos=3)
-    with reference_operators():
+    with definitions():
         loss, grad = gradient(model, tokens(length), bos=3, functions=EAGER._replace(inner_step=by_reference))
     assert loss == pytest.approx(written_out[0], rel=1e-12)
     torch.testing.assert_close(grad, written_out[1], rtol=1e-9, atol=1e-12)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import reference_operators, small_config, small_model
+from helpers import small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,6 +27,7 @@ from ttt_e2e.inner_loop.step import inner_gradient_reference, inner_step
 from ttt_e2e.model.checkpoint import load_transformer, save_model
 from ttt_e2e.model.cost import fast_weights, state_bytes
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.ops.derivatives import definitions
 from ttt_e2e.ops.elementwise import swiglu_reference
 from ttt_e2e.ops.fast_mlp import FastWeights, LowRankWeights, low_rank_mlp
 from ttt_e2e.ops.linear import weight_gradient
@@ -114,7 +115,7 @@ def test_the_outer_gradient_equals_that_of_whole_matrices(shape: str, recompute:
     model = small_model(F64, **RANKS[shape])
     out = sequence_loss(model, tokens(23), dtype=F64, activation_checkpointing=recompute)
     ours = torch.autograd.grad(out.loss, tuple(model.parameters()))
-    with reference_operators(), pytest.MonkeyPatch.context() as patch:
+    with definitions(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("ttt_e2e.model.transformer.low_rank_mlp", by_whole_matrices)
         plain = sequence_loss(model, tokens(23), dtype=F64, functions=EAGER._replace(inner_step=by_reference))
         theirs = torch.autograd.grad(plain.loss, tuple(model.parameters()))

@@ -1,5 +1,7 @@
 """The inner loop's update against its definition."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,3 +100,37 @@ def test_clipped_step_is_finite_at_zero() -> None:
     new, norm = clipped_step(weights, gradients, 1.0, 0.5)
     assert torch.equal(new[0], weights[0]) and (norm == 0).all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(new[0].square().sum(), weights + gradients))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip", [0.1, 1.0, 3.0, 1e-18, 1e18])
+def test_a_gradient_whose_norm_is_the_clip_is_clipped(clip: float, dtype: torch.dtype) -> None:
+    """As in optax: only a smaller norm is left alone, so that the derivative goes through the norm, once either way."""
+    gradient = torch.tensor([[[clip, 0.0]]], dtype=dtype, requires_grad=True)
+    weight = torch.zeros_like(gradient, requires_grad=True)
+    along = torch.tensor([[[1.0, 1.0]]], dtype=dtype)
+    for step in (clipped_step, clipped_step_reference):
+        [new], norm = step([weight], [gradient], 1.0, clip)
+        assert torch.equal(new, -gradient) and norm == gradient[0, 0, 0]
+        # Of g min(1, c / |g|) at |g| = c: the part along g is lost, the part across it stays.
+        [found] = torch.autograd.grad((along * new).sum(), gradient)
+        torch.testing.assert_close(found, torch.tensor([[[0.0, -1.0]]], dtype=dtype), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [1e-18, 1.0, 1e18, math.inf])
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e12])
+def test_clipped_step_is_exact_and_finite_at_any_clip(clip: float, scale: float) -> None:
+    draws = torch.randn(3, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    weights, gradients = [draws[0].requires_grad_()], [(scale * draws[1]).requires_grad_()]
+    exact = gradients[0].double()
+    norm_B = exact.square().sum((1, 2)).sqrt()
+    expected = weights[0].double() - exact * torch.where(norm_B < clip, 1.0, clip / norm_B)[:, None, None]
+    for step in (clipped_step, clipped_step_reference):
+        [new], found = step(weights, gradients, 1.0, clip)
+        torch.testing.assert_close(found.double(), norm_B, rtol=1e-6, atol=0)
+        torch.testing.assert_close(new.double(), expected, rtol=1e-6, atol=1e-6)
+        assert all(g.isfinite().all() for g in torch.autograd.grad((new * draws[2]).sum(), weights + gradients))
+    factors = [OuterProductFactors(gradients[0].detach().mT, torch.eye(4).expand(2, 4, 4))]
+    in_place = [weights[0].detach().clone()]
+    torch.testing.assert_close(clipped_step_(in_place, factors, 1.0, clip).double(), norm_B, rtol=1e-6, atol=0)
+    torch.testing.assert_close(in_place[0].double(), expected.detach(), rtol=1e-6, atol=1e-6)

@@ -3,12 +3,13 @@
 import dataclasses
 import difflib
 import json
+import math
 import operator
 import types
 import typing
 from typing import Any, Literal
 
-from ttt_e2e.config.schema import C, RunConfig, replace
+from ttt_e2e.config.schema import C, RunConfig, replace, shown
 from ttt_e2e.errors import UserError
 
 
@@ -98,14 +99,21 @@ def _check(value: Any, hint: Any, where: str) -> Any:
             if isinstance(value, (list, tuple)):
                 return tuple(_check(item, typing.get_args(kind)[0], where) for item in value)
         elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            return _as_float(value)
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
     names |= {tuple: "a list"}
     kinds = [typing.get_origin(kind) or kind for kind in _kinds(hint)]
     expected = " or ".join(repr(kind) if isinstance(kind, str) else names.get(kind, "an object") for kind in kinds)
-    raise UserError(f"{where} must be {expected}, not {value!r}.")
+    raise UserError(f"{where} must be {expected}, not {shown(value)}.")
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number that no float can hold
+        return math.inf if value > 0 else -math.inf
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:
@@ -114,7 +122,7 @@ def _parse(text: str, hint: Any, where: str) -> Any:
     kinds = _kinds(hint)
     try:
         value = text if text in kinds else None if text.lower() in ("none", "null") else json.loads(text.lower())
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also too many digits, or too deep
         value = text
     if isinstance(value, float) and value.is_integer() and float not in kinds:
         value = int(value)

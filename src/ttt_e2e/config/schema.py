@@ -8,9 +8,12 @@ fields (a test holds it to them).
 
 import dataclasses
 import difflib
+import functools
+import reprlib
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from ttt_e2e.errors import UserError
 
@@ -31,29 +34,76 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_at_least(minimum: int, config: Any, names: str, section: str = "") -> None:
-    for name in names.split():
-        value = getattr(config, name)
-        _require(value is None or value >= minimum, f"{section}{name} must be at least {minimum}, not {value}.")
+class Range(NamedTuple):
+    """The numbers that a setting may be, both ends included; whole ones if the ends are. none: whether None, too."""
+
+    low: float
+    high: float
+    none: bool = False
 
 
-def _require_positive(config: Any, names: str, section: str = "") -> None:
-    for name in names.split():
-        _require(getattr(config, name) > 0, f"{section}{name} must be positive, not {getattr(config, name)}.")
+# What a size, a number of tokens or of steps can be in an int32 or a float64, and what float32 can hold and square.
+Size = Annotated[int, Range(1, 2**24)]
+Width = Annotated[int, Range(1, 2**20)]
+Heads = Annotated[int, Range(1, 2**16)]
+Tokens = Annotated[int, Range(1, 2**30)]
+Steps = Annotated[int, Range(0, 2**40)]
+Rate = Annotated[float, Range(0.0, 1e30)]
+Norm = Annotated[float, Range(1e-18, 1e18)]
+
+
+def _check(config: Any, section: str = "") -> None:
+    """Raise UserError, with the setting's full name, for a field of another type or out of its range."""
+    ranges = ranges_of(config.__class__)
+    for field_ in dataclasses.fields(config):
+        value, where = getattr(config, field_.name), section + field_.name
+        if typing.get_origin(field_.type) is Literal:
+            words = typing.get_args(field_.type)
+            _require(value in words, f"{where} must be one of {', '.join(words)}, not {shown(value)}.")
+        elif field_.type is bool:
+            _require(isinstance(value, bool), f"{where} must be true or false, not {shown(value)}.")
+        elif field_.name in ranges:
+            low, high, none = ranges[field_.name]
+            if value is None and (none or field_.default is None):
+                continue
+            kinds, what = (int, "whole number") if isinstance(low, int) else ((int, float), "number")
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            _require(is_number, f"{where} must be a {what}, not {shown(value)}.")
+            _require(value >= low, f"{where} must be at least {as_text(low)}, not {shown(value)}.")
+            _require(value <= high, f"{where} must be at most {as_text(high)}, not {shown(value)}.")
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it, however long it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def as_text(number: float) -> str:
+    """An end of a range: 16777216, 0, 1e+30."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+@functools.cache
+def ranges_of(cls: type) -> dict[str, Range]:
+    """The ranges of the settings of a class that are numbers, by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
 
 @dataclass(frozen=True)
 class InnerLoopConfig:
     """How the fast weights learn while the model reads: one step of SGD per mini-batch."""
 
-    lr: float = 1.0
+    lr: Rate = 1.0
     """Learning rate of the inner steps."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Norm = 1.0
     """The inner gradient of a sequence, over all fast weights together, is clipped to this norm."""
 
     def __post_init__(self) -> None:
-        _require_at_least(0, self, "lr", "inner_loop.")
-        _require_positive(self, "max_grad_norm", "inner_loop.")
+        _check(self, "inner_loop.")
 
 
 @dataclass(frozen=True)
@@ -64,77 +114,75 @@ class RopeScaling:
     """"default" leaves all angles alone and "linear" divides them by `factor`. "llama3" and "yarn" divide those that
     turn fewer than `low_freq_factor` times in the original context, keep those that turn more than `high_freq_factor`
     times, and interpolate in between."""
-    factor: float = 1.0
+    factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """What angles are divided by."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: Annotated[int | None, Range(1, 2**30, none=True)] = None
     """Length of the original context in tokens. Required for "llama3" and "yarn"."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """Lower end of the interpolation, in turns (`beta_slow` of YaRN)."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Annotated[float, Range(1e-6, 1e6)] = 4.0
     """Upper end of the interpolation, in turns (`beta_fast` of YaRN)."""
-    attention_factor: float = 1.0
+    attention_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0
     """Queries and keys are multiplied by this (YaRN)."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "original_max_position_embeddings", "rope_scaling.")
-        _require_positive(self, "factor attention_factor", "rope_scaling.")
+        _check(self, "rope_scaling.")
         if self.rope_type == "default":
             _require(self.factor == 1, "rope_scaling.factor needs a rope_scaling.rope_type: linear, llama3 or yarn.")
         elif self.rope_type != "linear":
             original, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
             _require(original is not None, f"rope_type {self.rope_type} needs original_max_position_embeddings.")
-            _require(0 < low < high, f"low_freq_factor must be positive and below high_freq_factor, not {low}, {high}.")
+            _require(low < high, f"low_freq_factor must be below high_freq_factor, not {low}, {high}.")
 
 
 @dataclass(frozen=True)
 class Mamba2Config:
     """Settings of the Mamba 2 mixer, named as in Hugging Face's `Mamba2Config`."""
 
-    expand: int = 2
+    expand: Size = 2
     """Inner width, as a multiple of `hidden_size`."""
-    state_size: int = 128
+    state_size: Size = 128
     """State per channel (N)."""
-    n_groups: int = 1
+    n_groups: Size = 1
     """Groups of heads that share their B and C."""
-    conv_kernel: int = 4
+    conv_kernel: Size = 4
     """Tokens that the short convolution sees."""
     kernels: Kernels = "auto"
     """"torch": plain PyTorch. "fused": the kernels of `mamba-ssm`, on CUDA only. "auto": these kernels where they are
     installed, for 16-bit numbers on a GPU outside compiled code; else PyTorch."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "expand state_size n_groups conv_kernel", "mamba2.")
+        _check(self, "mamba2.")
 
 
 @dataclass(frozen=True)
 class GatedDeltaNetConfig:
     """Settings of the Gated DeltaNet mixer, named as in flash-linear-attention."""
 
-    expand_v: int = 2
+    expand_v: Size = 2
     """Width of the values, as a multiple of `hidden_size`."""
-    conv_size: int = 4
+    conv_size: Size = 4
     """Tokens that the short convolutions see."""
     kernels: Kernels = "auto"
     """Like `mamba2.kernels`, with the kernels of `flash-linear-attention`."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "expand_v conv_size", "gated_deltanet.")
+        _check(self, "gated_deltanet.")
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
     """Settings of TTT-KVB and Titans, the mixers that train a memory of their own: an MLP per head."""
 
-    intermediate_size: int = _DERIVED
+    intermediate_size: Size = _DERIVED
     """Hidden width of a head's MLP. None becomes 4 x `head_dim`."""
-    lr: float = 1.0
+    lr: Rate = 1.0
     """Largest learning rate of the MLP; the model chooses between 0 and this for every token."""
-    num_persistent_tokens: int = 16
+    num_persistent_tokens: Annotated[int, Range(0, 2**20)] = 16
     """Learned keys and values that the attention of Titans always sees."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "intermediate_size", "memory.")
-        _require_at_least(0, self, "lr num_persistent_tokens", "memory.")
+        _check(self, "memory.")
 
 
 @dataclass(frozen=True)
@@ -145,29 +193,29 @@ class ModelConfig:
     Raises UserError if the values do not fit together.
     """
 
-    vocab_size: int
+    vocab_size: Size
     """Tokens in the vocabulary (V)."""
-    hidden_size: int
+    hidden_size: Width
     """Width of the residual stream (D)."""
-    num_hidden_layers: int
+    num_hidden_layers: Annotated[int, Range(1, 4096)]
     """Number of blocks."""
-    num_attention_heads: int
+    num_attention_heads: Heads
     """Number of query heads (H)."""
-    intermediate_size: int
+    intermediate_size: Size
     """Hidden width of the MLPs (F)."""
-    num_key_value_heads: int = _DERIVED
+    num_key_value_heads: Heads = _DERIVED
     """Number of key and value heads (G). None becomes `num_attention_heads`."""
-    head_dim: int = _DERIVED
+    head_dim: Heads = _DERIVED
     """Width of an attention head (K). None becomes `hidden_size / num_attention_heads`."""
     pattern: tuple[str, ...] = ("window",)
     """Sequence mixers of the blocks, repeated over the depth: "full", "window", "mamba2", "gated-deltanet", "ttt-kvb",
     "titans"."""
-    sliding_window: int = 8192
+    sliding_window: Tokens = 8192
     """Tokens that a query of a "window" mixer sees, itself included (k)."""
-    rope_theta: float = 500_000.0
+    rope_theta: Annotated[float, Range(1.0, 1e30)] = 500_000.0
     """Base of the rotary positions."""
     rope_scaling: RopeScaling = RopeScaling()
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Annotated[float, Range(1e-18, 1.0)] = 1e-6
     """Added to the mean square under the root of every RMSNorm."""
     qk_norm: bool = True
     """Whether queries and keys get an RMSNorm per head."""
@@ -181,22 +229,22 @@ class ModelConfig:
     """Whether the output projection of attention has a bias."""
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
-    initializer_range: float = 0.02
+    initializer_range: Annotated[float, Range(0.0, 100.0)] = 0.02
     """Standard deviation of the initial embedding and matrices."""
-    suffix_layers: int = 0
+    suffix_layers: Annotated[int, Range(0, 4096)] = 0
     """How many of the last blocks have a fast MLP (a quarter in the paper); 0 makes a standard Transformer."""
-    mini_batch_size: int | None = 1024
+    mini_batch_size: Annotated[int | None, Range(1, 2**30, none=True)] = 1024
     """Tokens per inner step (b), at most `sliding_window`. None is for models that learn nothing while reading."""
     inner_loop: InnerLoopConfig = InnerLoopConfig()
     static_mlp: bool = True
     """Whether the suffix blocks have a static MLP beside the fast one."""
     parallel_mlp: bool = False
     """Whether fast and static MLP form one sub-layer, x += post_norm(fast(norm(x)) + mlp(norm(x))), not two in turn."""
-    fast_intermediate_size: int = _DERIVED
+    fast_intermediate_size: Size = _DERIVED
     """Hidden width of the fast MLPs. None becomes `intermediate_size`."""
-    suffix_intermediate_size: int = _DERIVED
+    suffix_intermediate_size: Size = _DERIVED
     """Hidden width of the static MLPs in the suffix. None becomes `intermediate_size`."""
-    fast_rank: int | None = None
+    fast_rank: Annotated[int | None, Range(1, 2**24, none=True)] = None
     """Rank R of what a sequence learns: an addition, up @ down, to every fast matrix, which itself stays fixed. None: a
     sequence learns the whole matrices."""
     mamba2: Mamba2Config = Mamba2Config()
@@ -205,11 +253,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         hidden_size, heads, layers = self.hidden_size, self.num_attention_heads, self.num_hidden_layers
-        _require_at_least(1, self, "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size")
-        _require_at_least(1, self, "num_key_value_heads head_dim fast_intermediate_size suffix_intermediate_size")
-        _require_at_least(1, self, "fast_rank sliding_window mini_batch_size")
-        _require_at_least(0, self, "initializer_range rms_norm_eps suffix_layers")
-        _require_positive(self, "rope_theta")
+        _check(self)
         if self.head_dim is None:
             _require(hidden_size % heads == 0, f"hidden_size {hidden_size} does not divide into {heads} heads.")
         _fill_in(self)
@@ -220,6 +264,8 @@ class ModelConfig:
         _require(heads % groups == 0, f"{heads} query heads cannot share {groups} key/value heads evenly.")
         _require(self.head_dim % 2 == 0, f"Rotary positions need an even head_dim, not {self.head_dim}.")
         _require(self.suffix_layers <= layers, f"A suffix of {self.suffix_layers} blocks does not fit {layers} blocks.")
+        if self.rope_scaling.rope_type == "yarn":
+            _require(self.rope_theta > 1, "rope_type yarn needs a rope_theta above 1: it divides by its logarithm.")
         _require(self.static_mlp or not self.parallel_mlp, "parallel_mlp needs static_mlp=true.")
         self._check_mixers()
         self._check_mini_batch()
@@ -289,63 +335,60 @@ class ModelConfig:
 class TrainConfig:
     """One stage of training: AdamW with linear warm-up and cosine decay."""
 
-    context: int = 8192
+    context: Tokens = 8192
     """Tokens per sequence (T)."""
-    batch: int = 64
+    batch: Size = 64
     """Sequences per optimiser step."""
-    accumulate: int = 1
+    accumulate: Size = 1
     """Forward and backward passes that a batch is split into."""
-    steps: int = 4800
+    steps: Annotated[int, Range(1, 2**40)] = 4800
     """Optimiser steps."""
-    lr: float = 3e-3
+    lr: Rate = 3e-3
     """Peak learning rate: linear warm-up from `lr_init`, then cosine decay to `lr_end`."""
-    lr_init: float = 0.0
+    lr_init: Rate = 0.0
     """Learning rate of the first step of the warm-up."""
-    lr_end: float = 1e-5
+    lr_end: Rate = 1e-5
     """Learning rate after the last step."""
-    warmup_steps: int = _DERIVED
+    warmup_steps: Steps = _DERIVED
     """Optimiser steps of the warm-up. None becomes a tenth of `steps`."""
     train_mode: TrainMode = "meta"
     """"meta": the fast weights learn during training, and the outer gradient goes through their updates. "pretrain": a
     model with a suffix is trained like a standard one and learns at test time only (dynamic evaluation)."""
-    inner_lr_init: float = 0.1
+    inner_lr_init: Rate = 0.1
     """Inner learning rate at the first step, warmed up linearly to the model's `inner_loop.lr`."""
-    inner_warmup_steps: int = _DERIVED
+    inner_warmup_steps: Steps = _DERIVED
     """Optimiser steps of the inner learning rate's warm-up. None becomes a tenth of `steps`."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Range(1e-30, 1e30)] = 1e-8
     """Added to the denominator of AdamW's update."""
-    weight_decay: float = 0.1
+    weight_decay: Rate = 0.1
     """Weight decay of AdamW, on all weights but those that a mixer exempts."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Norm = 1.0
     """The outer gradient is clipped to this global norm."""
     activation_checkpointing: ActivationCheckpointing = "mini-batch"
     """What is stored of the inner loop for the outer gradient. "none": everything. "mini-batch": only the state between
     mini-batches. "sqrt": only about 2 sqrt(N) of those N states, at the price of a second recomputation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products; weights, fast weights and losses are always float32."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Seed of the initial weights and of the order of the data."""
-    log_every: int = 1
+    log_every: Steps = 1
     """Steps between two lines of training metrics. 0: only at the end."""
-    eval_every: int = 100
+    eval_every: Steps = 100
     """Steps between two evaluations on the validation data; another one ends the run. 0: never."""
-    eval_tokens: int = 65_536
+    eval_tokens: Steps = 65_536
     """Tokens of validation data that an evaluation reads, at most."""
-    checkpoint_every: int = 100
+    checkpoint_every: Steps = 100
     """Steps between two checkpoints; another one ends the run. 0: only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Range(1, 2**40)] = 2
     """How many of the latest checkpoints are kept."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "context batch accumulate steps keep_checkpoints")
+        _check(self)
         _fill_in(self)
-        _require_at_least(0, self, "log_every eval_every eval_tokens checkpoint_every seed warmup_steps lr lr_init")
-        _require_at_least(0, self, "lr_end inner_lr_init inner_warmup_steps adam_eps weight_decay")
-        _require_positive(self, "max_grad_norm")
         betas, parts = self.betas, self.accumulate
-        is_valid = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        is_valid = len(betas) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
         _require(is_valid, f"betas must be two numbers from 0 to below 1, not {', '.join(map(str, betas))}.")
         _require(self.batch % parts == 0, f"A batch of {self.batch} sequences does not split into {parts} equal parts.")
 

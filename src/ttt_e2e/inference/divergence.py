@@ -6,7 +6,9 @@ import numpy as np
 
 from ttt_e2e.errors import Divergence
 
-_LIMIT = 10.0  # a mean loss above this many times ln(vocabulary), the loss of a uniform guess, is divergence
+# A mean loss above this many times ln(vocabulary), the loss of a uniform guess, is divergence, if it is above so many
+# nats too: with few tokens to choose from, a sound model may be as wrong as that, but not as sure of it.
+_LIMIT, _LEAST_LIMIT = 10.0, 30.0
 
 
 class Diverged(Divergence):
@@ -47,7 +49,7 @@ def find_divergence(
             "its weights are not fit for use, train or load another model.",
             position,
         )
-    if learned and not loss <= _LIMIT * math.log(vocab_size):
+    if learned and not loss <= max(_LEAST_LIMIT, _LIMIT * math.log(vocab_size)):
         return f"the loss {at} is {loss:.4g} nats per token", True
     return None if math.isfinite(norm) else (f"the gradient {at} is {norm}", False)
 

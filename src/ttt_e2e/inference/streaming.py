@@ -86,8 +86,7 @@ def read_mini_batch(
         nll_Bb, _ = model.losses(x_BbD, targets_Bb)
         return after, nll_Bb, nll_Bb.new_zeros(len(nll_Bb))
     length, window = tokens_Bb.shape[1], model.config.sliding_window
-    if mask_Bb is None:
-        mask_Bb = torch.ones_like(targets_Bb, dtype=accumulation_dtype(dtype))
+    mask_Bb = (torch.ones_like(targets_Bb) if mask_Bb is None else mask_Bb).to(accumulation_dtype(dtype))
     positions = model.positions(state.position, length, dtype, state.position_offsets_B)
     lr = torch.tensor(model.config.inner_loop.lr if inner_lr is None else inner_lr)
     lr = lr.to(tokens_Bb.device, accumulation_dtype(dtype))

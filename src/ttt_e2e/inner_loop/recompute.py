@@ -13,6 +13,7 @@ from ttt_e2e.inner_loop.functions import LoopFunctions
 from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch
 from ttt_e2e.model.counting import KEPT_GRAPHS
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.ops.derivatives import last_derivative
 
 
 def loop_parameters(model: Transformer) -> list[Tensor]:
@@ -86,6 +87,7 @@ class RecomputedLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loop: SequenceLoop, *tensors: Tensor) -> Tensor:
         """Losses [B, T]. `tensors`: x of every mini-batch, the first state, and the loop's static weights."""
+        ctx.save_for_backward(*tensors)
         count = len(loop.batches) - min(KEPT_GRAPHS, len(loop.batches))
         length = max(1, count if loop.keep_all else round(count**0.5))
         ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
@@ -102,6 +104,7 @@ class RecomputedLoop(torch.autograd.Function):
         return torch.cat([*losses, *(nll_Bb.detach() for nll_Bb in ctx.last.losses)], 1)
 
     @staticmethod
+    @last_derivative
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         """Gradients of all that `forward` was given."""
         loop: SequenceLoop = ctx.loop

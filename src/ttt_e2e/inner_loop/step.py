@@ -27,6 +27,7 @@ from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers.base import CacheView, Positions
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.clipped_step import clipped_step, clipped_step_
+from ttt_e2e.ops.derivatives import definitions
 from ttt_e2e.ops.fast_mlp import Weights
 from ttt_e2e.ops.linear import OuterProductFactors, weight_gradient
 
@@ -82,9 +83,13 @@ def mini_batch_loss(model: Transformer, state: InnerLoopState, batch: MiniBatch)
 
 
 def inner_gradient_reference(model: Transformer, state: InnerLoopState, batch: MiniBatch) -> InnerGradient:
-    """Score one mini-batch, and the gradient of its loss in the fast weights: the definition, by autograd."""
+    """Score one mini-batch, and the gradient of its loss in the fast weights: the definition, by autograd.
+
+    It goes through the operators' own definitions: the derivatives that are written out end after the second, and
+    `torch.autograd.grad` would leave out what lies behind them without a word.
+    """
     fast = tree_map(state.fast, lambda w: w if w.requires_grad else w.detach().requires_grad_())
-    with torch.enable_grad():
+    with torch.enable_grad(), definitions():
         given = (batch.x_BbD, batch.positions, fast, state.caches, batch.cache_view)
         x_BbD, caches, _ = model.forward_suffix(*given, second_order=True)
         nll_Bb, _ = model.losses(x_BbD, batch.targets_Bb)

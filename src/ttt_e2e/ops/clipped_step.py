@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
+from ttt_e2e.ops.derivatives import last_derivative, wants_definition
 from ttt_e2e.ops.linear import OuterProductFactors
 
 
@@ -15,11 +14,10 @@ def clipped_step_reference(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float | Tensor, max_norm: float
 ) -> tuple[list[Tensor], Tensor]:
     """The definition of `clipped_step`."""
-    square_B = torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
-    # The maximum is taken before the root, whose slope at zero is infinite.
-    scale_B = max_norm * square_B.clamp(min=max_norm**2).rsqrt()
+    norm_B = _joint_norm(gradients)
+    scale_B = _scale(norm_B, max_norm)
     new = [w - lr * scale_B[:, None, None] * g for w, g in zip(weights, gradients, strict=True)]
-    return new, square_B.sqrt().detach()
+    return new, norm_B.detach()
 
 
 def clipped_step(
@@ -31,7 +29,7 @@ def clipped_step(
     gradients, through the norm too, and finite at a gradient of zero. If autograd records nothing, the new weights take
     the gradients' memory: for many sequences, fresh memory costs more than the arithmetic.
     """
-    if is_compiling():
+    if wants_definition():
         return clipped_step_reference(weights, gradients, lr, max_norm)
     if torch.is_grad_enabled():
         *new, norm_B = _ClippedStep.apply(lr, max_norm, *weights, *gradients)
@@ -57,8 +55,15 @@ def clipped_step_(
     return norm_B
 
 
+def _joint_norm(gradients: Sequence[Tensor]) -> Tensor:
+    # By rows first: over a whole matrix at once, PyTorch's float32 sum on a CPU is too small by 1e-5.
+    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=2), dim=1) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
 def _scale(norm_B: Tensor, max_norm: float) -> Tensor:
-    """The factor for gradients of these norms: exactly 1 below `max_norm`."""
+    """The factor for gradients of these norms: exactly 1 up to `max_norm`, where its slope is that beyond."""
+    max_norm = min(max_norm, torch.finfo(norm_B.dtype).max)
     return torch.full_like(norm_B, max_norm) / norm_B.clamp(min=max_norm)
 
 
@@ -70,9 +75,7 @@ def _step(
     into: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The new weights, in the memory of `into` or in fresh memory; the gradients' norms [B], and the factors [B]."""
-    # By rows first: over a whole matrix at once, PyTorch's float32 sum on a CPU is too small by 1e-5.
-    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=2), dim=1) for g in gradients]
-    norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    norm_B = _joint_norm(gradients)
     scale_B = _scale(norm_B, max_norm)
     step_B11 = (scale_B * -lr)[:, None, None]
     new = [torch.addcmul(w, g, step_B11, out=out) for w, g, out in zip(weights, gradients, into, strict=True)]
@@ -93,14 +96,13 @@ class _ClippedStep(torch.autograd.Function):
         return *new, norm_B
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *grads: Tensor) -> Any:
         norm_B, scale_B, *gradients = ctx.saved_tensors
         *along, _ = grads
-        # Through the scale: d(c / n)/dg = -c g / n^3 where gradients are clipped, 0 elsewhere.
+        # Through the scale: d(c / n)/dg = -c g / n^3 where gradients are clipped, at n = c too; 0 elsewhere.
         inner_B = sum((a * g).flatten(1).sum(1) for a, g in zip(along, gradients, strict=True))
-        square_B = norm_B.square().clamp(min=ctx.max_norm**2)
-        bend_B = torch.where(norm_B > ctx.max_norm, -scale_B * inner_B / square_B, 0.0)
+        bend_B = torch.where(norm_B >= ctx.max_norm, -scale_B * inner_B / norm_B / norm_B, 0.0)
         scale_B11, bend_B11 = (x[:, None, None] * -ctx.lr for x in (scale_B, bend_B))
         grad_g = [torch.addcmul(g * bend_B11, a, scale_B11) for a, g in zip(along, gradients, strict=True)]
         return None, None, *along, *grad_g

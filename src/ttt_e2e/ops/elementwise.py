@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
+
+from ttt_e2e.ops.derivatives import last_derivative, wants_definition
 
 Vjp = Callable[[Tensor], Tensor]
 
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Vjp]:
 
     Computed in float32 (float64 if x is). `weight` broadcasts to x.
     """
-    if is_compiling():
+    if wants_definition():
         return rms_norm_reference(x, weight, eps)
     y, r = _RMSNorm.apply(x, weight, eps)
     return y, lambda g: _RMSNormBackward.apply(x, weight, g, r)
@@ -86,7 +86,7 @@ class _RMSNormBackward(torch.autograd.Function):
         return u.addcmul_(n, _dot(u, n), value=-1 / x.shape[-1]).mul_(r).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, g, r = ctx.saved_tensors
         g, a, share = g.to(r.dtype), grads[0].to(r.dtype), 1 / x.shape[-1]
@@ -109,7 +109,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def swiglu(hidden: Tensor) -> tuple[Tensor, Vjp]:
     """silu(gate) * value, where gate and value are the halves of the last dimension, and its vjp."""
-    if is_compiling():
+    if wants_definition():
         return swiglu_reference(hidden)
     return _SwiGLU.apply(hidden), lambda g: _SwiGLUBackward.apply(hidden, g)
 
@@ -151,7 +151,7 @@ class _SwiGLUBackward(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, g = ctx.saved_tensors
         gate, value = hidden.chunk(2, -1)
@@ -181,7 +181,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Vjp]:
 
     The losses are in float32 (float64 if the logits are), the gradient of the logits in their dtype.
     """
-    if is_compiling():
+    if wants_definition():
         return cross_entropy_reference(logits, targets)
     nll, p = _CrossEntropy.apply(logits, targets)
     return nll, lambda g: _CrossEntropyBackward.apply(logits, p, targets, g)
@@ -225,7 +225,7 @@ class _CrossEntropyBackward(torch.autograd.Function):
         return (p * g).scatter_add_(-1, targets[..., None], -g).to(logits.dtype)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *grads: Tensor) -> Any:
         p, targets, g = ctx.saved_tensors
         a = grads[0].to(p.dtype)
@@ -246,7 +246,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Vjp]:
     """
     if cos.dim() == 4:
         cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
-    if is_compiling():
+    if wants_definition():
         return rotate_reference(x, cos, sin)
     return _Rotate.apply(x, cos, sin), lambda g: _Rotate.apply(g, cos, -sin)
 

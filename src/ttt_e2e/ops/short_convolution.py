@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
 from ttt_e2e.ops import tuning
+from ttt_e2e.ops.derivatives import last_derivative, wants_definition
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 
@@ -32,7 +31,7 @@ def short_convolution(
     """
     x_BSC = _with_earlier(x_BTC, weight_CW, state)
     tokens = x_BTC.shape[1]
-    if tokens == 1 or x_BTC.is_cuda or is_compiling():
+    if tokens == 1 or x_BTC.is_cuda or wants_definition():
         y_BTC = _sum_of_products(x_BSC, weight_CW, bias_C, tokens)
     else:
         bias_C = None if bias_C is None else bias_C.to(x_BSC.dtype)
@@ -71,7 +70,7 @@ class _ConvolutionSiLU(torch.autograd.Function):
         return F.silu(sums_BTC)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x_BSC, weight_CW, sums_BTC = ctx.saved_tensors
         (batch, tokens, channels), width = sums_BTC.shape, weight_CW.shape[1]

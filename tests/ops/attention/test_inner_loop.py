@@ -4,12 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import reference_operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ttt_e2e.ops.attention import inner_loop_attention, sdpa
+from ttt_e2e.ops.derivatives import definitions
 
 
 def literal_attention(q, k, v, window):  # type: ignore[no-untyped-def]
@@ -79,7 +79,7 @@ def test_vjp_equals_the_definition_and_skips_empty_slots(
     slots = [torch.cat((torch.full_like(x[:, :, :1], 7.0).expand(-1, -1, empty, -1), x), 2) for x in (k, v)]
     results = []
     for plain, padded in ((False, False), (True, False), (False, True), (True, True)):
-        with reference_operators() if plain else nullcontext():
+        with definitions() if plain else nullcontext():
             keys = (q, *slots) if padded else (q, k, v)
             y, vjp = inner_loop_attention(*keys, window, torch.tensor(empty) if padded else None)
             outputs = [y, *vjp(g)]

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention.mask import causal_window_mask
 from ttt_e2e.ops.attention.operators import attention_backward, attention_forward
+from ttt_e2e.ops.derivatives import last_derivative, wants_definition
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 AttentionVjp = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -50,7 +49,7 @@ def inner_loop_attention(
     mask_RS = attn_mask_TS.repeat(groups, 1) if groups > 1 else attn_mask_TS
     # The queries of the heads that share a key head become its rows, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
-    forward = attend_reference if is_compiling() else _attend
+    forward = attend_reference if wants_definition() else _attend
     y_BGRK, inner_vjp = forward(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys)
 
     def vjp(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +92,7 @@ class _Attend(torch.autograd.Function):
         return p.to(q.dtype) @ v, p
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         q, k, v, p = ctx.saved_tensors
         grad_y, grad_p = grads
@@ -119,7 +118,7 @@ class _AttendBackward(torch.autograd.Function):
         return ds @ k, ds[..., new].transpose(-1, -2) @ q, p[..., new].to(q.dtype).transpose(-1, -2) @ g
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *grads: Tensor) -> Any:
         p, q, k, v, g, dp, ds = ctx.saved_tensors
         new = ctx.new
