@@ -71,17 +71,13 @@ def test_invalid_command_lines(here: Path, refused: Callable[..., str], argv: st
         "read geese.txt --plot p.docx",
         "read geese.txt --plot p.png --no-plot",
         "read geese.txt --device tpu",
-        "generate x --top-p 2",
-        "generate x --top-k -1",
         "generate x --stop=",
         "generate x --save s",
         "generate x --learn --save geese.txt",
-        "read geese.txt --save s --save-every -1",
         "generate x --session geese.txt",
         "info nowhere",
         "info geese.txt",
         "evaluate missing",
-        "evaluate geese.txt --batch 0",
     ],
 )
 def test_errors_are_one_sentence(here: Path, refused: Callable[..., str], argv: str) -> None:

@@ -35,7 +35,7 @@ def test_options_reach_the_comparison(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("reproduce figure1 --out x --scale huge", "there are: tiny, small, paper"),
         ("reproduce figure1 --out x --sytems full", "did you mean --systems?"),
-        ("reproduce figure1 --out x --seeds one", "not a list of numbers"),
+        ("reproduce figure1 --out x --seeds one", "'one' is not a whole number of at least 0"),
         ("reproduce figure2", "'figure1', 'ablations'"),
         ("reproduce needles --out x", "--models or --comparison"),
     ],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.errors import UserError
-from ttt_e2e.units import count
+from ttt_e2e.units import part, whole
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "model": dict(type=Path, metavar="DIR", help="a model folder (default: the shipped model)"),
     "dtype": dict(choices=("float32", "bfloat16"), help="of the matrix products (default: float32, or the session's)"),
     "device": dict(default="auto", metavar="NAME", help="auto, cpu or cuda (default: a GPU if there is one)"),
-    "threads": dict(type=count, metavar="N", help="CPU threads (default: one per core)"),
+    "threads": dict(type=whole(1, 1024), metavar="N", help="CPU threads (default: one per core)"),
     "compile": dict(
         action="store_true",
         help="compile with PyTorch's compiler: a minute or two at the start, faster after it, worth it from about a "
@@ -39,10 +39,17 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "json": dict(action="store_true", help="print JSON"),
     "quiet": dict(action="store_true", help="show no progress bar"),
     # How a converted model is to learn; see `learning_options`.
-    "window": dict(type=int, metavar="K", help="tokens that attention sees (default: 8192, or all the original sees)"),
-    "suffix": dict(type=float, default=0.25, metavar="SHARE", help="share of the blocks that learn (default: 0.25)"),
+    "window": dict(
+        type=whole(1, 2**30), metavar="K", help="tokens that attention sees (default: 8192, or all the original sees)"
+    ),
+    "suffix": dict(
+        type=part,
+        default=0.25,
+        metavar="SHARE",
+        help="share of the blocks that learn (default: 0.25)",
+    ),
     "mini-batch": dict(
-        type=int, metavar="B", help="tokens per update (default: an eighth of the window, at most 1024)"
+        type=whole(1, 2**30), metavar="B", help="tokens per update (default: an eighth of the window, at most 1024)"
     ),
     "fast": dict(
         choices=("new", "split"),
@@ -50,13 +57,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         help="the fast MLP: a new one that adds nothing yet, or a part of the pretrained MLP (default: new)",
     ),
     "fast-share": dict(
-        type=float,
+        type=part,
         default=0.25,
         metavar="SHARE",
         help="width of the fast MLP, as a share of the pretrained MLP's (default: 0.25)",
     ),
     "fast-rank": dict(
-        type=int,
+        type=whole(1, 2**24),
         metavar="R",
         help="learn only a rank-R addition to the fast MLP, for smaller sessions (default: all of it)",
     ),

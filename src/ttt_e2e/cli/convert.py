@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ttt_e2e.cli.common import LEARNING, add_options, learning_options
 from ttt_e2e.errors import UserError
+from ttt_e2e.units import natural
 
 HELP = "convert models from and to other programs"
 DESCRIPTION = (
@@ -78,7 +79,7 @@ preset.""",
     add("source", type=Path, metavar="DIR", help="the folder of a step, or of steps: then the last complete one")
     add("out", type=Path, metavar="OUT", help="the model folder to write")
     add("settings", nargs="*", metavar="NAME=VALUE", help="a setting of the model")
-    add("--step", type=int, metavar="N", help="convert step N instead of the last one")
+    add("--step", type=natural, metavar="N", help="convert step N instead of the last one")
     add("--preset", metavar="PRESET", help="the source of all other settings; see `ttt-e2e presets`")
     add("--tokenizer", metavar="NAME", help="the tokenizer of the training tokens, to be copied")
     add_options(from_official, "quiet")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ttt_e2e.cli.common import add_options, note, open_model, print_json
 from ttt_e2e.errors import UserError
+from ttt_e2e.units import count
 
 HELP = "measure on whole documents what learning is worth"
 DESCRIPTION = """Read documents from the first token to the last, with learning and without, several at once, and
@@ -19,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="texts, JSONL, parquet, or folders of them")
     add_options(parser, "model", "dtype", "device", "threads", "text-column")
-    add("--max-tokens", type=int, metavar="N", help="read at most N tokens of each document")
-    add("--batch", type=int, default=8, metavar="N", help="documents at once (default: 8)")
+    add("--max-tokens", type=count, metavar="N", help="read at most N tokens of each document")
+    add("--batch", type=count, default=8, metavar="N", help="documents at once (default: 8)")
     add_options(parser, "json", "quiet")
 
 

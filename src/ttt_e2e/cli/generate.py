@@ -6,6 +6,7 @@ from typing import Any
 
 from ttt_e2e.cli.common import add_options, note, open_session, print_json
 from ttt_e2e.errors import UserError
+from ttt_e2e.units import amount, count, natural, part, share
 
 HELP = "continue a prompt, or what a session has read"
 DESCRIPTION = """Generate text. With --session the model has read a text and learned from it (`ttt-e2e read --save`);
@@ -25,18 +26,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", nargs="?", default="", metavar="PROMPT", help="the text to continue")
     add_options(parser, "model", "dtype", "device", "threads")
     add("--session", type=Path, metavar="SESSION", help="what the model has read before")
-    add("--max-tokens", type=int, default=200, metavar="N", help="generate at most N tokens (default: 200)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0: always the most likely token (default: 0.8)")
-    add("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling, probability kept (default: 0.95)")
-    add("--top-k", type=int, default=0, metavar="K", help="keep the K most likely tokens; 0: all (default: 0)")
-    add("--min-p", type=float, default=0, metavar="P", help="smallest probability relative to the largest (default: 0)")
+    add("--max-tokens", type=natural, default=200, metavar="N", help="generate at most N tokens (default: 200)")
+    add("--temperature", type=amount, default=0.8, metavar="T", help="0: always the most likely token (default: 0.8)")
+    add(
+        "--top-p",
+        type=part,
+        default=0.95,
+        metavar="P",
+        help="nucleus sampling, probability kept (default: 0.95)",
+    )
+    add("--top-k", type=natural, default=0, metavar="K", help="keep the K most likely tokens; 0: all (default: 0)")
+    add(
+        "--min-p",
+        type=share,
+        default=0,
+        metavar="P",
+        help="smallest probability relative to the largest (default: 0)",
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
-    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    add("--seed", type=natural, default=0, metavar="N", help="random seed (default: 0)")
     add("--learn", action="store_true", help="learn from the prompt and from the generated text")
     add("--save", type=Path, metavar="SESSION", help="with --learn: save what was learned")
     add_options(parser, "precision")
     add("--notebook", action="store_true", help="put matching passages of the session's notebook into the window")
-    add("--passages", type=int, metavar="N", help="with --notebook: at most N passages (default: 3)")
+    add("--passages", type=count, metavar="N", help="with --notebook: at most N passages (default: 3)")
     add_options(parser, "embeddings", "json")
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ttt_e2e.cli.common import add_options, note, print_json
+from ttt_e2e.units import count
 
 HELP = "search what a session has read"
 DESCRIPTION = """Search the notebook of a session: its exact text, in passages, which `ttt-e2e read --notebook`
@@ -30,7 +31,7 @@ and Burmese words are found inside a sentence. A text can be searched while it i
     )
     search.add_argument("session", type=Path, metavar="SESSION", help="a session file, or its notebook")
     search.add_argument("words", nargs="+", metavar="WORDS", help="what to search for")
-    search.add_argument("--count", type=int, default=3, metavar="N", help="print at most N passages (default: 3)")
+    search.add_argument("--count", type=count, default=3, metavar="N", help="print at most N passages (default: 3)")
     add_options(search, "embeddings", "json")
 
 

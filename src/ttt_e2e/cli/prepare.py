@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ttt_e2e.cli.common import add_options, print_json
 from ttt_e2e.config.presets import preset
+from ttt_e2e.units import natural, share, whole
 
 if TYPE_CHECKING:
     from ttt_e2e.data.prepare import Prepared
@@ -30,11 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("sources", nargs="*", type=Path, metavar="SOURCE", help="files and folders (default: Python's library)")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     add("--tokenizer", metavar="NAME", help="tokenizer.json, its folder, or a name on Hugging Face")
-    add("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train (default: 4096)")
+    add(
+        "--vocab-size",
+        type=whole(257, 2**20),
+        default=4096,
+        metavar="N",
+        help="of the tokenizer to train (default: 4096)",
+    )
     add_options(parser, "text-column")
     add("--val", type=Path, nargs="+", metavar="SOURCE", help="documents to hold out (default: a share)")
-    add("--val-share", type=float, default=0.02, metavar="SHARE", help="share to hold out (default: 0.02)")
-    add("--seed", type=int, default=0, metavar="N", help="random seed of that choice (default: 0)")
+    add("--val-share", type=share, default=0.02, metavar="SHARE", help="share to hold out (default: 0.02)")
+    add("--seed", type=natural, default=0, metavar="N", help="random seed of that choice (default: 0)")
     add_options(parser, "json", "quiet")
 
 

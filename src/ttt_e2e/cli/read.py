@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ttt_e2e.cli.common import add_options, note, open_session, print_json
 from ttt_e2e.errors import INTERRUPTED, UserError
+from ttt_e2e.units import amount
 
 HELP = "read a text while learning from it"
 DESCRIPTION = """Read a text of any length, learning from it mini-batch by mini-batch, and show what that was worth:
@@ -33,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--session", type=Path, metavar="SESSION", help="continue from this saved session")
     add("--save", type=Path, metavar="SESSION", help="save what was learned to this file")
     add(
-        "--save-every", type=float, default=30, metavar="SECONDS", help="save every SECONDS while reading (default: 30)"
+        "--save-every",
+        type=amount,
+        default=30,
+        metavar="SECONDS",
+        help="save every SECONDS while reading (default: 30)",
     )
     add_options(parser, "precision")
     add("--notebook", action="store_true", help="with --save: also record the exact text, in SESSION.notebook")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ttt_e2e.cli.common import add_options, open_model
 from ttt_e2e.errors import UserError
-from ttt_e2e.units import count, size
+from ttt_e2e.units import count, size, whole
 
 HELP = "serve a model over HTTP, with sessions that outlive a request"
 DESCRIPTION = """Serve a model over HTTP: OpenAI's API, and sessions, a memory that lasts across requests. There is a
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, default=Path("sessions"), metavar="DIR", help="folder for sessions (default: sessions)"
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to serve (default: 127.0.0.1)")
-    parser.add_argument("--port", type=_port, default=8000, metavar="N", help="0 picks a free port (default: 8000)")
+    parser.add_argument(
+        "--port", type=whole(0, 2**16 - 1), default=8000, metavar="N", help="0 picks a free port (default: 8000)"
+    )
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="API keys, a name and a key per line (or TTT_E2E_API_KEYS)"
     )
@@ -175,9 +177,3 @@ def _listen(host: str, port: int) -> socket.socket:
             raise UserError(f"Port {port} of {host} is in use; give another --port.") from error
         raise UserError(f"Cannot serve at {host}, port {port}: {error.strerror}. Give others.") from error
     return listener
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 2**16):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number from 0 to 65535")
-    return int(text)
