@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import tokenizers
 
 pytest.importorskip("transformers", reason="the transformers library is not installed")
 pytest.importorskip("jinja2", reason="Jinja is not installed")
@@ -10,6 +11,7 @@ pytest.importorskip("jinja2", reason="Jinja is not installed")
 from chat_families import FAMILIES, transformers_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -169,9 +171,46 @@ def test_refused_messages_are_named(name: str, messages: list[dict[str, str]], m
             FAMILIES[name].chat().prompt(messages, before)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "loop", ["m.content", "m['content'] | selectattr('type', 'equalto', 'text')", "parts", "content"]
+)
+def test_parts_are_joined_unless_the_template_takes_them(loop: str) -> None:
+    parts = [{"type": "text", "text": text} for text in ("One", "two<|im_end|>", "")]
+    messages = [{"role": "user", "content": parts}]
+    assert ChatFormat().prompt(messages, "nothing") == "User: One\ntwo<|im_end|>\n\nAssistant:"
+    joined = [{"role": "user", "content": "One\ntwo<|im_end|>\n"}]
+    assert FAMILIES["chatml"].chat().prompt(messages, "nothing") == FAMILIES["chatml"].chat().prompt(joined, "nothing")
+    assert FAMILIES["deepseek"].chat().prompt(messages, "nothing") == FAMILIES["deepseek"].chat().prompt(
+        joined, "nothing"
+    )
+    source = "{% for m in messages %}{% set parts = m.content %}{% set content = m.content %}{% if parts is string %}"
+    source += (
+        f"{{{{ parts }}}}{{% else %}}{{% for part in {loop} %}}{{{{ part.text + ';' }}}}{{% endfor %}}{{% endif %}}"
+    )
+    tokenizer = Tokenizer(FAMILIES["chatml"].backend())
+    chat = TemplateFormat(ChatTemplate(source + "{% endfor %}", {}), tokenizer)
+    assert [*chat.prompt(messages, "nothing")] == tokenizer.encode("One;two<|im_end|>;;").tolist()
+    assert [*chat.prompt(joined, "nothing")] == tokenizer.encode("One\ntwo<|im_end|>\n").tolist()
+
+
+def test_gaps_in_a_vocabulary_stay_gaps() -> None:
+    vocabulary = {text: 3 * i for i, text in enumerate("abcdefgh<|>")}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer, source = Tokenizer(backend), "<s>{{ messages[0].content }}</s>"
+    ids = TemplateFormat(ChatTemplate(source, {}), tokenizer).prompt([{"role": "user", "content": "a<s>h"}], "nothing")
+    text = [vocabulary[character] for character in "a<>h"]
+    assert ids == [tokenizer.special["<s>"], *text, tokenizer.special["</s>"]]
+
+
 def test_a_prompt_must_hold_something_and_be_text() -> None:
     tokenizer = Tokenizer(FAMILIES["chatml"].backend())
     with pytest.raises(UserError, match="makes nothing"):
         TemplateFormat(ChatTemplate("", {}), tokenizer).prompt(TALK, "nothing")
     with pytest.raises(UserError, match="surrogate"):
         FAMILIES["chatml"].chat().prompt(said("\ud800"), "nothing")
+    deep: list[Any] = []
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(UserError, match="nested too deeply"):
+        FAMILIES["chatml"].chat().prompt(said("x"), "nothing", {"deep": deep})

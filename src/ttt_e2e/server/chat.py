@@ -28,11 +28,12 @@ class ChatFormat:
 
     stop: tuple[str, ...] = ("\nUser:",)
 
-    def prompt(self, messages: list[dict[str, str]], before: Before, values: Mapping[str, Any] | None = None) -> Prompt:
+    def prompt(self, messages: list[dict[str, Any]], before: Before, values: Mapping[str, Any] | None = None) -> Prompt:
         """The prompt for an answer to `messages`, as text or token ids.
 
         Args:
-            messages: with `role` and `content`.
+            messages: with `role` and `content`, a text or text parts. Parts are joined by line breaks, as vLLM does,
+                unless a template takes them as they are.
             before: what the session holds. If "nothing", ids are its whole text, in place of BOS. If "conversation",
                 the prompt is what the messages add to one.
             values: further variables of a template, by name.
@@ -40,7 +41,7 @@ class ChatFormat:
         Raises UserError if a template refuses the messages, and names one, or fails.
         """
         # A generated answer begins with the space after "Assistant:", and so does one that is sent back.
-        lines = [f"{_ROLES[message['role']]}: {message['content'].removeprefix(' ')}" for message in messages]
+        lines = [f"{_ROLES[message['role']]}: {message['content'].removeprefix(' ')}" for message in _joined(messages)]
         return "\n" * (before != "nothing") + "\n".join([*lines, "Assistant:"])
 
     def closing(self, values: Mapping[str, Any] | None = None) -> Prompt:
@@ -60,9 +61,10 @@ class TemplateFormat(ChatFormat):
         end = template.special_tokens.get("eos_token", "")
         self.stop = (end,) if end and end not in tokenizer.special else ()
 
-    def prompt(self, messages: list[dict[str, str]], before: Before, values: Mapping[str, Any] | None = None) -> Prompt:
+    def prompt(self, messages: list[dict[str, Any]], before: Before, values: Mapping[str, Any] | None = None) -> Prompt:
         """As for `ChatFormat`; what a template writes once, such as a default system message, is not repeated."""
-        messages, values = self._tokens.escape(messages), self._tokens.escape(dict(values or {}))
+        messages = self._tokens.escape(messages if self._template.takes_parts else _joined(messages))
+        values = self._tokens.escape(dict(values or {}))
         if before == "conversation":
             closing, added = self._closing(values), self._after_answer([*_EARLIER, *messages], values)
             if len(added) > len(closing) and added[: len(closing)] == closing:
@@ -108,6 +110,15 @@ class TemplateFormat(ChatFormat):
         except UserError:
             return True
         return False
+
+
+def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with text for content."""
+    texts = [
+        content if isinstance(content := message["content"], str) else "\n".join(part["text"] for part in content)
+        for message in messages
+    ]
+    return [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
 
 
 def load_chat_format(model: Path, tokenizer: Tokenizer, file: Path | None = None) -> ChatFormat:

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.load import ChatTemplate
+
+if TYPE_CHECKING:
+    from jinja2 import nodes
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -16,15 +19,20 @@ class MessagesRefusedError(UserError):
 
 
 class JinjaTemplate:
-    """A chat template that is ready to render. Raises UserError if it is invalid, or if Jinja is not installed."""
+    """A chat template that is ready to render. `takes_parts` says whether a message's content may be a list of parts.
+
+    Raises UserError if the template is invalid, or if Jinja is not installed.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         try:
             from jinja2.exceptions import TemplateError
         except ImportError as error:
             raise UserError('A chat template needs Jinja; install it with: pip install "ttt-e2e[serve]"') from error
+        environment = _environment()
         try:
-            self._template = _environment().from_string(template.source)
+            self.takes_parts = _takes_parts(environment.parse(template.source))
+            self._template = environment.from_string(template.source)
         except (TemplateError, RecursionError) as error:
             raise UserError(f"The chat template is not a valid Jinja template: {error}.") from error
         self._special_tokens = template.special_tokens
@@ -45,6 +53,23 @@ class JinjaTemplate:
                 f"The model's chat template failed ({type(error).__name__}: {error}), which is its own error; "
                 "serve the model with another template, or mend it."
             ) from error
+
+
+def _takes_parts(template: "nodes.Template") -> bool:
+    """Whether a template goes through the parts of a content: a loop over a message's, or a variable that holds it."""
+    from jinja2 import nodes
+
+    def is_content(node: nodes.Node | None) -> bool:
+        while isinstance(node, nodes.Filter):
+            node = node.node
+        if isinstance(node, nodes.Getitem):
+            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        return isinstance(node, nodes.Getattr) and node.attr == "content"
+
+    assigned = [found.target for found in template.find_all(nodes.Assign) if is_content(found.node)]
+    names = {"content", *(target.name for target in assigned if isinstance(target, nodes.Name))}
+    loops = [loop.iter for loop in template.find_all(nodes.For)]
+    return any(is_content(over) or (isinstance(over, nodes.Name) and over.name in names) for over in loops)
 
 
 def _environment() -> Any:

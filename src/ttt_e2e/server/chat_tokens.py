@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TypeVar
 
 import tokenizers
+from tokenizers import AddedToken, models
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -27,56 +28,66 @@ class ChatTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = copy.deepcopy(tokenizer.backend)
+        self._backend, self._vocab_size = copy.deepcopy(tokenizer.backend), tokenizer.vocab_size
         self._backend.encode_special_tokens = False
         self._special = [(i, t) for i, t in self._backend.get_added_tokens_decoder().items() if t.special]
-        self._numbers = {token.content: str(number) for number, (_, token) in enumerate(self._special)}
-        longest_first = sorted(self._numbers, key=len, reverse=True)
-        self._texts = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # Without a vocabulary it finds special tokens and nothing else, in linear time, and gives them their numbers.
+        self._finder = tokenizers.Tokenizer(models.BPE())
+        self._finder.add_tokens([AddedToken(token.content, normalized=False) for _, token in self._special])
 
     def escape(self, value: _T) -> _T:
-        """`value`, a string or JSON that holds some, with its special tokens marked as a message's."""
-        if isinstance(value, dict):
-            return {key: self.escape(item) for key, item in value.items()}  # type: ignore[return-value]
-        if isinstance(value, list):
-            return [self.escape(item) for item in value]  # type: ignore[return-value]
+        """`value`, a string or JSON that holds some, with its special tokens marked as a message's.
+
+        Raises UserError for half of a surrogate pair, and for JSON that is nested too deeply.
+        """
+        try:
+            if isinstance(value, dict):
+                return {self.escape(key): self.escape(item) for key, item in value.items()}  # type: ignore[return-value]
+            if isinstance(value, list):
+                return [self.escape(item) for item in value]  # type: ignore[return-value]
+        except RecursionError as error:
+            raise UserError("A variable of the chat template is nested too deeply; send simpler ones.") from error
         return self._mark(_MARKS.sub("", value), _SPELLED) if isinstance(value, str) else value  # type: ignore
 
     def encode(self, text: str, after: str = "") -> list[int]:
-        """The ids of a rendered text; only those behind the last `after` in it, if given.
-
-        Raises UserError for half of a surrogate pair.
-        """
-        backend = self._backend
+        """The ids of a rendered text; only those behind the last `after` in it, if given, which ends with a token."""
+        backend, ids_of_marks = self._backend, dict[int, int]()
         if _SPELLED in text:
-            backend = self._marked_backend
-            text = _SPELLED_NUMBER.sub(lambda found: self._content(found[1]), self._mark(text, _WRITTEN))
-        start = text.rindex(after) + len(after) if after else 0
-        try:
-            encoding = backend.encode(text, add_special_tokens=False)
-        except TypeError as error:
-            raise UserError("A message holds half of a surrogate pair; remove it.") from error
-        rows = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
-        return [self._id(token) if _WRITTEN in token else i for i, token, (begin, _) in rows if begin >= start]
+            backend, ids_of_marks = self._marked
+            text = _SPELLED_NUMBER.sub(
+                lambda found: self._special[int(found[1])][1].content, self._mark(text, _WRITTEN)
+            )
+        before = text[: text.rindex(after) + len(after)] if after else ""
+        # A batch, even of one text, leaves other threads their turn.
+        whole, first = backend.encode_batch_fast([text, before], add_special_tokens=False)
+        ids: list[int] = whole.ids[len(first.ids) :]
+        return [ids_of_marks.get(i, i) for i in ids] if ids_of_marks else ids
 
     @cached_property
-    def _marked_backend(self) -> tokenizers.Tokenizer:
-        """A tokenizer to which special tokens are text; marked by their numbers they are tokens."""
+    def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A tokenizer to which special tokens are text and their marks are tokens, and the ids that these stand for."""
         backend = copy.deepcopy(self._backend)
         backend.encode_special_tokens = True
+        unused = (
+            self._vocab_size - backend.get_vocab_size()
+        )  # a vocabulary may have gaps, which new tokens must not fill
         marks = [
-            tokenizers.AddedToken(self._mark(t.content, _WRITTEN), lstrip=t.lstrip, rstrip=t.rstrip, normalized=False)
-            for _, t in self._special
+            AddedToken(f"{_WRITTEN}{number}{_WRITTEN}", lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
+            for number, (_, token) in enumerate(self._special)
         ]
+        backend.add_tokens([f"{_WRITTEN}{_SPELLED}{i}" for i in range(unused)])
         backend.add_tokens(marks)
-        return backend
+        vocabulary = backend.get_vocab()
+        return backend, {vocabulary[mark.content]: i for mark, (i, _) in zip(marks, self._special, strict=True)}
 
     def _mark(self, text: str, mark: str) -> str:
-        return self._texts.sub(lambda found: mark + self._numbers[found[0]] + mark, text)
-
-    def _content(self, number: str) -> str:
-        return str(self._special[int(number)][1].content)
-
-    def _id(self, token: str) -> int:
-        """The id of a marked token, which may have taken spaces around it."""
-        return self._special[int(token.split(_WRITTEN)[1])][0]
+        """`text` with the number of each special token in its place."""
+        try:
+            (found,) = self._finder.encode_batch([text])
+        except TypeError as error:
+            raise UserError("A message holds half of a surrogate pair; remove it.") from error
+        pieces, end = [], 0
+        for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            pieces += [text[end:start], mark, str(number), mark]
+            end = stop
+        return "".join([*pieces, text[end:]])

@@ -91,11 +91,11 @@ class Message(_RequestModel):
             raise ValueError("a message needs content, unless it is an assistant's refusal.")
         return self
 
-    def for_template(self) -> dict[str, str]:
-        """Role and text, as chat templates expect them."""
-        parts = self.content or self.refusal or ""
-        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
-        return {"role": self.role, "content": text}
+    def for_template(self) -> dict[str, Any]:
+        """Role and content, a text or parts, as chat templates expect them."""
+        content = self.content or self.refusal or ""
+        parts = content if isinstance(content, str) else [{"type": part.type, "text": part.text} for part in content]
+        return {"role": self.role, "content": parts}
 
 
 class ChatCompletionRequest(GenerationRequest):
