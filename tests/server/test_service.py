@@ -203,7 +203,8 @@ def test_disconnect_leaves_the_engine_idle(
         path = f"/v1/sessions/{session['id']}"
         body = {"prompt": ["x"] * 4, "max_tokens": 16_000, "n": 8, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
-            assert next(response.iter_lines()).startswith('data: {"id"')
+            lines = response.iter_lines()  # kept: without it, httpx would close the connection
+            assert next(lines).startswith('data: {"id"')
             assert engine.stats()["running"] > 0
         with client.stream("POST", f"{path}/read", content=LONG_TEXT, headers=PLAIN_TEXT_EVENTS) as response:
             next(response.iter_lines())

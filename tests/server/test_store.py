@@ -71,6 +71,12 @@ def test_opening_removes_leftovers_and_nothing_else(tmp_path: Path, caplog: pyte
     assert {path.name for path in folder.iterdir()} == {*others, DATABASE, f"{DATABASE}-journal", kept.file}
 
 
+def test_exported_files_do_not_keep_a_store_from_being_created(tmp_path: Path) -> None:
+    TEMPLATE.save(tmp_path / f"sess-{32 * '1'}.session")
+    before = contents(tmp_path)
+    assert Store(tmp_path).records() == [] and contents(tmp_path).items() >= before.items()
+
+
 def test_newer_files_are_kept_when_an_older_database_is_put_back(tmp_path: Path) -> None:
     store = Store(tmp_path)
     old = store.add("me", TEMPLATE)

@@ -197,13 +197,13 @@ class Store:
                 f"{self.folder} is a {FORMAT} of format version 1, a JSON file per session, and this ttt-e2e reads "
                 f"version {VERSION}; export the sessions with the ttt-e2e that wrote them, or {_REMEDY}."
             )
-        if any(re.fullmatch(rf"{_ID}\..*session", name) for name in names):
+        if any(_files("[0-9a-f]{8}").fullmatch(name) for name in names):
             raise UserError(f"{self.folder} has sessions but no {DATABASE}; put it back, or {_REMEDY}.")
 
     def _remove_leftovers(self) -> None:
         records = self.records()
         kept = {record.file for record in records}
-        ours = re.compile(rf"({_ID})\.{self._tag}-[0-9a-f]{{16}}\.session")
+        ours = _files(self._tag)
         incomplete = {record.id for record in records if not self.path(record).exists()}  # an older database, perhaps
         for path in self.folder.iterdir():
             match = ours.fullmatch(path.name)
@@ -267,6 +267,11 @@ class Store:
             yield
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"Cannot {what} in {self.folder}: {_reason(error)}.") from error
+
+
+def _files(tag: str) -> re.Pattern[str]:
+    """The names of session files, of which the id is the first group."""
+    return re.compile(rf"({_ID})\.{tag}-[0-9a-f]{{16}}\.session")
 
 
 def _digest(row: list[Any]) -> str:
