@@ -62,6 +62,7 @@ def test_invalid_text_is_refused_as_a_whole(
     [
         *("", "application/json", "application/x-www-form-urlencoded", "text/html", "text/plain; charset=latin-1"),
         *("text", "garbage", "multipart/form-data/x"),  # not even content types
+        *('text/plain; x="' + ";" * 60_000, "multipart/form-data; boundary=x" + ";a=b" * 10_000),  # slow to parse
     ],
 )
 def test_other_content_types_are_refused(client: TestClient, session: str, kind: str) -> None:

@@ -18,13 +18,14 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.server.errors import ApiError
 
 _FORM = "multipart/form-data"
+_MAX_CONTENT_TYPE = 1000  # characters; the parsers take quadratic time
 
 
 async def receive_text(request: Request) -> IO[bytes]:
     """The valid text in a request, in an unnamed temporary file: the body, or the only file in a form."""
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type not in (_FORM, "text/plain"):
+    if media_type not in (_FORM, "text/plain") or len(content_type) > _MAX_CONTENT_TYPE:
         message = f"Send the text with Content-Type: text/plain, or as a file in {_FORM}."
         raise ApiError(415, message, "wrong_content_type")
     if media_type == "text/plain" and _charset(content_type) not in ("utf-8", "utf8", "us-ascii"):

@@ -19,7 +19,7 @@ from ttt_e2e.server.settings import Settings
 
 _PUBLIC_PATHS = ("/", "/health", "/openapi.json")  # these need no key
 DRAIN_SECONDS = 1.0  # how long the body of a refused request is discarded
-_MAX_JSON_BYTES = 4 << 20  # JSON is held in memory
+_MAX_JSON_BYTES = 1 << 20  # held in memory, where text may take 200 times its size while it becomes tokens
 _MAX_ADDRESSES = 10_000  # of refused clients that are remembered
 _log = logging.getLogger(__name__)
 
