@@ -42,7 +42,7 @@ def test_text_in_a_form(client: TestClient, engine: FakeEngine, session: str) ->
     ("content", "message"),
     [
         (b"", "The text is empty"),
-        (b"\xff\xfehello", "The text is not valid UTF-8 at byte 0"),
+        (b"\xff\xfehello", "The text is UTF-16, not UTF-8"),
         (b"good " * 300_000 + b"\xc3", "The text is not valid UTF-8 at byte 1500000"),
         (b"good\x00bad", "The text looks binary: byte 4 is zero"),
         (b"half \xed\xa0\x80 pair", "not valid UTF-8 at byte 5"),
