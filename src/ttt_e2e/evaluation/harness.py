@@ -9,6 +9,8 @@ model's own weights. `learn=false` reads without learning.
 Shapes: B requests, T tokens, V vocabulary.
 """
 
+import copy
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,20 @@ from tqdm import tqdm
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.hardware import choose_device
+from ttt_e2e.inference.chat_template import JinjaTemplate, MessagesRefusedError
 from ttt_e2e.inference.divergence import Diverged, find_divergence
-from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.load import ChatTemplate, chat_template, load_model, shipped_model
 from ttt_e2e.inference.row_batch import MAX_LOGITS
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import DTYPES
 from ttt_e2e.inference.streaming import forward, start_reading
+
+# Why this model has no such argument.
+_REFUSED = {
+    "tokenizer": "its tokenizer is that in the folder, leave it out",
+    "max_length": "it reads texts of any length, leave it out",
+    "truncation": "it reads texts of any length, leave it out",
+}
 
 Score = tuple[float, bool]  # log-likelihood of a continuation in nats, and whether all its tokens were the likeliest
 
@@ -41,14 +51,16 @@ class HarnessModel(TemplateLM):
     Args:
         pretrained: the folder (default: the shipped model).
         learn: whether the model learns while it reads.
-        dtype: of the matrix products, "float32" or "bfloat16".
+        dtype: of the matrix products, "float32" or "bfloat16"; "auto" is float32, as the weights are.
         device: "auto", "cpu" or "cuda".
-        batch_size: requests at once that are too short to learn from.
+        batch_size: requests at once that are too short to learn from; "auto" is 16.
         max_gen_toks: how many tokens to generate where a task does not say.
-        max_batch_size: ignored; the harness passes it.
+        add_bos_token, max_batch_size, trust_remote_code: what the harness passes to any model. A text always begins
+            with BOS; the others change nothing.
+        others: what other models accept.
 
     Raises:
-        UserError: a value is invalid.
+        UserError: a value is invalid, or another argument is given.
     """
 
     def __init__(
@@ -57,25 +69,39 @@ class HarnessModel(TemplateLM):
         learn: bool | str = True,
         dtype: str = "float32",
         device: str | None = None,
-        batch_size: int | str = 16,
-        max_gen_toks: int = 256,
+        batch_size: int | str | None = 16,
+        max_gen_toks: int | str = 256,
+        add_bos_token: bool | str | None = None,
         max_batch_size: int | None = None,
+        trust_remote_code: bool | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        others = {name: value for name, value in others.items() if value is not None}
+        if others:
+            why = _REFUSED.get(next(iter(others)), "it has pretrained, learn, dtype, device, batch_size, max_gen_toks")
+            raise UserError(f"The model ttt-e2e takes no {next(iter(others))}=: {why}.")
+        dtype = str(dtype).removeprefix("torch.").replace("auto", "float32")
         if dtype not in DTYPES:
             raise UserError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
         if str(learn).lower() not in ("true", "false"):
             raise UserError(f"learn must be true or false, not {learn!r}.")
-        batch_size = 16 if batch_size == "auto" else batch_size
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise UserError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
+        if str(add_bos_token).lower() not in ("true", "none"):
+            raise UserError("The model ttt-e2e begins every text with BOS; leave add_bos_token= out.")
+        automatic = batch_size is None or re.fullmatch(r"auto(:\d+)?", str(batch_size)) is not None
+        counts = {"batch_size": 16 if automatic else batch_size, "max_gen_toks": max_gen_toks}
+        for name, value in counts.items():
+            if not re.fullmatch("[0-9]{1,9}", str(value)) or int(str(value)) < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
         # The harness's command line asks for cuda:0 unless it is told otherwise.
-        absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
+        absent = device is None or (str(device).startswith("cuda") and not torch.cuda.is_available())
         self._device = choose_device("auto" if absent else str(device))
-        self._model, self._tokenizer = load_model(None if pretrained is None else Path(pretrained), self._device)
+        self._folder = shipped_model() if pretrained is None else Path(pretrained)
+        self._model, self._tokenizer = load_model(self._folder, self._device)
         self._template = Session(self._model, self._tokenizer, learn=str(learn).lower() == "true", dtype=DTYPES[dtype])
-        self.batch_size, self.max_gen_toks = int(batch_size), max_gen_toks
-        self._name = f"ttt-e2e {pretrained or 'shipped'}"
+        self.batch_size, self.max_gen_toks = (int(str(value)) for value in counts.values())
+        self._backend = copy.deepcopy(self._tokenizer.backend)
+        self._backend.encode_special_tokens = False
 
     @property
     def eot_token_id(self) -> int:
@@ -84,19 +110,63 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Distinguishes the harness's caches of requests."""
-        return self._name
+        """Distinguishes the harness's caches of requests, as a part of a file's name."""
+        return f"ttt-e2e {self._folder.resolve()}".replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The tokens of `string`, without BOS, which a session begins with anyway."""
-        return self._tokenizer.encode(string).tolist()
+        """The tokens of `string`, without a BOS of its own: a session begins with one.
+
+        What spells a special token is one, as in the harness's other models: chat templates write them so.
+        """
+        if not any(token in string for token in self._tokenizer.special):
+            return self._tokenizer.encode(string).tolist()
+        return list(self._backend.encode(string, add_special_tokens=False).ids)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the model's chat template, for the harness's report; a name can only be "default".
+
+        Raises UserError if the model has none.
+        """
+        if chat_template not in (False, None, True, "default"):
+            raise UserError(f"The model ttt-e2e has one chat template, not {chat_template!r}; leave the name out.")
+        return self._chat_template().source if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text; without `add_generation_prompt`, to the end of the last message, to be continued.
+
+        Where the template refuses a conversation it is tried without its system message. Raises UserError if the model
+        has no template, or it fails.
+        """
+        template = JinjaTemplate(self._chat_template())
+        try:
+            text = template.render(chat_history, {}, add_generation_prompt=add_generation_prompt)
+        except MessagesRefusedError:
+            chat_history = [message for message in chat_history if message["role"] != "system"]
+            text = template.render(chat_history, {}, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"]
+        before, found, _ = text.rpartition(last.strip())
+        if not found:
+            raise UserError("The model's chat template changes the last message, so that it cannot be continued.")
+        whole = last.lstrip()
+        return before + (whole if text.startswith(whole, len(before)) else found)
+
+    def _chat_template(self) -> ChatTemplate:
+        template = chat_template(self._folder)
+        if template is None:
+            raise UserError(f"{self._folder} has no chat template; leave --apply_chat_template out.")
+        return template
+
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        """The harness or a chat template may put BOS in front, which a session has already."""
+        return ids[1:] if ids[:1] == [self._tokenizer.bos] else ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Score]:
         scores: dict[int, Score] = {}
-        bos = [self._tokenizer.bos]  # the harness puts it in front; a session has it already
-        contexts = [one[1][1:] if one[1][:1] == bos else one[1] for one in requests]
+        contexts = [self._without_bos(one[1]) for one in requests]
         # Requests with one context come together, and those of about the same length.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i][1]), requests[i][1], len(requests[i][2])))
         is_short = [len(one[1]) + len(one[2]) <= self._template.mini_batch_size for one in requests]
@@ -139,7 +209,9 @@ class HarnessModel(TemplateLM):
             sampling["temperature"] = wanted.get("temperature", 0.0)
             stop = [text for text in wanted["until"] if text]
             sampling |= {"max_tokens": wanted["max_gen_toks"], "seed": repeats[name]}
-            texts.append("".join(self._template.generate(context, stop=stop, **sampling)))
+            session = self._template.fork()
+            session.read(np.array(self._without_bos(self.tok_encode(context)), np.int64))
+            texts.append("".join(session.generate(stop=stop, **sampling)))
             repeats[name] += 1
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
@@ -196,6 +268,11 @@ def _losses(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> tuple[np.ndar
 
 
 if __name__ == "__main__":
+    import sys
+
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        sys.exit(f"ttt-e2e: error: {error}")

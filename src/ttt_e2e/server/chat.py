@@ -9,8 +9,8 @@ from typing import Any
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.chat_template import JinjaTemplate, Messages, MessagesRefusedError
 from ttt_e2e.inference.load import ChatTemplate, chat_template
-from ttt_e2e.server.chat_template import JinjaTemplate, Messages, MessagesRefusedError
 from ttt_e2e.server.chat_tokens import ANSWER, ChatTokens
 from ttt_e2e.server.engine.records import Before, Prompt
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.chat_template import JinjaTemplate, MessagesRefusedError
 from ttt_e2e.inference.load import ChatTemplate
-from ttt_e2e.server.chat_template import JinjaTemplate, MessagesRefusedError
 
 chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="transformers is missing")
 
