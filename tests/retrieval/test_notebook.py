@@ -194,11 +194,12 @@ def test_altered_notebooks_are_refused(tmp_path: Path, alter: Callable[[Path], N
 def test_no_flipped_bit_ends_in_anything_but_a_sentence(tmp_path: Path) -> None:
     folder = make_notebook(tmp_path / "n", TEXT[:1500])
     contents(folder)
-    path, random_ = folder / "notebook.db", random.Random(1)
-    data, refused = path.read_bytes(), 0
-    for _ in range(100):
+    path, rng = folder / "notebook.db", random.Random(1)
+    data, schema = path.read_bytes(), path.read_bytes().index(b"CREATE")
+    refused = 0
+    for place in [rng.randrange(len(data)) for _ in range(80)] + [rng.randrange(schema, 4096) for _ in range(40)]:
         flipped = bytearray(data)
-        flipped[random_.randrange(len(data))] ^= 1 << random_.randrange(8)
+        flipped[place] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         try:
             with Notebook(folder, create=False) as notebook:
@@ -206,7 +207,7 @@ def test_no_flipped_bit_ends_in_anything_but_a_sentence(tmp_path: Path) -> None:
                 assert all(passage.text in TEXT for passage in notebook.search("heron", 9))
         except UserError:
             refused += 1
-    assert refused > 10
+    assert refused > 40
 
 
 def test_a_full_disk_keeps_what_was_added(tmp_path: Path) -> None:
@@ -322,6 +323,19 @@ def test_replace_makes_a_copy_or_an_empty_notebook(tmp_path: Path, copied: bool)
         assert notebook.size == 40 and "".join(reader.text()) == (TEXT[:700] if copied else "")
         notebook.add(TEXT[700:] if copied else TEXT)
     assert contents(tmp_path / "n") == contents(make_notebook(tmp_path / "expected", TEXT, 40))
+
+
+def test_numbers_beyond_the_text_are_its_ends(tmp_path: Path) -> None:
+    with Notebook(make_notebook(tmp_path / "n")) as notebook:
+        assert "".join(notebook.text(-3)) == TEXT and "".join(notebook.text(1 << 70)) == ""
+        assert len(notebook.search("heron", 1 << 70)) > 3
+        notebook.cut(1 << 70)
+        assert notebook.characters == len(TEXT)
+        for start in (-1, 1 << 70):
+            with pytest.raises(UserError, match="no text begins"):
+                next(notebook.record(["x"], start=start))
+        notebook.cut(-1)
+        assert notebook.characters == 0 and notebook.search("heron") == []
 
 
 def test_names_and_sizes() -> None:

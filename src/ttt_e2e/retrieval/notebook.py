@@ -53,6 +53,7 @@ _COLUMNS = "number, start, stop, start_byte, stop_byte, is_searched, text"
 _BLOCK = 1 << 16  # characters that are added in one transaction
 _INDEXED_AT_ONCE = 64
 _EMBEDDED_AT_ONCE = 256
+_MANY = 1 << 62  # more passages than there can be
 _WAIT_SECONDS = 30.0  # for another connection's transaction, which takes milliseconds
 _CANNOT = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_NOMEM")
 
@@ -194,7 +195,7 @@ class Notebook:
 
     def text(self, start: int = 0) -> Iterator[str]:
         """The recorded text from character `start` on, in pieces. Raises UserError if it was altered."""
-        number = -1
+        number, start = -1, min(max(0, start), self.characters)
         while True:
             with self._transaction("read", "BEGIN") as db:
                 rows = self._rows(db, "number > ? AND stop > ? ORDER BY number LIMIT 64", number, start)
@@ -212,6 +213,7 @@ class Notebook:
         Raises UserError as `add` does.
         """
         self.lock()
+        characters = max(0, characters)
         if characters >= self.characters:
             return
         with self._transaction("read", "BEGIN") as db:
@@ -263,7 +265,9 @@ class Notebook:
                 ranking = (
                     "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
                 )
-                scores = dict(db.execute(ranking, (expression, count if self.embed is None else -1)))
+                scores = dict(db.execute(ranking, (expression, min(count, _MANY) if self.embed is None else _MANY)))
+                if None in scores.values():  # of a damaged index
+                    raise self._altered()
             if self.embed is not None:
                 scores = self._fuse(db, scores, unit_vectors(self.embed, [query])[0])
             best = sorted(scores, key=lambda number: (-scores[number], number))[:count]
@@ -301,6 +305,7 @@ class Notebook:
                 db.execute("INSERT INTO settings (size, indexed) VALUES (?, 0)", (size,))
                 db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version = {VERSION}")
+        self._open_connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a notebook exists whatever befalls the WAL
         if self._write_lock is not None:
             self._write_lock.close()
             self._write_lock = None
@@ -350,7 +355,7 @@ class Notebook:
             yield
         except sqlite3.ProgrammingError:  # such as the use by another thread
             raise
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last where a damaged name is in a message
             name = getattr(error, "sqlite_errorname", "")
             if "no such module" in str(error):
                 message = "This Python's SQLite lacks FTS5, which a notebook needs; use a Python whose SQLite has it."
