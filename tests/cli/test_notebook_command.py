@@ -249,11 +249,9 @@ def test_killed_at_random_and_run_again_it_ends_the_same(
         ("generate x --session s --notebook", "no notebook s.notebook"),
         ("generate x --session s --passages 2", "add --notebook"),
         ("generate x --session s --embeddings folder", "add --notebook"),
-        ("generate x --session n --notebook --passages 0", "0 passages"),
         ("notebook search s heron", "no notebook s.notebook"),
         ("notebook search nowhere heron", "no notebook nowhere.notebook"),
         ("notebook search . heron", "no notebook ."),
-        ("notebook search n heron --count 0", "0 passages"),
         ("notebook search n heron --embeddings .", "embedding"),
     ],
 )
