@@ -28,7 +28,7 @@ class ChatTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend, self._vocab_size = copy.deepcopy(tokenizer.backend), tokenizer.vocab_size
+        self._backend = copy.deepcopy(tokenizer.backend)
         self._backend.encode_special_tokens = False
         self._special = [(i, t) for i, t in self._backend.get_added_tokens_decoder().items() if t.special]
         # Without a vocabulary it finds special tokens and nothing else, in linear time, and gives them their numbers.
@@ -68,14 +68,13 @@ class ChatTokens:
         """A tokenizer to which special tokens are text and their marks are tokens, and the ids that these stand for."""
         backend = copy.deepcopy(self._backend)
         backend.encode_special_tokens = True
-        unused = (
-            self._vocab_size - backend.get_vocab_size()
-        )  # a vocabulary may have gaps, which new tokens must not fill
+        ids = {*backend.get_vocab().values()}
+        gaps = max(ids) + 1 - len(ids)  # new tokens get ids as if there were none, and so ids that are taken
         marks = [
             AddedToken(f"{_WRITTEN}{number}{_WRITTEN}", lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
             for number, (_, token) in enumerate(self._special)
         ]
-        backend.add_tokens([f"{_WRITTEN}{_SPELLED}{i}" for i in range(unused)])
+        backend.add_tokens([f"{_WRITTEN}{_SPELLED}{i}" for i in range(gaps)])
         backend.add_tokens(marks)
         vocabulary = backend.get_vocab()
         return backend, {vocabulary[mark.content]: i for mark, (i, _) in zip(marks, self._special, strict=True)}
