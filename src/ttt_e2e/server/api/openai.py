@@ -178,8 +178,9 @@ def routes(engine: Engine, settings: Settings, metrics: ServiceMetrics) -> APIRo
     async def chat_completions(body: schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `session`, one that follows what the session has read."""
         messages = [message.for_template() for message in body.messages]
-        prompt = functools.partial(settings.chat.prompt, messages, values=body.chat_template_kwargs)
-        closing = settings.chat.closing(body.chat_template_kwargs) if body.learn else ""
+        values = body.chat_template_kwargs
+        prompt = functools.partial(settings.chat.prompt, messages, values=values)
+        closing = await asyncio.to_thread(settings.chat.closing, values) if body.learn else ""
         return await handler.respond(request, body, [prompt], body.session, closing)
 
     path = "/sessions/{session}/completions"
