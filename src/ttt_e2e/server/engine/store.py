@@ -72,6 +72,8 @@ class Store:
         path = self.folder / DATABASE
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(PermissionError):  # others' folders need not be readable
+                sync(self.folder.parent)
             if not path.exists() or not path.stat().st_size:
                 self._check_empty()
             with suppress(FileExistsError):  # SQLite would make it readable by others
