@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; use a complete copy of the folder.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is truncated or altered: it is not JSON ({error}); use a complete copy.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is altered: it does not hold a JSON object; use a complete copy.")

@@ -134,6 +134,16 @@ def test_prepare_refuses_a_folder_of_another_preparation(sources: list[Path], tm
     assert content(out) == before
 
 
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{", b"\xff", b'{"config": {}}', b'{"sha256": "", "state": "{}"}', b"[" * 10**5]
+)
+def test_damaged_progress_is_refused(sources: list[Path], tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "progress.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"progress.json is (truncated or )?altered"):
+        run(sources, tmp_path / "out")
+
+
 def test_prepare_refuses_folders_with_other_files(sources: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds other files"):
         run(sources, tmp_path)

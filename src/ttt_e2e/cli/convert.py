@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="""\
 Turn a pretrained Transformer (Llama, Mistral, Qwen 2, 2.5 or 3) into a model that can learn while
 it reads. The last blocks get a fast MLP. Until the first update the predictions are those of the
-original, within the window. Train the result further: ttt-e2e train PRESET --from OUT.""",
+original, within the window. Train the result further on tokens that were prepared with its tokenizer:
+ttt-e2e train PRESET --from OUT --data DIR --out RUN""",
         epilog="""examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
   ttt-e2e convert from-hf checkpoints/llama model --window 4096 --fast split --fast-share 0.5""",
@@ -47,7 +48,8 @@ original, within the window. Train the result further: ttt-e2e train PRESET --fr
         description="""\
 Turn a standard Transformer that was trained here, such as small-full or small-window, into a model
 that can learn while it reads. Where the window covers the text, the predictions are those of the
-original until the first update. Train the result further: ttt-e2e train PRESET --from OUT.""",
+original until the first update. Train the result further:
+ttt-e2e train PRESET --from OUT --data DIR --out RUN""",
         epilog="""examples:
   ttt-e2e convert from-standard run/model model --window 1024 --fast split
   ttt-e2e train small --data tokens --out warm --from model""",

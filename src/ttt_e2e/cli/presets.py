@@ -48,5 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
         mixers = ", ".join(mixer if n == 1 else f"{n} x {mixer}" for mixer, n in runs)
         print(("" if "-" in name else "\n") + f"{name:<22}" + "".join(f"{v!s:>12}" for v in values) + f"  {mixers}")
     print("\nTrain one with: ttt-e2e train PRESET --data DIR --out RUN [NAME=VALUE ...]")
-    print("The tokens need its vocabulary: ttt-e2e prepare --vocab-size N, or --tokenizer NAME; or set vocab_size.")
+    print("The tokens in DIR need its vocabulary: ttt-e2e prepare TEXTS --out DIR --vocab-size N, or --tokenizer NAME;")
+    print("or set vocab_size=N.")
     return 0

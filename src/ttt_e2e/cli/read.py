@@ -29,7 +29,7 @@ running the same command again continues where it stopped, whether by Ctrl-C or 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `read`."""
     add = parser.add_argument
-    add("file", nargs="?", metavar="FILE", help="a UTF-8 text; - for standard input")
+    add("file", nargs="?", metavar="FILE", help="a UTF-8 text, perhaps compressed; - for standard input")
     add_options(parser, "model", "dtype", "device", "threads")
     add("--session", type=Path, metavar="SESSION", help="continue from this saved session")
     add("--save", type=Path, metavar="SESSION", help="save what was learned to this file")
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _open_text(file: str | None) -> tuple[str, Iterator[str], int | None]:
     """Name, chunks and size in bytes of the text. A regular file is checked from end to end before it is read."""
-    from ttt_e2e.data.text import standard_library_document, text_chunks
+    from ttt_e2e.data.text import printable, standard_library_document, text_chunks
 
     if file is None:
         document = standard_library_document()
@@ -131,4 +131,4 @@ def _open_text(file: str | None) -> tuple[str, Iterator[str], int | None]:
     path = Path(file)
     can_be_read_twice = not path.exists() or path.is_file() or path.is_dir()  # unlike a pipe
     size = sum(len(chunk.encode()) for chunk in text_chunks(path)) if can_be_read_twice else None
-    return path.name, text_chunks(path), size
+    return printable(path.name), text_chunks(path), size

@@ -43,7 +43,7 @@ _UNREADABLE = {
         "an Office document": rb"(\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1|" + _ZIP + rb".{26}\[Content_Types\])",
         "a DjVu document": rb"AT&TFORM.{4}DJV",
     },
-    "give a text; --model takes a model, --session a saved session": {
+    "--model takes a model, --session a saved session": {
         "a GGUF model": rb"GGUF([\x01-\x0f]\0\0\0|\0\0\0[\x01-\x0f])",
         "a safetensors file": rb".{5}\0\0\0\{",
         "a PyTorch pickle": _ZIP + rb".{26}[^\0]{1,100}/data\.pkl",

@@ -21,7 +21,7 @@ from ttt_e2e.data.shards import FORMAT_VERSION, ShardWriter, token_dtype
 from ttt_e2e.data.text import Document, documents, slices, source_files, standard_library
 from ttt_e2e.data.tokenizer import Tokenizer, check_vocab_size
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import remove_stale_parts, write_text
+from ttt_e2e.files import read_json, remove_stale_parts, write_text
 
 _SAMPLE_CHARS = 1 << 13  # of text that is drawn into the sample at once
 # Where the end of a document is held out, the beginning of a line is looked for in as much text before it as the end
@@ -170,10 +170,12 @@ def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
         if out.is_dir() and any(not file.name.endswith(".part") for file in out.iterdir()):
             raise UserError(f"{out} holds other files; choose an empty or a new folder for the tokens.")
         return {"config": config}
-    try:
-        state = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete {out} or choose another folder.") from error
+    state = read_json(path)
+    if path.name == "progress.json":
+        text = str(state.get("state"))
+        if state.get("sha256") != hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest():
+            raise UserError(f"{path} is altered; delete {out} or choose another folder.")
+        state = json.loads(text)
     changed = ", ".join(key for key in config if state.get("config", {}).get(key) != config[key])
     if not changed:
         remove_stale_parts(out)
@@ -184,7 +186,8 @@ def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_state(out: Path, state: dict[str, Any]) -> None:
-    write_text(out / "progress.json", json.dumps(state))
+    text = json.dumps(state)
+    write_text(out / "progress.json", json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "state": text}))
 
 
 def _survey(texts: _Texts, config: dict[str, Any], progress: bool) -> tuple[dict[str, Any], list[str]]:
