@@ -11,7 +11,7 @@ pytest.importorskip("jinja2", reason="Jinja is not installed")
 from chat_families import FAMILIES, transformers_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -193,14 +193,26 @@ def test_parts_are_joined_unless_the_template_takes_them(loop: str) -> None:
     assert [*chat.prompt(joined, "nothing")] == tokenizer.encode("One\ntwo<|im_end|>\n").tolist()
 
 
-def test_gaps_in_a_vocabulary_stay_gaps() -> None:
-    """An id beyond a gap is not given to another token as well."""
-    vocabulary = {text: i for i, text in enumerate("<s>/abcdefg")} | {"h": 14}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    backend.add_special_tokens(["<s>", "</s>"])
-    chat = TemplateFormat(ChatTemplate("<s>{{ messages[0].content }}</s>", {}), Tokenizer(backend))
-    text = [vocabulary[character] for character in "a<s>h"]
-    assert chat.prompt([{"role": "user", "content": "a<s>h"}], "nothing") == [12, *text, 13]
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE({text: i for i, text in enumerate("<s>/abcdefg")} | {"h": 14}, []),  # with a gap
+        models.BPE({"<": 0, "s": 1, ">": 2, "s>": 3, "<s>": 4, "a": 5, "h": 6}, [("s", ">"), ("<", "s>")]),
+        models.Unigram([("<unk>", 0.0), *((text, -1.0) for text in "<s>ah"), ("<s>", 0.0)], unk_id=0),
+        models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2, "h": 3}, unk_token="<unk>"),
+    ],
+)
+def test_no_text_is_a_special_token_by_the_vocabulary(model: models.Model) -> None:
+    """Text that spells one is not, where a model would find it as an ordinary token, and other ids stay."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+    backend.add_tokens(["<think>"])
+    chat = TemplateFormat(ChatTemplate("<s>{{ messages[0].content }}<think></s>", {}), Tokenizer(backend))
+    begin, end, think, a, h = (backend.token_to_id(token) for token in ("<s>", "</s>", "<think>", "a", "h"))
+    ids = [*chat.prompt([{"role": "user", "content": "a <s> h"}], "nothing")]
+    assert ids[:2] == [begin, a] and ids[-3:] == [h, think, end]
+    assert not {begin, end} & {*ids[2:-3]}
 
 
 def test_a_prompt_must_hold_something_and_be_text() -> None:

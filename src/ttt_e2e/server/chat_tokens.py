@@ -1,6 +1,7 @@
 """The token ids of a rendered chat template: those of transformers, but what a message spells stays text."""
 
 import copy
+import json
 import re
 from functools import cached_property
 from typing import TypeVar
@@ -30,10 +31,10 @@ class ChatTokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._backend = copy.deepcopy(tokenizer.backend)
         self._backend.encode_special_tokens = False
-        self._special = [(i, t) for i, t in self._backend.get_added_tokens_decoder().items() if t.special]
+        self._special = [t.content for t in self._backend.get_added_tokens_decoder().values() if t.special]
         # Without a vocabulary it finds special tokens and nothing else, in linear time, and gives them their numbers.
         self._finder = tokenizers.Tokenizer(models.BPE())
-        self._finder.add_tokens([AddedToken(token.content, normalized=False) for _, token in self._special])
+        self._finder.add_tokens([AddedToken(token, normalized=False) for token in self._special])
 
     def escape(self, value: _T) -> _T:
         """`value`, a string or JSON that holds some, with its special tokens marked as a message's.
@@ -51,33 +52,37 @@ class ChatTokens:
 
     def encode(self, text: str, after: str = "") -> list[int]:
         """The ids of a rendered text; only those behind the last `after` in it, if given, which ends with a token."""
-        backend, ids_of_marks = self._backend, dict[int, int]()
+        backend = self._backend
         if _SPELLED in text:
-            backend, ids_of_marks = self._marked
-            text = _SPELLED_NUMBER.sub(
-                lambda found: self._special[int(found[1])][1].content, self._mark(text, _WRITTEN)
-            )
+            backend = self._renamed
+            text = _SPELLED_NUMBER.sub(lambda found: self._special[int(found[1])], self._mark(text, _WRITTEN))
         before = text[: text.rindex(after) + len(after)] if after else ""
         # A batch, even of one text, leaves other threads their turn.
         whole, first = backend.encode_batch_fast([text, before], add_special_tokens=False)
         ids: list[int] = whole.ids[len(first.ids) :]
-        return [ids_of_marks.get(i, i) for i in ids] if ids_of_marks else ids
+        return ids
 
     @cached_property
-    def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A tokenizer to which special tokens are text and their marks are tokens, and the ids that these stand for."""
-        backend = copy.deepcopy(self._backend)
-        backend.encode_special_tokens = True
-        ids = {*backend.get_vocab().values()}
-        gaps = max(ids) + 1 - len(ids)  # new tokens get ids as if there were none, and so ids that are taken
-        marks = [
-            AddedToken(f"{_WRITTEN}{number}{_WRITTEN}", lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
-            for number, (_, token) in enumerate(self._special)
-        ]
-        backend.add_tokens([f"{_WRITTEN}{_SPELLED}{i}" for i in range(gaps)])
-        backend.add_tokens(marks)
-        vocabulary = backend.get_vocab()
-        return backend, {vocabulary[mark.content]: i for mark, (i, _) in zip(marks, self._special, strict=True)}
+    def _renamed(self) -> tokenizers.Tokenizer:
+        """The tokenizer with marks as the names of its special tokens, so that no text spells one.
+
+        It is not enough to have special tokens ignored: some models have them in their vocabulary.
+        """
+        content = json.loads(self._backend.to_str()) | {"post_processor": None}
+        names = {token: f"{_WRITTEN}{number}{_WRITTEN}" for number, token in enumerate(self._special)}
+        for token in content["added_tokens"]:
+            if name := names.get(token["content"]):
+                token |= {"content": name, "normalized": False, "single_word": False}
+        model = content["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [pair for pair in model["merges"] if names.keys().isdisjoint([*pair, "".join(pair)])]
+        if "unk_token" in model:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
 
     def _mark(self, text: str, mark: str) -> str:
         """`text` with the number of each special token in its place."""
