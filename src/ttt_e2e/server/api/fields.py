@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from ttt_e2e.server.errors import ApiError
 
 HEADER = "x-ignored-fields"
+_MAX_FIELDS = 100  # that are not declared
 _MAX_NAMES, _MAX_NAME = 50, 64  # in the header, and characters of each name
 
 # The fields that would change the answer, and the values under which they do not; null is always one.
@@ -107,8 +108,13 @@ _IN_MESSAGES: dict[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "t
 def ignored_fields(body: BaseModel) -> list[str]:
     """The names of the fields that `body` does not declare and that change nothing, those of messages among them.
 
-    Raises ApiError for a field that would change the answer, and for one that is spelt almost like a known one.
+    Raises ApiError for a field that would change the answer, for one that is spelt almost like a known one, and for too
+    many of them.
     """
+    if len(body.model_extra or {}) > _MAX_FIELDS:
+        raise ApiError(
+            400, f"The body has more than {_MAX_FIELDS} fields that are not known; omit them.", "invalid_value"
+        )
     known = [*type(body).model_fields, *_NEUTRAL]
     for name in body.model_extra or {}:
         close = [] if name in _NEUTRAL else difflib.get_close_matches(name[:_MAX_NAME], known, 1, cutoff=0.92)
