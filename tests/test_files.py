@@ -158,3 +158,14 @@ def test_check_format_names_the_version_and_the_remedy(content: dict, sentence: 
     with pytest.raises(UserError, match=sentence):
         check_format(content, Path("config.json"), "ttt-e2e model", 2, "convert it again")
     check_format({"format": "ttt-e2e model", "version": 2}, Path("config.json"), "ttt-e2e model", 2, "convert it again")
+
+
+def test_read_json_ignores_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_read_json_rejects_what_is_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        read_json(tmp_path / "a.json")

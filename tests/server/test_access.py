@@ -286,3 +286,9 @@ def test_response_to_a_large_body_arrives_over_a_socket(engine: FakeEngine, monk
             lines = {"content-length": str(len(body)), "expect": "100-continue"}
             send_post(connection, "/v1/completions", b"", lines)
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")  # without asking for the body
+
+
+def test_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfanna 0123456789abcdef\n")
+    caller = load_keys(tmp_path / "keys.txt", {}).caller("Bearer 0123456789abcdef")
+    assert caller is not None and caller.name == "anna"

@@ -1,5 +1,6 @@
 """Texts sent as a body or in a form: what is accepted, and what happens when the disk is full."""
 
+import gzip
 import io
 import tempfile
 from typing import Any
@@ -38,6 +39,12 @@ def test_text_in_a_form(client: TestClient, engine: FakeEngine, session: str) ->
     assert len(engine.all[session].text.split()) >= 500_000 and "junk" not in engine.all[session].text
 
 
+def test_byte_order_mark_is_no_part_of_the_text(client: TestClient, engine: FakeEngine, session: str) -> None:
+    content = b"\xef\xbb\xbf" + TEXT.encode()
+    assert client.post(f"/v1/sessions/{session}/read", content=content, headers=PLAIN_TEXT).status_code == 200
+    assert engine.all[session].text == TEXT.strip()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -46,6 +53,9 @@ def test_text_in_a_form(client: TestClient, engine: FakeEngine, session: str) ->
         (b"good " * 300_000 + b"\xc3", "The text is not valid UTF-8 at byte 1500000"),
         (b"good\x00bad", "The text looks binary: byte 4 is zero"),
         (b"half \xed\xa0\x80 pair", "not valid UTF-8 at byte 5"),
+        (gzip.compress(b"packed"), "The text is compressed (gzip); decompress it first"),
+        (b"%PDF-1.7\n", "The text is a PDF, not a text"),
+        (b"\xef\xbb\xbf", "The text is empty"),
     ],
 )
 @pytest.mark.parametrize("form", [False, True])
