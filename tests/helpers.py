@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.data.prepare import prepare
+from ttt_e2e.files import with_digest
 from ttt_e2e.model.transformer import Transformer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -70,4 +71,11 @@ def with_fact(path: Path, name: str, value: Any) -> None:
     with safe_open(path, "np") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         facts = json.loads(file.metadata()["session"])
-    save_file(tensors, path, {"session": json.dumps(facts | {name: value})})
+    save_file(tensors, path, {"session": json.dumps(with_digest(facts | {name: value}))})
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    """`content` with one bit flipped."""
+    altered = bytearray(content)
+    altered[bit // 8] ^= 1 << bit % 8
+    return bytes(altered)

@@ -1,6 +1,7 @@
 """Files that are complete or absent; locks on folders; formats and versions."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -8,15 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import flipped
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ttt_e2e import files
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import (
     atomic_path,
+    check_file,
     check_format,
+    lock_beside,
     lock_folder,
     read_json,
+    read_verified_json,
     remove_atomically,
     remove_stale_parts,
+    with_digest,
     write_text,
 )
 
@@ -33,17 +42,162 @@ def test_atomic_path_replaces_a_file_and_a_folder(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "folder"]
 
 
-def test_atomic_path_replaces_a_link_and_not_its_target(tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "kept").write_text("x")
-    (tmp_path / "target").symlink_to(elsewhere)
-    with atomic_path(tmp_path / "target") as part:
-        part.mkdir()
-        (part / "new").write_text("y")
-    assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
-    assert (elsewhere / "kept").read_text() == "x"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "target"]
+@pytest.mark.parametrize("exists", [True, False])
+def test_atomic_path_follows_links(tmp_path: Path, exists: bool) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("folder", "file"):
+        (tmp_path / name).symlink_to(tmp_path / "between")
+        (tmp_path / "between").unlink(missing_ok=True)
+        (tmp_path / "between").symlink_to(Path("disk", name))  # relative, and a link to a link
+        real = tmp_path / "disk" / name
+        if name == "folder":
+            if exists:
+                real.mkdir()
+                (real / "old").write_text("x")
+            with atomic_path(tmp_path / name) as part:
+                part.mkdir()
+                (part / "new").write_text("y")
+            assert [path.name for path in real.iterdir()] == ["new"]
+        else:
+            if exists:
+                real.write_text("x")
+            write_text(tmp_path / name, "y")
+            assert real.read_text() == "y"
+        assert (tmp_path / name).readlink() == tmp_path / "between" and (tmp_path / "between").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["file", "folder"]
+
+
+def test_atomic_path_refuses_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="leads back to itself"):
+        write_text(tmp_path / "loop", "x")
+    assert (tmp_path / "loop").is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o666, 0o400])
+def test_modes_survive_and_new_files_follow_the_umask(tmp_path: Path, mode: int) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "new", "x")
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+        (tmp_path / "new").chmod(mode)
+        with atomic_path(tmp_path / "new") as part:
+            assert part.stat().st_mode & 0o077 & ~mode == 0  # while it is written, too
+            part.write_text("y")
+        assert (tmp_path / "new").stat().st_mode & 0o777 == mode
+        (tmp_path / "folder").mkdir(mode=0o700)
+        (tmp_path / "folder" / "old").touch(0o600)
+        with atomic_path(tmp_path / "folder") as part:
+            part.mkdir()
+            for name in ("old", "new"):
+                (part / name).write_text("x")
+        found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("folder/*")}
+        assert found == {"old": 0o600, "new": 0o640} and (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_owners_survive(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "x")
+    os.chown(tmp_path / "file", 12345, 23456)
+    write_text(tmp_path / "file", "y")
+    status = (tmp_path / "file").stat()
+    assert (status.st_uid, status.st_gid) == (12345, 23456)
+
+
+def test_a_folder_that_was_moved_away_and_not_replaced_yet_is_moved_back(tmp_path: Path) -> None:
+    """As after a kill between the two renames."""
+    (tmp_path / ".folder.12.old").mkdir()
+    (tmp_path / ".folder.12.part").mkdir()
+    (tmp_path / ".folder.12.old" / "file").write_text("x")
+    remove_stale_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "file").read_text() == "x"
+
+
+LOCK = """
+import sys
+from pathlib import Path
+from ttt_e2e.files import lock_beside
+with lock_beside(Path(sys.argv[1]), "in use") as lock:
+    print(lock.read(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_lock_beside_is_left_only_with_something_in_it(tmp_path: Path) -> None:
+    target, lock = tmp_path / "s", tmp_path / ".s.lock"
+    with lock_beside(target, "in use"), pytest.raises(UserError, match="in use"):
+        lock_beside(target, "in use").__enter__()
+    assert not lock.exists()
+    with pytest.raises(KeyError), lock_beside(target, "in use"):
+        raise KeyError
+    assert not lock.exists()
+    with pytest.raises(KeyError), lock_beside(target, "in use") as file:
+        file.write("something")
+        file.flush()
+        raise KeyError
+    (tmp_path / "link").symlink_to(target)
+    command = [sys.executable, "-c", LOCK, str(tmp_path / "link")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "something\n"
+        with pytest.raises(UserError, match="in use"):
+            lock_beside(target, "in use").__enter__()
+        process.kill()
+        process.wait()
+    with lock_beside(target, "in use") as file:
+        assert file.read() == "something"
+    assert not lock.exists()
+
+
+@given(data=st.data())
+def test_altered_json_is_refused_or_means_the_same(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "file"
+    content = {"format": "ttt-e2e x", "version": 1, "numbers": [1, 2.5, -1e-05, None, True], "text": "é\n", "more": {}}
+    text = json.dumps(with_digest(content), indent=1).encode()
+    bit = data.draw(st.integers(0, 8 * len(text) - 1))
+    path.write_bytes(flipped(text, bit))
+    try:
+        found = read_verified_json(path, "ttt-e2e x", 1, "write it again")
+    except UserError:
+        return
+    assert found == with_digest(content)
+
+
+def test_json_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="truncated or altered"):
+        read_json(tmp_path / "file")
+
+
+def test_check_file_reads_a_large_file_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_REHASHED", 10)
+    digest, hashed = files.file_digest, []
+    monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path) or digest(path))
+    path = tmp_path / "shard"
+    path.write_bytes(b"x" * 100)
+    expected = hashlib.sha256(b"x" * 100).hexdigest()
+    for _ in range(2):  # so new that it might change within a tick of the clock
+        check_file(path, 100, expected, "make it again")
+    assert len(hashed) == 2
+    monkeypatch.setattr(files, "_CLOCK_SECONDS", -10)
+    for _ in range(2):
+        check_file(path, 100, expected, "make it again")
+    assert len(hashed) == 3
+    path.write_bytes(b"x" * 99 + b"y")
+    with pytest.raises(UserError, match="digest does not match; make it again"):
+        check_file(path, 100, expected, "make it again")
+    path.write_bytes(b"x" * 99)
+    with pytest.raises(UserError, match="99 of 100 bytes; make it again"):
+        check_file(path, 100, expected, "make it again")
+    path.unlink()
+    with pytest.raises(UserError, match="is missing; make it again"):
+        check_file(path, 100, expected, "make it again")
 
 
 def test_atomic_path_ignores_what_a_killed_process_of_the_same_id_left(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, however a process ends; locks on folders; JSON files and their format versions.
+"""Files that are complete or absent, however a process ends, and verified when they are read; locks; JSON.
 
 A file or a folder is written under a temporary name, `.NAME.PID.part`, and then renamed. What a killed process left
 under such names is removed by `remove_stale_parts`.
@@ -6,13 +6,15 @@ under such names is removed by `remove_stale_parts`.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,22 +22,29 @@ from ttt_e2e.errors import UserError
 
 LOCK = ".lock"
 _LOCK_POLL_SECONDS = 0.2
+_REHASHED = 1 << 24  # bytes up to which a file is hashed each time that it is opened
+_CLOCK_SECONDS = 2.0  # a file that was changed so recently may change again within the same tick of the disk's clock
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, which becomes `target` if the block ends without an exception.
 
-    Only then is an existing `target` replaced (a file by one rename, a folder by two). After an exception the temporary
-    path is removed and `target` is unchanged. Raises UserError if the disk is full or `target` cannot be written.
+    Only then is an existing `target` replaced (a file by one rename, a folder by two). A symbolic link stays, and what
+    it leads to is replaced. What is replaced keeps its mode and, as far as the process may say so, its owner. After an
+    exception the temporary path is removed and `target` is unchanged. Raises UserError if the disk is full or `target`
+    cannot be written.
     """
-    target = Path(target)
+    target = real_path(target)
     part = _temporary(target, "part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)  # left by a killed process with the same id, which is common in containers
+        if target.is_file():
+            part.touch(target.stat().st_mode | stat.S_IRUSR | stat.S_IWUSR)  # no more public than it will be
         yield part
         _sync_tree(part)
+        _keep_access(target, part)
         if target.is_dir():
             old = _temporary(target, "old")
             target.rename(old)
@@ -56,19 +65,49 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise
 
 
+def real_path(target: Path) -> Path:
+    """The path that `target`, which may be a symbolic link, leads to. Raises UserError if it leads nowhere."""
+    target = Path(target)
+    real = Path(os.path.realpath(target)) if target.is_symlink() else target
+    if real.is_symlink():
+        raise UserError(f"{target} is a link that leads back to itself; choose another place.")
+    return real
+
+
+def _keep_access(old: Path, new: Path) -> None:
+    """Give the file or folder `new`, and all in it, the modes and owners of what has these names in `old`."""
+    for path in (new, *new.rglob("*")):
+        try:
+            before, now = (old / path.relative_to(new)).stat(), path.stat()
+        except OSError:
+            continue  # it is new
+        if stat.S_IFMT(before.st_mode) == stat.S_IFMT(now.st_mode):
+            with suppress(PermissionError):  # only root may give a file to another user
+                os.chown(path, before.st_uid, before.st_gid)
+            with suppress(PermissionError):  # a disk without modes
+                path.chmod(stat.S_IMODE(before.st_mode))
+
+
 def remove_atomically(target: Path) -> None:
     """Remove a file or a folder such that nobody ever finds half of it under its name."""
-    old = _temporary(target, "old")
-    target.rename(old)
-    _remove(old)
+    part = _temporary(target, "part")
+    target.rename(part)
+    _remove(part)
 
 
 def remove_stale_parts(folder: Path, *names: str) -> None:
-    """Remove what killed processes left in `folder` while they wrote files or folders called `names` (default: any)."""
+    """Tidy up after killed processes that wrote files or folders called `names` (default: any) in `folder`.
+
+    A folder that had been moved away, and was not replaced yet, is moved back.
+    """
     some = "|".join(map(re.escape, names)) or ".+"
     temporary = re.compile(rf"\.({some})\.[0-9]+\.(part|old)")
     for path in folder.glob(".*"):
-        if temporary.fullmatch(path.name):
+        if not (found := temporary.fullmatch(path.name)):
+            continue
+        if found[2] == "old" and path.is_dir() and not (folder / found[1]).exists():
+            path.rename(folder / found[1])
+        else:
             _remove(path)
 
 
@@ -115,6 +154,42 @@ def lock_folder(folder: Path, in_use: str, wait_seconds: float = 0.0) -> IO[byte
             time.sleep(_LOCK_POLL_SECONDS)
 
 
+@contextmanager
+def lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
+    """Keep other processes that ask for this lock from `target`, a file or folder that need not exist, in the block.
+
+    The lock is the file `.NAME.lock` beside it, because a lock on `target` would go when that is replaced. It is
+    yielded open, and removed when the block ends; but what was written to it is kept if an exception ends the block or
+    the process is killed, and the next process finds it there. Raises UserError with the message `in_use` if the lock
+    is held, and another one if it cannot be made.
+    """
+    target = real_path(target)
+    path = target.with_name(f".{target.name}.lock")
+    while True:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"Cannot write {target}: {error.strerror}. Choose another place.") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(in_use) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                break
+        lock.close()  # whoever held it has removed it between the two calls
+    with lock:
+        try:
+            yield lock
+        except BaseException:
+            if os.fstat(lock.fileno()).st_size == 0:
+                path.unlink(missing_ok=True)
+            raise
+        path.unlink(missing_ok=True)
+
+
 def write_text(target: Path, text: str) -> None:
     """Write `text` to `target` as UTF-8, complete or not at all."""
     with atomic_path(target) as part:
@@ -148,3 +223,61 @@ def check_format(content: Mapping[str, Any], path: Path, format: str, version: i
             f"{path} is a {format} of format version {found}, and this ttt-e2e reads version {version}; "
             f"{remedy if is_older else 'update ttt-e2e'}."
         )
+
+
+# -- verified files ----------------------------------------------------------------------------------------------------
+
+
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content`, plain values for JSON, and in its entry "sha256" the digest of all others."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def check_digest(content: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError unless `content`, the JSON object of the file `path`, is as `with_digest` made it."""
+    if content.get("sha256") != with_digest(content)["sha256"]:
+        raise UserError(f"{path} was altered after it was written: its digest does not match; use an unaltered copy.")
+
+
+def read_verified_json(path: Path, format: str, version: int, remedy: str) -> dict[str, Any]:
+    """The JSON object in the file `path`, made by `with_digest`, of this format and version; see `check_format`.
+
+    Raises UserError if it is missing, damaged, altered, or of another format or version.
+    """
+    content = read_json(path)
+    check_format(content, path, format, version, remedy)
+    check_digest(content, path)
+    return content
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(path: Path, size: int, sha256: str, remedy: str) -> None:
+    """Raise UserError unless the file `path` has `size` bytes and this digest; remedy: such as "prepare it anew".
+
+    A large file is read once: that it was right is noted in the user's cache folder, for as long as neither its inode
+    nor its times change.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} is missing; {remedy}.") from error
+    if found.st_size != size:
+        raise UserError(f"{path} is altered or cut short: it has {found.st_size} of {size} bytes; {remedy}.")
+    facts = (os.path.realpath(path), found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, size, sha256)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - not all have a home
+    cache = Path(caches, "ttt-e2e", "verified")
+    note = cache / hashlib.sha256(repr(facts).encode()).hexdigest()
+    if size > _REHASHED and note.exists():
+        return
+    if file_digest(path) != sha256:
+        raise UserError(f"{path} was altered after it was written: its digest does not match; {remedy}.")
+    if size > _REHASHED and time.time() - max(found.st_mtime, found.st_ctime) > _CLOCK_SECONDS:
+        with suppress(OSError):  # no cache: it is hashed again next time
+            cache.mkdir(parents=True, exist_ok=True)
+            note.touch()

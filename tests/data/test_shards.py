@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from helpers import flipped
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.data.shards import ShardWriter, TokenSet, token_dtype
@@ -16,13 +19,22 @@ from ttt_e2e.errors import UserError
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
+def prepared(place: Path) -> Path:
+    for index in range(6):
+        (place / f"in{index}.txt").write_text(" ".join(WORDS[index:] * (10 + index)) + "\n")
+    sources = sorted(place.glob("*.txt"))
+    prepare(sources, place / "out", vocab_size=300, val_share=0.2, shard_tokens=150, progress=False)
+    return place / "out"
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for index in range(6):
-        (tmp_path / f"in{index}.txt").write_text(" ".join(WORDS[index:] * (10 + index)) + "\n")
-    sources = sorted(tmp_path.glob("*.txt"))
-    prepare(sources, tmp_path / "out", vocab_size=300, val_share=0.2, shard_tokens=150, progress=False)
-    return tmp_path / "out"
+    return prepared(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("intact"))
 
 
 def test_token_set_reads_what_prepare_wrote(folder: Path) -> None:
@@ -77,7 +89,7 @@ def test_open_refuses_damaged_folders(folder: Path) -> None:
         TokenSet.open(folder)
     shard.write_bytes(data)
     index.write_text(names[:-3])
-    with pytest.raises(UserError, match=r"train-00000.json is truncated or altered"):
+    with pytest.raises(UserError, match=r"train-00000.json is altered or cut short"):
         TokenSet.open(folder)
     index.write_text(names)
     Tokenizer.train(["other"], 257).save(folder / "tokenizer.json")
@@ -85,7 +97,7 @@ def test_open_refuses_damaged_folders(folder: Path) -> None:
         TokenSet.open(folder).tokenizer()
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"version": 99}))
-    with pytest.raises(UserError, match="format version 99, and this ttt-e2e reads version 1; prepare it anew"):
+    with pytest.raises(UserError, match="format version 99, and this ttt-e2e reads version 2; prepare it anew"):
         TokenSet.open(folder)
     (folder / "meta.json").write_text("[]")
     with pytest.raises(UserError, match=r"meta.json is altered"):
@@ -98,6 +110,26 @@ def test_open_refuses_damaged_folders(folder: Path) -> None:
         TokenSet.open(folder)
     with pytest.raises(UserError, match="not a folder of prepared tokens"):
         TokenSet.open(folder / "nowhere")
+
+
+@given(bit=st.integers(0, 1 << 30))
+@settings(max_examples=60)
+@pytest.mark.parametrize("name", ["meta.json", "train-00000.json", "train-00000.bin", "tokenizer.json"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(intact: Path, name: str, bit: int) -> None:
+    def everything() -> tuple:
+        tokens = TokenSet.open(intact)
+        ids = [tokens.document(index).tolist() for index in range(len(tokens))]
+        return ids, tokens.names, tokens.digest, tokens.bos, tokens.tokenizer().digest
+
+    path, expected = intact / name, everything()
+    content = path.read_bytes()
+    path.write_bytes(flipped(content, bit % (8 * len(content))))
+    try:
+        assert everything() == expected
+    except UserError:
+        pass
+    finally:
+        path.write_bytes(content)
 
 
 def test_open_zarr_reads_a_flat_array(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_config
+from helpers import flipped, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ttt_e2e.config.schema import RunConfig, TrainConfig
 from ttt_e2e.errors import UserError
@@ -83,13 +85,15 @@ def test_load_refuses_truncated_altered_and_missing_files(tmp_path: Path, name: 
     folder = save(tmp_path, pair, 3)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-1])
-    with pytest.raises(UserError, match=f"is incomplete: {name} has {len(content) - 1} of {len(content)} bytes"):
+    with pytest.raises(
+        UserError, match=f"{name} is altered or cut short: it has {len(content) - 1} of {len(content)} bytes"
+    ):
         load_checkpoint(folder, *pair)
     (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=f"was altered: the digest of {name} does not match"):
+    with pytest.raises(UserError, match=f"{name} was altered after it was written: its digest does not match"):
         load_checkpoint(folder, *pair)
     (folder / name).unlink()
-    with pytest.raises(UserError, match=f"is incomplete: {name} is missing"):
+    with pytest.raises(UserError, match=f"{name} is missing"):
         load_checkpoint(folder, *pair)
 
 
@@ -103,9 +107,9 @@ def test_check_refuses_damaged_and_foreign_files_and_other_versions(tmp_path: Pa
     path.write_text('{"epoch": 3}')
     with pytest.raises(UserError, match="is not a ttt-e2e checkpoint"):
         check_checkpoint(folder)
-    for version, remedy in ((1, "finish the run with the version that wrote it"), (7, "update ttt-e2e")):
+    for version, remedy in ((2, "finish the run with the version that wrote it"), (7, "update ttt-e2e")):
         path.write_text(json.dumps({**json.loads(content), "version": version}))
-        with pytest.raises(UserError, match=f"format version {version}, and this ttt-e2e reads version 2; {remedy}"):
+        with pytest.raises(UserError, match=f"format version {version}, and this ttt-e2e reads version 3; {remedy}"):
             check_checkpoint(folder)
     path.unlink()
     with pytest.raises(UserError, match=r"trainer\.json is missing"):
@@ -127,10 +131,34 @@ def test_latest_checkpoint_is_the_newest_intact_one(tmp_path: Path) -> None:
     (second / "optimizer.safetensors").write_bytes(b"")
     assert latest_checkpoint(tmp_path, heard.append) == first
     assert len(heard) == 1
-    assert "is incomplete" in heard[0]
+    assert "is altered or cut short" in heard[0]
     shutil.rmtree(first)
     with pytest.raises(UserError, match=r"No checkpoint in .* is intact"):
         latest_checkpoint(tmp_path, heard.append)
+
+
+@given(bit=st.integers(0, 1 << 30), name=st.sampled_from(["trainer.json", "config.json", "optimizer.safetensors"]))
+@settings(max_examples=100)
+def test_after_a_flipped_bit_training_continues_from_an_earlier_checkpoint(
+    two_checkpoints: Path, bit: int, name: str
+) -> None:
+    first, second = reversed(list_checkpoints(two_checkpoints))
+    path, intact = second / name, check_checkpoint(second)
+    content = path.read_bytes()
+    path.write_bytes(flipped(content, bit % (8 * len(content))))
+    try:
+        latest = latest_checkpoint(two_checkpoints, lambda sentence: None)
+        assert latest == first or (latest == second and check_checkpoint(second) == intact)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run, pair = tmp_path_factory.mktemp("run"), trained()
+    for step in (1, 2):
+        save(run, pair, step)
+    return run
 
 
 def test_full_disk_keeps_existing_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ttt_e2e.cli.common import add_options, print_json
 from ttt_e2e.config.presets import preset
+from ttt_e2e.files import lock_beside
 from ttt_e2e.units import natural, share, whole
 
 if TYPE_CHECKING:
@@ -49,17 +50,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare the tokens and print what they are; returns 0."""
     from ttt_e2e.data.prepare import prepare
 
-    prepared = prepare(
-        arguments.sources or None,
-        arguments.out,
-        tokenizer=arguments.tokenizer,
-        vocab_size=arguments.vocab_size,
-        text_column=arguments.text_column,
-        val=arguments.val,
-        val_share=arguments.val_share,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-    )
+    with lock_beside(arguments.out, f"{arguments.out} is being prepared by another process; wait until it has ended."):
+        prepared = prepare(
+            arguments.sources or None,
+            arguments.out,
+            tokenizer=arguments.tokenizer,
+            vocab_size=arguments.vocab_size,
+            text_column=arguments.text_column,
+            val=arguments.val,
+            val_share=arguments.val_share,
+            seed=arguments.seed,
+            progress=not arguments.quiet,
+        )
     if arguments.json:
         print_json(asdict(prepared) | {"folder": str(prepared.folder)})
         return 0

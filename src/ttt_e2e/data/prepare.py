@@ -21,7 +21,7 @@ from ttt_e2e.data.shards import FORMAT_VERSION, ShardWriter, token_dtype
 from ttt_e2e.data.text import Document, documents, slices, source_files, standard_library
 from ttt_e2e.data.tokenizer import Tokenizer, check_vocab_size
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import read_json, remove_stale_parts, write_text
+from ttt_e2e.files import check_digest, read_json, remove_stale_parts, with_digest, write_text
 
 _SAMPLE_CHARS = 1 << 13  # of text that is drawn into the sample at once
 # Where the end of a document is held out, the beginning of a line is looked for in as much text before it as the end
@@ -135,7 +135,7 @@ def prepare(
         "divided": state["plan"]["divided"]["name"] if state["plan"]["divided"] else None,
         "config": config,
     }
-    write_text(out / "meta.json", json.dumps(meta, indent=1))
+    write_text(out / "meta.json", json.dumps(with_digest(meta), indent=1))
     (out / "progress.json").unlink()
     return _summary(out, meta)
 
@@ -169,25 +169,22 @@ def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
     if path is None:
         if out.is_dir() and any(not file.name.endswith(".part") for file in out.iterdir()):
             raise UserError(f"{out} holds other files; choose an empty or a new folder for the tokens.")
-        return {"config": config}
+        return {"version": FORMAT_VERSION, "config": config}
     state = read_json(path)
-    if path.name == "progress.json":
-        text = str(state.get("state"))
-        if state.get("sha256") != hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest():
-            raise UserError(f"{path} is altered; delete {out} or choose another folder.")
-        state = json.loads(text)
+    if state.get("version") != FORMAT_VERSION:
+        raise UserError(f"{out} was prepared by another version of ttt-e2e; delete it or choose another folder.")
+    check_digest(state, path)
     changed = ", ".join(key for key in config if state.get("config", {}).get(key) != config[key])
     if not changed:
         remove_stale_parts(out)
         return state
     if path.name == "meta.json" or "plan" in state:
         raise UserError(f"{out} was prepared with other {changed}; choose another folder or delete this one.")
-    return {"config": config}
+    return {"version": FORMAT_VERSION, "config": config}
 
 
 def _save_state(out: Path, state: dict[str, Any]) -> None:
-    text = json.dumps(state)
-    write_text(out / "progress.json", json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "state": text}))
+    write_text(out / "progress.json", json.dumps(with_digest(state)))
 
 
 def _survey(texts: _Texts, config: dict[str, Any], progress: bool) -> tuple[dict[str, Any], list[str]]:

@@ -2,7 +2,8 @@
 
 A folder holds `meta.json`, `tokenizer.json` and, for every shard of a split, `train-00000.bin` (little-endian uint16,
 or uint32 for vocabularies of more than 65,536 tokens) and `train-00000.json` (names and lengths of its documents).
-Every document begins with the BOS token.
+`meta.json` has the digests of all of them, and its own, which are compared when they are opened. Every document
+begins with the BOS token.
 """
 
 import hashlib
@@ -18,9 +19,9 @@ import numpy as np
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path, read_json, write_text
+from ttt_e2e.files import atomic_path, check_digest, check_file, file_digest, read_json, write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ZARR_SAMPLE = 1 << 20
 
 
@@ -58,8 +59,14 @@ class ShardWriter:
         """Move the shard to its place and return its entry for `meta.json`."""
         self._file.close()
         write_text(self._index, json.dumps({"names": self._names, "lengths": self._lengths}))
-        digest = self._hash.hexdigest()
-        return {"name": self._stem, "documents": len(self._names), "tokens": sum(self._lengths), "sha256": digest}
+        return {
+            "name": self._stem,
+            "documents": len(self._names),
+            "tokens": sum(self._lengths),
+            "sha256": self._hash.hexdigest(),
+            "index_bytes": self._index.stat().st_size,
+            "index_sha256": file_digest(self._index),
+        }
 
 
 @dataclass(eq=False, repr=False)
@@ -103,6 +110,7 @@ class TokenSet:
         if (version := meta.get("version")) != FORMAT_VERSION:
             found = f"{folder} has format version {version}, and this ttt-e2e reads version {FORMAT_VERSION}"
             raise UserError(f"{found}; prepare it anew.")
+        check_digest(meta, folder / "meta.json")
         shards = meta["splits"].get(split)
         if not shards:
             present = ", ".join(name for name, entries in meta["splits"].items() if entries)
@@ -110,14 +118,10 @@ class TokenSet:
         dtype = np.dtype(meta["dtype"])
         arrays, names, lengths = [], [], []
         for shard in shards:
-            path, size = folder / f"{shard['name']}.bin", shard["tokens"]
+            path, remedy = folder / f"{shard['name']}.bin", f"prepare {folder} anew"
+            check_file(path.with_suffix(".json"), shard["index_bytes"], shard["index_sha256"], remedy)
+            check_file(path, shard["tokens"] * dtype.itemsize, shard["sha256"], remedy)
             index = read_json(path.with_suffix(".json"))
-            if not path.exists():
-                raise UserError(f"{path} is missing; prepare {folder} anew.")
-            if path.stat().st_size != size * dtype.itemsize or sum(index["lengths"]) != size:
-                raise UserError(
-                    f"{path} is altered or cut short: it does not hold {size} tokens; prepare {folder} anew."
-                )
             arrays.append(np.memmap(path, dtype, "r"))
             names += index["names"]
             lengths.append(index["lengths"])

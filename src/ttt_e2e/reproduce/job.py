@@ -27,7 +27,7 @@ from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_transformer, s
 from ttt_e2e.reproduce import timing
 from ttt_e2e.reproduce.held_out import evaluate_books
 from ttt_e2e.reproduce.plan import JOB, RESULT, RUN
-from ttt_e2e.training.checkpoint import TRAINER, list_checkpoints
+from ttt_e2e.training.checkpoint import check_checkpoint, list_checkpoints
 from ttt_e2e.training.metrics import read_metrics
 from ttt_e2e.training.run_folder import MODEL
 from ttt_e2e.training.trainer import train
@@ -91,6 +91,8 @@ def _train(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if summary.interrupted:
         return None
     losses = [line["loss"] for line in read_metrics(run) if "loss" in line]
+    if not losses:
+        raise UserError(f"The metrics in {run} have no loss of training; remove the folder to train again.")
     last = losses[-max(1, len(losses) // 4) :]
     return {
         "loss": sum(last) / len(last),  # over the last quarter of the steps
@@ -98,7 +100,7 @@ def _train(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         "seconds": summary.seconds,
         "lr": config.train.lr,
         # The loader's last position: with the digest of the data, it says which tokens were read.
-        "loader": read_json(list_checkpoints(run)[0] / TRAINER)["progress"]["loader"],
+        "loader": check_checkpoint(list_checkpoints(run)[0])["progress"]["loader"],
     }
 
 

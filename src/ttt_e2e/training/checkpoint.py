@@ -2,10 +2,9 @@
 
 The checkpoint RUN/checkpoints/step-00000100 is a model folder with two more files: optimizer.safetensors, AdamW's
 moments by parameter name, and trainer.json, the state of the trainer, its configuration and the digests of all other
-files. It is written under a temporary name and then renamed, so it is complete or absent.
+files and of itself. It is written under a temporary name and then renamed, so it is complete or absent.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ import torch
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path, check_format, read_json, remove_atomically
+from ttt_e2e.files import atomic_path, check_file, file_digest, read_verified_json, remove_atomically, with_digest
 from ttt_e2e.model.checkpoint import TOKENIZER, load_safetensors, read_weights, save_safetensors, write_model_files
 from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e checkpoint"
-VERSION = 2
+VERSION = 3
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,9 +64,11 @@ def save_checkpoint(
             "version": VERSION,
             "progress": {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "loader": state.loader},
             "config": to_dict(config),
-            "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in part.iterdir()},
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in part.iterdir()
+            },
         }
-        (part / TRAINER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (part / TRAINER).write_text(json.dumps(with_digest(content), indent=2) + "\n", encoding="utf-8")
     older = [other for other in list_checkpoints(run) if other.name < folder.name]
     for other in older[config.train.keep_checkpoints - 1 :]:
         remove_atomically(other)
@@ -91,17 +92,10 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The content of trainer.json; raises UserError unless all files of the checkpoint are there and unaltered."""
-    content = read_json(folder / TRAINER)
     remedy = "finish the run with the version that wrote it, or start another run"
-    check_format(content, folder, FORMAT, VERSION, remedy)
+    content = read_verified_json(folder / TRAINER, FORMAT, VERSION, remedy)
     for name, expected in content["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"The checkpoint {folder} is incomplete: {name} is missing.")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise UserError(f"The checkpoint {folder} is incomplete: {name} has {size} of {expected['bytes']} bytes.")
-        if _sha256(file) != expected["sha256"]:
-            raise UserError(f"The checkpoint {folder} was altered: the digest of {name} does not match.")
+        check_file(folder / name, expected["bytes"], expected["sha256"], "continue from another checkpoint")
     return content
 
 
@@ -122,8 +116,3 @@ def latest_checkpoint(run: Path, log: Callable[[str], None] = print) -> Path | N
     if folders:
         raise UserError(f"No checkpoint in {run / 'checkpoints'} is intact; start again in another folder.")
     return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,8 +1,10 @@
 """What a run measures: metrics.jsonl, one object a line, and, on request, TensorBoard or Weights & Biases."""
 
 import json
+import math
 import os
 import secrets
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,8 +42,7 @@ class MetricsWriter(ExitStack):
             self.callback(self._wandb.finish)
         path = run / _FILE
         if path.exists():
-            lines = read_metrics(run)
-            write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step))
         self._file = self.enter_context(path.open("a", encoding="utf-8"))
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -67,11 +68,23 @@ class MetricsWriter(ExitStack):
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics; an incomplete last line is left out."""
-    lines = []
-    for text in (run / _FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """The lines of a run's metrics; what is none of its lines is left out with a warning.
+
+    An incomplete last line, which a killed process leaves, is left out without one.
+    """
+    path = run / _FILE
+    *texts, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    lines = {number: _parse(text) for number, text in enumerate(texts, 1)}
+    if odd := [number for number, line in lines.items() if line is None]:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        warnings.warn(f"Line {odd[0]}{more} of {path} cannot be read and is left out.", stacklevel=2)
+    return [line for line in lines.values() if line is not None]
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+        sound = type(line["step"]) is int and math.isfinite(line.get("loss", 0))
+        return line if sound else None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None

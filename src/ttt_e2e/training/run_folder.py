@@ -4,6 +4,7 @@ A run is config.json (what it is), metrics.jsonl (what it measured), checkpoints
 end, model/ (the result).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import check_format, read_json
+from ttt_e2e.files import lock_beside, read_verified_json, with_digest
 from ttt_e2e.model.checkpoint import CONFIG, TOKENIZER, load_config, read_weights, stored_digest
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.parallelize import DistributedContext
 
 FORMAT = "ttt-e2e run"
-VERSION = 2
+VERSION = 3
 MODEL = "model"
 
 # May change when a run is resumed: settings of what is written, not of what is learned.
@@ -57,9 +58,8 @@ def check_run(
         if dist.is_rank0 and out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
             what = "already holds a run; continue it with --resume" if found.exists() else "is not empty"
             raise UserError(f"{out} {what}, or choose another folder with --out.")
-        return record
-    previous = read_json(found)
-    check_format(previous, found, FORMAT, VERSION, "finish the run with the version that wrote it")
+        return with_digest(record)
+    previous = read_verified_json(found, FORMAT, VERSION, "finish the run with the version that wrote it")
     settings = {section: previous.get(section, {}) for section in ("model", "train")}
     before, now = flatten(from_dict(RunConfig, settings, str(found))), flatten(config)
     for name in before:
@@ -76,7 +76,13 @@ def check_run(
     moved = record["start_digest"] is not None and record["start_digest"] == previous.get("start_digest")
     if start not in (None, start_before) and not moved:
         raise UserError(f"The run in {out} started from {start_before}, not from {start}.")
-    return record | {name: record[name] or previous.get(name) for name in ("start_from", "start_digest")}
+    return with_digest(record | {name: record[name] or previous.get(name) for name in ("start_from", "start_digest")})
+
+
+def lock_run(out: Path, dist: DistributedContext) -> AbstractContextManager[object]:
+    """Keep other trainings from the run in the block. Raises UserError if one has it already."""
+    in_use = f"The run in {out} is being trained by another process; wait until it has ended."
+    return lock_beside(out, in_use) if dist.is_rank0 else nullcontext()
 
 
 def load_start_weights(model: Transformer, folder: Path, tokenizer_digest: str) -> None:

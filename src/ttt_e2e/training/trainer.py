@@ -41,7 +41,7 @@ from ttt_e2e.training.evaluate import evaluate_sequences
 from ttt_e2e.training.metrics import MetricsWriter
 from ttt_e2e.training.optimizer import inner_learning_rate, learning_rate, make_optimizer, optimizer_step
 from ttt_e2e.training.parallelize import init_distributed
-from ttt_e2e.training.run_folder import MODEL, check_run, load_start_weights
+from ttt_e2e.training.run_folder import MODEL, check_run, load_start_weights, lock_run
 
 
 class TrainResult(NamedTuple):
@@ -118,6 +118,7 @@ def train(
             val_tokens = open_tokens(data, "val", tokenizer_override)
             validation = val_sequences(val_tokens, train_config.context, train_config.eval_tokens)
         data_tokenizer = tokenizer_override or tokens.tokenizer()
+        stack.enter_context(lock_run(out, dist))
         record = check_run(config, tokens, out, resume, start_from, dist)
         dist.log(f"Run {out}, on {dist.device}: {json.dumps(to_dict(config), indent=2)}")
 
