@@ -1,7 +1,5 @@
 """`python -m ttt_e2e`: the command line."""
 
-import sys
+from ttt_e2e.cli.process import run
 
-from ttt_e2e.cli.main import main
-
-sys.exit(main())
+run()

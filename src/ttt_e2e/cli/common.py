@@ -125,6 +125,13 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def check_output() -> None:
+    """Flush standard output. Raises OSError if something could not be printed; see `process`."""
+    sys.stdout.flush()
+    if error := getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "error", None):
+        raise error
+
+
 def note(sentence: str) -> None:
     """Print a sentence for people on standard error."""
     print(sentence, file=sys.stderr)

@@ -1,10 +1,11 @@
 """`ttt-e2e generate`: continue a prompt, or the text that a session has read."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.cli.common import add_options, note, open_session, print_json
+from ttt_e2e.cli.common import add_options, check_output, note, open_session, print_json
 from ttt_e2e.errors import UserError
 from ttt_e2e.units import amount, count, natural, part, share
 
@@ -65,15 +66,21 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("A notebook belongs to a session; name it with --session, or leave --notebook out.")
     elif not arguments.prompt.strip():
         raise UserError("The notebook is searched for the words of the prompt; give one, or leave --notebook out.")
-    from ttt_e2e.inference.session_file import check_session_target
+    from ttt_e2e.inference.session_file import check_session_target, lock_session
+
+    if arguments.save:
+        check_session_target(arguments.save)
+    with lock_session(arguments.save) if arguments.save else nullcontext():
+        return _generate(arguments)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
     from ttt_e2e.reading.recording import forget_unread
     from ttt_e2e.retrieval.generate import generate_with_notebook
     from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
     from ttt_e2e.retrieval.passages import format_passages
     from ttt_e2e.retrieval.search_index import load_embed
 
-    if arguments.save:
-        check_session_target(arguments.save)
     session = open_session(arguments)
     if arguments.learn and not session.learn:
         note("This session, or its model, does not learn; the generated text still becomes part of the session.")
@@ -100,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(arguments.prompt + first, end="", flush=True)
         for chunk in chunks:
             print(chunk, end="", flush=True)
+            if not arguments.save:
+                check_output()
         print(flush=True)
         if sources is not None:
             note(f"\npassages of the notebook:\n\n{format_passages(sources) or 'none fits the prompt and the window'}")

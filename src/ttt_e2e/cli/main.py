@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ttt_e2e.cli.common import check_output
 from ttt_e2e.cli.parser import parse
 from ttt_e2e.errors import INTERRUPTED, UserError
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
         with warnings_in_one_line():
             code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        check_output()
         return code
     except SystemExit as stop:  # from argparse: --help, --version or an invalid command line
         return stop.code if isinstance(stop.code, int) else 2

@@ -4,10 +4,12 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
-from ttt_e2e.cli.common import add_options, note, open_session, print_json
+from ttt_e2e.cli.common import add_options, check_output, note, open_session, print_json
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.units import amount
 
@@ -58,11 +60,21 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.notebook and not arguments.save:
         raise UserError("A notebook belongs to a saved session; add --save SESSION, or leave --notebook out.")
     name, chunks, size = _open_text(arguments.file)
-    from ttt_e2e.inference.session_file import check_session_target
+    from ttt_e2e.inference.session_file import check_session_target, lock_session
+
+    if arguments.save:
+        check_session_target(arguments.save)
+    with lock_session(arguments.save) if arguments.save else nullcontext() as lock:
+        return _read(arguments, name, chunks, size, lock)
+
+
+def _read(
+    arguments: argparse.Namespace, name: str, chunks: Iterator[str], size: int | None, lock: IO[str] | None
+) -> int:
     from ttt_e2e.reading.document import read_document
     from ttt_e2e.reading.plot import check_plot_target, plot_reading
     from ttt_e2e.reading.recording import plan_recording
-    from ttt_e2e.reading.report import summary
+    from ttt_e2e.reading.report import ReadingReport, summary
     from ttt_e2e.retrieval.notebook import notebook_folder
 
     # Fail now, not after the work.
@@ -70,8 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
     plot = arguments.plot or Path(f"{stem or 'text'}.reading.png")
     if not arguments.no_plot:
         check_plot_target(plot)
-    if arguments.save:
-        check_session_target(arguments.save)
     session = open_session(arguments, learn=not arguments.no_learning, compile=arguments.compile)
     if arguments.compile and not session.learn:
         note("Nothing is compiled: only a model that learns while it reads is.")
@@ -84,6 +94,22 @@ def run(arguments: argparse.Namespace) -> int:
         folders = [notebook_folder(path) for path in (arguments.save, arguments.session) if path]
         if existing := next((folder for folder in folders if folder.exists()), None):
             note(f"The notebook {existing} will not have this text; --notebook records it.")
+    say = note if arguments.json else print
+
+    def show(report: ReadingReport) -> None:
+        if arguments.json:
+            print_json(asdict(report))
+        else:
+            print(summary(report))
+        if not arguments.no_plot:
+            try:
+                plot_reading(report, plot)
+                say(f"plot: {plot}")
+            except UserError as error:
+                if arguments.plot:
+                    raise
+                note(f"No plot: {error}")
+
     report = read_document(
         session,
         chunks,
@@ -96,24 +122,14 @@ def run(arguments: argparse.Namespace) -> int:
         save_every=arguments.save_every,
         precision=arguments.precision,
         recording=recording,
+        lock=lock,
+        show=show,
     )
-    if arguments.json:
-        print_json(asdict(report))
-    else:
-        print(summary(report))
-    say = note if arguments.json else print
     if arguments.save:
         say(f"session: {arguments.save}")
     if recording:
         say(f"notebook: {recording.folder}")
-    if not arguments.no_plot:
-        try:
-            plot_reading(report, plot)
-            say(f"plot: {plot}")
-        except UserError as error:
-            if arguments.plot:
-                raise
-            note(f"No plot: {error}")
+    check_output()
     if report.diverged:
         raise UserError(report.diverged)
     return INTERRUPTED if report.interrupted else 0

@@ -1,16 +1,17 @@
 """Sessions as files: one safetensors file each, written whole or not at all, that knows which model it belongs to.
 
 A file holds the fast weights (if the session learns), the mixers' states and the pending tokens, and, in its header,
-facts in JSON: those of `SessionInfo` and `Session.pack`, format and version, and the SHA-256 of everything. An
-unfinished reading keeps more in the same file, under names of its own (see `reading.resume`).
+facts in JSON: those of `SessionInfo` and `Session.pack`, format and version, and the SHA-256 of the tensors and of the
+facts. An unfinished reading keeps more in the same file, under names of its own (see `reading.resume`).
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ttt_e2e.config.parse import from_dict, to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path, check_format
+from ttt_e2e.files import atomic_path, check_digest, check_format, lock_beside, with_digest
 from ttt_e2e.inference.streaming import ReadState
 from ttt_e2e.inner_loop.step import InnerLoopState, tree_map
 from ttt_e2e.model.checkpoint import model_digest, save_safetensors
@@ -165,8 +166,7 @@ def write_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[st
 
 def write_new_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write facts and tensors to the file `path`, which holds nothing yet. If this fails, a part of it may remain."""
-    facts = {"format": FORMAT, "version": VERSION, **facts}
-    facts["sha256"] = _sha256(tensors, facts)
+    facts = with_digest({"format": FORMAT, "version": VERSION, **facts, "tensors_sha256": _sha256(tensors)})
     # One entry alone: the library writes several in any order, and equal sessions should be equal files.
     save_safetensors(tensors, path, {"session": json.dumps(facts)})
 
@@ -192,7 +192,7 @@ def read_session_file(
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{path} is truncated, or is being written at this moment; use a whole copy.") from error
-    if facts.get("sha256") != _sha256(tensors, {name: fact for name, fact in facts.items() if name != "sha256"}):
+    if facts.get("tensors_sha256") != _sha256(tensors):
         raise UserError(f"{path} was altered after it was written: its digest does not match; use another copy.")
     return facts, tensors
 
@@ -200,7 +200,7 @@ def read_session_file(
 def session_facts(path: Path) -> dict[str, Any]:
     """The facts in the header of the session file `path`, without reading its tensors.
 
-    Raises UserError if it is not a session of this version.
+    Raises UserError if it is not a session of this version, or if they were altered.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -219,6 +219,7 @@ def session_facts(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a session; give a file that `ttt-e2e read --save` has written.")
     remedy = "read its text again, or use the version of ttt-e2e that wrote it"
     check_format({"format": FORMAT, **facts}, path, FORMAT, VERSION, remedy)  # versions 1 and 2 had no format
+    check_digest(facts, path)
     return facts
 
 
@@ -235,8 +236,16 @@ def check_session_target(path: Path) -> None:
             ) from error
 
 
-def _sha256(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+def lock_session(path: Path) -> AbstractContextManager[IO[str]]:
+    """Keep other processes from writing the session file `path` in the block; see `files.lock_beside`.
+
+    Whoever continues a session and saves it to the same file takes the lock first. Raises UserError if it is held.
+    """
+    return lock_beside(path, f"{path} is being written by another process; wait until it has ended.")
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -20,10 +21,11 @@ from ttt_e2e.data.text import short_chunks
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Diverged, Session
-from ttt_e2e.inference.session_file import Precision
+from ttt_e2e.inference.session_file import Precision, session_facts
+from ttt_e2e.reading.ended import EndedReading
 from ttt_e2e.reading.recording import Recording, forget_unread, record_text
 from ttt_e2e.reading.report import ReadingReport, build_report
-from ttt_e2e.reading.resume import Reading, resume_reading, save_unfinished
+from ttt_e2e.reading.resume import Reading, resume_reading, save_unfinished, unfinished_facts
 from ttt_e2e.signals import GracefulStop
 
 _MINI_BATCHES = 8  # of a chunk: between chunks, Ctrl-C and the clock are looked at
@@ -42,11 +44,13 @@ def read_document(
     save_every: float = 30.0,
     precision: Precision = "float32",
     recording: Recording | None = None,
+    lock: IO[str] | None = None,
+    show: Callable[[ReadingReport], object] | None = None,
 ) -> ReadingReport:
     """Read a text to its end with `session` and report what was measured.
 
     Ctrl-C stops the reading within eight mini-batches, and divergence stops it where it happens. The report says so,
-    and the session stays usable.
+    and the session stays usable. Saving the finished session is the last step.
 
     Args:
         session: Reads and learns; it keeps what it has learned. It may have read other texts before.
@@ -61,6 +65,9 @@ def read_document(
         save_every: Seconds.
         precision: Of the session saved at the end, as for `Session.save`; before the end nothing is rounded.
         recording: How the text is also recorded in the notebook of `save`; see `plan_recording`.
+        lock: That `lock_session(save)` has given. With it, a reading that was saved, but did not get to the end of the
+            block with the lock, is recognised and not done again; see `ended`.
+        show: Called with the report before the finished session is saved. What it raises is raised after that.
 
     Returns:
         The report, as far as the text was read.
@@ -78,6 +85,16 @@ def read_document(
     if baseline and session.learn:
         twin = Session(session.model, tokenizer, learn=False, dtype=session.dtype)
     reading = Reading(session, twin, name, total_bytes, pending_before=session.pending)
+    ended = None
+    if save is not None and lock is not None and _is_in(session, save):
+        ended = EndedReading(lock, chunks, [precision, recording is not None])
+        if not unfinished_facts(save) and (report := ended.find(session.info().text_digest)):
+            if progress:
+                print(f"{name} was read to its end before; here is its report.", file=sys.stderr)
+            if show is not None:
+                show(report)
+            return report
+        chunks = ended.chunks()
     if recording is not None:
         reading.notebook_start = recording.start
         chunks = iter(chunks)
@@ -130,11 +147,27 @@ def read_document(
             diverged = _learn(reading, lambda: [session.score_pending()])
         if twin is not None:
             reading.twin_curve.add(twin.score_pending())
-    reading.seconds = time.perf_counter() - started
-    report = build_report(reading, model_name, interrupted=interrupted, diverged=diverged)
-    if save is not None and (diverged or not interrupted):
-        session.save(save, precision)
+        reading.seconds = time.perf_counter() - started
+        report = build_report(reading, model_name, interrupted=interrupted, diverged=diverged)
+        bar.close()
+        problem = None
+        if show is not None:
+            try:
+                show(report)
+            except Exception as error:
+                problem = error
+        if save is not None and (diverged or not interrupted):
+            if ended is not None and not diverged:
+                ended.note(session.info().text_digest, report)
+            session.save(save, precision)
+        if problem is not None:
+            raise problem
     return report
+
+
+def _is_in(session: Session, path: Path) -> bool:
+    """Whether `session` was loaded from the file `path`, as far as the text that they have read can tell."""
+    return path.exists() and bool(session_facts(path)["text_digest"] == session.info().text_digest)
 
 
 def _tokenize(tokenizer: Tokenizer, chunks: Iterable[str], length: int) -> Iterator[tuple[np.ndarray, float]]:

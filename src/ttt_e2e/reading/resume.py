@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import remove_stale_parts
+from ttt_e2e.files import real_path, remove_stale_parts
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import check_session_target, read_session_file, session_facts, write_session_file
 from ttt_e2e.reading.loss_curve import LossCurve
@@ -90,7 +90,8 @@ def resume_reading(path: Path, chunks: Iterator[tuple[np.ndarray, float]], readi
     text, if it was started with other options, or if the file is damaged.
     """
     check_session_target(path)
-    remove_stale_parts(path.parent, path.name)
+    real = real_path(path)
+    remove_stale_parts(real.parent, real.name)
     if not unfinished_facts(path).get("tokens"):
         return False
     facts, tensors = read_session_file(path)
@@ -125,6 +126,7 @@ def resume_reading(path: Path, chunks: Iterator[tuple[np.ndarray, float]], readi
         twin_tensors = {key.removeprefix("twin."): tensor for key, tensor in tensors.items() if key.startswith("twin.")}
         reading.twin.unpack(saved["twin"], twin_tensors, str(path))
         reading.twin_curve = curves["twin.curve"]
+    reading.initial_digest = saved["initial_digest"]
     reading.pending_before = saved["pending_before"]
     reading.bytes = saved["bytes"]
     reading.seconds = saved["seconds"]
