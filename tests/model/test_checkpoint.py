@@ -3,10 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import flipped
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ttt_e2e.config.schema import ModelConfig, replace
 from ttt_e2e.errors import UserError
+from ttt_e2e.files import with_digest
 from ttt_e2e.model.checkpoint import load_transformer, model_digest, save_model
 from ttt_e2e.model.transformer import Transformer
 
@@ -20,6 +24,18 @@ CONFIG = ModelConfig(
     sliding_window=8,
     mini_batch_size=4,
 )
+
+
+MODEL = Transformer(CONFIG, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("intact") / "model"
+    (source / "tokenizer.json").write_text('{"a": 1}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    save_model(MODEL, folder, source / "tokenizer.json")
+    return folder
 
 
 @pytest.fixture
@@ -37,7 +53,7 @@ def folder(model: Transformer, tmp_path: Path) -> Path:
 
 def rewrite(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps(with_digest({**json.loads(path.read_text()), **changes})))
 
 
 def test_a_model_comes_back_bit_for_bit(model: Transformer, folder: Path) -> None:
@@ -120,16 +136,33 @@ def test_truncated_configuration(folder: Path) -> None:
         load_transformer(folder)
 
 
+@given(bit=st.integers(0, 1 << 30))
+@settings(max_examples=60)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(intact: Path, name: str, bit: int) -> None:
+    path = intact / name
+    content = path.read_bytes()
+    path.write_bytes(flipped(content, bit % (8 * len(content))))
+    try:
+        loaded = load_transformer(intact)
+        assert name in ("config.json", "model.safetensors")
+        assert loaded.config == CONFIG and model_digest(loaded) == model_digest(MODEL)
+    except UserError:
+        pass
+    finally:
+        path.write_bytes(content)
+
+
 def test_foreign_configuration(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="is not a ttt-e2e model"):
         load_transformer(folder)
 
 
-@pytest.mark.parametrize(("version", "remedy"), [(2, "convert or train the model again"), (4, "update ttt-e2e")])
+@pytest.mark.parametrize(("version", "remedy"), [(3, "convert or train the model again"), (5, "update ttt-e2e")])
 def test_load_transformer_refuses_other_format_versions(folder: Path, version: int, remedy: str) -> None:
     rewrite(folder, version=version)
-    with pytest.raises(UserError, match=f"format version {version}, and this ttt-e2e reads version 3; {remedy}"):
+    with pytest.raises(UserError, match=f"format version {version}, and this ttt-e2e reads version 4; {remedy}"):
         load_transformer(folder)
 
 

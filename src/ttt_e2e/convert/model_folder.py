@@ -99,7 +99,6 @@ def model_folder(
 
     with atomic_path(out) as part:
         part.mkdir()
-        write_config(config, part, notes)
         with (part / WEIGHTS).open("w+b") as file:
             start = len(header("0" * 64))
             file.truncate(start + missing)
@@ -114,3 +113,4 @@ def model_folder(
                     digest.update(torch.frombuffer(block, dtype=dtype).float().numpy().data)
             file.seek(0)
             file.write(header(digest.hexdigest()))
+        write_config(config, part, notes)

@@ -2,6 +2,7 @@
 
 Weights are safetensors, never a pickle, which could run code. Their header holds a digest of names, shapes and float32
 values, so that an altered file is refused, and so that a saved session recognises the model that it belongs to.
+config.json has the digests of the other files and of itself; a file that is put there later has none.
 """
 
 import hashlib
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from ttt_e2e.config.parse import from_dict, to_dict
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path, check_format, read_json
+from ttt_e2e.files import atomic_path, check_file, file_digest, read_verified_json, with_digest
 from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e model"
-VERSION = 3
+VERSION = 4
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 GENERATION, TOKENIZER_CONFIG, CHAT_TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -61,7 +62,6 @@ def write_model_files(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of `save_model` straight into an existing `folder`, which the caller makes atomic."""
-    write_config(model.config, folder, notes)
     tensors = {
         name: weight.detach().to("cpu", dtype or weight.dtype).contiguous() for name, weight in model.named_parameters()
     }
@@ -70,6 +70,7 @@ def write_model_files(
     if tokenizer_json is not None:
         shutil.copyfile(tokenizer_json, folder / TOKENIZER)
         copy_pretrained_metadata(Path(tokenizer_json).parent, folder)
+    write_config(model.config, folder, notes)
 
 
 def copy_pretrained_metadata(source: Path, target: Path) -> None:
@@ -80,9 +81,15 @@ def copy_pretrained_metadata(source: Path, target: Path) -> None:
 
 
 def write_config(config: ModelConfig, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
-    """Write config.json: format, version, settings and notes of the model in `folder`."""
+    """Write config.json: format, version, settings, notes and the other files of the model in `folder`.
+
+    It is written last, since it has the digests of the tokenizer and of what is beside it.
+    """
+    present = [folder / name for name in (TOKENIZER, *PRETRAINED_METADATA) if (folder / name).is_file()]
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in present}
     content = {"format": FORMAT, "version": VERSION, "model": to_dict(config), "notes": dict(notes or {})}
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(with_digest(content | {"files": files}), indent=2)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def load_transformer(folder: Path, device: str | torch.device = "cpu") -> Transformer:
@@ -107,10 +114,9 @@ def load_config(folder: Path) -> ModelConfig:
         inside = [folder / "model", *sorted((folder / "checkpoints").glob("step-*"), reverse=True)]
         hint = next((f" Its newest model is {inner}." for inner in inside if (inner / WEIGHTS).is_file()), "")
         raise UserError(f"{folder} is not a model folder: it has no {missing}.{hint}")
-    content = read_json(folder / CONFIG)
-    check_format(content, folder / CONFIG, FORMAT, VERSION, "convert or train the model again")
-    if not isinstance(content.get("model"), dict):
-        raise UserError(f"{folder / CONFIG} is altered: it has no settings; use a complete copy.")
+    content = read_verified_json(folder / CONFIG, FORMAT, VERSION, "convert or train the model again")
+    for name, file in content["files"].items():
+        check_file(folder / name, file["bytes"], file["sha256"], "use an unaltered copy of the folder")
     return from_dict(ModelConfig, content["model"], str(folder / CONFIG))
 
 
