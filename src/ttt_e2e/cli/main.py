@@ -32,13 +32,14 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
-        with warnings_in_one_line():
-            code: int = arguments.run(arguments)
+        try:
+            arguments = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
+            with warnings_in_one_line():
+                code: int = arguments.run(arguments)
+        except SystemExit as stop:  # from argparse: --help, --version or an invalid command line
+            code = stop.code if isinstance(stop.code, int) else 2
         check_output()
         return code
-    except SystemExit as stop:  # from argparse: --help, --version or an invalid command line
-        return stop.code if isinstance(stop.code, int) else 2
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
