@@ -218,7 +218,7 @@ def test_damaged_models_are_refused(here: Path, refused: Callable[..., str], mod
     (here / "truncated" / "model.safetensors").write_bytes(weights[:-100])
     (here / "altered" / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     Tokenizer.train([TEXT], 260).save(here / "mismatched" / "tokenizer.json")
-    for name, words in (("truncated", "truncated"), ("altered", "altered"), ("mismatched", "vocabulary")):
+    for name, words in (("truncated", "truncated"), ("altered", "altered"), ("mismatched", "cut short")):
         assert words in refused("read", "geese.txt", "--model", name, "--quiet")
 
 
