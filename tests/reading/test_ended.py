@@ -115,7 +115,9 @@ def without_times(report: ReadingReport) -> dict[str, Any]:
     return {name: value for name, value in asdict(report).items() if "seconds" not in name and "second" not in name}
 
 
-@pytest.mark.parametrize(("stop", "step"), [(kill, 1), (interrupt, 5), (interrupt_twice, 5)])
+@pytest.mark.parametrize(
+    ("stop", "step"), [(kill, 5), (interrupt, 9), (interrupt_twice, 9), pytest.param(kill, 1, marks=pytest.mark.slow)]
+)
 def test_stopped_at_any_moment_and_repeated_until_it_succeeds(
     started: Path, tmp_path: Path, stop: Callable[[], None], step: int
 ) -> None:
