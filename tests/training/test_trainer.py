@@ -225,7 +225,7 @@ def test_damaged_newest_checkpoint_is_skipped(
     (out / ".metrics.jsonl.123.part").write_text("left by a killed process")
     run(data, out, resume=True)
     assert not list(out.rglob(".*"))
-    assert "is incomplete: optimizer.safetensors has 7 of" in capsys.readouterr().out
+    assert "optimizer.safetensors is altered or cut short: it has 7 of" in capsys.readouterr().out
     assert measured(out) == measured(whole)
     assert (out / "model/model.safetensors").read_bytes() == weights
 
