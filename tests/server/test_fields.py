@@ -128,6 +128,11 @@ def test_fields_that_would_change_the_text_are_refused(client: TestClient, engin
     assert engine.calls == []
 
 
+@pytest.mark.parametrize(("path", "field"), [(COMPLETIONS, "messages"), (CHAT, "prompt")])
+def test_text_in_the_field_of_another_endpoint_is_refused(client: TestClient, path: str, field: str) -> None:
+    assert error_of(client.post(path, json={**BODIES[path], field: "x"}), 400)["param"] == field
+
+
 def test_every_field_of_openais_api_is_accepted_as_null(client: TestClient) -> None:
     pytest.importorskip("openai", reason="OpenAI's client is not installed")
     from openai.types import completion_create_params

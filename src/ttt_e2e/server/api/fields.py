@@ -19,6 +19,10 @@ _MAX_NAMES, _MAX_NAME = 50, 64  # in the header, and characters of each name
 
 # The fields that would change the answer, and the values under which they do not; null is always one.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # of another endpoint of this server
+    "messages": (),
+    "prompt": (),
+    "session": (),
     # OpenAI
     "audio": (),
     "best_of": (1,),
