@@ -24,6 +24,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_digest, read_json, remove_stale_parts, with_digest, write_text
 
 _SAMPLE_CHARS = 1 << 13  # of text that is drawn into the sample at once
+_MIN_END_CHARS = 1 << 16  # at the end of a document, if that is a tenth of it: some sequences, not a few words
 # Where the end of a document is held out, the beginning of a line is looked for in as much text before it as the end
 # has, but in no less and no more than this.
 _MIN_LINE_CHARS, _MAX_LINE_CHARS = 1000, 1 << 16
@@ -76,7 +77,7 @@ def prepare(
         val: sources of the validation documents, which are left out of `sources`. None: documents of `sources` are held
             out, in an order drawn by `seed` each that still fits into `val_share`. If they fill less than half of it,
             as with one text or a few long ones, the end of the longest other document is held out as well, from the
-            beginning of a line on.
+            beginning of a line on: the rest of the share, but at least a tenth of it, or 65,536 characters.
         val_share: part of all characters to hold out if `val` is None.
         seed: of the validation documents and of the tokenizer's sample.
         sample_chars: the tokenizer is trained on a uniform sample of at most this many characters of the training text.
@@ -224,7 +225,8 @@ def _survey(texts: _Texts, config: dict[str, Any], progress: bool) -> tuple[dict
                 held_out.append(index)
         if room > target / 2:
             longest = max(set(range(len(lengths))) - set(held_out), key=lambda index: (lengths[index], draws[index]))
-            divided = _divide(texts, longest, lengths[longest], max(1, int(room)))
+            chars = max(1, int(room), min(_MIN_END_CHARS, lengths[longest] // 10))
+            divided = _divide(texts, longest, lengths[longest], chars)
     if len(lengths) == len(held_out):
         raise UserError("The sources hold no text to train on; give at least one text file that is not empty.")
     if config["val"] and not held_out:
