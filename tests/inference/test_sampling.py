@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.sampling import SamplingOptions, filter_probabilities, sample
+from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens, filter_probabilities, sample
 
 
 def expected_probabilities(p: list[float], options: SamplingOptions) -> list[float]:
@@ -89,9 +89,46 @@ def test_sample_is_greedy_at_low_temperature(temperature: float) -> None:
         {"min_p": 1.5},
         {"seed": -1},
         {"seed": 2**63},
+        {"temperature": "0.8"},
+        {"temperature": True},
+        {"top_k": 2.0},
+        {"top_k": math.nan},
+        {"top_p": math.nan},
+        {"top_p": None},
+        {"min_p": math.nan},
+        {"seed": 0.5},
     ],
 )
 def test_options_reject_numbers_out_of_range(options: dict) -> None:
     (name,) = options
     with pytest.raises(UserError, match=name):
         SamplingOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(1.0, top_k=10**30, top_p=1, seed=2**63 - 1),
+        SamplingOptions(1.0, top_p=1, min_p=1.0),
+        SamplingOptions(1.0, top_p=5e-324),
+        SamplingOptions(5e-324, top_p=1),
+        SamplingOptions(1e-30),
+        SamplingOptions(0.0, top_k=1, top_p=5e-324, min_p=1.0),
+        SamplingOptions(1e300, top_k=1),
+    ],
+)
+@pytest.mark.parametrize("spread", [0.0, 1.0, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("vocab_size", [1, 2, 5])
+def test_the_ends_of_all_ranges_draw_a_likeliest_token(
+    options: SamplingOptions, spread: float, vocab_size: int
+) -> None:
+    logits = torch.full((vocab_size,), -spread)
+    logits[-1] = spread
+    drawn = sample(logits, options, torch.Generator().manual_seed(options.seed))
+    assert logits[drawn] == logits.max() or (options.top_k == 10**30 and spread == 1)
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 1.5, math.nan, "7", None, True])
+def test_a_number_of_tokens_is_whole(max_tokens: object) -> None:
+    with pytest.raises(UserError, match="max_tokens must be a whole number"):
+        check_max_tokens(max_tokens)  # type: ignore[arg-type]

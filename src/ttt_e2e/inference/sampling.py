@@ -27,21 +27,22 @@ class SamplingOptions:
     seed: int = 0  # the same seed draws the same tokens
 
     def __post_init__(self) -> None:
-        for name, valid, range_ in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number of at least 0"),
-            ("top_k", self.top_k >= 0, "a whole number of at least 0, where 0 is all tokens"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
+        for name, kinds, valid, range_ in (
+            ("temperature", (int, float), lambda x: 0 <= x < math.inf, "a number of at least 0"),
+            ("top_k", int, lambda x: x >= 0, "a whole number of at least 0, where 0 is all tokens"),
+            ("top_p", (int, float), lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("min_p", (int, float), lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("seed", int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1"),
         ):
-            if not valid:
-                raise UserError(f"{name} must be {range_}, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool) or not valid(value):
+                raise UserError(f"{name} must be {range_}, not {value!r}.")
 
 
 def check_max_tokens(max_tokens: int) -> None:
     """Raise UserError unless `max_tokens` can be generated."""
-    if max_tokens < 0:
-        raise UserError(f"Cannot generate {max_tokens} tokens; max_tokens must be at least 0.")
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 0:
+        raise UserError(f"Cannot generate {max_tokens!r} tokens; max_tokens must be a whole number of at least 0.")
 
 
 def sample(logits_V: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
@@ -52,15 +53,15 @@ def sample(logits_V: Tensor, options: SamplingOptions, generator: torch.Generato
     if options.temperature == 0:
         return int(logits_V.argmax())
     # Less the largest: then no temperature is so small that a quotient overflows.
-    logits_V = (logits_V - logits_V.max()).double() / options.temperature
-    p_V, order_V = logits_V.softmax(-1).sort(descending=True, stable=True)
+    logits_V, order_V = logits_V.sort(descending=True, stable=True)  # a temperature may make them equal
+    p_V = ((logits_V - logits_V[0]).double() / options.temperature).softmax(-1)
     p_V = filter_probabilities(p_V, options)
     return int(order_V[torch.multinomial(p_V, 1, generator=generator)])
 
 
 def filter_probabilities(p_V: Tensor, options: SamplingOptions) -> Tensor:
     """What the filters leave of probabilities that begin with the largest, divided by its sum each time."""
-    if options.top_k:  # Fan et al. 2018, arXiv 1805.04833; of equally likely tokens the first are kept
+    if 0 < options.top_k < len(p_V):  # Fan et al. 2018, arXiv 1805.04833; of equally likely tokens the first are kept
         p_V = p_V.masked_fill(torch.arange(len(p_V)) >= options.top_k, 0.0)
         p_V = p_V / p_V.sum()
     if options.top_p < 1:  # Holtzman et al. 2019, arXiv 1904.09751
