@@ -92,6 +92,11 @@ def test_anything_beyond_is_refused_by_name(name: str, range_: Range) -> None:
             assert len(str(error.value)) < 250
 
 
+def test_a_file_with_a_value_out_of_range_is_named() -> None:
+    with pytest.raises(UserError, match=r"^In a\.json: inner_loop\.lr must be at most 1e\+30, not inf\.$"):
+        from_json("model.inner_loop.lr", "1e400")
+
+
 def test_minus_zero_is_zero() -> None:
     assert override(preset("tiny"), ["inner_loop.lr=-0.0", "steps=10.0", "eval_every=-0.0"]).train.eval_every == 0
     assert not override(preset("tiny"), ["inner_loop.lr=-0.0"]).model.can_learn

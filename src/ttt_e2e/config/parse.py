@@ -66,7 +66,10 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configurat
             checked[name] = from_dict(hints[name], value, where, f"{prefix}{name}.")
         else:
             checked[name] = _check(value, hints[name], f"{prefix}{name} in {where}")
-    return cls(**checked)
+    try:
+        return cls(**checked)
+    except UserError as error:
+        raise UserError(f"In {where}: {error}") from error
 
 
 def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
