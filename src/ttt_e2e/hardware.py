@@ -30,6 +30,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def memory_bytes(device: str | torch.device) -> int:
+    """The memory of the device, or of the whole machine for a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def machine(device: str | torch.device = "cpu") -> dict[str, Any]:
     """The machine and the versions that work on `device` depends on, as plain values to keep beside a figure."""
     chosen = torch.device(device)

@@ -109,7 +109,9 @@ def test_a_gradient_whose_norm_is_the_clip_is_clipped(clip: float, dtype: torch.
     gradient = torch.tensor([[[clip, 0.0]]], dtype=dtype, requires_grad=True)
     weight = torch.zeros_like(gradient, requires_grad=True)
     along = torch.tensor([[[1.0, 1.0]]], dtype=dtype)
-    for step in (clipped_step, clipped_step_reference):
+    torch._dynamo.reset()
+    compiled = torch.compile(clipped_step, backend="aot_eager", fullgraph=True)
+    for step in (clipped_step, clipped_step_reference, compiled):
         [new], norm = step([weight], [gradient], 1.0, clip)
         assert torch.equal(new, -gradient) and norm == gradient[0, 0, 0]
         # Of g min(1, c / |g|) at |g| = c: the part along g is lost, the part across it stays.

@@ -160,6 +160,16 @@ def test_standard_model_is_trained(data: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in measured(out)] == [2, 2]
 
 
+@pytest.mark.parametrize("change", ["intermediate_size=16777216", "hidden_size=1048576", "num_attention_heads=65536"])
+def test_a_model_larger_than_the_memory_is_refused_before_anything_is_made(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr("ttt_e2e.training.trainer.memory_bytes", lambda device: 2**33)
+    with pytest.raises(UserError, match=r"takes at least .*B of memory, and the cpu has 8 GiB"):
+        run(data, tmp_path / "run", change, *(["head_dim=256"] if "heads" in change else []))
+    assert not (tmp_path / "run").exists()
+
+
 def test_existing_run_is_not_overwritten(data: Path, whole: Path, tmp_path: Path) -> None:
     before = measured(whole)
     with pytest.raises(UserError, match="already holds a run; continue it with --resume"):

@@ -24,10 +24,12 @@ from ttt_e2e.data.shards import open_tokens
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.files import remove_stale_parts, write_text
+from ttt_e2e.hardware import memory_bytes
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.checkpoint import CONFIG, TOKENIZER, copy_pretrained_metadata, save_model
+from ttt_e2e.model.cost import in_bytes, training_bytes
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.signals import GracefulStop
 from ttt_e2e.training.checkpoint import (
@@ -111,6 +113,12 @@ def train(
             raise UserError(
                 f"A batch of {train_config.batch} sequences does not split over {dist.world_size} processes with "
                 f"{train_config.accumulate} micro-batches each; choose train.batch as a multiple of {parts}."
+            )
+        needed, there = training_bytes(config.model) // dist.world_size, memory_bytes(dist.device)
+        if needed > there:
+            raise UserError(
+                f"Training this model takes at least {in_bytes(needed)} of memory, and the {dist.device} has "
+                f"{in_bytes(there)}; choose a smaller model."
             )
         tokens.check_vocabulary(config.model.vocab_size)
         validation = []
