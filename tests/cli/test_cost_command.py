@@ -111,7 +111,7 @@ def test_training_bytes_are_weights_gradients_and_moments() -> None:
         ("tiny --flops fast", "'fast' is not a number of operations a second"),
         ("./nowhere", "There is no"),
         ("{checkpoint} --window 1024", "longer than 512"),
-        ("{checkpoint} --suffix 2", "of the blocks"),
+        ("{checkpoint} --suffix 2", "--suffix: '2' is not a number above 0 and at most 1"),
     ],
 )
 def test_invalid_models_and_options_are_errors(
