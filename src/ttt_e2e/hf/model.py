@@ -6,6 +6,7 @@ far. With labels it gives the loss that training minimises, differentiable throu
 Shapes: B texts, T tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from ttt_e2e.config.parse import to_dict
+from ttt_e2e.config.schema import replace
 from ttt_e2e.errors import UserError
 from ttt_e2e.hf.cache import CACHE_NAME, ReadingCache
 from ttt_e2e.hf.configuration import TTTE2EConfig
@@ -24,8 +27,8 @@ from ttt_e2e.model.transformer import Transformer
 class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
     """A `Transformer`, the attribute `model`, with the interface of the transformers library.
 
-    The weights are always float32. The dtype given to `from_pretrained`, or in config.json, is that of the matrix
-    products; under autocast it is autocast's.
+    The weights stay float32 in half precision. The dtype given to `from_pretrained` or `to`, or in config.json, is that
+    of the matrix products; under autocast it is autocast's. Gradient checkpointing stores less of the inner loop.
     """
 
     config_class = TTTE2EConfig
@@ -33,6 +36,8 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False  # a loss is the mean over its own batch
     _is_stateful = True  # what was read cannot be taken back, as assisted generation would
     _keep_in_fp32_modules_strict = ["model"]  # noqa: RUF012 - as the library declares it
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     def __init__(self, config: TTTE2EConfig) -> None:
         super().__init__(config)
@@ -42,6 +47,75 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the `Transformer` has drawn its own."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products, and so what `save_pretrained` writes down."""
+        return self.compute_dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to`, `half`, `cuda` and the like do to every weight: those are never rounded, only the products are."""
+        found = {fn(torch.empty(0, dtype=dtype)).dtype for dtype in (torch.float64, torch.float16)}
+        if len(found) == 1:  # it is a conversion, not a move
+            self.compute_dtype = found.pop()
+            if self.compute_dtype in (torch.float16, torch.bfloat16):
+                return super()._apply(lambda weight: weight.to(fn(weight).device), recurse)
+        return super()._apply(fn, recurse)
+
+    # -- the embedding and the head as modules -------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The module that looks up tokens, for hooks. Its `weight` is the embedding [V, D], which the model owns."""
+        lookup = self.model.lookup
+        vars(lookup)["weight"] = self.model.embedding
+        return lookup
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Take the `weight` [V, D] of `value` as the embedding, and as the head where they are tied."""
+        self.model.embedding = _matrix_like(self.model.embedding, value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head as a linear layer, which shares its weight [V, D]."""
+        head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
+        head.weight = self.model.head_weight  # type: ignore[assignment]
+        return head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take the `weight` [V, D] of `new_embeddings` as the head. Raises UserError if that is the embedding."""
+        if self.model.config.tie_word_embeddings:
+            raise UserError("The head of this model is its embedding; use set_input_embeddings for both.")
+        self.model.head = _matrix_like(self.model.head, new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Change the size of the vocabulary; returns `get_input_embeddings()`.
+
+        Args:
+            new_num_tokens: rows of the embedding and of the head; None: as many as now.
+            pad_to_multiple_of: the rows are rounded up to a multiple of this.
+            mean_resizing: whether new rows are drawn around the mean of the old ones, so that they hardly change the
+                probabilities of others; otherwise they are drawn as for a new model.
+        """
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        size += -size % (pad_to_multiple_of or 1)
+        if size < 1:
+            raise UserError(f"A vocabulary has at least one token, not {size}.")
+        std = self.model.config.initializer_range
+        for name in ("embedding", "head"):
+            if (old_VD := getattr(self.model, name, None)) is None:
+                continue
+            with torch.no_grad():
+                added = torch.randn(max(0, size - len(old_VD)), old_VD.shape[1]).to(old_VD)
+                # The library's own choice, too: a billionth of their variance.
+                added = old_VD.mean(0) + 3e-5 * old_VD.std(0) * added if mean_resizing else std * added
+                new = nn.Parameter(torch.cat([old_VD[:size], added]), requires_grad=old_VD.requires_grad)
+            setattr(self.model, name, new)
+        self.model.config = replace(self.model.config, {"vocab_size": size})
+        self.config.settings = to_dict(self.model.config)
+        return self.get_input_embeddings()
+
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(
@@ -113,7 +187,8 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(
                 "The model learns from all that it reads: labels are the input ids, with -100 only for BOS and padding."
             )
-        options: dict[str, Any] = {"activation_checkpointing": "mini-batch", "dtype": dtype}
+        kept = "sqrt" if self.gradient_checkpointing else "mini-batch"
+        options: dict[str, Any] = {"activation_checkpointing": kept, "dtype": dtype}
         return sequence_loss(self.model, tokens_BT, bos=bos, learn=learn, **options).loss
 
     def prepare_inputs_for_generation(
@@ -133,3 +208,13 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs[CACHE_NAME] = ReadingCache()
         else:
             model_kwargs[CACHE_NAME]._is_user_defined = True  # as the library marks it
+
+
+def _matrix_like(old: nn.Parameter, module: nn.Module) -> nn.Parameter:
+    """The `weight` of `module`, a parameter. Raises UserError unless it has the shape of `old`."""
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.shape != old.shape:
+        raise UserError(
+            f"The new matrix has to be of shape {list(old.shape)}; change the vocabulary with resize_token_embeddings."
+        )
+    return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)

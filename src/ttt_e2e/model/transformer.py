@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers import MIXER_TYPES
-from ttt_e2e.model.mixers.attention import Attention
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, Positions, reset_parameters
 from ttt_e2e.model.rope import frequencies
 from ttt_e2e.ops import tuning
@@ -56,6 +55,14 @@ class NoNorm(nn.Module):
         return x, lambda g: g
 
 
+class TokenLookup(nn.Module):
+    """Looks up rows of a matrix that belongs to the model, as a module, so that hooks can be put on it."""
+
+    def forward(self, tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
+        """The rows [B, T, D] of the token ids."""
+        return F.embedding(tokens_BT, weight_VD)
+
+
 def _norm(config: ModelConfig, wanted: bool) -> nn.Module:
     return RMSNorm(config.hidden_size, config.rms_norm_eps) if wanted else NoNorm()
 
@@ -70,12 +77,13 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
         """The static MLP: the same weights for every sequence."""
-        y_BTF, swiglu_vjp = swiglu(linear(x_BTD, self.w_in))
+        w_in, w_out = self.w_in, self.w_out  # which may be parametrised, and otherwise when the vjp is called
+        y_BTF, swiglu_vjp = swiglu(linear(x_BTD, w_in))
 
         def vjp(g_BTD: Tensor) -> Tensor:
-            return linear_vjp(swiglu_vjp(linear_vjp(g_BTD, self.w_out)), self.w_in)
+            return linear_vjp(swiglu_vjp(linear_vjp(g_BTD, w_out)), w_in)
 
-        return linear(y_BTF, self.w_out), vjp
+        return linear(y_BTF, w_out), vjp
 
 
 class FastMLP(nn.Module):
@@ -189,8 +197,7 @@ class Block(nn.Module):
         if not second_order:
             y_BTD, state = self.mixer(n_BTD, positions, state, cache_view)
             return x_BTD + self.mixer_post_norm(y_BTD)[0], state, None
-        assert isinstance(self.mixer, Attention)
-        y_BTD, state, mixer_vjp = self.mixer.forward_with_vjp(n_BTD, positions, state, cache_view)
+        y_BTD, state, mixer_vjp = self.mixer(n_BTD, positions, state, cache_view, with_vjp=True)
         z_BTD, post_norm_vjp = self.mixer_post_norm(y_BTD)
         return x_BTD + z_BTD, state, lambda g: g + norm_vjp(mixer_vjp(post_norm_vjp(g)))
 
@@ -243,6 +250,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.lookup = TokenLookup()
         self.blocks = nn.ModuleList(
             Block(config, mixer, fast=i >= config.prefix_layers) for i, mixer in enumerate(config.mixers)
         )
@@ -335,7 +343,7 @@ class Transformer(nn.Module):
 
         Returns the residual stream [B, T, D], and the state of every mixer that ran.
         """
-        x_BTD = F.embedding(tokens_BT, self.embedding).to(dtype)
+        x_BTD = self.lookup(tokens_BT, self.embedding).to(dtype)
         old: Iterator[Any] = itertools.repeat(None) if states is None else iter(states)
         new = []
         for block in self.prefix:

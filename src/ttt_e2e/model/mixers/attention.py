@@ -4,6 +4,8 @@ Shapes: B sequences, T tokens, S keys (cached ones first), D hidden size, H quer
 dimension, J = H + G, E = (H + 2 G) K.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,26 +48,22 @@ class Attention(Mixer):
                     getattr(self, name).zero_()
 
     def forward(
-        self, x_BTD: Tensor, positions: Positions, state: KVCache | None = None, cache_view: CacheView = ALL_FILLED
-    ) -> tuple[Tensor, KVCache]:
-        """See `Mixer.forward`. Memory is linear in T."""
-        return self.forward_with_vjp(x_BTD, positions, state, cache_view, second_order=False)[:2]
-
-    def forward_with_vjp(
         self,
         x_BTD: Tensor,
         positions: Positions,
         state: KVCache | None = None,
         cache_view: CacheView = ALL_FILLED,
-        second_order: bool = True,
-    ) -> tuple[Tensor, KVCache, Vjp]:
-        """`forward`, and the function from the output's cotangent to the input's, itself differentiable.
+        *,
+        with_vjp: bool = False,
+    ) -> tuple[Any, ...]:
+        """See `Mixer.forward`. Memory is linear in T.
 
-        Cached keys and values are constants for that function, as they are for the inner gradient. With
-        `second_order=False` attention runs through PyTorch's fused kernel, and the function must not be called.
+        `with_vjp` also returns the function from the output's cotangent to the input's, itself differentiable. Cached
+        keys and values are constants for that function, as they are for the inner gradient.
         """
         config, num_heads, num_kv_heads = self.config, self.num_heads, self.num_kv_heads
-        x_BTE = linear(x_BTD, self.w_qkv)
+        w_qkv, w_out = self.w_qkv, self.w_out  # which may be parametrised, and otherwise when the vjp is called
+        x_BTE = linear(x_BTD, w_qkv)
         if config.attention_bias:
             x_BTE = x_BTE + self.b_qkv.to(x_BTD.dtype)
         x_BTJK = x_BTE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
@@ -87,7 +85,7 @@ class Attention(Mixer):
                 num_empty_slots = (state.num_slots - cache_view.seq_lens).clamp(min=0).to(torch.int32)
         keys = (seen.k_BGSK, seen.v_BGSK, self.window, num_empty_slots, attn_mask_TS)
         attention_vjp: AttentionVjp | None = None
-        if second_order:
+        if with_vjp:
             assert num_empty_slots is None or num_empty_slots.dim() == 0, "rows to learn from are of equal length"
             y_BHTK, attention_vjp = inner_loop_attention(q_BHTK, *keys)
         else:
@@ -97,20 +95,20 @@ class Attention(Mixer):
             kept = kept.contiguous()  # a view would keep the keys and values of the whole text
 
         def vjp(g_BTD: Tensor) -> Tensor:
-            dy_BTHK = linear_vjp(g_BTD, self.w_out).unflatten(-1, (num_heads, -1))
-            assert attention_vjp is not None, "ask for the vjp with second_order=True"
+            dy_BTHK = linear_vjp(g_BTD, w_out).unflatten(-1, (num_heads, -1))
+            assert attention_vjp is not None
             dq_BHTK, dk_BGTK, dv_BGTK = attention_vjp(dy_BTHK.transpose(1, 2))
             dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2)
             dqk_BTJK = rotation_vjp(dqk_BTJK.to(qk_BTJK.dtype))
             if norm_vjp is not None:
                 dqk_BTJK = norm_vjp(dqk_BTJK)
             dx_BTJK = torch.cat((dqk_BTJK.to(g_BTD.dtype), dv_BGTK.transpose(1, 2)), 2)
-            return linear_vjp(dx_BTJK.flatten(2), self.w_qkv)
+            return linear_vjp(dx_BTJK.flatten(2), w_qkv)
 
-        out_BTD = linear(y_BHTK.transpose(1, 2).flatten(2), self.w_out)
+        out_BTD = linear(y_BHTK.transpose(1, 2).flatten(2), w_out)
         if config.attention_out_bias:
             out_BTD = out_BTD + self.b_out.to(x_BTD.dtype)
-        return out_BTD, kept, vjp
+        return (out_BTD, kept, vjp) if with_vjp else (out_BTD, kept)
 
 
 def attention_cost(config: ModelConfig, window: int | None, context: int) -> MixerCost:
