@@ -1,7 +1,10 @@
 """Write a model folder for the transformers library, which loads it once `ttt_e2e.hf` is imported."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import tokenizers
 import torch
@@ -10,58 +13,83 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path
+from ttt_e2e.files import atomic_path, read_json
 from ttt_e2e.hf import TTTE2EConfig, TTTE2EForCausalLM
-from ttt_e2e.inference.load import chat_template, load_model
-from ttt_e2e.model.checkpoint import TOKENIZER
+from ttt_e2e.inference.load import load_model
+from ttt_e2e.model.checkpoint import SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG, copy_pretrained_metadata
 from ttt_e2e.model.transformer import Transformer
 
 
 def convert_to_hf(folder: Path, out: Path) -> int:
     """Write the model in `folder` to `out` as transformers itself would save it; returns its number of parameters.
 
-    The weights are float32, and all in memory at once. For the tokenizer a text begins with BOS, which also ends
-    documents and pads, on the left; a chat template in the folder is kept. Raises UserError if `out` exists, or if
+    The weights are float32, and all in memory at once. The tokenizer keeps the special tokens, settings and chat
+    templates that the model came with; without any, BOS also ends documents and pads, on the left. For the tokenizer a
+    text begins with BOS, as for the model. Raises UserError if `out` exists, if a weight is not a finite number, or if
     `folder` is not a model with a tokenizer.
     """
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not.")
     model, tokenizer = load_model(folder)
-    template = chat_template(folder)
-    backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
-    bos_token = backend.id_to_token(tokenizer.bos)
-    if backend.encode("a").ids[:1] != [tokenizer.bos]:
-        begin = processors.TemplateProcessing(
-            single=f"{bos_token} $A", pair=f"{bos_token} $A $B", special_tokens=[(bos_token, tokenizer.bos)]
-        )
-        before = [] if backend.post_processor is None else [backend.post_processor]
-        backend.post_processor = processors.Sequence([*before, begin])
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{folder} has weights in {name} that are not finite numbers; use another model.")
+    theirs = _tokenizer(folder, tokenizer.bos)
     with atomic_path(out) as part:
-        wrap_model(model, tokenizer.bos, tokenizer.end_ids).save_pretrained(part)
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            bos_token=bos_token,
-            eos_token=bos_token,
-            pad_token=bos_token,
-            padding_side="left",
-            clean_up_tokenization_spaces=False,
-            **({} if template is None else {"chat_template": template.source}),
-        ).save_pretrained(part)
+        ends = tokenizer.end_ids
+        wrap_model(model, tokenizer.bos, ends, theirs.eos_token_id, theirs.pad_token_id).save_pretrained(part)
+        theirs.save_pretrained(part)
         for weights in part.glob("*.safetensors"):  # the library makes them readable for their owner alone
             weights.chmod((part / "config.json").stat().st_mode)
     return sum(weight.numel() for weight in model.parameters())
 
 
-def wrap_model(model: Transformer, bos: int | None = None, end_ids: Iterable[int] = ()) -> TTTE2EForCausalLM:
+def _tokenizer(folder: Path, bos: int) -> PreTrainedTokenizerFast:
+    """The library's tokenizer for the model in `folder`, which begins every text with the token `bos`."""
+    with TemporaryDirectory() as copy:  # without config.json, which the library would take for one of its own
+        shutil.copyfile(folder / TOKENIZER, Path(copy) / TOKENIZER)
+        copy_pretrained_metadata(folder, Path(copy))
+        files = [file for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS) if (file := Path(copy) / name).is_file()]
+        named = {name for file in files for name, value in read_json(file).items() if value is not None}
+        bos_token = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)).id_to_token(bos)
+        defaults: dict[str, Any] = {"padding_side": "left", "clean_up_tokenization_spaces": False}
+        if "eos_token" not in named:
+            defaults |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), bos_token)
+        defaults = {name: value for name, value in defaults.items() if name not in named}
+        theirs = PreTrainedTokenizerFast.from_pretrained(copy, **defaults)
+    backend = theirs.backend_tokenizer
+    if theirs("a")["input_ids"][:1] != [bos]:
+        begin = processors.TemplateProcessing(
+            single=f"{bos_token} $A", pair=f"{bos_token} $A $B", special_tokens=[(bos_token, bos)]
+        )
+        before = [] if backend.post_processor is None else [backend.post_processor]
+        backend.post_processor = processors.Sequence([*before, begin])
+    return theirs
+
+
+def wrap_model(
+    model: Transformer,
+    bos: int | None = None,
+    end_ids: Iterable[int] = (),
+    eos: int | None = None,
+    pad: int | None = None,
+) -> TTTE2EForCausalLM:
     """`model` with the interface of transformers; it shares the weights.
 
-    bos: the token that begins and ends documents, and pads. end_ids: all tokens that end a generated text, `bos` among
-    them.
+    Args:
+        model: the model.
+        bos: the token that begins documents.
+        end_ids: all tokens that end a generated text, `bos` among them.
+        eos, pad: the tokens that end a text and that pad one; None: `bos`.
     """
-    config = TTTE2EConfig(to_dict(model.config), bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
+    tokens = {
+        "bos_token_id": bos,
+        "eos_token_id": bos if eos is None else eos,
+        "pad_token_id": bos if pad is None else pad,
+    }
     with torch.device("meta"):  # no weights are allocated that would be replaced at once
-        wrapped = TTTE2EForCausalLM(config)
+        wrapped = TTTE2EForCausalLM(TTTE2EConfig(to_dict(model.config), **tokens))
     wrapped.model = model
-    eos = sorted(end_ids) if len({*end_ids}) > 1 else bos
-    wrapped.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=bos)
+    ends = {"eos_token_id": sorted(end_ids)} if len({*end_ids}) > 1 else {}
+    wrapped.generation_config = GenerationConfig(**tokens | ends)
     return wrapped.eval()

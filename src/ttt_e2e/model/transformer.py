@@ -103,8 +103,10 @@ class FastMLP(nn.Module):
             self.up_out = nn.Parameter(torch.empty(width, rank))
             self.down_out = nn.Parameter(torch.empty(rank, hidden))
 
-    def forward(self, x_BTD: Tensor, fast: Weights) -> tuple[Tensor, FastVjp]:
-        """The MLP with the sequences' own weights `fast` in place of this module's."""
+    def forward(self, x_BTD: Tensor | None, fast: Weights | None = None) -> Any:
+        """The MLP with the sequences' own weights `fast` in place of this module's; without an input, `start()`."""
+        if x_BTD is None or fast is None:
+            return self.start()  # here, where its parameters may be parametrised
         if isinstance(fast, LowRankWeights):
             return low_rank_mlp(x_BTD, fast, self.w_in, self.w_out)
         return fast_mlp(x_BTD, fast)
@@ -400,5 +402,5 @@ class Transformer(nn.Module):
 
     def initial_fast_weights(self, batch: int) -> tuple[Weights, ...]:
         """The learned initial fast weights, the same for every sequence of the batch."""
-        starts = (block.fast.start() for block in self.suffix)
+        starts = (block.fast(None) for block in self.suffix)
         return tuple(self.fast_kind(*(w.expand(batch, -1, -1) for w in start)) for start in starts)
