@@ -82,7 +82,7 @@ def wrap_model(
         end_ids: all tokens that end a generated text, `bos` among them.
         eos, pad: the tokens that end a text and that pad one; None: `bos`.
     """
-    tokens = {
+    tokens: dict[str, Any] = {
         "bos_token_id": bos,
         "eos_token_id": bos if eos is None else eos,
         "pad_token_id": bos if pad is None else pad,

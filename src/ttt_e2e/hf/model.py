@@ -77,7 +77,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The head as a linear layer, which shares its weight [V, D]."""
         head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
-        head.weight = self.model.head_weight  # type: ignore[assignment]
+        head.weight = self.model.head_weight
         return head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -88,7 +88,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> Any:
         """Change the size of the vocabulary; returns `get_input_embeddings()`.
 
         Args:
