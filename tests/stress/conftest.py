@@ -1,0 +1,58 @@
+"""Models and a working folder for the stress tests, which run only when they are asked for: `pytest -m stress`."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import small_model
+from stress_helpers import TEXT, Figures
+
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.inference import load
+from ttt_e2e.model.checkpoint import save_model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of milliseconds, which takes the place of the shipped one."""
+    torch.set_num_threads(1)  # copies of a process with more could wait for ever
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train([TEXT], 290)
+    tokenizer.save(folder / "t.json")
+    changes = {"mini_batch_size": 16, "sliding_window": 32, "initializer_range": 0.05}
+    save_model(small_model(vocab_size=tokenizer.vocab_size, **changes), folder / "tiny", folder / "t.json")
+    return folder / "tiny"
+
+
+@pytest.fixture
+def shipped(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(load, "shipped_model", lambda: model_folder)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    return model_folder
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> "Iterator[Fresh]":
+    yield Fresh(tmp_path)
+
+
+class Fresh:
+    """Folders that are equal at the beginning of each round."""
+
+    def __init__(self, parent: Path) -> None:
+        self.template, self._folder = parent / "template", parent / "here"
+        self.template.mkdir()
+
+    def __call__(self) -> Path:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.copytree(self.template, self._folder, symlinks=True)
+        return self._folder
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
+    figures = Figures(request.node.name)
+    yield figures
+    figures.show()
