@@ -1,4 +1,4 @@
-"""Commands that write, killed before any of their file operations and run again: they end as if nothing had happened."""
+"""Commands that write, killed before any of their file operations and run again: they end as if they had not been."""
 
 import json
 import os

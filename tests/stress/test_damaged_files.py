@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,11 @@ from stress_helpers import TEXT, Figures, Outcome, complaint, damage, rounds, ru
 
 pytestmark = pytest.mark.stress
 
-TRAIN = [
-    "train",
-    "tiny",
-    "--data",
-    "tokens",
-    "--out",
-    "run",
-    "--quiet",
-    "hidden_size=16",
-    "num_attention_heads=2",
-    "num_hidden_layers=4",
-    "intermediate_size=24",
-    "sliding_window=8",
-    "mini_batch_size=4",
-    "vocab_size=272",
-    "context=16",
-    "batch=2",
-    "eval_tokens=32",
-    "checkpoint_every=1",
-    "eval_every=0",
-]
+TRAIN = shlex.split(
+    "train tiny --data tokens --out run --quiet hidden_size=16 num_attention_heads=2 num_hidden_layers=4 "
+    "intermediate_size=24 sliding_window=8 mini_batch_size=4 vocab_size=272 context=16 batch=2 eval_tokens=32 "
+    "checkpoint_every=1 eval_every=0"
+)
 
 
 def numbers_of(here: Path, outcome: Outcome) -> Any:

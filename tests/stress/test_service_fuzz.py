@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,65 +41,17 @@ BODIES: dict[str, dict[str, Any]] = {
     },
     "/v1/sessions/SESSION/completions": {"prompt": ["The", "A"], "max_tokens": 2, "stop": ["x"], "stream": True},
 }
-FIELDS = [
-    "model",
-    "prompt",
-    "messages",
-    "max_tokens",
-    "max_completion_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "n",
-    "stop",
-    "stream",
-    "learn",
-    "user",
-    "stream_options",
-    "logprobs",
-    "echo",
-    "best_of",
-    "suffix",
-    "tools",
-    "tool_choice",
-    "response_format",
-    "metadata",
-    "store",
-    "name",
-    "logit_bias",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "chat_template_kwargs",
-    "nonsense",
-    "session",
-    "role",
-    "content",
-]
-PATHS = [
-    "/",
-    "/health",
-    "/metrics",
-    "/openapi.json",
-    "/v1/models",
-    "/v1/models/tiny",
-    "/v1/models/x",
-    "/v1/sessions",
-    "/v1/sessions/SESSION",
-    "/v1/sessions/SESSION/fork",
-    "/v1/sessions/SESSION/read",
-    "/v1/sessions/SESSION/export",
-    "/v1/sessions/import",
-    "/v1/sessions/../x",
-    "/v1/sessions/%00",
-    "/v1/sessions/sess-0",
-    "/v2",
-    "/v1/completions/",
-    "//",
-]
-METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "BREW"]
+FIELDS = shlex.split(
+    "model prompt messages max_tokens max_completion_tokens temperature top_p top_k min_p seed n stop stream learn "
+    "user stream_options logprobs echo best_of suffix tools tool_choice response_format metadata store name logit_bias "
+    "frequency_penalty presence_penalty repetition_penalty chat_template_kwargs nonsense session role content"
+)
+PATHS = shlex.split(
+    "/ /health /metrics /openapi.json /v1/models /v1/models/tiny /v1/models/x /v1/sessions /v1/sessions/SESSION "
+    "/v1/sessions/SESSION/fork /v1/sessions/SESSION/read /v1/sessions/SESSION/export /v1/sessions/import "
+    "/v1/sessions/../x /v1/sessions/%00 /v1/sessions/sess-0 /v2 /v1/completions/ //"
+)
+METHODS = shlex.split("GET POST PUT DELETE PATCH HEAD OPTIONS BREW")
 
 
 def mutate(choices: random.Random, value: Any) -> Any:

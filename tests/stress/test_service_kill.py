@@ -154,7 +154,7 @@ def check(address: str, known: dict[str, Known], oracle: Oracle, where: str) -> 
 def test_killed_while_it_works(shipped: Path, tmp_path: Path, figures: Figures) -> None:
     data, log, oracle = tmp_path / "sessions", tmp_path / "log", Oracle(shipped)
     parts: list[dict[str, Known]] = [{}, {}, {}]
-    lock, oldest = threading.Lock(), 0
+    lock = threading.Lock()
     for name, choices in rounds():
         with service(data, log) as (child, address):
             known: dict[str, Any] = {id: one for part in parts for id, one in part.items()}
@@ -177,6 +177,5 @@ def test_killed_while_it_works(shipped: Path, tmp_path: Path, figures: Figures) 
             for thread in threads:
                 thread.join()
         assert "Traceback" not in log.read_text(), f"{name}: {log.read_text()[-3000:]}"
-        oldest += 1
     left = [path.name for path in data.iterdir() if path.name.startswith(".tmp-") or path.name.endswith(".part")]
     assert len(left) <= 3, left  # of the last kill; the next start removes it
