@@ -26,7 +26,7 @@ GOOD = [
     "presets",
     "cost tiny --context 8K --train --flops 100T",
     "prepare text.txt rows.jsonl --out out --vocab-size 300 --val-share 0.2 --seed 1 --quiet",
-    "evaluate --data tokens --max-tokens 200 --batch 2 --quiet",
+    "evaluate text.txt rows.jsonl --max-tokens 200 --batch 2 --quiet",
     "train tiny --data tokens --out out --quiet hidden_size=16 num_attention_heads=2 num_hidden_layers=4 "
     "intermediate_size=24 sliding_window=8 mini_batch_size=4 vocab_size=272 context=16 batch=2 steps=1 eval_tokens=32",
     "convert from-hf checkpoint out --dtype float32",
