@@ -1,7 +1,8 @@
 """Files that are complete or absent, however a process ends, and verified when they are read; locks; JSON.
 
-A file or a folder is written under a temporary name, `.NAME.PID.part`, and then renamed. What a killed process left
-under such names is removed by `remove_stale_parts`.
+A file or a folder is written in a temporary folder, `.NAME.PID.part`, where libraries may have temporary files of their
+own, and then moved to its place. What a killed process left is removed by `remove_stale_parts`, which `lock_beside`
+calls.
 """
 
 import errno
@@ -36,12 +37,12 @@ def atomic_path(target: Path) -> Iterator[Path]:
     cannot be written.
     """
     target = real_path(target)
-    part = _temporary(target, "part")
+    holder = _temporary(target, "part")
+    part = holder / target.name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)  # left by a killed process with the same id, which is common in containers
-        if target.is_file():
-            part.touch(target.stat().st_mode | stat.S_IRUSR | stat.S_IWUSR)  # no more public than it will be
+        _remove(holder)  # left by a killed process with the same id, which is common in containers
+        holder.mkdir(mode=0o700)  # no more public than `target` will be, whatever its mode
         yield part
         _sync_tree(part)
         _keep_access(target, part)
@@ -52,16 +53,17 @@ def atomic_path(target: Path) -> Iterator[Path]:
             _remove(old)
         else:
             part.replace(target)
+        _remove(holder)
         sync(target.parent)  # otherwise a power cut may undo the rename
     except OSError as error:
-        _remove(part)
+        _remove(holder)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"No space left on the disk while writing {target}; the previous one is kept.") from error
         if error.filename is None or Path(error.filename) in (part, *part.parents):
             raise UserError(f"Cannot write {target}: {error.strerror}. Choose another place.") from error
         raise
     except BaseException:
-        _remove(part)
+        _remove(holder)
         raise
 
 
@@ -160,8 +162,8 @@ def lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
 
     The lock is the file `.NAME.lock` beside it, because a lock on `target` would go when that is replaced. It is
     yielded open, and removed when the block ends; but what was written to it is kept if an exception ends the block or
-    the process is killed, and the next process finds it there. Raises UserError with the message `in_use` if the lock
-    is held, and another one if it cannot be made.
+    the process is killed, and the next process finds it there. What killed processes left beside `target` is removed.
+    Raises UserError with the message `in_use` if the lock is held, and another one if it cannot be made.
     """
     target = real_path(target)
     path = target.with_name(f".{target.name}.lock")
@@ -181,6 +183,7 @@ def lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
                 break
         lock.close()  # whoever held it has removed it between the two calls
     with lock:
+        remove_stale_parts(target.parent, target.name)
         try:
             yield lock
         except BaseException:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ttt_e2e.cli.common import LEARNING, add_options, learning_options
 from ttt_e2e.errors import UserError
+from ttt_e2e.files import lock_beside
 from ttt_e2e.units import natural
 
 HELP = "convert models from and to other programs"
@@ -107,6 +108,12 @@ and in Python:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert and print what came out; returns 0."""
+    with lock_beside(arguments.out, f"{arguments.out} is being written by another process; wait until it has ended."):
+        _convert(arguments)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> None:
     source, out = arguments.source, arguments.out
     if arguments.action == "from-hf":
         from ttt_e2e.convert.from_hf import convert_from_hf, describe
@@ -139,4 +146,3 @@ def run(arguments: argparse.Namespace) -> int:
         except ImportError as error:
             raise UserError('Writing for transformers needs that library: pip install "ttt-e2e[hf]".') from error
         print(f"{out}: {convert_to_hf(source, out):,} parameters, for transformers")
-    return 0
