@@ -323,3 +323,12 @@ def test_read_json_rejects_what_is_nested_too_deeply(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": ' + "[" * 100_000)
     with pytest.raises(UserError, match="is not JSON"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/..", "a/.", "/"])
+def test_a_lock_beside_a_folder_without_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a/a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    with lock_beside(Path(name), "in use"), pytest.raises(UserError, match="in use"), lock_beside(Path(name), "in use"):
+        pass
+    assert not list(tmp_path.rglob(".*"))

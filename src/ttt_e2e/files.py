@@ -114,7 +114,7 @@ def remove_stale_parts(folder: Path, *names: str) -> None:
 
 
 def _temporary(target: Path, suffix: str) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.{suffix}")
+    return target.parent / f".{target.name}.{os.getpid()}.{suffix}"
 
 
 def _remove(path: Path) -> None:
@@ -165,8 +165,8 @@ def lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
     the process is killed, and the next process finds it there. What killed processes left beside `target` is removed.
     Raises UserError with the message `in_use` if the lock is held, and another one if it cannot be made.
     """
-    target = real_path(target)
-    path = target.with_name(f".{target.name}.lock")
+    target = Path(os.path.abspath(real_path(target)))  # noqa: PTH100 - "." and ".." have no name to put the lock beside
+    path = target.parent / f".{target.name}.lock"
     while True:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

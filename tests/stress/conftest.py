@@ -1,5 +1,8 @@
 """Models and a working folder for the stress tests, which run only when they are asked for: `pytest -m stress`."""
 
+import importlib
+import pkgutil
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +12,7 @@ import torch
 from helpers import small_model
 from stress_helpers import TEXT, Figures
 
+import ttt_e2e
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inference import load
 from ttt_e2e.model.checkpoint import save_model
@@ -18,6 +22,9 @@ from ttt_e2e.model.checkpoint import save_model
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of milliseconds, which takes the place of the shipped one."""
     torch.set_num_threads(1)  # copies of a process with more could wait for ever
+    for module in pkgutil.walk_packages(ttt_e2e.__path__, "ttt_e2e."):
+        if not re.search(r"triton|__main__", module.name):
+            importlib.import_module(module.name)  # not in every copy
     folder = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer.train([TEXT], 290)
     tokenizer.save(folder / "t.json")

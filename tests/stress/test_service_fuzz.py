@@ -166,6 +166,7 @@ def test_requests_of_two_keys(shipped: Path, tmp_path: Path, figures: Figures) -
                 assert states == {id: {**one, "in_memory": True} for id, one in before.items()}, where
             for id in list(client.sessions)[8:]:
                 client.send("DELETE", f"/v1/sessions/{id}")
+                del client.sessions[id]
             if number == 500:
                 memory = process.memory_info().rss
         growth = process.memory_info().rss - memory
