@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import multiprocessing
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,10 @@ def flipped(content: bytes, bit: int) -> bytes:
     altered = bytearray(content)
     altered[bit // 8] ^= 1 << bit % 8
     return bytes(altered)
+
+
+def start_copy(function: Callable[..., object], *arguments: object) -> multiprocessing.process.BaseProcess:
+    """Call `function` in a copy of this process, which a test can kill; unlike a new one it has imported everything."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process

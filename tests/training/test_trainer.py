@@ -1,15 +1,17 @@
-"""The trainer as a user meets it. Run as a program, this file trains in a process of its own that a test can kill."""
+"""The trainer as a user meets it. Run as a program, this file trains as one of the processes of torchrun."""
 
+import functools
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import made_up_tokens, small_config
+from helpers import made_up_tokens, small_config, start_copy
 
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.schema import RunConfig, TrainConfig
@@ -337,16 +339,15 @@ def test_weights_and_biases_continues_its_run(data: Path, tmp_path: Path, monkey
 # -- in processes of their own -----------------------------------------------------------------------------------------
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # where the helpers are
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def train_in_copy(data: Path, out: Path, *changes: str, wait_at_end: bool = False) -> None:
+    """Train as this program does, in a copy of this process (see `start_copy`)."""
+    run(data, out, *changes, resume=True, threads=1)
+    if wait_at_end:
+        signal.pause()
 
 
-def command(data: Path, out: Path, *changes: str, launcher: Sequence[str] = ()) -> list[str]:
-    return [sys.executable, *launcher, __file__, str(data), str(out), *changes]
-
-
-def wait_for_lines(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
+def wait_for_lines(out: Path, count: int, process: BaseProcess) -> None:
+    while process.is_alive():
         metrics = out / "metrics.jsonl"
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
             return
@@ -356,21 +357,17 @@ def wait_for_lines(out: Path, count: int, process: subprocess.Popen[bytes]) -> N
 @pytest.mark.slow
 def test_run_killed_at_any_moment_is_the_same_when_resumed(data: Path, tmp_path: Path) -> None:
     changes = ("steps=40", "checkpoint_every=2", "eval_every=10")
-    subprocess.run(command(data, tmp_path / "whole", *changes), check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    run(data, tmp_path / "whole", *changes)
     out, choose = tmp_path / "killed", random.Random()
     for target in (1, 12, 23, 34):
         # A run that has come to its end waits to be killed, in case this process is slow.
-        process = subprocess.Popen(
-            command(data, out, *changes),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env=ENVIRONMENT | {"WAIT_AT_END": "1"},
-        )
+        process = start_copy(functools.partial(train_in_copy, wait_at_end=True), data, out, *changes)
         wait_for_lines(out, target, process)
         time.sleep(choose.uniform(0, 0.15))
         process.kill()
-        assert process.wait() == -signal.SIGKILL
-    subprocess.run(command(data, out, *changes), check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    run(data, out, *changes, resume=True)
     assert measured(out) == measured(tmp_path / "whole")
     assert len(measured(out)) == 40 + 4
     for name in ("model/model.safetensors", "checkpoints/step-00000040/optimizer.safetensors"):
@@ -379,9 +376,12 @@ def test_run_killed_at_any_moment_is_the_same_when_resumed(data: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
+def test_two_processes_of_torchrun_train_as_one(data: Path, tmp_path: Path) -> None:
     changes = ("steps=4", "accumulate=1")
-    subprocess.run(command(data, tmp_path / "two", *changes, launcher=TORCHRUN), check=True, env=ENVIRONMENT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # where the helpers are
+    command = [sys.executable, *torchrun, __file__, str(data), str(tmp_path / "two"), *changes]
+    subprocess.run(command, check=True, env=environment)
     run(data, tmp_path / "one", *changes)
     for two, one in zip(measured(tmp_path / "two"), measured(tmp_path / "one"), strict=True):
         assert two["step"] == one["step"]
@@ -393,26 +393,38 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
             assert two["eval"]["loss"] == pytest.approx(one["eval"]["loss"], abs=1e-4)
 
 
-@pytest.mark.slow
-def test_ctrl_c_under_torchrun_stops_all_processes(data: Path, tmp_path: Path) -> None:
-    """Only one of the two gets the signal; both stop after the same step, and the resumed run is the same."""
+def train_in_two(data: Path, out: Path, *changes: str, interrupt_in_step: int = 0) -> None:
+    """Train in two processes, which find each other as those of torchrun do; only the second one gets the signal."""
+
+    def process(rank: int) -> None:
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        if rank == 1 and interrupt_in_step:
+            interrupt(interrupt_in_step)
+        train_in_copy(data, out, *changes)
+
+    with socket.create_server(("localhost", 0)) as free:
+        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = [start_copy(process, rank) for rank in range(2)]
+    for one in processes:
+        one.join()
+    assert [one.exitcode for one in processes] == [0, 0]
+
+
+def test_ctrl_c_in_one_of_two_processes_stops_both(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both stop after the same step, and the resumed run is the same."""
     changes = ("steps=12", "accumulate=1", "checkpoint_every=0", "eval_every=0")
-    subprocess.run(command(data, tmp_path / "whole", *changes, launcher=TORCHRUN), check=True, env=ENVIRONMENT)
+    train_in_two(data, tmp_path / "whole", *changes)
     out = tmp_path / "run"
-    done = subprocess.run(
-        command(data, out, *changes, launcher=TORCHRUN),
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT | {"INTERRUPT_RANK_1_IN_STEP": "5"},
-    )
-    assert "Stopped after step 5;" in done.stdout
+    train_in_two(data, out, *changes, interrupt_in_step=5)
+    assert "Stopped after step 5;" in capfd.readouterr().out
     assert len(measured(out)) == 5
-    subprocess.run(command(data, out, *changes, launcher=TORCHRUN), check=True, env=ENVIRONMENT)
+    train_in_two(data, out, *changes)
     assert measured(out) == measured(tmp_path / "whole")
 
 
-def interrupt_in_step(step: int) -> None:
+def interrupt(step: int) -> None:
     """Send SIGINT to this process in the middle of a step that it makes with one micro-batch a step."""
     sequence_loss, calls = trainer.sequence_loss, []
 
@@ -426,8 +438,4 @@ def interrupt_in_step(step: int) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("RANK") == "1" and "INTERRUPT_RANK_1_IN_STEP" in os.environ:
-        interrupt_in_step(int(os.environ["INTERRUPT_RANK_1_IN_STEP"]))
-    run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:], resume=True, threads=1)
-    if "WAIT_AT_END" in os.environ:
-        sys.stdin.read()
+    train_in_copy(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
