@@ -14,7 +14,7 @@ from ttt_e2e.model.checkpoint import save_model
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models: "model"; "diverging", with a large inner rate; "coarse", which reads faster."""
+    """Small models: "model"; "diverging", with a large inner rate; "coarse", which reads faster; "shallow", which compiles faster."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = Tokenizer.train([TEXT], 290)
     tokenizer.save(folder / "t.json")
@@ -22,6 +22,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {},
         "diverging": {"inner_loop__lr": 1e30},
         "coarse": {"mini_batch_size": 64, "sliding_window": 64},
+        "shallow": {"num_hidden_layers": 3},
     }
     for name, change in changes.items():
         save_model(small_model(vocab_size=tokenizer.vocab_size, **change), folder / name, folder / "t.json")

@@ -97,27 +97,31 @@ def test_read_compiled_without_a_compiler_warns(
     assert capsys.readouterr().err.startswith("Nothing is compiled")
 
 
-def read_plain_and_compiled(here: Path, model: Path, **environment: str) -> str:
-    """Read in new processes, plainly and compiled, to about the same loss; returns standard error of the latter."""
-    command = [sys.executable, "-m", "ttt_e2e", "read", "geese.txt", "--model", str(model)]
-    command += ["--json", "--no-plot", "--quiet", "--device", "cpu", "--threads", "1"]
+def read_plain_and_compiled(here: Path, model: Path, capsys: pytest.CaptureFixture[str], **environment: str) -> str:
+    """Read plainly and, in a new process, compiled, to about the same loss; returns standard error of the latter."""
+    words = ["read", "geese.txt", "--model", str(model), "--json", "--no-plot", "--quiet", "--device", "cpu"]
+    words += ["--threads", "1"]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(here / "cache"), **environment}
-    plain = subprocess.run(command, check=True, capture_output=True, text=True)
-    compiled = subprocess.run([*command, "--compile"], check=True, capture_output=True, text=True, env=environment)
-    assert json.loads(compiled.stdout)["loss"] == pytest.approx(json.loads(plain.stdout)["loss"], abs=1e-4)
+    command = [sys.executable, "-m", "ttt_e2e", *words, "--compile"]
+    compiled = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert run(*words) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert json.loads(compiled.stdout)["loss"] == pytest.approx(plain["loss"], abs=1e-4)
     return compiled.stderr
 
 
 @pytest.mark.slow
-def test_read_without_a_compiler_gives_the_same_result(here: Path, model_dir: Path) -> None:
-    error = read_plain_and_compiled(here, model_dir / "model", CXX=str(here / "no-compiler"))
+def test_read_without_a_compiler_gives_the_same_result(
+    here: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = read_plain_and_compiled(here, model_dir / "shallow", capsys, CXX=str(here / "no-compiler"))
     assert is_compilation_warning(error)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-def test_read_with_generated_code(here: Path, model_dir: Path) -> None:
-    assert read_plain_and_compiled(here, model_dir / "model") == ""
+def test_read_with_generated_code(here: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_plain_and_compiled(here, model_dir / "shallow", capsys) == ""
     assert any((here / "cache").rglob("*.so"))
 
 

@@ -131,7 +131,7 @@ def play(check: Check, actions: list[tuple]) -> None:
     max_batch=st.integers(1, 5),
     replay=st.sampled_from([1, 3, pool_module.MAX_REPLAY]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_pooled_session_equals_a_session_alone(actions: list[tuple], max_batch: int, replay: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "MAX_REPLAY", replay)

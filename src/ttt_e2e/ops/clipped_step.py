@@ -14,10 +14,12 @@ def clipped_step_reference(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float | Tensor, max_norm: float
 ) -> tuple[list[Tensor], Tensor]:
     """The definition of `clipped_step`."""
-    norm_B = _joint_norm(gradients)
-    scale_B = _scale(norm_B, max_norm)
+    # Not `vector_norm`: PyTorch 2.13's inductor gets the gradient through it wrong, and the slope of a root at zero is
+    # infinite.
+    square_B = torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
+    scale_B = _scale(square_B.clamp(min=torch.finfo(square_B.dtype).tiny).sqrt(), max_norm)
     new = [w - lr * scale_B[:, None, None] * g for w, g in zip(weights, gradients, strict=True)]
-    return new, norm_B.detach()
+    return new, square_B.sqrt().detach()
 
 
 def clipped_step(
@@ -55,12 +57,6 @@ def clipped_step_(
     return norm_B
 
 
-def _joint_norm(gradients: Sequence[Tensor]) -> Tensor:
-    # By rows first: over a whole matrix at once, PyTorch's float32 sum on a CPU is too small by 1e-5.
-    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=2), dim=1) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
-
-
 def _scale(norm_B: Tensor, max_norm: float) -> Tensor:
     """The factor for gradients of these norms: exactly 1 up to `max_norm`, where its slope is that beyond."""
     max_norm = min(max_norm, torch.finfo(norm_B.dtype).max)
@@ -75,7 +71,9 @@ def _step(
     into: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The new weights, in the memory of `into` or in fresh memory; the gradients' norms [B], and the factors [B]."""
-    norm_B = _joint_norm(gradients)
+    # By rows first: over a whole matrix at once, PyTorch's float32 sum on a CPU is too small by 1e-5.
+    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=2), dim=1) for g in gradients]
+    norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     scale_B = _scale(norm_B, max_norm)
     step_B11 = (scale_B * -lr)[:, None, None]
     new = [torch.addcmul(w, g, step_B11, out=out) for w, g, out in zip(weights, gradients, into, strict=True)]
