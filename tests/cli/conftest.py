@@ -14,7 +14,7 @@ from ttt_e2e.model.checkpoint import save_model
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models: "model"; "diverging", with a large inner rate; "coarse", which reads faster; "shallow", which compiles faster."""
+    """Small models: "model"; "diverging", with a large inner rate; "coarse" reads faster, "shallow" compiles faster."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = Tokenizer.train([TEXT], 290)
     tokenizer.save(folder / "t.json")

@@ -212,8 +212,8 @@ def test_incomplete_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_last_update_is_checked_before_it_is_saved(tmp_path: Path) -> None:
-    config = {"inner_loop.lr": 1e308, "inner_loop.max_grad_norm": 1e300}
-    model = small_model(F64, vocab_size=TOKENIZER.vocab_size, **config).requires_grad_(False)
+    model = small_model(F64, vocab_size=TOKENIZER.vocab_size, inner_loop__lr=1.0).requires_grad_(False)
+    object.__setattr__(model.config.inner_loop, "lr", float("inf"))  # out of range: every update goes wrong
     template = Session(model, TOKENIZER, dtype=F64)
     ids = TOKENIZER.encode(text_of(1))
 
