@@ -1,7 +1,9 @@
 """What the tests of the command line share."""
 
-import subprocess
+import os
+import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,27 +38,34 @@ def is_compilation_warning(error: str) -> bool:
 
 
 def kill_while_reading(command: list[str], text: str, progress: Callable[[], object], delay: float) -> str:
-    """Run a `ttt-e2e` command in another process, kill it while it reads standard input; returns its standard error.
+    """Run a `ttt-e2e` command in a copy of this process, kill it while it reads standard input; returns its errors.
 
     It is given `text` and no end of file, so it cannot finish before the kill, which comes `delay` seconds after the
     value of `progress` has changed.
     """
     before = progress()
-    with subprocess.Popen(
-        [sys.executable, "-m", "ttt_e2e", *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stdin is not None and process.stderr is not None
-        process.stdin.write(text.encode())
-        process.stdin.flush()
-        while process.poll() is None and progress() == before:
+    stdin, ours = os.pipe()
+    with tempfile.TemporaryFile() as stderr, Path(os.devnull).open("w") as null, os.fdopen(ours, "wb", 0) as pipe:
+        child = os.fork()
+        if child == 0:
+            try:
+                for number, descriptor in enumerate((stdin, null.fileno(), stderr.fileno())):
+                    os.dup2(descriptor, number)
+                pipe.close()
+                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+                main(command)
+            finally:
+                os._exit(1)
+        os.close(stdin)
+        pipe.write(text.encode())
+        while os.waitpid(child, os.WNOHANG) == (0, 0) and progress() == before:
             time.sleep(0.005)
         time.sleep(delay)
-        process.kill()
-        error = process.stderr.read().decode()
-        assert process.wait() == -9, error
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        stderr.seek(0)
+        error = stderr.read().decode()
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, error
     return error
 
 
