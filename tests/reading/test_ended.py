@@ -28,7 +28,7 @@ TOKENIZER = Tokenizer.train([TEXT], 290)
 MODEL = small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=0.1).eval().requires_grad_(False)
 
 
-MOMENTS = 30  # there are somewhat more
+MOMENTS = 45  # there are somewhat more
 
 
 class Killed(BaseException):
