@@ -53,8 +53,8 @@ def test_report_is_complete(undisturbed: Path) -> None:
 
 def test_report_and_plan_have_these_keys_on_disk(undisturbed: Path) -> None:
     plan = json.loads((undisturbed / "plan.json").read_text())
-    assert (plan["format"], plan["version"]) == ("ttt-e2e comparison", 3)
-    assert sorted(plan) == ["comparisons", "configs", "device", "digests", "format", "scale", "version"]
+    assert (plan["format"], plan["version"]) == ("ttt-e2e comparison", 4)
+    assert sorted(plan) == ["comparisons", "configs", "device", "digests", "format", "scale", "sha256", "version"]
     assert sorted(plan["scale"]) == [
         *("contexts", "eval_batch_tokens", "eval_tokens", "extend_lr", "extend_tokens", "extend_tokens_per_step"),
         *("inner_lr_tokens", "inner_lrs", "latency_contexts", "latency_seconds", "micro_batch_tokens"),
@@ -136,7 +136,7 @@ def test_other_options_in_the_same_folder_are_refused(data: Path, undisturbed: P
 
 def test_folder_of_an_older_version_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"format": "ttt-e2e reproduce", "version": 2}')
-    with pytest.raises(UserError, match=r"format version 2, .* reads version 3; finish it with the version"):
+    with pytest.raises(UserError, match=r"format version 2, .* reads version 4; finish it with the version"):
         make_comparison(tmp_path, data)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,20 @@ def test_folder_is_used_by_one_call_at_a_time(data: Path, tmp_path: Path, monkey
     with lock_folder(tmp_path, "in use"), pytest.raises(UserError, match=r"Another .* is using"):
         make_comparison(tmp_path, data, dry_run=True)
     make_comparison(tmp_path, data, dry_run=True)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "runs/window/seed0/pretrain/result.json"])
+def test_altered_plans_and_results_are_refused(data: Path, undisturbed: Path, tmp_path: Path, name: str) -> None:
+    for file in ("plan.json", *(f"{one}/result.json" for one in read_results(undisturbed))):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(undisturbed / file, tmp_path / file)
+    content = (tmp_path / name).read_bytes()
+    make_comparison(tmp_path, data, dry_run=True)
+    assert (tmp_path / name).read_bytes() == content
+    at = random.choice([i for i, byte in enumerate(content) if chr(byte) in "12345678"])
+    (tmp_path / name).write_bytes(content[:at] + b"9" + content[at + 1 :])
+    with pytest.raises(UserError, match=r"altered after it was written|format version 9"):
+        make_comparison(tmp_path, data, dry_run=True)
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def test_invalid_run_is_refused_before_it_begins(models: dict[str, Path], story:
 
 def test_results_of_an_older_version_are_refused(models: dict[str, Path], story: Path, tmp_path: Path) -> None:
     (tmp_path / "needles.json").write_text('{"seed": 0, "dtype": "float32", "models": {}, "results": []}')
-    with pytest.raises(UserError, match=r"format version 2, .* reads version 3; choose another folder"):
+    with pytest.raises(UserError, match=r"format version 2, .* reads version 4; choose another folder"):
         run_needles(tmp_path, models=models, haystack=story, samples=1, **QUESTIONS)
 
 
@@ -324,8 +324,12 @@ def test_needles_file_has_these_keys(models: dict[str, Path], story: Path, tmp_p
     few = QUESTIONS | dict(tasks=(1,), contexts=(300,), depths=(0,))
     run_needles(tmp_path, models=models, haystack=story, samples=1, **few)
     found = json.loads((tmp_path / "needles.json").read_text())
-    assert (found["format"], found["version"]) == ("ttt-e2e needles", 3)
-    assert sorted(found) == ["dtype", "format", "haystack", "machine", "models", "results", "seed", "version"]
+    assert (found["format"], found["version"]) == ("ttt-e2e needles", 4)
+    keys = ["dtype", "format", "haystack", "machine", "models", "results", "seed", "sha256", "version"]
+    assert sorted(found) == keys
     assert sorted(found["results"][0]) == [
         *("context", "depth", "diverged", "found", "model", "nll", "sample", "task", "written"),
     ]
+    (tmp_path / "needles.json").write_text(json.dumps(found | {"dtype": "bfloat16"}))
+    with pytest.raises(UserError, match="altered after it was written"):
+        run_needles(tmp_path, models=models, haystack=story, samples=1, **few)

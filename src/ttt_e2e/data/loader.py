@@ -41,7 +41,7 @@ class SequenceLoader(Iterator[torch.Tensor]):
         if self.windows == 0:
             raise UserError(
                 f"{tokens.where} holds {tokens.total} tokens in {len(tokens)} documents, "
-                f"too few for one sequence of {context + 1}; choose a shorter context or prepare more text."
+                f"too few for one sequence of {context + 1}; choose a shorter context=N or prepare more text."
             )
         self._epoch, self._index = 0, 0
         self._shuffle()

@@ -114,7 +114,9 @@ class TokenSet:
         shards = meta["splits"].get(split)
         if not shards:
             present = ", ".join(name for name, entries in meta["splits"].items() if entries)
-            raise UserError(f"{folder} has no {split!r} documents, only: {present}; prepare it with more of them.")
+            raise UserError(
+                f"{folder} has no {split!r} documents, only: {present}; prepare it anew, with --val or --val-share."
+            )
         dtype = np.dtype(meta["dtype"])
         arrays, names, lengths = [], [], []
         for shard in shards:

@@ -21,7 +21,7 @@ from ttt_e2e.config.parse import from_dict
 from ttt_e2e.config.schema import ModelConfig, RunConfig, replace
 from ttt_e2e.convert.from_standard import warm_start
 from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
-from ttt_e2e.files import read_json, write_text
+from ttt_e2e.files import read_json, with_digest, write_text
 from ttt_e2e.hardware import choose_device
 from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_transformer, save_model
 from ttt_e2e.reproduce import timing
@@ -53,7 +53,7 @@ def main(folder: Path) -> int:
         return INTERRUPTED
     if _is_rank0():
         result = {"seconds": time.perf_counter() - started} | result
-        write_text(folder / RESULT, json.dumps(result, allow_nan=False) + "\n")
+        write_text(folder / RESULT, json.dumps(with_digest(result), allow_nan=False) + "\n")
         # No other job needs checkpoints, converted models, or the model of a sweep.
         unneeded = [folder / _CONVERTED, folder / RUN / "checkpoints"]
         if settings["kind"] == "sweep":

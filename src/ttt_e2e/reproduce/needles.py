@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ttt_e2e.data.text import read_text, standard_library_document
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import check_format, read_json, write_text
+from ttt_e2e.files import check_digest, check_format, read_json, with_digest, write_text
 from ttt_e2e.hardware import choose_device, machine
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.load import load_model
@@ -38,7 +38,7 @@ from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.reproduce.tables import markdown_table
 
-FORMAT, VERSION = "ttt-e2e needles", 3
+FORMAT, VERSION = "ttt-e2e needles", 4
 
 TASKS = {1: "a number in sentences that repeat", 2: "a number in a text", 3: "a UUID in a text"}
 MAX_SENTENCE = 240  # characters; longer sentences are cut
@@ -257,6 +257,8 @@ def run_needles(
     if path.exists():
         found = {"format": FORMAT, "version": 2} | read_json(path)  # version 2 had no such entries
         check_format(found, path, FORMAT, VERSION, "choose another folder")
+        check_digest(found, path)
+        del found["sha256"]
         different = [key for key, value in facts.items() if found.get(key) != value]
         if different:
             raise UserError(f"{path} has results of another {' and another '.join(different)}; choose another folder.")
@@ -284,7 +286,8 @@ def run_needles(
                     results.append({**question, **answer})
                     # A line for each result, so that the file can be read by people.
                     lines = ",\n".join(map(json.dumps, results))
-                    head = json.dumps(facts, indent=1).removesuffix("\n}")
+                    digest = with_digest({**facts, "results": results})["sha256"]
+                    head = json.dumps({**facts, "sha256": digest}, indent=1).removesuffix("\n}")
                     write_text(path, f'{head},\n "results": [\n{lines}\n]}}\n')
                 bar.update()
     from ttt_e2e.reproduce.plots import plot_needles  # matplotlib is slow to import

@@ -20,11 +20,11 @@ from typing import Any
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import check_format, read_json, write_text
+from ttt_e2e.files import check_digest, check_format, read_json, with_digest, write_text
 from ttt_e2e.reproduce.scales import Scale
 from ttt_e2e.reproduce.systems import System, extending, pretraining
 
-FORMAT, VERSION = "ttt-e2e comparison", 3
+FORMAT, VERSION = "ttt-e2e comparison", 4
 PLAN, JOB, LOG, RESULT = "plan.json", "job.json", "log.txt", "result.json"
 RUN = "run"  # the folder of a job's training run, in the job's folder
 
@@ -254,17 +254,19 @@ def write_plan(comparison: Comparison, out: Path) -> dict[str, list[Any]]:
             chosen[key] = [*values, *(value for value in chosen[key] if value not in values)]
         plan["comparisons"] = previous["comparisons"]
     plan["comparisons"][comparison.name] = chosen
-    write_text(path, json.dumps(plan, indent=2) + "\n")
+    write_text(path, json.dumps(with_digest(plan), indent=2) + "\n")
     return chosen
 
 
 def read_plan(out: Path) -> dict[str, Any]:
-    """The content of OUT/plan.json. Raises UserError if it is missing or of another format version."""
+    """The content of OUT/plan.json. Raises UserError if it is missing, altered, or of another format version."""
     plan = read_json(out / PLAN)
     if plan.get("format") == "ttt-e2e reproduce":  # its name up to version 2
         plan["format"] = FORMAT
     remedy = "finish it with the version of ttt-e2e that began it, or choose another folder"
     check_format(plan, out / PLAN, FORMAT, VERSION, remedy)
+    check_digest(plan, out / PLAN)
+    del plan["sha256"]
     return plan
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ttt_e2e.errors import INTERRUPTED, UserError
-from ttt_e2e.files import read_json, write_text
+from ttt_e2e.files import check_digest, read_json, write_text
 from ttt_e2e.reproduce import job as job_process
 from ttt_e2e.reproduce.plan import JOB, LOG, RESULT, Job
 
@@ -117,9 +117,15 @@ def run(
 
 
 def results_of(jobs: Iterable[Job], out: Path) -> dict[str, dict[str, Any]]:
-    """The results of those `jobs` that are done, by job folder."""
-    paths = {job.folder: out / job.folder / RESULT for job in jobs}
-    return {folder: read_json(path) for folder, path in paths.items() if path.is_file()}
+    """The results of those `jobs` that are done, by job folder. Raises UserError if one was altered."""
+    results = {}
+    for job in jobs:
+        if (path := out / job.folder / RESULT).is_file():
+            result = read_json(path)
+            check_digest(result, path)
+            del result["sha256"]
+            results[job.folder] = result
+    return results
 
 
 def _start(folder: Path, settings: Mapping[str, Any], lock: int) -> subprocess.Popen:

@@ -16,6 +16,7 @@ from ttt_e2e.data.text import short_chunks
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
 from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import Done, Losses, SessionPool, Token
 from ttt_e2e.inference.text_stream import TextStream
 from ttt_e2e.model.cost import state_bytes
@@ -24,7 +25,6 @@ from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.engine.worker import PooledSession, Worker
 
-_HEADER_BYTES = 1 << 20  # more than the header of a session file takes
 _BATCHES_PER_SUBMIT = 4  # mini-batches of a text that are submitted to the pool at a time
 _MAX_SUBMITTED = 2  # one submission is read while the next is tokenised
 
@@ -85,7 +85,7 @@ class Engine:
         """How large a session file can become."""
         template = self._template
         states = state_bytes(template.model.config, self.sessions.max_session_tokens, template.dtype.itemsize)
-        return states + 8 * template.chunk_size + _HEADER_BYTES
+        return states + 8 * template.chunk_size + MAX_HEADER_BYTES
 
     async def read(self, owner: str, id: str, chunks: Iterable[str]) -> AsyncIterator[ReadProgress]:
         """Let a session read a text, given in chunks; either all of it becomes part of the session or nothing.
