@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from hypothesis import settings
 
 settings.register_profile("ours", deadline=None)  # a busy machine is no failure
 settings.load_profile("ours")
+
+# A shell without job control ignores it for background processes, and Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small tensors: threads would only wait for each other.
 torch.set_num_threads(1)

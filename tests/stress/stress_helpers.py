@@ -33,10 +33,14 @@ UNEXPECTED = 99
 TEXT = "".join(f"{i} grey geese flew over the {'lake' if i % 2 else 'wood'} at dusk, naß 雨.\n" for i in range(30))
 
 
-def rounds() -> Iterator[tuple[str, random.Random]]:
-    """The name of a round, for messages, and its choices; new rounds until the time is up."""
-    end, number = time.monotonic() + SECONDS, 0
-    while time.monotonic() < end and (ROUND is None or number == 0):
+def rounds(share: int = 0, shares: int = 1) -> Iterator[tuple[str, random.Random]]:
+    """The name of a round, for messages, and its choices; new rounds until the time is up.
+
+    share: which one this is of the `shares` tests that divide the time among them.
+    """
+    end, number = time.monotonic() + SECONDS / shares, share * 10**6
+    first = number
+    while time.monotonic() < end and (ROUND is None or number == first):
         name = ROUND or str(number)
         yield f"TTT_E2E_STRESS_SEED={SEED} TTT_E2E_STRESS_ROUND={name}", random.Random(f"{SEED}/{name}")
         number += 1

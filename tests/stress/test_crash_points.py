@@ -96,7 +96,7 @@ def test_killed_and_run_again(shipped: Path, fresh: Any, figures: Figures, tmp_p
         (tmp_path / "count").unlink()
         place = argv[argv.index("--save") + 1] if "--notebook" in argv else ""
         shown.append(run_copy([place or word if word == "PLACE" else word for word in search], here) if place else None)
-    for name, choices in rounds():
+    for name, choices in rounds(share, 2):
         here, number = fresh(), choices.randrange(len(cases))
         argv, points = cases[number], []
         for _ in range(choices.choice((1, 1, 2, 3))):

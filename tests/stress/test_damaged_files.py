@@ -80,7 +80,7 @@ def test_damaged_files(shipped: Path, fresh: Any, figures: Figures, share: int) 
         outcome = run_copy(argv, here)
         assert outcome.code == 0, f"{argv}: {outcome}"
         expected.append(result(here, outcome))
-    for name, choices in rounds():
+    for name, choices in rounds(share, 2):
         here, number = fresh(), choices.randrange(len(CASES))
         pattern, argv, result = CASES[number]
         files = sorted(path for path in here.glob(pattern) if path.is_file())
