@@ -80,6 +80,7 @@ def read_report(out: Path, name: str = "figure1") -> dict[str, Any]:
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
     """The results of all trainings and evaluations, by job."""
     results = {str(f.parent.relative_to(out)): json.loads(f.read_text()) for f in out.glob("runs/**/result.json")}
+    results = {job: one for job, one in results.items() if "/." not in job}  # what a killed process left
     return {job: {name: value for name, value in one.items() if name != "sha256"} for job, one in results.items()}
 
 

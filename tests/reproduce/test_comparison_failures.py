@@ -105,9 +105,8 @@ def test_altered_plans_and_results_are_refused(data: Path, undisturbed: Path, tm
     for file in ("plan.json", *(f"{one}/result.json" for one in read_results(undisturbed))):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(undisturbed / file, tmp_path / file)
-    content = (tmp_path / name).read_bytes()
     make_comparison(tmp_path, data, dry_run=True)
-    assert (tmp_path / name).read_bytes() == content
+    content = (tmp_path / name).read_bytes()
     at = random.choice([i for i, byte in enumerate(content) if chr(byte) in "12345678"])
     (tmp_path / name).write_bytes(content[:at] + b"9" + content[at + 1 :])
     with pytest.raises(UserError, match=r"altered after it was written|format version 9"):
@@ -155,7 +154,7 @@ def start_process(out: Path, data: Path, num_workers: int) -> subprocess.Popen[b
 def wait_for_results(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     """Wait until there are `count` results. Folders may vanish meanwhile, which os.walk allows and glob does not."""
     deadline = time.monotonic() + PATIENCE
-    while sum("result.json" in files for *_, files in os.walk(out / "runs")) < count:
+    while sum("result.json" in files and ".result" not in folder for folder, _, files in os.walk(out / "runs")) < count:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
 

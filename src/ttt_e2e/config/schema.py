@@ -275,7 +275,7 @@ class ModelConfig:
         for name in self.pattern:
             near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            _require(name in MIXERS, f"There is no mixer {name!r}.{hint} There are: {', '.join(MIXERS)}.")
+            _require(name in MIXERS, f"There is no mixer {name[:50]!r}.{hint} There are: {', '.join(MIXERS)}.")
         others = sorted(set(self.mixers) - set(ATTENTIONS))
         default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
         if others and (self.attention_bias or self.attention_out_bias or not default_heads):
