@@ -58,9 +58,12 @@ def watch(kill_at: int, count: Path | None = None) -> None:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """What is on disk, without measured times, and without what a database or a lock keeps for itself."""
-    found = {}
+    """What is on disk, without measured times, older checkpoints, and what a database or a lock keeps for itself."""
+    found: dict[str, Any] = {}
+    newest = max((path.name for path in folder.glob("run/checkpoints/step-*")), default="")
     for name, content in contents(folder).items():
+        if "/checkpoints/" in name and newest not in name:
+            continue  # a kill may come before it is removed
         if name.endswith("metrics.jsonl"):
             lines = [json.loads(line) for line in content.splitlines()]
             found[name] = [{k: v for k, v in line.items() if "second" not in k} for line in lines]

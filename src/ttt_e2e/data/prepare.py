@@ -178,6 +178,8 @@ def _load_state(out: Path, config: dict[str, Any]) -> dict[str, Any]:
     changed = ", ".join(key for key in config if state.get("config", {}).get(key) != config[key])
     if not changed:
         remove_stale_parts(out)
+        if path.name == "meta.json":  # it was killed before it had removed this
+            (out / "progress.json").unlink(missing_ok=True)
         return state
     if path.name == "meta.json" or "plan" in state:
         raise UserError(f"{out} was prepared with other {changed}; choose another folder or delete this one.")
