@@ -93,7 +93,6 @@ def prepare(
     if tokenizer is None:
         check_vocab_size(vocab_size)
     config = {
-        "format": FORMAT_VERSION,
         "sources": _fingerprint(sources),
         "val": None if val is None else _fingerprint(val),
         "tokenizer": tokenizer,

@@ -35,10 +35,9 @@ def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
     """Plan how a text is recorded that is read with the session file `session` (None: a new one) and saved to `save`.
 
     If `save` is `session`, the text is appended to its notebook. Otherwise the notebook of `save` starts as a copy of
-    that of `session`, or empty without a session. Nothing is written here, except to
-    finish what a killed process left undone. window: of the model, in tokens. Raises
-    UserError if a notebook that is needed is in use or damaged, if something else has its name, and if the one to be
-    replaced belongs to no session.
+    that of `session`, or empty without a session. Nothing is written here, except to finish what a killed process left
+    undone. window: of the model, in tokens. Raises UserError if a notebook that is needed is in use or damaged, if
+    something else has its name, and if the one to be replaced belongs to no session.
     """
     folder, size = notebook_folder(save), passage_size(window)
     unfinished = unfinished_facts(save)

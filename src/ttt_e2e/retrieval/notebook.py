@@ -23,7 +23,7 @@ import numpy as np
 
 from ttt_e2e.data.text import short_chunks, slices
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import lock_folder
+from ttt_e2e.files import check_format, lock_folder
 from ttt_e2e.retrieval.passages import Excerpt, Passage
 from ttt_e2e.retrieval.search_index import (
     PROBE,
@@ -36,7 +36,7 @@ from ttt_e2e.retrieval.search_index import (
     unpack_vector,
 )
 
-VERSION = 2  # of the format
+FORMAT, VERSION = "notebook", 2
 SIZE = 400
 
 _MIN_SIZE, _MAX_SIZE = 20, 4000
@@ -314,13 +314,8 @@ class Notebook:
         """The size of the notebook's passages. Raises UserError if the database is something else, or damaged."""
         if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
             raise UserError(f"{self.folder / _DATABASE} is not a notebook; choose another one.")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version != VERSION:
-            remedy = "record its text again" if version < VERSION else "update ttt-e2e"
-            raise UserError(
-                f"{self.folder} is a notebook of format version {version}, and this ttt-e2e reads version {VERSION}; "
-                f"{remedy}."
-            )
+        found = {"format": FORMAT, "version": db.execute("PRAGMA user_version").fetchone()[0]}
+        check_format(found, self.folder, FORMAT, VERSION, "record its text again")
         schema = db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'words~_%' ESCAPE '~' ORDER BY rowid")
         if [sql for (sql,) in schema] != list(_SCHEMA):
             raise self._altered()
