@@ -10,9 +10,8 @@ import torch
 
 from ttt_e2e.config.schema import ATTENTIONS, ModelConfig
 from ttt_e2e.convert.learning import LearningOptions, SourceModel, config_from_source
-from ttt_e2e.convert.model_folder import finite
 from ttt_e2e.errors import UserError
-from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_transformer, save_model
+from ttt_e2e.model.checkpoint import TOKENIZER, check_finite, load_config, load_transformer, save_model
 from ttt_e2e.model.transformer import Transformer
 
 # Settings of the new model that do not come from the standard one.
@@ -81,8 +80,7 @@ def convert_from_standard(folder: Path, out: Path, options: LearningOptions) -> 
     config = learning_config(load_config(folder), options)
     tokenizer = folder / TOKENIZER
     model = load_transformer(folder)
-    for name, weight in model.named_parameters():
-        finite(weight, torch.float32, name, f"The model in {folder}")
+    check_finite(model, f"The model in {folder}")
     converted = warm_start(model, config)
     notes = {"source": str(folder), "fast": options.fast}
     save_model(converted, out, tokenizer if tokenizer.is_file() else None, notes=notes)

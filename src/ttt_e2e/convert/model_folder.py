@@ -51,20 +51,6 @@ def require_shapes(found: Shapes, expected: Shapes, where: str) -> list[str]:
     return sorted(set(found) - set(expected))
 
 
-def finite(weights: Tensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
-    """`weights` in `dtype`; raises UserError if one of them is not a finite number there.
-
-    name, where: of the tensor and of the checkpoint that holds it.
-    """
-    converted = weights.to(dtype)
-    if not converted.isfinite().all():
-        raise UserError(
-            f"{where} has weights in {name} that are not finite numbers in {dtype}, so its model would compute nothing "
-            "but NaN; use another checkpoint."
-        )
-    return converted
-
-
 @contextmanager
 def model_folder(
     out: Path, config: ModelConfig, dtype: torch.dtype, notes: Mapping[str, Any]

@@ -16,7 +16,13 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, read_json
 from ttt_e2e.hf import TTTE2EConfig, TTTE2EForCausalLM
 from ttt_e2e.inference.load import load_model
-from ttt_e2e.model.checkpoint import SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG, copy_pretrained_metadata
+from ttt_e2e.model.checkpoint import (
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    check_finite,
+    copy_pretrained_metadata,
+)
 from ttt_e2e.model.transformer import Transformer
 
 
@@ -31,9 +37,7 @@ def convert_to_hf(folder: Path, out: Path) -> int:
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not.")
     model, tokenizer = load_model(folder)
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise UserError(f"{folder} has weights in {name} that are not finite numbers; use another model.")
+    check_finite(model, f"The model in {folder}")
     theirs = _tokenizer(folder, tokenizer.bos)
     with atomic_path(out) as part:
         ends = tokenizer.end_ids

@@ -147,6 +147,26 @@ def stored_digest(folder: Path) -> str | None:
         return None
 
 
+def finite(weights: Tensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
+    """`weights` in `dtype`; raises UserError if one of them is not a finite number there.
+
+    name, where: of the tensor and of the checkpoint that holds it.
+    """
+    converted = weights.to(dtype)
+    if not converted.isfinite().all():
+        raise UserError(
+            f"{where} has weights in {name} that are not finite numbers in {dtype}, so its model would compute nothing "
+            "but NaN; use another checkpoint."
+        )
+    return converted
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Raise UserError, as `finite` does, if a weight of `model` is not a finite number."""
+    for name, weight in model.named_parameters():
+        finite(weight, weight.dtype, name, where)
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
