@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.errors import UserError
@@ -123,6 +124,19 @@ def open_session(arguments: argparse.Namespace, *, learn: bool = True, compile: 
 def print_json(value: Any) -> None:
     """Print plain values as JSON on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def lock_saved(arguments: argparse.Namespace) -> AbstractContextManager[IO[str] | None]:
+    """Keep other processes from writing the session `arguments.save` in the block, if one is named; yields the lock.
+
+    Raises UserError if something else has its name, or if the lock is held.
+    """
+    from ttt_e2e.inference.session_file import check_session_target, lock_session
+
+    if arguments.save is None:
+        return nullcontext()
+    check_session_target(arguments.save)
+    return lock_session(arguments.save)
 
 
 def check_output() -> None:

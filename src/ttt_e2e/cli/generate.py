@@ -1,11 +1,10 @@
 """`ttt-e2e generate`: continue a prompt, or the text that a session has read."""
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.cli.common import add_options, check_output, note, open_session, print_json
+from ttt_e2e.cli.common import add_options, check_output, lock_saved, note, open_session, print_json
 from ttt_e2e.errors import UserError
 from ttt_e2e.units import amount, count, natural, part, share
 
@@ -29,21 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--session", type=Path, metavar="SESSION", help="what the model has read before")
     add("--max-tokens", type=natural, default=200, metavar="N", help="generate at most N tokens (default: 200)")
     add("--temperature", type=amount, default=0.8, metavar="T", help="0: always the most likely token (default: 0.8)")
-    add(
-        "--top-p",
-        type=part,
-        default=0.95,
-        metavar="P",
-        help="nucleus sampling, probability kept (default: 0.95)",
-    )
+    add("--top-p", type=part, default=0.95, metavar="P", help="nucleus sampling, probability kept (default: 0.95)")
     add("--top-k", type=natural, default=0, metavar="K", help="keep the K most likely tokens; 0: all (default: 0)")
-    add(
-        "--min-p",
-        type=share,
-        default=0,
-        metavar="P",
-        help="smallest probability relative to the largest (default: 0)",
-    )
+    add("--min-p", type=share, default=0, metavar="P", help="smallest probability relative to the largest (default: 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
     add("--seed", type=natural, default=0, metavar="N", help="random seed (default: 0)")
     add("--learn", action="store_true", help="learn from the prompt and from the generated text")
@@ -66,11 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("A notebook belongs to a session; name it with --session, or leave --notebook out.")
     elif not arguments.prompt.strip():
         raise UserError("The notebook is searched for the words of the prompt; give one, or leave --notebook out.")
-    from ttt_e2e.inference.session_file import check_session_target, lock_session
-
-    if arguments.save:
-        check_session_target(arguments.save)
-    with lock_session(arguments.save) if arguments.save else nullcontext():
+    with lock_saved(arguments):
         return _generate(arguments)
 
 

@@ -4,12 +4,11 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from ttt_e2e.cli.common import add_options, check_output, note, open_session, print_json
+from ttt_e2e.cli.common import add_options, check_output, lock_saved, note, open_session, print_json
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.units import amount
 
@@ -60,11 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.notebook and not arguments.save:
         raise UserError("A notebook belongs to a saved session; add --save SESSION, or leave --notebook out.")
     name, chunks, size = _open_text(arguments.file)
-    from ttt_e2e.inference.session_file import check_session_target, lock_session
-
-    if arguments.save:
-        check_session_target(arguments.save)
-    with lock_session(arguments.save) if arguments.save else nullcontext() as lock:
+    with lock_saved(arguments) as lock:
         return _read(arguments, name, chunks, size, lock)
 
 
