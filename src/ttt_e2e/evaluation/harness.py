@@ -12,6 +12,7 @@ Shapes: B requests, T tokens, V vocabulary.
 import copy
 import re
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class HarnessModel(TemplateLM):
         Where the template refuses a conversation it is tried without its system message. Raises UserError if the model
         has no template, or it fails.
         """
-        template = JinjaTemplate(self._chat_template())
+        template = self._compiled_template
         try:
             text = template.render(chat_history, {}, add_generation_prompt=add_generation_prompt)
         except MessagesRefusedError:
@@ -151,6 +152,10 @@ class HarnessModel(TemplateLM):
             raise UserError("The model's chat template changes the last message, so that it cannot be continued.")
         whole = last.lstrip()
         return before + (whole if text.startswith(whole, len(before)) else found)
+
+    @cached_property
+    def _compiled_template(self) -> JinjaTemplate:
+        return JinjaTemplate(self._chat_template())
 
     def _chat_template(self) -> ChatTemplate:
         template = chat_template(self._folder)
