@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import random
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ttt_e2e.cli.main import main
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.files import with_digest
@@ -81,6 +85,30 @@ def flipped(content: bytes, bit: int) -> bytes:
     altered = bytearray(content)
     altered[bit // 8] ^= 1 << bit % 8
     return bytes(altered)
+
+
+def start_command(
+    argv: list[str], stdin: int, stdout: int, stderr: int, before: Callable[[], object] = lambda: None
+) -> int:
+    """Run a command line in a copy of this process, with these descriptors as its streams; returns its process id.
+
+    It ends with the command's exit code, or 99 after an exception. before: called in the copy first.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            for number, descriptor in enumerate((stdin, stdout, stderr)):
+                os.dup2(descriptor, number)
+            sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+            before()
+            code = main(argv)
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
 
 
 def start_copy(function: Callable[..., object], *arguments: object) -> multiprocessing.process.BaseProcess:

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from helpers import start_command
 
 from ttt_e2e.cli.main import main
 from ttt_e2e.inner_loop.compiled import compiled_functions
@@ -46,16 +46,7 @@ def kill_while_reading(command: list[str], text: str, progress: Callable[[], obj
     before = progress()
     stdin, ours = os.pipe()
     with tempfile.TemporaryFile() as stderr, Path(os.devnull).open("w") as null, os.fdopen(ours, "wb", 0) as pipe:
-        child = os.fork()
-        if child == 0:
-            try:
-                for number, descriptor in enumerate((stdin, null.fileno(), stderr.fileno())):
-                    os.dup2(descriptor, number)
-                pipe.close()
-                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1)
-                main(command)
-            finally:
-                os._exit(1)
+        child = start_command(command, stdin, null.fileno(), stderr.fileno(), pipe.close)
         os.close(stdin)
         pipe.write(text.encode())
         while os.waitpid(child, os.WNOHANG) == (0, 0) and progress() == before:

@@ -1,6 +1,7 @@
 """Models and a working folder for the stress tests, which run only when they are asked for: `pytest -m stress`."""
 
 import importlib
+import json
 import pkgutil
 import re
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import made_up_tokens, small_model
 from stress_helpers import TEXT, Figures
 
 import ttt_e2e
@@ -46,11 +47,16 @@ def fresh(tmp_path: Path) -> "Iterator[Fresh]":
 
 
 class Fresh:
-    """Folders that are equal at the beginning of each round."""
+    """Folders that are equal at the beginning of each round: with a text, rows, tokens, and what a test adds."""
 
     def __init__(self, parent: Path) -> None:
         self.template, self._folder = parent / "template", parent / "here"
         self.template.mkdir()
+        (self.template / "text.txt").write_text(TEXT)
+        rows = "".join(json.dumps({"text": f"{i} geese. " * 9, "title": str(i)}) + "\n" for i in range(20))
+        (self.template / "rows.jsonl").write_text(rows)
+        made_up_tokens(self.template, 30)
+        (self.template / "texts.jsonl").unlink()
 
     def __call__(self) -> Path:
         shutil.rmtree(self._folder, ignore_errors=True)

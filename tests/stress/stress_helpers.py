@@ -4,22 +4,18 @@
 with `TTT_E2E_STRESS_SEED` and `TTT_E2E_STRESS_ROUND` that round is made again.
 """
 
-import contextlib
 import os
 import random
 import resource
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from ttt_e2e.cli.main import main
+from helpers import start_command
 
 SECONDS = float(os.environ.get("TTT_E2E_STRESS_SECONDS", "60"))
 SEED = int(os.environ.get("TTT_E2E_STRESS_SEED", str(random.SystemRandom().randrange(10**6))))
@@ -27,8 +23,6 @@ ROUND = os.environ.get("TTT_E2E_STRESS_ROUND")
 
 PATIENCE = 120
 """Seconds that a command may take before it is stopped: more than any of them needs on a busy machine."""
-UNEXPECTED = 99
-"""Exit code of a command that ended with an exception."""
 
 TEXT = "".join(f"{i} grey geese flew over the {'lake' if i % 2 else 'wood'} at dusk, naß 雨.\n" for i in range(30))
 
@@ -56,7 +50,7 @@ class Outcome:
 
 
 def run_copy(
-    argv: list[str], folder: Path, *, stdin: bytes = b"", before: Callable[[], object] | None = None
+    argv: list[str], folder: Path, *, stdin: bytes = b"", before: Callable[[], object] = lambda: None
 ) -> Outcome:
     """Run a command line in a copy of this process, in `folder`; unlike a new one it has imported everything.
 
@@ -64,30 +58,16 @@ def run_copy(
     """
     names = [folder.parent / f"{folder.name}.{stream}" for stream in ("stdin", "stdout", "stderr")]
     names[0].write_bytes(stdin)
-    child = os.fork()
-    if child == 0:
-        code = UNEXPECTED
-        try:
-            os.chdir(folder)
-            for number, name in enumerate(names):
-                os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as the interpreter opens it
-            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-            sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(PATIENCE)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            if before is not None:
-                before()
-            code = main(argv)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-            os._exit(code)
+
+    def prepare() -> None:
+        os.chdir(folder)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(PATIENCE)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        before()
+
+    with names[0].open("rb") as given, names[1].open("wb") as out, names[2].open("wb") as errors:
+        child = start_command(argv, given.fileno(), out.fileno(), errors.fileno(), prepare)
     _, status = os.waitpid(child, 0)
     return Outcome(os.waitstatus_to_exitcode(status), *(name.read_text(errors="replace") for name in names[1:]))
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import made_up_tokens
 from stress_helpers import TEXT, Figures, complaint, contents, rounds, run_copy
 
 from ttt_e2e.cli.main import COMMANDS
@@ -105,15 +104,11 @@ def stop_soon() -> None:
 
 def test_mutated_command_lines(shipped: Path, fresh: Any, figures: Figures) -> None:
     folder = fresh.template
-    (folder / "text.txt").write_text(TEXT)
-    (folder / "rows.jsonl").write_text('{"text": "One goose."}\n{"text": "Two geese.", "title": "2"}\n')
     (folder / "binary").write_bytes(bytes(range(256)) * 4)
     (folder / "empty").touch()
     (folder / "folder").mkdir()
     (folder / "keys").write_text("me 0123456789abcdef0123\n")
     (folder / "link").symlink_to("text.txt")
-    made_up_tokens(folder, 30)
-    (folder / "texts.jsonl").unlink()
     saved = ["read", "text.txt", "--save", "old.session", "--notebook", "--no-plot", "--quiet"]
     assert run_copy(saved, folder).code == 0
     before, model_before = contents(folder), contents(shipped)

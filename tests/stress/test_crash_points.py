@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import made_up_tokens
-from stress_helpers import TEXT, Figures, contents, rounds, run_copy
+from stress_helpers import Figures, contents, rounds, run_copy
 from test_damaged_files import TRAIN
 
 pytestmark = pytest.mark.stress
@@ -79,11 +78,6 @@ def result(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("share", range(2))  # two processes make use of two cores
 def test_killed_and_run_again(shipped: Path, fresh: Any, figures: Figures, tmp_path: Path, share: int) -> None:
     folder = fresh.template
-    (folder / "text.txt").write_text(TEXT)
-    rows = "".join(json.dumps({"text": f"{i} geese. " * 9, "title": str(i)}) + "\n" for i in range(20))
-    (folder / "rows.jsonl").write_text(rows)
-    made_up_tokens(folder, 30)
-    (folder / "texts.jsonl").unlink()
     assert (
         run_copy(["read", "text.txt", "--no-plot", "--quiet", "--save", "old.session", "--notebook"], folder).code == 0
     )

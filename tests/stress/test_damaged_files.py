@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import made_up_tokens
-from stress_helpers import TEXT, Figures, Outcome, complaint, damage, rounds, run_copy
+from stress_helpers import Figures, Outcome, complaint, damage, rounds, run_copy
 
 pytestmark = pytest.mark.stress
 
@@ -59,12 +58,7 @@ def test_damaged_files(shipped: Path, fresh: Any, figures: Figures, share: int) 
     import shutil
 
     folder = fresh.template
-    (folder / "text.txt").write_text(TEXT)
-    rows = "".join(json.dumps({"text": f"{i} geese. " * 9, "title": str(i)}) + "\n" for i in range(20))
-    (folder / "rows.jsonl").write_text(rows)
     shutil.copytree(shipped, folder / "model")
-    made_up_tokens(folder, 30)
-    (folder / "texts.jsonl").unlink()
     save = [*READ, "--save", "s.session", "--notebook"]
     for argv in (save, [*TRAIN, "steps=3"], ["convert", "to-hf", "model", "hf"]):
         outcome = run_copy(argv, folder)

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import start_command
 from stress_helpers import PATIENCE, Figures, rounds
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 import httpx
 
-from ttt_e2e.cli.main import main
 from ttt_e2e.inference.load import load_model
 from ttt_e2e.inference.session import Session
 
@@ -33,14 +32,9 @@ def service(data: Path, log: Path) -> Iterator[tuple[int, str]]:
     """The process id and address of `ttt-e2e serve` in a copy of this process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-            sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
-            main(["serve", "--port", str(port), "--data", str(data), "--rate", "1000000", "--threads", "1"])
-        finally:
-            os._exit(1)
+    argv = ["serve", "--port", str(port), "--data", str(data), "--rate", "1000000", "--threads", "1"]
+    with log.open("ab") as errors, Path(os.devnull).open("r+") as null:
+        child = start_command(argv, null.fileno(), null.fileno(), errors.fileno())
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     try:
         while True:
