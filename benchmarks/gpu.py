@@ -260,7 +260,7 @@ def time_attention(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
         k, v = (random(cached + own) for _ in range(2))
         how = dict(window=window, num_empty_slots=None, implementation="auto")
         o, lse = operators.attention_forward(q, k, v, **how)
-        known = (q, k, v, o, lse, do)
+        known = (q, k, v, o, lse, do, None)
         calls: dict[str, Callable[[], object]] = {
             "matrix": partial(torch.mm, square[0], square[1]),
             "forward": partial(operators.attention_forward, q, k, v, **how),

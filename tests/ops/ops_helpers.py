@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ttt_e2e.ops.attention import Sink
 from ttt_e2e.ops.attention.operators import (
     attention_backward,
     attention_forward,
@@ -69,9 +70,37 @@ def two_orders(
     """Like `two_orders_of_reference`, by the operators, the third through autograd of the second."""
     slots = None if num_empty_slots is None else torch.tensor(num_empty_slots, dtype=torch.int32, device=q.device)
     o, lse = attention_forward(q, k, v, window, slots, name)
-    first = attention_backward(q, k, v, o, lse, do, num_new_keys, window, slots, name)
+    first = attention_backward(q, k, v, o, lse, do, None, num_new_keys, window, slots, name)
     second = torch.autograd.grad(first, (q, k, v, do), abc, retain_graph=True)
     return [o, *first, *second]
+
+
+def draw_sink(heads: tuple[int, int], width: int, seed: int = 0, **kind: object) -> Sink:
+    logit_H, value_GK = draw(heads[0], seed=seed + 10, **kind), draw(heads[1], width, seed=seed + 11, **kind)  # type: ignore[arg-type]
+    return Sink(logit_H, value_GK)
+
+
+def literal_with_sink(q: Tensor, k: Tensor, v: Tensor, window: int | None, sink: Sink, first_key: int = 0) -> Tensor:
+    """Attention with a sink, query by query, head by head. first_key: the first key that holds something."""
+    offset, groups = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+    rows = []
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        g, last = h // groups, offset + i
+        first = first_key if window is None else max(first_key, last - window + 1)
+        scores, values = k[b, g, first : last + 1] @ q[b, h, i] * q.shape[3] ** -0.5, v[b, g, first : last + 1]
+        if first > first_key:  # the first key has left the window
+            scores = torch.cat((scores, sink.logit_H[h, None]))
+            values = torch.cat((values, sink.value_GK[g, None]))
+        rows.append(scores.softmax(0) @ values)
+    return torch.stack(rows).view_as(q)
+
+
+def two_orders_with_sink(y: Tensor, variables: tuple[Tensor, ...], do: Tensor) -> list[Tensor]:
+    """y, its gradients, and the gradients of a quadratic function of these."""
+    how = dict(allow_unused=True, materialize_grads=True)
+    first = torch.autograd.grad(y, variables, do, create_graph=True, **how)  # type: ignore[arg-type]
+    total = sum(((g + 0.5) ** 2).sum() for g in first)
+    return [y, *first, *torch.autograd.grad(total, (*variables, do), **how)]  # type: ignore[arg-type]
 
 
 def directions(q: Tensor, k: Tensor, num_new_keys: int) -> tuple[Tensor, Tensor, Tensor]:

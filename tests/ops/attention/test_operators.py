@@ -106,10 +106,10 @@ def test_tiled_equals_reference_at_any_size(
 
 
 @pytest.mark.parametrize("name", ["reference", "tiled"])
-def test_logsumexp_is_float32_without_gradient(name: str) -> None:
+def test_logsumexp_is_float32(name: str) -> None:
     q, k, v, _ = inputs(1, (4, 2), 3, 5, 8, dtype=torch.bfloat16)
     _, lse = attention_forward(q, k, v, 2, None, name)
-    assert lse.dtype == torch.float32 and not lse.requires_grad
+    assert lse.dtype == torch.float32
     scores = q.double()[0, 3, 1] @ k.double()[0, 1, 2:4].T * 8**-0.5
     torch.testing.assert_close(lse[0, 3, 1].double(), scores.logsumexp(0), rtol=0.01, atol=0.01)
 
@@ -140,7 +140,7 @@ def test_inner_gradient_gradcheck() -> None:
     def inner(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
         o, lse = attention_forward(q, k, v, 4, None, "tiled")
         return attention_backward(
-            q, k, v, o, lse, do * o, 2, 4, None, "tiled"
+            q, k, v, o, lse, do * o, None, 2, 4, None, "tiled"
         )  # do depends on o, as an inner loss's does
 
     assert torch.autograd.gradcheck(inner, (q, k, v, do))
@@ -198,7 +198,7 @@ def test_compiles_in_one_graph(backend: str) -> None:
 
     def inner(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Tensor:
         o, lse = attention_forward(q, k, v, 4, None, "auto")
-        dq, dk, dv = attention_backward(q, k, v, o, lse, do, 7, 4, None, "auto")
+        dq, dk, dv = attention_backward(q, k, v, o, lse, do, None, 7, 4, None, "auto")
         return (q - dq).square().sum() + (dk * dv).sum() + o.sum()
 
     out = torch.compile(inner, fullgraph=True, backend=backend)(q, k, v, do)
@@ -217,10 +217,11 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(attention_forward, (q, k, v, None, None, name))
     strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in (q, k, v, do)]
     torch.library.opcheck(attention_forward, (*strided[:3], 3, torch.tensor(1, dtype=torch.int32), name))
-    torch.library.opcheck(attention_backward, (*strided[:3], o, lse, strided[3], 5, 4, None, name))
+    for dlse in (None, torch.ones_like(lse, requires_grad=True)):
+        torch.library.opcheck(attention_backward, (*strided[:3], o, lse, strided[3], dlse, 5, 4, None, name))
     # No test of its gradients: it has none.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    plain = [x.detach() for x in (q, k, v, o, lse, do, *abc)]
+    plain = [x.detach() for x in (q, k, v, o, lse, do, lse, *abc)]
     torch.library.opcheck(attention_double_backward, (*plain, 5, 4, None, name), test_utils=utils)
 
 
@@ -265,8 +266,8 @@ def test_tiled_memory_is_linear(queries: int, keys: int, window: int | None) -> 
     view = KeyView(window or keys, num_new_keys=queries)
     with Largest() as largest:
         o, lse = tiled.forward(q, k, v, view)
-        tiled.backward(q, k, v, o, lse, do, view)
-        tiled.double_backward(q, k, v, o, lse, do, *abc, view)
+        tiled.backward(q, k, v, o, lse, do, lse, view)
+        tiled.double_backward(q, k, v, o, lse, do, lse, *abc, view)
     assert largest.elements <= max(k.numel(), q.numel(), 2 * tuning.TILE_QUERIES * tuning.TILE_KEYS)
 
 

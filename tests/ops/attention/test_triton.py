@@ -17,9 +17,12 @@ from ops_helpers import (
     assert_same,
     directions,
     draw,
+    draw_sink,
     inputs,
+    literal_with_sink,
     two_orders,
     two_orders_of_reference,
+    two_orders_with_sink,
 )
 
 from ttt_e2e.ops import tuning
@@ -118,6 +121,21 @@ def test_default_blocks_of_every_head_dimension(width: int, dtype: torch.dtype, 
     ours = two_orders(q, k, v, do, abc, 70, 100, "triton")
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, do)]
     assert_same(ours, two_orders_of_reference(*wide, tuple(x.double() for x in abc), 70, 100), tolerance)
+
+
+@RUNNABLE
+@pytest.mark.parametrize(("queries", "keys", "window"), [(20, 20, 7), (9, 40, 17)])
+def test_sink_to_second_order(queries: int, keys: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ttt_e2e.ops.attention.operators import windowed_attention
+
+    monkeypatch.setattr(tuning, "TRITON_FLOAT32", ((16, 16, 1, 1),))
+    q, k, v, do = inputs(1, (4, 2), queries, keys, 16, dtype=torch.float32, device=DEVICE)
+    sink = draw_sink((4, 2), 16, dtype=torch.float32, device=DEVICE)
+    ours = windowed_attention(q, k, v, window, sink=sink, implementation="triton")
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, *sink, do)]
+    theirs = literal_with_sink(*wide[:3], window, type(sink)(*wide[3:5]))
+    expected = two_orders_with_sink(theirs, tuple(wide[:5]), wide[5])
+    assert_same(two_orders_with_sink(ours, (q, k, v, *sink), do), expected, 1e-5)
 
 
 @RUNNABLE

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention.mask import causal_window_mask
 from ttt_e2e.ops.attention.operators import attention_backward, attention_forward
+from ttt_e2e.ops.attention.sink import Sink, add_sink, seen_sink
 from ttt_e2e.ops.derivatives import last_derivative, wants_definition
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
@@ -22,6 +24,7 @@ def inner_loop_attention(
     window: int | None,
     num_empty_slots: Tensor | None = None,
     attn_mask_TS: Tensor | None = None,
+    sink: Sink | None = None,
 ) -> tuple[Tensor, AttentionVjp]:
     """Softmax attention of T queries over S >= T keys, and its vjp.
 
@@ -34,23 +37,41 @@ def inner_loop_attention(
         window: Number of keys that a query sees, its own included; None for all up to its own position.
         num_empty_slots: How many of the first keys hold nothing: a 0-dim int32 tensor, or None if there are none.
         attn_mask_TS: What `causal_window_mask` returns for these arguments, if it is known already.
+        sink: What queries see in place of the first key when that has left their window; None for nothing.
 
     Returns:
         The output [B, H, T, K], and a function from its gradient to those of the queries and of the last T keys and
         values. The keys and values before these are constants to it, though not to autograd.
     """
     num_new_keys, groups = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
+    seen = seen_sink(sink, q_BHTK, k_BGSK, window, num_empty_slots)
     if q_BHTK.shape[:3].numel() * k_BGSK.shape[2] > tuning.KEPT_SCORES.get(q_BHTK.device.type, 0):
         o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, "auto")
-        saved = (q_BHTK, k_BGSK, v_BGSK, o_BHTK, lse_BHT)
-        return o_BHTK, lambda g: attention_backward(*saved, g, num_new_keys, window, num_empty_slots, "auto")
+        saved, settings = (q_BHTK, k_BGSK, v_BGSK, o_BHTK, lse_BHT), (num_new_keys, window, num_empty_slots, "auto")
+        if seen is None:
+            return o_BHTK, lambda g: attention_backward(*saved, g, None, *settings)
+        y_BHTK, _, p_BHT = add_sink(o_BHTK, lse_BHT, seen)
+        value_HK = seen.values(q_BHTK.shape[1])
+
+        def vjp_beside_sink(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dp_BHT = (g_BHTK * (value_HK[:, None] - o_BHTK)).sum(-1)
+            do_BHTK = (g_BHTK * (1 - p_BHT[..., None])).to(g_BHTK.dtype)
+            return attention_backward(*saved, do_BHTK, -p_BHT * (1 - p_BHT) * dp_BHT, *settings)
+
+        return y_BHTK, vjp_beside_sink
     if attn_mask_TS is None:
         attn_mask_TS = causal_window_mask(num_new_keys, k_BGSK.shape[2], window, q_BHTK, num_empty_slots)
     mask_RS = attn_mask_TS.repeat(groups, 1) if groups > 1 else attn_mask_TS
     # The queries of the heads that share a key head become its rows, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
+    sink_GR1 = None
+    if seen is not None:  # one more key, of zeros, in front of the others
+        k_BGSK = F.pad(k_BGSK, (0, 0, 1, 0))
+        v_BGSK = torch.cat((seen.sink.value_GK[:, None].to(v_BGSK.dtype).expand_as(v_BGSK[:, :, :1]), v_BGSK), 2)
+        mask_RS = F.pad(mask_RS, (1, 0))
+        sink_GR1 = seen.scores.reshape(k_BGSK.shape[1], -1, 1)
     forward = attend_reference if wants_definition() else _attend
-    y_BGRK, inner_vjp = forward(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys)
+    y_BGRK, inner_vjp = forward(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys, sink_GR1)
 
     def vjp(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dq_BGRK, dk_BGTK, dv_BGTK = inner_vjp(g_BHTK.unflatten(1, (-1, groups)).flatten(2, 3))
@@ -60,10 +81,17 @@ def inner_loop_attention(
     return y_BGRK.unflatten(2, (groups, num_new_keys)).flatten(1, 2), vjp
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys: int) -> tuple[Tensor, AttentionVjp]:
-    """softmax(q k^T + mask) v, and its vjp to q and to the last `num_new_keys` of k and v: what `_attend` computes."""
-    scores = q @ k.transpose(-1, -2)
-    p = (scores.to(accumulation_dtype(q.dtype)) + mask).softmax(-1)
+def attend_reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys: int, sink_GR1: Tensor | None = None
+) -> tuple[Tensor, AttentionVjp]:
+    """softmax(q k^T + mask) v, and its vjp to q and to the last `num_new_keys` of k and v: what `_attend` computes.
+
+    sink_GR1: what is added to the scores of the first key; None for nothing.
+    """
+    scores = (q @ k.transpose(-1, -2)).to(accumulation_dtype(q.dtype)) + mask
+    if sink_GR1 is not None:
+        scores = torch.cat((scores[..., :1] + sink_GR1, scores[..., 1:]), -1)
+    p = scores.softmax(-1)
     weights = p.to(q.dtype)
 
     def vjp(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,8 +103,10 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys
     return weights @ v, vjp
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys: int) -> tuple[Tensor, AttentionVjp]:
-    y, p = _Attend.apply(q, k, v, mask)
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys: int, sink_GR1: Tensor | None
+) -> tuple[Tensor, AttentionVjp]:
+    y, p = _Attend.apply(q, k, v, mask, sink_GR1)
     return y, lambda g: _AttendBackward.apply(p, q, k, v, g, num_new_keys)
 
 
@@ -84,9 +114,13 @@ class _Attend(torch.autograd.Function):
     """y = P v and P = softmax(q k^T + mask). The vjp is a function of P too, and sends a gradient back to it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        scores = q @ k.transpose(-1, -2)
-        p = scores.to(accumulation_dtype(q.dtype)).add_(mask).softmax(-1)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sink_GR1: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        scores = (q @ k.transpose(-1, -2)).to(accumulation_dtype(q.dtype)).add_(mask)
+        if sink_GR1 is not None:
+            scores[..., :1].add_(sink_GR1)
+        p = scores.softmax(-1)
         ctx.save_for_backward(q, k, v, p)
         ctx.set_materialize_grads(False)
         return p.to(q.dtype) @ v, p
@@ -103,7 +137,8 @@ class _Attend(torch.autograd.Function):
             grad_p = _add_product(grad_p, grad_y, v.transpose(-1, -2))
         assert grad_p is not None
         grad_s = _softmax_backward(p, grad_p.to(p.dtype)).to(q.dtype)
-        return grad_s @ k, grad_s.transpose(-1, -2) @ q, grad_v, None
+        grad_sink = grad_s[..., :1].sum(0) if ctx.needs_input_grad[4] else None
+        return grad_s @ k, grad_s.transpose(-1, -2) @ q, grad_v, None, grad_sink
 
 
 class _AttendBackward(torch.autograd.Function):

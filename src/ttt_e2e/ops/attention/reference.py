@@ -12,7 +12,8 @@ along (a, b, c) at constant `do`, since the Hessian is symmetric. Each is the ta
     gdo = o' = P' v + P c               w = D' = rowsum(do gdo)       G = dS' = (X - E) dS + P (do c^T - w)
     gq = scale (G k + dS b)             gk = scale (G^T q + dS^T a)   gv = P'^T do
 
-The formulas take o and the rows' logsumexp as functions of q, k and v, so neither receives a gradient of its own.
+The formulas take o and the rows' logsumexp l as functions of q, k and v. A gradient dl of l adds P dl to dS, so it
+makes D = rowsum(do o) - dl; its own gradient is gdl = l' = E.
 """
 
 import torch
@@ -31,36 +32,53 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Ten
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, view: KeyView
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
     q_BHTK, k_BHSK, v_BHSK, o_BHTK, do_BHTK = _widen(q, k, v, o, do)
     scale = q.shape[3] ** -0.5
     p = (_scores(q_BHTK, k_BHSK, view) - lse[..., None]).exp()
-    ds = p * (do_BHTK @ v_BHSK.mT - (do_BHTK * o_BHTK).sum(-1, keepdim=True))
+    ds = p * (do_BHTK @ v_BHSK.mT - _delta(do_BHTK, o_BHTK, dlse))
     dk_BHNK = scale * ds[..., -view.num_new_keys :].mT @ q_BHTK
     dv_BHNK = p[..., -view.num_new_keys :].mT @ do_BHTK
     return (scale * ds @ k_BHSK).to(q.dtype), _narrow(dk_BHNK, k), _narrow(dv_BHNK, v)
 
 
 def double_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, a: Tensor, b: Tensor, c: Tensor, view: KeyView
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    view: KeyView,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K], gdlse [B, H, T]."""
     b, c = (F.pad(x, (0, 0, k.shape[2] - view.num_new_keys, 0)) for x in (b, c))  # constants have no tangent
     q_BHTK, k_BHSK, v_BHSK, o_BHTK, do_BHTK, a_BHTK, b_BHSK, c_BHSK = _widen(q, k, v, o, do, a, b, c)
     scale = q.shape[3] ** -0.5
     p = (_scores(q_BHTK, k_BHSK, view) - lse[..., None]).exp()
-    ds = p * (do_BHTK @ v_BHSK.mT - (do_BHTK * o_BHTK).sum(-1, keepdim=True))
+    ds = p * (do_BHTK @ v_BHSK.mT - _delta(do_BHTK, o_BHTK, dlse))
     x = scale * (a_BHTK @ k_BHSK.mT + q_BHTK @ b_BHSK.mT)
-    x = x - (p * x).sum(-1, keepdim=True)
+    e = (p * x).sum(-1, keepdim=True)
+    x = x - e
     gdo_BHTK = (p * x) @ v_BHSK + p @ c_BHSK
     w = (do_BHTK * gdo_BHTK).sum(-1, keepdim=True)
     g = x * ds + p * (do_BHTK @ c_BHSK.mT - w)
     gq_BHTK = scale * (g @ k_BHSK + ds @ b_BHSK)
     gk_BHSK = scale * (g.mT @ q_BHTK + ds.mT @ a_BHTK)
     gv_BHSK = (p * x).mT @ do_BHTK
-    return gq_BHTK.to(q.dtype), _narrow(gk_BHSK, k), _narrow(gv_BHSK, v), gdo_BHTK.to(q.dtype)
+    return gq_BHTK.to(q.dtype), _narrow(gk_BHSK, k), _narrow(gv_BHSK, v), gdo_BHTK.to(q.dtype), e[..., 0]
+
+
+def _delta(do_BHTK: Tensor, o_BHTK: Tensor, dlse: Tensor | None) -> Tensor:
+    """D, [B, H, T, 1]."""
+    delta_BHT1 = (do_BHTK * o_BHTK).sum(-1, keepdim=True)
+    return delta_BHT1 if dlse is None else delta_BHT1 - dlse[..., None]
 
 
 def _widen(q_BHTK: Tensor, *tensors: Tensor) -> list[Tensor]:

@@ -3,6 +3,8 @@
 Over a whole sequence it works block by block, so that time and memory grow with T x window, not with T x T.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention.mask import causal_window_mask, hidden_keys
 from ttt_e2e.ops.attention.operators import attention_forward
+from ttt_e2e.ops.attention.sink import SeenSink, Sink, add_sink, seen_sink
+from ttt_e2e.ops.derivatives import last_derivative
 
 
 def sdpa(
@@ -19,42 +23,55 @@ def sdpa(
     window: int | None,
     num_empty_slots: Tensor | None = None,
     attn_mask_TS: Tensor | None = None,
+    sink: Sink | None = None,
 ) -> Tensor:
     """Softmax attention of T queries over S >= T keys, [B, H, T, K]; differentiable once.
 
     The arguments are those of `inner_loop_attention`, but `num_empty_slots` may also be [B], a number for every row.
     """
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
+    seen = seen_sink(sink, q_BHTK, k_BGSK, window, num_empty_slots)
     if attn_mask_TS is None and num_empty_slots is not None and num_empty_slots.dim() == 1:
         attn_mask_TS = causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots)
     if attn_mask_TS is not None:
-        return _masked(q_BHTK, k_BGSK, v_BGSK, attn_mask_TS)
+        return _masked(q_BHTK, k_BGSK, v_BGSK, attn_mask_TS, seen)
     whole_text = queries == keys and num_empty_slots is None
     unwindowed = whole_text and (window is None or window >= keys)
     if q_BHTK.is_cuda and not unwindowed:
         # PyTorch's kernel knows no window, and reads a mask from memory.
-        return attention_forward(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, "auto")[0]
+        o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, "auto")
+        return o_BHTK if seen is None else add_sink(o_BHTK, lse_BHT, seen)[0]
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     if unwindowed and grouped and q_BHTK.is_cuda and q_BHTK.dtype.itemsize > 2:
         k_BGSK, v_BGSK, grouped = *_every_head(q_BHTK, k_BGSK, v_BGSK), False
     if unwindowed:
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
     if whole_text and window is not None and keys > 2 * window:
-        return _banded(q_BHTK, k_BGSK, v_BGSK, window)
-    return _masked(q_BHTK, k_BGSK, v_BGSK, causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots))
+        return _banded(q_BHTK, k_BGSK, v_BGSK, window, seen)
+    mask = causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots)
+    return _masked(q_BHTK, k_BGSK, v_BGSK, mask, seen)
 
 
-def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor) -> Tensor:
+def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor, seen: SeenSink | None) -> Tensor:
     """Attention with `mask`, broadcast to [B, H, T, S], added to the scores."""
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     scores = q_BHTK.shape[:3].numel() * k_BGSK.shape[2]
     if groups > 1 and q_BHTK.is_cuda:
         k_BGSK, v_BGSK, groups = *_every_head(q_BHTK, k_BGSK, v_BGSK), 1
-    if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and scores <= tuning.UNFUSED_SCORES:
+    few = q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and scores <= tuning.UNFUSED_SCORES
+    if few or (seen is not None and q_BHTK.device.type != "cpu"):
         if groups > 1:
             k_BGSK, v_BGSK = _every_head(q_BHTK, k_BGSK, v_BGSK)
         scores_BHTS = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
-        return (scores_BHTS + mask.to(scores_BHTS.dtype)).softmax(-1) @ v_BGSK
+        scores_BHTS = scores_BHTS + mask.to(scores_BHTS.dtype)
+        if seen is None:
+            return scores_BHTS.softmax(-1) @ v_BGSK
+        sink_BHT1 = seen.scores.to(scores_BHTS.dtype).expand(scores_BHTS.shape[:3])[..., None]
+        p_BHTS = torch.cat((sink_BHT1, scores_BHTS), -1).softmax(-1)
+        value_H1K = seen.values(q_BHTK.shape[1])[:, None].to(v_BGSK.dtype)
+        return p_BHTS[..., :1] * value_H1K + p_BHTS[..., 1:] @ v_BGSK
+    if seen is not None:
+        return _FusedWithSink.apply(q_BHTK, k_BGSK, v_BGSK, mask, seen.seen_T, *seen.sink)
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=groups > 1)
 
 
@@ -68,7 +85,37 @@ def _every_head(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor,
     return k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
 
 
-def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:
+class _FusedWithSink(torch.autograd.Function):
+    """PyTorch's kernel for CPUs, which returns the logsumexp, and a sink beside it.
+
+    The kernel's backward pass finds every weight from the logsumexp, and D = rowsum(do o) from the output. Given those
+    over all columns, the sink's too, it is right for the columns that it knows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen_T: Tensor, logit_H: Tensor, value_GK: Tensor
+    ) -> Tensor:
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+        y, lse, p = add_sink(o, lse, SeenSink(Sink(logit_H, value_GK), seen_T))
+        ctx.save_for_backward(q, k, v, mask, y, lse, p, value_GK)
+        return y
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy_BHTK,) = grads
+        q, k, v, mask, y, lse, p_BHT, value_GK = ctx.saved_tensors
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = flash_backward(dy_BHTK, q, k, v, y, lse, 0.0, False, attn_mask=mask)
+        dy_BGHTK = dy_BHTK.to(p_BHT.dtype).unflatten(1, (len(value_GK), -1))
+        dvalue_GK = torch.einsum("bght,bghtk->gk", p_BHT.unflatten(1, (len(value_GK), -1)), dy_BGHTK)
+        dscore_BGHT = ((value_GK[:, None, None] - y.unflatten(1, (len(value_GK), -1))) * dy_BGHTK).sum(-1)
+        dlogit_H = (p_BHT * dscore_BGHT.flatten(1, 2)).sum((0, 2))
+        return dq, dk, dv, None, None, dlogit_H, dvalue_GK
+
+
+def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int, seen: SeenSink | None) -> Tensor:
     """Windowed attention over a whole sequence: blocks of half a window, each over itself and the keys it can reach."""
     batch, length = q_BHTK.shape[0], q_BHTK.shape[2]
     block = max(1, (window + 1) // 2)
@@ -89,5 +136,7 @@ def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tens
     hidden_ZTS = hidden_keys(key_ZS[:, -block:], key_ZS, window, first_key=0)
     mask_ZTS = torch.zeros(hidden_ZTS.shape, dtype=q_BHTK.dtype, device=start_Z1.device)
     mask_ZTS = mask_ZTS.masked_fill_(hidden_ZTS, -torch.inf).repeat(batch, 1, 1)
-    out = _masked(queries(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), mask_ZTS[:, None])
+    if seen is not None:
+        seen = seen._replace(seen_T=F.pad(seen.seen_T, (0, tail)).view(blocks, 1, block).repeat(batch, 1, 1))
+    out = _masked(queries(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), mask_ZTS[:, None], seen)
     return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

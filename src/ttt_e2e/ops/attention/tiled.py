@@ -44,7 +44,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Ten
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, view: KeyView
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
     rows = _Rows(q, k, view)
@@ -54,7 +54,7 @@ def backward(
     for block in rows.blocks():
         q_PRK, do_PRK = rows.take(q, block) * rows.scale, rows.take(do, block)
         lse_PR1 = rows.take(lse[..., None], block)
-        delta_PR1 = rows.dot(do_PRK, rows.take(o, block))
+        delta_PR1 = rows.delta(do_PRK, rows.take(o, block), dlse, block)
         dq_PRK = rows.zeros(q_PRK, q.shape[3])
         for keys in rows.key_blocks(block):
             p_PRs = rows.softmax(q_PRK, k_PSK, lse_PR1, block, keys)
@@ -69,17 +69,28 @@ def backward(
 
 
 def double_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, a: Tensor, b: Tensor, c: Tensor, view: KeyView
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    view: KeyView,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K], gdlse [B, H, T]."""
     rows = _Rows(q, k, view)
     k_PSK, v_PSK, b_PNK, c_PNK = (x.flatten(0, 1) for x in (k, v, b, c))
     gq, gdo = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))
     gk_PSK, gv_PSK = rows.zeros(k_PSK, k.shape[3]), rows.zeros(v_PSK, k.shape[3])
+    gdlse = torch.empty(q.shape[:3], dtype=rows.dtype, device=q.device)
     for block in rows.blocks():
         q_PRK, a_PRK = rows.take(q, block) * rows.scale, rows.take(a, block) * rows.scale
         do_PRK, o_PRK, lse_PR1 = rows.take(do, block), rows.take(o, block), rows.take(lse[..., None], block)
-        delta_PR1 = rows.dot(do_PRK, o_PRK)
+        delta_PR1 = rows.delta(do_PRK, o_PRK, dlse, block)
 
         # First sweep: what needs whole rows.
         mean_PR1, gdo_PRK = rows.zeros(q_PRK, 1), rows.zeros(q_PRK, q.shape[3])
@@ -93,6 +104,7 @@ def double_backward(
         gdo_PRK -= mean_PR1 * o_PRK
         w_PR1 = rows.dot(do_PRK, gdo_PRK)
         rows.put(gdo, block, gdo_PRK)
+        rows.put(gdlse[..., None], block, mean_PR1)
 
         # Second sweep: the gradients of q, k and v.
         gq_PRK = rows.zeros(q_PRK, q.shape[3])
@@ -113,7 +125,7 @@ def double_backward(
             _add_product_(gk_PSK[:, keys], g_PRs.mT, q_PRK)
             _add_product_(gk_PSK[:, keys], ds_PRs.mT, a_PRK)
         rows.put(gq, block, gq_PRK.mul_(rows.scale))
-    return gq, rows.heads(gk_PSK, k), rows.heads(gv_PSK, v), gdo
+    return gq, rows.heads(gk_PSK, k), rows.heads(gv_PSK, v), gdo, gdlse
 
 
 class _Rows:
@@ -158,6 +170,10 @@ class _Rows:
 
     def dot(self, x_PRK: Tensor, y_PRK: Tensor) -> Tensor:
         return (x_PRK.to(self.dtype) * y_PRK).sum(-1, keepdim=True)
+
+    def delta(self, do_PRK: Tensor, o_PRK: Tensor, dlse: Tensor | None, block: slice) -> Tensor:
+        delta_PR1 = self.dot(do_PRK, o_PRK)
+        return delta_PR1 if dlse is None else delta_PR1 - self.take(dlse[..., None], block)
 
     def softmax(self, q_PRK: Tensor, k_PSK: Tensor, lse_PR1: Tensor, block: slice, keys: slice) -> Tensor:
         p_PRs = torch.bmm(q_PRK, k_PSK[:, keys].mT).to(self.dtype).sub_(lse_PR1).exp_()

@@ -47,34 +47,46 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Ten
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, view: KeyView
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
     q, k, v, o, lse, do = (x.contiguous() for x in (q, k, v, o, lse, do))
+    dlse = None if dlse is None else dlse.contiguous()
     dq, delta = torch.empty_like(q), _statistic(q)
     dk, dv = (k.new_empty(*k.shape[:2], view.num_new_keys, k.shape[3]) for _ in range(2))
     rows, columns = _blocks(tuning.TRITON_BACKWARD_ROWS, q), _blocks(tuning.TRITON_BACKWARD_COLUMNS, q)
-    _launch(_backward_row_kernel, _row_grid(q, rows), rows, q, k, view, (q, k, v, o, lse, do, delta, dq))
+    _launch(_backward_row_kernel, _row_grid(q, rows), rows, q, k, view, (q, k, v, o, lse, do, dlse, delta, dq))
     grid = (triton.cdiv(view.num_new_keys, columns.block_s), k.shape[0] * k.shape[1])
     _launch(_backward_column_kernel, grid, columns, q, k, view, (q, k, v, lse, do, delta, dk, dv))
     return dq, dk, dv
 
 
 def double_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, a: Tensor, b: Tensor, c: Tensor, view: KeyView
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K]."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    view: KeyView,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K], gdlse [B, H, T]."""
     q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (q, k, v, o, lse, do, a, b, c))
+    dlse = None if dlse is None else dlse.contiguous()
     gq, gdo, gk, gv = (torch.empty_like(x) for x in (q, q, k, v))
     delta, mean, w = (_statistic(q) for _ in range(3))
     rows, columns = _blocks(tuning.TRITON_DOUBLE_BACKWARD_ROWS, q), _blocks(tuning.TRITON_DOUBLE_BACKWARD_COLUMNS, q)
-    row_tensors = (q, k, v, o, lse, do, a, b, c, delta, mean, w, gq, gdo)
+    row_tensors = (q, k, v, o, lse, do, dlse, a, b, c, delta, mean, w, gq, gdo)
     _launch(_double_backward_row_kernel, _row_grid(q, rows), rows, q, k, view, row_tensors)
     cached_and_new = (k.shape[2] - view.num_new_keys, view.num_new_keys)
     grid = (sum(triton.cdiv(count, columns.block_s) for count in cached_and_new), k.shape[0] * k.shape[1])
     column_tensors = (q, k, v, lse, do, a, b, c, delta, mean, w, gk, gv)
     _launch(_double_backward_column_kernel, grid, columns, q, k, view, column_tensors)
-    return gq, gk, gv, gdo
+    return gq, gk, gv, gdo, mean
 
 
 def _statistic(q_BHTK: Tensor) -> Tensor:
@@ -104,7 +116,7 @@ def _launch(
     q_BHTK: Tensor,
     k_BGSK: Tensor,
     view: KeyView,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Tensor | None, ...],
 ) -> None:
     """Run a kernel: each takes its tensors, then these sizes and settings."""
     # The interpreter cannot multiply in bfloat16.
@@ -156,6 +168,15 @@ def _store(base, rows, end, x, K: tl.constexpr, P: tl.constexpr):
     if K < P:
         inside = inside & (columns < K)[None, :]
     tl.store(base + rows[:, None] * K + columns[None, :], x.to(base.dtype.element_ty), inside)
+
+
+@triton.jit
+def _delta(do, o, dlse_ptr, start, rows, end):
+    """rowsum(do o), less the gradient of the logsumexp where there is one."""
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + start + rows, rows < end, other=0.0)
+    return delta
 
 
 @triton.jit
@@ -218,7 +239,7 @@ def _forward_kernel(
 
 @_kernel
 def _backward_row_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr, num_empty_slots_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dq_ptr, num_empty_slots_ptr,
     T, S, cached, window, scale,
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
@@ -234,7 +255,7 @@ def _backward_row_kernel(
     do = _load(do_ptr + head * T * K, rows, T, K, P, OPERAND)
     o = _load(o_ptr + head * T * K, rows, T, K, P, OPERAND)
     lse2 = tl.load(lse_ptr + head * T + rows, rows < T, other=0.0) * LOG2_E
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    delta = _delta(do, o, dlse_ptr, head * T, rows, T)
     tl.store(delta_ptr + head * T + rows, delta, rows < T)
     dq = tl.zeros([BLOCK_T, P], tl.float32)
     for start in range(_first_block(first, window, num_empty, BLOCK_S), tl.minimum(first + BLOCK_T, S), BLOCK_S):
@@ -292,8 +313,8 @@ def _backward_column_kernel(
 
 @_kernel
 def _double_backward_row_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gq_ptr, gdo_ptr,
-    num_empty_slots_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, do_ptr, dlse_ptr, a_ptr, b_ptr, c_ptr, delta_ptr, mean_ptr, w_ptr, gq_ptr,
+    gdo_ptr, num_empty_slots_ptr,
     T, S, cached, window, scale,
     SHARE: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OPERAND: tl.constexpr,
@@ -337,7 +358,7 @@ def _double_backward_row_kernel(
         gdo += _dot(px.to(OPERAND), v)
     o = _load(o_ptr + head * T * K, rows, T, K, P, OPERAND).to(tl.float32)
     gdo -= mean[:, None] * o
-    delta = tl.sum(do.to(tl.float32) * o, 1)
+    delta = _delta(do, o, dlse_ptr, head * T, rows, T)
     w = tl.sum(do.to(tl.float32) * gdo, 1)
     _store(gdo_ptr + head * T * K, rows, T, gdo, K, P)
     tl.store(delta_ptr + head * T + rows, delta, rows < T)
