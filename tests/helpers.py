@@ -52,12 +52,12 @@ def small_config(**changes: object) -> ModelConfig:
 
 
 def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Transformer:
-    """`small_config` as a model; norms are moved off one, additions of low rank off zero, so that a test sees them."""
+    """`small_config` as a model; norms are moved off one, sinks and low-rank factors off zero, so that tests see them."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(small_config(**changes), generator).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or ".fast.up_" in name:
+            if parameter.dim() == 1 or ".fast.up_" in name or name.endswith("sink_value"):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(dtype))
     return model
 

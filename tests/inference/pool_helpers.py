@@ -23,6 +23,7 @@ PATTERNS = {
     "full": dict(pattern=("full",)),
     "recurrent": RECURRENT,
     "low rank": dict(fast_rank=2),
+    "sinks": dict(attention_sink=True, num_key_value_heads=1),
     "learning over others": dict(pattern=("gated-deltanet", "titans", "window", "window")),
 }
 SMALL = dict(mamba2__state_size=8, memory__num_persistent_tokens=3, sliding_window=10, mini_batch_size=5)

@@ -77,7 +77,11 @@ class _Layer:
         q, out = self.turn(q, position), []
         for head in range(h):
             scores = keys[:, head * g // h] @ q[head] / math.sqrt(config.head_dim)
-            out.append(scores.softmax(0) @ values[:, head * g // h])
+            seen = values[:, head * g // h]
+            if first > 0 and config.attention_sink:
+                scores = torch.cat((scores, mixer.sink_logit[head, None]))
+                seen = torch.cat((seen, mixer.sink_value[head * g // h, None]))
+            out.append(scores.softmax(0) @ seen)
         return mixer.w_out @ torch.cat(out) + (mixer.b_out if config.attention_out_bias else 0)
 
     def turn(self, x: Tensor, position: int) -> Tensor:

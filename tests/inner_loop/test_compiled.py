@@ -21,10 +21,11 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C
 F64 = torch.float64
 SHAPES = {
     "plain": {},
-    "grouped heads, odd window": {
+    "grouped heads, odd window, sinks": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "sliding_window": 7,
+        "attention_sink": True,
         "inner_loop.max_grad_norm": 0.05,
     },
     "full attention": {"pattern": ("full",)},

@@ -35,6 +35,7 @@ SHAPES = {
         "attention_bias": True,
         "attention_out_bias": True,
     },
+    "sinks": {"attention_sink": True, "sliding_window": 7, "num_attention_heads": 4, "num_key_value_heads": 2},
     "widths of their own": {"fast_intermediate_size": 10, "suffix_intermediate_size": 14},
     "parallel MLPs": {"parallel_mlp": True, "fast_intermediate_size": 10, "suffix_intermediate_size": 14},
     "parallel MLPs as in Llama 3": {
@@ -123,7 +124,7 @@ def test_the_inner_gradient_is_autograds(shape: str, length: int) -> None:
     torch.testing.assert_close(grad, written_out[1], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", ["plain", "grouped heads", "full attention"])
+@pytest.mark.parametrize("shape", ["plain", "grouped heads", "full attention", "sinks"])
 def test_neither_scores_nor_logits_need_be_kept(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators for long contexts and large vocabularies give the same losses and outer gradient."""
     model = small_model(F64, **SHAPES[shape])

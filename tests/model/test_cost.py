@@ -174,6 +174,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         attention_bias=attentions and draw(st.booleans()),
         attention_out_bias=attentions and draw(st.booleans()),
         sliding_window=b * draw(st.integers(1, 4)),
+        attention_sink="window" in names and draw(st.booleans()),
         mini_batch_size=b,
         qk_norm=draw(st.booleans()),
         pre_norm=draw(st.booleans()),

@@ -227,6 +227,9 @@ class ModelConfig:
     """Whether the projections to queries, keys and values have biases."""
     attention_out_bias: bool = False
     """Whether the output projection of attention has a bias."""
+    attention_sink: bool = False
+    """Whether "window" mixers have a sink: what a query sees in place of the text's first token when that has left its
+    window."""
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
     initializer_range: Annotated[float, Range(0.0, 100.0)] = 0.02
@@ -280,6 +283,8 @@ class ModelConfig:
         default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
         if others and (self.attention_bias or self.attention_out_bias or not default_heads):
             raise UserError(f"With {', '.join(others)}, neither head_dim nor biases of attention can be set.")
+        if self.attention_sink and "window" not in self.mixers:
+            raise UserError("attention_sink is for attention over a window, but no mixer of the pattern is 'window'.")
         inside = self.mixers[self.prefix_layers + 1 :]
         if set(inside) not in (set(), {"full"}, {"window"}):
             raise UserError(

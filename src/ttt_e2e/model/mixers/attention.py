@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, S keys (cached ones first), D hidden size, H quer
 dimension, J = H + G, E = (H + 2 G) K.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.counting import num_pairs, projection_operations, score_operations
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
-from ttt_e2e.ops.attention import inner_loop_attention, sdpa
+from ttt_e2e.ops.attention import Sink, inner_loop_attention, sdpa
 from ttt_e2e.ops.attention.inner_loop import AttentionVjp
 from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, rms_norm, rotate
 from ttt_e2e.ops.linear import linear, linear_vjp
 
 
 class Attention(Mixer):
-    """Multi-head attention over the last `window` tokens (None: all): grouped key/value heads, rotary positions."""
+    """Multi-head attention over the last `window` tokens (None: all): grouped key/value heads, rotary positions.
+
+    With a window it may have a sink; see `ops.attention.sink`.
+    """
 
     State = KVCache
 
@@ -38,12 +42,16 @@ class Attention(Mixer):
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(config.head_dim))
             self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        if config.attention_sink and window is not None:
+            self.sink_logit = nn.Parameter(torch.zeros(self.num_heads))
+            self.sink_value = nn.Parameter(torch.zeros(self.num_kv_heads, config.head_dim))
+            self.no_weight_decay = ("sink_logit", "sink_value")
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Draw every matrix from N(0, std^2), set norms to one and biases to zero."""
+        """Draw every matrix from N(0, std^2), set norms to one, biases and the sink to zero."""
         super().reset_parameters(std, generator)
         with torch.no_grad():
-            for name in ("b_qkv", "b_out"):
+            for name in ("b_qkv", "b_out", "sink_logit", "sink_value"):
                 if hasattr(self, name):
                     getattr(self, name).zero_()
 
@@ -61,8 +69,46 @@ class Attention(Mixer):
         `with_vjp` also returns the function from the output's cotangent to the input's, itself differentiable. Cached
         keys and values are constants for that function, as they are for the inner gradient.
         """
+        w_out = self.w_out  # which may be parametrised, and otherwise when the vjp is called
+        q_BHTK, new, projection_vjp = self.project(x_BTD, positions)
+        seen, num_empty_slots, attn_mask_TS = new, None, None
+        if state is not None:
+            seen = state.append_(new) if cache_view.donated else state.append(new)
+            attn_mask_TS = cache_view.attn_mask_TS
+            if cache_view.seq_lens is not None:
+                num_empty_slots = (state.num_slots - cache_view.seq_lens).clamp(min=0).to(torch.int32)
+        keys = (seen.k_BGSK, seen.v_BGSK, self.window, num_empty_slots, attn_mask_TS, self.sink)
+        attention_vjp: AttentionVjp | None = None
+        if with_vjp:
+            assert num_empty_slots is None or num_empty_slots.dim() == 0, "rows to learn from are of equal length"
+            y_BHTK, attention_vjp = inner_loop_attention(q_BHTK, *keys)
+        else:
+            y_BHTK = sdpa(q_BHTK, *keys)
+        kept = seen.last(cache_view.max_slots if self.window is None else self.window)
+        if state is None and not torch.is_grad_enabled():
+            kept = kept.contiguous()  # a view would keep the keys and values of the whole text
+
+        def vjp(g_BTD: Tensor) -> Tensor:
+            dy_BTHK = linear_vjp(g_BTD, w_out).unflatten(-1, (self.num_heads, -1))
+            assert attention_vjp is not None
+            return projection_vjp(*attention_vjp(dy_BTHK.transpose(1, 2)))
+
+        out_BTD = linear(y_BHTK.transpose(1, 2).flatten(2), w_out)
+        if self.config.attention_out_bias:
+            out_BTD = out_BTD + self.b_out.to(x_BTD.dtype)
+        return (out_BTD, kept, vjp) if with_vjp else (out_BTD, kept)
+
+    @property
+    def sink(self) -> Sink | None:
+        """What queries see in place of the text's first token when that has left their window."""
+        return Sink(self.sink_logit, self.sink_value) if hasattr(self, "sink_logit") else None
+
+    def project(
+        self, x_BTD: Tensor, positions: Positions
+    ) -> tuple[Tensor, KVCache, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """Queries [B, H, T, K], keys and values; and the vjp from cotangents of the three to one of the inputs."""
         config, num_heads, num_kv_heads = self.config, self.num_heads, self.num_kv_heads
-        w_qkv, w_out = self.w_qkv, self.w_out  # which may be parametrised, and otherwise when the vjp is called
+        w_qkv = self.w_qkv
         x_BTE = linear(x_BTD, w_qkv)
         if config.attention_bias:
             x_BTE = x_BTE + self.b_qkv.to(x_BTD.dtype)
@@ -76,50 +122,31 @@ class Attention(Mixer):
         qk_BTJK, rotation_vjp = rotate(qk_BTJK, positions.cos, positions.sin)
         q_BHTK, k_BGTK = qk_BTJK.to(x_BTD.dtype).transpose(1, 2).split((num_heads, num_kv_heads), 1)
 
-        new = KVCache(k_BGTK, v_BTGK.transpose(1, 2))
-        seen, num_empty_slots, attn_mask_TS = new, None, None
-        if state is not None:
-            seen = state.append_(new) if cache_view.donated else state.append(new)
-            attn_mask_TS = cache_view.attn_mask_TS
-            if cache_view.seq_lens is not None:
-                num_empty_slots = (state.num_slots - cache_view.seq_lens).clamp(min=0).to(torch.int32)
-        keys = (seen.k_BGSK, seen.v_BGSK, self.window, num_empty_slots, attn_mask_TS)
-        attention_vjp: AttentionVjp | None = None
-        if with_vjp:
-            assert num_empty_slots is None or num_empty_slots.dim() == 0, "rows to learn from are of equal length"
-            y_BHTK, attention_vjp = inner_loop_attention(q_BHTK, *keys)
-        else:
-            y_BHTK = sdpa(q_BHTK, *keys)
-        kept = seen.last(cache_view.max_slots if self.window is None else self.window)
-        if state is None and not torch.is_grad_enabled():
-            kept = kept.contiguous()  # a view would keep the keys and values of the whole text
-
-        def vjp(g_BTD: Tensor) -> Tensor:
-            dy_BTHK = linear_vjp(g_BTD, w_out).unflatten(-1, (num_heads, -1))
-            assert attention_vjp is not None
-            dq_BHTK, dk_BGTK, dv_BGTK = attention_vjp(dy_BTHK.transpose(1, 2))
+        def vjp(dq_BHTK: Tensor, dk_BGTK: Tensor, dv_BGTK: Tensor) -> Tensor:
             dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2)
             dqk_BTJK = rotation_vjp(dqk_BTJK.to(qk_BTJK.dtype))
             if norm_vjp is not None:
                 dqk_BTJK = norm_vjp(dqk_BTJK)
-            dx_BTJK = torch.cat((dqk_BTJK.to(g_BTD.dtype), dv_BGTK.transpose(1, 2)), 2)
+            dx_BTJK = torch.cat((dqk_BTJK.to(dq_BHTK.dtype), dv_BGTK.transpose(1, 2)), 2)
             return linear_vjp(dx_BTJK.flatten(2), w_qkv)
 
-        out_BTD = linear(y_BHTK.transpose(1, 2).flatten(2), w_out)
-        if config.attention_out_bias:
-            out_BTD = out_BTD + self.b_out.to(x_BTD.dtype)
-        return (out_BTD, kept, vjp) if with_vjp else (out_BTD, kept)
+        return q_BHTK, KVCache(k_BGTK, v_BTGK.transpose(1, 2)), vjp
 
 
 def attention_cost(config: ModelConfig, window: int | None, context: int) -> MixerCost:
     """The cost of attention over `window` tokens (None: all) at `context` tokens; see `model.cost`."""
     kept = context if window is None else min(window, context)
     seen = context + 1 if window is None else min(window, context + 1)
-    text = projection_operations(config, context) + score_operations(config, num_pairs(context, window))
-    biases = config.attention_bias * (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    biases += config.attention_out_bias * config.hidden_size
+    pairs = num_pairs(context, window)
+    vectors = 2 * config.head_dim if config.qk_norm else 0
+    if config.attention_sink and window is not None:  # one more key, for the queries that do not see the first
+        vectors += config.num_attention_heads + config.num_key_value_heads * config.head_dim
+        pairs, seen = pairs + max(0, context - window), seen + (context + 1 > window)
+    text = projection_operations(config, context) + score_operations(config, pairs)
+    vectors += config.attention_bias * (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    vectors += config.attention_out_bias * config.hidden_size
     return MixerCost(
-        parameters=projection_operations(config, 1) // 2 + biases + (2 * config.head_dim if config.qk_norm else 0),
+        parameters=projection_operations(config, 1) // 2 + vectors,
         cached=2 * config.num_key_value_heads * config.head_dim * kept,
         accumulated=0,
         text=text,

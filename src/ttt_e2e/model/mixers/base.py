@@ -63,7 +63,7 @@ class Mixer(nn.Module):
     """A sequence mixer."""
 
     State: ClassVar[Any]  # the named tuple that `forward` hands back
-    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of parameters
+    no_weight_decay: tuple[str, ...] = ()  # names of parameters
 
     def forward(
         self, x_BTD: Tensor, positions: Positions, state: Any | None = None, cache_view: CacheView = ALL_FILLED
