@@ -15,7 +15,8 @@ from ttt_e2e.cli import main as cli
 from ttt_e2e.cli.main import COMMANDS, warnings_in_one_line
 from ttt_e2e.inference import session_file
 
-ACTIONS = ("convert from-hf", "convert from-standard", "convert from-official", "convert to-hf", "notebook search")
+CONVERSIONS = ("from-hf", "from-gguf", "from-standard", "from-official", "to-hf")
+ACTIONS = (*(f"convert {name}" for name in CONVERSIONS), "notebook search")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, *ACTIONS])

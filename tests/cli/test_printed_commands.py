@@ -25,6 +25,7 @@ ELSEWHERE = {
     "ttt-e2e serve": "does not end; tests/docs runs it",
     "ttt-e2e convert from-official": "needs an official checkpoint; tests/convert/test_from_official.py writes one",
     "ttt-e2e convert from-hf": "needs a pretrained checkpoint; tests/docs writes one",
+    "ttt-e2e convert from-gguf": "needs a GGUF file; tests/convert/test_from_gguf.py writes one",
     "ttt-e2e cost Qwen/": "the same",
     "ttt-e2e reproduce needles": "reads long texts; tests/docs shortens them",
     "ttt-e2e reproduce latency": "the same",

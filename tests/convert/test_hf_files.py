@@ -13,7 +13,7 @@ from ttt_e2e.errors import UserError
 @pytest.mark.parametrize(
     ("name", "content", "kind"),
     [
-        ("model.gguf", b"GGUF\3\0\0\0" + bytes(16), "GGUF"),
+        ("model.ggml", b"lmgg", "GGML"),
         ("model.onnx", b"\x08\x07", "ONNX"),
         ("tf_model.h5", b"\x89HDF\r\n\x1a\n", "HDF5"),
         ("flax_model.msgpack", b"\x81", "MessagePack"),
@@ -32,10 +32,14 @@ def test_weights_of_other_formats_are_refused_by_name(tmp_path: Path, name: str,
                 refuse(source)
 
 
-def test_gguf_is_refused_by_its_name_and_contents(tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(b"GGUF\3\0\0\0" + bytes(16))
-    for source in (tmp_path / "weights", "owner/Model-7B-GGUF", "missing.gguf"):
-        with pytest.raises(UserError, match="GGUF model, which cannot be converted"):
+def test_gguf_is_asked_for_as_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model-Q8_0.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(16))
+    for source, words in (
+        (tmp_path, r"only as GGUF; give the file to convert, such as .*model-Q8_0\.gguf\."),
+        ("owner/Model-7B-GGUF", "by its name, GGUF files; fetch one of them"),
+        ("missing.gguf", "There is no file missing.gguf"),
+    ):
+        with pytest.raises(UserError, match=words):
             find_checkpoint(source)
 
 

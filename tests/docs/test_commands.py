@@ -30,6 +30,7 @@ ELSEWHERE = {
     "python3 -m venv": "downloads the dependencies; .ci/run does the same in a clean virtual environment",
     ".venv/bin/pip install": "the same",
     "pip install": "the same",
+    "ttt-e2e convert from-gguf": "needs a GGUF file; tests/convert/test_from_gguf.py writes one",
     "ttt-e2e convert from-official": "needs an official checkpoint; tests/convert/test_from_official.py writes one",
     "python -m ttt_e2e.evaluation.harness": "downloads its task; tests/evaluation/test_harness.py has one without",
 }

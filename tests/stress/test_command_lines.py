@@ -29,6 +29,7 @@ GOOD = [
     "train tiny --data tokens --out out --quiet hidden_size=16 num_attention_heads=2 num_hidden_layers=4 "
     "intermediate_size=24 sliding_window=8 mini_batch_size=4 vocab_size=272 context=16 batch=2 steps=1 eval_tokens=32",
     "convert from-hf checkpoint out --dtype float32",
+    "convert from-gguf checkpoint out --window 8",
     "convert to-hf MODEL out",
     "convert from-standard MODEL out",
     "convert from-official . out --step 1",

@@ -14,6 +14,7 @@ DESCRIPTION = (
 )
 EPILOG = """examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
+  ttt-e2e convert from-gguf Qwen3-0.6B-Q8_0.gguf model
   ttt-e2e convert from-standard run/model model --window 1024 --fast split
   ttt-e2e convert from-official checkpoints/pretrain-125m-e2e model --preset 125m --tokenizer NAME
   ttt-e2e convert to-hf model hf-model
@@ -36,12 +37,27 @@ ttt-e2e train PRESET --from OUT --data DIR --out RUN""",
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
   ttt-e2e convert from-hf checkpoints/llama model --window 4096 --fast split --fast-share 0.5""",
     )
-    from_hf.add_argument("source", metavar="PATH_OR_NAME", help="a checkpoint folder, or a name on Hugging Face")
-    from_hf.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
-    add_options(from_hf, *LEARNING)
-    dtypes = ("float32", "bfloat16")
-    from_hf.add_argument("--dtype", choices=dtypes, help="of the weights in the file (default: the original's)")
-    add_options(from_hf, "quiet")
+    from_hf.add_argument(
+        "source", metavar="PATH_OR_NAME", help="a checkpoint folder, a GGUF file, or a name on Hugging Face"
+    )
+
+    from_gguf = actions.add_parser(
+        "from-gguf",
+        help="a pretrained Transformer in a GGUF file of llama.cpp",
+        description="""\
+Turn the model in a GGUF file (Llama, Mistral, Qwen 2, 2.5 or 3) into one that can learn while it
+reads, as from-hf does, with the tokenizer and the chat template of the file. Quantised weights become
+floats again. This needs the library gguf: pip install "ttt-e2e[gguf]".""",
+        epilog="""example:
+  ttt-e2e convert from-gguf Qwen3-0.6B-Q8_0.gguf model --fast split --dtype bfloat16""",
+    )
+    from_gguf.add_argument("source", metavar="FILE", help="a GGUF file")
+    dtype = "of the weights in the file (default: bfloat16 if all of the original's are, else float32)"
+    for pretrained in (from_hf, from_gguf):
+        pretrained.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
+        add_options(pretrained, *LEARNING)
+        pretrained.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
+        add_options(pretrained, "quiet")
 
     from_standard = actions.add_parser(
         "from-standard",
@@ -115,9 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> None:
     source, out = arguments.source, arguments.out
-    if arguments.action == "from-hf":
+    if arguments.action in ("from-hf", "from-gguf"):
         from ttt_e2e.convert.from_hf import convert_from_hf, describe
+        from ttt_e2e.convert.gguf_files import require_gguf
 
+        if arguments.action == "from-gguf":
+            require_gguf(Path(source).expanduser())
         options = learning_options(arguments)
         converted = convert_from_hf(source, out, options, dtype=arguments.dtype, progress=not arguments.quiet)
         print(f"{out}: {'; '.join(describe(converted))}")

@@ -22,8 +22,8 @@ full attention of the same size. Operations are those of matrix products, a mult
 addition counting as two; attention is counted by the pairs of tokens it needs.
 
 MODEL is a preset, a model folder, or a pretrained Transformer that `convert from-hf` can convert:
-its folder, its config.json, or its name on Hugging Face, from which only config.json is fetched.
-The converted model is counted."""
+its folder, its config.json, a GGUF file, or its name on Hugging Face, from which only config.json
+is fetched. The converted model is counted."""
 EPILOG = """examples:
   ttt-e2e cost 3b
   ttt-e2e cost 3b --context 8K 128K 2M
@@ -124,11 +124,15 @@ def _find_models(arguments: argparse.Namespace) -> list[tuple[str, RunConfig]]:
 
     if is_ours:
         return [(path.resolve().name, run_config(load_config(path), settings))]
+    from ttt_e2e.convert.gguf_files import is_gguf, read_gguf
     from ttt_e2e.convert.hf_config import read_source
     from ttt_e2e.convert.hf_files import find_config
 
-    file = find_config(model)
-    source = read_source(read_json(file), file)
-    name = file.resolve().parent.name if path.exists() else model.rsplit("/")[-1]
+    if is_gguf(path):
+        source, name = read_source(read_gguf(path).config, path), path.stem
+    else:
+        file = find_config(model)
+        source = read_source(read_json(file), file)
+        name = file.resolve().parent.name if path.exists() else model.rsplit("/")[-1]
     config = run_config(config_from_source(source, options), settings)
     return [(name, config), ("the original", run_config(full_attention_config(source), []))]

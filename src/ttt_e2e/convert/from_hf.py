@@ -1,4 +1,6 @@
-"""Pretrained Transformers from Hugging Face checkpoints, converted into models that learn while they read.
+"""Pretrained Transformers, converted into models that learn while they read.
+
+They are Hugging Face checkpoints, or GGUF files, which `checkpoints` gives the same form.
 
 Layouts differ only in that query, key and value are one matrix here, and so are gate and value of an MLP. Rotary pairs
 are (i, i + K/2) in both. Neither of the two kinds of fast MLPs changes a prediction before the first update:
@@ -15,7 +17,7 @@ converted in blocks, so memory does not grow with the model.
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +25,12 @@ import torch
 from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.convert.hf_config import read_source
-from ttt_e2e.convert.hf_files import CONFIG, StoredTensor, find_checkpoint, stored_tensors
+from ttt_e2e.convert.checkpoints import Checkpoint, open_checkpoint
+from ttt_e2e.convert.hf_files import CONFIG
 from ttt_e2e.convert.learning import LearningOptions, config_from_source
 from ttt_e2e.convert.model_folder import WriteRows, model_folder, parameter_shapes, require_shapes
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import read_json
 from ttt_e2e.model.checkpoint import TOKENIZER, copy_pretrained_metadata, finite
 from ttt_e2e.model.cost import parameters
 from ttt_e2e.model.transformer import FastMLP
@@ -73,10 +74,10 @@ def convert_from_hf(
     dtype: str | None = None,
     progress: bool = False,
 ) -> HFConversion:
-    """Convert a Hugging Face checkpoint to the model folder `out`, with its tokenizer and pretrained metadata.
+    """Convert a pretrained model to the model folder `out`, with its tokenizer and pretrained metadata.
 
     Args:
-        path_or_name: the checkpoint's folder, or its name on Hugging Face.
+        path_or_name: a Hugging Face checkpoint's folder or its name there, or a GGUF file.
         out: the folder to write.
         options: how the model is to learn.
         dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are, else float32.
@@ -90,8 +91,14 @@ def convert_from_hf(
         raise UserError(f"{out} exists; name another folder for the model, or remove it first.")
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"Weights are written as {' or '.join(_DTYPES)}, not {dtype}.")
-    folder = find_checkpoint(path_or_name)
-    source = read_source(read_json(folder / CONFIG), folder / CONFIG)
+    with open_checkpoint(path_or_name) as checkpoint:
+        return _convert(checkpoint, str(path_or_name), out, options, dtype, progress)
+
+
+def _convert(
+    checkpoint: Checkpoint, name: str, out: Path, options: LearningOptions, dtype: str | None, progress: bool
+) -> HFConversion:
+    where, source, stored, folder = checkpoint
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     vocab_size = source.settings["vocab_size"]
     if tokenizer is not None:
@@ -99,19 +106,18 @@ def convert_from_hf(
     tokens = vocab_size if tokenizer is None else tokenizer.vocab_size
     if tokens > vocab_size:
         raise UserError(
-            f"The tokenizer in {folder} has {tokens} tokens, but its model has a vocabulary of {vocab_size}; use the "
+            f"The tokenizer in {where} has {tokens} tokens, but its model has a vocabulary of {vocab_size}; use the "
             "tokenizer that belongs to the model."
         )
     source.settings["vocab_size"] = tokens
     unused_ids = vocab_size - tokens  # embeddings are often rounded up to a size that suits a GPU
     config = config_from_source(source, options)
-    stored = stored_tensors(folder)
     copies = list(_slice_copies(config, unused_ids))
-    _check_tensors(stored, copies, config.tie_word_embeddings, folder)
+    _check_tensors(checkpoint, copies, config.tie_word_embeddings)
     if dtype is None:
         dtype = "bfloat16" if {stored[copy.source].dtype for copy in copies} == {"BF16"} else "float32"
     notes = {
-        "source": str(path_or_name),
+        "source": name,
         "source_family": source.family,
         "source_config_sha256": hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest(),
         "fast": options.fast,
@@ -121,7 +127,7 @@ def convert_from_hf(
             for rows in _row_blocks(copy.shape, copy.rows):
                 row = copy.target_row + rows.start - (copy.rows.start or 0)
                 weights = stored[copy.source].read(rows, copy.columns)
-                write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {folder}"))
+                write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {where}"))
         _write_new_parameters(config, options.fast == "new", write_rows)
         if tokenizer is not None:
             shutil.copyfile(folder / TOKENIZER, part / TOKENIZER)
@@ -168,10 +174,11 @@ def _slice_copies(config: ModelConfig, unused_ids: int) -> Iterator[SliceCopy]:
             yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.fast_norm.weight")
 
 
-def _check_tensors(stored: Mapping[str, StoredTensor], copies: list[SliceCopy], is_tied: bool, folder: Path) -> None:
+def _check_tensors(checkpoint: Checkpoint, copies: list[SliceCopy], is_tied: bool) -> None:
     """Raise UserError unless the checkpoint has the tensors that its configuration requires, and no others."""
+    where, stored = checkpoint.path, checkpoint.tensors
     found = {name: tensor.shape for name, tensor in stored.items()}
-    unknown = require_shapes(found, {copy.source: copy.shape for copy in copies}, f"The checkpoint {folder}")
+    unknown = require_shapes(found, {copy.source: copy.shape for copy in copies}, f"The checkpoint {where}")
     # Old checkpoints of Llama hold the rotary rates, too.
     unknown = [name for name in unknown if not name.endswith(".rotary_emb.inv_freq")]
     if is_tied and "lm_head.weight" in unknown:
@@ -181,12 +188,12 @@ def _check_tensors(stored: Mapping[str, StoredTensor], copies: list[SliceCopy], 
         pairs = ((head.read(rows).float(), embedding.read(rows).float()) for rows in blocks)
         if head.shape != embedding.shape or not all(torch.equal(*pair) for pair in pairs):
             raise UserError(
-                f"{folder / CONFIG} says that the output head is the embedding, but the checkpoint has another one; "
+                f"{where / CONFIG} says that the output head is the embedding, but the checkpoint has another one; "
                 "set tie_word_embeddings to false there if that is how it was trained."
             )
     if unknown:
         raise UserError(
-            f"The checkpoint {folder} has tensors that its configuration does not explain, such as {unknown[0]}; "
+            f"The checkpoint {where} has tensors that its configuration does not explain, such as {unknown[0]}; "
             "use a checkpoint and a configuration that belong together."
         )
 

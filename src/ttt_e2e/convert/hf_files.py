@@ -24,7 +24,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _WANTED, _UNWANTED = ["*.json", "*.safetensors", "*.jinja"], ["*/*", "consolidated*"]
 # Weights that are not read, by the names of their files.
 _OTHER_WEIGHTS = {
-    "GGUF": ("*.gguf", "*.ggml"),
+    "GGML, which GGUF has replaced": ("*.ggml",),
     "ONNX": ("*.onnx",),
     "TensorFlow's HDF5": ("*.h5", "*.keras"),
     "Flax's MessagePack": ("*.msgpack",),
@@ -55,7 +55,7 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"{path} is a file; give the folder of the checkpoint, or its name on Hugging Face.")
+        raise UserError(f"{path} is a file; give the folder of a checkpoint, its name on Hugging Face, or a GGUF file.")
     if not _NAME.fullmatch(name):
         raise UserError(f"There is no folder {path}; give a checkpoint's folder, or its name, such as owner/model.")
     from huggingface_hub import snapshot_download
@@ -111,8 +111,10 @@ def _refuse_other_formats(path: Path) -> None:
         kinds = (kind for kind, patterns in _OTHER_WEIGHTS.items() if any(map(path.match, patterns)))
         if kind := found[0] if found else next(kinds, None):
             raise UserError(f"{path} is {kind}, which cannot be converted; {remedy}.")
-    elif not path.exists() and path.name.lower().endswith(("gguf", "ggml")):
-        raise UserError(f"{path} is by its name a GGUF model, which cannot be converted; {remedy}.")
+    elif not path.exists() and path.name.lower().endswith(".gguf"):
+        raise UserError(f"There is no file {path}; give a GGUF file that is here.")
+    elif not path.exists() and path.name.lower().endswith("gguf"):
+        raise UserError(f"{path} has, by its name, GGUF files; fetch one of them, and convert that.")
     elif path.is_dir() and not any((path / name).is_file() for name in (WEIGHTS, INDEX)):
         if (adapter := path / "adapter_config.json").is_file():
             base = read_json(adapter).get("base_model_name_or_path")
@@ -120,6 +122,8 @@ def _refuse_other_formats(path: Path) -> None:
                 f"{path} is an adapter, such as LoRA, for {base}; merge it into that model first, with PEFT's "
                 "merge_and_unload()."
             )
+        if file := min(path.glob("*.gguf"), default=None):
+            raise UserError(f"{path} has its weights only as GGUF; give the file to convert, such as {file}.")
         for kind, patterns in _OTHER_WEIGHTS.items():
             if any(any(path.glob(pattern)) for pattern in patterns):
                 raise UserError(f"{path} has its weights only as {kind}, which cannot be converted; {remedy}.")
