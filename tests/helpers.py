@@ -52,7 +52,7 @@ def small_config(**changes: object) -> ModelConfig:
 
 
 def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Transformer:
-    """`small_config` as a model: norms are moved off one, sinks and low-rank factors off zero, for tests to see them."""
+    """`small_config` as a model: norms off one, sinks and low-rank factors off zero, so that a test sees them."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(small_config(**changes), generator).to(dtype)
     with torch.no_grad():

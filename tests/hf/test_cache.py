@@ -93,7 +93,10 @@ def test_masked_tokens_after_the_end_of_a_row_are_forgotten(learn: bool) -> None
         torch.testing.assert_close(logits[i], last_logits(model, np.array(text), learn), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"suffix_layers": 0, "pattern": ("full", "window"), "mini_batch_size": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_sink": True}, {"suffix_layers": 0, "pattern": ("full", "window"), "mini_batch_size": None}],
+)
 def test_row_selected_from_a_batch_at_different_positions(changes: dict[str, Any]) -> None:
     model = learning_model(**changes)
     wrapped, rows = wrap_model(model), prompts((3, 4, 5, 6, 7))

@@ -39,6 +39,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "text-column": dict(default="text", metavar="NAME", help="the column that holds the text (default: text)"),
     "json": dict(action="store_true", help="print JSON"),
     "quiet": dict(action="store_true", help="show no progress bar"),
+    "sink": dict(
+        choices=("calibrate", "none"),
+        default="calibrate",
+        help="what takes the place of a text's first token when it has left the window: a sink for every layer, "
+        "measured on a text (default), or nothing",
+    ),
+    "calibration-text": dict(
+        type=Path, metavar="FILE", help="the text for --sink, longer than the window (default: one that comes along)"
+    ),
     # How a converted model is to learn; see `learning_options`.
     "window": dict(
         type=whole(1, 2**30), metavar="K", help="tokens that attention sees (default: 8192, or all the original sees)"

@@ -55,7 +55,7 @@ floats again. This needs the library gguf: pip install "ttt-e2e[gguf]".""",
     dtype = "of the weights in the file (default: bfloat16 if all of the original's are, else float32)"
     for pretrained in (from_hf, from_gguf):
         pretrained.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
-        add_options(pretrained, *LEARNING)
+        add_options(pretrained, *LEARNING, "sink", "calibration-text")
         pretrained.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
         add_options(pretrained, "quiet")
 
@@ -138,7 +138,15 @@ def _convert(arguments: argparse.Namespace) -> None:
         if arguments.action == "from-gguf":
             require_gguf(Path(source).expanduser())
         options = learning_options(arguments)
-        converted = convert_from_hf(source, out, options, dtype=arguments.dtype, progress=not arguments.quiet)
+        converted = convert_from_hf(
+            source,
+            out,
+            options,
+            sink=arguments.sink,
+            calibration_text=arguments.calibration_text,
+            dtype=arguments.dtype,
+            progress=not arguments.quiet,
+        )
         print(f"{out}: {'; '.join(describe(converted))}")
     elif arguments.action == "from-standard":
         from ttt_e2e.convert.from_standard import convert_from_standard

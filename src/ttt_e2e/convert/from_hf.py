@@ -10,6 +10,9 @@ are (i, i + K/2) in both. Neither of the two kinds of fast MLPs changes a predic
 - "split": the first hidden units of the pretrained MLP, whose other units stay static. Any units would do: their order
   has no meaning.
 
+A window that is shorter than what the original sees would slide off the first token of a text, on which pretrained
+attention relies: its layers get sinks in place of it, measured on a text (`calibration`).
+
 With a `fast_rank`, what learns is an addition to the fast MLP, the second factor of which begins at zero. Tensors are
 converted in blocks, so memory does not grow with the model.
 """
@@ -19,16 +22,19 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.config.schema import ModelConfig, replace
+from ttt_e2e.convert.calibration import TEXT, SinkLosses, calibrate_sinks
 from ttt_e2e.convert.checkpoints import Checkpoint, open_checkpoint
 from ttt_e2e.convert.hf_files import CONFIG
 from ttt_e2e.convert.learning import LearningOptions, config_from_source
 from ttt_e2e.convert.model_folder import WriteRows, model_folder, parameter_shapes, require_shapes
+from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER, copy_pretrained_metadata, finite
@@ -39,6 +45,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 23  # numbers that are read at once
 _SEED = 0  # of new fast MLPs and factors
 _ALL = slice(None)
+
+SinkChoice = Literal["calibrate", "none"]
 
 
 class SliceCopy(NamedTuple):
@@ -64,6 +72,8 @@ class HFConversion(NamedTuple):
     has_tokenizer: bool
     unused_ids: int
     """Rows of the embedding that belong to no token of the tokenizer and were left out."""
+    sink_losses: SinkLosses | None
+    """What the sinks are worth on the calibration text; None if that was not measured."""
 
 
 def convert_from_hf(
@@ -71,6 +81,8 @@ def convert_from_hf(
     out: Path,
     options: LearningOptions = LearningOptions(),  # noqa: B008 - immutable
     *,
+    sink: SinkChoice = "calibrate",
+    calibration_text: Path | None = None,
     dtype: str | None = None,
     progress: bool = False,
 ) -> HFConversion:
@@ -80,11 +92,15 @@ def convert_from_hf(
         path_or_name: a Hugging Face checkpoint's folder or its name there, or a GGUF file.
         out: the folder to write.
         options: how the model is to learn.
+        sink: whether windowed attention gets sinks. They need a tokenizer; and a model that was trained with this very
+            window gets none.
+        calibration_text: what the sinks are measured on; None: a text that comes with the package.
         dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are, else float32.
         progress: show a progress bar.
 
     Raises:
-        UserError: if `out` exists, and for a checkpoint that is missing, incomplete or not supported.
+        UserError: if `out` exists, for a checkpoint that is missing, incomplete or not supported, and for a calibration
+            text that is shorter than the window.
     """
     out = Path(out)
     if out.exists():
@@ -92,11 +108,18 @@ def convert_from_hf(
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"Weights are written as {' or '.join(_DTYPES)}, not {dtype}.")
     with open_checkpoint(path_or_name) as checkpoint:
-        return _convert(checkpoint, str(path_or_name), out, options, dtype, progress)
+        text = None if sink == "none" else TEXT if calibration_text is None else calibration_text
+        return _convert(checkpoint, str(path_or_name), out, options, text, dtype, progress)
 
 
 def _convert(
-    checkpoint: Checkpoint, name: str, out: Path, options: LearningOptions, dtype: str | None, progress: bool
+    checkpoint: Checkpoint,
+    name: str,
+    out: Path,
+    options: LearningOptions,
+    calibration_text: Path | None,
+    dtype: str | None,
+    progress: bool,
 ) -> HFConversion:
     where, source, stored, folder = checkpoint
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
@@ -112,6 +135,10 @@ def _convert(
     source.settings["vocab_size"] = tokens
     unused_ids = vocab_size - tokens  # embeddings are often rounded up to a size that suits a GPU
     config = config_from_source(source, options)
+    calibration_ids = None
+    if tokenizer is not None and calibration_text is not None and config.sliding_window != source.trained_window:
+        config = replace(config, {"attention_sink": True})
+        calibration_ids = np.array([tokenizer.bos, *tokenizer.encode(read_text(calibration_text))])
     copies = list(_slice_copies(config, unused_ids))
     _check_tensors(checkpoint, copies, config.tie_word_embeddings)
     if dtype is None:
@@ -122,17 +149,22 @@ def _convert(
         "source_config_sha256": hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest(),
         "fast": options.fast,
     }
-    with model_folder(out, config, _DTYPES[dtype], notes) as (part, write_rows):
+    losses = None
+    with model_folder(out, config, _DTYPES[dtype], notes) as (part, write_rows, read):
         for copy in tqdm(copies, "converting", disable=not progress, leave=False):
             for rows in _row_blocks(copy.shape, copy.rows):
                 row = copy.target_row + rows.start - (copy.rows.start or 0)
                 weights = stored[copy.source].read(rows, copy.columns)
                 write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {where}"))
         _write_new_parameters(config, options.fast == "new", write_rows)
+        if calibration_ids is not None:
+            sinks, losses = calibrate_sinks(config, read, calibration_ids, source.max_window, progress)
+            for parameter, values in sinks.items():
+                write_rows(parameter, 0, values)
         if tokenizer is not None:
             shutil.copyfile(folder / TOKENIZER, part / TOKENIZER)
         copy_pretrained_metadata(folder, part)
-    return HFConversion(config, source.family, parameters(config), dtype, tokenizer is not None, unused_ids)
+    return HFConversion(config, source.family, parameters(config), dtype, tokenizer is not None, unused_ids, losses)
 
 
 def _slice_copies(config: ModelConfig, unused_ids: int) -> Iterator[SliceCopy]:
@@ -233,6 +265,12 @@ def describe(done: HFConversion) -> list[str]:
         f"learns in its last {config.suffix_layers}, with {config.fast_intermediate_size} hidden units each{rank}",
         f"window {config.sliding_window}, mini-batch {config.mini_batch_size}",
     ]
+    if done.sink_losses is not None:
+        full, without, with_sink = done.sink_losses
+        lines.append(
+            f"sinks: past the window {with_sink:.3f} nats per token on the calibration text, without them "
+            f"{without:.3f}, with full attention {full:.3f}"
+        )
     if done.unused_ids:
         lines.append(f"{done.unused_ids} ids that belong to no token of the tokenizer were left out of the vocabulary")
     if not done.has_tokenizer:

@@ -50,7 +50,7 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
         attention_out_bias=bias,
         **rope,
     )
-    return SourceModel(family, settings, max_window, reason)
+    return SourceModel(family, settings, max_window, reason, sliding)
 
 
 def _family(values: "_Values") -> str:

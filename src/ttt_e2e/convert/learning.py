@@ -39,6 +39,8 @@ class SourceModel(NamedTuple):
     """The longest window that the model can have."""
     max_window_reason: str
     """What limits it, for messages."""
+    trained_window: int | None = None
+    """The sliding window that it was trained with; None for full attention."""
 
 
 def full_attention_config(source: SourceModel) -> ModelConfig:

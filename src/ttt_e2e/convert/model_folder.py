@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ _BLOCK_BYTES = 1 << 24  # that are hashed at once
 
 Shapes = Mapping[str, tuple[int, ...]]  # by the name of a tensor
 WriteRows = Callable[[str, int, Tensor], None]
+
+
+class PartialFolder(NamedTuple):
+    """A model folder that is being written."""
+
+    path: Path
+    """The temporary folder, for other files."""
+    write_rows: WriteRows
+    """`write_rows(name, row, rows)` writes rows [n, ...] of a parameter, beginning with its row `row`."""
+    read: Callable[[str], Tensor]
+    """`read(name)` is a parameter all of whose rows have been written, in float32."""
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -54,12 +65,11 @@ def require_shapes(found: Shapes, expected: Shapes, where: str) -> list[str]:
 @contextmanager
 def model_folder(
     out: Path, config: ModelConfig, dtype: torch.dtype, notes: Mapping[str, Any]
-) -> Iterator[tuple[Path, WriteRows]]:
+) -> Iterator[PartialFolder]:
     """Write the model folder `out`, complete or not at all, with weights in float32 or bfloat16.
 
-    Yields the temporary folder that becomes `out`, for other files, and the function `write_rows(name, row, rows)`,
-    which writes rows [n, ...] of a parameter, beginning with its row `row`. All rows of all parameters must have been
-    written when the block ends. notes: plain values for people. Raises UserError as `files.atomic_path` does.
+    All rows of all parameters must have been written when the block ends. notes: plain values for people. Raises
+    UserError as `files.atomic_path` does.
     """
     shapes = dict(sorted(parameter_shapes(config).items()))
     ends = [*accumulate(math.prod(shape) * dtype.itemsize for shape in shapes.values())]
@@ -83,12 +93,17 @@ def model_folder(
         file.write(values.data)
         missing -= values.size
 
+    def read(name: str) -> Tensor:
+        begin, end = spans[name]
+        file.seek(start + begin)
+        return torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).float().view(shapes[name])
+
     with atomic_path(out) as part:
         part.mkdir()
         with (part / WEIGHTS).open("w+b") as file:
             start = len(header("0" * 64))
             file.truncate(start + missing)
-            yield part, write_rows
+            yield PartialFolder(part, write_rows, read)
             assert missing == 0, f"{missing} bytes of the weights were never written"
             digest = hashlib.sha256()  # the value of `model.checkpoint.model_digest`, computed block by block
             for name, (begin, end) in spans.items():
