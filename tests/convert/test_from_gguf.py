@@ -1,5 +1,6 @@
 """GGUF files as models of ours: the logits of transformers, rotary settings, tokens to write with, and the commands."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def test_rows_and_columns_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
         assert torch.equal(part, whole[3:150, 7:99])
     name = "model.layers.0.self_attn.q_proj.bias"
     assert torch.equal(stored[name].read(slice(5, 140)), theirs.state_dict()[name][5:140])
+
+
+def test_memory_does_not_grow_with_the_tensor_that_is_read(tmp_path: Path) -> None:
+    theirs = new_model("Llama", vocab_size=20_000)
+    path = write_model(tmp_path / "model.gguf", theirs, "Q8_0", tokenizer=lambda writer, _: add_vocabulary(writer, 320))
+    stored = read_gguf(path).tensors["model.embed_tokens.weight"]
+    whole = stored.read(slice(None))
+    assert whole.nbytes > 20e6
+    tracemalloc.start()
+    part = stored.read(slice(9_000, 9_100))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert torch.equal(part, whole[9_000:9_100]) and peak < 1e6
 
 
 # -- what belongs to it ------------------------------------------------------------------------------------------------

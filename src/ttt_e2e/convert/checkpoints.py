@@ -17,7 +17,7 @@ from ttt_e2e.convert.learning import SourceModel
 from ttt_e2e.files import read_json
 
 
-class StoredTensor(Protocol):
+class CheckpointTensor(Protocol):
     """A tensor of a checkpoint that is read in parts."""
 
     @property
@@ -38,7 +38,7 @@ class Checkpoint(NamedTuple):
     path: Path
     """The folder or the GGUF file, for messages."""
     source: SourceModel
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, CheckpointTensor]
     """By their names at Hugging Face."""
     folder: Path
     """It has config.json, and the tokenizer with what belongs to it, if there is one."""

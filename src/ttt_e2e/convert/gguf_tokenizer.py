@@ -88,39 +88,45 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path, path: Path) -> None:
         i = read.get(f"{name}_token_id")
         return i if isinstance(i, int) and 0 <= i < len(tokens) else None
 
-    ends = [named(name) for name in ("eos", "eot", "eom")]
-    special = {i for i in (named("bos"), *ends) if i is not None}
+    bos, ends = named("bos"), [named(name) for name in ("eos", "eot", "eom")]
+    special = {i for i in (bos, *ends) if i is not None}
     special |= {i for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)}
     try:
-        backend = _byte_level(read, tokens, path) if read.get("model") == "gpt2" else _llama(read, tokens, kinds, path)
-        backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in sorted(special)])
-        others = [i for i, kind in enumerate(kinds) if kind == _USER_DEFINED and i not in special]
-        backend.add_tokens([AddedToken(tokens[i], special=False, normalized=False) for i in others])
+        backend = _backend(read, tokens, kinds, special, bos, path)
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path} is damaged: its tokenizer does not work ({error}); use an unaltered copy.") from error
-    bos = named("bos")
-    begins = read.get("model") == "llama" or _SPLITS[read["pre"]].begins
-    if read.get("add_bos_token", begins) and bos is not None:
-        begin = tokens[bos]
-        template = processors.TemplateProcessing(
-            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, bos)]
-        )
-        backend.post_processor = template
-    names = {"bos": bos, "eos": ends[0], "unk": named("unknown"), "pad": named("padding")}
-    settings: dict[str, Any] = {f"{name}_token": tokens[i] for name, i in names.items() if i is not None}
     backend.save(str(folder / TOKENIZER))
     # It is checked here because whoever loads the file cannot name `path`.
-    Tokenizer(backend, f"The tokenizer of {path}", settings.get("bos_token"))
+    Tokenizer(backend, f"The tokenizer of {path}", None if bos is None else tokens[bos])
+
+    names = {"bos": bos, "eos": ends[0], "unk": named("unknown"), "pad": named("padding")}
+    settings: dict[str, Any] = {f"{name}_token": tokens[i] for name, i in names.items() if i is not None}
     settings |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
     if (template := metadata.get("tokenizer.chat_template")) is not None:
         settings["chat_template"] = template
     _write_json(folder / TOKENIZER_CONFIG, settings)
     all_ends = dict.fromkeys([*ends, *(i for i in sorted(special) if tokens[i] in _END_NAMES)])
-    ids = {"bos_token_id": bos, "pad_token_id": names["pad"]}
-    ids = {name: i for name, i in ids.items() if i is not None}
+    ids = {f"{name}_token_id": names[name] for name in ("bos", "pad") if names[name] is not None}
     _write_json(folder / GENERATION, ids | {"eos_token_id": [i for i in all_ends if i is not None]})
+
+
+def _backend(
+    read: dict[str, Any], tokens: list[str], kinds: list[int], special: set[int], bos: int | None, path: Path
+) -> tokenizers.Tokenizer:
+    is_byte_level = read.get("model") == "gpt2"
+    backend = _byte_level(read, tokens, path) if is_byte_level else _llama(read, tokens, kinds, path)
+    backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in sorted(special)])
+    others = [i for i, kind in enumerate(kinds) if kind == _USER_DEFINED and i not in special]
+    backend.add_tokens([AddedToken(tokens[i], special=False, normalized=False) for i in others])
+    begins = _SPLITS[read["pre"]].begins if is_byte_level else True
+    if read.get("add_bos_token", begins) and bos is not None:
+        begin = tokens[bos]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[begin, "$A"], pair=[begin, "$A", begin, "$B"], special_tokens=[(begin, bos)]
+        )
+    return backend
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -122,8 +122,8 @@ def _refuse_other_formats(path: Path) -> None:
                 f"{path} is an adapter, such as LoRA, for {base}; merge it into that model first, with PEFT's "
                 "merge_and_unload()."
             )
-        if file := min(path.glob("*.gguf"), default=None):
-            raise UserError(f"{path} has its weights only as GGUF; give the file to convert, such as {file}.")
+        if files := sorted(path.glob("*.gguf")):
+            raise UserError(f"{path} has its weights only as GGUF; give the file to convert, such as {files[0]}.")
         for kind, patterns in _OTHER_WEIGHTS.items():
             if any(any(path.glob(pattern)) for pattern in patterns):
                 raise UserError(f"{path} has its weights only as {kind}, which cannot be converted; {remedy}.")
