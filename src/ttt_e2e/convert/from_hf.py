@@ -83,6 +83,7 @@ def convert_from_hf(
     *,
     sink: SinkChoice = "calibrate",
     calibration_text: Path | None = None,
+    given: Mapping[str, Tensor] | None = None,
     dtype: str | None = None,
     progress: bool = False,
 ) -> HFConversion:
@@ -94,6 +95,7 @@ def convert_from_hf(
         options: how the model is to learn.
         sink: whether windowed attention gets sinks. They need a tokenizer; and a model that was trained with this very
             window gets none.
+        given: parameters by name that take the place of converted ones; with sinks among them, nothing is calibrated.
         calibration_text: what the sinks are measured on; None: a text that comes with the package.
         dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are, else float32.
         progress: show a progress bar.
@@ -109,7 +111,7 @@ def convert_from_hf(
         raise UserError(f"Weights are written as {' or '.join(_DTYPES)}, not {dtype}.")
     with open_checkpoint(path_or_name) as checkpoint:
         text = None if sink == "none" else TEXT if calibration_text is None else calibration_text
-        return _convert(checkpoint, str(path_or_name), out, options, text, dtype, progress)
+        return _convert(checkpoint, str(path_or_name), out, options, text, given or {}, dtype, progress)
 
 
 def _convert(
@@ -118,6 +120,7 @@ def _convert(
     out: Path,
     options: LearningOptions,
     calibration_text: Path | None,
+    given: Mapping[str, Tensor],
     dtype: str | None,
     progress: bool,
 ) -> HFConversion:
@@ -136,7 +139,9 @@ def _convert(
     unused_ids = vocab_size - tokens  # embeddings are often rounded up to a size that suits a GPU
     config = config_from_source(source, options)
     calibration_ids = None
-    if tokenizer is not None and calibration_text is not None and config.sliding_window != source.trained_window:
+    if any(name.endswith(".sink_logit") for name in given):
+        config = replace(config, {"attention_sink": True})
+    elif tokenizer is not None and calibration_text is not None and config.sliding_window != source.trained_window:
         config = replace(config, {"attention_sink": True})
         calibration_ids = np.array([tokenizer.bos, *tokenizer.encode(read_text(calibration_text))])
     copies = list(_slice_copies(config, unused_ids))
@@ -159,8 +164,9 @@ def _convert(
         _write_new_parameters(config, options.fast == "new", write_rows)
         if calibration_ids is not None:
             sinks, losses = calibrate_sinks(config, read, calibration_ids, source.max_window, progress)
-            for parameter, values in sinks.items():
-                write_rows(parameter, 0, values)
+            given = {**sinks, **given}
+        for parameter, values in given.items():
+            write_rows(parameter, 0, values)
         if tokenizer is not None:
             shutil.copyfile(folder / TOKENIZER, part / TOKENIZER)
         copy_pretrained_metadata(folder, part)
