@@ -22,7 +22,7 @@ PATTERNS = {
     "window": dict(),
     "full": dict(pattern=("full",)),
     "recurrent": RECURRENT,
-    "low rank": dict(fast_rank=2),
+    "low rank": dict(fast_rank=2, inner_loop__learned_lr=True),
     "learning over others": dict(pattern=("gated-deltanet", "titans", "window", "window")),
 }
 SMALL = dict(mamba2__state_size=8, memory__num_persistent_tokens=3, sliding_window=10, mini_batch_size=5)
