@@ -16,7 +16,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("ours")
     tokenizer = Tokenizer.train([TEXT], 300)
     tokenizer.save(where / "tokenizer.json")
-    model = small_model(vocab_size=tokenizer.vocab_size, inner_loop__lr=0.3)
+    model = small_model(vocab_size=tokenizer.vocab_size, inner_loop__lr=0.3, inner_loop__learned_lr=True)
     save_model(model, where / "model", where / "tokenizer.json")
     return where / "model"
 

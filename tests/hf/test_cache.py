@@ -42,7 +42,7 @@ def test_greedy_batch_equals_each_session_alone(learn_from_writing: bool, chunk:
         {"pattern": ("mamba2", "gated-deltanet", "window", "window"), "mamba2.state_size": 8, "mamba2.n_groups": 2},
         {"pattern": ("ttt-kvb", "titans", "window", "window"), "sliding_window": 10, "memory.lr": 0.1},
         {"suffix_layers": 4},
-        {"fast_rank": 2},
+        {"fast_rank": 2, "inner_loop.learned_lr": True},
     ],
 )
 @pytest.mark.parametrize("learn", [True, False])

@@ -22,7 +22,7 @@ PATTERNS = {
     "window": dict(),
     "full": dict(pattern=("full",)),
     "recurrent": RECURRENT,
-    "low rank": dict(fast_rank=2),
+    "low rank": dict(fast_rank=2, inner_loop__learned_lr=True),
     "sinks": dict(attention_sink=True, num_key_value_heads=1),
     "learning over others": dict(pattern=("gated-deltanet", "titans", "window", "window")),
 }

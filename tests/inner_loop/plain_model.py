@@ -28,6 +28,10 @@ def plain_losses(model: Transformer, tokens_T1: Tensor, learn: bool = True) -> T
     losses = []
     for i in range(0, len(texts), b):
         y = x[i : i + b]
+    rates = [config.inner_loop.lr] * sum(map(len, fast))
+    if config.inner_loop.learned_lr:
+        factors = [x.exp() for block in model.suffix for x in block.log_lr_scale]
+        rates = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
         for j, layer in enumerate(layers[config.prefix_layers :]):
             y = layer.mlp(layer.mixer(y) if j else y, fast[j])
         log_p = (_norm(y, model.final_norm.weight, config.rms_norm_eps) @ head.T).log_softmax(-1)
@@ -41,7 +45,7 @@ def plain_losses(model: Transformer, tokens_T1: Tensor, learn: bool = True) -> T
             )
             if norm >= clip:  # else not a function of the norm; a root of zero would have no derivative
                 gradients = [g / sum(h.square().sum() for h in gradients).sqrt() * clip for g in gradients]
-            new = iter(w - config.inner_loop.lr * g for w, g in zip(flat, gradients, strict=True))
+            new = iter(w - rate * g for w, rate, g in zip(flat, rates, gradients, strict=True))
             fast = [[next(new) for _ in some] for some in fast]
     return torch.cat(losses)
 

@@ -41,7 +41,7 @@ SHAPES = {
         "rope_scaling.original_max_position_embeddings": 16,
         "rope_scaling.attention_factor": 1.1,
     },
-    "low rank": {"fast_rank": 3},
+    "low rank, learned rates": {"fast_rank": 3, "inner_loop.learned_lr": True},
     "nothing kept": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 7},
 }
 

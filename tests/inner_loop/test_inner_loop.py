@@ -62,6 +62,8 @@ SHAPES = {
         "fast_intermediate_size": 10,
         "suffix_intermediate_size": 14,
     },
+    "learned rates": {"inner_loop.learned_lr": True, "inner_loop.max_grad_norm": 0.5},
+    "learned rates, low rank": {"inner_loop.learned_lr": True, "fast_rank": 2, "suffix_layers": 1},
 }
 
 

@@ -29,7 +29,7 @@ SUFFIXES = {
     "untied head": {"tie_word_embeddings": False},
     "no norms": {"pre_norm": False, "post_norm": False, "qk_norm": False},
     "full attention": {"pattern": ("full",)},
-    "one suffix block": {"suffix_layers": 1},
+    "one suffix block, learned rates": {"suffix_layers": 1, "inner_loop.learned_lr": True},
     "all suffix": {"suffix_layers": 4},
     "no static MLP": {"static_mlp": False},
     "window no multiple of b": {"sliding_window": 7},
@@ -39,7 +39,7 @@ SUFFIXES = {
     "fast width alone": {"fast_intermediate_size": 10, "static_mlp": False},
     "parallel MLPs": {"parallel_mlp": True, "fast_intermediate_size": 10, "suffix_intermediate_size": 14},
     "one parallel block": {"parallel_mlp": True, "suffix_layers": 1, "suffix_intermediate_size": 14},
-    "low rank": {"fast_rank": 3},
+    "low rank, learned rates": {"fast_rank": 3, "inner_loop.learned_lr": True},
     "low rank, no static MLP": {"fast_rank": 3, "fast_intermediate_size": 10, "static_mlp": False, "suffix_layers": 1},
     "low rank, parallel MLPs": {
         "fast_rank": 2,

@@ -11,10 +11,12 @@ from torch import Tensor
 from ttt_e2e.ops.clipped_step import clipped_step, clipped_step_, clipped_step_reference
 from ttt_e2e.ops.linear import OuterProductFactors, weight_gradient
 
+RATES = st.sampled_from([0.7, torch.tensor(0.7), torch.tensor([0.7, 0.2])])
+
 
 @settings(max_examples=40, deadline=None)
-@given(clip=st.floats(0.01, 10), scale=st.floats(0.001, 100), seed=st.integers(0, 999))
-def test_clipped_step_equals_reference(clip: float, scale: float, seed: int) -> None:
+@given(clip=st.floats(0.01, 10), scale=st.floats(0.001, 100), seed=st.integers(0, 999), rates=st.booleans())
+def test_clipped_step_equals_reference(clip: float, scale: float, seed: int, rates: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(factor: float) -> list[Tensor]:
@@ -23,11 +25,13 @@ def test_clipped_step_equals_reference(clip: float, scale: float, seed: int) -> 
         return [x.requires_grad_() for x in draws]
 
     weights, gradients, along = draw(1.0), draw(scale), draw(1.0)
+    lr = torch.tensor([0.7, 0.2], dtype=torch.float64, requires_grad=True) if rates else 0.7
+    inputs = [*weights, *gradients, *([lr] if isinstance(lr, Tensor) else [])]
     results = []
     for step in (clipped_step, clipped_step_reference):
-        new, norm = step(weights, gradients, 0.7, clip)
+        new, norm = step(weights, gradients, lr, clip)
         total = sum((a.detach() * n).sum() for a, n in zip(along, new, strict=True))
-        results.append([*new, norm, *torch.autograd.grad(total, weights + gradients)])
+        results.append([*new, norm, *torch.autograd.grad(total, inputs)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     for b in range(2):
@@ -37,15 +41,15 @@ def test_clipped_step_equals_reference(clip: float, scale: float, seed: int) -> 
 
 
 @settings(max_examples=20, deadline=None)
-@given(clip=st.floats(0.01, 10), seed=st.integers(0, 999))
-def test_clipped_step_without_autograd_writes_to_the_gradients(clip: float, seed: int) -> None:
+@given(clip=st.floats(0.01, 10), seed=st.integers(0, 999), lr=RATES)
+def test_clipped_step_without_autograd_writes_to_the_gradients(clip: float, seed: int, lr: float | Tensor) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights, gradients = ([torch.randn(s, generator=generator) for s in ((2, 3, 4), (2, 4, 2))] for _ in range(2))
     weights[0] = weights[0][:1].expand(2, -1, -1)  # as a text's first weights are
     before = [w.clone() for w in weights]
-    expected, norm = clipped_step(weights, gradients, 0.7, clip)
+    expected, norm = clipped_step(weights, gradients, lr, clip)
     with torch.no_grad():
-        found, norm_too = clipped_step(weights, gradients, 0.7, clip)
+        found, norm_too = clipped_step(weights, gradients, lr, clip)
     for ours, theirs, gradient in zip(found, expected, gradients, strict=True):
         assert torch.equal(ours, theirs) and ours.data_ptr() == gradient.data_ptr()
     assert torch.equal(norm, norm_too) and all(map(torch.equal, weights, before))
@@ -58,9 +62,10 @@ def test_clipped_step_without_autograd_writes_to_the_gradients(clip: float, seed
     shapes=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3),
     scale=st.sampled_from([0.0, 1e-3, 1.0]),
     seed=st.integers(0, 2**31),
+    rates=st.booleans(),
 )
 def test_clipped_step_in_place_equals_reference(
-    batch: int, tokens: int, shapes: list[tuple[int, int]], scale: float, seed: int
+    batch: int, tokens: int, shapes: list[tuple[int, int]], scale: float, seed: int, rates: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -69,8 +74,9 @@ def test_clipped_step_in_place_equals_reference(
 
     weights = [draw(*shape) for shape in shapes]
     factors = [OuterProductFactors(scale * draw(tokens, e), draw(tokens, d)) for e, d in shapes]
-    expected, norm = clipped_step_reference(weights, [weight_gradient(*pair) for pair in factors], 0.7, 0.5)
-    found = clipped_step_(weights, factors, 0.7, 0.5)
+    lr = torch.rand(len(shapes), generator=generator, dtype=torch.float64) if rates else 0.7
+    expected, norm = clipped_step_reference(weights, [weight_gradient(*pair) for pair in factors], lr, 0.5)
+    found = clipped_step_(weights, factors, lr, 0.5)
     torch.testing.assert_close(found, norm, rtol=1e-9, atol=1e-12)
     for ours, theirs in zip(weights, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

@@ -77,8 +77,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         metavar="R",
         help="learn only a rank-R addition to the fast MLP, for smaller sessions (default: all of it)",
     ),
+    "learned-lr": dict(
+        action="store_true", help="let training learn the inner learning rate of every fast matrix (default: one rate)"
+    ),
 }
-LEARNING = ("window", "suffix", "mini-batch", "fast", "fast-share", "fast-rank")
+LEARNING = ("window", "suffix", "mini-batch", "fast", "fast-share", "fast-rank", "learned-lr")
 
 
 def add_options(parser: argparse._ActionsContainer, *names: str) -> None:
@@ -96,6 +99,7 @@ def learning_options(arguments: argparse.Namespace) -> LearningOptions:
         fast=arguments.fast,
         fast_share=arguments.fast_share,
         fast_rank=arguments.fast_rank,
+        learned_lr=arguments.learned_lr,
     )
 
 

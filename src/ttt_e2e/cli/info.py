@@ -1,11 +1,16 @@
 """`ttt-e2e info`: describe a model folder or a session file."""
 
 import argparse
+import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ttt_e2e.cli.common import add_options, print_json
 from ttt_e2e.config.parse import flatten
 from ttt_e2e.files import read_json
+
+if TYPE_CHECKING:
+    from ttt_e2e.model.transformer import Transformer
 
 HELP = "describe a model folder or a session"
 DESCRIPTION = "Describe what a model folder or a session file holds: sizes, parameters, digests."
@@ -43,12 +48,26 @@ def run(arguments: argparse.Namespace) -> int:
             "fast_weights": sum(w.numel() for pair in model.initial_fast_weights(1) for w in pair),
             "digest": model_digest(model),
             **flatten(model.config),
+            **_learned_rates(model),
             "notes": read_json(path / "config.json").get("notes", {}),
         }
     if arguments.json:
         print_json(facts)
         return 0
     width = max(map(len, facts)) + 2
+    if rates := facts.get("learned_rates"):
+        shown = {name: " / ".join(f"{rate:.3g}" for rate in some) for name, some in rates.items()}
+        facts["learned_rates"] = ", ".join(f"{name} {some}" for name, some in shown.items())
     for key, value in facts.items():
         print(f"{key:<{width}}{f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")
     return 0
+
+
+def _learned_rates(model: "Transformer") -> dict[str, dict[str, list[float]]]:
+    """The smallest, median and largest rate that each kind of fast matrix has, over the blocks; {} without any."""
+    if not (model.suffix and model.config.inner_loop.learned_lr):
+        return {}
+    factors = zip(*(block.log_lr_scale.exp().tolist() for block in model.suffix), strict=True)
+    names = [field.rpartition("_")[0] for field in model.fast_kind._fields]
+    kinds = {name: [model.config.inner_loop.lr * x for x in some] for name, some in zip(names, factors, strict=True)}
+    return {"learned_rates": {name: [min(x), statistics.median(x), max(x)] for name, x in kinds.items()}}

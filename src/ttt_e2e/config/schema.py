@@ -99,6 +99,9 @@ class InnerLoopConfig:
 
     lr: Rate = 1.0
     """Learning rate of the inner steps."""
+    learned_lr: bool = False
+    """Whether `inner_loop.lr` is multiplied, for every fast matrix of every block, by a factor that is trained with the
+    model. All factors start at 1."""
     max_grad_norm: Norm = 1.0
     """The inner gradient of a sequence, over all fast weights together, is clipped to this norm."""
 
@@ -368,7 +371,7 @@ class TrainConfig:
     adam_eps: Annotated[float, Range(1e-30, 1e30)] = 1e-8
     """Added to the denominator of AdamW's update."""
     weight_decay: Rate = 0.1
-    """Weight decay of AdamW, on all weights but those that a mixer exempts."""
+    """Weight decay of AdamW, on all weights but factors of learning rates and those that a mixer exempts."""
     max_grad_norm: Norm = 1.0
     """The outer gradient is clipped to this global norm."""
     activation_checkpointing: ActivationCheckpointing = "mini-batch"

@@ -244,7 +244,7 @@ def _row_blocks(shape: tuple[int, ...], rows: slice) -> Iterator[slice]:
 
 
 def _write_new_parameters(config: ModelConfig, has_new_mlps: bool, write_rows: WriteRows) -> None:
-    """New fast MLPs, which add nothing yet, and the factors of additions to fast MLPs, as in a new model."""
+    """New fast MLPs, which add nothing yet; factors of additions to fast MLPs and of their rates, as in a new model."""
     for_mlps, for_factors = torch.Generator().manual_seed(_SEED), torch.Generator().manual_seed(_SEED)
     shapes = parameter_shapes(config)
     for i in range(config.prefix_layers, config.num_hidden_layers):
@@ -260,12 +260,15 @@ def _write_new_parameters(config: ModelConfig, has_new_mlps: bool, write_rows: W
             for name, factor in mlp.named_parameters():
                 if name not in ("w_in", "w_out"):
                     write_rows(f"{fast}.{name}", 0, factor.detach())
+        if (name := f"blocks.{i}.log_lr_scale") in shapes:
+            write_rows(name, 0, torch.zeros(shapes[name]))
 
 
 def describe(done: HFConversion) -> list[str]:
     """What to tell the user about a conversion, a sentence a line."""
     config = done.config
     rank = "" if config.fast_rank is None else f", additions of rank {config.fast_rank}"
+    rank += ", at rates that training learns" if config.inner_loop.learned_lr else ""
     lines = [
         f"{done.family}: {config.num_hidden_layers} blocks, {done.parameters:,} parameters in {done.dtype}",
         f"learns in its last {config.suffix_layers}, with {config.fast_intermediate_size} hidden units each{rank}",

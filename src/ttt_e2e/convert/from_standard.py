@@ -56,8 +56,8 @@ def warm_start(model: Transformer, config: ModelConfig) -> Transformer:
     fast_units = config.fast_intermediate_size if config.parallel_mlp else 0
     with torch.no_grad():
         for name, weight in converted.named_parameters():
-            if ".fast.up_" in name or ".fast.down_" in name:
-                continue  # factors of an addition that begins at zero
+            if ".fast.up_" in name or ".fast.down_" in name or name.endswith(".log_lr_scale"):
+                continue  # factors of additions and of learning rates, which change nothing yet
             is_fast, source = ".fast" in name, trained[name.replace(".fast", ".mlp")]
             if is_fast and config.static_mlp and not config.parallel_mlp:
                 if name.endswith("fast_norm.weight"):

@@ -1,9 +1,10 @@
 """How a standard Transformer becomes one that learns while it reads: options, and the configuration that follows."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.config.schema import InnerLoopConfig, ModelConfig
 from ttt_e2e.errors import UserError
 
 FastInit = Literal["new", "split"]
@@ -27,6 +28,8 @@ class LearningOptions:
     """Width of the fast MLP, as a part of that of the pretrained one."""
     fast_rank: int | None = None
     """Rank of what a sequence learns; None: the whole fast MLP. See `ModelConfig.fast_rank`."""
+    learned_lr: bool = False
+    """Whether training also learns the inner learning rates; see `InnerLoopConfig.learned_lr`."""
 
 
 class SourceModel(NamedTuple):
@@ -69,9 +72,11 @@ def config_from_source(source: SourceModel, options: LearningOptions) -> ModelCo
         if fast_mlp >= mlp:
             raise UserError(f"A share of {share} leaves nothing of {mlp} hidden units; choose a smaller one.")
         widths |= {"suffix_intermediate_size": mlp - fast_mlp, "parallel_mlp": True}
+    inner_loop = dataclasses.replace(
+        source.settings.get("inner_loop", InnerLoopConfig()), learned_lr=options.learned_lr
+    )
     return ModelConfig(
-        **source.settings,
-        **widths,
+        **source.settings | widths | {"inner_loop": inner_loop},
         suffix_layers=max(1, round(options.suffix * layers)),
         sliding_window=window,
         mini_batch_size=mini_batch,

@@ -7,6 +7,7 @@ and the loss is reported; then W takes one step of SGD on that loss:
     g_i         = d loss_i / d W_i, over all fast weights of the sequence jointly
     W_{i+1}     = W_i - lr * g_i * min(1, max_grad_norm / |g_i|)       updated after
 
+With `inner_loop.learned_lr` every matrix has a rate of its own, `lr` times a factor that is trained with the model.
 Everything else is a constant for g_i: the static weights, the cached keys and values of earlier mini-batches, the
 residual stream that comes up from the prefix. The outer gradient (`meta_loss`) sees all of it.
 
@@ -129,7 +130,8 @@ def inner_step(
     """
     scored = gradient(model, state, batch)
     weights, gradients = ([w for value in values for w in value] for values in (state.fast, scored.gradient))
-    new, norm_B = clipped_step(weights, gradients, lr, model.config.inner_loop.max_grad_norm)
+    rates = model.inner_learning_rates(lr)
+    new, norm_B = clipped_step(weights, gradients, rates, model.config.inner_loop.max_grad_norm)
     return InnerLoopState(_by_block(model, new), scored.caches), scored.nll_Bb, norm_B
 
 
@@ -143,7 +145,8 @@ def inner_step_(
     """
     nll_Bb, factors, caches = _inner_gradient_factors(model, state, batch)
     weights = [w for value in state.fast for w in value]
-    norm_B = clipped_step_(weights, factors, lr, model.config.inner_loop.max_grad_norm)
+    rates = model.inner_learning_rates(lr)
+    norm_B = clipped_step_(weights, factors, rates, model.config.inner_loop.max_grad_norm)
     return InnerLoopState(state.fast, caches), nll_Bb, norm_B
 
 

@@ -8,7 +8,7 @@ config.json has the digests of the other files and of itself; a file that is put
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,20 @@ def load_config(folder: Path) -> ModelConfig:
     return from_dict(ModelConfig, content["model"], str(folder / CONFIG))
 
 
-def read_weights(model: Transformer, folder: Path) -> None:
-    """Fill the parameters of `model`, on any device, from `folder`. Raises UserError as `load_transformer` does."""
+def read_weights(model: Transformer, folder: Path, absent: Container[str] = ()) -> None:
+    """Fill the parameters of `model`, on any device, from `folder`; those named in `absent` stay what they are.
+
+    Raises UserError as `load_transformer` does.
+    """
     path = Path(folder) / WEIGHTS
-    tensors, metadata = load_safetensors(path, {name: tuple(w.shape) for name, w in model.named_parameters()})
+    weights = {name: weight for name, weight in model.named_parameters() if name not in absent}
+    tensors, metadata = load_safetensors(path, {name: tuple(weight.shape) for name, weight in weights.items()})
     if "digest" not in metadata:
         raise UserError(f"{path} was not written by ttt-e2e: it has no digest; convert the model first.")
     if _digest(tensors) != metadata["digest"]:
         raise UserError(f"{path} was altered after it was written: its digest does not match; use an unaltered copy.")
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in weights.items():
             weight.copy_(tensors[name])
 
 

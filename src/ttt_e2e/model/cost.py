@@ -71,7 +71,7 @@ def parameters(config: ModelConfig) -> int:
     # Mixers, static MLPs and fast ones are sub-layers with norms of their own, but not two MLPs in parallel.
     layers = config.num_hidden_layers + (config.num_hidden_layers if config.static_mlp else config.prefix_layers)
     layers += 0 if config.parallel_mlp else config.suffix_layers
-    factors = config.suffix_layers * _factors(config)
+    factors = config.suffix_layers * (_factors(config) + _rates(config))
     return embeddings + mixers + 3 * width * _hidden(config) + factors + layers * norms * width + width
 
 
@@ -182,6 +182,11 @@ def _mlp(config: ModelConfig, tokens: int, hidden: int) -> int:
 def _factors(config: ModelConfig) -> int:
     """Numbers in the factors of what is added to one fast MLP: up [2 F, R] and down [R, D], up [D, R], down [R, F]."""
     return (config.fast_rank or 0) * (3 * config.fast_intermediate_size + 2 * config.hidden_size)
+
+
+def _rates(config: ModelConfig) -> int:
+    """Learning rates of the matrices, or factors, of one fast MLP that are parameters."""
+    return (2 if config.fast_rank is None else 4) if config.inner_loop.learned_lr else 0
 
 
 def _additions(config: ModelConfig, tokens: int) -> int:

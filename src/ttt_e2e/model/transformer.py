@@ -4,7 +4,8 @@ A block is a sequence mixer (attention, or what the configuration's pattern name
 MLP, then the static MLP, each a residual sub-layer with RMSNorm before and after: x += post_norm(layer(norm(x))). With
 `parallel_mlp` the two MLPs are one sub-layer. The parameters of a fast MLP are the weights that every sequence starts
 from; `inner_loop` gives each sequence its own copy and trains it. With a `fast_rank` that copy is not of the two
-matrices but of the factors of an addition to them.
+matrices but of the factors of an addition to them. With `inner_loop.learned_lr`, the rate at which a sequence trains
+each matrix, or factor, is a parameter as well.
 
 Every layer of the suffix returns its output and its vjp: the function from a cotangent of the output to one of the
 input (and, for a fast MLP, of its weights). The inner gradient is the chain of these functions; see `ops.elementwise`.
@@ -129,7 +130,11 @@ class FastMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """The mixer, the fast MLP if `fast`, the static MLP: residual sub-layers with norms before and after."""
+    """The mixer, the fast MLP if `fast`, the static MLP: residual sub-layers with norms before and after.
+
+    `log_lr_scale` [M], which a block with a fast MLP has if its inner learning rates are learned, is the logarithm of
+    what `inner_loop.lr` is multiplied by for each of its M matrices that learn, in the order of `FastMLP.start`.
+    """
 
     mixer: Mixer
 
@@ -143,6 +148,8 @@ class Block(nn.Module):
             self.fast_norm = _norm(config, config.pre_norm and not self.parallel)
             self.fast = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank)
             self.fast_post_norm = _norm(config, config.post_norm and not self.parallel)
+            if config.inner_loop.learned_lr:
+                self.log_lr_scale = nn.Parameter(torch.zeros(len(self.fast.start())))
         self.static = config.static_mlp or not fast
         if self.static:
             self.mlp_norm = _norm(config, config.pre_norm)
@@ -262,17 +269,24 @@ class Transformer(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every matrix anew and set every norm to one; mixers and low-rank factors have rules of their own."""
+        """Draw every matrix anew and set every norm to one; mixers and low-rank factors have rules of their own.
+
+        Inner learning rates are those of the configuration again.
+        """
         mixers = [block.mixer for block in (*self.prefix, *self.suffix)]
         low_rank = [] if self.config.fast_rank is None else [block.fast for block in self.suffix]
         excluded = {id(p) for mixer in mixers for p in mixer.parameters()}
         excluded |= {id(factor) for fast in low_rank for factor in fast.start()}
+        log_lr_scales = [block.log_lr_scale for block in self.suffix] if self.config.inner_loop.learned_lr else []
+        excluded |= {id(p) for p in log_lr_scales}
         std = self.config.initializer_range
         reset_parameters((p for p in self.parameters() if id(p) not in excluded), std, generator)
         for mixer in mixers:
             mixer.reset_parameters(std, generator)
         for fast in low_rank:
             fast.reset_factors(generator)
+        for parameter in log_lr_scales:
+            nn.init.zeros_(parameter)
 
     @property
     def prefix(self) -> list[Block]:
@@ -399,6 +413,15 @@ class Transformer(nn.Module):
     def fast_kind(self) -> type[Weights]:
         """The type of every block's fast weights: whole matrices, or with a `fast_rank` the factors of an addition."""
         return FastWeights if self.config.fast_rank is None else LowRankWeights
+
+    def inner_learning_rates(self, lr: float | Tensor) -> float | Tensor:
+        """`lr` times the learned factor of every fast matrix, [M] in the order of all blocks' fast weights.
+
+        Without `inner_loop.learned_lr` it is `lr` itself, one rate for all.
+        """
+        if not self.config.inner_loop.learned_lr:
+            return lr
+        return lr * torch.cat([block.log_lr_scale for block in self.suffix]).exp()
 
     def initial_fast_weights(self, batch: int) -> tuple[Weights, ...]:
         """The learned initial fast weights, the same for every sequence of the batch."""

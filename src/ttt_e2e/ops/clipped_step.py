@@ -1,4 +1,10 @@
-"""The update of the inner loop: SGD with gradients clipped by their norm, for every sequence by itself."""
+"""The update of the inner loop: SGD with gradients clipped by their norm, for every sequence by itself.
+
+The learning rate is one for all weights, or a tensor [M] with one for each of the M weights; such a tensor gets a
+gradient. The norm that is clipped is that of the gradients, whatever the rates.
+
+Shapes: B sequences, M weights.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +24,8 @@ def clipped_step_reference(
     # infinite.
     square_B = torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
     scale_B = _scale(square_B.clamp(min=torch.finfo(square_B.dtype).tiny).sqrt(), max_norm)
-    new = [w - lr * scale_B[:, None, None] * g for w, g in zip(weights, gradients, strict=True)]
+    rates = lr if isinstance(lr, Tensor) and lr.dim() else [lr] * len(weights)
+    new = [w - rate * scale_B[:, None, None] * g for w, g, rate in zip(weights, gradients, rates, strict=True)]
     return new, square_B.sqrt().detach()
 
 
@@ -27,9 +34,9 @@ def clipped_step(
 ) -> tuple[list[Tensor], Tensor]:
     """The new weights [B, ..., ...] after one step of SGD, and the norms [B] of the gradients, which take no gradient.
 
-    Each sequence's gradients are scaled to a joint norm of at most `max_norm`. Differentiable once in weights and
-    gradients, through the norm too, and finite at a gradient of zero. If autograd records nothing, the new weights take
-    the gradients' memory: for many sequences, fresh memory costs more than the arithmetic.
+    Each sequence's gradients are scaled to a joint norm of at most `max_norm`. Differentiable once in weights,
+    gradients and rates [M], through the norm too, and finite at a gradient of zero. If autograd records nothing, the
+    new weights take the gradients' memory: for many sequences, fresh memory costs more than the arithmetic.
     """
     if wants_definition():
         return clipped_step_reference(weights, gradients, lr, max_norm)
@@ -50,8 +57,8 @@ def clipped_step_(
     pairs = [(g.to(w.dtype), x.to(w.dtype)) for w, (g, x) in zip(weights, factors, strict=True)]
     grams = [(g @ g.transpose(1, 2)) * (x @ x.transpose(1, 2)) for g, x in pairs]
     norm_B = torch.stack([gram.sum((1, 2)) for gram in grams]).sum(0).clamp(min=0).sqrt()
-    step_B11 = (_scale(norm_B, max_norm) * -lr)[:, None, None]
-    pairs = [(g * step_B11, x) for g, x in pairs]
+    steps = _steps(_scale(norm_B, max_norm), lr, len(pairs))
+    pairs = [(g * step_B11, x) for (g, x), step_B11 in zip(pairs, steps, strict=True)]
     for w, (g, x) in zip(weights, pairs, strict=True):
         w.baddbmm_(g.transpose(1, 2), x)
     return norm_B
@@ -61,6 +68,13 @@ def _scale(norm_B: Tensor, max_norm: float) -> Tensor:
     """The factor for gradients of these norms: exactly 1 up to `max_norm`, where its slope is that beyond."""
     max_norm = min(max_norm, torch.finfo(norm_B.dtype).max)
     return torch.full_like(norm_B, max_norm) / norm_B.clamp(min=max_norm)
+
+
+def _steps(scale_B: Tensor, lr: float | Tensor, count: int) -> Sequence[Tensor]:
+    """What each of `count` weights' gradients is multiplied by, M x [B, 1, 1]."""
+    if isinstance(lr, Tensor) and lr.dim():
+        return (scale_B * -lr[:, None])[:, :, None, None].unbind()
+    return [(scale_B * -lr)[:, None, None]] * count
 
 
 def _step(
@@ -75,21 +89,22 @@ def _step(
     norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=2), dim=1) for g in gradients]
     norm_B = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     scale_B = _scale(norm_B, max_norm)
-    step_B11 = (scale_B * -lr)[:, None, None]
-    new = [torch.addcmul(w, g, step_B11, out=out) for w, g, out in zip(weights, gradients, into, strict=True)]
+    steps = _steps(scale_B, lr, len(weights))
+    new = [torch.addcmul(w, g, s, out=out) for w, g, s, out in zip(weights, gradients, steps, into, strict=True)]
     return new, norm_B, scale_B
 
 
 class _ClippedStep(torch.autograd.Function):
-    """W - lr min(1, c / n) g with n = |g|, over all tensors of a sequence jointly."""
+    """W - lr min(1, c / n) g with n = |g|, over all tensors of a sequence jointly, lr being a scalar or [M]."""
 
     @staticmethod
     def forward(ctx: Any, lr: float | Tensor, max_norm: float, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(tensors) // 2
         weights, gradients = tensors[:count], tensors[count:]
         new, norm_B, scale_B = _step(weights, gradients, lr, max_norm, [None] * count)
-        ctx.save_for_backward(norm_B, scale_B, *gradients)
-        ctx.lr, ctx.max_norm = lr, max_norm
+        ctx.has_rates = isinstance(lr, Tensor) and lr.dim() > 0
+        ctx.save_for_backward(norm_B, scale_B, *([lr] if ctx.has_rates else []), *gradients)
+        ctx.lr, ctx.max_norm = None if ctx.has_rates else lr, max_norm
         ctx.mark_non_differentiable(norm_B)
         return *new, norm_B
 
@@ -98,9 +113,19 @@ class _ClippedStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         norm_B, scale_B, *gradients = ctx.saved_tensors
         *along, _ = grads
+        lr, grad_lr = ctx.lr, None
+        if ctx.has_rates:
+            lr, *gradients = gradients
+        inner = [(a * g).flatten(1).sum(1) for a, g in zip(along, gradients, strict=True)]
+        if ctx.has_rates:
+            inner_MB = torch.stack(inner)
+            grad_lr = -(scale_B * inner_MB).sum(1)
+            inner_B, lr_of_bend = lr @ inner_MB, 1.0
+        else:
+            inner_B, lr_of_bend = sum(inner), lr
         # Through the scale: d(c / n)/dg = -c g / n^3 where gradients are clipped, at n = c too; 0 elsewhere.
-        inner_B = sum((a * g).flatten(1).sum(1) for a, g in zip(along, gradients, strict=True))
         bend_B = torch.where(norm_B >= ctx.max_norm, -scale_B * inner_B / norm_B / norm_B, 0.0)
-        scale_B11, bend_B11 = (x[:, None, None] * -ctx.lr for x in (scale_B, bend_B))
-        grad_g = [torch.addcmul(g * bend_B11, a, scale_B11) for a, g in zip(along, gradients, strict=True)]
-        return None, None, *along, *grad_g
+        bend_B11 = bend_B[:, None, None] * -lr_of_bend
+        steps = _steps(scale_B, lr, len(gradients))
+        grad_g = [torch.addcmul(g * bend_B11, a, s) for a, g, s in zip(along, gradients, steps, strict=True)]
+        return grad_lr, None, *along, *grad_g

@@ -86,10 +86,15 @@ def lock_run(out: Path, dist: DistributedContext) -> AbstractContextManager[obje
 
 
 def load_start_weights(model: Transformer, folder: Path, tokenizer_digest: str) -> None:
-    """Fill `model` from the model in `folder`. Raises UserError if its shape or its tokenizer is another one."""
+    """Fill `model` from the model in `folder`, which need not have learned rates even if `model` has them.
+
+    Raises UserError if its shape or its tokenizer is another one.
+    """
     theirs, ours = flatten(load_config(folder)), flatten(model.config)
+    starts_rates = ours["inner_loop.learned_lr"] and not theirs["inner_loop.learned_lr"]
+    may_change = _MAY_CHANGE_ON_START | ({"inner_loop.learned_lr"} if starts_rates else set())
     for name, value in ours.items():
-        if theirs[name] != value and name not in _MAY_CHANGE_ON_START:
+        if theirs[name] != value and name not in may_change:
             raise UserError(
                 f"The model in {folder} has {name} = {theirs[name]}, not {value}; "
                 f"set model.{name}={theirs[name]} to train it further."
@@ -97,4 +102,5 @@ def load_start_weights(model: Transformer, folder: Path, tokenizer_digest: str) 
     path = folder / TOKENIZER
     if path.is_file() and Tokenizer.load(path).digest != tokenizer_digest:
         raise UserError(f"The model in {folder} has another tokenizer than the data; prepare the data with {path}.")
-    read_weights(model, folder)
+    rates = {name for name, _ in model.named_parameters() if name.endswith(".log_lr_scale")}
+    read_weights(model, folder, absent=rates if starts_rates else ())
