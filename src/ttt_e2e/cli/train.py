@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ttt_e2e.cli.common import add_options
+from ttt_e2e.cli.common import add_options, model_folder
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import extend_model, extend_training, preset
 from ttt_e2e.config.schema import RunConfig
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="NAME", help="the tokenizer of the zarr arrays")
     add("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
     add("--resume", action="store_true", help="continue from the last checkpoint of the run")
-    add("--from", dest="start_from", type=Path, metavar="MODEL", help="start from this model or checkpoint")
+    add("--from", dest="start_from", type=Path, metavar="MODEL", help="start from this model or checkpoint, or smollm2")
     add(
         "--extend",
         type=count,
@@ -54,10 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = preset(arguments.preset)
     if arguments.extend is not None and arguments.start_from is None:
         raise UserError("--extend trains a model further; name the model with --from.")
-    if arguments.start_from is not None:
+    start_from = model_folder(arguments.start_from, progress=not arguments.quiet)
+    if start_from is not None:
         from ttt_e2e.model.checkpoint import load_config
 
-        config = RunConfig(load_config(arguments.start_from), config.train)
+        config = RunConfig(load_config(start_from), config.train)
     if arguments.extend is not None:
         longer = extend_training(config.train, arguments.extend, config.train.steps)
         config = RunConfig(extend_model(config.model, arguments.extend), longer)
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.data,
         arguments.out,
         resume=arguments.resume,
-        start_from=arguments.start_from,
+        start_from=start_from,
         tokenizer=arguments.tokenizer,
         device=arguments.device,
         tensorboard=arguments.tensorboard,

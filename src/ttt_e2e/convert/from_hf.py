@@ -20,12 +20,13 @@ converted in blocks, so memory does not grow with the model.
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig, replace
@@ -33,7 +34,7 @@ from ttt_e2e.convert.calibration import TEXT, SinkLosses, calibrate_sinks
 from ttt_e2e.convert.checkpoints import Checkpoint, open_checkpoint
 from ttt_e2e.convert.hf_files import CONFIG
 from ttt_e2e.convert.learning import LearningOptions, config_from_source
-from ttt_e2e.convert.model_folder import WriteRows, model_folder, parameter_shapes, require_shapes
+from ttt_e2e.convert.model_folder import model_folder, parameter_shapes, require_shapes
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -146,6 +147,7 @@ def _convert(
         calibration_ids = np.array([tokenizer.bos, *tokenizer.encode(read_text(calibration_text))])
     copies = list(_slice_copies(config, unused_ids))
     _check_tensors(checkpoint, copies, config.tie_word_embeddings)
+    copies = [copy for copy in copies if copy.target not in given]
     if dtype is None:
         dtype = "bfloat16" if {stored[copy.source].dtype for copy in copies} == {"BF16"} else "float32"
     notes = {
@@ -161,7 +163,9 @@ def _convert(
                 row = copy.target_row + rows.start - (copy.rows.start or 0)
                 weights = stored[copy.source].read(rows, copy.columns)
                 write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {where}"))
-        _write_new_parameters(config, options.fast == "new", write_rows)
+        for parameter, row, values in _new_parameters(config, options.fast == "new"):
+            if parameter not in given:
+                write_rows(parameter, row, values)
         if calibration_ids is not None:
             sinks, losses = calibrate_sinks(config, read, calibration_ids, source.max_window, progress)
             given = {**sinks, **given}
@@ -243,8 +247,8 @@ def _row_blocks(shape: tuple[int, ...], rows: slice) -> Iterator[slice]:
     return (slice(row, min(row + step, stop)) for row in range(start, stop, step))
 
 
-def _write_new_parameters(config: ModelConfig, has_new_mlps: bool, write_rows: WriteRows) -> None:
-    """New fast MLPs, which add nothing yet; factors of additions to fast MLPs and of their rates, as in a new model."""
+def _new_parameters(config: ModelConfig, has_new_mlps: bool) -> Iterator[tuple[str, int, Tensor]]:
+    """Rows of new fast MLPs, which add nothing yet; of additions to fast MLPs, and of rates, as in a new model."""
     for_mlps, for_factors = torch.Generator().manual_seed(_SEED), torch.Generator().manual_seed(_SEED)
     shapes = parameter_shapes(config)
     for i in range(config.prefix_layers, config.num_hidden_layers):
@@ -252,16 +256,16 @@ def _write_new_parameters(config: ModelConfig, has_new_mlps: bool, write_rows: W
         for name, std in ((f"{fast}.w_in", config.initializer_range), (f"{fast}.w_out", 0.0)) if has_new_mlps else ():
             for rows in _row_blocks(shapes[name], _ALL):
                 values = torch.zeros(rows.stop - rows.start, shapes[name][1])
-                write_rows(name, rows.start, values.normal_(0.0, std, generator=for_mlps) if std else values)
+                yield name, rows.start, values.normal_(0.0, std, generator=for_mlps) if std else values
         if config.fast_rank is not None:
             # Its matrices are allocated, but never touched.
             mlp = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank)
             mlp.reset_factors(for_factors)
             for name, factor in mlp.named_parameters():
                 if name not in ("w_in", "w_out"):
-                    write_rows(f"{fast}.{name}", 0, factor.detach())
+                    yield f"{fast}.{name}", 0, factor.detach()
         if (name := f"blocks.{i}.log_lr_scale") in shapes:
-            write_rows(name, 0, torch.zeros(shapes[name]))
+            yield name, 0, torch.zeros(shapes[name])
 
 
 def describe(done: HFConversion) -> list[str]:

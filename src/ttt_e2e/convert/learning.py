@@ -22,6 +22,8 @@ class LearningOptions:
     """The part of the blocks, counted from the last, that get a fast MLP; at least one does."""
     mini_batch_size: int | None = None
     """Tokens per inner step. None: an eighth of the window, at most 1024."""
+    inner_lr: float | None = None
+    """Learning rate of the inner steps. None: the original's, or 1 as published."""
     fast: FastInit = "new"
     """"new": a new fast MLP before the static one. "split": a part of the pretrained MLP becomes the fast one."""
     fast_share: float = 0.25
@@ -75,6 +77,8 @@ def config_from_source(source: SourceModel, options: LearningOptions) -> ModelCo
     inner_loop = dataclasses.replace(
         source.settings.get("inner_loop", InnerLoopConfig()), learned_lr=options.learned_lr
     )
+    if options.inner_lr is not None:
+        inner_loop = dataclasses.replace(inner_loop, lr=options.inner_lr)
     return ModelConfig(
         **source.settings | widths | {"inner_loop": inner_loop},
         suffix_layers=max(1, round(options.suffix * layers)),

@@ -42,7 +42,7 @@ def smollm2_folder(progress: bool = False) -> Path:
 
 
 def _put_together(folder: Path, progress: bool) -> None:
-    base = _installed_base()
+    base = installed_base()
     with safe_open(PART, "pt") as file:
         facts = json.loads(file.metadata()["conversion"])
         given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -53,7 +53,7 @@ def _put_together(folder: Path, progress: bool) -> None:
     convert_from_hf(base, folder, LearningOptions(**facts["options"]), given=given, progress=progress)
 
 
-def _installed_base() -> Path:
+def installed_base() -> Path:
     """The file of the installed package, which is found without importing it."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in spec.submodule_search_locations or () if spec else ():
