@@ -260,6 +260,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def expand_user(path: str | Path) -> Path:
+    """`path` with a leading ~ replaced by the user's home, where there is one."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - that of pathlib raises an error without a home
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again: `$XDG_CACHE_HOME/ttt-e2e`, or `~/.cache/ttt-e2e`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache"), "ttt-e2e")
+
+
 def check_file(path: Path, size: int, sha256: str, remedy: str) -> None:
     """Raise UserError unless the file `path` has `size` bytes and this digest; remedy: such as "prepare it anew".
 
@@ -273,8 +283,7 @@ def check_file(path: Path, size: int, sha256: str, remedy: str) -> None:
     if found.st_size != size:
         raise UserError(f"{path} is altered or cut short: it has {found.st_size} of {size} bytes; {remedy}.")
     facts = (os.path.realpath(path), found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, size, sha256)
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - not all have a home
-    cache = Path(caches, "ttt-e2e", "verified")
+    cache = user_cache() / "verified"
     note = cache / hashlib.sha256(repr(facts).encode()).hexdigest()
     if size > _REHASHED and note.exists():
         return

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ttt_e2e.cli.common import LEARNING, add_options, learning_options, model_folder
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import lock_beside
+from ttt_e2e.files import expand_user, lock_beside
 from ttt_e2e.units import natural
 
 HELP = "convert models from and to other programs"
@@ -136,7 +136,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         from ttt_e2e.convert.gguf_files import require_gguf
 
         if arguments.action == "from-gguf":
-            require_gguf(Path(source).expanduser())
+            require_gguf(expand_user(source))
         options = learning_options(arguments)
         converted = convert_from_hf(
             source,

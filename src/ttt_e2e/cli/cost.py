@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from ttt_e2e.cli.common import LEARNING, add_options, learning_options, print_json
@@ -11,7 +10,7 @@ from ttt_e2e.config.presets import PRESETS, preset
 from ttt_e2e.config.schema import ModelConfig, RunConfig
 from ttt_e2e.convert.learning import LearningOptions, config_from_source, full_attention_config
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import read_json
+from ttt_e2e.files import expand_user, read_json
 from ttt_e2e.units import rate, tokens
 
 HELP = "count what a model costs, without running it"
@@ -105,7 +104,7 @@ def _find_models(arguments: argparse.Namespace) -> list[tuple[str, RunConfig]]:
     from ttt_e2e.model.checkpoint import FORMAT, load_config
 
     model, settings, options = arguments.model, arguments.settings, learning_options(arguments)
-    path = Path(model).expanduser()
+    path = expand_user(model)
     is_preset = model in PRESETS or not (path.exists() or "/" in model)
     file, weights = path / "config.json", path / "model.safetensors"
     is_ours = not is_preset and file.is_file() and weights.is_file() and read_json(file).get("format") == FORMAT

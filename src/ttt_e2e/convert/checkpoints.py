@@ -14,7 +14,7 @@ from ttt_e2e.convert.gguf_tokenizer import write_tokenizer
 from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.hf_files import CONFIG, find_checkpoint, stored_tensors
 from ttt_e2e.convert.learning import SourceModel
-from ttt_e2e.files import read_json
+from ttt_e2e.files import expand_user, read_json
 
 
 class CheckpointTensor(Protocol):
@@ -55,7 +55,7 @@ def open_checkpoint(path_or_name: str | Path) -> Iterator[Checkpoint]:
         source = read_source(read_json(folder / CONFIG), folder / CONFIG)
         yield Checkpoint(folder, source, stored_tensors(folder), folder)
         return
-    path = Path(path_or_name).expanduser()
+    path = expand_user(path_or_name)
     model = read_gguf(path)
     source = read_source(model.config, path)
     with TemporaryDirectory() as name:

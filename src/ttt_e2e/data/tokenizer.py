@@ -21,7 +21,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from ttt_e2e.data.text import CHUNK_BYTES, read_text, slices
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import read_json, write_text
+from ttt_e2e.files import expand_user, read_json, write_text
 
 BOS = "<|bos|>"
 _BOS_NAMES = (
@@ -108,7 +108,7 @@ class Tokenizer:
 
         BOS is what the tokenizer_config.json beside it names, or else the token with one of the usual names.
         """
-        path = Path(path_or_name).expanduser()
+        path = expand_user(path_or_name)
         path = path / "tokenizer.json" if path.is_dir() else path
         if path.exists() or path.suffix == ".json" or path.is_absolute() or len(path.parts) > 2:
             text = read_text(path)
