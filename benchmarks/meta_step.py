@@ -59,6 +59,7 @@ VARIANTS = {
     "standard": (STANDARD, "none"),
     "standard, full attention": (replace(STANDARD, {"pattern": ("full",)}), "none"),
     "meta": (META, "none"),
+    "meta, sinks": (replace(META, {"attention_sink": True}), "none"),
     "meta, checkpointing by mini-batch": (META, "mini-batch"),
     "meta, checkpointing by sqrt": (META, "sqrt"),
 }
