@@ -3,6 +3,7 @@
     python benchmarks/meta_step.py                 # the published table's rows, on this machine
     python benchmarks/meta_step.py --compile       # the same, all variants compiled
     python benchmarks/meta_step.py --rounds 3      # quicker
+    python benchmarks/meta_step.py --truncated 1 4 # also with truncated backpropagation through time
 
 Standard is the sliding-window Transformer with the same number of parameters (its MLPs are wider, since it has no fast
 ones). A step is loss, backward pass, gradient clipping and AdamW. All variants take turns in one process, round after
@@ -55,13 +56,13 @@ SHAPE = dict(
 )
 META = ModelConfig(**SHAPE, intermediate_size=560, suffix_layers=2)
 STANDARD = ModelConfig(**SHAPE, intermediate_size=700)
-VARIANTS = {
-    "standard": (STANDARD, "none"),
-    "standard, full attention": (replace(STANDARD, {"pattern": ("full",)}), "none"),
-    "meta": (META, "none"),
-    "meta, sinks": (replace(META, {"attention_sink": True}), "none"),
-    "meta, checkpointing by mini-batch": (META, "mini-batch"),
-    "meta, checkpointing by sqrt": (META, "sqrt"),
+VARIANTS: dict[str, tuple[ModelConfig, str, int | None]] = {  # model, activation_checkpointing, truncated_bptt_steps
+    "standard": (STANDARD, "none", None),
+    "standard, full attention": (replace(STANDARD, {"pattern": ("full",)}), "none", None),
+    "meta": (META, "none", None),
+    "meta, sinks": (replace(META, {"attention_sink": True}), "none", None),
+    "meta, checkpointing by mini-batch": (META, "mini-batch", None),
+    "meta, checkpointing by sqrt": (META, "sqrt", None),
 }
 TARGETS = {  # in standard steps, by whether all is compiled
     False: {"meta": 1.5, "meta, checkpointing by mini-batch": 1.7},
@@ -74,7 +75,7 @@ OFFICIAL = {"meta": 4.663, "meta, checkpointing by mini-batch": 5.245}
 
 def make_step(variant: str, context: int, compile: bool = False, seed: int = 0) -> Callable[[], float]:
     """A function that runs one training step on random tokens and returns the loss."""
-    config, checkpointing = VARIANTS[variant]
+    config, checkpointing, truncated = VARIANTS[variant]
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config, generator)
     optimizer = make_optimizer(model, TrainConfig())
@@ -82,7 +83,13 @@ def make_step(variant: str, context: int, compile: bool = False, seed: int = 0) 
     functions = compiled_functions() if compile else EAGER
 
     def step() -> float:
-        out = sequence_loss(model, tokens, activation_checkpointing=checkpointing, functions=functions)
+        out = sequence_loss(
+            model,
+            tokens,
+            activation_checkpointing=checkpointing,
+            truncated_bptt_steps=truncated,
+            functions=functions,
+        )
         out.loss.backward()
         optimizer_step(model, optimizer, 1e-3, 1.0)
         return out.loss.item()
@@ -112,10 +119,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048, help="tokens of the one sequence of a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="compile all variants, the standard ones too")
+    parser.add_argument("--truncated", type=int, nargs="+", default=[], metavar="N", help="truncated_bptt_steps to add")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
-    parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    for steps in args.truncated:
+        VARIANTS[f"meta, {steps} mini-batches at a time"] = (META, "none", steps)
     if args.peak_of:
         print(peak_growth(args.peak_of, args.context))
         return
@@ -124,6 +134,7 @@ def main() -> None:
     for name in () if args.compile else VARIANTS:  # the compiler takes far more memory than the step
         command = [sys.executable, __file__, "--peak-of", name, "--context", str(args.context)]
         command += ["--threads", str(args.threads)]
+        command += ["--truncated", *map(str, args.truncated)] if args.truncated else []
         peak[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     torch._dynamo.config.recompile_limit = 64  # the variants' models share the functions that are compiled
     step_of = {name: make_step(name, args.context, args.compile) for name in VARIANTS}

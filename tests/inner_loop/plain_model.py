@@ -13,8 +13,11 @@ from ttt_e2e.model.rope import frequencies
 from ttt_e2e.model.transformer import Transformer
 
 
-def plain_losses(model: Transformer, tokens_T1: Tensor, learn: bool = True) -> Tensor:
-    """Every token's loss [T] in nats, each mini-batch with what was learned from those before."""
+def plain_losses(model: Transformer, tokens_T1: Tensor, learn: bool = True, chunk: int | None = None) -> Tensor:
+    """Every token's loss [T] in nats, each mini-batch with what was learned from those before.
+
+    chunk: mini-batches after which autograd's graph is cut, but for the initial fast weights; None: never.
+    """
     config, texts, targets = model.config, tokens_T1[:-1], tokens_T1[1:]
     b = (config.mini_batch_size if model.suffix else None) or len(texts)
     layers = [_Layer(model, i) for i in range(config.num_hidden_layers)]
@@ -25,13 +28,19 @@ def plain_losses(model: Transformer, tokens_T1: Tensor, learn: bool = True) -> T
     if model.suffix:
         x = layers[config.prefix_layers].mixer(x)
     fast = [list(block.fast.start()) for block in model.suffix]
-    losses = []
-    for i in range(0, len(texts), b):
-        y = x[i : i + b]
     rates = [config.inner_loop.lr] * sum(map(len, fast))
     if config.inner_loop.learned_lr:
         factors = [x.exp() for block in model.suffix for x in block.log_lr_scale]
         rates = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+    losses = []
+    for i in range(0, len(texts), b):
+        if chunk is not None and i > 0 and i % (chunk * b) == 0:
+            starts = [block.fast.start() for block in model.suffix]
+            both = [zip(ws, start, strict=True) for ws, start in zip(fast, starts, strict=True)]
+            fast = [[start + (w - start).detach() for w, start in some] for some in both]
+            for layer in layers[config.prefix_layers + 1 :]:
+                layer.keys, layer.values = ([x.detach() for x in some] for some in (layer.keys, layer.values))
+        y = x[i : i + b]
         for j, layer in enumerate(layers[config.prefix_layers :]):
             y = layer.mlp(layer.mixer(y) if j else y, fast[j])
         log_p = (_norm(y, model.final_norm.weight, config.rms_norm_eps) @ head.T).log_softmax(-1)

@@ -288,7 +288,7 @@ def test_states_kept_grow_as_the_square_root(monkeypatch: pytest.MonkeyPatch) ->
 
     def counting(ctx, *args):  # type: ignore[no-untyped-def]
         result = make(ctx, *args)
-        kept[args[0].keep_all] = sum(len(states) for states in ctx.boundaries)
+        kept[args[0].keep_all] = sum(len(states) for states in ctx.kept.states)
         return result
 
     monkeypatch.setattr(RecomputedLoop, "forward", counting)

@@ -138,6 +138,19 @@ def test_fast_weights_of_low_rank_are_trained(data: Path, tmp_path: Path) -> Non
         run(data, tmp_path / "other", "fast_rank=3", start_from=tmp_path / "run/model")
 
 
+def test_inner_rates_start_in_a_trained_model_and_stay(data: Path, whole: Path, tmp_path: Path) -> None:
+    """A model without learned rates gets them when it is trained further, and its first loss is the same."""
+    changes = ("steps=3", "warmup_steps=0", "inner_warmup_steps=0", "eval_every=0", "truncated_bptt_steps=3")
+    run(data, tmp_path / "plain", *changes, start_from=whole / "model")
+    run(data, tmp_path / "rates", *changes, "inner_loop.learned_lr=true", start_from=whole / "model")
+    plain, rates = (measured(tmp_path / name) for name in ("plain", "rates"))
+    assert rates[0]["loss"] == plain[0]["loss"] and rates[2]["loss"] != plain[2]["loss"]
+    model = load_transformer(tmp_path / "rates/model")
+    assert all(block.log_lr_scale.abs().min() > 1e-3 for block in model.suffix)
+    with pytest.raises(UserError, match=r"learned_lr = True, not False; set model\.inner_loop\.learned_lr=True"):
+        run(data, tmp_path / "other", start_from=tmp_path / "rates/model")
+
+
 def test_training_on_zarr_arrays(data: Path, tmp_path: Path) -> None:
     zarr = pytest.importorskip("zarr")
     group = zarr.open_group(str(tmp_path / "arrays"), mode="w")

@@ -377,6 +377,9 @@ class TrainConfig:
     activation_checkpointing: ActivationCheckpointing = "mini-batch"
     """What is stored of the inner loop for the outer gradient. "none": everything. "mini-batch": only the state between
     mini-batches. "sqrt": only about 2 sqrt(N) of those N states, at the price of a second recomputation."""
+    truncated_bptt_steps: Annotated[int | None, Range(1, 2**30, none=True)] = None
+    """Truncated backpropagation through time: the outer gradient goes through this many mini-batches of a sequence at a
+    time, and only these are stored. 1: through no update at all (first-order). None: through all of them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products; weights, fast weights and losses are always float32."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
@@ -407,6 +410,13 @@ class RunConfig:
 
     model: ModelConfig
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.inner_loop.learned_lr and self.train.truncated_bptt_steps == 1:
+            raise UserError(
+                "With train.truncated_bptt_steps=1 the outer gradient goes through no update, so that inner learning "
+                "rates (model.inner_loop.learned_lr) would never change; set train.truncated_bptt_steps to 2 or more."
+            )
 
 
 def _derived(config: Any) -> dict[str, int]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ttt_e2e.config.schema import ActivationCheckpointing
 from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
-from ttt_e2e.inner_loop.recompute import RecomputedLoop, SequenceLoop, loop_parameters
+from ttt_e2e.inner_loop.recompute import RecomputedLoop, SequenceLoop, TruncatedLoop, loop_parameters
 from ttt_e2e.inner_loop.step import MiniBatch, initial_state, masked_mean
+from ttt_e2e.model.counting import KEPT_GRAPHS
 from ttt_e2e.model.mixers.base import CacheView, Positions
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.attention import causal_window_mask
@@ -34,6 +35,7 @@ def sequence_loss(
     learn: bool = True,
     inner_lr: float | None = None,
     activation_checkpointing: ActivationCheckpointing = "none",
+    truncated_bptt_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
     functions: LoopFunctions = EAGER,
 ) -> LossOutput:
@@ -49,6 +51,7 @@ def sequence_loss(
         learn: whether the fast weights are updated.
         inner_lr: inner learning rate; None for the model's own.
         activation_checkpointing: what is stored for the outer gradient; see `TrainConfig`.
+        truncated_bptt_steps: through how many mini-batches the outer gradient goes; None: all. See `TrainConfig`.
         dtype: of the matrix products.
         functions: `EAGER`, or compiled ones.
     """
@@ -85,11 +88,15 @@ def sequence_loss(
             parameters=loop_parameters(model),
             functions=functions,
         )
+        tensors = (*(batch.x_BbD for batch in batches), *start.tensors(), *loop.parameters)
+        if torch.is_grad_enabled() and truncated_bptt_steps is not None and truncated_bptt_steps < len(batches):
+            num_graphs = truncated_bptt_steps if activation_checkpointing == "none" else KEPT_GRAPHS
+            options = (truncated_bptt_steps, num_graphs, lambda nll_BT: mini_batch_mean(nll_BT, mask_BT, b).mean())
+            return LossOutput(*TruncatedLoop.apply(loop, *options, *tensors), mask_BT)
         if activation_checkpointing == "none" or not torch.is_grad_enabled():
             nll_BT = torch.cat(loop.walk(start, 0, len(batches))[1], 1)
         else:
-            x_NBbD = [batch.x_BbD for batch in batches]
-            nll_BT = RecomputedLoop.apply(loop, *x_NBbD, *start.tensors(), *loop.parameters)
+            nll_BT = RecomputedLoop.apply(loop, *tensors)
     return LossOutput(mini_batch_mean(nll_BT, mask_BT, b).mean(), nll_BT.detach(), mask_BT)
 
 

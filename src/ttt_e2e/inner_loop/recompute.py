@@ -1,9 +1,12 @@
-"""The mini-batch loop over a sequence, and an outer gradient of it that stores less than plain autograd does.
+"""The mini-batch loop over a sequence, and outer gradients of it that store less than plain autograd does.
+
+`RecomputedLoop` gives the same gradient; `TruncatedLoop` leaves out a part of it.
 
 Shapes: B sequences, N mini-batches of b tokens, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -88,42 +91,127 @@ class RecomputedLoop(torch.autograd.Function):
     def forward(ctx: Any, loop: SequenceLoop, *tensors: Tensor) -> Tensor:
         """Losses [B, T]. `tensors`: x of every mini-batch, the first state, and the loop's static weights."""
         ctx.save_for_backward(*tensors)
-        count = len(loop.batches) - min(KEPT_GRAPHS, len(loop.batches))
-        length = max(1, count if loop.keep_all else round(count**0.5))
-        ctx.segments = [(i, min(i + length, count)) for i in range(0, count, length)]
-        ctx.boundaries, losses = [], []
-        state: InnerLoopState | None = loop.start
-        for first, stop in ctx.segments:
-            assert state is not None
-            # The last segment goes first in the backward pass: its states need not be walked to again.
-            states, nll_Bb, state = loop.walk(state, first, stop, keep=stop == count)
-            ctx.boundaries.append(states)
-            losses += nll_Bb
-        assert state is not None
-        ctx.loop, ctx.last = loop, _graph(loop, count, len(loop.batches), state)
-        return torch.cat([*losses, *(nll_Bb.detach() for nll_Bb in ctx.last.losses)], 1)
+        ctx.loop = loop
+        ctx.kept, losses = _walk_and_keep(loop, loop.start, 0, len(loop.batches), KEPT_GRAPHS)
+        return torch.cat(losses, 1)
 
     @staticmethod
     @last_derivative
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         """Gradients of all that `forward` was given."""
         loop: SequenceLoop = ctx.loop
-        if ctx.last is None:
+        if ctx.kept.last is None:
             raise RuntimeError("The recomputed loop has freed what it stored: a second backward pass is not possible.")
         grad_nll = grad_outputs[0].split([batch.x_BbD.shape[1] for batch in loop.batches], 1)
         totals: list[Tensor | None] = [None] * len(loop.parameters)
-        grad_x, grad_state = _go_back(loop, ctx.last, grad_nll, [], totals)
-        ctx.last = None
-        for first, stop in reversed(ctx.segments):
-            states = ctx.boundaries.pop()
-            if len(states) < stop - first:
-                with torch.no_grad():
-                    states, _, _ = loop.walk(states[0], first, stop, keep=True)
-            for i in reversed(range(first, stop)):
-                graph = _graph(loop, i, i + 1, states.pop())
-                more, grad_state = _go_back(loop, graph, grad_nll, grad_state, totals)
-                grad_x = more + grad_x
+        grad_x, grad_state = _go_all_back(loop, ctx.kept, grad_nll, totals)
         return (None, *grad_x, *grad_state, *totals)
+
+
+class TruncatedLoop(torch.autograd.Function):
+    """Truncated backpropagation through time: gradients go through at most `length` mini-batches.
+
+    The sequence is cut into chunks of `length` mini-batches. The state that a chunk begins with, fast weights and
+    caches, is a constant to it. Only what the fast weights are when the text begins is not: W at the start of a chunk
+    is W_0 plus a constant, so that the gradient in W is one in W_0, and every chunk trains the initial weights.
+
+    A chunk's gradient is taken as soon as the chunk was walked, so that no more than one chunk is ever stored.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loop: SequenceLoop,
+        length: int,
+        num_graphs: int,
+        loss_of: Callable[[Tensor], Tensor],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the losses of all tokens [B, T], which have no gradient.
+
+        Args:
+            length: mini-batches in a chunk.
+            num_graphs: how many mini-batches at the end of a chunk keep their graph; the others are recomputed.
+            loss_of: the loss from the losses of all tokens [B, T], in which it is linear.
+            tensors: as for `RecomputedLoop`.
+        """
+        ctx.save_for_backward(*tensors)
+        count = len(loop.batches)
+        sizes = [batch.x_BbD.shape[1] for batch in loop.batches]
+        nll_BT = torch.zeros_like(torch.cat([batch.mask_Bb for batch in loop.batches], 1)).requires_grad_()
+        with torch.enable_grad():  # linear: the gradient is known before the losses are
+            grad_nll = torch.autograd.grad(loss_of(nll_BT), nll_BT)[0].split(sizes, 1)
+        totals: list[Tensor | None] = [None] * len(loop.parameters)
+        grad_x, grad_fast, losses, state = [], [], [], loop.start
+        for first in range(0, count, length):
+            kept, nll = _walk_and_keep(loop, state, first, min(first + length, count), num_graphs)
+            losses += nll
+            assert kept.last is not None
+            if kept.last.after is not None:  # without it, nothing of the last update's graph is left
+                state = kept.last.after.map(Tensor.detach)
+                kept.last = kept.last._replace(after=None)
+            more, grad_state = _go_all_back(loop, kept, grad_nll, totals)
+            grad_x += more
+            of_chunk = grad_state[: len(grad_state) - 2 * len(state.caches)]
+            grad_fast = [a + b for a, b in zip(grad_fast, of_chunk, strict=True)] if grad_fast else of_chunk
+        ctx.gradients = [*grad_x, *grad_fast, *[None] * (2 * len(state.caches)), *totals]
+        nll_BT = torch.cat(losses, 1)
+        ctx.mark_non_differentiable(nll_BT)
+        return loss_of(nll_BT), nll_BT
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        """Gradients of all that `forward` was given."""
+        return None, None, None, None, *(None if g is None else grad_outputs[0] * g for g in ctx.gradients)
+
+
+@dataclass
+class _Kept:
+    """What is stored of some mini-batches: states before the first of them, and the graph of the last."""
+
+    segments: list[tuple[int, int]]
+    states: list[list[InnerLoopState]]  # of each segment: before each of its mini-batches, or before the first only
+    last: _Graph | None
+
+
+def _walk_and_keep(
+    loop: SequenceLoop, start: InnerLoopState, first: int, stop: int, num_graphs: int
+) -> tuple[_Kept, list[Tensor]]:
+    """Walk mini-batches `first` to `stop`, the last `num_graphs` of them with a graph; also returns their losses."""
+    end = max(first, stop - num_graphs)
+    length = max(1, end - first if loop.keep_all else round((end - first) ** 0.5))
+    kept = _Kept([(i, min(i + length, end)) for i in range(first, end, length)], [], None)
+    losses: list[Tensor] = []
+    state: InnerLoopState | None = start
+    for begin, until in kept.segments:
+        assert state is not None
+        # The last segment goes first in the backward pass: its states need not be walked to again.
+        states, nll, state = loop.walk(state, begin, until, keep=until == end)
+        kept.states.append(states)
+        losses += nll
+    assert state is not None
+    kept.last = _graph(loop, end, stop, state)
+    return kept, [*losses, *(nll_Bb.detach() for nll_Bb in kept.last.losses)]
+
+
+def _go_all_back(
+    loop: SequenceLoop, kept: _Kept, grad_nll: Sequence[Tensor], totals: list[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """`_go_back` through all that is `kept`, which is freed on the way."""
+    assert kept.last is not None
+    grad_x, grad_state = _go_back(loop, kept.last, grad_nll, [], totals)
+    kept.last = None
+    for first, stop in reversed(kept.segments):
+        states = kept.states.pop()
+        if len(states) < stop - first:
+            with torch.no_grad():
+                states, _, _ = loop.walk(states[0], first, stop, keep=True)
+        for i in reversed(range(first, stop)):
+            graph = _graph(loop, i, i + 1, states.pop())
+            more, grad_state = _go_back(loop, graph, grad_nll, grad_state, totals)
+            grad_x = more + grad_x
+    return grad_x, grad_state
 
 
 def _graph(loop: SequenceLoop, first: int, stop: int, state: InnerLoopState) -> _Graph:

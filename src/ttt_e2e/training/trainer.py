@@ -165,6 +165,7 @@ def train(
             bos=tokens.bos,
             learn=train_config.train_mode == "meta",
             activation_checkpointing=train_config.activation_checkpointing,
+            truncated_bptt_steps=train_config.truncated_bptt_steps,
             dtype=getattr(torch, train_config.dtype),
             functions=compiled_functions(dist.device) if compile else EAGER,
         )
