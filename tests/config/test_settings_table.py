@@ -58,6 +58,7 @@ def test_docs_list_every_setting(heading: str, cls: type) -> None:
 
 
 def test_every_class_of_settings_is_listed() -> None:
-    nested = {type(f.default) for f in dataclasses.fields(ModelConfig) if dataclasses.is_dataclass(f.default)}
+    fields = [*dataclasses.fields(ModelConfig), *dataclasses.fields(TrainConfig)]
+    nested = {type(f.default) for f in fields if dataclasses.is_dataclass(f.default)}
     classes = {value for value in vars(schema).values() if isinstance(value, type) and dataclasses.is_dataclass(value)}
     assert classes - nested == {ModelConfig, TrainConfig, schema.RunConfig}

@@ -352,9 +352,9 @@ def test_weights_and_biases_continues_its_run(data: Path, tmp_path: Path, monkey
 # -- in processes of their own -----------------------------------------------------------------------------------------
 
 
-def train_in_copy(data: Path, out: Path, *changes: str, wait_at_end: bool = False) -> None:
+def train_in_copy(data: Path, out: Path, *changes: str, wait_at_end: bool = False, **options: Any) -> None:
     """Train as this program does, in a copy of this process (see `start_copy`)."""
-    run(data, out, *changes, resume=True, threads=1)
+    run(data, out, *changes, resume=True, threads=1, **options)
     if wait_at_end:
         signal.pause()
 
@@ -406,14 +406,14 @@ def test_two_processes_of_torchrun_train_as_one(data: Path, tmp_path: Path) -> N
             assert two["eval"]["loss"] == pytest.approx(one["eval"]["loss"], abs=1e-4)
 
 
-def train_in_two(data: Path, out: Path, *changes: str, interrupt_in_step: int = 0) -> None:
+def train_in_two(data: Path, out: Path, *changes: str, interrupt_in_step: int = 0, **options: Any) -> None:
     """Train in two processes, which find each other as those of torchrun do; only the second one gets the signal."""
 
     def process(rank: int) -> None:
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         if rank == 1 and interrupt_in_step:
             interrupt(interrupt_in_step)
-        train_in_copy(data, out, *changes)
+        train_in_copy(data, out, *changes, **options)
 
     with socket.create_server(("localhost", 0)) as free:
         environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
@@ -435,6 +435,21 @@ def test_ctrl_c_in_one_of_two_processes_stops_both(
     assert len(measured(out)) == 5
     train_in_two(data, out, *changes)
     assert measured(out) == measured(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changes", [("trainable=suffix", "cache_prefix=true"), ("trainable=lora", "lora.r=2")])
+def test_two_processes_train_a_part_of_a_model_as_one(
+    data: Path, whole: Path, tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    """The outputs of a frozen prefix are shared, too."""
+    changes = (*changes, "steps=3", "accumulate=1", "eval_every=0")
+    for out, start in ((tmp_path / "one", run), (tmp_path / "two", train_in_two)):
+        start(data, out, *changes, start_from=whole / "model")
+    losses = [[line["loss"] for line in measured(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 3
+    if (tmp_path / "one/prefix").exists():
+        files = [(tmp_path / name / "prefix/prefix.bin").read_bytes() for name in ("one", "two")]
+        assert files[0] == files[1]
 
 
 def interrupt(step: int) -> None:

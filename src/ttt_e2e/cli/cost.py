@@ -26,6 +26,7 @@ is fetched. The converted model is counted."""
 EPILOG = """examples:
   ttt-e2e cost 3b
   ttt-e2e cost 3b --context 8K 128K 2M
+  ttt-e2e cost run/model trainable=suffix
   ttt-e2e cost tiny sliding_window=1024 mini_batch_size=128 --json
   ttt-e2e cost Qwen/Qwen3-8B --fast split --fast-rank 16 --train 1000M"""
 
@@ -58,7 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Count and print; returns 0. Raises UserError for a model that does not exist or cannot be converted."""
-    from ttt_e2e.model.cost import cost, hours, in_bytes, in_tokens, parameters, table, training_bytes
+    from ttt_e2e.model.cost import (
+        cost,
+        hours,
+        in_bytes,
+        in_tokens,
+        parameters,
+        table,
+        trained_parameters,
+        training_bytes,
+    )
 
     (name, config), *reference = _find_models(arguments)
     contexts = arguments.context or [config.train.context * factor for factor in (1, 4, 16)]
@@ -68,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         label: [cost(run.model, context, dtype_bytes, run.train.train_mode) for context in contexts]
         for label, run in ((name, config), *reference)
     }
-    count, train_bytes = parameters(config.model), training_bytes(config.model)
+    count, train_bytes = parameters(config.model), training_bytes(config.model, config.train)
+    trained, added = trained_parameters(config.model, config.train)
     times = []
     if arguments.train:
         for of in (at.operations for at in costs[name]):
@@ -78,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         report: dict[str, Any] = {
             "dtype": dtype,
             "bytes": {"float32": 4 * count, "bfloat16": 2 * count, "training": train_bytes},
+            "trained": {"parameters": trained, "lora": added},
             "costs": {label: [asdict(at) for at in row] for label, row in costs.items()},
         }
         if arguments.train:
@@ -86,6 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     weights = f"{in_bytes(4 * count)} in float32, {in_bytes(2 * count)} in bfloat16"
     print(f"{name}: {count:,} parameters, {weights}; {in_bytes(train_bytes)} to train, plus activations")
+    if config.train.trainable != "all":
+        below = "; no activations of what runs before the loop" if config.train.prefix_frozen else ""
+        adapters = f", and {added:,} of low-rank additions" if added else ""
+        print(f"Trained: {trained:,} parameters{adapters}{below}")
     brackets = f"; in brackets: as a multiple of {reference[0][0]}" if reference else ""
     print(f"State of one text (caches in {dtype}), and operations per token{brackets}\n")
     print(table(*costs.values()))

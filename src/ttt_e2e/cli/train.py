@@ -20,6 +20,7 @@ EPILOG = """examples:
   ttt-e2e train tiny --data tokens --out mine sliding_window=256 mini_batch_size=32 inner_loop.lr=3
   ttt-e2e train tiny-window --data tokens --out window train.steps=2000
   ttt-e2e train tiny --data tokens --out long --from run/model --extend 8192
+  ttt-e2e train tiny --data tokens --out further --from run/model trainable=suffix
   torchrun --nproc-per-node 8 -m ttt_e2e train 125m --data tokens --out run
 
 The tokens must have the vocabulary of the preset: 4,096 for tiny, which is what `prepare` makes,
@@ -42,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         metavar="TOKENS",
         help="with --from: continue at this longer context, by the published recipe",
+    )
+    add(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="with cache_prefix=true: the folder for the outputs of the frozen prefix (default: RUN/prefix)",
     )
     add_options(parser, "device", "threads", "compile")
     add("--tensorboard", action="store_true", help="log for TensorBoard, in RUN/tensorboard")
@@ -71,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         resume=arguments.resume,
         start_from=start_from,
+        cache=arguments.cache,
         tokenizer=arguments.tokenizer,
         device=arguments.device,
         tensorboard=arguments.tensorboard,

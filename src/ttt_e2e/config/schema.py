@@ -20,6 +20,7 @@ from ttt_e2e.errors import UserError
 ActivationCheckpointing = Literal["none", "mini-batch", "sqrt"]
 Kernels = Literal["auto", "torch", "fused"]
 TrainMode = Literal["meta", "pretrain"]
+Trainable = Literal["all", "suffix", "lora"]
 
 ATTENTIONS = ("full", "window")
 MIXERS = (*ATTENTIONS, "mamba2", "gated-deltanet", "ttt-kvb", "titans")
@@ -340,6 +341,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank additions to matrices that stay as they are otherwise, with the names of the library `peft`."""
+
+    r: Annotated[int, Range(1, 2**24)] = 8
+    """Rank of the additions: W becomes W + (`lora_alpha` / r) B A."""
+    lora_alpha: Rate = 16.0
+    """Scale of the additions, before it is divided by `r`."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Which matrices get an addition: ends of their names, such as "w_qkv", "mlp.w_in" or "blocks.7.mixer.w_out".
+    "all-linear": all static matrices of the blocks."""
+    layers: Literal["all", "suffix"] = "all"
+    """Blocks that are trained. "suffix": nothing that runs before the mini-batch loop, as with `trainable=suffix`."""
+
+    def __post_init__(self) -> None:
+        _check(self, "lora.")
+        _require(bool(self.target_modules), "lora.target_modules names nothing; name a matrix, or all-linear.")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One stage of training: AdamW with linear warm-up and cosine decay."""
 
@@ -362,6 +382,14 @@ class TrainConfig:
     train_mode: TrainMode = "meta"
     """"meta": the fast weights learn during training, and the outer gradient goes through their updates. "pretrain": a
     model with a suffix is trained like a standard one and learns at test time only (dynamic evaluation)."""
+    trainable: Trainable = "all"
+    """What is trained of a model that the run starts from. "suffix": only what runs inside the mini-batch loop, which
+    is the suffix without its first mixer, and the last norm; not the embedding, nor the head. "lora": low-rank
+    additions to static matrices, the initial fast weights, and norms."""
+    lora: LoraConfig = LoraConfig()
+    cache_prefix: bool = False
+    """Whether the outputs of what runs before the loop, if all of it is frozen, are computed once and kept on disk for
+    all passes over the data. Documents are then cut into sequences in the same way in every pass."""
     inner_lr_init: Rate = 0.1
     """Inner learning rate at the first step, warmed up linearly to the model's `inner_loop.lr`."""
     inner_warmup_steps: Steps = _DERIVED
@@ -402,6 +430,15 @@ class TrainConfig:
         is_valid = len(betas) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
         _require(is_valid, f"betas must be two numbers from 0 to below 1, not {', '.join(map(str, betas))}.")
         _require(self.batch % parts == 0, f"A batch of {self.batch} sequences does not split into {parts} equal parts.")
+        _require(
+            self.prefix_frozen or not self.cache_prefix,
+            "cache_prefix needs a frozen prefix: set trainable=suffix, or trainable=lora with lora.layers=suffix.",
+        )
+
+    @property
+    def prefix_frozen(self) -> bool:
+        """Whether nothing that runs before the mini-batch loop is trained."""
+        return self.trainable == "suffix" or (self.trainable == "lora" and self.lora.layers == "suffix")
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ from ttt_e2e.convert.calibration import TEXT, SinkLosses, calibrate_sinks
 from ttt_e2e.convert.checkpoints import Checkpoint, open_checkpoint
 from ttt_e2e.convert.hf_files import CONFIG
 from ttt_e2e.convert.learning import LearningOptions, config_from_source
-from ttt_e2e.convert.model_folder import model_folder, parameter_shapes, require_shapes
+from ttt_e2e.convert.model_folder import model_folder, require_shapes
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER, copy_pretrained_metadata, finite
 from ttt_e2e.model.cost import parameters
-from ttt_e2e.model.transformer import FastMLP
+from ttt_e2e.model.transformer import FastMLP, parameter_shapes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 23  # numbers that are read at once

@@ -23,12 +23,13 @@ from tqdm import tqdm
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import preset
 from ttt_e2e.config.schema import ModelConfig, RunConfig
-from ttt_e2e.convert.model_folder import Shapes, model_folder, parameter_shapes, require_shapes
+from ttt_e2e.convert.model_folder import Shapes, model_folder, require_shapes
 from ttt_e2e.convert.orbax import find_step, stored_arrays
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER, finite
 from ttt_e2e.model.cost import parameters
+from ttt_e2e.model.transformer import parameter_shapes
 
 WEIGHTS_ITEM = "model_weights"
 _HEAD = "language_model.lm_head.weight"

@@ -20,7 +20,7 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 from ttt_e2e.model.checkpoint import WEIGHTS, write_config
-from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.model.transformer import parameter_shapes
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK_BYTES = 1 << 24  # that are hashed at once
@@ -38,13 +38,6 @@ class PartialFolder(NamedTuple):
     """`write_rows(name, row, rows)` writes rows [n, ...] of a parameter, beginning with its row `row`."""
     read: Callable[[str], Tensor]
     """`read(name)` is a parameter all of whose rows have been written, in float32."""
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a model by name; nothing is allocated."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
 
 def require_shapes(found: Shapes, expected: Shapes, where: str) -> list[str]:

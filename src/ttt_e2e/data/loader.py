@@ -17,19 +17,26 @@ class SequenceLoader(Iterator[torch.Tensor]):
     one, so that no token is a target twice. The first window starts at random within the tokens that are left over.
     Shorter documents are first joined, in random order, into one stream that is cut in the same way. The windows of an
     epoch come in random order, and a batch may extend into the next epoch. Of every `world_size * batch` sequences, the
-    process `rank` gets its own `batch`.
+    process `rank` gets its own `batch`. With `same_windows` every epoch has the windows of the first, in another order.
 
     The order is a function of the tokens, `context` and `seed` alone, so the position is two numbers. Raises UserError
     if the tokens do not fill one window.
     """
 
     def __init__(
-        self, tokens: TokenSet, context: int, batch: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        tokens: TokenSet,
+        context: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        same_windows: bool = False,
     ) -> None:
         if context < 1 or batch < 1 or not 0 <= rank < world_size:
             raise ValueError(f"invalid loader: {context=}, {batch=}, {rank=}, {world_size=}")
         self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.same_windows = rank, world_size, same_windows
         is_long = tokens.lengths > context
         self._long = np.flatnonzero(is_long)
         self._short = np.flatnonzero(~is_long)
@@ -47,14 +54,24 @@ class SequenceLoader(Iterator[torch.Tensor]):
         self._shuffle()
 
     def __next__(self) -> torch.Tensor:
-        sequences = np.empty((self.batch, self.context + 1), np.int64)
+        return self.next_batch()[1]
+
+    def next_batch(self) -> tuple[list[int], torch.Tensor]:
+        """The next batch, and the indices of its windows within their epoch, which `window` takes."""
+        windows, sequences = [], []
         self._advance(self.rank * self.batch)
-        for sequence in sequences:
-            self._read(int(self._order[self._index]), sequence)
-            self.tokens.check_ids(sequence)
+        for _ in range(self.batch):
+            windows.append(int(self._order[self._index]))
+            sequences.append(self.window(windows[-1]))  # at once: the next one may be in another epoch
             self._advance(1)
         self._advance((self.world_size - 1 - self.rank) * self.batch)
-        return torch.from_numpy(sequences)
+        return windows, torch.stack(sequences)
+
+    def window(self, index: int) -> torch.Tensor:
+        """The window `index` of this epoch, int64 [context + 1]."""
+        sequence = np.empty(self.context + 1, np.int64)
+        self._read(index, sequence)
+        return torch.from_numpy(self.tokens.check_ids(sequence))
 
     def state(self) -> dict[str, Any]:
         """The position and what it belongs to, as plain values for JSON; equal on all ranks."""
@@ -87,6 +104,9 @@ class SequenceLoader(Iterator[torch.Tensor]):
         # The raw output of the bit generator: only that is promised to be the same in all versions of numpy.
         bits = np.random.PCG64([self.seed, self._epoch])
         self._order = np.argsort(bits.random_raw(self.windows), kind="stable")
+        if self.same_windows:
+            bits = np.random.PCG64([self.seed, 0])
+            bits.random_raw(self.windows)  # the order
         leftover = (self.tokens.lengths[self._long] - 1) % self.context
         self._offsets = (bits.random_raw(len(self._long)) % (leftover + 1).astype(np.uint64)).astype(np.int64)
         self._packed = self._short[np.argsort(bits.random_raw(len(self._short)), kind="stable")]

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, N mini-batches of b tokens, D hidden size.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ def sequence_loss(
     truncated_bptt_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
     functions: LoopFunctions = EAGER,
+    prefix_frozen: bool = False,
+    prefix_BTD: Tensor | None = None,
 ) -> LossOutput:
     """The training loss of sequences that each start a text, differentiable through the inner updates.
 
@@ -54,6 +57,8 @@ def sequence_loss(
         truncated_bptt_steps: through how many mini-batches the outer gradient goes; None: all. See `TrainConfig`.
         dtype: of the matrix products.
         functions: `EAGER`, or compiled ones.
+        prefix_frozen: nothing that runs before the loop is trained: no graph of it is kept.
+        prefix_BTD: what `LoopFunctions.forward_prefix` returns for these tokens, if it is known already.
     """
     config = model.config
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
@@ -65,7 +70,10 @@ def sequence_loss(
     positions = model.positions(0, length, dtype)
     if functions.static_cache:
         torch.compiler.cudagraph_mark_step_begin()
-    x_BTD = functions.forward_prefix(model, inputs_BT, positions, dtype)
+    x_BTD = prefix_BTD
+    if x_BTD is None:
+        with torch.no_grad() if prefix_frozen else nullcontext():
+            x_BTD = functions.forward_prefix(model, inputs_BT, positions, dtype)
     if not model.suffix:
         nll_BT = functions.losses(model, x_BTD, targets_BT)
     elif not learn:

@@ -217,7 +217,7 @@ def _go_all_back(
 def _graph(loop: SequenceLoop, first: int, stop: int, state: InnerLoopState) -> _Graph:
     """Walk mini-batches `first` to `stop` with a graph of their own."""
     state = state.map(lambda t: t.detach().requires_grad_())
-    x_NBbD = [loop.batches[i].x_BbD.detach().requires_grad_() for i in range(first, stop)]
+    x_NBbD = [x.detach().requires_grad_(x.requires_grad) for x in (loop.batches[i].x_BbD for i in range(first, stop))]
     with torch.enable_grad():
         _, losses, after = loop.walk(state, first, stop, x_NBbD=x_NBbD)
     return _Graph(first, state, x_NBbD, losses, after)
@@ -228,16 +228,18 @@ def _go_back(
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Gradients of a graph's x and of the state before it; those of the static weights are added to `totals`.
 
-    grad_after: of the state after it, in the order of its tensors; empty after the last mini-batch.
+    grad_after: of the state after it, in the order of its tensors; empty after the last mini-batch. The gradients of x
+    are None if nothing below the loop is trained.
     """
     outputs = [*graph.losses, *([] if graph.after is None else graph.after.tensors())]
     along = [*grad_nll[graph.first : graph.first + len(graph.losses)], *grad_after]
     pairs = [(o, g) for o, g in zip(outputs, along, strict=True) if o.requires_grad]
-    state, count = graph.state.tensors(), len(graph.x_NBbD)
-    inputs = [*graph.x_NBbD, *state, *loop.parameters]
+    x_NBbD, state = [x for x in graph.x_NBbD if x.requires_grad], graph.state.tensors()
+    inputs, count = [*x_NBbD, *state, *loop.parameters], len(x_NBbD)
     gradients = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
     of_state = zip(state, gradients[count : count + len(state)], strict=True)
     for j, g in enumerate(gradients[count + len(state) :]):
         total = totals[j]
         totals[j] = g if total is None else total if g is None else total.add_(g)
-    return list(gradients[:count]), [torch.zeros_like(t) if g is None else g for t, g in of_state]
+    grad_x = list(gradients[:count]) if count else [None] * len(graph.x_NBbD)
+    return grad_x, [torch.zeros_like(t) if g is None else g for t, g in of_state]

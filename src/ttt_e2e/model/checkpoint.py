@@ -21,6 +21,7 @@ from ttt_e2e.config.parse import from_dict, to_dict
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, check_file, file_digest, read_verified_json, with_digest
+from ttt_e2e.model.trainable import plain_weights
 from ttt_e2e.model.transformer import Transformer
 
 FORMAT = "ttt-e2e model"
@@ -62,11 +63,10 @@ def write_model_files(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of `save_model` straight into an existing `folder`, which the caller makes atomic."""
-    tensors = {
-        name: weight.detach().to("cpu", dtype or weight.dtype).contiguous() for name, weight in model.named_parameters()
-    }
+    weights = plain_weights(model)
+    tensors = {name: w.detach().to("cpu", dtype or w.dtype).contiguous() for name, w in weights.items()}
     # One metadata entry only: the library writes several in any order, and equal models should be equal files.
-    save_safetensors(tensors, folder / WEIGHTS, {"digest": _digest(tensors)})
+    save_safetensors(tensors, folder / WEIGHTS, {"digest": weights_digest(tensors)})
     if tokenizer_json is not None:
         shutil.copyfile(tokenizer_json, folder / TOKENIZER)
         copy_pretrained_metadata(Path(tokenizer_json).parent, folder)
@@ -130,7 +130,7 @@ def read_weights(model: Transformer, folder: Path, absent: Container[str] = ()) 
     tensors, metadata = load_safetensors(path, {name: tuple(weight.shape) for name, weight in weights.items()})
     if "digest" not in metadata:
         raise UserError(f"{path} was not written by ttt-e2e: it has no digest; convert the model first.")
-    if _digest(tensors) != metadata["digest"]:
+    if weights_digest(tensors) != metadata["digest"]:
         raise UserError(f"{path} was altered after it was written: its digest does not match; use an unaltered copy.")
     with torch.no_grad():
         for name, weight in weights.items():
@@ -139,7 +139,7 @@ def read_weights(model: Transformer, folder: Path, absent: Container[str] = ()) 
 
 def model_digest(model: nn.Module) -> str:
     """A fingerprint of the weights: equal for equal names, shapes and float32 values, on any device."""
-    return _digest(dict(model.named_parameters()))
+    return weights_digest(dict(model.named_parameters()))
 
 
 def stored_digest(folder: Path) -> str | None:
@@ -171,7 +171,8 @@ def check_finite(model: nn.Module, where: str) -> None:
         finite(weight, weight.dtype, name, where)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The digest of weights by name; see `model_digest`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())

@@ -18,14 +18,17 @@ convolutions of a few tokens, the triangular solves of Gated DeltaNet, the optim
 `tests/model/test_cost.py` compares all of it with models that are built and run under PyTorch's own counter.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ttt_e2e.config.schema import ModelConfig, TrainMode
+from ttt_e2e.config.schema import ModelConfig, TrainConfig, TrainMode
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.counting import KEPT_GRAPHS, num_pairs, product_operations, projection_operations, score_operations
 from ttt_e2e.model.mixers import MIXER_COSTS
 from ttt_e2e.model.mixers.attention import attention_cost
+from ttt_e2e.model.trainable import choose_trainable
+from ttt_e2e.model.transformer import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,27 @@ def fast_weights(config: ModelConfig) -> int:
     return config.suffix_layers * (whole if config.fast_rank is None else _factors(config))
 
 
-def training_bytes(config: ModelConfig) -> int:
-    """Bytes that training holds besides activations: weights, gradients and two moments of AdamW, all float32."""
-    return 16 * parameters(config)
+def trained_parameters(config: ModelConfig, train: TrainConfig) -> tuple[int, int]:
+    """How many of the model's parameters `train` trains, and how many numbers its low-rank additions have.
+
+    Raises UserError as `choose_trainable` does.
+    """
+    if train.trainable == "all":
+        return parameters(config), 0
+    shapes = parameter_shapes(config)
+    trained, adapted = choose_trainable(config, train, shapes)
+    return sum(math.prod(shapes[name]) for name in trained), sum(train.lora.r * sum(shapes[name]) for name in adapted)
+
+
+def training_bytes(config: ModelConfig, train: TrainConfig | None = None) -> int:
+    """Bytes that training holds besides activations, at least. `train`: what is trained; None: everything.
+
+    What is trained has weights, gradients and two moments of AdamW, all float32. Frozen weights are float32 too, or
+    bfloat16 if training computes in it, which is how they are held if they lose nothing by it.
+    """
+    own, added = (parameters(config), 0) if train is None else trained_parameters(config, train)
+    frozen_bytes = 2 if train is not None and train.dtype == "bfloat16" else 4
+    return 16 * (own + added) + frozen_bytes * (parameters(config) - own)
 
 
 def hours(operations: float, tokens: int, rate: float) -> float:

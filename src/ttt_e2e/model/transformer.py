@@ -427,3 +427,10 @@ class Transformer(nn.Module):
         """The learned initial fast weights, the same for every sequence of the batch."""
         starts = (block.fast(None) for block in self.suffix)
         return tuple(self.fast_kind(*(w.expand(batch, -1, -1) for w in start)) for start in starts)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model by name; nothing is allocated."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}

@@ -1,10 +1,10 @@
-"""Linear layers with one weight for all sequences, and with a weight for each.
+"""Linear layers with one weight for all sequences, which may have a low-rank addition, and with a weight for each.
 
 The weight gradients of the latter have the weights' layout in memory. PyTorch's own derivative of x @ w.transpose(1, 2)
 is the transpose of a contiguous tensor; added to contiguous ones, it would make every operation on the fast weights'
 gradients stride through memory.
 
-Shapes: B sequences, T tokens, D inputs, E outputs.
+Shapes: B sequences, T tokens, D inputs, E outputs, R rank.
 """
 
 from typing import Any, NamedTuple
@@ -21,13 +21,28 @@ class OuterProductFactors(NamedTuple):
     x_BTD: Tensor
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+class LowRankSum(NamedTuple):
+    """The matrix w + scaling * up @ down, which is never formed: x goes through `down`, then through `up`."""
+
+    w_ED: Tensor
+    down_RD: Tensor
+    up_ER: Tensor
+    scaling: float
+
+
+def linear(x: Tensor, weight: Tensor | LowRankSum) -> Tensor:
     """x @ weight.T in x's dtype."""
+    if isinstance(weight, LowRankSum):
+        addition = linear(linear(x, weight.down_RD), weight.up_ER)
+        return torch.add(linear(x, weight.w_ED), addition, alpha=weight.scaling)
     return F.linear(x, weight.to(x.dtype))
 
 
-def linear_vjp(g: Tensor, weight: Tensor) -> Tensor:
+def linear_vjp(g: Tensor, weight: Tensor | LowRankSum) -> Tensor:
     """The gradient of `linear` in x, from a gradient g of its output."""
+    if isinstance(weight, LowRankSum):
+        addition = linear_vjp(linear_vjp(g, weight.up_ER), weight.down_RD)
+        return torch.add(linear_vjp(g, weight.w_ED), addition, alpha=weight.scaling)
     return g @ weight.to(g.dtype)
 
 

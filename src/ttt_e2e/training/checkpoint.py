@@ -1,28 +1,33 @@
 """Checkpoints: everything that a run needs to continue as if it had never stopped.
 
-The checkpoint RUN/checkpoints/step-00000100 is a model folder with two more files: optimizer.safetensors, AdamW's
-moments by parameter name, and trainer.json, the state of the trainer, its configuration and the digests of all other
-files and of itself. It is written under a temporary name and then renamed, so it is complete or absent.
+The checkpoint RUN/checkpoints/step-00000100 is a model folder with two or three more files: optimizer.safetensors,
+AdamW's moments by the name of what is trained; lora.safetensors, if there are low-rank additions, with these and the
+matrices that they are added to, of which the model has the sums; and trainer.json, the state of the trainer, its
+configuration and the digests of all other files and of itself. It is written under a temporary name and then renamed,
+so it is complete or absent.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ttt_e2e.config.parse import to_dict
-from ttt_e2e.config.schema import RunConfig
+from ttt_e2e.config.schema import RunConfig, TrainConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, check_file, file_digest, read_verified_json, remove_atomically, with_digest
 from ttt_e2e.model.checkpoint import TOKENIZER, load_safetensors, read_weights, save_safetensors, write_model_files
+from ttt_e2e.model.trainable import lora_tensors, set_trainable, trained_weights
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.training.optimizer import make_optimizer
 
 FORMAT = "ttt-e2e checkpoint"
 VERSION = 3
-OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+OPTIMIZER, LORA, TRAINER = "optimizer.safetensors", "lora.safetensors", "trainer.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -55,10 +60,12 @@ def save_checkpoint(
         moments = {
             # A weight that no loss has depended on yet has no moments, such as a memory's in texts of one mini-batch.
             f"{moment}.{name}": optimizer.state[weight].get(moment, torch.zeros_like(weight)).to("cpu")
-            for name, weight in model.named_parameters()
+            for name, weight in trained_weights(model).items()
             for moment in _MOMENTS
         }
         save_safetensors(moments, part / OPTIMIZER, {"format": "pt"})
+        if factors := lora_tensors(model):
+            save_safetensors({name: w.detach().to("cpu") for name, w in factors.items()}, part / LORA, {"format": "pt"})
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -75,19 +82,36 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainerState:
-    """Fill `model` and `optimizer` from a checkpoint. Raises UserError if it is damaged or of another model."""
+def load_checkpoint(
+    folder: Path, model: Transformer, config: TrainConfig
+) -> tuple[torch.optim.Optimizer, TrainerState]:
+    """Fill a plain `model` from a checkpoint and make it trainable by `config`, as it was.
+
+    Returns its optimizer, and how far the run is. Raises UserError if the checkpoint is damaged or of another model.
+    """
     progress = check_checkpoint(folder)["progress"]
     read_weights(model, folder)
-    weights = dict(model.named_parameters())
-    shapes = {f"{moment}.{name}": tuple(weight.shape) for name, weight in weights.items() for moment in _MOMENTS}
-    moments, _ = load_safetensors(folder / OPTIMIZER, shapes)
+    set_trainable(model, config)
+    if factors := lora_tensors(model):
+        stored, _ = load_safetensors(folder / LORA, _shapes(factors))
+        for name, tensor in factors.items():
+            tensor.data = stored[name].to(tensor.device)  # in the dtype that it was held in
+    optimizer = make_optimizer(model, config)
+    weights = trained_weights(model)
+    shapes = _shapes(weights)
+    moments, _ = load_safetensors(
+        folder / OPTIMIZER, {f"{moment}.{name}": shapes[name] for name in weights for moment in _MOMENTS}
+    )
     for name, weight in weights.items():
         optimizer.state[weight] = {
             "step": torch.tensor(float(progress["step"]), device=weight.device),
             **{moment: moments[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS},
         }
-    return TrainerState(progress["step"], progress["tokens"], progress["seconds"], progress["loader"])
+    return optimizer, TrainerState(progress["step"], progress["tokens"], progress["seconds"], progress["loader"])
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

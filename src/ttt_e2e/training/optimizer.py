@@ -29,13 +29,15 @@ def inner_learning_rate(step: int, config: TrainConfig, model: ModelConfig) -> f
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `model`; weight decay leaves out learning rates and what mixers exempt."""
+    """AdamW over what is trained of `model`; weight decay leaves out learning rates and what mixers exempt."""
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     exempt = [getattr(mixer, name) for mixer in mixers for name in mixer.no_weight_decay]
     exempt += [parameter for name, parameter in model.named_parameters() if name.endswith(".log_lr_scale")]
     ids = {id(parameter) for parameter in exempt}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    groups: list[dict] = [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
+    groups: list[dict] = [
+        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in ids]},
+        {"params": [p for p in exempt if p.requires_grad], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
         groups, lr=config.lr_init, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
     )

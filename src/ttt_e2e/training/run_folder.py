@@ -53,6 +53,8 @@ def check_run(
     }
     found = out / CONFIG
     if not (resume and found.exists()):
+        if config.train.trainable != "all" and start_from is None:
+            raise UserError(f"trainable={config.train.trainable} trains a model further; name the model with --from.")
         if dist.is_rank0 and out.exists() and not out.is_dir():
             raise UserError(f"{out} is a file; choose a folder with --out.")
         if dist.is_rank0 and out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
@@ -101,6 +103,8 @@ def load_start_weights(model: Transformer, folder: Path, tokenizer_digest: str) 
             )
     path = folder / TOKENIZER
     if path.is_file() and Tokenizer.load(path).digest != tokenizer_digest:
-        raise UserError(f"The model in {folder} has another tokenizer than the data; prepare the data with {path}.")
+        raise UserError(
+            f"The model in {folder} has another tokenizer than the data; prepare the data with --tokenizer {folder}."
+        )
     rates = {name for name, _ in model.named_parameters() if name.endswith(".log_lr_scale")}
     read_weights(model, folder, absent=rates if starts_rates else ())

@@ -29,7 +29,8 @@ from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.checkpoint import CONFIG, TOKENIZER, copy_pretrained_metadata, save_model
-from ttt_e2e.model.cost import in_bytes, training_bytes
+from ttt_e2e.model.cost import in_bytes, parameters, training_bytes
+from ttt_e2e.model.trainable import set_trainable, trained_weights
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.signals import GracefulStop
 from ttt_e2e.training.checkpoint import (
@@ -43,6 +44,7 @@ from ttt_e2e.training.evaluate import evaluate_sequences
 from ttt_e2e.training.metrics import MetricsWriter
 from ttt_e2e.training.optimizer import inner_learning_rate, learning_rate, make_optimizer, optimizer_step
 from ttt_e2e.training.parallelize import init_distributed
+from ttt_e2e.training.prefix_cache import PrefixCache, fill_prefix_cache
 from ttt_e2e.training.run_folder import MODEL, check_run, load_start_weights, lock_run
 
 
@@ -71,6 +73,7 @@ def train(
     *,
     resume: bool = False,
     start_from: Path | None = None,
+    cache: Path | None = None,
     tokenizer: str | None = None,
     device: str = "auto",
     tensorboard: bool = False,
@@ -89,6 +92,7 @@ def train(
         out: the folder of the run.
         resume: continue from the newest intact checkpoint in `out`.
         start_from: a model folder whose weights to start from.
+        cache: with `cache_prefix`, the folder for the outputs of the frozen prefix; None: "prefix" in `out`.
         tokenizer: the tokenizer of zarr arrays, as for `Tokenizer.load`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         tensorboard, wandb: log there, too.
@@ -114,7 +118,7 @@ def train(
                 f"A batch of {train_config.batch} sequences does not split over {dist.world_size} processes with "
                 f"{train_config.accumulate} micro-batches each; choose train.batch as a multiple of {parts}."
             )
-        needed, there = training_bytes(config.model) // dist.world_size, memory_bytes(dist.device)
+        needed, there = training_bytes(config.model, train_config) // dist.world_size, memory_bytes(dist.device)
         if needed > there:
             raise UserError(
                 f"Training this model takes at least {in_bytes(needed)} of memory, and the {dist.device} has "
@@ -128,25 +132,33 @@ def train(
         data_tokenizer = tokenizer_override or tokens.tokenizer()
         stack.enter_context(lock_run(out, dist))
         record = check_run(config, tokens, out, resume, start_from, dist)
+        if cache is not None and not train_config.cache_prefix:
+            raise UserError("--cache names a folder for the outputs of a frozen prefix; set cache_prefix=true as well.")
         dist.log(f"Run {out}, on {dist.device}: {json.dumps(to_dict(config), indent=2)}")
 
         torch.manual_seed(train_config.seed)
         model = Transformer(config.model).to(dist.device)
-        optimizer = make_optimizer(model, train_config)
         local_batch_size, seed = train_config.batch // dist.world_size, train_config.seed
-        loader = SequenceLoader(tokens, train_config.context, local_batch_size, seed, dist.rank, dist.world_size)
+        loader = SequenceLoader(
+            tokens, train_config.context, local_batch_size, seed, dist.rank, dist.world_size, train_config.cache_prefix
+        )
 
-        state = TrainerState(loader=loader.state())
         checkpoint = latest_checkpoint(out, dist.log) if resume else None
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, model, optimizer)
+            optimizer, state = load_checkpoint(checkpoint, model, train_config)
             loader.load_state(state.loader)
             dist.log(f"Resuming after step {state.step}, from {checkpoint}.")
-        elif record["start_from"] is not None:
-            load_start_weights(model, Path(record["start_from"]), data_tokenizer.digest)
-            dist.log(f"Starting from the weights in {record['start_from']}.")
-        elif resume:
-            dist.log(f"There is no checkpoint in {out} yet: starting from the first step.")
+        else:
+            if record["start_from"] is not None:
+                load_start_weights(model, Path(record["start_from"]), data_tokenizer.digest)
+                dist.log(f"Starting from the weights in {record['start_from']}.")
+            elif resume:
+                dist.log(f"There is no checkpoint in {out} yet: starting from the first step.")
+            set_trainable(model, train_config)
+            optimizer, state = make_optimizer(model, train_config), TrainerState(loader=loader.state())
+        if train_config.trainable != "all":
+            trained = sum(weight.numel() for weight in trained_weights(model).values())
+            dist.log(f"Trained: {trained:,} numbers, beside {parameters(config.model):,} of the model.")
 
         metrics = None
         if dist.is_rank0:
@@ -157,6 +169,15 @@ def train(
             if record["start_from"] is not None and checkpoint is None:
                 copy_pretrained_metadata(Path(record["start_from"]), out)
             metrics = stack.enter_context(MetricsWriter(out, state.step, to_dict(config), tensorboard, wandb))
+        prefix: PrefixCache | None = None
+        if train_config.cache_prefix and state.step < train_config.steps:
+            prefix = fill_prefix_cache(
+                cache or out / "prefix", model, loader, train_config, dist, stop_signals, progress
+            )
+            if prefix is None:
+                dist.log("Stopped before the first step; continue with the same command and --resume.")
+                return TrainResult(None, state.step, None, None, state.tokens, state.seconds, True)
+            stack.callback(prefix.close)
         hidden = not (progress and dist.is_rank0)
         bar = stack.enter_context(tqdm(total=train_config.steps, initial=state.step, unit="step", disable=hidden))
         micro_batch_loss = partial(
@@ -168,6 +189,7 @@ def train(
             truncated_bptt_steps=train_config.truncated_bptt_steps,
             dtype=getattr(torch, train_config.dtype),
             functions=compiled_functions(dist.device) if compile else EAGER,
+            prefix_frozen=train_config.prefix_frozen,
         )
         if compile and state.step < train_config.steps:
             bar.set_postfix_str("compiling")
@@ -179,8 +201,11 @@ def train(
             lr = learning_rate(step, train_config)
             inner_lr = inner_learning_rate(step, train_config, config.model)
             total = torch.zeros((), device=dist.device)
-            for micro_batch_BT1 in next(loader).to(dist.device).chunk(train_config.accumulate):
-                part = micro_batch_loss(micro_batch_BT1, inner_lr=inner_lr).loss / parts
+            windows, batch_BT1 = loader.next_batch()
+            size = len(windows) // train_config.accumulate
+            for i, micro_batch_BT1 in enumerate(batch_BT1.to(dist.device).split(size)):
+                prefix_BTD = None if prefix is None else prefix.read(windows[i * size : (i + 1) * size])
+                part = micro_batch_loss(micro_batch_BT1, inner_lr=inner_lr, prefix_BTD=prefix_BTD).loss / parts
                 part.backward()
                 total += part.detach()
             stop = torch.tensor(float(stop_signals.requested), device=dist.device)

@@ -1,0 +1,214 @@
+"""Outputs of a frozen prefix, computed once for every sequence of the data and kept on disk for all passes over it.
+
+The folder holds `prefix.bin`, a row for every window of the loader, and `prefix.json`, which says what model, data and
+settings they belong to and how many rows are finished. A row is the residual stream below the loop, [T, D] in the dtype
+of training, and a digest of it, which is checked whenever the row is read. Rows are synced to the disk before they are
+counted, so that a process that was killed continues where it stood.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ttt_e2e.config.parse import to_dict
+from ttt_e2e.config.schema import TrainConfig
+from ttt_e2e.data.loader import SequenceLoader
+from ttt_e2e.errors import UserError
+from ttt_e2e.files import lock_beside, read_verified_json, with_digest, write_text
+from ttt_e2e.inner_loop.functions import forward_prefix
+from ttt_e2e.model.checkpoint import weights_digest
+from ttt_e2e.model.cost import in_bytes
+from ttt_e2e.model.trainable import is_below_loop
+from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.signals import GracefulStop
+from ttt_e2e.training.parallelize import DistributedContext
+
+FORMAT = "ttt-e2e prefix outputs"
+VERSION = 1
+ROWS, CONFIG = "prefix.bin", "prefix.json"
+
+_DIGEST_BYTES = 32
+_ROWS_AT_ONCE = 16  # that a process computes between two syncs
+
+# Settings of a model that its outputs below the loop do not depend on.
+_ABOVE = ("inner_loop", "initializer_range", "tie_word_embeddings", "static_mlp", "parallel_mlp")
+_ABOVE += ("fast_intermediate_size", "suffix_intermediate_size", "fast_rank")
+
+_SAYS = {  # by entry of prefix.json: what is another one
+    "weights": "the outputs of another model",
+    "model": "the outputs of a model with other settings",
+    "data": "the outputs for other data",
+}
+
+
+class PrefixCache:
+    """Reads rows. `folder` must hold all of them; see `fill_prefix_cache`."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], device: torch.device) -> None:
+        self._path, self._device = folder / ROWS, device
+        self._key = _key(config)
+        self._shape, self._dtype = (config["context"], config["model"]["hidden_size"]), getattr(torch, config["dtype"])
+        self._file = self._path.open("rb")
+
+    def read(self, windows: Sequence[int]) -> Tensor:
+        """The residual stream [B, T, D] of these windows. Raises UserError if a row was altered."""
+        x_BTD = torch.empty(len(windows), *self._shape, dtype=self._dtype)
+        size = x_BTD[0].nbytes
+        for window, x_TD in zip(windows, x_BTD, strict=True):
+            payload, digest = _bytes_of(x_TD), bytearray(_DIGEST_BYTES)
+            found = os.preadv(self._file.fileno(), [payload, digest], window * (size + _DIGEST_BYTES))
+            if found != size + _DIGEST_BYTES or digest != _row_digest(self._key, window, payload):
+                raise UserError(
+                    f"Row {window} of {self._path} was altered after it was written; remove {self._path.parent} and "
+                    "continue with --resume, which computes it anew."
+                )
+        return x_BTD.to(self._device)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def fill_prefix_cache(
+    folder: Path,
+    model: Transformer,
+    loader: SequenceLoader,
+    config: TrainConfig,
+    dist: DistributedContext,
+    stop: GracefulStop,
+    progress: bool = True,
+) -> PrefixCache | None:
+    """The outputs of `model` below the loop for all windows of `loader`, from `folder` as far as they are there.
+
+    What is missing is computed and written, by all processes together, which must share the disk. Returns None if
+    `stop` was requested before all was there. Raises UserError if the folder has the outputs of another model or of
+    other data, if another process is writing there, and if the disk has no room.
+    """
+    if dist.is_rank0 and folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no outputs of a prefix; name another folder with --cache.")
+    wanted = _describe(model, loader, config)
+    done = _find(folder, wanted)
+    row_bytes = config.context * model.config.hidden_size * getattr(torch, config.dtype).itemsize + _DIGEST_BYTES
+    in_use = f"The outputs in {folder} are being computed by another process; wait until it has ended."
+    with lock_beside(folder, in_use) if dist.is_rank0 and done < loader.windows else nullcontext():
+        dist.barrier()
+        done = _find(folder, wanted)
+        if done < loader.windows and not _fill(folder, done, row_bytes, wanted, model, loader, dist, stop, progress):
+            return None
+    return PrefixCache(folder, wanted, dist.device)
+
+
+def _fill(
+    folder: Path,
+    done: int,
+    row_bytes: int,
+    wanted: dict[str, Any],
+    model: Transformer,
+    loader: SequenceLoader,
+    dist: DistributedContext,
+    stop: GracefulStop,
+    progress: bool,
+) -> bool:
+    """Compute the rows from `done` on; returns whether all are there, False if a stop was requested."""
+    count, total, path = loader.windows, loader.windows * row_bytes, folder / ROWS
+    if dist.is_rank0:
+        folder.mkdir(parents=True, exist_ok=True)
+        free, missing = shutil.disk_usage(folder).free, total - done * row_bytes
+        size = f"{in_bytes(total)} for {count:,} sequences of {loader.context:,} tokens"
+        if missing > free:
+            raise UserError(
+                f"The outputs of the frozen prefix take {size}, and the disk of {folder} has {in_bytes(free)} left; "
+                "name a folder on another disk with --cache, or set cache_prefix=false."
+            )
+        dist.log(f"Computing the outputs of the frozen prefix: {size}, in {folder}; {done:,} are there.")
+        path.touch()
+    dist.barrier()
+    bar = tqdm(total=count, initial=done, unit="sequence", disable=not (progress and dist.is_rank0))
+    key, dtype = _key(wanted), getattr(torch, wanted["dtype"])
+    positions = model.positions(0, loader.context, dtype)
+    with bar, path.open("r+b") as file, torch.no_grad():
+        for first in range(done, count, _ROWS_AT_ONCE * dist.world_size):
+            last = min(first + _ROWS_AT_ONCE * dist.world_size, count)
+            try:
+                for window in range(first + dist.rank, last, dist.world_size):
+                    tokens_1T = loader.window(window)[None, :-1].to(dist.device)
+                    x_TD = forward_prefix(model, tokens_1T, positions, dtype)[0].cpu().contiguous()
+                    payload = _bytes_of(x_TD)
+                    file.seek(window * row_bytes)
+                    file.write(payload)
+                    file.write(_row_digest(key, window, payload))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(
+                    f"No space left on the disk while writing {path}; free some and continue with --resume."
+                ) from error
+            stopping = torch.tensor(float(stop.requested), device=dist.device)
+            dist.sum_([stopping])  # and so all have written their rows
+            if dist.is_rank0:
+                write_text(folder / CONFIG, json.dumps(with_digest(wanted | {"done": last}), indent=2) + "\n")
+            bar.update(last - first)
+            if stopping and last < count:
+                return False
+    dist.barrier()
+    return True
+
+
+def _describe(model: Transformer, loader: SequenceLoader, config: TrainConfig) -> dict[str, Any]:
+    """What the outputs depend on, as it stands in prefix.json."""
+    ignored = {*_ABOVE}
+    if not {"ttt-kvb", "titans"} & {*model.config.mixers}:
+        ignored.add("mini_batch_size")
+    below = {name: weight for name, weight in model.named_parameters() if is_below_loop(name, model.config)}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "weights": weights_digest(below),
+        "model": {name: value for name, value in to_dict(model.config).items() if name not in ignored},
+        "data": loader.tokens.digest,
+        "context": config.context,
+        "seed": loader.seed,
+        "dtype": config.dtype,
+        "sequences": loader.windows,
+    }
+
+
+def _find(folder: Path, wanted: dict[str, Any]) -> int:
+    """How many rows are finished. Raises UserError if they belong to something else than `wanted`."""
+    if not (folder / CONFIG).is_file():
+        return 0
+    found = read_verified_json(folder / CONFIG, FORMAT, VERSION, "remove the folder")
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            what = _SAYS.get(name, f"outputs for {name}={found.get(name)}, not {value}")
+            raise UserError(f"{folder} holds {what}; name another folder with --cache, or remove this one.")
+    return int(found["done"])
+
+
+def _key(config: dict[str, Any]) -> bytes:
+    return json.dumps(config, sort_keys=True).encode()
+
+
+def _bytes_of(x_TD: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(x_TD.view(torch.uint8).numpy()).cast("B")
+
+
+def _row_digest(key: bytes, window: int, payload: memoryview) -> bytes:
+    digest = hashlib.sha256(key + window.to_bytes(8, "little"))
+    digest.update(payload)
+    return digest.digest()
