@@ -1,5 +1,6 @@
 """Sinks of converted models: what transformers computes for the first token, and what a conversion does with it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def test_conversion_calibrates_by_itself(pretrained: Pretrained, tmp_path: Path)
 
 def test_no_sink_where_none_is_wanted_or_needed(pretrained: Pretrained, tmp_path: Path) -> None:
     folder = with_tokenizer(pretrained("llama")[1])
-    convert_from_hf(folder, tmp_path / "none", OPTIONS, sink="none")
+    convert_from_hf(folder, tmp_path / "none", dataclasses.replace(OPTIONS, sink="none"))
     assert not load_transformer(tmp_path / "none").config.attention_sink
     sliding = with_tokenizer(pretrained("mistral, sliding window")[1])
     for window, has_sink in ((24, False), (12, True)):  # it was trained with a window of 24

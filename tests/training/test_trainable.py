@@ -87,25 +87,27 @@ def test_only_what_is_trained_changes(data: Path, start: Path, tmp_path: Path, m
 def test_lora_trains_beside_its_additions_what_is_small() -> None:
     """Norms, what only a name tells, and the initial fast weights; with a rank these are the factors."""
     for changes, fast in (({}, {"w_in", "w_out"}), ({"fast_rank": 2}, {"up_in", "up_out", "down_in", "down_out"})):
-        model = small_model(attention_bias=True, tie_word_embeddings=False, **changes)
-        for block in model.blocks:
-            block.mixer.sink_logit = torch.nn.Parameter(torch.zeros(2))
-            block.mixer.sink_value = torch.nn.Parameter(torch.zeros(2, 8))
-        for block in model.suffix:
-            block.fast.log_lr = torch.nn.Parameter(torch.zeros(2))
+        model = small_model(
+            attention_bias=True,
+            tie_word_embeddings=False,
+            attention_sink=True,
+            inner_loop__learned_lr=True,
+            **changes,
+        )
         matrices = {"blocks.1.mixer.w_qkv", "blocks.3.mixer.w_qkv", "blocks.1.mlp.w_out", "blocks.3.mlp.w_out"}
         targets = ("w_qkv", "blocks.1.mlp.w_out", "blocks.3.mlp.w_out")
         set_trainable(model, TrainConfig(trainable="lora", lora=LoraConfig(r=2, target_modules=targets)))
         factors = {n.removesuffix(".lora_A") for n in lora_tensors(model) if n.endswith("lora_A")}
         assert factors == matrices | {"blocks.0.mixer.w_qkv", "blocks.2.mixer.w_qkv"}
         own = {name for name in trained_weights(model) if ".lora_" not in name}
-        assert {n.rpartition(".")[2] for n in own if ".fast." in n} == fast | {"log_lr"}
+        assert {n.rpartition(".")[2] for n in own if ".fast." in n} == fast
         others = {name for name in own if ".fast." not in name}
         assert others == {
             name
             for name, _ in plain_weights(model).items()
-            if ".fast." not in name and ("norm" in name or "sink" in name)
+            if ".fast." not in name and ("norm" in name or "sink" in name or "log_lr_scale" in name)
         }
+        assert len([name for name in others if "log_lr_scale" in name]) == 2
         assert len([name for name in others if "sink" in name]) == 8
 
 

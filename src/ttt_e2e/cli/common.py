@@ -101,6 +101,7 @@ def learning_options(arguments: argparse.Namespace) -> LearningOptions:
         fast=arguments.fast,
         fast_share=arguments.fast_share,
         fast_rank=arguments.fast_rank,
+        sink=getattr(arguments, "sink", "calibrate"),
         learned_lr=arguments.learned_lr,
     )
 

@@ -142,7 +142,6 @@ def _convert(arguments: argparse.Namespace) -> None:
             source,
             out,
             options,
-            sink=arguments.sink,
             calibration_text=arguments.calibration_text,
             dtype=arguments.dtype,
             progress=not arguments.quiet,

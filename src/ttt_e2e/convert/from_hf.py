@@ -22,7 +22,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +46,6 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 23  # numbers that are read at once
 _SEED = 0  # of new fast MLPs and factors
 _ALL = slice(None)
-
-SinkChoice = Literal["calibrate", "none"]
 
 
 class SliceCopy(NamedTuple):
@@ -82,7 +80,6 @@ def convert_from_hf(
     out: Path,
     options: LearningOptions = LearningOptions(),  # noqa: B008 - immutable
     *,
-    sink: SinkChoice = "calibrate",
     calibration_text: Path | None = None,
     given: Mapping[str, Tensor] | None = None,
     dtype: str | None = None,
@@ -94,8 +91,6 @@ def convert_from_hf(
         path_or_name: a Hugging Face checkpoint's folder or its name there, or a GGUF file.
         out: the folder to write.
         options: how the model is to learn.
-        sink: whether windowed attention gets sinks. They need a tokenizer; and a model that was trained with this very
-            window gets none.
         given: parameters by name that take the place of converted ones; with sinks among them, nothing is calibrated.
         calibration_text: what the sinks are measured on; None: a text that comes with the package.
         dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are, else float32.
@@ -111,7 +106,7 @@ def convert_from_hf(
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"Weights are written as {' or '.join(_DTYPES)}, not {dtype}.")
     with open_checkpoint(path_or_name) as checkpoint:
-        text = None if sink == "none" else TEXT if calibration_text is None else calibration_text
+        text = calibration_text or TEXT
         return _convert(checkpoint, str(path_or_name), out, options, text, given or {}, dtype, progress)
 
 
@@ -120,7 +115,7 @@ def _convert(
     name: str,
     out: Path,
     options: LearningOptions,
-    calibration_text: Path | None,
+    calibration_text: Path,
     given: Mapping[str, Tensor],
     dtype: str | None,
     progress: bool,
@@ -139,12 +134,12 @@ def _convert(
     source.settings["vocab_size"] = tokens
     unused_ids = vocab_size - tokens  # embeddings are often rounded up to a size that suits a GPU
     config = config_from_source(source, options)
-    calibration_ids = None
-    if any(name.endswith(".sink_logit") for name in given):
-        config = replace(config, {"attention_sink": True})
-    elif tokenizer is not None and calibration_text is not None and config.sliding_window != source.trained_window:
-        config = replace(config, {"attention_sink": True})
-        calibration_ids = np.array([tokenizer.bos, *tokenizer.encode(read_text(calibration_text))])
+    has_sinks, calibration_ids = any(name.endswith(".sink_logit") for name in given), None
+    if config.attention_sink and not has_sinks:
+        if tokenizer is None:
+            config = replace(config, {"attention_sink": False})
+        else:
+            calibration_ids = np.array([tokenizer.bos, *tokenizer.encode(read_text(calibration_text))])
     copies = list(_slice_copies(config, unused_ids))
     _check_tensors(checkpoint, copies, config.tie_word_embeddings)
     copies = [copy for copy in copies if copy.target not in given]

@@ -185,7 +185,7 @@ def convert_from_official(
         )
     dtype = torch.bfloat16 if all(array.store.dtype.name == "bfloat16" for array in arrays.values()) else torch.float32
     notes = {"from": "a checkpoint of the official implementation", "step": found.name, "preset": preset_name}
-    with model_folder(out, config, dtype, notes) as (part, write_rows):
+    with model_folder(out, config, dtype, notes) as (part, write_rows, _):
         bar = tqdm(copies, unit="array", disable=not progress)
         for (source, is_stacked), group in itertools.groupby(bar, lambda copy: (copy.source, copy.layer is not None)):
             for copy, values in zip(group, arrays[source].read(is_stacked), strict=True):

@@ -42,7 +42,7 @@ def learning_config(config: ModelConfig, options: LearningOptions) -> ModelConfi
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _REPLACED}
     max_window = 2**62 if "full" in config.mixers else config.sliding_window
     source = SourceModel("ttt-e2e", settings, max_window, "the window it was trained with")
-    return config_from_source(source, options)
+    return config_from_source(source, dataclasses.replace(options, sink="none"))
 
 
 def warm_start(model: Transformer, config: ModelConfig) -> Transformer:

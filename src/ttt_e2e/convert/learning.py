@@ -8,6 +8,7 @@ from ttt_e2e.config.schema import InnerLoopConfig, ModelConfig
 from ttt_e2e.errors import UserError
 
 FastInit = Literal["new", "split"]
+SinkChoice = Literal["calibrate", "none"]
 
 _PUBLISHED_WINDOW, _PUBLISHED_MINI_BATCH = 8192, 1024
 
@@ -30,6 +31,9 @@ class LearningOptions:
     """Width of the fast MLP, as a part of that of the pretrained one."""
     fast_rank: int | None = None
     """Rank of what a sequence learns; None: the whole fast MLP. See `ModelConfig.fast_rank`."""
+    sink: SinkChoice = "calibrate"
+    """"calibrate": windowed attention gets sinks, unless the original was trained with this very window. Of a model
+    without a tokenizer, and of one that was trained here, none are measured."""
     learned_lr: bool = False
     """Whether training also learns the inner learning rates; see `InnerLoopConfig.learned_lr`."""
 
@@ -79,8 +83,10 @@ def config_from_source(source: SourceModel, options: LearningOptions) -> ModelCo
     )
     if options.inner_lr is not None:
         inner_loop = dataclasses.replace(inner_loop, lr=options.inner_lr)
+    has_sink = options.sink == "calibrate" and window != source.trained_window
+    sink = source.settings.get("attention_sink", has_sink)
     return ModelConfig(
-        **source.settings | widths | {"inner_loop": inner_loop},
+        **source.settings | widths | {"inner_loop": inner_loop, "attention_sink": sink},
         suffix_layers=max(1, round(options.suffix * layers)),
         sliding_window=window,
         mini_batch_size=mini_batch,
