@@ -21,7 +21,7 @@ from ttt_e2e.convert.smollm2 import PART, installed_base
 from ttt_e2e.files import file_digest
 from ttt_e2e.model.checkpoint import WEIGHTS
 
-OPTIONS = LearningOptions(sliding_window=512, mini_batch_size=32, inner_lr=0.1, fast="split")
+OPTIONS = LearningOptions(sliding_window=512)
 
 with TemporaryDirectory() as folder:
     done = convert_from_hf(installed_base(), Path(folder) / "model", OPTIONS, progress=True)

@@ -59,13 +59,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         help="share of the blocks that learn (default: 0.25)",
     ),
     "mini-batch": dict(
-        type=whole(1, 2**30), metavar="B", help="tokens per update (default: an eighth of the window, at most 1024)"
+        type=whole(1, 2**30), metavar="B", help="tokens per update (default: 32, or the window if that is shorter)"
     ),
-    "inner-lr": dict(type=amount, metavar="LR", help="learning rate of the updates (default: 1)"),
+    "inner-lr": dict(type=amount, default=0.05, metavar="LR", help="learning rate of the updates (default: 0.05)"),
     "fast": dict(
         choices=("new", "split"),
-        default="new",
-        help="the fast MLP: a new one that adds nothing yet, or a part of the pretrained MLP (default: new)",
+        default="split",
+        help="the fast MLP: a new one that adds nothing yet, or a part of the pretrained MLP (default: split)",
     ),
     "fast-share": dict(
         type=part,

@@ -15,7 +15,7 @@ DESCRIPTION = (
 EPILOG = """examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
   ttt-e2e convert from-gguf Qwen3-0.6B-Q8_0.gguf model
-  ttt-e2e convert from-standard run/model model --window 1024 --fast split
+  ttt-e2e convert from-standard run/model model --window 1024
   ttt-e2e convert from-official checkpoints/pretrain-125m-e2e model --preset 125m --tokenizer NAME
   ttt-e2e convert to-hf model hf-model
   ttt-e2e convert ACTION --help"""
@@ -35,7 +35,7 @@ original, within the window. Train the result further on tokens that were prepar
 ttt-e2e train PRESET --from OUT --data DIR --out RUN""",
         epilog="""examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
-  ttt-e2e convert from-hf checkpoints/llama model --window 4096 --fast split --fast-share 0.5""",
+  ttt-e2e convert from-hf checkpoints/llama model --window 4096 --fast-share 0.5""",
     )
     from_hf.add_argument(
         "source", metavar="PATH_OR_NAME", help="a checkpoint folder, a GGUF file, or a name on Hugging Face"
@@ -49,7 +49,7 @@ Turn the model in a GGUF file (Llama, Mistral, Qwen 2, 2.5 or 3) into one that c
 reads, as from-hf does, with the tokenizer and the chat template of the file. Quantised weights become
 floats again. This needs the library gguf: pip install "ttt-e2e[gguf]".""",
         epilog="""example:
-  ttt-e2e convert from-gguf Qwen3-0.6B-Q8_0.gguf model --fast split --dtype bfloat16""",
+  ttt-e2e convert from-gguf Qwen3-0.6B-Q8_0.gguf model --dtype bfloat16""",
     )
     from_gguf.add_argument("source", metavar="FILE", help="a GGUF file")
     dtype = "of the weights in the file (default: bfloat16 if all of the original's are, else float32)"
@@ -68,7 +68,7 @@ that can learn while it reads. Where the window covers the text, the predictions
 original until the first update. Train the result further:
 ttt-e2e train PRESET --from OUT --data DIR --out RUN""",
         epilog="""examples:
-  ttt-e2e convert from-standard run/model model --window 1024 --fast split
+  ttt-e2e convert from-standard run/model model --window 1024
   ttt-e2e train small --data tokens --out warm --from model""",
     )
     from_standard.add_argument("source", type=Path, metavar="MODEL", help="a model folder")

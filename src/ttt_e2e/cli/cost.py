@@ -28,7 +28,7 @@ EPILOG = """examples:
   ttt-e2e cost 3b --context 8K 128K 2M
   ttt-e2e cost run/model trainable=suffix
   ttt-e2e cost tiny sliding_window=1024 mini_batch_size=128 --json
-  ttt-e2e cost Qwen/Qwen3-8B --fast split --fast-rank 16 --train 1000M"""
+  ttt-e2e cost Qwen/Qwen3-8B --fast-rank 16 --train 1000M"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
