@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ttt_e2e.config.presets import PRESETS
-from ttt_e2e.config.schema import MIXERS, ActivationCheckpointing, ModelConfig
+from ttt_e2e.config.schema import MIXERS, ActivationCheckpointing, ModelConfig, TrainConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.cost import cost, operations, parameters, state_bytes, table
 from ttt_e2e.model.counting import KEPT_GRAPHS
+from ttt_e2e.model.trainable import set_trainable
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention import inner_loop_attention
@@ -250,6 +251,25 @@ def test_training(shape: str, length: int, recompute: ActivationCheckpointing) -
         again = max(0, len(pieces) - KEPT_GRAPHS)
         count -= unseen_inside(config, pieces[:again], again)
     assert count == round(total * length)
+
+
+@pytest.mark.parametrize("shape", [name for name in SUFFIXES if name != "no norms"])
+@pytest.mark.parametrize(("recompute", "learn"), [("none", True), ("mini-batch", True), ("none", False)])
+def test_training_with_a_frozen_prefix(shape: str, recompute: ActivationCheckpointing, learn: bool) -> None:
+    """Norms are there: without, the lowest MLPs' inputs would need no gradient either."""
+    config, model, text = small_config(**SUFFIXES[shape]), small_model(**SUFFIXES[shape]), tokens(24)
+    set_trainable(model, TrainConfig(trainable="suffix"))
+    options = {"learn": learn, "activation_checkpointing": recompute, "prefix_frozen": True}
+    count = counted(lambda: sequence_loss(model, text, **options).loss.backward())
+    pieces = cut(0, 23, config.mini_batch_size) if learn else [23]
+    learned = len(pieces) - 1
+    expected = operations(config, 23, "meta" if learn else "pretrain", prefix_frozen=True)
+    total = expected.training if recompute == "none" else expected.training_recomputed
+    wasted = unseen_below(config, [23]) + 3 * unseen_inside(config, pieces, learned)
+    if recompute != "none":
+        again = max(0, len(pieces) - KEPT_GRAPHS)
+        wasted += unseen_inside(config, pieces[:again], again)
+    assert count - wasted == round(total * 23)
 
 
 @pytest.mark.parametrize("shape", SUFFIXES)

@@ -11,6 +11,7 @@ from reproduce_helpers import MINUTE, SYSTEMS, make_comparison, read_report, rea
 
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.errors import UserError
+from ttt_e2e.files import with_digest
 from ttt_e2e.reproduce.scales import SCALES
 from ttt_e2e.reproduce.systems import SYSTEMS as FIGURE1_SYSTEMS
 from ttt_e2e.reproduce.systems import WARM_STARTS, extending, pretraining
@@ -217,3 +218,16 @@ def test_dry_run_prints_the_plan_and_trains_nothing(
     assert rows["pretrain"] == ["3", "0", f"{3 * 8 * 64:,}"]
     assert rows["extend"] == ["3", "0", f"{3 * 3 * 64:,}"]
     assert rows["evaluate"][:2] == ["8", "0"] and rows["latency"][:2] == ["1", "0"]
+
+
+def test_settings_that_an_earlier_version_did_not_have_change_no_plan(data: Path, tmp_path: Path) -> None:
+    make_comparison(tmp_path, data, dry_run=True)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    for config in plan["configs"].values():
+        del config["train"]["trainable"], config["train"]["lora"]
+    (tmp_path / "plan.json").write_text(json.dumps(with_digest(plan)))
+    make_comparison(tmp_path, data, dry_run=True)
+    plan["configs"]["full"]["train"]["betas"] = [0.5, 0.5]
+    (tmp_path / "plan.json").write_text(json.dumps(with_digest(plan)))
+    with pytest.raises(UserError, match="other settings of full, from another version"):
+        make_comparison(tmp_path, data, dry_run=True)

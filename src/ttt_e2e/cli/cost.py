@@ -75,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = config.train.dtype
     dtype_bytes = 2 if dtype == "bfloat16" else 4
     costs = {
-        label: [cost(run.model, context, dtype_bytes, run.train.train_mode) for context in contexts]
+        label: [
+            cost(run.model, context, dtype_bytes, run.train.train_mode, run.train.prefix_frozen) for context in contexts
+        ]
         for label, run in ((name, config), *reference)
     }
     count, train_bytes = parameters(config.model), training_bytes(config.model, config.train)

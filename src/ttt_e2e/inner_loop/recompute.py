@@ -241,5 +241,5 @@ def _go_back(
     for j, g in enumerate(gradients[count + len(state) :]):
         total = totals[j]
         totals[j] = g if total is None else total if g is None else total.add_(g)
-    grad_x = list(gradients[:count]) if count else [None] * len(graph.x_NBbD)
+    grad_x: list[Tensor | None] = [*gradients[:count]] if count else [None] * len(graph.x_NBbD)
     return grad_x, [torch.zeros_like(t) if g is None else g for t, g in of_state]

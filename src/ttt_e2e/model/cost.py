@@ -60,10 +60,16 @@ class Cost:
     operations: Operations
 
 
-def cost(config: ModelConfig, context: int, dtype_bytes: int = 4, train_mode: TrainMode = "meta") -> Cost:
+def cost(
+    config: ModelConfig,
+    context: int,
+    dtype_bytes: int = 4,
+    train_mode: TrainMode = "meta",
+    prefix_frozen: bool = False,
+) -> Cost:
     """All figures of a model at `context` tokens; see the functions below. Raises UserError if there is no token."""
     state = state_bytes(config, context, dtype_bytes)
-    return Cost(context, parameters(config), state, operations(config, context, train_mode))
+    return Cost(context, parameters(config), state, operations(config, context, train_mode, prefix_frozen))
 
 
 def parameters(config: ModelConfig) -> int:
@@ -125,13 +131,23 @@ def hours(operations: float, tokens: int, rate: float) -> float:
     return operations * tokens / rate / 3600
 
 
-def operations(config: ModelConfig, context: int, train_mode: TrainMode = "meta") -> Operations:
-    """Operations per token at `context` >= 1 tokens. With "pretrain" as `train_mode` nothing is learned in training."""
+def operations(
+    config: ModelConfig, context: int, train_mode: TrainMode = "meta", prefix_frozen: bool = False
+) -> Operations:
+    """Operations per token at `context` >= 1 tokens.
+
+    With "pretrain" as `train_mode` nothing is learned in training. With `prefix_frozen`, what runs before the loop goes
+    forward only, and the head gets no gradient, as with `trainable=suffix`. Low-rank additions are not counted, nor is
+    what they save: the matrices that they are added to count as if they were trained.
+    """
     _require_tokens(context)
     mixers = [MIXER_COSTS[name](config, context) for name in config.mixers]
     dense = _mlp(config, 1, _hidden(config)) + config.suffix_layers * _additions(config, 1) + _head(config, 1)
     forward = sum(m.text for m in mixers) + context * dense
     training = sum(m.training for m in mixers) + 3 * context * dense
+    if prefix_frozen:
+        training -= sum(m.training - m.text for m in mixers[: config.prefix_layers + 1])
+        training -= 2 * config.prefix_layers * _mlp(config, context, config.intermediate_size) + _head(config, context)
     prefill, recomputed = forward, training
     b = config.mini_batch_size or 1
     if config.can_learn:
@@ -139,7 +155,8 @@ def operations(config: ModelConfig, context: int, train_mode: TrainMode = "meta"
     if config.can_learn and train_mode == "meta":
         count = -(-context // b)
         # No update follows a sequence's last mini-batch: nothing would read it.
-        training += 3 * _inner_gradient(config, (count - 1) * b)
+        learned = (count - 1) * b
+        training += 3 * _inner_gradient(config, learned) - prefix_frozen * _head(config, learned)
         again = max(0, count - KEPT_GRAPHS) * b
         recomputed = training + _loop_forward(config, again) + _inner_gradient(config, again)
     decoding = sum(m.token for m in mixers) + dense

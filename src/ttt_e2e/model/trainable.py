@@ -92,9 +92,9 @@ class LowRankAddition(nn.Module):
     def __init__(self, weight: Tensor, r: int, lora_alpha: float):
         super().__init__()
         rows, columns = weight.shape
-        options = {"device": weight.device, "dtype": accumulation_dtype(weight.dtype)}
-        self.lora_A = nn.Parameter(torch.empty(r, columns, **options))
-        self.lora_B = nn.Parameter(torch.zeros(rows, r, **options))
+        dtype = accumulation_dtype(weight.dtype)
+        self.lora_A = nn.Parameter(torch.empty(r, columns, device=weight.device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(rows, r, device=weight.device, dtype=dtype))
         self.scaling = lora_alpha / r
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
@@ -134,7 +134,7 @@ def _additions(model: Transformer) -> dict[str, tuple[Tensor, LowRankAddition]]:
         f"{path}.{name}": (of_name.original, of_name[0])
         for path, module in model.named_modules()
         if parametrize.is_parametrized(module)
-        for name, of_name in module.parametrizations.items()  # type: ignore[operator, union-attr]
+        for name, of_name in module.parametrizations.items()
     }
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.config.parse import to_dict
+from ttt_e2e.config.parse import from_dict, to_dict
 from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_digest, check_format, read_json, with_digest, write_text
@@ -243,7 +243,10 @@ def write_plan(comparison: Comparison, out: Path) -> dict[str, list[Any]]:
         before, now = _fixed(previous), _fixed(plan)
         different = [f"{key} = {before.get(key)}, not {now[key]}" for key in now if before.get(key) != now[key]]
         for name, config in previous["configs"].items():
-            if plan["configs"].setdefault(name, config) != config:
+            ours, theirs = (
+                from_dict(RunConfig, values, str(path)) for values in (plan["configs"].setdefault(name, config), config)
+            )
+            if ours != theirs:  # not as dicts: this version may have settings that the earlier one did not have
                 different.append(f"other settings of {name}, from another version of ttt-e2e")
         if different:
             raise UserError(

@@ -43,8 +43,10 @@ _DIGEST_BYTES = 32
 _ROWS_AT_ONCE = 16  # that a process computes between two syncs
 
 # Settings of a model that its outputs below the loop do not depend on.
-_ABOVE = ("inner_loop", "initializer_range", "tie_word_embeddings", "static_mlp", "parallel_mlp")
-_ABOVE += ("fast_intermediate_size", "suffix_intermediate_size", "fast_rank")
+_ABOVE = {
+    *("inner_loop", "initializer_range", "tie_word_embeddings", "static_mlp", "parallel_mlp"),
+    *("fast_intermediate_size", "suffix_intermediate_size", "fast_rank"),
+}
 
 _SAYS = {  # by entry of prefix.json: what is another one
     "weights": "the outputs of another model",
@@ -205,7 +207,7 @@ def _key(config: dict[str, Any]) -> bytes:
 
 def _bytes_of(x_TD: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(x_TD.view(torch.uint8).numpy()).cast("B")
+    return x_TD.view(torch.uint8).reshape(-1).numpy().data
 
 
 def _row_digest(key: bytes, window: int, payload: memoryview) -> bytes:
