@@ -14,7 +14,6 @@ from torch import Tensor
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import preset
 from ttt_e2e.errors import UserError
-from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import mini_batch_mean, sequence_loss
 from ttt_e2e.model.transformer import Transformer
@@ -119,13 +118,13 @@ def test_no_more_than_a_chunk_is_stored(steps: int) -> None:
     assert len(alive) == 8 and max(alive) == steps
 
 
-def test_compiled() -> None:
-    torch._dynamo.reset()
-    shape = {"num_hidden_layers": 2, "inner_loop.learned_lr": True, "parallel_mlp": True}
-    model, text = small_model(F64, **shape), tokens(20)
-    found = []
-    for functions in (EAGER, compiled_functions(backend="aot_eager")):
-        out = sequence_loss(model, text, dtype=F64, truncated_bptt_steps=2, functions=functions)
+@pytest.mark.parametrize("recompute", ["none", "mini-batch"])
+def test_with_caches_that_have_all_their_slots(recompute: Any) -> None:
+    """As the compiled functions are given them, which are the same to the loop."""
+    model, text, found = small_model(F64, **SHAPES["learned rates, low rank"]), tokens(28), []
+    for functions in (EAGER, EAGER._replace(static_cache=True)):
+        options: dict[str, Any] = {"activation_checkpointing": recompute, "truncated_bptt_steps": 3}
+        out = sequence_loss(model, text, dtype=F64, functions=functions, **options)
         found.append([out.loss, out.nll_BT, *gradients(model, out.loss).values()])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 

@@ -120,7 +120,7 @@ class _ClippedStep(torch.autograd.Function):
         if ctx.has_rates:
             inner_MB = torch.stack(inner)
             grad_lr = -(scale_B * inner_MB).sum(1)
-            inner_B, lr_of_bend = lr @ inner_MB, 1.0
+            inner_B, lr_of_bend = (lr[:, None] * inner_MB).sum(0), 1.0
         else:
             inner_B, lr_of_bend = sum(inner), lr
         # Through the scale: d(c / n)/dg = -c g / n^3 where gradients are clipped, at n = c too; 0 elsewhere.
