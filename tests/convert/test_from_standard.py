@@ -63,7 +63,7 @@ def test_predictions_are_the_original_until_the_first_update(fast: Any, changes:
     [
         (lambda: small_model(), {}, "has fast MLPs already"),
         (lambda: standard(pattern=("mamba2", "window")), {}, "not one with mamba2"),
-        (lambda: standard(post_norm=True), {}, "split the MLPs instead"),
+        (lambda: standard(post_norm=True), {"fast": "new"}, "split the MLPs instead"),
         (lambda: standard(), {"fast": "split", "fast_share": 1.0}, "leaves nothing"),
         (
             lambda: standard(pattern=("window",)),

@@ -90,7 +90,7 @@ def test_default_window_is_what_the_original_can_see(
     folder = Path(shutil.copytree(pretrained(name)[1], tmp_path / "checkpoint"))
     change_config(folder, **changes)
     config = convert_from_hf(folder, tmp_path / "out").config
-    assert (config.sliding_window, config.mini_batch_size) == (window, min(1024, window // 8))
+    assert (config.sliding_window, config.mini_batch_size) == (window, min(32, window))
     assert load_config(tmp_path / "out") == config
     with pytest.raises(UserError, match=rf"window of {10**6} tokens is longer than"):
         convert_from_hf(folder, tmp_path / "other", LearningOptions(sliding_window=10**6))

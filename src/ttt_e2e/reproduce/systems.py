@@ -148,7 +148,9 @@ def pretraining(
     if system.fast is not None:
         assert system.starts_from is not None
         share = config.model.suffix_layers / config.model.num_hidden_layers
-        options = LearningOptions(scale.sliding_window, share, scale.mini_batch_size, system.fast, system.fast_share)
+        options = LearningOptions(
+            scale.sliding_window, share, scale.mini_batch_size, fast=system.fast, fast_share=system.fast_share
+        )
         model = learning_config(pretraining(scale, system.starts_from, 0).model, options)
         config = replace(config, {"model": replace(model, {"inner_loop": config.model.inner_loop})})
     tokens, lr = stage_tokens if tokens is None else tokens, stage_lr if lr is None else lr
