@@ -1,21 +1,24 @@
 """Every command of the README and the tutorials runs.
 
 The lines of fenced `bash` blocks, the commands in the README's table, and `python` blocks are run in order, a document
-in a folder of its own. `ttt-e2e` runs in this process, `serve` as a process, `curl` in a shell. What would take long is
-shortened by the rules of `SHORTER` and `END`; what cannot run here is named in `ELSEWHERE` with the reason.
+in a folder of its own. `ttt-e2e` runs in this process, `serve` in a copy of it, `curl` in a shell. What would take long
+is shortened by the rules of `SHORTER` and `END`; what cannot run here is named in `ELSEWHERE` with the reason.
 """
 
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import start_command
 
 from ttt_e2e.cli.main import main
 from ttt_e2e.data.text import standard_library_document
@@ -76,7 +79,7 @@ class Runner:
     """Runs the commands of one document in the working folder."""
 
     def __init__(self) -> None:
-        self.server: subprocess.Popen[str] | None = None
+        self.server: int | None = None  # the id of its process
         self.address = self.session = ""
 
     def run(self, command: str) -> None:
@@ -109,13 +112,13 @@ class Runner:
     def serve(self, options: list[str]) -> None:
         """Start the service on a free port, in place of the one before."""
         self.stop()
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "ttt_e2e", "serve", *options, "--port", "0", "--threads", "1"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.server.stderr is not None
-        ready = next((line for line in self.server.stderr if "http://" in line), "")
+        reading, writing = os.pipe()
+        self.errors = os.fdopen(reading)
+        with Path(os.devnull).open("r+") as null:
+            argv = ["serve", *options, "--port", "0", "--threads", "1"]
+            self.server = start_command(argv, null.fileno(), null.fileno(), writing, self.errors.close)
+        os.close(writing)
+        ready = next((line for line in self.errors if "http://" in line), "")
         self.address = ready.split("http://")[1].split()[0].rstrip("/,.;")
 
     def here(self, text: str) -> str:
@@ -131,8 +134,10 @@ class Runner:
 
     def stop(self) -> None:
         if self.server is not None:
-            self.server.kill()
-            self.server.wait()
+            os.kill(self.server, signal.SIGKILL)
+            os.waitpid(self.server, 0)
+            self.errors.close()
+            self.server = None
 
 
 def shortened(words: list[str]) -> list[str]:
@@ -151,10 +156,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that the documents take for given: texts, and pretrained checkpoints."""
     monkeypatch.chdir(tmp_path)
     for name, text in {
-        "BOOK.txt": TEXT[:900],
-        "NEXT.txt": TEXT[900:1500],
-        "HUGE.txt": TEXT[:400],
-        "MANUAL.txt": TEXT[:400],
+        "BOOK.txt": TEXT[:500],
+        "NEXT.txt": TEXT[500:800],
+        "HUGE.txt": TEXT[:200],
+        "MANUAL.txt": TEXT[:200],
         "books/json.py": standard_library_document("json").text,
         "books/email.py": standard_library_document("email").text,
         "held-out/stories.txt": 3 * TEXT,
@@ -166,8 +171,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def pretrained(folder: Path, family: str) -> None:
-    """A little checkpoint with a tokenizer of bytes, as transformers writes it."""
+def pretrained(folder: Path, family: str, max_positions: int) -> None:
+    """A little checkpoint with a tokenizer of bytes, as transformers writes it.
+
+    max_positions: how far it sees, and so the window of what it is converted to, unless the command says another.
+    """
     import tokenizers
     import torch
     import transformers
@@ -186,7 +194,7 @@ def pretrained(folder: Path, family: str) -> None:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        max_position_embeddings=8192,
+        max_position_embeddings=max_positions,
     )
     torch.manual_seed(0)
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
@@ -197,13 +205,13 @@ def pretrained(folder: Path, family: str) -> None:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_of_a_document_runs(document: str, workspace: Path) -> None:
-    for name, family in (
-        ("Qwen/Qwen3-0.6B", "Qwen3"),
-        ("checkpoints/Qwen3-0.6B", "Qwen3"),
-        ("meta-llama/Llama-3.2-1B", "Llama"),
+    for name, family, max_positions in (
+        ("Qwen/Qwen3-0.6B", "Qwen3", 512),
+        ("checkpoints/Qwen3-0.6B", "Qwen3", 8192),
+        ("meta-llama/Llama-3.2-1B", "Llama", 8192),
     ):
         if name in (ROOT / document).read_text():
-            pretrained(workspace / name, family)
+            pretrained(workspace / name, family, max_positions)
     runner = Runner()
     try:
         for command in BEFORE.get(document, []):

@@ -41,19 +41,24 @@ def sentence(count: int, seed: int) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS, count))
 
 
-def twin(folder: Path, context: str, continuation: str, learn: bool) -> tuple[float, bool]:
-    """The same by a session alone: losses as it reads, and greedy writing."""
+def score(folder: Path, context: str, continuation: str, learn: bool) -> float:
+    """The log-likelihood by a session alone, as it reads."""
+    model, tokenizer = load_model(folder)
+    session = Session(model, tokenizer, learn=learn)
+    losses = np.concatenate([session.read(tokenizer.encode(context + continuation)), session.score_pending()])
+    return -float(losses[len(tokenizer.encode(context)) :].sum())
+
+
+def is_greedy(folder: Path, context: str, continuation: str, learn: bool) -> bool:
+    """Whether a session alone writes the continuation."""
     model, tokenizer = load_model(folder)
     ids = tokenizer.encode(context + continuation)
-    split = len(tokenizer.encode(context))
-    session = Session(model, tokenizer, learn=learn)
-    losses = np.concatenate([session.read(ids), session.score_pending()])[split:]
-    greedy = []
-    for end in range(split, len(ids)):
+    for end in range(len(tokenizer.encode(context)), len(ids)):
         session = Session(model, tokenizer, learn=learn)
         session.read(ids[:end])
-        greedy.append(next(session.generate_tokens(max_tokens=1, temperature=0), tokenizer.bos) == ids[end])
-    return -float(losses.sum()), all(greedy)
+        if next(session.generate_tokens(max_tokens=1, temperature=0), tokenizer.bos) != ids[end]:
+            return False
+    return True
 
 
 @pytest.mark.parametrize("learn", [True, False])
@@ -64,11 +69,11 @@ def test_continuations_are_scored_as_a_session_reads_them(folder: Path, learn: b
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found = lm.loglikelihood(requests, disable_tqdm=True)
     pairs[-1] = ("red", " fish")  # the harness moves a blank at a context's end to the continuation
-    for pair, (score, greedy) in zip(pairs, found, strict=True):
-        expected = twin(folder, *pair, learn)
-        assert score == pytest.approx(expected[0], abs=2e-4) and greedy == expected[1], pair
+    for pair, (found_score, greedy) in zip(pairs, found, strict=True):
+        assert found_score == pytest.approx(score(folder, *pair, learn), abs=2e-4), pair
+        assert greedy == is_greedy(folder, *pair, learn), pair
     if learn:  # the test would not see it if nothing were learned
-        assert found[7][0] != pytest.approx(twin(folder, *pairs[7], False)[0], abs=1e-3)
+        assert found[7][0] != pytest.approx(score(folder, *pairs[7], False), abs=1e-3)
 
 
 def test_greedy_generation_is_scored_as_greedy(folder: Path) -> None:
@@ -118,7 +123,7 @@ def test_rolling_loglikelihood_is_that_of_the_whole_text(folder: Path, learn: st
     found = HarnessModel(str(folder), learn=learn).loglikelihood_rolling(
         [Instance("loglikelihood_rolling", {}, (text,), 0)], True
     )
-    assert found == [pytest.approx(twin(folder, "", text, learn == "true")[0], abs=1e-3)]
+    assert found == [pytest.approx(score(folder, "", text, learn == "true"), abs=1e-3)]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +180,6 @@ def test_task_from_local_files(folder: Path, tmp_path: Path, monkeypatch: pytest
     )
     right = 0
     for line in lines:
-        scores = [twin(folder, line["question"], f" {choice}", True)[0] for choice in line["choices"]]
+        scores = [score(folder, line["question"], f" {choice}", True) for choice in line["choices"]]
         right += int(np.argmax(scores)) == line["answer"]
     assert report["results"]["local"]["acc,none"] == pytest.approx(right / len(lines))

@@ -259,7 +259,7 @@ def test_compiled_reading(model: Transformer, monkeypatch: pytest.MonkeyPatch) -
     plain, compiled = Session(model), Session(model, compile=True)
     assert compiled.compiled
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Going on without compilation")
+        warnings.filterwarnings("error", "Continuing without compilation")
         np.testing.assert_allclose(compiled.read(numbers()), plain.read(numbers()), atol=1e-4)
     assert compiled.info().learned_norm == pytest.approx(plain.info().learned_norm, rel=1e-4)
 

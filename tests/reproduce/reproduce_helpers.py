@@ -1,16 +1,12 @@
-"""A comparison at a scale of a few steps. Run as a program, this file makes it in a process that a test can kill."""
+"""A comparison at a scale of a few steps."""
 
 import dataclasses
 import json
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from ttt_e2e.errors import INTERRUPTED
 from ttt_e2e.reproduce import workers
 from ttt_e2e.reproduce.run import reproduce
 from ttt_e2e.reproduce.scales import SCALES, Scale
@@ -45,6 +41,7 @@ MINUTE = dataclasses.replace(
     latency_contexts=(8, 32),
     vocab_size=272,
 )
+FEW_RATES = dataclasses.replace(MINUTE, sweep_factors=(1.0,))  # for what does not depend on the sweep
 SYSTEMS = ["full", "window", "dynamic", "ttt-e2e"]
 
 
@@ -82,10 +79,3 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
     results = {str(f.parent.relative_to(out)): json.loads(f.read_text()) for f in out.glob("runs/**/result.json")}
     results = {job: one for job, one in results.items() if "/." not in job}  # what a killed process left
     return {job: {name: value for name, value in one.items() if name != "sha256"} for job, one in results.items()}
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background processes
-    torch.set_num_threads(1)
-    outcome = make_comparison(Path(sys.argv[1]), Path(sys.argv[2]), num_workers=int(sys.argv[3]))
-    sys.exit(INTERRUPTED if outcome.interrupted else 0)

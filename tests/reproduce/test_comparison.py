@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reproduce_helpers import MINUTE, SYSTEMS, make_comparison, read_report, read_results
+from reproduce_helpers import FEW_RATES, MINUTE, SYSTEMS, make_comparison, read_report, read_results
 
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.errors import UserError
@@ -142,20 +142,20 @@ def test_folder_of_an_older_version_is_refused(data: Path, tmp_path: Path) -> No
 
 
 def test_comparisons_in_one_folder_share_jobs(data: Path, tmp_path: Path) -> None:
-    make_comparison(tmp_path, data, systems=["ttt-e2e"], contexts=[8])
+    make_comparison(tmp_path, data, FEW_RATES, systems=["ttt-e2e"], contexts=[8])
     shared = {folder: result for folder, result in read_results(tmp_path).items() if folder.startswith("runs/ttt-e2e")}
     first = read_report(tmp_path)
-    make_comparison(tmp_path, data, name="ablations", systems=["no-meta"], contexts=[8])
+    make_comparison(tmp_path, data, FEW_RATES, name="ablations", systems=["no-meta"], contexts=[8])
     assert {folder: read_results(tmp_path)[folder] for folder in shared} == shared
     report = read_report(tmp_path, "ablations")
     assert report["finished"] and list(report["systems"]) == ["ttt-e2e", "no-meta"]
     assert read_report(tmp_path) == first and set(report["plan"]["comparisons"]) == {"figure1", "ablations"}
-    make_comparison(tmp_path, data, systems=["ttt-e2e"], contexts=[8])
+    make_comparison(tmp_path, data, FEW_RATES, systems=["ttt-e2e"], contexts=[8])
     assert list(read_report(tmp_path)["systems"]) == ["full", "ttt-e2e"]
 
 
 def test_ablations_share_the_learning_rate_of_ttt_e2e(data: Path, tmp_path: Path) -> None:
-    make_comparison(tmp_path, data, name="ablations", systems=["no-meta", "no-static-mlp"], contexts=[8])
+    make_comparison(tmp_path, data, FEW_RATES, name="ablations", systems=["no-meta", "no-static-mlp"], contexts=[8])
     report = read_report(tmp_path, "ablations")
     assert [row["system"] for row in report["comparison"]] == ["ttt-e2e", "no-static-mlp", "no-meta"]
     assert report["finished"] and report["comparison"][0]["difference"]["mean"] == 0

@@ -5,15 +5,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import reproduce_helpers
-from reproduce_helpers import MINUTE, make_comparison, read_report, read_results
+from helpers import start_copy
+from reproduce_helpers import FEW_RATES, MINUTE, make_comparison, read_report, read_results
 
 from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
 from ttt_e2e.files import lock_folder
@@ -70,10 +70,10 @@ def test_compile_option_reaches_every_training(data: Path, tmp_path: Path, monke
         return train(*arguments, **options)  # the compiler has tests of its own
 
     monkeypatch.setattr(job, "train", train_eagerly)
-    make_comparison(tmp_path, data, systems=["ttt-e2e"], contexts=[8], compile=True)
-    assert compiled == [True] * len(compiled) and len(compiled) == 2 * (5 + 1)
-    make_comparison(tmp_path, data, systems=["ttt-e2e"])  # the same folder continues without
-    assert compiled[12:] == [False] * 2
+    make_comparison(tmp_path, data, FEW_RATES, systems=["ttt-e2e"], contexts=[8], compile=True)
+    assert compiled == [True] * len(compiled) and len(compiled) == 2 * (3 + 1)
+    make_comparison(tmp_path, data, FEW_RATES, systems=["ttt-e2e"])  # the same folder continues without
+    assert compiled[8:] == [False] * 2
     assert read_report(tmp_path)["comparison"][-1]["loss"] is not None
 
 
@@ -142,25 +142,24 @@ def test_ctrl_c_and_the_same_command_again(
     }
 
 
-def start_process(out: Path, data: Path, num_workers: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, reproduce_helpers.__file__, str(out), str(data), str(num_workers)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def compare(out: Path, data: Path, num_workers: int) -> None:
+    """A comparison that takes no more than there is to interrupt: trainings of two systems, and their evaluations."""
+    outcome = make_comparison(out, data, systems=["ttt-e2e"], contexts=[8], num_workers=num_workers)
+    sys.exit(INTERRUPTED if outcome.interrupted else 0)
 
 
-def wait_for_results(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_results(out: Path, count: int, process: BaseProcess) -> None:
     """Wait until there are `count` results. Folders may vanish meanwhile, which os.walk allows and glob does not."""
     deadline = time.monotonic() + PATIENCE
     while sum("result.json" in files and ".result" not in folder for folder, _, files in os.walk(out / "runs")) < count:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def assert_same_results(out: Path, undisturbed: Path) -> None:
+def finish_and_expect_the_same(out: Path, data: Path, undisturbed: Path) -> None:
     """All numbers but times are those of the comparison that was not interrupted."""
+    make_comparison(out, data, systems=["ttt-e2e"], contexts=[8])
+    assert read_report(out)["finished"]
     results, expected = read_results(out), read_results(undisturbed)
     assert len(results) > 10
     for folder, result in results.items():
@@ -170,27 +169,27 @@ def assert_same_results(out: Path, undisturbed: Path) -> None:
 @pytest.mark.slow
 def test_killed_comparison_continues_with_the_same_results(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     for count in (2, 9):
-        process = start_process(tmp_path, data, 0)
+        process = start_copy(compare, tmp_path, data, 0)
         wait_for_results(tmp_path, count, process)
         time.sleep(random.uniform(0, 0.1))  # so that it is killed anywhere in its work
         process.kill()
-        process.wait()
-    make_comparison(tmp_path, data)
-    assert_same_results(tmp_path, undisturbed)
-    assert read_report(tmp_path)["finished"]
+        process.join()
+    finish_and_expect_the_same(tmp_path, data, undisturbed)
 
 
 @pytest.mark.slow
 def test_workers_end_with_their_parent_and_with_ctrl_c(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    process = start_process(tmp_path, data, 2)
-    wait_for_results(tmp_path, 2, process)
+    """Workers are processes of their own; that of their parent is a copy of this one."""
+    process = start_copy(compare, tmp_path, data, 2)
+    wait_for_results(tmp_path, 1, process)
     process.kill()  # the workers notice, and give up the folder's lock
-    process.wait()
+    process.join()
     with lock_folder(tmp_path, "the workers of a killed process still run", PATIENCE):
         done = len(read_results(tmp_path))
-    process = start_process(tmp_path, data, 2)
-    wait_for_results(tmp_path, done + 2, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(PATIENCE) == INTERRUPTED
-    make_comparison(tmp_path, data)
-    assert_same_results(tmp_path, undisturbed)
+    process = start_copy(compare, tmp_path, data, 2)
+    wait_for_results(tmp_path, done + 1, process)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(PATIENCE)
+    assert process.exitcode == INTERRUPTED
+    finish_and_expect_the_same(tmp_path, data, undisturbed)

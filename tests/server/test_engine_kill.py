@@ -1,20 +1,17 @@
-"""Kill the engine's process with SIGKILL at random moments: nothing that it acknowledged is lost.
-
-Run as a program, this file is the process that is killed; see `be_killed`.
-"""
+"""Kill the engine's process with SIGKILL at random moments: nothing that it acknowledged is lost."""
 
 import asyncio
+import functools
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from engine_helpers import F64, MODEL, PATIENCE, TOKENIZER, assert_same, export, having_read, read, text_of, with_engine
+from helpers import start_copy
 
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.engine.engine import Engine
@@ -22,6 +19,7 @@ from ttt_e2e.server.engine.engine import Engine
 CHAPTERS = 400
 
 
+@functools.cache
 def digests() -> list[str]:
     """Digests of a session's text, by how many chapters it has read."""
     found, ids = [], np.array([TOKENIZER.bos])
@@ -33,11 +31,12 @@ def digests() -> list[str]:
     return found
 
 
-def be_killed(folder: Path, rounds: int, seed: int) -> None:
+def be_killed(folder: Path, printed: Path, rounds: int, seed: int) -> None:
     """Run engines in child processes, one after another, and kill them at random moments.
 
-    They print what the engine has acknowledged, one line of JSON each.
+    They print into a file what the engine has acknowledged, one line of JSON each.
     """
+    os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     choices, known = random.Random(seed), digests()
     for i in range(rounds):
         begun, child = os.pipe(), os.fork()
@@ -83,19 +82,13 @@ def say(*words: object) -> None:
 
 
 def test_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    seed = random.randrange(1000)
-    script = Path(__file__)
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "data", "6", str(seed)],
-        capture_output=True,
-        env={**os.environ, **environment},
-        timeout=2 * PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.endswith(b"]")]
+    seed, known = random.randrange(1000), digests()
+    process = start_copy(be_killed, tmp_path / "data", tmp_path / "printed", 6, seed)
+    process.join(2 * PATIENCE)
+    assert process.exitcode == 0
+    lines = [json.loads(line) for line in (tmp_path / "printed").read_bytes().splitlines() if line.endswith(b"]")]
     words = [word for word, *_ in lines]
-    assert words.count("killed") == 6 and words.count("read") > 8, (seed, done.stderr.decode())
+    assert words.count("killed") == 6 and words.count("read") > 8, seed
     acknowledged: dict[str, int] = {}
     for word, *rest in lines:
         if word == "found":  # all that was acknowledged before the kill, and at most one more chapter
@@ -104,7 +97,6 @@ def test_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
             acknowledged[rest[0]] = rest[1]
         elif word == "going":
             del acknowledged[rest[0]]
-    known = digests()
 
     async def check(engine: Engine) -> None:
         found = {summary.id: summary for summary in await engine.sessions.summaries("me")}
@@ -118,7 +110,3 @@ def test_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
             assert_same(await export(engine, "me", id, tmp_path), alone, 1e-5)
 
     with_engine(tmp_path / "data", check)
-
-
-if __name__ == "__main__":
-    be_killed(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,5 +1,6 @@
 """The whole service: over a real engine, as a process, and after the process was killed."""
 
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 import httpx
 from engine_helpers import file_of
-from helpers import small_model, with_fact
+from helpers import small_model, start_command, with_fact
 from server_helpers import (
     PATIENCE,
     PLAIN_TEXT,
@@ -292,6 +293,9 @@ def test_model_that_is_unfit_for_use_ends_in_a_sentence(tokenizer: Tokenizer, tm
     tokenizer.save(tmp_path / "tokenizer.json")
     save_model(broken, tmp_path / "broken", tmp_path / "tokenizer.json")
     options = ["--model", str(tmp_path / "broken"), "--data", str(tmp_path / "data"), "--port", "0"]
-    ended = subprocess.run([*SERVE, *options], env=ENVIRONMENT, capture_output=True, text=True)
-    assert ended.returncode in (1, 2) and "Traceback" not in ended.stderr
-    assert "not fit for use" in ended.stderr.splitlines()[-1]
+    with (tmp_path / "errors").open("w+") as errors, Path(os.devnull).open("r+") as null:
+        without_keys = functools.partial(os.environ.pop, KEYS_VARIABLE, None)
+        child = start_command(["serve", *options], null.fileno(), null.fileno(), errors.fileno(), without_keys)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (1, 2)
+        printed = (tmp_path / "errors").read_text()
+    assert "Traceback" not in printed and "not fit for use" in printed.splitlines()[-1]
