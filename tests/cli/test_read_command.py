@@ -121,7 +121,7 @@ def test_read_without_a_compiler_gives_the_same_result(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_read_with_generated_code(here: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert read_plain_and_compiled(here, model_dir / "model", capsys) == ""
+    assert read_plain_and_compiled(here, model_dir / "shallow", capsys) == ""
     assert any((here / "cache").rglob("*.so"))
 
 

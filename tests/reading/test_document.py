@@ -60,7 +60,7 @@ def test_report_does_not_depend_on_how_the_text_was_split() -> None:
     assert (whole.loss, whole.loss_without, whole.curve) == (split.loss, split.loss_without, split.curve)
 
 
-@pytest.mark.filterwarnings("error:Going on without compilation")
+@pytest.mark.filterwarnings("error:Continuing without compilation")
 def test_a_compiled_session_gives_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(
