@@ -31,6 +31,7 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
+MULTIPLIERS = dict(embedding_multiplier=12.0, attention_multiplier=0.4, residual_multiplier=0.22, logits_scaling=0.125)
 SHARDED = "20KB"
 # name: family, what is other than in SHAPE, the size of a shard
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -52,6 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SHARDED,
     ),
     "mistral, wide heads": ("Mistral", {"sliding_window": None, "head_dim": 12}, "1GB"),
+    "granite, tied, biases": ("Granite", {"tie_word_embeddings": True, "attention_bias": True, **MULTIPLIERS}, "1GB"),
+    "granite, wide heads": ("Granite", {"head_dim": 12, **MULTIPLIERS}, SHARDED),
     "mistral, sliding window": ("Mistral", {"sliding_window": 24, "rope_parameters": {"rope_theta": 1e4}}, SHARDED),
 }
 Pretrained = Callable[[str], tuple[Any, Path]]

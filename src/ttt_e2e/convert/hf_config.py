@@ -1,8 +1,7 @@
 """Hugging Face configurations: which families can be converted, and their settings under our names.
 
-Llama, Qwen2 (and 2.5), Qwen3 and Mistral are one architecture with small differences: biases, norms on queries and
-keys, the width of heads, and how rotary angles are scaled. Source: the configurations and models of transformers 5.23,
-whose defaults are used for what an older file leaves out.
+All of them are one architecture, Llama's, with small differences; `FAMILIES` says which. Source: the configurations and
+models of transformers 5.24, whose defaults are used for what a file leaves out.
 """
 
 import math
@@ -11,25 +10,45 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_e2e.config.schema import RopeScaling
-from ttt_e2e.convert.learning import SourceModel
+from ttt_e2e.convert.learning import Factors, SourceModel
 from ttt_e2e.errors import UserError
 
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+
+class Family(NamedTuple):
+    """What a family has other than Llama."""
+
+    name: str
+    can_have_bias: bool = False
+    """Whether its configuration can ask for biases of attention (`attention_bias`)."""
+    settings: Mapping[str, Any] = {}
+    """Settings of `ModelConfig` that are the same in the whole family."""
+    defaults: Mapping[str, Any] = {}
+    """What transformers takes for values that its config.json leaves out."""
+
+
+FAMILIES = {
+    "llama": Family("Llama", can_have_bias=True),
+    "qwen2": Family("Qwen2", settings={"attention_bias": True}),
+    "qwen3": Family("Qwen3", can_have_bias=True, settings={"qk_norm": True}, defaults={"head_dim": 128}),
+    "mistral": Family("Mistral", defaults={"sliding_window": 4096}),
+    "granite": Family("Granite", can_have_bias=True),
+}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _REQUIRED = object()
-_MISTRAL_WINDOW = 4096
 
 
 def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
     """The model that `config`, the content of the file `where`, describes; raises UserError if it is unsupported."""
     values = _Values(config, where)
-    family = _family(values)
+    model_type = _model_type(values)
+    family = FAMILIES[model_type]
+    values = _Values({**family.defaults, **config}, where)  # a null in the file is no default
     layers = values.count("num_hidden_layers")
-    bias = values.flag("attention_bias") if family in ("llama", "qwen3") else False
+    bias = family.can_have_bias and values.flag("attention_bias")
     rope, max_window = _rope(values)
     reason = "the range of its rotary positions"
-    sliding = _sliding_window(values, family, layers)
+    sliding = _sliding_window(values, model_type, layers)
     if sliding is not None and sliding < max_window:
         max_window, reason = sliding, "the sliding window that it was trained with"
     settings: dict[str, Any] = dict(
@@ -38,24 +57,40 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
         num_hidden_layers=layers,
         num_attention_heads=values.count("num_attention_heads"),
         num_key_value_heads=values.count("num_key_value_heads", None),
-        head_dim=values.count("head_dim", 128 if family == "qwen3" else None),
+        head_dim=values.count("head_dim", None),
         intermediate_size=values.count("intermediate_size"),
         rms_norm_eps=values.number("rms_norm_eps", 1e-6),
-        qk_norm=family == "qwen3",
+        qk_norm=False,
         pre_norm=True,
         post_norm=False,
         tie_word_embeddings=values.flag("tie_word_embeddings"),
         initializer_range=values.number("initializer_range", 0.02),
-        attention_bias=bias or family == "qwen2",
+        attention_bias=bias,
         attention_out_bias=bias,
         **rope,
     )
-    return SourceModel(family, settings, max_window, reason, sliding)
+    settings |= family.settings
+    source = SourceModel(model_type, settings, max_window, reason, sliding, settings["tie_word_embeddings"])
+    return _fold_multipliers(source, values) if model_type == "granite" else source
 
 
-def _family(values: "_Values") -> str:
+def _fold_multipliers(source: SourceModel, values: "_Values") -> SourceModel:
+    """The model with Granite's multipliers as factors of its weights."""
+    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+    embedding, attention, residual, logits = (values.number(name, 1.0) for name in names)
+    if logits == 0:
+        raise UserError(f"{values.where} has logits_scaling = 0, by which nothing can be divided.")
+    settings, heads = dict(source.settings), source.settings["num_attention_heads"]
+    head_dim = settings["head_dim"] or settings["hidden_size"] / heads
+    # Scores are multiplied by `attention` there, and divided by the root of a head's width here.
+    factors = Factors(embedding, attention * math.sqrt(head_dim), residual, 1 / logits)
+    settings["tie_word_embeddings"] = source.has_tied_head and factors.embedding == factors.head
+    return source._replace(settings=settings, factors=factors)
+
+
+def _model_type(values: "_Values") -> str:
     family = values.get("model_type", "nothing")
-    known = ", ".join(FAMILIES.values())
+    known = ", ".join(family.name for family in FAMILIES.values())
     # A field such as num_experts may say that there are none; num_experts_per_tok counts those of a token.
     counts = [value for name, value in values.content.items() if "experts" in name and "per_tok" not in name]
     has_experts = any(value is True or value not in (None, False, 0, 1, []) for value in counts)
@@ -117,8 +152,6 @@ def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
 
 def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:
     """The sliding window of all layers; None if they see everything."""
-    if family == "mistral" and "sliding_window" not in values.content:
-        return _MISTRAL_WINDOW  # transformers' default; null means no window
     if values.get("sliding_window", None) is None or family == "llama":
         return None
     if family in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):

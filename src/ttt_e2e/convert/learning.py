@@ -29,6 +29,16 @@ class LearningOptions:
     """Rank of what a sequence learns; None: the whole fast MLP. See `ModelConfig.fast_rank`."""
 
 
+class Factors(NamedTuple):
+    """What a model multiplies by that ours do not: folded into weights when they are copied."""
+
+    embedding: float = 1.0
+    query: float = 1.0
+    residual: float = 1.0
+    """Of what attention and MLPs add to the residual stream."""
+    head: float = 1.0
+
+
 class SourceModel(NamedTuple):
     """A model to convert."""
 
@@ -41,6 +51,9 @@ class SourceModel(NamedTuple):
     """What limits it, for messages."""
     trained_window: int | None = None
     """The sliding window that it was trained with; None for full attention."""
+    has_tied_head: bool = False
+    """Whether its output head is its embedding. With factors that differ it becomes a matrix of its own."""
+    factors: Factors = Factors()
 
 
 def full_attention_config(source: SourceModel) -> ModelConfig:
