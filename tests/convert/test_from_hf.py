@@ -64,7 +64,7 @@ def test_logits_depend_on_the_rope_scaling(pretrained: Pretrained, tmp_path: Pat
     with torch.no_grad():
         expected = theirs(tokens()).logits
     for changes in (
-        {"rope_scaling.rope_type": "default", "rope_scaling.factor": 1.0},
+        {"rope_scaling.rope_type": "default", "rope_scaling.factor": 1.0, "rope_scaling.pair_factors": (1.0,)},
         {"rope_scaling.attention_factor": 1.05 * model.config.rope_scaling.attention_factor},
     ):
         model.config = replace(model.config, changes)

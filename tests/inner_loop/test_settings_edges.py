@@ -116,7 +116,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         values[name] = draw(flag)
     values["attention_sink"] = "window" in values["pattern"] and draw(flag)
     values["static_mlp"] = values["parallel_mlp"] or draw(flag)
-    kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
+    kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn", "longrope"]))
     if kind != "default":
         values |= {
             "rope_scaling.rope_type": kind,
@@ -125,6 +125,9 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             "rope_scaling.high_freq_factor": draw(st.floats(0.5, 32)),
             "rope_scaling.attention_factor": draw(st.floats(0.5, 2)),
         }
+    if kind == "longrope":
+        pairs = (values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]) // 2
+        values["rope_scaling.pair_factors"] = tuple(draw(st.lists(st.floats(0.5, 8), min_size=pairs, max_size=pairs)))
     return values
 
 

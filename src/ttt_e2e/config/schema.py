@@ -110,10 +110,10 @@ class InnerLoopConfig:
 class RopeScaling:
     """How rotary angles are scaled for contexts longer than the one of pretraining; see `model.rope`."""
 
-    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rope_type: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     """"default" leaves all angles alone and "linear" divides them by `factor`. "llama3" and "yarn" divide those that
     turn fewer than `low_freq_factor` times in the original context, keep those that turn more than `high_freq_factor`
-    times, and interpolate in between."""
+    times, and interpolate in between. "longrope" divides each by a factor of its own, one of `pair_factors`."""
     factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """What angles are divided by."""
     original_max_position_embeddings: Annotated[int | None, Range(1, 2**30, none=True)] = None
@@ -123,16 +123,22 @@ class RopeScaling:
     high_freq_factor: Annotated[float, Range(1e-6, 1e6)] = 4.0
     """Upper end of the interpolation, in turns (`beta_fast` of YaRN)."""
     attention_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0
-    """Queries and keys are multiplied by this (YaRN)."""
+    """Queries and keys are multiplied by this (YaRN, LongRoPE)."""
+    pair_factors: tuple[float, ...] = (1.0,)
+    """For "longrope": what the angle of each of the `head_dim / 2` pairs is divided by, the fastest pair first."""
 
     def __post_init__(self) -> None:
         _check(self, "rope_scaling.")
         if self.rope_type == "default":
             _require(self.factor == 1, "rope_scaling.factor needs a rope_scaling.rope_type: linear, llama3 or yarn.")
-        elif self.rope_type != "linear":
+        elif self.rope_type in ("llama3", "yarn"):
             original, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
             _require(original is not None, f"rope_type {self.rope_type} needs original_max_position_embeddings.")
             _require(low < high, f"low_freq_factor must be below high_freq_factor, not {low}, {high}.")
+        in_range = all(1e-6 <= factor <= 1e6 for factor in self.pair_factors)
+        _require(in_range, f"rope_scaling.pair_factors must be from 1e-06 to 1e+06, not {shown(self.pair_factors)}.")
+        is_used = self.rope_type == "longrope" or self.pair_factors == (1.0,)
+        _require(is_used, "rope_scaling.pair_factors are for rope_type longrope alone.")
 
 
 @dataclass(frozen=True)
@@ -269,6 +275,9 @@ class ModelConfig:
         _require(self.suffix_layers <= layers, f"A suffix of {self.suffix_layers} blocks does not fit {layers} blocks.")
         if self.rope_scaling.rope_type == "yarn":
             _require(self.rope_theta > 1, "rope_type yarn needs a rope_theta above 1: it divides by its logarithm.")
+        if self.rope_scaling.rope_type == "longrope":
+            pairs, count = self.head_dim // 2, len(self.rope_scaling.pair_factors)
+            _require(count == pairs, f"rope_scaling.pair_factors are one for each of {pairs} pairs, not {count}.")
         _require(self.static_mlp or not self.parallel_mlp, "parallel_mlp needs static_mlp=true.")
         self._check_mixers()
         self._check_mini_batch()

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from ttt_e2e.config.schema import ModelConfig, replace
 from ttt_e2e.convert.calibration import TEXT, SinkLosses, calibrate_sinks
 from ttt_e2e.convert.checkpoints import Checkpoint, open_checkpoint
+from ttt_e2e.convert.hf_config import FAMILIES
 from ttt_e2e.convert.hf_files import CONFIG
 from ttt_e2e.convert.learning import LearningOptions, SourceModel, config_from_source
 from ttt_e2e.convert.model_folder import WriteRows, model_folder, parameter_shapes, require_shapes
@@ -165,7 +166,10 @@ def _convert(
                 write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {where}"))
         _write_new_parameters(config, options.fast == "new", write_rows)
         if calibration_ids is not None:
-            sinks, losses = calibrate_sinks(config, read, calibration_ids, source.max_window, progress)
+            context, short = source.max_window, source.short_rope
+            if config.rope_scaling == short:
+                context = min(context, short.original_max_position_embeddings or context)
+            sinks, losses = calibrate_sinks(config, read, calibration_ids, context, progress)
             for parameter, values in sinks.items():
                 write_rows(parameter, 0, values)
         if tokenizer is not None:
@@ -176,7 +180,7 @@ def _convert(
 
 def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> Iterator[SliceCopy]:
     """Where all parameters come from, except for what is new in the fast MLPs."""
-    factors = source.factors
+    factors, is_fused = source.factors, FAMILIES[source.family].is_fused
     vocab, width, hidden = config.vocab_size, config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     stored_vocab = vocab + unused_ids
@@ -193,9 +197,12 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
         yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.mlp_norm.weight")
         for name, row, count in (("q_proj", 0, queries), ("k_proj", queries, keys), ("v_proj", queries + keys, keys)):
             factor = factors.query if name == "q_proj" else 1.0
-            yield SliceCopy(f"{attention}.{name}.weight", (count, width), f"{block}.mixer.w_qkv", row, factor=factor)
+            stored, length, rows = f"{attention}.{name}", count, slice(count)
+            if is_fused:
+                stored, length, rows = f"{attention}.qkv_proj", queries + 2 * keys, slice(row, row + count)
+            yield SliceCopy(f"{stored}.weight", (length, width), f"{block}.mixer.w_qkv", row, rows, factor=factor)
             if config.attention_bias:
-                yield SliceCopy(f"{attention}.{name}.bias", (count,), f"{block}.mixer.b_qkv", row, factor=factor)
+                yield SliceCopy(f"{stored}.bias", (length,), f"{block}.mixer.b_qkv", row, rows, factor=factor)
         out, factor = f"{attention}.o_proj", factors.residual
         yield SliceCopy(f"{out}.weight", (width, queries), f"{block}.mixer.w_out", factor=factor)
         if config.attention_out_bias:
@@ -205,14 +212,17 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
                 yield SliceCopy(f"{attention}.{name}.weight", (config.head_dim,), f"{block}.mixer.{name}")
         in_suffix = i >= config.prefix_layers
         fast_units = config.fast_intermediate_size if in_suffix and config.parallel_mlp else 0
-        parts = {"mlp": slice(fast_units, hidden)}
+        parts = {"mlp": (fast_units, hidden)}
         if fast_units:
-            parts["fast"] = slice(fast_units)
-        for part, units in parts.items():  # rows of gate and value, columns of the second matrix
-            count = len(range(hidden)[units])
-            yield SliceCopy(f"{layer}.mlp.gate_proj.weight", (hidden, width), f"{block}.{part}.w_in", 0, units)
-            yield SliceCopy(f"{layer}.mlp.up_proj.weight", (hidden, width), f"{block}.{part}.w_in", count, units)
-            down = f"{layer}.mlp.down_proj.weight"
+            parts["fast"] = (0, fast_units)
+        for part, (start, stop) in parts.items():  # rows of gate and value, columns of the second matrix
+            for j, name in enumerate(("gate_proj", "up_proj")):
+                stored, length, rows = f"{layer}.mlp.{name}.weight", hidden, slice(start, stop)
+                if is_fused:
+                    stored, length = f"{layer}.mlp.gate_up_proj.weight", 2 * hidden
+                    rows = slice(j * hidden + start, j * hidden + stop)
+                yield SliceCopy(stored, (length, width), f"{block}.{part}.w_in", j * (stop - start), rows)
+            down, units = f"{layer}.mlp.down_proj.weight", slice(start, stop)
             yield SliceCopy(down, (width, hidden), f"{block}.{part}.w_out", columns=units, factor=factor)
         if in_suffix and not fast_units:
             # A new fast MLP reads the same residual stream as the MLP after it, so the pretrained norm suits it, too.

@@ -24,6 +24,8 @@ class Family(NamedTuple):
     """Settings of `ModelConfig` that are the same in the whole family."""
     defaults: Mapping[str, Any] = {}
     """What transformers takes for values that its config.json leaves out."""
+    is_fused: bool = False
+    """Whether query, key and value are stored as one matrix, and gate and value of an MLP as another."""
 
 
 FAMILIES = {
@@ -32,8 +34,9 @@ FAMILIES = {
     "qwen3": Family("Qwen3", can_have_bias=True, settings={"qk_norm": True}, defaults={"head_dim": 128}),
     "mistral": Family("Mistral", defaults={"sliding_window": 4096}),
     "granite": Family("Granite", can_have_bias=True),
+    "phi3": Family("Phi-3", defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}, is_fused=True),
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 _REQUIRED = object()
 
@@ -46,7 +49,7 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
     values = _Values({**family.defaults, **config}, where)  # a null in the file is no default
     layers = values.count("num_hidden_layers")
     bias = family.can_have_bias and values.flag("attention_bias")
-    rope, max_window = _rope(values)
+    rope, max_window, short_rope = _rope(values, model_type)
     reason = "the range of its rotary positions"
     sliding = _sliding_window(values, model_type, layers)
     if sliding is not None and sliding < max_window:
@@ -71,6 +74,7 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
     )
     settings |= family.settings
     source = SourceModel(model_type, settings, max_window, reason, sliding, settings["tie_word_embeddings"])
+    source = source._replace(short_rope=short_rope)
     return _fold_multipliers(source, values) if model_type == "granite" else source
 
 
@@ -113,8 +117,8 @@ def _model_type(values: "_Values") -> str:
     return str(family)
 
 
-def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
-    """The settings of `ModelConfig` for rotary positions, and how many tokens they are made for."""
+def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, RopeScaling | None]:
+    """The settings of `ModelConfig` for rotary positions, how many tokens they are made for, and `short_rope`."""
     content = values.get("rope_parameters", None) or values.get("rope_scaling", None) or {}
     if not isinstance(content, dict) or any(isinstance(value, dict) for value in content.values()):
         raise UserError(
@@ -122,6 +126,8 @@ def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
         )
     rope = _Values({**{k: values.content[k] for k in ("rope_theta",) if k in values.content}, **content}, values.where)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if model_type == "phi3" and kind in ("su", "yarn"):  # as its older files call it
+        kind = "longrope"
     if kind not in ROPE_TYPES:
         raise UserError(f"{values.where} has rope_type {kind!r}, which is unsupported; {', '.join(ROPE_TYPES)} are.")
     for name, usual in (("partial_rotary_factor", 1.0), ("truncate", True)):
@@ -131,23 +137,36 @@ def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
     max_positions = values.count("max_position_embeddings")
     settings: dict[str, Any] = {"rope_theta": rope.number("rope_theta", 10_000.0)}
     if kind == "default":
-        return settings, max_positions
+        return settings, max_positions, None
     if kind == "linear":
-        return settings | {"rope_scaling": RopeScaling("linear", rope.number("factor"))}, max_positions
+        return settings | {"rope_scaling": RopeScaling("linear", rope.number("factor"))}, max_positions, None
     original = values.count("original_max_position_embeddings", None)
     original = original or rope.count("original_max_position_embeddings", max_positions)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         scaling = RopeScaling("llama3", rope.number("factor"), original, low, high)
-        return settings | {"rope_scaling": scaling}, max_positions
+        return settings | {"rope_scaling": scaling}, max_positions, None
     factor = rope.number("factor", max_positions / original)
+    if kind == "longrope":
+        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+        attention_factor = rope.number("attention_factor", usual)
+        long, short = (
+            RopeScaling(
+                "longrope",
+                original_max_position_embeddings=original,
+                pair_factors=rope.numbers(name),
+                attention_factor=attention_factor,
+            )
+            for name in ("long_factor", "short_factor")
+        )
+        return settings | {"rope_scaling": long}, max_positions, short
     low, high = rope.number("beta_slow", 0.0) or 1.0, rope.number("beta_fast", 0.0) or 32.0
     one, other = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     one, other = (one, other) if one and other else (1.0, 0.0)
     log = math.log(max(1.0, factor))
     attention_factor = rope.number("attention_factor", 0.0) or (0.1 * one * log + 1) / (0.1 * other * log + 1)
     scaling = RopeScaling("yarn", factor, original, low, high, attention_factor)
-    return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original))
+    return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original)), None
 
 
 def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:
@@ -186,6 +205,12 @@ class _Values(NamedTuple):
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         value = self.get(name, default, lambda x: type(x) in (int, float) and math.isfinite(x), "not a number")
         return float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        def is_valid(value: Any) -> bool:
+            return isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+
+        return tuple(map(float, self.get(name, _REQUIRED, is_valid, "not a list of numbers")))
 
     def flag(self, name: str) -> bool:
         return self.get(name, False, lambda value: type(value) is bool, "neither true nor false")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.config.schema import ModelConfig, RopeScaling
 from ttt_e2e.errors import UserError
 
 FastInit = Literal["new", "split"]
@@ -54,6 +54,8 @@ class SourceModel(NamedTuple):
     has_tied_head: bool = False
     """Whether its output head is its embedding. With factors that differ it becomes a matrix of its own."""
     factors: Factors = Factors()
+    short_rope: RopeScaling | None = None
+    """The rotary scaling of a model whose window is within its original context, if that is another one (LongRoPE)."""
 
 
 def full_attention_config(source: SourceModel) -> ModelConfig:
@@ -82,8 +84,11 @@ def config_from_source(source: SourceModel, options: LearningOptions) -> ModelCo
         if fast_mlp >= mlp:
             raise UserError(f"A share of {share} leaves nothing of {mlp} hidden units; choose a smaller one.")
         widths |= {"suffix_intermediate_size": mlp - fast_mlp, "parallel_mlp": True}
+    settings, short = source.settings, source.short_rope
+    if short is not None and window <= (short.original_max_position_embeddings or 0):
+        settings = {**settings, "rope_scaling": short}
     return ModelConfig(
-        **source.settings,
+        **settings,
         **widths,
         suffix_layers=max(1, round(options.suffix * layers)),
         sliding_window=window,
