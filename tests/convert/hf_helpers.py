@@ -46,6 +46,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"attention_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
         "1GB",
     ),
+    "llama, dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}},
+        "1GB",
+    ),
     "llama, wide heads": ("Llama", {"head_dim": 12, "num_key_value_heads": 4}, "1GB"),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}, "1GB"),
     "qwen2, yarn, sharded": ("Qwen2", {"rope_parameters": YARN}, SHARDED),

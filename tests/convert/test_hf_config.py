@@ -69,6 +69,7 @@ def test_read_source_understands_older_configurations(pretrained: Pretrained, tm
         ("llama", {"max_position_embeddings": 131_072}, 8192),
         ("qwen2, yarn, sharded", {}, 128),
         ("qwen2, yarn, sharded", {"max_position_embeddings": 32}, 128),  # as Qwen's own writes it: the factor counts
+        ("llama, dynamic", {}, 128),
         ("mistral, sliding window", {}, 24),
         ("mistral, wide heads", {}, 128),
         (
@@ -152,10 +153,9 @@ def test_older_files_of_phi3_have_other_names_for_longrope(pretrained: Pretraine
         ({"architectures": ["LlamaForTokenClassification"]}, "describes a LlamaForTokenClassification"),
         ({"hidden_act": "gelu"}, "has hidden_act = gelu; only silu"),
         ({"mlp_bias": True}, "has mlp_bias = True; only False"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic', which is unsupported"),
         (
             {"rope_parameters": {"rope_type": "axial"}},
-            "rope_type 'axial'.*; default, linear, llama3, yarn, longrope are",
+            "rope_type 'axial'.*; default, linear, llama3, yarn, longrope, dynamic are",
         ),
         ({"rope_parameters": {"rope_type": "longrope"}}, "lacks long_factor"),
         ({"rope_parameters": LONGROPE | {"short_factor": [1, 2]}}, "one for each of 4 pairs, not 2"),

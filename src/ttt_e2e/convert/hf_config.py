@@ -36,7 +36,7 @@ FAMILIES = {
     "granite": Family("Granite", can_have_bias=True),
     "phi3": Family("Phi-3", defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}, is_fused=True),
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
 _REQUIRED = object()
 
@@ -136,7 +136,7 @@ def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, Rope
                 raise UserError(f"{values.where} has {name} = {place.get(name, usual)}; only {usual} can be converted.")
     max_positions = values.count("max_position_embeddings")
     settings: dict[str, Any] = {"rope_theta": rope.number("rope_theta", 10_000.0)}
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # dynamic scaling changes nothing within `max_positions`, where the window stays
         return settings, max_positions, None
     if kind == "linear":
         return settings | {"rope_scaling": RopeScaling("linear", rope.number("factor"))}, max_positions, None
