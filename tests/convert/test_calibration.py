@@ -34,7 +34,7 @@ def test_sinks_are_what_the_original_gives_to_the_first_token(
     model, ids = load_transformer(tmp_path / "out"), tokens(60, 1)
     config = replace(model.config, {"attention_sink": True})
     weights = dict(model.named_parameters())
-    sinks, losses = calibrate_sinks(config, lambda name: weights[name].detach(), ids[0].numpy(), 128)
+    sinks, losses = calibrate_sinks(config, lambda name: weights[name].detach(), ids[0].numpy(), 128, [None] * 4)
 
     queries: dict[int, Any] = {}
     for i, layer in enumerate(theirs.model.layers):

@@ -1,18 +1,36 @@
 """What single families have that others do not; `test_from_hf` compares the logits of all of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hf_helpers import SHAPE, Pretrained, with_tokenizer
+from torch import Tensor
 
 from ttt_e2e.convert.calibration import TEXT
 from ttt_e2e.convert.from_hf import convert_from_hf
 from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.model.checkpoint import load_transformer
 
 transformers = pytest.importorskip("transformers", reason="transformers, which writes the checkpoints, is missing")
+
+
+def calibration_ids(folder: Path, length: int) -> Tensor:
+    """The first tokens of the calibration text, [1, length + 1]."""
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    ids = [tokenizer.bos, *tokenizer.encode(read_text(TEXT)[: 2 * length])]
+    return torch.tensor([ids[: length + 1]])
+
+
+@torch.no_grad()
+def loss_past(theirs: Any, ids: Tensor, window: int) -> float:
+    """Mean loss in transformers, after as many tokens as a window has."""
+    logits = theirs(ids[:, :-1]).logits
+    return float(torch.nn.functional.cross_entropy(logits[0, window:], ids[0, window + 1 :]))
 
 
 # -- Granite -----------------------------------------------------------------------------------------------------------
@@ -47,9 +65,30 @@ def test_sinks_beside_short_factors_are_measured_in_the_original_context(
     """A longer text would be read by transformers with the long factors, by which this model does not go."""
     theirs, folder = pretrained("phi3, short longrope")  # of a context of 60 tokens
     done = convert_from_hf(with_tokenizer(folder), tmp_path / "out", LearningOptions(12, mini_batch_size=5))
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    ids = torch.tensor([tokenizer.bos, *tokenizer.encode(read_text(TEXT)[:100])])[:61]
-    with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(theirs(ids[None, :-1]).logits[0, 12:], ids[13:])
     assert done.sink_losses is not None
-    assert done.sink_losses.full_attention == pytest.approx(float(expected), abs=1e-5)
+    expected = loss_past(theirs, calibration_ids(folder, 60), 12)
+    assert done.sink_losses.full_attention == pytest.approx(expected, abs=1e-5)
+
+
+# -- windows in some layers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [24, 12])
+def test_layers_keep_the_window_that_they_were_trained_with(
+    pretrained: Pretrained, tmp_path: Path, window: int
+) -> None:
+    """The last two of four layers have one of 24. As long as it stays theirs, their sinks weigh nothing."""
+    theirs, folder = pretrained("qwen3, windows in some layers")
+    done = convert_from_hf(with_tokenizer(folder), tmp_path / "out", LearningOptions(window, mini_batch_size=4))
+    model, ids = load_transformer(tmp_path / "out"), calibration_ids(folder, 128)
+    assert done.sink_losses is not None
+    assert done.sink_losses.full_attention == pytest.approx(loss_past(theirs, ids, window), abs=1e-5)
+    with_sink = float(sequence_loss(model, ids, learn=False).nll_BT[0, window:].mean())
+    assert done.sink_losses.with_sink == pytest.approx(with_sink, abs=1e-5)
+    for i, block in enumerate(model.blocks):
+        is_off = i >= 2 and window == 24
+        assert (block.mixer.sink_logit < -1000).all() == is_off and block.mixer.sink_value.any() != is_off
+        if is_off:
+            with torch.no_grad():
+                block.mixer.sink_value.fill_(1e3)
+    assert float(sequence_loss(model, ids, learn=False).nll_BT[0, window:].mean()) == with_sink

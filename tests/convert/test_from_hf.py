@@ -51,7 +51,8 @@ def test_logits_are_those_of_transformers(pretrained: Pretrained, tmp_path: Path
     with torch.no_grad():
         expected = theirs(tokens()).logits
     assert expected.std() > 0.3  # else everything would be near everything
-    difference = (logits(model, tokens()) - expected).abs().max().item()
+    length = window if "some layers" in name else 60
+    difference = (logits(model, tokens()) - expected)[:, :length].abs().max().item()
     print(f"{name}, {fast}: {difference:.1e} of {expected.abs().max():.1f}")
     assert difference < 1e-4
 

@@ -72,6 +72,8 @@ def test_read_source_understands_older_configurations(pretrained: Pretrained, tm
         ("llama, dynamic", {}, 128),
         ("mistral, sliding window", {}, 24),
         ("mistral, wide heads", {}, 128),
+        ("qwen3, windows in some layers", {}, 24),
+        ("smollm3", {}, 128),
         (
             "qwen2, tied",
             {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0, "layer_types": None},
@@ -179,13 +181,11 @@ def test_older_files_of_phi3_have_other_names_for_longrope(pretrained: Pretraine
         ({"attention_bias": True}, r"lacks model.layers.0.self_attn.k_proj.bias"),
         ({"model_type": "qwen3"}, r"lacks model.layers.0.self_attn.k_norm.weight"),
         ({"tie_word_embeddings": True}, "the checkpoint has another one"),
+        ({"layer_types": ["full_attention", "linear_attention"] * 2}, "a hybrid cannot be converted"),
+        ({"layer_types": ["full_attention"]}, "for each of its layers"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-            "a sliding window in some layers only",
-        ),
-        (
-            {"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
-            "a sliding window in some layers only",
+            {"model_type": "smollm3", "no_rope_layers": [1, 2, 1, 1]},
+            "no_rope_layers = .*, which is not 0 or 1",
         ),
     ],
 )

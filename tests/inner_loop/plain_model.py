@@ -51,6 +51,7 @@ class _Layer:
 
     def __init__(self, model: Transformer, i: int) -> None:
         self.model, self.config, self.block = model, model.config, model.blocks[i]
+        self.rope = model.config.rope_layers[i]
         self.window = None if model.config.mixers[i] == "full" else model.config.sliding_window
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -85,6 +86,8 @@ class _Layer:
         return mixer.w_out @ torch.cat(out) + (mixer.b_out if config.attention_out_bias else 0)
 
     def turn(self, x: Tensor, position: int) -> Tensor:
+        if not self.rope:
+            return x
         angle = position * frequencies(self.config, "cpu")
         a, b = x.chunk(2, -1)
         turned = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)

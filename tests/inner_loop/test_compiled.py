@@ -28,7 +28,7 @@ SHAPES = {
         "attention_sink": True,
         "inner_loop.max_grad_norm": 0.05,
     },
-    "full attention": {"pattern": ("full",)},
+    "full attention, one without positions": {"pattern": ("full",), "rope_pattern": (True, True, False)},
     "one suffix block": {"suffix_layers": 1},
     "standard": {"suffix_layers": 0},
     "parallel MLPs, biases, YaRN": {

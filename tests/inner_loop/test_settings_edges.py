@@ -103,6 +103,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "sliding_window": draw(st.integers(2, 6)),
         "mini_batch_size": draw(st.integers(1, 3)),
         "rope_theta": draw(st.floats(1, 1e6)),
+        "rope_pattern": draw(st.sampled_from([(True,), (True,), (False,), (True, False)])),
         "rms_norm_eps": draw(st.sampled_from([1e-18, 1e-6, 1.0])),
         "tie_word_embeddings": draw(flag),
         "initializer_range": draw(st.sampled_from([0.02, 0.3])),

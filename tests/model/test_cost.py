@@ -173,6 +173,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         head_dim=draw(st.sampled_from([None, 6])) if attentions else None,
         attention_bias=attentions and draw(st.booleans()),
         attention_out_bias=attentions and draw(st.booleans()),
+        rope_pattern=draw(st.sampled_from([(True,), (False, True)])) if attentions else (True,),
         sliding_window=b * draw(st.integers(1, 4)),
         attention_sink="window" in names and draw(st.booleans()),
         mini_batch_size=b,

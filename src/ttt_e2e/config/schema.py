@@ -220,6 +220,8 @@ class ModelConfig:
     """Tokens that a query of a "window" mixer sees, itself included (k)."""
     rope_theta: Annotated[float, Range(1.0, 1e30)] = 500_000.0
     """Base of the rotary positions."""
+    rope_pattern: tuple[bool, ...] = (True,)
+    """Whether the attention of a block has rotary positions, repeated over the depth."""
     rope_scaling: RopeScaling = RopeScaling()
     rms_norm_eps: Annotated[float, Range(1e-18, 1.0)] = 1e-6
     """Added to the mean square under the root of every RMSNorm."""
@@ -284,11 +286,16 @@ class ModelConfig:
 
     def _check_mixers(self) -> None:
         _require(bool(self.pattern), "pattern names no mixer; name at least one, such as pattern=window.")
+        _require(bool(self.rope_pattern), "rope_pattern has no value; give at least one, such as rope_pattern=true.")
         for name in self.pattern:
             near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             _require(name in MIXERS, f"There is no mixer {name[:50]!r}.{hint} There are: {', '.join(MIXERS)}.")
         others = sorted(set(self.mixers) - set(ATTENTIONS))
+        has_positions = all(
+            rope or mixer in ATTENTIONS for rope, mixer in zip(self.rope_layers, self.mixers, strict=True)
+        )
+        _require(has_positions, "rope_pattern can be false only where the mixer is 'full' or 'window'.")
         default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
         if others and (self.attention_bias or self.attention_out_bias or not default_heads):
             raise UserError(f"With {', '.join(others)}, neither head_dim nor biases of attention can be set.")
@@ -323,6 +330,11 @@ class ModelConfig:
     def mixers(self) -> tuple[str, ...]:
         """The name of every block's mixer: `pattern`, repeated over the depth."""
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_hidden_layers))
+
+    @property
+    def rope_layers(self) -> tuple[bool, ...]:
+        """Whether every block's attention has rotary positions: `rope_pattern`, repeated over the depth."""
+        return tuple(self.rope_pattern[i % len(self.rope_pattern)] for i in range(self.num_hidden_layers))
 
     @property
     def prefix_layers(self) -> int:

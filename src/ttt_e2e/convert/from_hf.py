@@ -96,8 +96,8 @@ def convert_from_hf(
         path_or_name: a Hugging Face checkpoint's folder or its name there, or a GGUF file.
         out: the folder to write.
         options: how the model is to learn.
-        sink: whether windowed attention gets sinks. They need a tokenizer; and a model that was trained with this very
-            window gets none.
+        sink: whether windowed attention gets sinks. They need a tokenizer; and layers that were trained with this very
+            window have no use for one.
         calibration_text: what the sinks are measured on; None: a text that comes with the package.
         dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are and none
             has to be rounded, else float32.
@@ -141,7 +141,8 @@ def _convert(
     unused_ids = vocab_size - tokens  # embeddings are often rounded up to a size that suits a GPU
     config = config_from_source(source, options)
     calibration_ids = None
-    if tokenizer is not None and calibration_text is not None and config.sliding_window != source.trained_window:
+    sees_less = any(window != config.sliding_window for window in source.trained_windows)
+    if tokenizer is not None and calibration_text is not None and sees_less:
         config = replace(config, {"attention_sink": True})
         calibration_ids = np.array([tokenizer.bos, *tokenizer.encode(read_text(calibration_text))])
     copies = list(_slice_copies(config, source, unused_ids))
@@ -166,10 +167,10 @@ def _convert(
                 write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {where}"))
         _write_new_parameters(config, options.fast == "new", write_rows)
         if calibration_ids is not None:
-            context, short = source.max_window, source.short_rope
+            context, short = source.max_context, source.short_rope
             if config.rope_scaling == short:
                 context = min(context, short.original_max_position_embeddings or context)
-            sinks, losses = calibrate_sinks(config, read, calibration_ids, context, progress)
+            sinks, losses = calibrate_sinks(config, read, calibration_ids, context, source.trained_windows, progress)
             for parameter, values in sinks.items():
                 write_rows(parameter, 0, values)
         if tokenizer is not None:

@@ -7,7 +7,7 @@ models of transformers 5.24, whose defaults are used for what a file leaves out.
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ttt_e2e.config.schema import RopeScaling
 from ttt_e2e.convert.learning import Factors, SourceModel
@@ -18,6 +18,8 @@ class Family(NamedTuple):
     """What a family has other than Llama."""
 
     name: str
+    windows: Literal["none", "always", "asked"] = "none"
+    """When `sliding_window` means something: "asked", if `use_sliding_window` is set."""
     can_have_bias: bool = False
     """Whether its configuration can ask for biases of attention (`attention_bias`)."""
     settings: Mapping[str, Any] = {}
@@ -30,11 +32,20 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "llama": Family("Llama", can_have_bias=True),
-    "qwen2": Family("Qwen2", settings={"attention_bias": True}),
-    "qwen3": Family("Qwen3", can_have_bias=True, settings={"qk_norm": True}, defaults={"head_dim": 128}),
-    "mistral": Family("Mistral", defaults={"sliding_window": 4096}),
+    "qwen2": Family("Qwen2", "asked", settings={"attention_bias": True}),
+    "qwen3": Family("Qwen3", "asked", can_have_bias=True, settings={"qk_norm": True}, defaults={"head_dim": 128}),
+    "mistral": Family("Mistral", "always", defaults={"sliding_window": 4096}),
+    "ministral": Family("Ministral", "always", defaults={"sliding_window": 4096}),
+    "smollm3": Family(
+        "SmolLM3", "asked", can_have_bias=True, defaults={"rope_theta": 2e6, "tie_word_embeddings": True}
+    ),
     "granite": Family("Granite", can_have_bias=True),
-    "phi3": Family("Phi-3", defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}, is_fused=True),
+    "phi3": Family(
+        "Phi-3",
+        "always",
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        is_fused=True,
+    ),
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
@@ -51,9 +62,10 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
     bias = family.can_have_bias and values.flag("attention_bias")
     rope, max_window, short_rope = _rope(values, model_type)
     reason = "the range of its rotary positions"
-    sliding = _sliding_window(values, model_type, layers)
-    if sliding is not None and sliding < max_window:
-        max_window, reason = sliding, "the sliding window that it was trained with"
+    max_context, windows = max_window, _trained_windows(values, model_type, layers)
+    if any(windows) and (sliding := values.count("sliding_window")) < max_window:
+        some = "it was" if all(windows) else "some of its layers were"
+        max_window, reason = sliding, f"the sliding window that {some} trained with"
     settings: dict[str, Any] = dict(
         vocab_size=values.count("vocab_size"),
         hidden_size=values.count("hidden_size"),
@@ -73,8 +85,18 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
         **rope,
     )
     settings |= family.settings
-    source = SourceModel(model_type, settings, max_window, reason, sliding, settings["tie_word_embeddings"])
-    source = source._replace(short_rope=short_rope)
+    if model_type == "smollm3":
+        settings["rope_pattern"] = _layers_with_rope(values, layers)
+    source = SourceModel(
+        model_type,
+        settings,
+        max_window,
+        reason,
+        max_context,
+        windows,
+        has_tied_head=settings["tie_word_embeddings"],
+        short_rope=short_rope,
+    )
     return _fold_multipliers(source, values) if model_type == "granite" else source
 
 
@@ -169,19 +191,39 @@ def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, Rope
     return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original)), None
 
 
-def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:
-    """The sliding window of all layers; None if they see everything."""
-    if values.get("sliding_window", None) is None or family == "llama":
-        return None
-    if family in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):
-        return None
-    # Qwen's layers have one from `max_window_layers` on.
-    first = values.count("max_window_layers", 28, least=0) if family in ("qwen2", "qwen3") else 0
-    by_depth = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    kinds = set(values.get("layer_types", None) or by_depth)
-    if kinds not in ({"full_attention"}, {"sliding_attention"}):
-        raise UserError(f"{values.where} has a sliding window in some layers only; it cannot be converted.")
-    return values.count("sliding_window") if kinds == {"sliding_attention"} else None
+def _layers_with_rope(values: "_Values", layers: int) -> tuple[bool, ...]:
+    """Which layers of a SmolLM3 have rotary positions: those where `no_rope_layers` is 1."""
+    interval = values.count("no_rope_layer_interval", 4)
+    by_depth = [int((i + 1) % interval != 0) for i in range(layers)]
+
+    def is_valid(value: Any) -> bool:
+        return isinstance(value, list) and len(value) >= layers and all(x in (0, 1) for x in value)
+
+    given = values.get("no_rope_layers", by_depth, is_valid, "not 0 or 1 for each of its layers")
+    return tuple(map(bool, given[:layers]))
+
+
+def _trained_windows(values: "_Values", model_type: str, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of every layer; None for those that see everything."""
+    types = values.get("layer_types", None)
+    if types is not None and (len(types) < layers or not set(types) <= {"full_attention", "sliding_attention"}):
+        raise UserError(
+            f"{values.where} has layer_types that do not say full_attention or sliding_attention for each of its "
+            "layers; a hybrid cannot be converted."
+        )
+    kind = FAMILIES[model_type].windows
+    is_asked = kind == "always" or (kind == "asked" and values.flag("use_sliding_window"))
+    if not is_asked or values.get("sliding_window", None) is None:
+        return (None,) * layers
+    if types is not None:
+        has_window = [name == "sliding_attention" for name in types]
+    elif model_type == "smollm3":
+        has_window = [not rope for rope in _layers_with_rope(values, layers)]
+    else:  # Qwen's layers have one from `max_window_layers` on
+        first = values.count("max_window_layers", 28, least=0) if kind == "asked" else 0
+        has_window = [i >= first for i in range(layers)]
+    window = values.count("sliding_window")
+    return tuple(window if has else None for has in has_window[:layers])
 
 
 class _Values(NamedTuple):

@@ -49,8 +49,10 @@ class SourceModel(NamedTuple):
     """The longest window that the model can have."""
     max_window_reason: str
     """What limits it, for messages."""
-    trained_window: int | None = None
-    """The sliding window that it was trained with; None for full attention."""
+    max_context: int = 0
+    """The longest text that it can read, by its rotary positions."""
+    trained_windows: tuple[int | None, ...] = ()
+    """The sliding window that each of its layers was trained with; None for full attention."""
     has_tied_head: bool = False
     """Whether its output head is its embedding. With factors that differ it becomes a matrix of its own."""
     factors: Factors = Factors()

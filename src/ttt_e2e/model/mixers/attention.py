@@ -23,14 +23,14 @@ from ttt_e2e.ops.linear import linear, linear_vjp
 class Attention(Mixer):
     """Multi-head attention over the last `window` tokens (None: all): grouped key/value heads, rotary positions.
 
-    With a window it may have a sink; see `ops.attention.sink`.
+    With a window it may have a sink; see `ops.attention.sink`. Without `rope` it has no positions.
     """
 
     State = KVCache
 
-    def __init__(self, config: ModelConfig, window: int | None):
+    def __init__(self, config: ModelConfig, window: int | None, rope: bool = True):
         super().__init__()
-        self.config, self.window = config, window
+        self.config, self.window, self.rope = config, window, rope
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         rows = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
         self.w_qkv = nn.Parameter(torch.empty(rows, config.hidden_size))
@@ -116,15 +116,18 @@ class Attention(Mixer):
         qk_BTJK, v_BTGK = x_BTJK.split((num_heads + num_kv_heads, num_kv_heads), 2)
         qk_BTJK = qk_BTJK.to(accumulation_dtype(x_BTD.dtype))
         norm_vjp: Vjp | None = None
+        rotation_vjp: Vjp | None = None
         if config.qk_norm:
             weight_JK = torch.cat((self.q_norm.expand(num_heads, -1), self.k_norm.expand(num_kv_heads, -1)))
             qk_BTJK, norm_vjp = rms_norm(qk_BTJK, weight_JK, config.rms_norm_eps)
-        qk_BTJK, rotation_vjp = rotate(qk_BTJK, positions.cos, positions.sin)
+        if self.rope:
+            qk_BTJK, rotation_vjp = rotate(qk_BTJK, positions.cos, positions.sin)
         q_BHTK, k_BGTK = qk_BTJK.to(x_BTD.dtype).transpose(1, 2).split((num_heads, num_kv_heads), 1)
 
         def vjp(dq_BHTK: Tensor, dk_BGTK: Tensor, dv_BGTK: Tensor) -> Tensor:
-            dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2)
-            dqk_BTJK = rotation_vjp(dqk_BTJK.to(qk_BTJK.dtype))
+            dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2).to(qk_BTJK.dtype)
+            if rotation_vjp is not None:
+                dqk_BTJK = rotation_vjp(dqk_BTJK)
             if norm_vjp is not None:
                 dqk_BTJK = norm_vjp(dqk_BTJK)
             dx_BTJK = torch.cat((dqk_BTJK.to(dq_BHTK.dtype), dv_BGTK.transpose(1, 2)), 2)
