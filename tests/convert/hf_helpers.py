@@ -33,7 +33,7 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
-MULTIPLIERS = dict(embedding_multiplier=12.0, attention_multiplier=0.4, residual_multiplier=0.22, logits_scaling=0.125)
+MULTIPLIERS = dict(embedding_multiplier=12.0, attention_multiplier=0.4, residual_multiplier=0.22, logits_scaling=2.0)
 LONGROPE = dict(rope_type="longrope", rope_theta=500.0, short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 3, 7])
 TOKENS = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
 SHARDED = "20KB"
@@ -102,6 +102,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SHARDED,
     ),
     "ministral, sliding window": ("Ministral", {"sliding_window": 24, "head_dim": 12}, "1GB"),
+    "olmo2": ("Olmo2", TOKENS, "1GB"),
+    "olmo2, biases, tied, one key head": (
+        "Olmo2",
+        {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1, **TOKENS},
+        SHARDED,
+    ),
     "mistral, sliding window": ("Mistral", {"sliding_window": 24, "rope_parameters": {"rope_theta": 1e4}}, SHARDED),
 }
 Pretrained = Callable[[str], tuple[Any, Path]]

@@ -146,6 +146,8 @@ def test_older_files_of_phi3_have_other_names_for_longrope(pretrained: Pretraine
     [
         ({"model_type": "gpt2"}, r"model_type 'gpt2', which cannot be converted; Llama, Qwen2, Qwen3, Mistral, .* can"),
         ({"model_type": None}, "model_type 'nothing'"),
+        ({"model_type": "gemma2"}, "it has MLPs with GELU, and attention scores and logits that are capped; Llama"),
+        ({"model_type": "olmo2"}, "norms after its MLPs .* split the MLPs instead"),
         ({"model_type": "qwen3_moe"}, r"is a mixture of experts \(qwen3_moe\)"),
         ({"num_local_experts": 8}, "is a mixture of experts"),
         ({"n_routed_experts": 64, "num_experts_per_tok": 2}, "is a mixture of experts"),

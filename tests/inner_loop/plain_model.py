@@ -69,7 +69,10 @@ class _Layer:
         h, g = config.num_attention_heads, config.num_key_value_heads
         rows = mixer.w_qkv @ x_D + (mixer.b_qkv if config.attention_bias else 0)
         q, k, v = rows.view(-1, config.head_dim).split((h, g, g))
-        if config.qk_norm:
+        if config.qk_norm_joint:
+            pairs = ((q, mixer.q_norm), (k, mixer.k_norm))
+            q, k = (_norm(y.flatten(), w, config.rms_norm_eps).view_as(y) for y, w in pairs)
+        elif config.qk_norm:
             q, k = (_norm(y, w, config.rms_norm_eps) for y, w in ((q, mixer.q_norm), (k, mixer.k_norm)))
         self.keys.append(self.turn(k, position))
         self.values.append(v)

@@ -28,7 +28,11 @@ SHAPES = {
         "attention_sink": True,
         "inner_loop.max_grad_norm": 0.05,
     },
-    "full attention, one without positions": {"pattern": ("full",), "rope_pattern": (True, True, False)},
+    "full attention, one without positions, joint norms": {
+        "pattern": ("full",),
+        "rope_pattern": (True, True, False),
+        "qk_norm_joint": True,
+    },
     "one suffix block": {"suffix_layers": 1},
     "standard": {"suffix_layers": 0},
     "parallel MLPs, biases, YaRN": {

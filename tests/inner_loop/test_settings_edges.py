@@ -115,6 +115,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     }
     for name in ("qk_norm", "pre_norm", "post_norm", "attention_bias", "attention_out_bias", "parallel_mlp"):
         values[name] = draw(flag)
+    values["qk_norm_joint"] = values["qk_norm"] and draw(flag)
     values["attention_sink"] = "window" in values["pattern"] and draw(flag)
     values["static_mlp"] = values["parallel_mlp"] or draw(flag)
     kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn", "longrope"]))

@@ -227,6 +227,8 @@ class ModelConfig:
     """Added to the mean square under the root of every RMSNorm."""
     qk_norm: bool = True
     """Whether queries and keys get an RMSNorm per head."""
+    qk_norm_joint: bool = False
+    """Whether these norms go over all heads of the queries and of the keys at once, as in OLMo 2."""
     pre_norm: bool = True
     """Whether every sub-layer has an RMSNorm before it."""
     post_norm: bool = True
@@ -299,6 +301,8 @@ class ModelConfig:
         default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
         if others and (self.attention_bias or self.attention_out_bias or not default_heads):
             raise UserError(f"With {', '.join(others)}, neither head_dim nor biases of attention can be set.")
+        if self.qk_norm_joint and (others or not self.qk_norm):
+            raise UserError("qk_norm_joint is for mixers 'full' and 'window' alone, and needs qk_norm=true.")
         if self.attention_sink and "window" not in self.mixers:
             raise UserError("attention_sink is for attention over a window, but no mixer of the pattern is 'window'.")
         inside = self.mixers[self.prefix_layers + 1 :]

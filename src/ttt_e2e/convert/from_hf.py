@@ -181,7 +181,7 @@ def _convert(
 
 def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> Iterator[SliceCopy]:
     """Where all parameters come from, except for what is new in the fast MLPs."""
-    factors, is_fused = source.factors, FAMILIES[source.family].is_fused
+    factors, family = source.factors, FAMILIES[source.family]
     vocab, width, hidden = config.vocab_size, config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     stored_vocab = vocab + unused_ids
@@ -194,12 +194,12 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
     for i in range(config.num_hidden_layers):
         block, layer = f"blocks.{i}", f"model.layers.{i}"
         attention = f"{layer}.self_attn"
-        yield SliceCopy(f"{layer}.input_layernorm.weight", (width,), f"{block}.mixer_norm.weight")
-        yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.mlp_norm.weight")
+        for name, norm in family.norms.items():
+            yield SliceCopy(f"{layer}.{name}.weight", (width,), f"{block}.{norm}.weight")
         for name, row, count in (("q_proj", 0, queries), ("k_proj", queries, keys), ("v_proj", queries + keys, keys)):
             factor = factors.query if name == "q_proj" else 1.0
             stored, length, rows = f"{attention}.{name}", count, slice(count)
-            if is_fused:
+            if family.is_fused:
                 stored, length, rows = f"{attention}.qkv_proj", queries + 2 * keys, slice(row, row + count)
             yield SliceCopy(f"{stored}.weight", (length, width), f"{block}.mixer.w_qkv", row, rows, factor=factor)
             if config.attention_bias:
@@ -209,8 +209,9 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
         if config.attention_out_bias:
             yield SliceCopy(f"{out}.bias", (width,), f"{block}.mixer.b_out", factor=factor)
         if config.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                yield SliceCopy(f"{attention}.{name}.weight", (config.head_dim,), f"{block}.mixer.{name}")
+            for name, count in (("q_norm", queries), ("k_norm", keys)):
+                length = count if config.qk_norm_joint else config.head_dim
+                yield SliceCopy(f"{attention}.{name}.weight", (length,), f"{block}.mixer.{name}")
         in_suffix = i >= config.prefix_layers
         fast_units = config.fast_intermediate_size if in_suffix and config.parallel_mlp else 0
         parts = {"mlp": (fast_units, hidden)}
@@ -219,7 +220,7 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
         for part, (start, stop) in parts.items():  # rows of gate and value, columns of the second matrix
             for j, name in enumerate(("gate_proj", "up_proj")):
                 stored, length, rows = f"{layer}.mlp.{name}.weight", hidden, slice(start, stop)
-                if is_fused:
+                if family.is_fused:
                     stored, length = f"{layer}.mlp.gate_up_proj.weight", 2 * hidden
                     rows = slice(j * hidden + start, j * hidden + stop)
                 yield SliceCopy(stored, (length, width), f"{block}.{part}.w_in", j * (stop - start), rows)

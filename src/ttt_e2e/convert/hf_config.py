@@ -26,6 +26,8 @@ class Family(NamedTuple):
     """Settings of `ModelConfig` that are the same in the whole family."""
     defaults: Mapping[str, Any] = {}
     """What transformers takes for values that its config.json leaves out."""
+    norms: Mapping[str, str] = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
+    """The norms of a block under their names there, and what they are called here."""
     is_fused: bool = False
     """Whether query, key and value are stored as one matrix, and gate and value of an MLP as another."""
 
@@ -40,12 +42,27 @@ FAMILIES = {
         "SmolLM3", "asked", can_have_bias=True, defaults={"rope_theta": 2e6, "tie_word_embeddings": True}
     ),
     "granite": Family("Granite", can_have_bias=True),
+    "olmo2": Family(
+        "OLMo 2",
+        can_have_bias=True,
+        settings={"qk_norm": True, "qk_norm_joint": True, "pre_norm": False, "post_norm": True},
+        defaults={"rms_norm_eps": 1e-5},
+        norms={"post_attention_layernorm": "mixer_post_norm", "post_feedforward_layernorm": "mlp_post_norm"},
+    ),
     "phi3": Family(
         "Phi-3",
         "always",
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
         is_fused=True,
     ),
+}
+_MISSING = {  # what families that people ask for have and our models have not
+    "gemma": "MLPs with GELU",
+    "gemma2": "MLPs with GELU, and attention scores and logits that are capped",
+    "gemma3_text": "MLPs with GELU, and two kinds of rotary positions",
+    "gemma3": "MLPs with GELU, two kinds of rotary positions, and images",
+    "ministral3": "queries that are scaled by their positions",
+    "olmo3": "two kinds of rotary positions",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
@@ -122,6 +139,11 @@ def _model_type(values: "_Values") -> str:
     has_experts = any(value is True or value not in (None, False, 0, 1, []) for value in counts)
     if has_experts or "moe" in str(family) or family == "mixtral":
         raise UserError(f"{values.where} is a mixture of experts ({family}), which cannot be converted; {known} can.")
+    if family in _MISSING:
+        raise UserError(
+            f"{values.where} says model_type {family!r}, which cannot be converted: it has {_MISSING[family]}; "
+            f"{known} can."
+        )
     if family not in FAMILIES:
         raise UserError(f"{values.where} says model_type {family!r}, which cannot be converted; {known} can.")
     if (quantization := values.get("quantization_config", None)) is not None:

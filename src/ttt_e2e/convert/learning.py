@@ -74,6 +74,11 @@ def config_from_source(source: SourceModel, options: LearningOptions) -> ModelCo
         window = min(_PUBLISHED_WINDOW, limit)
     if mini_batch is None:
         mini_batch = min(_PUBLISHED_MINI_BATCH, max(1, window // 8))
+    if source.settings["post_norm"] and options.fast == "new":
+        raise UserError(
+            "This model has norms after its MLPs (post_norm), which would scale up what a new fast MLP adds at first; "
+            "split the MLPs instead (--fast split)."
+        )
     if window > limit:
         raise UserError(f"The window of {window} tokens is longer than {limit}, {reason}; choose a shorter one.")
     if not 0 < options.suffix <= 1:
