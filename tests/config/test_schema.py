@@ -28,6 +28,7 @@ from ttt_e2e.errors import UserError
         ("rope_scaling.factor=2", "rope_scaling.factor needs a rope_scaling.rope_type"),
         ("rope_scaling.rope_type=yarn", "rope_type yarn needs original_max_position_embeddings"),
         ("rope_scaling.attention_factor=0", "rope_scaling.attention_factor must be at least 0.001"),
+        ("rope_scaling.pair_factors=2", "pair_factors are for rope_type longrope alone"),
         ("pattern=mamba3", "no mixer 'mamba3'. Did you mean 'mamba2'"),
         ("steps=0", "steps must be at least 1"),
         ("max_grad_norm=0", "max_grad_norm must be at least 1e-18"),
@@ -55,6 +56,10 @@ def test_settings_that_do_not_fit_are_refused(assignment: str, sentence: str) ->
             ["rope_type=yarn", "original_max_position_embeddings=64", "rope_theta=1"],
             "rope_type yarn needs a rope_theta above 1",
         ),
+        (["rope_type=longrope", "pair_factors=2,3"], "pair_factors are one for each of 16 pairs, not 2"),
+        (["rope_type=longrope", "pair_factors=2,0"], "pair_factors must be from 1e-06 to 1e+06, not (2.0, 0.0)"),
+        (["qk_norm_joint=true", "qk_norm=false"], "qk_norm_joint is for mixers 'full' and 'window' alone, and needs"),
+        (["pattern=mamba2,window", "rope_pattern=false,true"], "rope_pattern can be false only where the mixer is"),
         (["pattern=full,window", "suffix_layers=3"], "all its mixers must be 'window', or all 'full'"),
         (
             ["pattern=mamba2,window", "attention_bias=true"],

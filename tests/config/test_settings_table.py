@@ -31,7 +31,7 @@ def as_written(value: Any) -> str:
     if value is dataclasses.MISSING:
         return ""
     if isinstance(value, tuple):
-        return f"`{','.join(map(str, value))}`"
+        return f"`{','.join(as_written(item).strip('`') for item in value)}`"
     return f"`{str(value).lower() if isinstance(value, bool) or value is None else value}`"
 
 

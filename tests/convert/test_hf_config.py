@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import LLAMA3, SHAPE, YARN, Pretrained, change_config, convert
+from hf_helpers import LLAMA3, LONGROPE, SHAPE, YARN, Pretrained, change_config, convert
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.convert.from_hf import convert_from_hf
@@ -69,8 +69,11 @@ def test_read_source_understands_older_configurations(pretrained: Pretrained, tm
         ("llama", {"max_position_embeddings": 131_072}, 8192),
         ("qwen2, yarn, sharded", {}, 128),
         ("qwen2, yarn, sharded", {"max_position_embeddings": 32}, 128),  # as Qwen's own writes it: the factor counts
+        ("llama, dynamic", {}, 128),
         ("mistral, sliding window", {}, 24),
         ("mistral, wide heads", {}, 128),
+        ("qwen3, windows in some layers", {}, 24),
+        ("smollm3", {}, 128),
         (
             "qwen2, tied",
             {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0, "layer_types": None},
@@ -106,14 +109,45 @@ def test_missing_window_of_mistral_is_the_default_of_transformers(pretrained: Pr
     assert convert_from_hf(folder, tmp_path / "out").config.sliding_window == 4096
 
 
+@pytest.mark.parametrize(("window", "factors"), [(32, "short_factor"), (33, "long_factor")])
+def test_window_decides_between_the_factors_of_longrope(
+    pretrained: Pretrained, tmp_path: Path, window: int, factors: str
+) -> None:
+    """As transformers decides by the length of a text: here no query sees a key from farther away than the window."""
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    folder = Path(shutil.copytree(pretrained("phi3, long longrope")[1], tmp_path / "checkpoint"))
+    change_config(folder, rope_parameters={k: v for k, v in LONGROPE.items() if k != "attention_factor"})
+    config = convert_from_hf(folder, tmp_path / "out", LearningOptions(window, mini_batch_size=8)).config
+    assert config.rope_scaling.pair_factors == tuple(LONGROPE[factors])
+    module = Phi3RotaryEmbedding(transformers.AutoConfig.from_pretrained(folder))
+    module(torch.zeros(1), torch.arange(window)[None])
+    torch.testing.assert_close(frequencies(config, "cpu"), module.inv_freq.double(), rtol=2e-6, atol=0)
+    assert config.rope_scaling.attention_factor == pytest.approx(module.attention_scaling, rel=1e-12) != 1
+    assert load_config(tmp_path / "out") == config
+
+
+def test_older_files_of_phi3_have_other_names_for_longrope(pretrained: Pretrained, tmp_path: Path) -> None:
+    new = json.loads((pretrained("phi3, short longrope")[1] / "config.json").read_text())
+    rope = new.pop("rope_parameters")
+    old = {**new, "rope_theta": rope.pop("rope_theta")}
+    for kind in ("longrope", "su", "yarn"):
+        scaling = {"type": kind, "long_factor": rope["long_factor"], "short_factor": rope["short_factor"]}
+        assert read_source({**old, "rope_scaling": scaling}, tmp_path) == read_source(
+            {**new, "rope_parameters": {**rope, "rope_theta": 500.0}}, tmp_path
+        )
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2', which cannot be converted; Llama, Qwen2, Qwen3, Mistral can"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2', which cannot be converted; Llama, Qwen2, Qwen3, Mistral, .* can"),
         ({"model_type": None}, "model_type 'nothing'"),
+        ({"model_type": "gemma2"}, "it has MLPs with GELU, and attention scores and logits that are capped; Llama"),
+        ({"model_type": "olmo2"}, "norms after its MLPs .* split the MLPs instead"),
         ({"model_type": "qwen3_moe"}, r"is a mixture of experts \(qwen3_moe\)"),
         ({"num_local_experts": 8}, "is a mixture of experts"),
         ({"n_routed_experts": 64, "num_experts_per_tok": 2}, "is a mixture of experts"),
@@ -123,8 +157,14 @@ def test_missing_window_of_mistral_is_the_default_of_transformers(pretrained: Pr
         ({"architectures": ["LlamaForTokenClassification"]}, "describes a LlamaForTokenClassification"),
         ({"hidden_act": "gelu"}, "has hidden_act = gelu; only silu"),
         ({"mlp_bias": True}, "has mlp_bias = True; only False"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic', which is unsupported"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'.*; default, linear, llama3, yarn are"),
+        (
+            {"rope_parameters": {"rope_type": "axial"}},
+            "rope_type 'axial'.*; default, linear, llama3, yarn, longrope, dynamic are",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "lacks long_factor"),
+        ({"rope_parameters": LONGROPE | {"short_factor": [1, 2]}}, "one for each of 4 pairs, not 2"),
+        ({"rope_parameters": LONGROPE | {"short_factor": [1, 2, 3, 0]}}, "pair_factors must be from 1e-06 to 1e.06"),
+        ({"rope_parameters": LONGROPE | {"long_factor": "all"}}, "long_factor = 'all', which is not a list of numbers"),
         ({"rope_parameters": YARN | {"truncate": False}}, "has truncate = False"),
         ({"rope_parameters": {"full_attention": YARN}}, "has more than one kind of rotary positions"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
@@ -143,13 +183,11 @@ def test_missing_window_of_mistral_is_the_default_of_transformers(pretrained: Pr
         ({"attention_bias": True}, r"lacks model.layers.0.self_attn.k_proj.bias"),
         ({"model_type": "qwen3"}, r"lacks model.layers.0.self_attn.k_norm.weight"),
         ({"tie_word_embeddings": True}, "the checkpoint has another one"),
+        ({"layer_types": ["full_attention", "linear_attention"] * 2}, "a hybrid cannot be converted"),
+        ({"layer_types": ["full_attention"]}, "for each of its layers"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-            "a sliding window in some layers only",
-        ),
-        (
-            {"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
-            "a sliding window in some layers only",
+            {"model_type": "smollm3", "no_rope_layers": [1, 2, 1, 1]},
+            "no_rope_layers = .*, which is not 0 or 1",
         ),
     ],
 )

@@ -64,6 +64,7 @@ class _Layer:
 
     def __init__(self, model: Transformer, i: int) -> None:
         self.model, self.config, self.block = model, model.config, model.blocks[i]
+        self.rope = model.config.rope_layers[i]
         self.window = None if model.config.mixers[i] == "full" else model.config.sliding_window
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -81,7 +82,10 @@ class _Layer:
         h, g = config.num_attention_heads, config.num_key_value_heads
         rows = mixer.w_qkv @ x_D + (mixer.b_qkv if config.attention_bias else 0)
         q, k, v = rows.view(-1, config.head_dim).split((h, g, g))
-        if config.qk_norm:
+        if config.qk_norm_joint:
+            pairs = ((q, mixer.q_norm), (k, mixer.k_norm))
+            q, k = (_norm(y.flatten(), w, config.rms_norm_eps).view_as(y) for y, w in pairs)
+        elif config.qk_norm:
             q, k = (_norm(y, w, config.rms_norm_eps) for y, w in ((q, mixer.q_norm), (k, mixer.k_norm)))
         self.keys.append(self.turn(k, position))
         self.values.append(v)
@@ -98,6 +102,8 @@ class _Layer:
         return mixer.w_out @ torch.cat(out) + (mixer.b_out if config.attention_out_bias else 0)
 
     def turn(self, x: Tensor, position: int) -> Tensor:
+        if not self.rope:
+            return x
         angle = position * frequencies(self.config, "cpu")
         a, b = x.chunk(2, -1)
         turned = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)

@@ -29,7 +29,11 @@ SHAPES = {
         "sliding_window": 7,
         "attention_sink": True,
     },
-    "full attention": {"pattern": ("full",)},
+    "full attention, one without positions, joint norms": {
+        "pattern": ("full",),
+        "rope_pattern": (True, True, False),
+        "qk_norm_joint": True,
+    },
     "one suffix block": {"suffix_layers": 1},
     "standard": {"suffix_layers": 0},
     "parallel MLPs, biases, YaRN, clipped": {

@@ -103,6 +103,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "sliding_window": draw(st.integers(2, 6)),
         "mini_batch_size": draw(st.integers(1, 3)),
         "rope_theta": draw(st.floats(1, 1e6)),
+        "rope_pattern": draw(st.sampled_from([(True,), (True,), (False,), (True, False)])),
         "rms_norm_eps": draw(st.sampled_from([1e-18, 1e-6, 1.0])),
         "tie_word_embeddings": draw(flag),
         "initializer_range": draw(st.sampled_from([0.02, 0.3])),
@@ -114,9 +115,10 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     }
     for name in ("qk_norm", "pre_norm", "post_norm", "attention_bias", "attention_out_bias", "parallel_mlp"):
         values[name] = draw(flag)
+    values["qk_norm_joint"] = values["qk_norm"] and draw(flag)
     values["attention_sink"] = "window" in values["pattern"] and draw(flag)
     values["static_mlp"] = values["parallel_mlp"] or draw(flag)
-    kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
+    kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn", "longrope"]))
     if kind != "default":
         values |= {
             "rope_scaling.rope_type": kind,
@@ -125,6 +127,9 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             "rope_scaling.high_freq_factor": draw(st.floats(0.5, 32)),
             "rope_scaling.attention_factor": draw(st.floats(0.5, 2)),
         }
+    if kind == "longrope":
+        pairs = (values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]) // 2
+        values["rope_scaling.pair_factors"] = tuple(draw(st.lists(st.floats(0.5, 8), min_size=pairs, max_size=pairs)))
     return values
 
 

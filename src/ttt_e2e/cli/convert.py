@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "from-hf",
         help="a pretrained Transformer from Hugging Face",
         description="""\
-Turn a pretrained Transformer (Llama, Mistral, Qwen 2, 2.5 or 3) into a model that can learn while
-it reads. The last blocks get a fast MLP. Until the first update the predictions are those of the
-original, within the window. Train the result further on tokens that were prepared with its tokenizer:
+Turn a pretrained Transformer (Llama, Mistral, Ministral, Qwen 2, 2.5 or 3, Phi-3 or 4, SmolLM3,
+Granite 3 or OLMo 2) into a model that can learn while it reads. The last blocks get a fast MLP. Until
+the first update the predictions are those of the original, within the window. Train the result
+further on tokens that were prepared with its tokenizer:
 ttt-e2e train PRESET --from OUT --data DIR --out RUN""",
         epilog="""examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
@@ -52,7 +53,7 @@ floats again. This needs the library gguf: pip install "ttt-e2e[gguf]".""",
   ttt-e2e convert from-gguf Qwen3-0.6B-Q8_0.gguf model --dtype bfloat16""",
     )
     from_gguf.add_argument("source", metavar="FILE", help="a GGUF file")
-    dtype = "of the weights in the file (default: bfloat16 if all of the original's are, else float32)"
+    dtype = "of the weights in the file (default: bfloat16 if the original's are and none is rounded, else float32)"
     for pretrained in (from_hf, from_gguf):
         pretrained.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
         add_options(pretrained, *LEARNING, "sink", "calibration-text")

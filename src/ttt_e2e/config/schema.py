@@ -114,10 +114,10 @@ class InnerLoopConfig:
 class RopeScaling:
     """How rotary angles are scaled for contexts longer than the one of pretraining; see `model.rope`."""
 
-    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rope_type: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     """"default" leaves all angles alone and "linear" divides them by `factor`. "llama3" and "yarn" divide those that
     turn fewer than `low_freq_factor` times in the original context, keep those that turn more than `high_freq_factor`
-    times, and interpolate in between."""
+    times, and interpolate in between. "longrope" divides each by a factor of its own, one of `pair_factors`."""
     factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """What angles are divided by."""
     original_max_position_embeddings: Annotated[int | None, Range(1, 2**30, none=True)] = None
@@ -127,16 +127,22 @@ class RopeScaling:
     high_freq_factor: Annotated[float, Range(1e-6, 1e6)] = 4.0
     """Upper end of the interpolation, in turns (`beta_fast` of YaRN)."""
     attention_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0
-    """Queries and keys are multiplied by this (YaRN)."""
+    """Queries and keys are multiplied by this (YaRN, LongRoPE)."""
+    pair_factors: tuple[float, ...] = (1.0,)
+    """For "longrope": what the angle of each of the `head_dim / 2` pairs is divided by, the fastest pair first."""
 
     def __post_init__(self) -> None:
         _check(self, "rope_scaling.")
         if self.rope_type == "default":
             _require(self.factor == 1, "rope_scaling.factor needs a rope_scaling.rope_type: linear, llama3 or yarn.")
-        elif self.rope_type != "linear":
+        elif self.rope_type in ("llama3", "yarn"):
             original, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
             _require(original is not None, f"rope_type {self.rope_type} needs original_max_position_embeddings.")
             _require(low < high, f"low_freq_factor must be below high_freq_factor, not {low}, {high}.")
+        in_range = all(1e-6 <= factor <= 1e6 for factor in self.pair_factors)
+        _require(in_range, f"rope_scaling.pair_factors must be from 1e-06 to 1e+06, not {shown(self.pair_factors)}.")
+        is_used = self.rope_type == "longrope" or self.pair_factors == (1.0,)
+        _require(is_used, "rope_scaling.pair_factors are for rope_type longrope alone.")
 
 
 @dataclass(frozen=True)
@@ -218,11 +224,15 @@ class ModelConfig:
     """Tokens that a query of a "window" mixer sees, itself included (k)."""
     rope_theta: Annotated[float, Range(1.0, 1e30)] = 500_000.0
     """Base of the rotary positions."""
+    rope_pattern: tuple[bool, ...] = (True,)
+    """Whether the attention of a block has rotary positions, repeated over the depth."""
     rope_scaling: RopeScaling = RopeScaling()
     rms_norm_eps: Annotated[float, Range(1e-18, 1.0)] = 1e-6
     """Added to the mean square under the root of every RMSNorm."""
     qk_norm: bool = True
     """Whether queries and keys get an RMSNorm per head."""
+    qk_norm_joint: bool = False
+    """Whether these norms go over all heads of the queries and of the keys at once, as in OLMo 2."""
     pre_norm: bool = True
     """Whether every sub-layer has an RMSNorm before it."""
     post_norm: bool = True
@@ -273,20 +283,30 @@ class ModelConfig:
         _require(self.suffix_layers <= layers, f"A suffix of {self.suffix_layers} blocks does not fit {layers} blocks.")
         if self.rope_scaling.rope_type == "yarn":
             _require(self.rope_theta > 1, "rope_type yarn needs a rope_theta above 1: it divides by its logarithm.")
+        if self.rope_scaling.rope_type == "longrope":
+            pairs, count = self.head_dim // 2, len(self.rope_scaling.pair_factors)
+            _require(count == pairs, f"rope_scaling.pair_factors are one for each of {pairs} pairs, not {count}.")
         _require(self.static_mlp or not self.parallel_mlp, "parallel_mlp needs static_mlp=true.")
         self._check_mixers()
         self._check_mini_batch()
 
     def _check_mixers(self) -> None:
         _require(bool(self.pattern), "pattern names no mixer; name at least one, such as pattern=window.")
+        _require(bool(self.rope_pattern), "rope_pattern has no value; give at least one, such as rope_pattern=true.")
         for name in self.pattern:
             near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             _require(name in MIXERS, f"There is no mixer {name[:50]!r}.{hint} There are: {', '.join(MIXERS)}.")
         others = sorted(set(self.mixers) - set(ATTENTIONS))
+        has_positions = all(
+            rope or mixer in ATTENTIONS for rope, mixer in zip(self.rope_layers, self.mixers, strict=True)
+        )
+        _require(has_positions, "rope_pattern can be false only where the mixer is 'full' or 'window'.")
         default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
         if others and (self.attention_bias or self.attention_out_bias or not default_heads):
             raise UserError(f"With {', '.join(others)}, neither head_dim nor biases of attention can be set.")
+        if self.qk_norm_joint and (others or not self.qk_norm):
+            raise UserError("qk_norm_joint is for mixers 'full' and 'window' alone, and needs qk_norm=true.")
         if self.attention_sink and "window" not in self.mixers:
             raise UserError("attention_sink is for attention over a window, but no mixer of the pattern is 'window'.")
         inside = self.mixers[self.prefix_layers + 1 :]
@@ -318,6 +338,11 @@ class ModelConfig:
     def mixers(self) -> tuple[str, ...]:
         """The name of every block's mixer: `pattern`, repeated over the depth."""
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_hidden_layers))
+
+    @property
+    def rope_layers(self) -> tuple[bool, ...]:
+        """Whether every block's attention has rotary positions: `rope_pattern`, repeated over the depth."""
+        return tuple(self.rope_pattern[i % len(self.rope_pattern)] for i in range(self.num_hidden_layers))
 
     @property
     def prefix_layers(self) -> int:

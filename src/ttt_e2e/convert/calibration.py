@@ -10,7 +10,7 @@ Shapes: T tokens, D hidden size, H query heads, G key/value heads, K head dimens
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ TEXT = Path(__file__).parent / "calibration.txt"
 """The calibration text that comes with the package: about 12,000 tokens of English and code."""
 
 _TOKENS_PAST_WINDOW = 2048
+_NO_SINK = -1e4  # a logit whose exponential is zero beside any other's, and which can be stored and trained
 
 Read = Callable[[str], Tensor]
 
@@ -43,7 +44,12 @@ class SinkLosses(NamedTuple):
 
 @torch.no_grad()
 def calibrate_sinks(
-    config: ModelConfig, read: Read, ids_T: np.ndarray, max_context: int, progress: bool = False
+    config: ModelConfig,
+    read: Read,
+    ids_T: np.ndarray,
+    max_context: int,
+    trained_windows: Sequence[int | None],
+    progress: bool = False,
 ) -> tuple[dict[str, Tensor], SinkLosses | None]:
     """The sinks of all windowed attentions, by the names of their parameters, and what they are worth.
 
@@ -54,6 +60,8 @@ def calibrate_sinks(
             2048 are read.
         max_context: how many tokens the original can see. With a window of that length, the queries are those of the
             second half of it, and no losses are measured.
+        trained_windows: the window of each layer of the original, None for full attention. A layer that keeps its
+            window gets a sink of no weight.
         progress: show a progress bar.
 
     Raises:
@@ -83,11 +91,14 @@ def calibrate_sinks(
             if is_past:
                 mixer.sink_logit.fill_(-torch.inf)
                 without = _run(model, block, without, positions)
-            _set_sink(mixer, block.mixer_norm(full)[0], positions, first_query)
+            mixer.sink_logit.fill_(_NO_SINK)
+            if trained_windows[i] != window:
+                _set_sink(mixer, block.mixer_norm(full)[0], positions, slice(first_query, trained_windows[i]))
             sinks |= {f"blocks.{i}.mixer.{name}": getattr(mixer, name).clone() for name in ("sink_logit", "sink_value")}
             if is_past:
                 with_sink = _run(model, block, with_sink, positions)
-            mixer.window = None
+            mixer.window = trained_windows[i]
+            mixer.sink_logit.fill_(-torch.inf)
             full = _run(model, block, full, positions)
         else:
             full, without, with_sink = (_run(model, block, x, positions) for x in (full, without, with_sink))
@@ -102,12 +113,12 @@ def calibrate_sinks(
     return sinks, SinkLosses(*losses)
 
 
-def _set_sink(mixer: Attention, n_1TD: Tensor, positions: Positions, first_query: int) -> None:
-    """Set a mixer's sink from its inputs in the original model."""
+def _set_sink(mixer: Attention, n_1TD: Tensor, positions: Positions, queries: slice) -> None:
+    """Set a mixer's sink from its inputs in the original model, in which these queries see the first token."""
     q_1HTK, keys, _ = mixer.project(n_1TD, positions)
     groups = mixer.num_heads // mixer.num_kv_heads
     first_key_H1K = keys.k_BGSK[0, :, :1].repeat_interleave(groups, 0)
-    score_HT = (q_1HTK[0, :, first_query:] * first_key_H1K).sum(-1) * mixer.config.head_dim**-0.5
+    score_HT = (q_1HTK[0, :, queries] * first_key_H1K).sum(-1) * mixer.config.head_dim**-0.5
     mixer.sink_logit.copy_(score_HT.logsumexp(-1) - math.log(score_HT.shape[1]))
     mixer.sink_value.copy_(keys.v_BGSK[0, :, 0])
 

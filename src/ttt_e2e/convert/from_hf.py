@@ -32,8 +32,9 @@ from tqdm import tqdm
 from ttt_e2e.config.schema import ModelConfig, replace
 from ttt_e2e.convert.calibration import TEXT, SinkLosses, calibrate_sinks
 from ttt_e2e.convert.checkpoints import Checkpoint, open_checkpoint
+from ttt_e2e.convert.hf_config import FAMILIES
 from ttt_e2e.convert.hf_files import CONFIG
-from ttt_e2e.convert.learning import LearningOptions, config_from_source
+from ttt_e2e.convert.learning import LearningOptions, SourceModel, config_from_source
 from ttt_e2e.convert.model_folder import model_folder, require_shapes
 from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 23  # numbers that are read at once
 _SEED = 0  # of new fast MLPs and factors
 _ALL = slice(None)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class SliceCopy(NamedTuple):
@@ -58,6 +60,8 @@ class SliceCopy(NamedTuple):
     target_row: int = 0
     rows: slice = _ALL
     columns: slice = _ALL
+    factor: float = 1.0
+    """What it is multiplied by."""
 
 
 class HFConversion(NamedTuple):
@@ -93,7 +97,8 @@ def convert_from_hf(
         options: how the model is to learn.
         given: parameters by name that take the place of converted ones; with sinks among them, nothing is calibrated.
         calibration_text: what the sinks are measured on; None: a text that comes with the package.
-        dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are, else float32.
+        dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are and none
+            has to be rounded, else float32.
         progress: show a progress bar.
 
     Raises:
@@ -140,11 +145,12 @@ def _convert(
             config = replace(config, {"attention_sink": False})
         else:
             calibration_ids = np.array([tokenizer.bos, *tokenizer.encode(read_text(calibration_text))])
-    copies = list(_slice_copies(config, unused_ids))
-    _check_tensors(checkpoint, copies, config.tie_word_embeddings)
+    copies = list(_slice_copies(config, source, unused_ids))
+    _check_tensors(checkpoint, copies)
     copies = [copy for copy in copies if copy.target not in given]
     if dtype is None:
-        dtype = "bfloat16" if {stored[copy.source].dtype for copy in copies} == {"BF16"} else "float32"
+        is_exact = all(stored[copy.source].dtype == "BF16" and _is_power_of_two(copy.factor) for copy in copies)
+        dtype = "bfloat16" if is_exact else "float32"
     notes = {
         "source": name,
         "source_family": source.family,
@@ -157,12 +163,17 @@ def _convert(
             for rows in _row_blocks(copy.shape, copy.rows):
                 row = copy.target_row + rows.start - (copy.rows.start or 0)
                 weights = stored[copy.source].read(rows, copy.columns)
+                if copy.factor != 1:
+                    weights = copy.factor * weights.float()
                 write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {where}"))
         for parameter, row, values in _new_parameters(config, options.fast == "new"):
             if parameter not in given:
                 write_rows(parameter, row, values)
         if calibration_ids is not None:
-            sinks, losses = calibrate_sinks(config, read, calibration_ids, source.max_window, progress)
+            context, short = source.max_context, source.short_rope
+            if config.rope_scaling == short:
+                context = min(context, short.original_max_position_embeddings or context)
+            sinks, losses = calibrate_sinks(config, read, calibration_ids, context, source.trained_windows, progress)
             given = {**sinks, **given}
         for parameter, values in given.items():
             write_rows(parameter, 0, values)
@@ -172,55 +183,73 @@ def _convert(
     return HFConversion(config, source.family, parameters(config), dtype, tokenizer is not None, unused_ids, losses)
 
 
-def _slice_copies(config: ModelConfig, unused_ids: int) -> Iterator[SliceCopy]:
+def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> Iterator[SliceCopy]:
     """Where all parameters come from, except for what is new in the fast MLPs."""
+    factors, family = source.factors, FAMILIES[source.family]
     vocab, width, hidden = config.vocab_size, config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     stored_vocab = vocab + unused_ids
-    yield SliceCopy("model.embed_tokens.weight", (stored_vocab, width), "embedding", rows=slice(vocab))
+    in_vocab, tokens = (stored_vocab, width), slice(vocab)
+    yield SliceCopy(_EMBEDDING, in_vocab, "embedding", rows=tokens, factor=factors.embedding)
     yield SliceCopy("model.norm.weight", (width,), "final_norm.weight")
     if not config.tie_word_embeddings:
-        yield SliceCopy("lm_head.weight", (stored_vocab, width), "head", rows=slice(vocab))
+        head = _EMBEDDING if source.has_tied_head else _HEAD
+        yield SliceCopy(head, in_vocab, "head", rows=tokens, factor=factors.head)
     for i in range(config.num_hidden_layers):
         block, layer = f"blocks.{i}", f"model.layers.{i}"
         attention = f"{layer}.self_attn"
-        yield SliceCopy(f"{layer}.input_layernorm.weight", (width,), f"{block}.mixer_norm.weight")
-        yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.mlp_norm.weight")
+        for name, norm in family.norms.items():
+            yield SliceCopy(f"{layer}.{name}.weight", (width,), f"{block}.{norm}.weight")
         for name, row, count in (("q_proj", 0, queries), ("k_proj", queries, keys), ("v_proj", queries + keys, keys)):
-            yield SliceCopy(f"{attention}.{name}.weight", (count, width), f"{block}.mixer.w_qkv", row)
+            factor = factors.query if name == "q_proj" else 1.0
+            stored, length, rows = f"{attention}.{name}", count, slice(count)
+            if family.is_fused:
+                stored, length, rows = f"{attention}.qkv_proj", queries + 2 * keys, slice(row, row + count)
+            yield SliceCopy(f"{stored}.weight", (length, width), f"{block}.mixer.w_qkv", row, rows, factor=factor)
             if config.attention_bias:
-                yield SliceCopy(f"{attention}.{name}.bias", (count,), f"{block}.mixer.b_qkv", row)
-        yield SliceCopy(f"{attention}.o_proj.weight", (width, queries), f"{block}.mixer.w_out")
+                yield SliceCopy(f"{stored}.bias", (length,), f"{block}.mixer.b_qkv", row, rows, factor=factor)
+        out, factor = f"{attention}.o_proj", factors.residual
+        yield SliceCopy(f"{out}.weight", (width, queries), f"{block}.mixer.w_out", factor=factor)
         if config.attention_out_bias:
-            yield SliceCopy(f"{attention}.o_proj.bias", (width,), f"{block}.mixer.b_out")
+            yield SliceCopy(f"{out}.bias", (width,), f"{block}.mixer.b_out", factor=factor)
         if config.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                yield SliceCopy(f"{attention}.{name}.weight", (config.head_dim,), f"{block}.mixer.{name}")
+            for name, count in (("q_norm", queries), ("k_norm", keys)):
+                length = count if config.qk_norm_joint else config.head_dim
+                yield SliceCopy(f"{attention}.{name}.weight", (length,), f"{block}.mixer.{name}")
         in_suffix = i >= config.prefix_layers
         fast_units = config.fast_intermediate_size if in_suffix and config.parallel_mlp else 0
-        parts = {"mlp": slice(fast_units, hidden)}
+        parts = {"mlp": (fast_units, hidden)}
         if fast_units:
-            parts["fast"] = slice(fast_units)
-        for part, units in parts.items():  # rows of gate and value, columns of the second matrix
-            count = len(range(hidden)[units])
-            yield SliceCopy(f"{layer}.mlp.gate_proj.weight", (hidden, width), f"{block}.{part}.w_in", 0, units)
-            yield SliceCopy(f"{layer}.mlp.up_proj.weight", (hidden, width), f"{block}.{part}.w_in", count, units)
-            yield SliceCopy(f"{layer}.mlp.down_proj.weight", (width, hidden), f"{block}.{part}.w_out", columns=units)
+            parts["fast"] = (0, fast_units)
+        for part, (start, stop) in parts.items():  # rows of gate and value, columns of the second matrix
+            for j, name in enumerate(("gate_proj", "up_proj")):
+                stored, length, rows = f"{layer}.mlp.{name}.weight", hidden, slice(start, stop)
+                if family.is_fused:
+                    stored, length = f"{layer}.mlp.gate_up_proj.weight", 2 * hidden
+                    rows = slice(j * hidden + start, j * hidden + stop)
+                yield SliceCopy(stored, (length, width), f"{block}.{part}.w_in", j * (stop - start), rows)
+            down, units = f"{layer}.mlp.down_proj.weight", slice(start, stop)
+            yield SliceCopy(down, (width, hidden), f"{block}.{part}.w_out", columns=units, factor=factor)
         if in_suffix and not fast_units:
             # A new fast MLP reads the same residual stream as the MLP after it, so the pretrained norm suits it, too.
             yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.fast_norm.weight")
 
 
-def _check_tensors(checkpoint: Checkpoint, copies: list[SliceCopy], is_tied: bool) -> None:
+def _is_power_of_two(factor: float) -> bool:
+    """Whether a product with it has the digits of the other factor."""
+    return math.frexp(factor)[0] == 0.5
+
+
+def _check_tensors(checkpoint: Checkpoint, copies: list[SliceCopy]) -> None:
     """Raise UserError unless the checkpoint has the tensors that its configuration requires, and no others."""
     where, stored = checkpoint.path, checkpoint.tensors
     found = {name: tensor.shape for name, tensor in stored.items()}
     unknown = require_shapes(found, {copy.source: copy.shape for copy in copies}, f"The checkpoint {where}")
     # Old checkpoints of Llama hold the rotary rates, too.
     unknown = [name for name in unknown if not name.endswith(".rotary_emb.inv_freq")]
-    if is_tied and "lm_head.weight" in unknown:
-        unknown.remove("lm_head.weight")
-        head, embedding = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+    if checkpoint.source.has_tied_head and _HEAD in unknown:
+        unknown.remove(_HEAD)
+        head, embedding = stored[_HEAD], stored[_EMBEDDING]
         blocks = _row_blocks(embedding.shape, _ALL)
         pairs = ((head.read(rows).float(), embedding.read(rows).float()) for rows in blocks)
         if head.shape != embedding.shape or not all(torch.equal(*pair) for pair in pairs):

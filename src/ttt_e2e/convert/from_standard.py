@@ -34,11 +34,6 @@ def learning_config(config: ModelConfig, options: LearningOptions) -> ModelConfi
     others = sorted(set(config.mixers) - set(ATTENTIONS))
     if others:
         raise UserError(f"Only a Transformer of attentions can be converted, not one with {', '.join(others)}.")
-    if config.post_norm and options.fast == "new":
-        raise UserError(
-            "This model has norms after its MLPs (post_norm), which would scale up what a new fast MLP adds at first; "
-            "split the MLPs instead (--fast split)."
-        )
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _REPLACED}
     max_window = 2**62 if "full" in config.mixers else config.sliding_window
     source = SourceModel("ttt-e2e", settings, max_window, "the window it was trained with")

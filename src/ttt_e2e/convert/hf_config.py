@@ -1,66 +1,149 @@
 """Hugging Face configurations: which families can be converted, and their settings under our names.
 
-Llama, Qwen2 (and 2.5), Qwen3 and Mistral are one architecture with small differences: biases, norms on queries and
-keys, the width of heads, and how rotary angles are scaled. Source: the configurations and models of transformers 5.23,
-whose defaults are used for what an older file leaves out.
+All of them are one architecture, Llama's, with small differences; `FAMILIES` says which. Source: the configurations and
+models of transformers 5.24, whose defaults are used for what a file leaves out.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ttt_e2e.config.schema import RopeScaling
-from ttt_e2e.convert.learning import SourceModel
+from ttt_e2e.convert.learning import Factors, SourceModel
 from ttt_e2e.errors import UserError
 
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+class Family(NamedTuple):
+    """What a family has other than Llama."""
+
+    name: str
+    windows: Literal["none", "always", "asked"] = "none"
+    """When `sliding_window` means something: "asked", if `use_sliding_window` is set."""
+    can_have_bias: bool = False
+    """Whether its configuration can ask for biases of attention (`attention_bias`)."""
+    settings: Mapping[str, Any] = {}
+    """Settings of `ModelConfig` that are the same in the whole family."""
+    defaults: Mapping[str, Any] = {}
+    """What transformers takes for values that its config.json leaves out."""
+    norms: Mapping[str, str] = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
+    """The norms of a block under their names there, and what they are called here."""
+    is_fused: bool = False
+    """Whether query, key and value are stored as one matrix, and gate and value of an MLP as another."""
+
+
+FAMILIES = {
+    "llama": Family("Llama", can_have_bias=True),
+    "qwen2": Family("Qwen2", "asked", settings={"attention_bias": True}),
+    "qwen3": Family("Qwen3", "asked", can_have_bias=True, settings={"qk_norm": True}, defaults={"head_dim": 128}),
+    "mistral": Family("Mistral", "always", defaults={"sliding_window": 4096}),
+    "ministral": Family("Ministral", "always", defaults={"sliding_window": 4096}),
+    "smollm3": Family(
+        "SmolLM3", "asked", can_have_bias=True, defaults={"rope_theta": 2e6, "tie_word_embeddings": True}
+    ),
+    "granite": Family("Granite", can_have_bias=True),
+    "olmo2": Family(
+        "OLMo 2",
+        can_have_bias=True,
+        settings={"qk_norm": True, "qk_norm_joint": True, "pre_norm": False, "post_norm": True},
+        defaults={"rms_norm_eps": 1e-5},
+        norms={"post_attention_layernorm": "mixer_post_norm", "post_feedforward_layernorm": "mlp_post_norm"},
+    ),
+    "phi3": Family(
+        "Phi-3",
+        "always",
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        is_fused=True,
+    ),
+}
+_MISSING = {  # what families that people ask for have and our models have not
+    "gemma": "MLPs with GELU",
+    "gemma2": "MLPs with GELU, and attention scores and logits that are capped",
+    "gemma3_text": "MLPs with GELU, and two kinds of rotary positions",
+    "gemma3": "MLPs with GELU, two kinds of rotary positions, and images",
+    "ministral3": "queries that are scaled by their positions",
+    "olmo3": "two kinds of rotary positions",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
 _REQUIRED = object()
-_MISTRAL_WINDOW = 4096
 
 
 def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
     """The model that `config`, the content of the file `where`, describes; raises UserError if it is unsupported."""
     values = _Values(config, where)
-    family = _family(values)
+    model_type = _model_type(values)
+    family = FAMILIES[model_type]
+    values = _Values({**family.defaults, **config}, where)  # a null in the file is no default
     layers = values.count("num_hidden_layers")
-    bias = values.flag("attention_bias") if family in ("llama", "qwen3") else False
-    rope, max_window = _rope(values)
+    bias = family.can_have_bias and values.flag("attention_bias")
+    rope, max_window, short_rope = _rope(values, model_type)
     reason = "the range of its rotary positions"
-    sliding = _sliding_window(values, family, layers)
-    if sliding is not None and sliding < max_window:
-        max_window, reason = sliding, "the sliding window that it was trained with"
+    max_context, windows = max_window, _trained_windows(values, model_type, layers)
+    if any(windows) and (sliding := values.count("sliding_window")) < max_window:
+        some = "it was" if all(windows) else "some of its layers were"
+        max_window, reason = sliding, f"the sliding window that {some} trained with"
     settings: dict[str, Any] = dict(
         vocab_size=values.count("vocab_size"),
         hidden_size=values.count("hidden_size"),
         num_hidden_layers=layers,
         num_attention_heads=values.count("num_attention_heads"),
         num_key_value_heads=values.count("num_key_value_heads", None),
-        head_dim=values.count("head_dim", 128 if family == "qwen3" else None),
+        head_dim=values.count("head_dim", None),
         intermediate_size=values.count("intermediate_size"),
         rms_norm_eps=values.number("rms_norm_eps", 1e-6),
-        qk_norm=family == "qwen3",
+        qk_norm=False,
         pre_norm=True,
         post_norm=False,
         tie_word_embeddings=values.flag("tie_word_embeddings"),
         initializer_range=values.number("initializer_range", 0.02),
-        attention_bias=bias or family == "qwen2",
+        attention_bias=bias,
         attention_out_bias=bias,
         **rope,
     )
-    return SourceModel(family, settings, max_window, reason, sliding)
+    settings |= family.settings
+    if model_type == "smollm3":
+        settings["rope_pattern"] = _layers_with_rope(values, layers)
+    source = SourceModel(
+        model_type,
+        settings,
+        max_window,
+        reason,
+        max_context,
+        windows,
+        has_tied_head=settings["tie_word_embeddings"],
+        short_rope=short_rope,
+    )
+    return _fold_multipliers(source, values) if model_type == "granite" else source
 
 
-def _family(values: "_Values") -> str:
+def _fold_multipliers(source: SourceModel, values: "_Values") -> SourceModel:
+    """The model with Granite's multipliers as factors of its weights."""
+    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+    embedding, attention, residual, logits = (values.number(name, 1.0) for name in names)
+    if logits == 0:
+        raise UserError(f"{values.where} has logits_scaling = 0, by which nothing can be divided.")
+    settings, heads = dict(source.settings), source.settings["num_attention_heads"]
+    head_dim = settings["head_dim"] or settings["hidden_size"] / heads
+    # Scores are multiplied by `attention` there, and divided by the root of a head's width here.
+    factors = Factors(embedding, attention * math.sqrt(head_dim), residual, 1 / logits)
+    settings["tie_word_embeddings"] = source.has_tied_head and factors.embedding == factors.head
+    return source._replace(settings=settings, factors=factors)
+
+
+def _model_type(values: "_Values") -> str:
     family = values.get("model_type", "nothing")
-    known = ", ".join(FAMILIES.values())
+    known = ", ".join(family.name for family in FAMILIES.values())
     # A field such as num_experts may say that there are none; num_experts_per_tok counts those of a token.
     counts = [value for name, value in values.content.items() if "experts" in name and "per_tok" not in name]
     has_experts = any(value is True or value not in (None, False, 0, 1, []) for value in counts)
     if has_experts or "moe" in str(family) or family == "mixtral":
         raise UserError(f"{values.where} is a mixture of experts ({family}), which cannot be converted; {known} can.")
+    if family in _MISSING:
+        raise UserError(
+            f"{values.where} says model_type {family!r}, which cannot be converted: it has {_MISSING[family]}; "
+            f"{known} can."
+        )
     if family not in FAMILIES:
         raise UserError(f"{values.where} says model_type {family!r}, which cannot be converted; {known} can.")
     if (quantization := values.get("quantization_config", None)) is not None:
@@ -78,8 +161,8 @@ def _family(values: "_Values") -> str:
     return str(family)
 
 
-def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
-    """The settings of `ModelConfig` for rotary positions, and how many tokens they are made for."""
+def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, RopeScaling | None]:
+    """The settings of `ModelConfig` for rotary positions, how many tokens they are made for, and `short_rope`."""
     content = values.get("rope_parameters", None) or values.get("rope_scaling", None) or {}
     if not isinstance(content, dict) or any(isinstance(value, dict) for value in content.values()):
         raise UserError(
@@ -87,6 +170,8 @@ def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
         )
     rope = _Values({**{k: values.content[k] for k in ("rope_theta",) if k in values.content}, **content}, values.where)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if model_type == "phi3" and kind in ("su", "yarn"):  # as its older files call it
+        kind = "longrope"
     if kind not in ROPE_TYPES:
         raise UserError(f"{values.where} has rope_type {kind!r}, which is unsupported; {', '.join(ROPE_TYPES)} are.")
     for name, usual in (("partial_rotary_factor", 1.0), ("truncate", True)):
@@ -95,41 +180,72 @@ def _rope(values: "_Values") -> tuple[dict[str, Any], int]:
                 raise UserError(f"{values.where} has {name} = {place.get(name, usual)}; only {usual} can be converted.")
     max_positions = values.count("max_position_embeddings")
     settings: dict[str, Any] = {"rope_theta": rope.number("rope_theta", 10_000.0)}
-    if kind == "default":
-        return settings, max_positions
+    if kind in ("default", "dynamic"):  # dynamic scaling changes nothing within `max_positions`, where the window stays
+        return settings, max_positions, None
     if kind == "linear":
-        return settings | {"rope_scaling": RopeScaling("linear", rope.number("factor"))}, max_positions
+        return settings | {"rope_scaling": RopeScaling("linear", rope.number("factor"))}, max_positions, None
     original = values.count("original_max_position_embeddings", None)
     original = original or rope.count("original_max_position_embeddings", max_positions)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         scaling = RopeScaling("llama3", rope.number("factor"), original, low, high)
-        return settings | {"rope_scaling": scaling}, max_positions
+        return settings | {"rope_scaling": scaling}, max_positions, None
     factor = rope.number("factor", max_positions / original)
+    if kind == "longrope":
+        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+        attention_factor = rope.number("attention_factor", usual)
+        long, short = (
+            RopeScaling(
+                "longrope",
+                original_max_position_embeddings=original,
+                pair_factors=rope.numbers(name),
+                attention_factor=attention_factor,
+            )
+            for name in ("long_factor", "short_factor")
+        )
+        return settings | {"rope_scaling": long}, max_positions, short
     low, high = rope.number("beta_slow", 0.0) or 1.0, rope.number("beta_fast", 0.0) or 32.0
     one, other = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     one, other = (one, other) if one and other else (1.0, 0.0)
     log = math.log(max(1.0, factor))
     attention_factor = rope.number("attention_factor", 0.0) or (0.1 * one * log + 1) / (0.1 * other * log + 1)
     scaling = RopeScaling("yarn", factor, original, low, high, attention_factor)
-    return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original))
+    return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original)), None
 
 
-def _sliding_window(values: "_Values", family: str, layers: int) -> int | None:
-    """The sliding window of all layers; None if they see everything."""
-    if family == "mistral" and "sliding_window" not in values.content:
-        return _MISTRAL_WINDOW  # transformers' default; null means no window
-    if values.get("sliding_window", None) is None or family == "llama":
-        return None
-    if family in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):
-        return None
-    # Qwen's layers have one from `max_window_layers` on.
-    first = values.count("max_window_layers", 28, least=0) if family in ("qwen2", "qwen3") else 0
-    by_depth = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    kinds = set(values.get("layer_types", None) or by_depth)
-    if kinds not in ({"full_attention"}, {"sliding_attention"}):
-        raise UserError(f"{values.where} has a sliding window in some layers only; it cannot be converted.")
-    return values.count("sliding_window") if kinds == {"sliding_attention"} else None
+def _layers_with_rope(values: "_Values", layers: int) -> tuple[bool, ...]:
+    """Which layers of a SmolLM3 have rotary positions: those where `no_rope_layers` is 1."""
+    interval = values.count("no_rope_layer_interval", 4)
+    by_depth = [int((i + 1) % interval != 0) for i in range(layers)]
+
+    def is_valid(value: Any) -> bool:
+        return isinstance(value, list) and len(value) >= layers and all(x in (0, 1) for x in value)
+
+    given = values.get("no_rope_layers", by_depth, is_valid, "not 0 or 1 for each of its layers")
+    return tuple(map(bool, given[:layers]))
+
+
+def _trained_windows(values: "_Values", model_type: str, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of every layer; None for those that see everything."""
+    types = values.get("layer_types", None)
+    if types is not None and (len(types) < layers or not set(types) <= {"full_attention", "sliding_attention"}):
+        raise UserError(
+            f"{values.where} has layer_types that do not say full_attention or sliding_attention for each of its "
+            "layers; a hybrid cannot be converted."
+        )
+    kind = FAMILIES[model_type].windows
+    is_asked = kind == "always" or (kind == "asked" and values.flag("use_sliding_window"))
+    if not is_asked or values.get("sliding_window", None) is None:
+        return (None,) * layers
+    if types is not None:
+        has_window = [name == "sliding_attention" for name in types]
+    elif model_type == "smollm3":
+        has_window = [not rope for rope in _layers_with_rope(values, layers)]
+    else:  # Qwen's layers have one from `max_window_layers` on
+        first = values.count("max_window_layers", 28, least=0) if kind == "asked" else 0
+        has_window = [i >= first for i in range(layers)]
+    window = values.count("sliding_window")
+    return tuple(window if has else None for has in has_window[:layers])
 
 
 class _Values(NamedTuple):
@@ -153,6 +269,12 @@ class _Values(NamedTuple):
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         value = self.get(name, default, lambda x: type(x) in (int, float) and math.isfinite(x), "not a number")
         return float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        def is_valid(value: Any) -> bool:
+            return isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+
+        return tuple(map(float, self.get(name, _REQUIRED, is_valid, "not a list of numbers")))
 
     def flag(self, name: str) -> bool:
         return self.get(name, False, lambda value: type(value) is bool, "neither true nor false")

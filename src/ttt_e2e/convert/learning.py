@@ -1,9 +1,10 @@
 """How a standard Transformer becomes one that learns while it reads: options, and the configuration that follows."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ttt_e2e.config.schema import InnerLoopConfig, ModelConfig
+from ttt_e2e.config.schema import InnerLoopConfig, ModelConfig, RopeScaling
 from ttt_e2e.errors import UserError
 
 FastInit = Literal["new", "split"]
@@ -38,6 +39,16 @@ class LearningOptions:
     """Whether training also learns the inner learning rates; see `InnerLoopConfig.learned_lr`."""
 
 
+class Factors(NamedTuple):
+    """What a model multiplies by that ours do not: folded into weights when they are copied."""
+
+    embedding: float = 1.0
+    query: float = 1.0
+    residual: float = 1.0
+    """Of what attention and MLPs add to the residual stream."""
+    head: float = 1.0
+
+
 class SourceModel(NamedTuple):
     """A model to convert."""
 
@@ -48,8 +59,15 @@ class SourceModel(NamedTuple):
     """The longest window that the model can have."""
     max_window_reason: str
     """What limits it, for messages."""
-    trained_window: int | None = None
-    """The sliding window that it was trained with; None for full attention."""
+    max_context: int = 0
+    """The longest text that it can read, by its rotary positions."""
+    trained_windows: tuple[int | None, ...] = ()
+    """The sliding window that each of its layers was trained with; None for full attention."""
+    has_tied_head: bool = False
+    """Whether its output head is its embedding. With factors that differ it becomes a matrix of its own."""
+    factors: Factors = Factors()
+    short_rope: RopeScaling | None = None
+    """The rotary scaling of a model whose window is within its original context, if that is another one (LongRoPE)."""
 
 
 def full_attention_config(source: SourceModel) -> ModelConfig:
@@ -66,6 +84,11 @@ def config_from_source(source: SourceModel, options: LearningOptions) -> ModelCo
         window = min(_WINDOW, limit)
     if mini_batch is None:
         mini_batch = min(_MINI_BATCH, window)
+    if source.settings["post_norm"] and options.fast == "new":
+        raise UserError(
+            "This model has norms after its MLPs (post_norm), which would scale up what a new fast MLP adds at first; "
+            "split the MLPs instead (--fast split)."
+        )
     if window > limit:
         raise UserError(f"The window of {window} tokens is longer than {limit}, {reason}; choose a shorter one.")
     if not 0 < options.suffix <= 1:
@@ -78,11 +101,15 @@ def config_from_source(source: SourceModel, options: LearningOptions) -> ModelCo
         if fast_mlp >= mlp:
             raise UserError(f"A share of {share} leaves nothing of {mlp} hidden units; choose a smaller one.")
         widths |= {"suffix_intermediate_size": mlp - fast_mlp, "parallel_mlp": True}
-    inner_loop = InnerLoopConfig(lr=options.inner_lr, learned_lr=options.learned_lr)
-    has_sink = options.sink == "calibrate" and window != source.trained_window
-    sink = source.settings.get("attention_sink", has_sink)
+    settings, short = source.settings, source.short_rope
+    if short is not None and window <= (short.original_max_position_embeddings or 0):
+        settings = {**settings, "rope_scaling": short}
+    inner_loop = settings.get("inner_loop", InnerLoopConfig())
+    inner_loop = dataclasses.replace(inner_loop, lr=options.inner_lr, learned_lr=options.learned_lr)
+    sees_less = any(trained != window for trained in source.trained_windows)
+    sink = settings.get("attention_sink", options.sink == "calibrate" and sees_less)
     return ModelConfig(
-        **source.settings | widths | {"inner_loop": inner_loop, "attention_sink": sink},
+        **settings | widths | {"inner_loop": inner_loop, "attention_sink": sink},
         suffix_layers=max(1, round(options.suffix * layers)),
         sliding_window=window,
         mini_batch_size=mini_batch,

@@ -100,7 +100,8 @@ def sequence_loss(
         if torch.is_grad_enabled() and truncated_bptt_steps is not None and truncated_bptt_steps < len(batches):
             num_graphs = truncated_bptt_steps if activation_checkpointing == "none" else KEPT_GRAPHS
             options = (truncated_bptt_steps, num_graphs, lambda nll_BT: mini_batch_mean(nll_BT, mask_BT, b).mean())
-            return LossOutput(*TruncatedLoop.apply(loop, *options, *tensors), mask_BT)
+            loss, nll_BT = TruncatedLoop.apply(loop, *options, *tensors)
+            return LossOutput(loss, nll_BT, mask_BT)
         if activation_checkpointing == "none" or not torch.is_grad_enabled():
             nll_BT = torch.cat(loop.walk(start, 0, len(batches))[1], 1)
         else:

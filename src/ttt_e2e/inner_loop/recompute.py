@@ -142,7 +142,10 @@ class TruncatedLoop(torch.autograd.Function):
         with torch.enable_grad():  # linear: the gradient is known before the losses are
             grad_nll = torch.autograd.grad(loss_of(nll_BT), nll_BT)[0].split(sizes, 1)
         totals: list[Tensor | None] = [None] * len(loop.parameters)
-        grad_x, grad_fast, losses, state = [], [], [], loop.start
+        grad_x: list[Tensor | None] = []
+        grad_fast: list[Tensor] = []
+        losses: list[Tensor] = []
+        state = loop.start
         for first in range(0, count, length):
             kept, nll = _walk_and_keep(loop, state, first, min(first + length, count), num_graphs)
             losses += nll

@@ -1,7 +1,7 @@
 """The angular rates of rotary positions, as pretrained and as scaled for a longer context.
 
-Three kinds of scaling were published: "linear" (Chen et al. 2023, arXiv 2306.15595), "yarn" (Peng et al. 2023, arXiv
-2309.00071), and "llama3", which came with the code of Llama 3.1.
+Four kinds of scaling were published: "linear" (Chen et al. 2023, arXiv 2306.15595), "yarn" (Peng et al. 2023, arXiv
+2309.00071), "longrope" (Ding et al. 2024, arXiv 2402.13753), and "llama3", which came with the code of Llama 3.1.
 
 Shapes: P = K/2 rotary pairs of a head.
 """
@@ -21,6 +21,8 @@ def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
     scaling = config.rope_scaling
     if scaling.rope_type == "default":
         return rate_P
+    if scaling.rope_type == "longrope":
+        return rate_P / torch.tensor(scaling.pair_factors, device=device, dtype=torch.float64)
     stretched_P = rate_P / scaling.factor
     if scaling.rope_type == "linear":
         return stretched_P

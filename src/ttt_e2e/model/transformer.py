@@ -130,7 +130,7 @@ class FastMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """The mixer, the fast MLP if `fast`, the static MLP: residual sub-layers with norms before and after.
+    """The mixer, the fast MLP in the suffix, the static MLP: residual sub-layers with norms before and after.
 
     `log_lr_scale` [M], which a block with a fast MLP has if its inner learning rates are learned, is the logarithm of
     what `inner_loop.lr` is multiplied by for each of its M matrices that learn, in the order of `FastMLP.start`.
@@ -138,10 +138,11 @@ class Block(nn.Module):
 
     mixer: Mixer
 
-    def __init__(self, config: ModelConfig, mixer: str, fast: bool):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        mixer, fast = MIXER_TYPES[config.mixers[layer]], layer >= config.prefix_layers
         self.mixer_norm = _norm(config, config.pre_norm)
-        self.mixer = MIXER_TYPES[mixer](config)
+        self.mixer = mixer(config) if config.rope_layers[layer] else mixer(config, rope=False)
         self.mixer_post_norm = _norm(config, config.post_norm)
         self.parallel = config.parallel_mlp and fast
         if fast:  # in parallel, the norms of the static MLP serve both
@@ -260,9 +261,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.lookup = TokenLookup()
-        self.blocks = nn.ModuleList(
-            Block(config, mixer, fast=i >= config.prefix_layers) for i, mixer in enumerate(config.mixers)
-        )
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))

@@ -10,16 +10,17 @@ from ttt_e2e.model.mixers.mamba2 import Mamba2, mamba2_cost
 from ttt_e2e.model.mixers.titans import Titans, titans_cost
 from ttt_e2e.model.mixers.ttt_kvb import TTTKVB, ttt_kvb_cost
 
-MIXER_TYPES: dict[str, Callable[[ModelConfig], Mixer]] = {
-    "full": lambda config: Attention(config, None),
-    "window": lambda config: Attention(config, config.sliding_window),
+MIXER_TYPES: dict[str, Callable[..., Mixer]] = {
+    "full": lambda config, rope=True: Attention(config, None, rope),
+    "window": lambda config, rope=True: Attention(config, config.sliding_window, rope),
     "mamba2": Mamba2,
     "gated-deltanet": GatedDeltaNet,
     "ttt-kvb": TTTKVB,
     "titans": Titans,
 }
-"""Every mixer by its name in `MIXERS`; the parameters are still to be drawn.
+"""Every mixer by its name in `MIXERS`, from a `ModelConfig`; the parameters are still to be drawn.
 
+Attentions take rope=False, too: no rotary positions.
 Raises UserError if the configuration demands a library that is not installed.
 """
 

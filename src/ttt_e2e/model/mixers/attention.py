@@ -23,14 +23,14 @@ from ttt_e2e.ops.linear import linear, linear_vjp
 class Attention(Mixer):
     """Multi-head attention over the last `window` tokens (None: all): grouped key/value heads, rotary positions.
 
-    With a window it may have a sink; see `ops.attention.sink`.
+    With a window it may have a sink; see `ops.attention.sink`. Without `rope` it has no positions.
     """
 
     State = KVCache
 
-    def __init__(self, config: ModelConfig, window: int | None):
+    def __init__(self, config: ModelConfig, window: int | None, rope: bool = True):
         super().__init__()
-        self.config, self.window = config, window
+        self.config, self.window, self.rope = config, window, rope
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         rows = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
         self.w_qkv = nn.Parameter(torch.empty(rows, config.hidden_size))
@@ -40,8 +40,9 @@ class Attention(Mixer):
         if config.attention_out_bias:
             self.b_out = nn.Parameter(torch.zeros(config.hidden_size))
         if config.qk_norm:
-            self.q_norm = nn.Parameter(torch.ones(config.head_dim))
-            self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+            q_heads, k_heads = (self.num_heads, self.num_kv_heads) if config.qk_norm_joint else (1, 1)
+            self.q_norm = nn.Parameter(torch.ones(q_heads * config.head_dim))
+            self.k_norm = nn.Parameter(torch.ones(k_heads * config.head_dim))
         if config.attention_sink and window is not None:
             self.sink_logit = nn.Parameter(torch.zeros(self.num_heads))
             self.sink_value = nn.Parameter(torch.zeros(self.num_kv_heads, config.head_dim))
@@ -116,15 +117,20 @@ class Attention(Mixer):
         qk_BTJK, v_BTGK = x_BTJK.split((num_heads + num_kv_heads, num_kv_heads), 2)
         qk_BTJK = qk_BTJK.to(accumulation_dtype(x_BTD.dtype))
         norm_vjp: Vjp | None = None
-        if config.qk_norm:
+        rotation_vjp: Vjp | None = None
+        if config.qk_norm_joint:
+            qk_BTJK, norm_vjp = self._joint_norm(qk_BTJK)
+        elif config.qk_norm:
             weight_JK = torch.cat((self.q_norm.expand(num_heads, -1), self.k_norm.expand(num_kv_heads, -1)))
             qk_BTJK, norm_vjp = rms_norm(qk_BTJK, weight_JK, config.rms_norm_eps)
-        qk_BTJK, rotation_vjp = rotate(qk_BTJK, positions.cos, positions.sin)
+        if self.rope:
+            qk_BTJK, rotation_vjp = rotate(qk_BTJK, positions.cos, positions.sin)
         q_BHTK, k_BGTK = qk_BTJK.to(x_BTD.dtype).transpose(1, 2).split((num_heads, num_kv_heads), 1)
 
         def vjp(dq_BHTK: Tensor, dk_BGTK: Tensor, dv_BGTK: Tensor) -> Tensor:
-            dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2)
-            dqk_BTJK = rotation_vjp(dqk_BTJK.to(qk_BTJK.dtype))
+            dqk_BTJK = torch.cat((dq_BHTK, dk_BGTK), 1).transpose(1, 2).to(qk_BTJK.dtype)
+            if rotation_vjp is not None:
+                dqk_BTJK = rotation_vjp(dqk_BTJK)
             if norm_vjp is not None:
                 dqk_BTJK = norm_vjp(dqk_BTJK)
             dx_BTJK = torch.cat((dqk_BTJK.to(dq_BHTK.dtype), dv_BGTK.transpose(1, 2)), 2)
@@ -132,13 +138,28 @@ class Attention(Mixer):
 
         return q_BHTK, KVCache(k_BGTK, v_BTGK.transpose(1, 2)), vjp
 
+    def _joint_norm(self, qk_BTJK: Tensor) -> tuple[Tensor, Vjp]:
+        """The RMSNorms of queries and of keys, each over all its heads."""
+        q_BTHK, k_BTGK = qk_BTJK.split((self.num_heads, self.num_kv_heads), 2)
+        eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
+        q_BTE, q_vjp = rms_norm(q_BTHK.flatten(2), self.q_norm, eps)
+        k_BTE, k_vjp = rms_norm(k_BTGK.flatten(2), self.k_norm, eps)
+
+        def vjp(g_BTJK: Tensor) -> Tensor:
+            dq_BTHK, dk_BTGK = g_BTJK.split((self.num_heads, self.num_kv_heads), 2)
+            d_BTE = torch.cat((q_vjp(dq_BTHK.flatten(2)), k_vjp(dk_BTGK.flatten(2))), 2)
+            return d_BTE.unflatten(2, (-1, head_dim))
+
+        return torch.cat((q_BTE, k_BTE), 2).unflatten(2, (-1, head_dim)), vjp
+
 
 def attention_cost(config: ModelConfig, window: int | None, context: int) -> MixerCost:
     """The cost of attention over `window` tokens (None: all) at `context` tokens; see `model.cost`."""
     kept = context if window is None else min(window, context)
     seen = context + 1 if window is None else min(window, context + 1)
     pairs = num_pairs(context, window)
-    vectors = 2 * config.head_dim if config.qk_norm else 0
+    norms = config.num_attention_heads + config.num_key_value_heads if config.qk_norm_joint else 2
+    vectors = norms * config.head_dim if config.qk_norm else 0
     if config.attention_sink and window is not None:  # one more key, for the queries that do not see the first
         vectors += config.num_attention_heads + config.num_key_value_heads * config.head_dim
         pairs, seen = pairs + max(0, context - window), seen + (context + 1 > window)
