@@ -185,6 +185,7 @@ def test_older_files_of_phi3_have_other_names_for_longrope(pretrained: Pretraine
         ({"tie_word_embeddings": True}, "the checkpoint has another one"),
         ({"layer_types": ["full_attention", "linear_attention"] * 2}, "a hybrid cannot be converted"),
         ({"layer_types": ["full_attention"]}, "for each of its layers"),
+        ({"layer_types": 3}, "layer_types = 3, which is not a list"),
         (
             {"model_type": "smollm3", "no_rope_layers": [1, 2, 1, 1]},
             "no_rope_layers = .*, which is not 0 or 1",

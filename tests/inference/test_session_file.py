@@ -1,5 +1,6 @@
 """Sessions in files: exact continuation, precision, refusal of anything else."""
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -13,14 +14,18 @@ from hypothesis import strategies as st
 from inference_helpers import TEXT, having_read, same_state, tokens_of, with_fast_weights
 from safetensors.torch import load_file, save_file
 
+import ttt_e2e
+from ttt_e2e.config.parse import to_dict
+from ttt_e2e.config.schema import replace
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import session as session_module
 from ttt_e2e.inference import session_file as session_files
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_file import session_facts
+from ttt_e2e.inference.session_file import model_fingerprint, session_facts
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
+from ttt_e2e.model.checkpoint import load_transformer, model_digest
 from ttt_e2e.model.transformer import Transformer
 
 
@@ -223,3 +228,15 @@ def test_tensor_names_on_disk_never_change(tmp_path: Path, changes: dict, expect
 def test_tensor_names_are_in_the_order_of_the_fields() -> None:
     for kind, names in session_files.TENSOR_NAMES.items():
         assert [field.rpartition("_")[0] for field in kind._fields] == names.split()  # type: ignore[attr-defined]
+
+
+def test_sessions_of_older_models_stay_readable() -> None:
+    """The shipped model's configuration is older than some settings, which at their defaults change no fingerprint."""
+    folder = Path(ttt_e2e.__file__).parent / "shipped"
+    config = json.loads((folder / "config.json").read_text())["model"]
+    model = load_transformer(folder)
+    assert to_dict(model.config).keys() > config.keys()
+    expected = hashlib.sha256(f"{model_digest(model)} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
+    assert model_fingerprint(model) == expected
+    model.config = replace(model.config, {"rope_pattern": (True, False)})
+    assert model_fingerprint(model) != expected

@@ -227,8 +227,9 @@ def _layers_with_rope(values: "_Values", layers: int) -> tuple[bool, ...]:
 
 def _trained_windows(values: "_Values", model_type: str, layers: int) -> tuple[int | None, ...]:
     """The sliding window of every layer; None for those that see everything."""
-    types = values.get("layer_types", None)
-    if types is not None and (len(types) < layers or not set(types) <= {"full_attention", "sliding_attention"}):
+    types = values.get("layer_types", None, lambda value: isinstance(value, list), "not a list")
+    kinds = ("full_attention", "sliding_attention")
+    if types is not None and (len(types) < layers or any(name not in kinds for name in types)):
         raise UserError(
             f"{values.where} has layer_types that do not say full_attention or sliding_attention for each of its "
             "layers; a hybrid cannot be converted."

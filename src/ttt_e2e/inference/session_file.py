@@ -5,8 +5,10 @@ facts in JSON: those of `SessionInfo` and `Session.pack`, format and version, an
 facts. An unfinished reading keeps more in the same file, under names of its own (see `reading.resume`).
 """
 
+import functools
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, fields
@@ -47,6 +49,13 @@ TENSOR_NAMES: dict[type, str] = {
     TitansState: "k v w_in w_out momentum_in momentum_out pending_k pending_v pending_theta pending_eta pending_keep",
     FastWeights: "w_in w_out",
     LowRankWeights: "up_in down_in up_out down_out",
+}
+# Settings that older files know nothing of, and the values at which a model is the same as one without them.
+_LATER_SETTINGS = {
+    "attention_sink": False,
+    "rope_pattern": [True],
+    "qk_norm_joint": False,
+    "rope_scaling.pair_factors": [1.0],
 }
 _INFO = "position pending tokens text_bytes text_digest model learn dtype memory_bytes learned_norm"
 
@@ -150,8 +159,13 @@ def learned_norm(model: Transformer, state: ReadState) -> float:
 
 def model_fingerprint(model: Transformer) -> str:
     """A digest of weights and configuration, equal for models that compute the same."""
-    config = json.dumps(to_dict(model.config), sort_keys=True)
-    return hashlib.sha256(f"{model_digest(model)} {config}".encode()).hexdigest()
+    config = to_dict(model.config)
+    for name, default in _LATER_SETTINGS.items():
+        *sections, last = name.split(".")
+        section = functools.reduce(operator.getitem, sections, config)
+        if section[last] == default:
+            del section[last]
+    return hashlib.sha256(f"{model_digest(model)} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
 
 
 def write_session_file(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
