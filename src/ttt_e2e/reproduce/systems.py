@@ -77,6 +77,12 @@ WARM_STARTS = (
     _warm_start("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_loop.lr=3"),
 )
 
+_FLOOR = System("ngram", "n-gram floor", "#8d6e63", "-window")
+_FLOOR_ON = System("ngram-on", "n-gram floor", "#8d6e63", "-window", _PLAIN, starts_from=_WINDOW_FIRST)
+
+FLOOR = {"figure1": _FLOOR, "ablations": _FLOOR, "warmstart": _FLOOR_ON}
+"""By comparison, the n-grams of the tokens that all systems are trained on, see `ngram`. The preset is not trained."""
+
 BASELINE = {"figure1": "full", "ablations": "ttt-e2e", "warmstart": "window-on"}
 """By comparison, the system from whose loss the others' losses are subtracted."""
 
@@ -148,7 +154,13 @@ def pretraining(
     if system.fast is not None:
         assert system.starts_from is not None
         share = config.model.suffix_layers / config.model.num_hidden_layers
-        options = LearningOptions(scale.sliding_window, share, scale.mini_batch_size, system.fast, system.fast_share)
+        options = LearningOptions(
+            sliding_window=scale.sliding_window,
+            suffix=share,
+            mini_batch_size=scale.mini_batch_size,
+            fast=system.fast,
+            fast_share=system.fast_share,
+        )
         model = learning_config(pretraining(scale, system.starts_from, 0).model, options)
         config = replace(config, {"model": replace(model, {"inner_loop": config.model.inner_loop})})
     tokens, lr = stage_tokens if tokens is None else tokens, stage_lr if lr is None else lr
