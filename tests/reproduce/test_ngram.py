@@ -159,7 +159,7 @@ def test_floor_reads_the_books_as_the_systems_do(data: Path) -> None:
     model = KneserNey(count_trigrams(sequences, 272, train.bos), 272)
     partial = KneserNey(count_trigrams(sequences[:-2], 272, train.bos), 272)
     weights = fit_weights(cache_terms(partial, sequence) for sequence in sequences[-2:])
-    assert result["tokens"] == 704 and np.allclose(result["cache_weights"], weights)
+    assert result["tokens"] == 704 and np.allclose(result["cache_weights"], weights[:, 1:7])
     floor = NgramFloor(model, weights)
     for cache, key in ((True, "books"), (False, "frozen")):
         for book, found in zip(held_out_books(val, 32, 64), result[key], strict=True):

@@ -229,8 +229,9 @@ def train_floor(
 def evaluate_floor(settings: dict[str, Any]) -> dict[str, Any]:
     """The result of a job of the n-gram floor whose job.json has these settings, see `plan.job_settings`.
 
-    It has the form of an evaluation's: "frozen" is the loss without the cache. Of every training text at most one epoch
-    is counted, since repeated counts would mislead the discounts, and of every stage at most `MAX_TOKENS`.
+    It has the form of an evaluation's. "frozen" is the loss without the cache, "tokens" how many tokens are counted: of
+    every training text at most one epoch, since repeated counts would mislead the discounts, and of every stage at most
+    `MAX_TOKENS`. "cache_weights" are by order, and by the number of binary digits of n(context), from 1.
     """
     stages: list[tuple[SequenceLoader, int]] = []
     unread: dict[str, int] = {}  # tokens, by the digest of the text
@@ -253,7 +254,7 @@ def evaluate_floor(settings: dict[str, Any]) -> dict[str, Any]:
         "parameters": None,
         "position_edges": position_edges(context),
         "tokens": sum(n * loader.context for loader, n in stages),
-        "cache_weights": floor.weights.tolist(),
+        "cache_weights": floor.weights[:, 1 : context.bit_length() + 1].tolist(),
         "books": floor.book_losses(books, context, held_out.bos),
         "frozen": floor.book_losses(books, context, held_out.bos, cache=False),
     }

@@ -155,11 +155,7 @@ def pretraining(
         assert system.starts_from is not None
         share = config.model.suffix_layers / config.model.num_hidden_layers
         options = LearningOptions(
-            sliding_window=scale.sliding_window,
-            suffix=share,
-            mini_batch_size=scale.mini_batch_size,
-            fast=system.fast,
-            fast_share=system.fast_share,
+            scale.sliding_window, share, scale.mini_batch_size, fast=system.fast, fast_share=system.fast_share
         )
         model = learning_config(pretraining(scale, system.starts_from, 0).model, options)
         config = replace(config, {"model": replace(model, {"inner_loop": config.model.inner_loop})})

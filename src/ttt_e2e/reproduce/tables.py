@@ -50,7 +50,7 @@ After ± comes the standard error over books, for differences paired by book; af
         rows = []
         for name, system in systems.items():
             shares = [_share_of_gain(cells, name, context) for context in contexts]
-            if set(shares) != {"-"}:
+            if system["parameters"] and set(shares) != {"-"}:
                 rows.append([system["label"], *shares])
         title = "Share of the gain over the sliding window that TTT-E2E has when it is trained from the start"
         add(title, ["system", *by_context], rows)
