@@ -1,7 +1,9 @@
 """The n-gram floor against plain loops over the formulas, and its probabilities over whole vocabularies."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,10 +37,10 @@ texts = st.lists(st.lists(tokens, min_size=1, max_size=40), max_size=6)
 def literal_kneser_ney(training: list[list[int]], history: list[int], w: int, vocab: int = VOCAB) -> float:
     """Chen and Goodman's formula, term by term; of the first token of a text there is no history."""
     trigrams = Counter(t for text in training for t in zip(text, text[1:], text[2:], strict=False) if t[2] != BOS)
-    bigrams = Counter(t[1:] for t in trigrams)
-    unigrams = Counter(t[1:] for t in bigrams)
+    bigrams = Counter((v, x) for _, v, x in trigrams)
+    unigrams = Counter((x,) for _, x in bigrams)
 
-    def smoothed(order: Counter[tuple[int, ...]], context: tuple[int, ...], lower: float) -> float:
+    def smoothed(order: Mapping[Any, int], context: tuple[int, ...], lower: float) -> float:
         n = {c: sum(count == c for count in order.values()) for c in (1, 2, 3, 4)}
         d = {0: 0.0, 1: 0.5, 2: 1.0, 3: 1.5}
         if all(n.values()):
@@ -46,7 +48,7 @@ def literal_kneser_ney(training: list[list[int]], history: list[int], w: int, vo
             estimate = {0: 0.0} | {c: c - (c + 1) * y * n[c + 1] / n[c] for c in (1, 2, 3)}
             if min(estimate[c] for c in (1, 2, 3)) > 0:
                 d = estimate
-        after = {x: order[(*context, x)] for x in range(vocab)}
+        after = {x: order.get((*context, x), 0) for x in range(vocab)}
         total = sum(after.values())
         if total == 0:
             return lower
