@@ -24,30 +24,31 @@ def test_report_is_complete(undisturbed: Path) -> None:
     assert report["finished"] and not report["failed"] and report["hours"] > 0
     assert report["plan"]["comparisons"]["figure1"]["seeds"] == [0, 1]
     assert report["machine"]["torch"] == torch.__version__
-    assert list(report["systems"]) == SYSTEMS
+    assert list(report["systems"]) == [*SYSTEMS, "ngram"]
     assert {(e["system"], e["seed"], e["context"]) for e in report["evaluations"]} == {
-        (name, seed, context) for name in SYSTEMS for seed in (0, 1) for context in (8, 32)
+        (name, seed, context) for name in [*SYSTEMS, "ngram"] for seed in (0, 1) for context in (8, 32)
     }
-    for system in report["systems"].values():
+    for system in (report["systems"][name] for name in SYSTEMS):
         rates = [row["lr"] for row in system["sweep"]]
         assert len(rates) == 5 and rates == sorted(rates)
         best = min(system["sweep"], key=lambda row: row["loss"])
         assert system["lr"] == best["lr"] and system["parameters"] > 0
     for evaluation in report["evaluations"]:
         assert len(evaluation["books"]) >= 2
-        assert ("frozen" in evaluation) == (evaluation["system"] in ("dynamic", "ttt-e2e"))
+        assert ("frozen" in evaluation) == (evaluation["system"] in ("dynamic", "ttt-e2e", "ngram"))
         assert ("inner_lr" in evaluation) == (evaluation["system"] == "dynamic")
     for row in report["comparison"]:
         assert row["difference"]["seeds"] == 2 and row["difference"]["books_error"] is not None
         if row["system"] == "full":
             assert row["difference"]["mean"] == 0
-    assert report["by_position"]["context"] == 32 and len(report["by_position"]["rows"]) == 4
+    assert report["by_position"]["context"] == 32 and len(report["by_position"]["rows"]) == 5
     assert len(report["latency"]) == 2 * len(SYSTEMS)
     for name in ("figure1.png", "figure1-by-position.png"):
         assert (undisturbed / name).read_bytes().startswith(b"\x89PNG")
     assert str(undisturbed.parent) not in (undisturbed / "figure1.json").read_text()  # no paths of this machine
     text = (undisturbed / "figure1.md").read_text()
     assert "Finished; " in text and text.count("| TTT-E2E |") == 6 and "(seeds " in text
+    assert text.count("| n-gram floor |") == 3
     assert "| TTT-E2E | 8.0 | ~32.0 |" in text
     assert not list(undisturbed.rglob("checkpoints"))
 
@@ -113,10 +114,11 @@ def test_finished_jobs_are_not_repeated(data: Path, undisturbed: Path) -> None:
 def test_comparison_can_be_narrowed_and_widened(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     make_comparison(tmp_path, data, systems=["ttt-e2e"], contexts=[32])
     evaluated = {(e["system"], e["context"]) for e in read_report(tmp_path)["evaluations"]}
-    assert evaluated == {("full", 32), ("ttt-e2e", 32)}
+    assert evaluated == {("full", 32), ("ttt-e2e", 32), ("ngram", 32)}
     make_comparison(tmp_path, data, systems=["full"], contexts=[8])
     report = read_report(tmp_path)
-    assert [(r["system"], r["context"]) for r in report["comparison"]] == [("full", 8), ("full", 32), ("ttt-e2e", 32)]
+    expected_rows = [("full", 8), ("full", 32), ("ttt-e2e", 32), ("ngram", 8), ("ngram", 32)]
+    assert [(r["system"], r["context"]) for r in report["comparison"]] == expected_rows
     expected = {(e["system"], e["seed"], e["context"]): e["books"] for e in read_report(undisturbed)["evaluations"]}
     for e in report["evaluations"]:
         assert e["books"] == expected[e["system"], e["seed"], e["context"]]
@@ -148,20 +150,20 @@ def test_comparisons_in_one_folder_share_jobs(data: Path, tmp_path: Path) -> Non
     make_comparison(tmp_path, data, FEW_RATES, name="ablations", systems=["no-meta"], contexts=[8])
     assert {folder: read_results(tmp_path)[folder] for folder in shared} == shared
     report = read_report(tmp_path, "ablations")
-    assert report["finished"] and list(report["systems"]) == ["ttt-e2e", "no-meta"]
+    assert report["finished"] and list(report["systems"]) == ["ttt-e2e", "no-meta", "ngram"]
     assert read_report(tmp_path) == first and set(report["plan"]["comparisons"]) == {"figure1", "ablations"}
     make_comparison(tmp_path, data, FEW_RATES, systems=["ttt-e2e"], contexts=[8])
-    assert list(read_report(tmp_path)["systems"]) == ["full", "ttt-e2e"]
+    assert list(read_report(tmp_path)["systems"]) == ["full", "ttt-e2e", "ngram"]
 
 
 def test_ablations_share_the_learning_rate_of_ttt_e2e(data: Path, tmp_path: Path) -> None:
     make_comparison(tmp_path, data, FEW_RATES, name="ablations", systems=["no-meta", "no-static-mlp"], contexts=[8])
     report = read_report(tmp_path, "ablations")
-    assert [row["system"] for row in report["comparison"]] == ["ttt-e2e", "no-static-mlp", "no-meta"]
+    assert [row["system"] for row in report["comparison"]] == ["ttt-e2e", "no-static-mlp", "no-meta", "ngram"]
     assert report["finished"] and report["comparison"][0]["difference"]["mean"] == 0
     assert [e["system"] for e in report["evaluations"] if "inner_lr" in e] == ["no-meta"]
     assert {name for name, system in report["systems"].items() if system["sweep"]} == {"ttt-e2e"}
-    assert len({system["lr"] for system in report["systems"].values()}) == 1
+    assert len({system["lr"] for name, system in report["systems"].items() if name != "ngram"}) == 1
     trained = json.loads((tmp_path / "runs/no-meta/seed0/pretrain/job.json").read_text())
     assert trained["config"]["train"]["lr"] == report["systems"]["ttt-e2e"]["lr"]
     assert not (tmp_path / "runs/no-meta/sweep").exists()
@@ -173,8 +175,13 @@ def test_warm_starts(data: Path, tmp_path: Path) -> None:
     assert report["finished"] and not outcome.problems
     results = read_results(tmp_path)
     names = [system.name for system in WARM_STARTS]
-    assert [name for name in report["systems"] if not name.endswith("-first")] == names
-    assert {(e["system"], e["context"]) for e in report["evaluations"]} == {(n, c) for n in names for c in (8, 32)}
+    assert [name for name in report["systems"] if not name.endswith("-first")] == [*names, "ngram-on"]
+    assert {(e["system"], e["context"]) for e in report["evaluations"]} == {
+        (n, c) for n in (*names, "ngram-on") for c in (8, 32)
+    }
+    # The n-grams are of the tokens of all stages.
+    stages = json.loads((tmp_path / "runs/ngram-on/seed0/evaluate-32/job.json").read_text())["stages"]
+    assert [(s["context"], s["tokens"], s["seed"]) for s in stages] == [(8, 512, 0), (8, 128, 1), (32, 192, 0)]
     for name in names:
         folder = f"runs/{name}/seed0/pretrain"
         if name == "switch":
@@ -217,7 +224,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(
     assert rows["sweep"] == ["15", "0", f"{15 * 3 * 64:,}"]
     assert rows["pretrain"] == ["3", "0", f"{3 * 8 * 64:,}"]
     assert rows["extend"] == ["3", "0", f"{3 * 3 * 64:,}"]
-    assert rows["evaluate"][:2] == ["8", "0"] and rows["latency"][:2] == ["1", "0"]
+    assert rows["evaluate"][:2] == ["8", "0"] and rows["ngram"][:2] == ["2", "0"] and rows["latency"][:2] == ["1", "0"]
 
 
 def test_settings_that_an_earlier_version_did_not_have_change_no_plan(data: Path, tmp_path: Path) -> None:

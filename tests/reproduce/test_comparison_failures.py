@@ -36,7 +36,7 @@ def test_diverging_learning_rate_is_not_chosen(data: Path, tmp_path: Path) -> No
     assert all(row["loss"] for row in good) and bad["loss"] is None and "has a loss of" in bad["failed"]
     assert [row["lr"] for row in good] == pytest.approx([0.0015, 0.003, 0.006])
     assert report["systems"]["full"]["lr"] == min(good, key=lambda row: row["loss"])["lr"]
-    assert len(report["evaluations"]) == 1
+    assert [e["system"] for e in report["evaluations"]] == ["full", "ngram"]
     assert "diverged" in (tmp_path / "figure1.md").read_text()
 
 
@@ -58,7 +58,7 @@ def test_failing_system_does_not_stop_the_others(
     }
     assert "Step 2 has a loss of nan" in capsys.readouterr().out
     report = read_report(tmp_path)
-    assert not report["finished"] and len(report["evaluations"]) == 2
+    assert not report["finished"] and [e["system"] for e in report["evaluations"]] == ["full"] * 2 + ["ngram"] * 2
     assert "every learning rate of the sweep failed" in report["failed"]["runs/ttt-e2e/sweep/above"]
 
 
@@ -74,7 +74,7 @@ def test_compile_option_reaches_every_training(data: Path, tmp_path: Path, monke
     assert compiled == [True] * len(compiled) and len(compiled) == 2 * (3 + 1)
     make_comparison(tmp_path, data, FEW_RATES, systems=["ttt-e2e"])  # the same folder continues without
     assert compiled[8:] == [False] * 2
-    assert read_report(tmp_path)["comparison"][-1]["loss"] is not None
+    assert read_report(tmp_path)["evaluations"][-3]["system"] == "ttt-e2e"
 
 
 def test_full_disk_is_tried_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_full_disk_is_tried_again(data: Path, tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", full)
         outcome = make_comparison(tmp_path, data, systems=["full"], contexts=[8])
-    assert outcome.problems and not read_results(tmp_path)
+    assert outcome.problems and set(read_results(tmp_path)) == {"runs/ngram/seed0/evaluate-8"}
     assert "No space left" in (tmp_path / "runs/full/sweep/lr-0.003/log.txt").read_text()
     assert not make_comparison(tmp_path, data, systems=["full"], contexts=[8]).problems
     assert read_report(tmp_path)["finished"]
@@ -137,8 +137,8 @@ def test_ctrl_c_and_the_same_command_again(
     assert not make_comparison(tmp_path, data, systems=["full"]).interrupted
     books = {(e["system"], e["seed"], e["context"]): e["books"] for e in read_report(undisturbed)["evaluations"]}
     evaluations = read_report(tmp_path)["evaluations"]
-    assert {(e["seed"], e["context"]): e["books"] for e in evaluations} == {
-        (0, context): books["full", 0, context] for context in (8, 32)
+    assert {(e["system"], e["seed"], e["context"]): e["books"] for e in evaluations} == {
+        (name, 0, context): books[name, 0, context] for name in ("full", "ngram") for context in (8, 32)
     }
 
 

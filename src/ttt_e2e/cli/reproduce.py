@@ -18,6 +18,7 @@ EPILOG = """examples:
   ttt-e2e reproduce ACTION --help"""
 
 _JOBS = """
+All are compared with the n-gram floor too: trigrams of the same tokens with a cache of the text.
 Tables, pictures and all numbers are in OUT, and are updated after every evaluation. A job that is
 done is never done again; an interrupted one continues."""
 _SCALES = """

@@ -27,6 +27,26 @@ class Book(NamedTuple):
     name: str
     tokens: np.ndarray
 
+    def sequences(self, context: int) -> np.ndarray:
+        """The book in sequences of `context` tokens and the next one, [B, T + 1]."""
+        starts = range(0, len(self.tokens) - 1, context)
+        return np.stack([self.tokens[start : start + context + 1] for start in starts])
+
+
+def book_loss(book: Book, nll_BT: np.ndarray, mask_BT: np.ndarray) -> dict[str, Any]:
+    """The loss of a book from those of its tokens in sequences, in nats per token.
+
+    nll_BT: 0 where `mask_BT` is. Returns "name", "tokens" (that count), "loss", and "by_position": the means in the
+    bins of `position_edges`, None where no token counts.
+    """
+    by_position = []
+    for start, stop in pairwise(position_edges(nll_BT.shape[1])):
+        tokens = float(mask_BT[:, start:stop].sum())
+        by_position.append(float(nll_BT[:, start:stop].sum()) / tokens if tokens else None)
+    tokens = float(mask_BT.sum())
+    loss = float(nll_BT.sum()) / tokens
+    return {"name": book.name, "tokens": int(tokens), "loss": loss, "by_position": by_position}
+
 
 def held_out_books(tokens: TokenSet, longest_context: int, max_tokens: int) -> list[Book]:
     """Of every document at most `max_tokens`, in whole sequences of `longest_context`. Shorter documents are skipped.
@@ -59,24 +79,17 @@ class BookReader:
     def book_losses(
         self, books: list[Book], context: int, *, learn: bool = True, inner_lr: float | None = None
     ) -> list[dict[str, Any]]:
-        """The loss of each book in sequences of `context` tokens, in nats per token; see `sequence_loss` for the rest.
+        """The loss of each book in sequences of `context` tokens, see `book_loss`; for the rest see `sequence_loss`.
 
-        Returns for each book "name", "tokens" (that count), "loss", and "by_position": the means in the bins of
-        `position_edges`, None where no token counts. Raises Divergence if a loss is not finite.
+        Raises Divergence if a loss is not finite.
         """
         results = []
         for book in books:
-            starts = np.arange(0, len(book.tokens) - 1, context)
-            sequences_BT1 = torch.from_numpy(np.stack([book.tokens[start : start + context + 1] for start in starts]))
-            nll_BT, mask_BT, loss = self._read(sequences_BT1, learn, inner_lr)
-            if not math.isfinite(loss):
+            nll_BT, mask_BT, _ = self._read(torch.from_numpy(book.sequences(context)), learn, inner_lr)
+            result = book_loss(book, nll_BT.numpy(), mask_BT.numpy())
+            if not math.isfinite(loss := result["loss"]):
                 raise Divergence(f"Reading {book.name} in sequences of {context} tokens diverged: its loss is {loss}.")
-            by_position = []
-            for start, stop in pairwise(position_edges(context)):
-                tokens = float(mask_BT[:, start:stop].sum())
-                by_position.append(float(nll_BT[:, start:stop].sum()) / tokens if tokens else None)
-            tokens = int(mask_BT.sum())
-            results.append({"name": book.name, "tokens": tokens, "loss": loss, "by_position": by_position})
+            results.append(result)
         return results
 
     def inner_lr_losses(self, sequences_BT1: torch.Tensor, inner_lrs: list[float]) -> dict[float, float | None]:

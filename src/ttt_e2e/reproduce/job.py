@@ -26,6 +26,7 @@ from ttt_e2e.hardware import choose_device
 from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_transformer, save_model
 from ttt_e2e.reproduce import timing
 from ttt_e2e.reproduce.held_out import evaluate_books
+from ttt_e2e.reproduce.ngram import evaluate_floor
 from ttt_e2e.reproduce.plan import JOB, RESULT, RUN
 from ttt_e2e.training.checkpoint import check_checkpoint, list_checkpoints
 from ttt_e2e.training.metrics import read_metrics
@@ -43,7 +44,8 @@ def main(folder: Path) -> int:
         torch.set_num_threads(settings["threads"])
     result: dict[str, Any] | None
     try:
-        result = {"evaluate": _evaluate, "latency": _measure_latency}.get(settings["kind"], _train)(folder, settings)
+        work = {"evaluate": _evaluate, "ngram": _evaluate_floor, "latency": _measure_latency}
+        result = work.get(settings["kind"], _train)(folder, settings)
     except Divergence as error:
         result = {"failed": " ".join(str(error).split())}
     except UserError as error:
@@ -128,6 +130,10 @@ def _evaluate(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         becomes = from_dict(ModelConfig, settings["becomes"], str(folder / JOB))
         model = warm_start(model, replace(becomes, {"rope_theta": model.config.rope_theta}))
     return evaluate_books(model, settings)
+
+
+def _evaluate_floor(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return evaluate_floor(settings)
 
 
 def _measure_latency(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ A job is a folder below OUT with job.json (what to do), log.txt (what it printed
     runs/SYSTEM/seed0/pretrain          the first stage at the best rate of all; in a warm start the second stage
     runs/SYSTEM/seed0/extend-4096       further training for one longer context
     runs/SYSTEM/seed0/evaluate-4096     the loss on the held-out books at one context
+    runs/ngram/seed0/evaluate-4096      the same of the n-gram floor, counted on the tokens of those trainings
     latency-0123abcd                    time per token by context, of the systems that the name is a digest of
 """
 
@@ -14,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_digest, check_format, read_json, with_digest, write_text
 from ttt_e2e.reproduce.scales import Scale
-from ttt_e2e.reproduce.systems import System, extending, pretraining
+from ttt_e2e.reproduce.systems import FLOOR, System, extending, pretraining
 
 FORMAT, VERSION = "ttt-e2e comparison", 4
 PLAN, JOB, LOG, RESULT = "plan.json", "job.json", "log.txt", "result.json"
@@ -47,13 +49,18 @@ class Comparison:
     book_tokens: int  # read by an evaluation, of all held-out books together
     compile: bool = False  # whether training is compiled
 
+    @property
+    def floor(self) -> System:
+        """The n-grams that the systems are compared with."""
+        return FLOOR[self.name]
+
 
 @dataclass(frozen=True)
 class Job:
     """One piece of work that leaves a result."""
 
     folder: str  # below OUT; it identifies the job
-    kind: str  # "sweep", "pretrain", "extend", "evaluate" or "latency"
+    kind: str  # "sweep", "pretrain", "extend", "evaluate", "ngram" or "latency"
     system: System | None  # None for latency, where all systems are measured together
     seed: int
     context: int
@@ -79,6 +86,9 @@ def training_jobs(comparison: Comparison) -> list[Job]:
                     jobs[model] = Job(model, "extend", trained, seed, *size, (first_stage,))
                 folder = f"runs/{system.name}/seed{seed}/evaluate-{context}"
                 jobs[folder] = Job(folder, "evaluate", system, seed, context, comparison.book_tokens, (model,))
+    for seed, context in product(comparison.seeds, comparison.contexts):
+        folder = f"runs/{comparison.floor.name}/seed{seed}/evaluate-{context}"
+        jobs[folder] = Job(folder, "ngram", comparison.floor, seed, context, comparison.book_tokens)
     return list(jobs.values())
 
 
@@ -178,6 +188,16 @@ def job_settings(comparison: Comparison, job: Job, out: Path, results: Mapping[s
             raise UserError(f"{need} could not be done.")
         if "/sweep/" not in need and "failed" in results[need]:
             raise UserError(f"{need} failed.")
+    if job.kind == "ngram":
+        return settings | {
+            "stages": _counted_stages(comparison, system, job),
+            "vocab_size": scale.vocab_size,
+            "books": str(comparison.books.resolve()),
+            "context": job.context,
+            "longest_context": max(scale.contexts),
+            "book_tokens": scale.eval_tokens,
+            "weight_tokens": scale.inner_lr_tokens,
+        }
     needed_model = str((out / job.needs[0] / RUN / "model").resolve()) if job.needs else None
     if job.kind == "evaluate":
         config = pretraining(scale, system, job.seed)
@@ -209,6 +229,21 @@ def job_settings(comparison: Comparison, job: Job, out: Path, results: Mapping[s
         "compile": comparison.compile,
         "processes": scale.processes,
     }
+
+
+def _counted_stages(comparison: Comparison, system: System, job: Job) -> list[dict[str, Any]]:
+    """The tokens on which a system is trained before its evaluation at the context of `job`."""
+    scale = comparison.scale
+    stages = [(comparison.data, pretraining(scale, system, job.seed))]
+    if system.starts_from is not None:
+        stages.insert(0, (comparison.data, pretraining(scale, system.starts_from, job.seed)))
+    if job.context > scale.pretrain_context:
+        stages.append((comparison.books, extending(scale, system, job.seed, job.context)))
+    result = []
+    for data, config in stages:
+        context, tokens = _size(config)
+        result.append({"data": str(data.resolve()), "context": context, "tokens": tokens, "seed": config.train.seed})
+    return result
 
 
 # -- plan.json ---------------------------------------------------------------------------------------------------------

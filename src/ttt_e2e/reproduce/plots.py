@@ -139,7 +139,8 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
 
 def _style(systems: Mapping[str, Mapping[str, str]], name: str) -> dict[str, Any]:
     emphasis = dict(linewidth=2.2, zorder=3) if name == "ttt-e2e" else dict(linewidth=1.4, zorder=2)
-    return dict(label=systems[name]["label"], color=systems[name]["colour"], marker="o", markersize=4) | emphasis
+    style = dict(label=systems[name]["label"], color=systems[name]["colour"], marker="o", markersize=4) | emphasis
+    return style | dict(linestyle="--" if name.startswith("ngram") else "-")
 
 
 def _token_axis(axis: Axes, ticks: Sequence[int], label: str) -> None:

@@ -48,7 +48,7 @@ def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
     """
     jobs = [*training_jobs(comparison), *latency_jobs(comparison)]
     starts = [(system.weights_from or system).starts_from for system in comparison.systems]
-    systems = [*dict.fromkeys(start for start in starts if start is not None), *comparison.systems]
+    systems = [*dict.fromkeys(start for start in starts if start is not None), *comparison.systems, comparison.floor]
     results = results_of(jobs, out)
     evaluations = [
         {"system": job.system.name, "seed": job.seed, **results[job.folder]}
@@ -103,7 +103,7 @@ def _losses(evaluations: list[dict[str, Any]], system: str, context: int, key: s
 
 def _comparison(comparison: Comparison, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
-    for system in comparison.systems:
+    for system in (*comparison.systems, comparison.floor):
         for context in comparison.contexts:
             losses = _losses(evaluations, system.name, context)
             if losses:
@@ -132,7 +132,7 @@ def _by_position(comparison: Comparison, evaluations: list[dict[str, Any]]) -> d
         }
 
     rows = []
-    for system in comparison.systems:
+    for system in (*comparison.systems, comparison.floor):
         by_bin = [(losses_in_bin(system.name, i), losses_in_bin(baseline, i)) for i in range(len(edges) - 1)]
         bins = [{"loss": mean(losses), "difference": difference(losses, base)} for losses, base in by_bin]
         if bins[0]["loss"] is not None:

@@ -117,7 +117,7 @@ def reproduce(
             return workers.Outcome()
 
         def on_result(job: Job) -> None:
-            if job.kind == "evaluate":
+            if job.kind in ("evaluate", "ngram"):
                 report.write_report(whole, out, {})
 
         if num_workers is None:

@@ -77,6 +77,12 @@ WARM_STARTS = (
     _warm_start("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_loop.lr=3"),
 )
 
+_FLOOR = System("ngram", "n-gram floor", "#8d6e63", "-window")
+_FLOOR_ON = System("ngram-on", "n-gram floor", "#8d6e63", "-window", _PLAIN, starts_from=_WINDOW_FIRST)
+
+FLOOR = {"figure1": _FLOOR, "ablations": _FLOOR, "warmstart": _FLOOR_ON}
+"""By comparison, the n-grams of the tokens that all systems are trained on, see `ngram`. The preset is not trained."""
+
 BASELINE = {"figure1": "full", "ablations": "ttt-e2e", "warmstart": "window-on"}
 """By comparison, the system from whose loss the others' losses are subtracted."""
 

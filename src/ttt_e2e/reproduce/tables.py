@@ -45,12 +45,12 @@ After ± comes the standard error over books, for differences paired by book; af
 
     add_losses(f"Loss minus that of {systems[report['baseline']]['label']}, by context", "difference", "+")
     add_losses("Loss by context, in nats per token", "loss")
-    add_losses("Loss with frozen fast weights", "frozen_loss")
+    add_losses("Loss with frozen fast weights, and of the n-gram floor without its cache", "frozen_loss")
     if report["name"] == "warmstart":
         rows = []
         for name, system in systems.items():
             shares = [_share_of_gain(cells, name, context) for context in contexts]
-            if set(shares) != {"-"}:
+            if system["parameters"] and set(shares) != {"-"}:
                 rows.append([system["label"], *shares])
         title = "Share of the gain over the sliding window that TTT-E2E has when it is trained from the start"
         add(title, ["system", *by_context], rows)
