@@ -1,11 +1,12 @@
 """A notebook: the exact text that a session has read, in passages that can be searched.
 
 Fast weights keep the gist of a text; a notebook keeps its words. It is a folder with an SQLite database, `notebook.db`,
-and the files that SQLite has beside one in use. Three tables:
+and the files that SQLite has beside one in use. Its tables:
 
     settings    a row: the size of the passages, how many of them are indexed, and by which embedding
     passages    the text, overlapping; the last passage grows with it. A row has a digest, and perhaps a vector
     words       the index of the passages' words (FTS5), without their text
+    index_digest    of the index while all passages are in it; older notebooks lack this table
 
 Whatever is added is in one transaction, so that a killed process leaves all of it or nothing. Passages are indexed many
 at a time, and the rest when there is a search. One process adds text at a time; others may search. Memory does not grow
@@ -28,6 +29,7 @@ from ttt_e2e.retrieval.passages import Excerpt, Passage
 from ttt_e2e.retrieval.search_index import (
     PROBE,
     Embed,
+    index_digest,
     index_words,
     match_expression,
     pack_vector,
@@ -49,6 +51,7 @@ _SCHEMA = (
     # `search_index` separates words by spaces; this tokenizer leaves them as they are.
     "CREATE VIRTUAL TABLE words USING fts5(entries, content='', tokenize='ascii')",
 )
+_DIGEST_TABLE = "CREATE TABLE index_digest (digest TEXT)"
 _COLUMNS = "number, start, stop, start_byte, stop_byte, is_searched, text"
 _BLOCK = 1 << 16  # characters that are added in one transaction
 _INDEXED_AT_ONCE = 64
@@ -80,8 +83,8 @@ class Notebook:
 
     Raises:
         UserError: If the notebook is missing or not readable, if the folder is something else or of an older version,
-            if the database is damaged, as far as that shows without reading all of it (`search` and `text` check what
-            they return), or if this Python's SQLite lacks FTS5.
+            if the database is damaged, as far as that shows without reading all of it (`search` checks the index, and
+            like `text` what it returns), or if this Python's SQLite lacks FTS5.
     """
 
     def __init__(self, folder: Path, *, size: int = SIZE, embed: Embed | None = None, create: bool = True) -> None:
@@ -92,6 +95,7 @@ class Notebook:
         self.embed = embed
         self._connection: sqlite3.Connection | None = None
         self._write_lock: IO[Any] | None = None
+        self._verified: int | None = None  # SQLite's `data_version` when the index was last found undamaged
         try:
             with self._errors("open"):
                 self._check_folder(create)
@@ -237,6 +241,7 @@ class Notebook:
         if source is None:
             with self._transaction("write to") as db:
                 db.execute("DELETE FROM passages")
+                self._keep_digest(db, None)
                 db.execute("INSERT INTO words(words) VALUES ('delete-all')")
                 db.execute("UPDATE settings SET size = ?, indexed = 0", (size,))
             self.size = size
@@ -300,7 +305,7 @@ class Notebook:
         self._open_connection().execute("PRAGMA journal_mode = WAL")
         with self._transaction("open") as db:
             if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody else was quicker
-                for statement in _SCHEMA:
+                for statement in (*_SCHEMA, _DIGEST_TABLE):
                     db.execute(statement)
                 db.execute("INSERT INTO settings (size, indexed) VALUES (?, 0)", (size,))
                 db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -317,7 +322,7 @@ class Notebook:
         found = {"format": FORMAT, "version": db.execute("PRAGMA user_version").fetchone()[0]}
         check_format(found, self.folder, FORMAT, VERSION, "record its text again")
         schema = db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'words~_%' ESCAPE '~' ORDER BY rowid")
-        if [sql for (sql,) in schema] != list(_SCHEMA):
+        if [sql for (sql,) in schema] not in ([*_SCHEMA], [*_SCHEMA, _DIGEST_TABLE]):
             raise self._altered()
         db.execute("SELECT rowid FROM words LIMIT 1").fetchall()  # fails if FTS5 is missing
         sizes = [size for (size,) in db.execute("SELECT size FROM settings")]
@@ -412,10 +417,11 @@ class Notebook:
 
     def _index(self, db: sqlite3.Connection, first: int, stop: int, command: str | None = None) -> None:
         """Add the words of the passages `first` to `stop` to the index, or remove them by the command "delete"."""
+        self._verify_index(db)
+        self._keep_digest(db, None)
         for start in range(first, stop, _INDEXED_AT_ONCE):
-            rows = self._rows(
-                db, "number >= ? AND number < ? AND is_searched", start, min(start + _INDEXED_AT_ONCE, stop)
-            )
+            end = min(start + _INDEXED_AT_ONCE, stop)
+            rows = self._rows(db, "number >= ? AND number < ? AND is_searched", start, end)
             entries = [(command, number, index_words(passage.text)) for number, passage in rows]
             db.executemany("INSERT INTO words (words, rowid, entries) VALUES (?, ?, ?)", entries)
         db.execute("UPDATE settings SET indexed = ?", (first if command else stop,))
@@ -424,9 +430,27 @@ class Notebook:
         """Index the passages that are not indexed yet, the last and growing one too."""
         with self._transaction("search", "BEGIN") as db:
             is_complete = self._indexed(db) > self._last_passage(db)[0]
+            self._verify_index(db)
         if not is_complete:
             with self._transaction("write to") as db:
                 self._index(db, self._indexed(db), self._last_passage(db)[0] + 1)
+            with self._transaction("write to") as db:  # FTS5 writes its tables when a transaction ends
+                if self._indexed(db) > self._last_passage(db)[0]:
+                    self._keep_digest(db, index_digest(db))
+
+    def _verify_index(self, db: sqlite3.Connection) -> None:
+        """Raise UserError if the index is damaged: a passage could be missing in it. Once for each version of it."""
+        version = db.execute("PRAGMA data_version").fetchone()[0]  # changed by what other connections write
+        if version != self._verified and db.execute("PRAGMA table_info(index_digest)").fetchall():
+            if any(kept != index_digest(db) for (kept,) in db.execute("SELECT digest FROM index_digest")):
+                raise self._altered()
+            self._verified = version
+
+    def _keep_digest(self, db: sqlite3.Connection, digest: str | None) -> None:
+        """Keep the digest of the index as it is now, or none while it changes."""
+        db.execute(_DIGEST_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
+        db.execute("DELETE FROM index_digest")
+        db.execute("INSERT INTO index_digest SELECT ?1 WHERE ?1 IS NOT NULL", (digest,))
 
     # -- meaning ---------------------------------------------------------------------------------------------------
 
