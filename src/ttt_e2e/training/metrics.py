@@ -1,10 +1,14 @@
-"""What a run measures: metrics.jsonl, one object a line, and, on request, TensorBoard or Weights & Biases."""
+"""What a run measures: metrics.jsonl, one object a line, and, on request, TensorBoard or Weights & Biases.
+
+A line ends with its checksum, `crc32`, of the bytes before that entry: a damaged number is no number.
+"""
 
 import json
 import math
 import os
 import secrets
 import warnings
+import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +18,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 
 _FILE = "metrics.jsonl"
+_CHECKSUM = ', "crc32": "'
 
 
 class MetricsWriter(ExitStack):
@@ -42,13 +47,13 @@ class MetricsWriter(ExitStack):
             self.callback(self._wandb.finish)
         path = run / _FILE
         if path.exists():
-            write_text(path, "".join(json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step))
+            write_text(path, "".join(_line(line) for line in read_metrics(run) if line["step"] <= step))
         self._file = self.enter_context(path.open("a", encoding="utf-8"))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line, which must have a "step"."""
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(_line(line))
             self._file.flush()
         except OSError as error:
             raise UserError(
@@ -68,7 +73,7 @@ class MetricsWriter(ExitStack):
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; what is none of its lines is left out with a warning.
+    """The lines of a run's metrics, without their checksums; damaged ones are left out with a warning.
 
     An incomplete last line, which a killed process leaves, is left out without one.
     """
@@ -77,14 +82,22 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     lines = {number: _parse(text) for number, text in enumerate(texts, 1)}
     if odd := [number for number, line in lines.items() if line is None]:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        warnings.warn(f"Line {odd[0]}{more} of {path} cannot be read and is left out.", stacklevel=2)
+        warnings.warn(f"Line {odd[0]}{more} of {path} is damaged and left out.", stacklevel=2)
     return [line for line in lines.values() if line is not None]
 
 
+def _line(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values).removesuffix("}")
+    return f'{text}{_CHECKSUM}{zlib.crc32(text.encode()):08x}"}}\n'
+
+
 def _parse(text: bytes) -> dict[str, Any] | None:
+    checked, has_checksum, _ = text.rpartition(_CHECKSUM.encode())  # lines of earlier versions have none
     try:
         line = json.loads(text)
         sound = type(line["step"]) is int and math.isfinite(line.get("loss", 0))
+        if has_checksum and line.pop("crc32") != f"{zlib.crc32(checked):08x}":
+            return None
         return line if sound else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
