@@ -51,8 +51,12 @@ def sequence_loss(
         activation_checkpointing: what is stored for the outer gradient; see `TrainConfig`.
         dtype: of the matrix products.
         functions: `EAGER`, or compiled ones.
+
+    Raises ValueError if there is no sequence, or no target in them.
     """
     config = model.config
+    if tokens_BT1.dim() != 2 or len(tokens_BT1) < 1 or tokens_BT1.shape[1] < 2:
+        raise ValueError(f"tokens must be [B, T + 1] with B and T at least 1, not {list(tokens_BT1.shape)}")
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     batch, length = inputs_BT.shape
     b = config.mini_batch_size or length
