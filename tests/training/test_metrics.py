@@ -78,6 +78,22 @@ def test_no_damage_gives_another_number(
     assert len(found) == 3 or caught or place + length >= len(content) - 60  # the last line may be incomplete
 
 
+@pytest.mark.parametrize("cut", [0, 1, 30, 2])
+def test_lines_that_a_resumed_run_had_and_lacks_are_told(tmp_path: Path, cut: int) -> None:
+    with MetricsWriter(tmp_path, 0, {}, False, False) as metrics:
+        for step in range(1, 5):
+            metrics.write({"step": step, "loss": 1.0})
+        assert metrics.lines == 4
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(content[:2])[: len(content[0]) * 2 - cut] if cut < 30 else b"")
+    left = {0: 2, 1: 1, 2: 1, 30: 0}[cut]
+    with pytest.warns(UserWarning, match=f"lacks {3 - left} of the 3 lines that it had after step 3"):
+        metrics = MetricsWriter(tmp_path, 3, {}, False, False, lines=3)
+    with metrics:
+        assert metrics.lines == left
+
+
 def test_what_a_killed_process_has_not_finished_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')

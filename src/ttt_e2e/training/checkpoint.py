@@ -7,7 +7,7 @@ files and of itself. It is written under a temporary name and then renamed, so i
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class TrainerState:
     """Time spent on them."""
     loader: dict[str, Any] = field(default_factory=dict)
     """Position in the data, as `SequenceLoader.state` returns it."""
+    metrics_lines: int = 0
+    """Lines of metrics so far; 0 if that is not known."""
 
 
 def save_checkpoint(
@@ -62,7 +64,7 @@ def save_checkpoint(
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "progress": {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "loader": state.loader},
+            "progress": asdict(state),
             "config": to_dict(config),
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in part.iterdir()
@@ -87,7 +89,7 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
             "step": torch.tensor(float(progress["step"]), device=weight.device),
             **{moment: moments[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS},
         }
-    return TrainerState(progress["step"], progress["tokens"], progress["seconds"], progress["loader"])
+    return TrainerState(**progress)
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

@@ -22,9 +22,14 @@ _CHECKSUM = ', "crc32": "'
 
 
 class MetricsWriter(ExitStack):
-    """Appends to the metrics of a run that continues after `step`; lines of later steps are removed first."""
+    """Appends to the metrics of a run that continues after `step`; lines of later steps are removed first.
 
-    def __init__(self, run: Path, step: int, config: Mapping[str, Any], tensorboard: bool, wandb: bool) -> None:
+    Warns if fewer than `lines` are left, as many as there were at that step. `self.lines` counts them.
+    """
+
+    def __init__(
+        self, run: Path, step: int, config: Mapping[str, Any], tensorboard: bool, wandb: bool, lines: int = 0
+    ) -> None:
         super().__init__()
         self._tensorboard = self._wandb = None
         if tensorboard:
@@ -46,8 +51,13 @@ class MetricsWriter(ExitStack):
             self._wandb = library.init(project="ttt-e2e", name=run.name, dir=run, **options)
             self.callback(self._wandb.finish)
         path = run / _FILE
+        kept = [_line(line) for line in read_metrics(run) if line["step"] <= step]
+        self.lines = len(kept)
+        if self.lines < lines:
+            message = f"{path} lacks {lines - self.lines} of the {lines} lines that it had after step {step}."
+            warnings.warn(message, stacklevel=2)
         if path.exists():
-            write_text(path, "".join(_line(line) for line in read_metrics(run) if line["step"] <= step))
+            write_text(path, "".join(kept))
         self._file = self.enter_context(path.open("a", encoding="utf-8"))
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -55,6 +65,7 @@ class MetricsWriter(ExitStack):
         try:
             self._file.write(_line(line))
             self._file.flush()
+            self.lines += 1
         except OSError as error:
             raise UserError(
                 f"Cannot write {self._file.name}: {error.strerror}; free some space and continue with --resume."
