@@ -6,7 +6,7 @@ and the files that SQLite has beside one in use. Its tables:
     settings    a row: the size of the passages, how many of them are indexed, and by which embedding
     passages    the text, overlapping; the last passage grows with it. A row has a digest, and perhaps a vector
     words       the index of the passages' words (FTS5), without their text
-    index_digest    of the index while all passages are in it; older notebooks lack this table
+    index_digest    of the index, kept when the notebook is closed; older notebooks lack this table
 
 Whatever is added is in one transaction, so that a killed process leaves all of it or nothing. Passages are indexed many
 at a time, and the rest when there is a search. One process adds text at a time; others may search. Memory does not grow
@@ -16,7 +16,7 @@ with the text, except for a search with an embedding.
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -25,11 +25,11 @@ import numpy as np
 from ttt_e2e.data.text import short_chunks, slices
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_format, lock_folder
+from ttt_e2e.retrieval import index_digest
 from ttt_e2e.retrieval.passages import Excerpt, Passage
 from ttt_e2e.retrieval.search_index import (
     PROBE,
     Embed,
-    index_digest,
     index_words,
     match_expression,
     pack_vector,
@@ -51,7 +51,6 @@ _SCHEMA = (
     # `search_index` separates words by spaces; this tokenizer leaves them as they are.
     "CREATE VIRTUAL TABLE words USING fts5(entries, content='', tokenize='ascii')",
 )
-_DIGEST_TABLE = "CREATE TABLE index_digest (digest TEXT)"
 _COLUMNS = "number, start, stop, start_byte, stop_byte, is_searched, text"
 _BLOCK = 1 << 16  # characters that are added in one transaction
 _INDEXED_AT_ONCE = 64
@@ -95,6 +94,7 @@ class Notebook:
         self.embed = embed
         self._connection: sqlite3.Connection | None = None
         self._write_lock: IO[Any] | None = None
+        self._has_new_index = False
         self._verified: int | None = None  # SQLite's `data_version` when the index was last found undamaged
         try:
             with self._errors("open"):
@@ -116,6 +116,8 @@ class Notebook:
     def close(self) -> None:
         """Release the files, and let other processes write. What was added is on the disk already."""
         if self._connection is not None:
+            with suppress(UserError):  # what was added is there without it
+                self._seal_index()
             self._connection.close()
         if self._write_lock is not None:
             self._write_lock.close()
@@ -194,6 +196,7 @@ class Notebook:
                 "read the same text again, or start a new one."
             )
         self._complete_index()
+        self._seal_index()
         with self._errors("write to"):
             self._open_connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -241,7 +244,7 @@ class Notebook:
         if source is None:
             with self._transaction("write to") as db:
                 db.execute("DELETE FROM passages")
-                self._keep_digest(db, None)
+                index_digest.forget(db)
                 db.execute("INSERT INTO words(words) VALUES ('delete-all')")
                 db.execute("UPDATE settings SET size = ?, indexed = 0", (size,))
             self.size = size
@@ -267,9 +270,7 @@ class Notebook:
         with self._transaction("search", "BEGIN") as db:
             scores: dict[int, float] = {}
             if expression := match_expression(query):
-                ranking = (
-                    "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
-                )
+                ranking = "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY bm25(words), 1 LIMIT ?"
                 scores = dict(db.execute(ranking, (expression, min(count, _MANY) if self.embed is None else _MANY)))
                 if None in scores.values():  # of a damaged index
                     raise self._altered()
@@ -305,7 +306,7 @@ class Notebook:
         self._open_connection().execute("PRAGMA journal_mode = WAL")
         with self._transaction("open") as db:
             if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody else was quicker
-                for statement in (*_SCHEMA, _DIGEST_TABLE):
+                for statement in (*_SCHEMA, index_digest.TABLE):
                     db.execute(statement)
                 db.execute("INSERT INTO settings (size, indexed) VALUES (?, 0)", (size,))
                 db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -322,7 +323,7 @@ class Notebook:
         found = {"format": FORMAT, "version": db.execute("PRAGMA user_version").fetchone()[0]}
         check_format(found, self.folder, FORMAT, VERSION, "record its text again")
         schema = db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'words~_%' ESCAPE '~' ORDER BY rowid")
-        if [sql for (sql,) in schema] not in ([*_SCHEMA], [*_SCHEMA, _DIGEST_TABLE]):
+        if [sql for (sql,) in schema] not in ([*_SCHEMA], [*_SCHEMA, index_digest.TABLE]):
             raise self._altered()
         db.execute("SELECT rowid FROM words LIMIT 1").fetchall()  # fails if FTS5 is missing
         sizes = [size for (size,) in db.execute("SELECT size FROM settings")]
@@ -418,7 +419,8 @@ class Notebook:
     def _index(self, db: sqlite3.Connection, first: int, stop: int, command: str | None = None) -> None:
         """Add the words of the passages `first` to `stop` to the index, or remove them by the command "delete"."""
         self._verify_index(db)
-        self._keep_digest(db, None)
+        index_digest.forget(db)
+        self._has_new_index = True
         for start in range(first, stop, _INDEXED_AT_ONCE):
             end = min(start + _INDEXED_AT_ONCE, stop)
             rows = self._rows(db, "number >= ? AND number < ? AND is_searched", start, end)
@@ -434,23 +436,21 @@ class Notebook:
         if not is_complete:
             with self._transaction("write to") as db:
                 self._index(db, self._indexed(db), self._last_passage(db)[0] + 1)
-            with self._transaction("write to") as db:  # FTS5 writes its tables when a transaction ends
-                if self._indexed(db) > self._last_passage(db)[0]:
-                    self._keep_digest(db, index_digest(db))
 
     def _verify_index(self, db: sqlite3.Connection) -> None:
         """Raise UserError if the index is damaged: a passage could be missing in it. Once for each version of it."""
         version = db.execute("PRAGMA data_version").fetchone()[0]  # changed by what other connections write
-        if version != self._verified and db.execute("PRAGMA table_info(index_digest)").fetchall():
-            if any(kept != index_digest(db) for (kept,) in db.execute("SELECT digest FROM index_digest")):
-                raise self._altered()
-            self._verified = version
+        if version != self._verified and index_digest.is_damaged(db):
+            raise self._altered()
+        self._verified = version
 
-    def _keep_digest(self, db: sqlite3.Connection, digest: str | None) -> None:
-        """Keep the digest of the index as it is now, or none while it changes."""
-        db.execute(_DIGEST_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
-        db.execute("DELETE FROM index_digest")
-        db.execute("INSERT INTO index_digest SELECT ?1 WHERE ?1 IS NOT NULL", (digest,))
+    def _seal_index(self) -> None:
+        """Keep the digest of an index that was changed here and is complete."""
+        if self._has_new_index:
+            with self._transaction("write to") as db:
+                if self._indexed(db) > self._last_passage(db)[0]:
+                    index_digest.keep(db)
+            self._has_new_index = False
 
     # -- meaning ---------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,7 @@ is indexed together with the next one; so a query of any length is found as cons
 Shapes: N passages, D dimensions of the embedding.
 """
 
-import hashlib
 import re
-import sqlite3
 import unicodedata
 import zlib
 from collections.abc import Callable
@@ -79,18 +77,6 @@ def with_parts(query: str) -> str:
     Such a run may be a whole sentence, which no passage repeats; passages that share a part of it are found as well.
     """
     return " ".join([query, *map(_pairs, _RUN.findall(_fold(query)))])
-
-
-def index_digest(db: sqlite3.Connection) -> str:
-    """Of all that a search in the table `words` depends on, which SQLite does not check; a flipped bit changes it."""
-    small = ("size, indexed FROM settings", "* FROM words_idx", "* FROM words_config")
-    sizes = "group_concat(id || quote(sz)) FROM words_docsize"  # as one string: three times as fast as by rows
-    rows = [db.execute(f"SELECT {what}").fetchall() for what in (*small, sizes)]
-    digest = hashlib.blake2b(repr(rows).encode(), digest_size=16)
-    for number, block in db.execute("SELECT id, block FROM words_data ORDER BY id"):
-        digest.update(b"%d " % number)
-        digest.update(block if isinstance(block, bytes) else repr(block).encode())
-    return digest.hexdigest()
 
 
 def _fold(text: str) -> str:
