@@ -1,6 +1,7 @@
 """Token shards and zarr arrays: what is written is read back, and damage is noticed."""
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -152,3 +153,24 @@ def test_open_zarr_reads_a_flat_array(tmp_path: Path) -> None:
         TokenSet.open_zarr(tmp_path / "z", "square", bos=1)
     with pytest.raises(UserError, match="not a folder of zarr arrays"):
         TokenSet.open_zarr(tmp_path / "nowhere", "train", bos=1)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-3], lambda data: data[::-1], None])
+def test_a_damaged_chunk_of_a_zarr_array_is_one_sentence(
+    tmp_path: Path, damage: Callable[[bytes], bytes] | None
+) -> None:
+    ids = np.random.default_rng(0).integers(1, 100, 10_000).astype(np.uint16)
+    group = zarr.open_group(str(tmp_path / "z"), mode="w")
+    group.create_array("train", data=ids, chunks=(1000,))
+    path = tmp_path / "z/train/c/5"
+    if damage is None:
+        path.unlink()
+        with pytest.raises(UserError, match="lacks 1 of its 10 chunks"):
+            TokenSet.open_zarr(tmp_path / "z", "train", bos=1)
+        return
+    path.write_bytes(damage(path.read_bytes()))
+    tokens = TokenSet.open_zarr(tmp_path / "z", "train", bos=1)
+    np.testing.assert_array_equal(tokens.document(0, 0, 5000), ids[:5000])
+    with pytest.raises(UserError, match=r"cannot be read at token 4999.*copy it again") as caught:
+        tokens.document(0, 4999, 5001)
+    assert "\n" not in str(caught.value)

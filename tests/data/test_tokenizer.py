@@ -57,6 +57,27 @@ def test_text_never_becomes_a_special_token(tmp_path: Path) -> None:
         assert tokenizer.decode([tokenizer.bos, *ids]) == f"a{BOS}b"
 
 
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (models.Unigram([("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *[(c, -9.0) for c in "a</s>"]], 0), "34567"),
+        (models.WordLevel({"?": 0, "<s>": 1, "</s>": 2, "a</s>": 3}, unk_token="?"), "3"),
+        (models.WordPiece({"?": 0, "<s>": 1, "a": 2, "##<": 3, "##/s": 4, "##>": 5}, unk_token="?"), "2345"),
+        (models.BPE({"<s>": 0, "</s>": 1, "a</s>": 2, "a": 3}, [], ignore_merges=True), "2"),
+    ],
+)
+def test_no_model_spells_a_special_token(model: models.Model, expected: str) -> None:
+    """Not by its own vocabulary either. expected: the ids of "a</s>", worked out by hand."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer, unchanged = Tokenizer(backend), backend.to_str()
+    assert "".join(map(str, tokenizer.encode("a</s>"))) == expected
+    for text in ("</s>", "<s>", " </s> a", "a <s>", "<s></s>"):
+        assert not {*tokenizer.encode(text).tolist()} & {*tokenizer.special.values()}
+    assert backend.to_str() == unchanged
+
+
 def test_encode_gives_int64() -> None:
     assert TOKENIZER.encode("").dtype == TOKENIZER.encode("abc").dtype == np.int64
     assert TOKENIZER.encode("").shape == (0,)

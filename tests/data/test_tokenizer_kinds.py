@@ -40,6 +40,15 @@ def test_pieces_encode_like_the_whole(kind: str, text: str, segment_chars: int, 
 
 
 @pytest.mark.parametrize("kind", kinds())
+def test_no_kind_spells_a_special_token(kind: str) -> None:
+    tokenizer = Tokenizer(kinds()[kind])
+    unknown = {tokenizer.special.get(name) for name in ("<unk>", "[UNK]")}
+    for token, number in tokenizer.special.items():
+        for text in (token, f"the {token} again", f"a{token}{token}"):
+            assert number in unknown or number not in tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", kinds())
 def test_ordinary_text_is_cut(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So memory does not grow with it."""
     monkeypatch.setattr(module, "SEGMENT_CHARS", 20)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ttt_e2e.config.schema import MIXERS, TrainConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.streaming import forward, start_reading
+from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers import MIXER_TYPES
@@ -56,13 +56,26 @@ def test_any_split_gives_the_same(name: str, cuts: list[int], seed: int) -> None
     whole, end = forward(model, start, text, F64)
     state, pieces = start, []
     for first, last in zip([0, *sorted(cuts)], [*sorted(cuts), 37], strict=True):
-        if last > first:
-            logits, state = forward(model, state, text[:, first:last], F64)
-            pieces.append(logits)
+        logits, state = forward(model, state, text[:, first:last], F64)
+        pieces.append(logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
     assert state.position == end.position
     for ours, theirs in zip(state.static or (), end.static or (), strict=True):
         torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_nothing_is_read_and_learned_from_nothing(name: str) -> None:
+    model = model_of(name, F64)
+    read = read_mini_batch(model, start_reading(model, 2, F64), text_of(5), text_of(5, 1), dtype=F64)[0]
+    for learn in (True, False):
+        after, losses, norms = read_mini_batch(model, read, text_of(0), text_of(0), learn=learn, dtype=F64)
+        assert losses.shape == (2, 0) and norms.tolist() == [0, 0] and after.position == 5
+        torch.testing.assert_close(after.tensors(), read.tensors(), rtol=0, atol=0)
+        nobody, losses, norms = read_mini_batch(
+            model, start_reading(model, 0, F64), text_of(5, batch=0), text_of(5, batch=0), learn=learn, dtype=F64
+        )
+        assert losses.shape == (0, 5) and norms.shape == (0,) and nobody.position == 5
 
 
 @settings(max_examples=50, deadline=None)

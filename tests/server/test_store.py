@@ -253,6 +253,37 @@ def test_session_can_be_deleted_when_there_is_no_room_for_the_journal(
     assert store.records() == [other] and not store.path(record).exists()
 
 
+def test_session_stays_deleted_on_a_disk_that_stays_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is left for its owner, no other session is lost, and a later start removes the record."""
+    execute = Store._execute
+
+    def full(store: Store, statement: str, *values: object) -> list[Any]:
+        if statement.startswith(("DELETE", "INSERT")):
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return execute(store, statement, *values)
+
+    store = Store(tmp_path)
+    records = [store.add("me", session_of(TEXT)) for _ in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_execute", full)
+        for record in (records[1], records[2]):
+            store.delete(record)
+        with pytest.raises(UserError, match="full"):
+            store.add("me", TEMPLATE)
+        assert sum(path.stat().st_size for path in tmp_path.glob("*.deleted")) == 0
+        store.close()
+        store = Store(tmp_path)
+        assert store.records() == records[:1]
+        Session.load(store.path(records[0]), MODEL, TOKENIZER)
+        store.close()
+    store = Store(tmp_path)
+    assert store.records() == records[:1] == [*store.records()]
+    assert store._execute("SELECT count(*) FROM sessions") == [(1,)]
+    assert {path.name for path in tmp_path.iterdir()} - {records[0].file} == {DATABASE, f"{DATABASE}-journal"}
+
+
 def test_full_disk_while_a_session_is_written_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, *_: object) -> None:
         path.write_bytes(b"part")

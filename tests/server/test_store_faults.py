@@ -62,6 +62,7 @@ def faulty(store: Store, faults: Faults, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, name, faults.wrap(getattr(module, name)))
     for name in ("touch", "rename", "unlink"):
         patch.setattr(Path, name, faults.wrap(getattr(Path, name)))
+    patch.setattr(module.os, "truncate", faults.wrap(module.os.truncate))
     patch.setattr(tempfile, "mkdtemp", faults.wrap(tempfile.mkdtemp))
     patch.setattr(tempfile.TemporaryDirectory, "cleanup", faults.wrap(tempfile.TemporaryDirectory.cleanup))
 
@@ -74,11 +75,27 @@ def state(store: Store) -> list[SessionInfo]:
     return loaded
 
 
+def delete_on_a_full_disk(store: Store) -> None:
+    """No record can be removed, whatever room the session's file makes."""
+    database = store._database
+
+    def execute(statement: str, values: tuple[object, ...]) -> Any:
+        if statement.startswith("DELETE"):
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return database.execute(statement, values)
+
+    store._database = SimpleNamespace(execute=execute, close=database.close)  # type: ignore[assignment]
+    store.delete(store.records()[0])
+
+
 EMPTY, READ = TEMPLATE.info(), AFTER.info()
 OPERATIONS: dict[str, tuple[Callable[[Store], object], list[SessionInfo]]] = {
     "add": (lambda store: store.add("you", AFTER), [EMPTY, EMPTY, READ]),
     "replace": (lambda store: store.replace(store.records()[0], AFTER), [READ, EMPTY]),
     "delete": (lambda store: store.delete(store.records()[0]), [EMPTY]),
+    "delete on a full disk": (delete_on_a_full_disk, [EMPTY]),
 }
 FAULTS = [(Killed(), True), (Killed(), False), (OSError(5, "Input/output error"), True), (sqlite3.Error("I/O"), True)]
 

@@ -4,6 +4,7 @@
 with `TTT_E2E_STRESS_SEED` and `TTT_E2E_STRESS_ROUND` that round is made again.
 """
 
+import faulthandler
 import os
 import random
 import resource
@@ -21,8 +22,9 @@ SECONDS = float(os.environ.get("TTT_E2E_STRESS_SECONDS", "60"))
 SEED = int(os.environ.get("TTT_E2E_STRESS_SEED", str(random.SystemRandom().randrange(10**6))))
 ROUND = os.environ.get("TTT_E2E_STRESS_ROUND")
 
-PATIENCE = 120
-"""Seconds that a command may take before it is stopped: more than any of them needs on a busy machine."""
+PATIENCE = 300
+"""Seconds that a command may take before it is stopped: more than any of them needs on a busy machine, which may have
+to compile first."""
 
 TEXT = "".join(f"{i} grey geese flew over the {'lake' if i % 2 else 'wood'} at dusk, naß 雨.\n" for i in range(30))
 
@@ -63,6 +65,7 @@ def run_copy(
         os.chdir(folder)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(PATIENCE)
+        faulthandler.dump_traceback_later(PATIENCE - 5, file=errors)  # where it hangs
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         before()
 

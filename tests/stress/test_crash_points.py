@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def result(folder: Path) -> dict[str, Any]:
             continue  # a kill may come before it is removed
         if name.endswith("metrics.jsonl"):
             lines = [json.loads(line) for line in content.splitlines()]
-            found[name] = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+            found[name] = [{k: v for k, v in line.items() if not re.search("second|crc32", k)} for line in lines]
         elif name.endswith("trainer.json"):
             found[name] = "seconds are in it"
         elif "notebook" in name:

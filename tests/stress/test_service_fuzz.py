@@ -172,4 +172,4 @@ def test_requests_of_two_keys(shipped: Path, tmp_path: Path, figures: Figures) -
         growth = process.memory_info().rss - memory
         if memory:
             figures.add("MB of growth", growth >> 20)
-            assert growth < (300 << 20) * max(1, SECONDS / 600), f"memory grew by {growth >> 20} MB"
+            assert growth < (50 << 20) * max(1, SECONDS / 600), f"memory grew by {growth >> 20} MB"

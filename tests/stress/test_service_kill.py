@@ -148,7 +148,14 @@ def check(address: str, known: dict[str, Known], oracle: Oracle, where: str) -> 
 def test_killed_while_it_works(shipped: Path, tmp_path: Path, figures: Figures) -> None:
     data, log, oracle = tmp_path / "sessions", tmp_path / "log", Oracle(shipped)
     parts: list[dict[str, Known]] = [{}, {}, {}]
-    lock = threading.Lock()
+    lock, failures = threading.Lock(), []
+
+    def guarded(*arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:  # which a thread would only warn of
+            failures.append(error)
+
     for name, choices in rounds():
         with service(data, log) as (child, address):
             known: dict[str, Any] = {id: one for part in parts for id, one in part.items()}
@@ -156,7 +163,7 @@ def test_killed_while_it_works(shipped: Path, tmp_path: Path, figures: Figures) 
             parts = [{id: known[id] for id in part if id in known} for part in parts]
             seeds = [choices.random() for _ in parts]
             threads = [
-                threading.Thread(target=work, args=(address, random.Random(seed), part, lock, figures))
+                threading.Thread(target=guarded, args=(address, random.Random(seed), part, lock, figures))
                 for seed, part in zip(seeds, parts, strict=True)
             ]
             for thread in threads:
@@ -170,6 +177,7 @@ def test_killed_while_it_works(shipped: Path, tmp_path: Path, figures: Figures) 
                 assert os.waitstatus_to_exitcode(status) in (0, 1), name
             for thread in threads:
                 thread.join()
+        assert not failures, f"{name}: {failures}, the service's log ends with: {log.read_text()[-3000:]}"
         assert "Traceback" not in log.read_text(), f"{name}: {log.read_text()[-3000:]}"
     left = [path.name for path in data.iterdir() if path.name.startswith(".tmp-") or path.name.endswith(".part")]
     assert len(left) <= 3, left  # of the last kill; the next start removes it

@@ -132,7 +132,10 @@ class TokenSet:
 
     @classmethod
     def open_zarr(cls, path: Path, split: str, bos: int) -> "TokenSet":
-        """Open an official token array, the 1-D integer array of a split in a zarr group, as one document."""
+        """Open an official token array, the 1-D integer array of a split in a zarr group, as one document.
+
+        Raises UserError if it is not one, or lacks a part, which zarr would read as zeros.
+        """
         try:
             import zarr
         except ImportError as error:
@@ -146,18 +149,31 @@ class TokenSet:
             raise UserError(f"{path} has no zarr array {split!r}; check the path and the split's name.") from error
         if array.ndim != 1 or array.dtype.kind not in "iu" or array.shape[0] == 0:
             raise UserError(f"{path / split} is not a list of tokens: its shape is {array.shape}, {array.dtype}.")
-        ends = [np.asarray(part).tolist() for part in (array[:1024], array[-1024:])]
-        digest = _digest(str(array.dtype), [array.shape[0], *ends])
-        return cls([array], [split], [[int(array.shape[0])]], bos, None, digest, str(path))
+        if missing := array.nchunks - array.nchunks_initialized:
+            raise UserError(f"{path / split} lacks {missing} of its {array.nchunks} chunks; copy it again.")
+        length = int(array.shape[0])
+        tokens = cls([array], [split], [[length]], bos, None, "", str(path))
+        ends = [tokens.document(0, start, start + 1024).tolist() for start in (0, max(0, length - 1024))]
+        tokens.digest = _digest(str(array.dtype), [length, *ends])
+        return tokens
 
     def __len__(self) -> int:
         return len(self.names)
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of a document in their dtype on disk: a view of the mapped file, or a copy from zarr."""
+        """Tokens [start, stop) of a document in their dtype on disk: a view of the mapped file, or a copy from zarr.
+
+        Raises UserError for a damaged chunk of a zarr array, as far as zarr notices.
+        """
         length, first = int(self.lengths[index]), int(self._starts[index])
         stop = length if stop is None else min(stop, length)
-        return self.arrays[self._shard[index]][first + start : first + stop]
+        try:
+            return self.arrays[self._shard[index]][first + start : first + stop]
+        except Exception as error:  # zarr raises a different one for every way of being damaged
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{self.where} cannot be read at token {first + start} ({reason}); it is damaged: copy it again."
+            ) from error
 
     def check_ids(self, ids: np.ndarray) -> np.ndarray:
         """Return `ids`; raise UserError if one of them is not in the vocabulary, as far as that is known."""

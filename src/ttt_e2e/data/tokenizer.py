@@ -9,7 +9,8 @@ two characters that no token holds next to each other: they are never merged.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from itertools import islice
@@ -168,7 +169,7 @@ class Tokenizer:
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         try:
-            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return [encoding.ids for encoding in self._text_backend.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError as error:
             raise UserError("The text holds half of a surrogate pair; remove it.") from error
 
@@ -244,6 +245,20 @@ class Tokenizer:
         return len(pair) == 2 and known and pair not in self._spellings
 
     @cached_property
+    def _text_backend(self) -> tokenizers.Tokenizer:
+        """The backend, or a copy with names that no text holds for the special tokens that its model would spell."""
+
+        def is_spelled(token: str, number: int) -> bool:
+            with suppress(Exception):  # some models cannot encode what they do not know
+                return any(found.id == number for found in self.backend.model.tokenize(token))
+            return False
+
+        names = {token: f"{token} {secrets.token_hex()}" for token, i in self.special.items() if is_spelled(token, i)}
+        renamed = rename_special_tokens(self.backend, names) if names else self.backend
+        renamed.encode_special_tokens = True
+        return renamed
+
+    @cached_property
     def _spellings(self) -> str:
         """All tokens of the model's vocabulary, one after the other."""
         return "\0".join(self.backend.get_vocab(with_added_tokens=False))
@@ -264,6 +279,28 @@ class Tokenizer:
         """SHA-256 of the tokenizer's canonical JSON; tokenizers with the same digest encode alike."""
         canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def rename_special_tokens(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
+    """A copy of `backend` whose special tokens have other names, by their old ones, and the same ids.
+
+    It is not enough to have special tokens ignored: some models have them in their vocabulary. The copy has no
+    post-processor.
+    """
+    content = json.loads(backend.to_str()) | {"post_processor": None}
+    for token in content["added_tokens"]:
+        if name := names.get(token["content"]):
+            token |= {"content": name, "normalized": False, "single_word": False}
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if names.keys().isdisjoint([*pair, "".join(pair)])]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def _named_bos(folder: Path) -> str | None:

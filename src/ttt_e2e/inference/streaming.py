@@ -81,6 +81,9 @@ def read_mini_batch(
     Returns:
         The next state, the losses [B, b] in nats, and the norms [B] of the unclipped gradients, 0 without learning.
     """
+    if tokens_Bb.numel() == 0:  # no sequences, or no tokens
+        losses_Bb = torch.empty_like(tokens_Bb, dtype=accumulation_dtype(dtype))
+        return state._replace(position=state.position + tokens_Bb.shape[1]), losses_Bb, losses_Bb.sum(1)
     if not (learn and model.suffix):
         x_BbD, after = _forward(model, state, tokens_Bb, dtype)
         nll_Bb, _ = model.losses(x_BbD, targets_Bb)

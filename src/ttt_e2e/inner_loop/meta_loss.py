@@ -59,8 +59,12 @@ def sequence_loss(
         functions: `EAGER`, or compiled ones.
         prefix_frozen: nothing that runs before the loop is trained: no graph of it is kept.
         prefix_BTD: what `LoopFunctions.forward_prefix` returns for these tokens, if it is known already.
+
+    Raises ValueError if there is no sequence, or no target in them.
     """
     config = model.config
+    if tokens_BT1.dim() != 2 or len(tokens_BT1) < 1 or tokens_BT1.shape[1] < 2:
+        raise ValueError(f"tokens must be [B, T + 1] with B and T at least 1, not {list(tokens_BT1.shape)}")
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     batch, length = inputs_BT.shape
     b = config.mini_batch_size or length

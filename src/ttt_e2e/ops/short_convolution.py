@@ -31,7 +31,9 @@ def short_convolution(
     """
     x_BSC = _with_earlier(x_BTC, weight_CW, state)
     tokens = x_BTC.shape[1]
-    if tokens == 1 or x_BTC.is_cuda or wants_definition():
+    if x_BTC.numel() == 0:  # no sequences, or no tokens
+        y_BTC = x_BTC.clone()
+    elif tokens == 1 or x_BTC.is_cuda or wants_definition():
         y_BTC = _sum_of_products(x_BSC, weight_CW, bias_C, tokens)
     else:
         bias_C = None if bias_C is None else bias_C.to(x_BSC.dtype)

@@ -1,11 +1,12 @@
 """A notebook: the exact text that a session has read, in passages that can be searched.
 
 Fast weights keep the gist of a text; a notebook keeps its words. It is a folder with an SQLite database, `notebook.db`,
-and the files that SQLite has beside one in use. Three tables:
+and the files that SQLite has beside one in use. Its tables:
 
     settings    a row: the size of the passages, how many of them are indexed, and by which embedding
     passages    the text, overlapping; the last passage grows with it. A row has a digest, and perhaps a vector
     words       the index of the passages' words (FTS5), without their text
+    index_digest    of the index, kept when the notebook is closed; older notebooks lack this table
 
 Whatever is added is in one transaction, so that a killed process leaves all of it or nothing. Passages are indexed many
 at a time, and the rest when there is a search. One process adds text at a time; others may search. Memory does not grow
@@ -15,7 +16,7 @@ with the text, except for a search with an embedding.
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -24,6 +25,7 @@ import numpy as np
 from ttt_e2e.data.text import short_chunks, slices
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_format, lock_folder
+from ttt_e2e.retrieval import index_digest
 from ttt_e2e.retrieval.passages import Excerpt, Passage
 from ttt_e2e.retrieval.search_index import (
     PROBE,
@@ -80,8 +82,8 @@ class Notebook:
 
     Raises:
         UserError: If the notebook is missing or not readable, if the folder is something else or of an older version,
-            if the database is damaged, as far as that shows without reading all of it (`search` and `text` check what
-            they return), or if this Python's SQLite lacks FTS5.
+            if the database is damaged, as far as that shows without reading all of it (`search` checks the index, and
+            like `text` what it returns), or if this Python's SQLite lacks FTS5.
     """
 
     def __init__(self, folder: Path, *, size: int = SIZE, embed: Embed | None = None, create: bool = True) -> None:
@@ -92,6 +94,8 @@ class Notebook:
         self.embed = embed
         self._connection: sqlite3.Connection | None = None
         self._write_lock: IO[Any] | None = None
+        self._has_new_index = False
+        self._verified: int | None = None  # SQLite's `data_version` when the index was last found undamaged
         try:
             with self._errors("open"):
                 self._check_folder(create)
@@ -112,6 +116,8 @@ class Notebook:
     def close(self) -> None:
         """Release the files, and let other processes write. What was added is on the disk already."""
         if self._connection is not None:
+            with suppress(UserError):  # what was added is there without it
+                self._seal_index()
             self._connection.close()
         if self._write_lock is not None:
             self._write_lock.close()
@@ -190,6 +196,7 @@ class Notebook:
                 "read the same text again, or start a new one."
             )
         self._complete_index()
+        self._seal_index()
         with self._errors("write to"):
             self._open_connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -237,6 +244,7 @@ class Notebook:
         if source is None:
             with self._transaction("write to") as db:
                 db.execute("DELETE FROM passages")
+                index_digest.forget(db)
                 db.execute("INSERT INTO words(words) VALUES ('delete-all')")
                 db.execute("UPDATE settings SET size = ?, indexed = 0", (size,))
             self.size = size
@@ -262,9 +270,7 @@ class Notebook:
         with self._transaction("search", "BEGIN") as db:
             scores: dict[int, float] = {}
             if expression := match_expression(query):
-                ranking = (
-                    "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?"
-                )
+                ranking = "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY bm25(words), 1 LIMIT ?"
                 scores = dict(db.execute(ranking, (expression, min(count, _MANY) if self.embed is None else _MANY)))
                 if None in scores.values():  # of a damaged index
                     raise self._altered()
@@ -300,7 +306,7 @@ class Notebook:
         self._open_connection().execute("PRAGMA journal_mode = WAL")
         with self._transaction("open") as db:
             if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody else was quicker
-                for statement in _SCHEMA:
+                for statement in (*_SCHEMA, index_digest.TABLE):
                     db.execute(statement)
                 db.execute("INSERT INTO settings (size, indexed) VALUES (?, 0)", (size,))
                 db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -317,7 +323,7 @@ class Notebook:
         found = {"format": FORMAT, "version": db.execute("PRAGMA user_version").fetchone()[0]}
         check_format(found, self.folder, FORMAT, VERSION, "record its text again")
         schema = db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'words~_%' ESCAPE '~' ORDER BY rowid")
-        if [sql for (sql,) in schema] != list(_SCHEMA):
+        if [sql for (sql,) in schema] not in ([*_SCHEMA], [*_SCHEMA, index_digest.TABLE]):
             raise self._altered()
         db.execute("SELECT rowid FROM words LIMIT 1").fetchall()  # fails if FTS5 is missing
         sizes = [size for (size,) in db.execute("SELECT size FROM settings")]
@@ -412,10 +418,12 @@ class Notebook:
 
     def _index(self, db: sqlite3.Connection, first: int, stop: int, command: str | None = None) -> None:
         """Add the words of the passages `first` to `stop` to the index, or remove them by the command "delete"."""
+        self._verify_index(db)
+        index_digest.forget(db)
+        self._has_new_index = True
         for start in range(first, stop, _INDEXED_AT_ONCE):
-            rows = self._rows(
-                db, "number >= ? AND number < ? AND is_searched", start, min(start + _INDEXED_AT_ONCE, stop)
-            )
+            end = min(start + _INDEXED_AT_ONCE, stop)
+            rows = self._rows(db, "number >= ? AND number < ? AND is_searched", start, end)
             entries = [(command, number, index_words(passage.text)) for number, passage in rows]
             db.executemany("INSERT INTO words (words, rowid, entries) VALUES (?, ?, ?)", entries)
         db.execute("UPDATE settings SET indexed = ?", (first if command else stop,))
@@ -424,9 +432,25 @@ class Notebook:
         """Index the passages that are not indexed yet, the last and growing one too."""
         with self._transaction("search", "BEGIN") as db:
             is_complete = self._indexed(db) > self._last_passage(db)[0]
+            self._verify_index(db)
         if not is_complete:
             with self._transaction("write to") as db:
                 self._index(db, self._indexed(db), self._last_passage(db)[0] + 1)
+
+    def _verify_index(self, db: sqlite3.Connection) -> None:
+        """Raise UserError if the index is damaged: a passage could be missing in it. Once for each version of it."""
+        version = db.execute("PRAGMA data_version").fetchone()[0]  # changed by what other connections write
+        if version != self._verified and index_digest.is_damaged(db):
+            raise self._altered()
+        self._verified = version
+
+    def _seal_index(self) -> None:
+        """Keep the digest of an index that was changed here and is complete."""
+        if self._has_new_index:
+            with self._transaction("write to") as db:
+                if self._indexed(db) > self._last_passage(db)[0]:
+                    index_digest.keep(db)
+            self._has_new_index = False
 
     # -- meaning ---------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """The token ids of a rendered chat template: those of transformers, but what a message spells stays text."""
 
 import copy
-import json
 import re
 from functools import cached_property
 from typing import TypeVar
@@ -9,7 +8,7 @@ from typing import TypeVar
 import tokenizers
 from tokenizers import AddedToken, models
 
-from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.data.tokenizer import Tokenizer, rename_special_tokens
 from ttt_e2e.errors import UserError
 
 ANSWER = "\ufdd2"
@@ -64,25 +63,9 @@ class ChatTokens:
 
     @cached_property
     def _renamed(self) -> tokenizers.Tokenizer:
-        """The tokenizer with marks as the names of its special tokens, so that no text spells one.
-
-        It is not enough to have special tokens ignored: some models have them in their vocabulary.
-        """
-        content = json.loads(self._backend.to_str()) | {"post_processor": None}
+        """The tokenizer with marks as the names of its special tokens, so that no text spells one."""
         names = {token: f"{_WRITTEN}{number}{_WRITTEN}" for number, token in enumerate(self._special)}
-        for token in content["added_tokens"]:
-            if name := names.get(token["content"]):
-                token |= {"content": name, "normalized": False, "single_word": False}
-        model = content["model"]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
-        else:
-            model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
-        if "merges" in model:
-            model["merges"] = [pair for pair in model["merges"] if names.keys().isdisjoint([*pair, "".join(pair)])]
-        if "unk_token" in model:
-            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-        return tokenizers.Tokenizer.from_str(json.dumps(content))
+        return rename_special_tokens(self._backend, names)
 
     def _mark(self, text: str, mark: str) -> str:
         """`text` with the number of each special token in its place."""

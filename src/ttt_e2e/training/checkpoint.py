@@ -9,7 +9,7 @@ so it is complete or absent.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class TrainerState:
     """Time spent on them."""
     loader: dict[str, Any] = field(default_factory=dict)
     """Position in the data, as `SequenceLoader.state` returns it."""
+    metrics_lines: int = 0
+    """Lines of metrics so far; 0 if that is not known."""
 
 
 def save_checkpoint(
@@ -69,7 +71,7 @@ def save_checkpoint(
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "progress": {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "loader": state.loader},
+            "progress": asdict(state),
             "config": to_dict(config),
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in part.iterdir()
@@ -107,7 +109,7 @@ def load_checkpoint(
             "step": torch.tensor(float(progress["step"]), device=weight.device),
             **{moment: moments[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS},
         }
-    return optimizer, TrainerState(progress["step"], progress["tokens"], progress["seconds"], progress["loader"])
+    return optimizer, TrainerState(**progress)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

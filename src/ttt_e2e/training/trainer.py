@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +169,8 @@ def train(
             data_tokenizer.save(out / TOKENIZER)
             if record["start_from"] is not None and checkpoint is None:
                 copy_pretrained_metadata(Path(record["start_from"]), out)
-            metrics = stack.enter_context(MetricsWriter(out, state.step, to_dict(config), tensorboard, wandb))
+            about = (to_dict(config), tensorboard, wandb, state.metrics_lines)
+            metrics = stack.enter_context(MetricsWriter(out, state.step, *about))
         prefix: PrefixCache | None = None
         if train_config.cache_prefix and state.step < train_config.steps:
             prefix = fill_prefix_cache(
@@ -251,7 +253,7 @@ def train(
                     metrics.write({"step": state.step, "eval": evaluation})
             if metrics and (is_last or is_stopping or _is_due(state.step, train_config.checkpoint_every)):
                 metrics.sync()
-                save_checkpoint(out, model, optimizer, state, config)
+                save_checkpoint(out, model, optimizer, replace(state, metrics_lines=metrics.lines), config)
             if is_stopping:
                 break
 

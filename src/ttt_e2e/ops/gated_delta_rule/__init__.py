@@ -54,7 +54,7 @@ def gated_delta_rule(
     """
     dtype = accumulation_dtype(v_BTAV.dtype)
     functions = LIBRARY.choose(kernels, v_BTAV)
-    if functions is not None:
+    if functions is not None and v_BTAV.numel():
         chunk_rule, recurrent_rule = functions
         # The recurrent kernel has no derivative.
         recurrent = v_BTAV.shape[1] <= tuning.DELTA_RULE_RECURRENT_TOKENS and not torch.is_grad_enabled()
@@ -70,6 +70,8 @@ def gated_delta_rule(
         )
     if state_BAKV is None:
         state_BAKV = v_BTAV.new_zeros(*v_BTAV.shape[::2], k_BTHK.shape[3], v_BTAV.shape[3], dtype=dtype)
+    if v_BTAV.numel() == 0:  # no sequences, or no tokens
+        return v_BTAV.clone(), state_BAKV
     rule = delta_rule_step if v_BTAV.shape[1] == 1 else delta_rule_chunked
     o_BTAV, state_BAKV = rule(*(x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTAV, g_BTA, beta_BTA, state_BAKV)))
     return o_BTAV.to(v_BTAV.dtype), state_BAKV

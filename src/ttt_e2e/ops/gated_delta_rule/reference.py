@@ -13,11 +13,13 @@ def gated_delta_rule_reference(
     """The definition of `gated_delta_rule`, for inputs of one dtype."""
     share = v_BTAV.shape[2] // k_BTHK.shape[2]
     q_BTAK, k_BTAK = (x.repeat_interleave(share, 2) for x in (q_BTHK, k_BTHK))
-    s_BAKV = torch.zeros_like(k_BTAK[:, 0, :, :, None] * v_BTAV[:, 0, :, None]) if state_BAKV is None else state_BAKV
-    outputs = []
+    s_BAKV = state_BAKV
+    if s_BAKV is None:
+        s_BAKV = v_BTAV.new_zeros(*v_BTAV.shape[::2], k_BTHK.shape[3], v_BTAV.shape[3])
+    outputs = [v_BTAV[:, :0]]
     for t in range(v_BTAV.shape[1]):
         s_BAKV = s_BAKV * g_BTA[:, t, :, None, None].exp()
         error_BAV = v_BTAV[:, t] - torch.einsum("bakv,bak->bav", s_BAKV, k_BTAK[:, t])
         s_BAKV = s_BAKV + k_BTAK[:, t, :, :, None] * (beta_BTA[:, t, :, None] * error_BAV)[:, :, None]
-        outputs.append(torch.einsum("bakv,bak->bav", s_BAKV, q_BTAK[:, t]))
-    return torch.stack(outputs, 1), s_BAKV
+        outputs.append(torch.einsum("bakv,bak->bav", s_BAKV, q_BTAK[:, t])[:, None])
+    return torch.cat(outputs, 1), s_BAKV

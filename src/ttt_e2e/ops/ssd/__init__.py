@@ -52,7 +52,9 @@ def ssd(
     """
     functions = LIBRARY.choose(kernels, x_BTHP)
     if state_BHPN is None:
-        state_BHPN = dt_BTH.new_zeros(*x_BTHP[:, 0].shape, b_BTGN.shape[-1])
+        state_BHPN = dt_BTH.new_zeros(x_BTHP.shape[0], *x_BTHP.shape[2:], b_BTGN.shape[-1])
+    if x_BTHP.numel() == 0:  # no sequences, or no tokens
+        return x_BTHP.clone(), state_BHPN
     inputs = (x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN)
     if x_BTHP.shape[1] == 1:
         return ssd_step(*inputs, state_BHPN)

@@ -12,8 +12,8 @@ def ssd_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition of `ssd`."""
     if state_BHPN is None:
-        state_BHPN = dt_BTH.new_zeros(*x_BTHP[:, 0].shape, b_BTGN.shape[-1])
-    outputs = []
+        state_BHPN = dt_BTH.new_zeros(x_BTHP.shape[0], *x_BTHP.shape[2:], b_BTGN.shape[-1])
+    outputs = [x_BTHP[:, :0]]
     for t in range(x_BTHP.shape[1]):
         x, dt, b, c = (z[:, t : t + 1] for z in (x_BTHP, dt_BTH, b_BTGN, c_BTGN))
         y_B1HP, state_BHPN = ssd_step(x, dt, a_H, b, c, state_BHPN)

@@ -3,7 +3,8 @@
 The record of a session names the file with its current version. A new version is a new file, which is on disk as a
 whole before one transaction makes the record point to it; then the former file is removed. So the file behind a record
 is always complete, after a `kill -9` or a power cut too, and what no record points to is a leftover. Leftovers are
-removed when the store is opened, by names that only this database gives. Any other file is left alone.
+removed when the store is opened, by names that only this database gives. Any other file is left alone. On a full disk
+even a deletion may have no room in the database: then the file is emptied and renamed, and its record counts no more.
 """
 
 import errno
@@ -41,6 +42,7 @@ _SCHEMA = (
 )
 _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _ID = "sess-[0-9a-f]{32}"
+_DELETED = ".deleted"
 _REMEDY = "move its .session files to another folder, start with an empty one and import them"
 _log = logging.getLogger(__name__)
 
@@ -98,11 +100,13 @@ class Store:
 
     def records(self) -> list[SessionRecord]:
         """All records, the oldest first. Raises UserError if the database was altered."""
-        records = []
+        records, deleted = [], {path.stem for path in self.folder.glob(f"*{_DELETED}")}
         for *row, digest in self._execute("SELECT * FROM sessions ORDER BY created, id"):
             if digest != _digest(row):
                 raise self._damaged("a record was altered")
             id, owner, created, file, size, info = row
+            if file in deleted:
+                continue
             records.append(SessionRecord(id, owner, created, file, size, SessionInfo.from_facts(json.loads(info))))
         return records
 
@@ -129,16 +133,32 @@ class Store:
         return new
 
     def delete(self, record: SessionRecord) -> None:
-        """Delete a session. On a full disk its file goes first; should that not make room, it is a damaged session."""
+        """Delete a session. On a full disk its file makes room for that; see above if this is not enough."""
         with self._writing("delete a session"):
             try:
                 self._execute("DELETE FROM sessions WHERE id = ?", record.id)
             except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                path = self.path(record)
+                if not _is_full(error) or not path.exists():
                     raise
-                self.path(record).unlink(missing_ok=True)
-                self._execute("DELETE FROM sessions WHERE id = ?", record.id)
+                renamed = path.rename(path.with_name(record.file + _DELETED))
+                try:
+                    sync(self.folder)
+                except (OSError, sqlite3.Error):
+                    renamed.rename(path)
+                    raise
+                self._finish_deletion(record.file)
         self._discard(record.file)
+
+    def _finish_deletion(self, file: str) -> None:
+        """Remove the record of a renamed file, and the file; without room for that, opening the store does it."""
+        path = self.folder / (file + _DELETED)
+        try:
+            os.truncate(path, 0)
+            self._execute("DELETE FROM sessions WHERE file = ?", file)
+            path.unlink()
+        except (OSError, sqlite3.Error) as error:
+            _log.warning("The record of %s, which is deleted, could not be removed: %s", path, error)
 
     def close(self) -> None:
         """Release the store for other processes."""
@@ -209,7 +229,9 @@ class Store:
         incomplete = {record.id for record in records if not self.path(record).exists()}  # an older database, perhaps
         for path in self.folder.iterdir():
             match = ours.fullmatch(path.name)
-            if path.name.startswith(self._temporary):
+            if path.suffix == _DELETED and ours.fullmatch(path.stem):
+                self._finish_deletion(path.stem)
+            elif path.name.startswith(self._temporary):
                 shutil.rmtree(path, ignore_errors=True)
             elif match and path.name not in kept and match[1] not in incomplete:
                 self._discard(path.name)
@@ -274,6 +296,10 @@ class Store:
 def _files(tag: str) -> re.Pattern[str]:
     """The names of session files, of which the id is the first group."""
     return re.compile(rf"({_ID})\.{tag}-[0-9a-f]{{16}}\.session")
+
+
+def _is_full(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 def _digest(row: list[Any]) -> str:
