@@ -147,7 +147,6 @@ def test_older_files_of_phi3_have_other_names_for_longrope(pretrained: Pretraine
         ({"model_type": "gpt2"}, r"model_type 'gpt2', which cannot be converted; Llama, Qwen2, Qwen3, Mistral, .* can"),
         ({"model_type": None}, "model_type 'nothing'"),
         ({"model_type": "gemma2"}, "it has MLPs with GELU, and attention scores and logits that are capped; Llama"),
-        ({"model_type": "olmo2"}, "norms after its MLPs .* split the MLPs instead"),
         ({"model_type": "qwen3_moe"}, r"is a mixture of experts \(qwen3_moe\)"),
         ({"num_local_experts": 8}, "is a mixture of experts"),
         ({"n_routed_experts": 64, "num_experts_per_tok": 2}, "is a mixture of experts"),
@@ -214,3 +213,9 @@ def test_fields_that_say_dense_are_no_mixture(pretrained: Pretrained, tmp_path: 
     folder = Path(shutil.copytree(pretrained("llama")[1], tmp_path / "checkpoint"))
     change_config(folder, **fields)
     assert (convert(folder, tmp_path) / "model.safetensors").is_file()
+
+
+def test_new_fast_mlps_are_refused_before_a_norm(checkpoint: Path, tmp_path: Path) -> None:
+    change_config(checkpoint, model_type="olmo2")
+    with pytest.raises(UserError, match="norms after its MLPs .* split the MLPs instead"):
+        convert(checkpoint, tmp_path, fast="new")

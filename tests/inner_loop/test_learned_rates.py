@@ -108,11 +108,11 @@ def test_weight_decay_leaves_them_alone() -> None:
 
 @pytest.mark.parametrize("fast", ["new", "split"])
 def test_a_standard_model_gets_them(fast: Any, tmp_path: Path) -> None:
-    standard = small_model(suffix_layers=0, mini_batch_size=None, post_norm=False, inner_loop__lr=0.3)
+    standard = small_model(suffix_layers=0, mini_batch_size=None, post_norm=False)
     save_model(standard, tmp_path / "standard", None)
     converted = []
     for learned in (True, False):
-        options = LearningOptions(12, mini_batch_size=4, fast=fast, learned_lr=learned)
+        options = LearningOptions(12, mini_batch_size=4, inner_lr=0.3, fast=fast, learned_lr=learned)
         convert_from_standard(tmp_path / "standard", tmp_path / str(learned), options)
         converted.append(load_transformer(tmp_path / str(learned)))
     ours, plain = converted
