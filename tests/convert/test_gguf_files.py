@@ -112,7 +112,7 @@ def test_a_damaged_header_is_refused_or_harmless(good: Path, tmp_path_factory: p
         ({"rope__dimension_count": 4}, "rope.dimension_count = 4, but heads of width 8"),
         ({"attention__value_length": 16}, "attention.value_length = 16, but heads of width 8"),
         ({"attention__key_length": 7}, "but heads of width 7|heads of width 7, which cannot be"),
-        ({"rope__scaling__type": "longrope"}, "rope.scaling.type 'longrope', which cannot be"),
+        ({"rope__scaling__type": "longrope"}, "of the type 'longrope', which is unsupported in GGUF"),
         (
             {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__yarn_attn_factor": 1.3},
             "yarn_attn_factor = 1.3, which programs read differently",

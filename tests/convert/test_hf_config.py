@@ -217,5 +217,5 @@ def test_fields_that_say_dense_are_no_mixture(pretrained: Pretrained, tmp_path: 
 
 def test_new_fast_mlps_are_refused_before_a_norm(checkpoint: Path, tmp_path: Path) -> None:
     change_config(checkpoint, model_type="olmo2")
-    with pytest.raises(UserError, match="norms after its MLPs .* split the MLPs instead"):
+    with pytest.raises(UserError, match=r"norms after its MLPs .* split the MLPs instead"):
         convert(checkpoint, tmp_path, fast="new")

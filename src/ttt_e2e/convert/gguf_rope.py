@@ -31,10 +31,13 @@ def rope_parameters(get: Callable[..., Any], head_dim: int, factors_P: np.ndarra
         if factors_P is None or (factors_P == 1).all():
             return {"rope_type": "default", "rope_theta": theta}
         return {"rope_theta": theta, **_llama3(factors_P, theta, head_dim, path)}
-    if kind not in ("linear", "yarn"):
-        raise UserError(f"{path} has rope.scaling.type {kind!r}, which cannot be converted from a GGUF file.")
     if factors_P is not None:
         raise UserError(f"{path} scales its rotary positions twice, by {kind} and rope_freqs; it cannot be converted.")
+    if kind not in ("linear", "yarn"):
+        raise UserError(
+            f"{path} has rotary positions of the type {kind!r}, which is unsupported in GGUF files; convert the "
+            "original checkpoint, with `ttt-e2e convert from-hf`."
+        )
     # Converters write the attention factor of a config.json there, but llama.cpp multiplies YaRN's own by it.
     for name in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"):
         if get(name) is not None:
