@@ -3,8 +3,8 @@
 They are Hugging Face checkpoints, or GGUF files, which `checkpoints` gives the same form.
 
 Layouts differ only in that query, key and value are one matrix here, and so are gate and value of an MLP. Rotary pairs
-are (i, i + K/2) in both, if all of a head turns. What a family multiplies by is folded into weights (`hf_config` has the
-families). Neither of the two kinds of fast MLPs changes a prediction before the first update:
+are (i, i + K/2) in both, if all of a head turns. What a family multiplies by is folded into weights (`hf_config` has
+the families). Neither of the two kinds of fast MLPs changes a prediction before the first update:
 
 - "new": an MLP whose second matrix is zero, in front of the static one. The gradient of its first matrix is a multiple
   of the second, so the first inner step changes the second matrix only; from then on both learn.
