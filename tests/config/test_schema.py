@@ -57,7 +57,7 @@ def test_settings_that_do_not_fit_are_refused(assignment: str, sentence: str) ->
             "rope_type yarn needs a rope_theta above 1",
         ),
         (["rope_type=longrope", "pair_factors=2,3"], "pair_factors are one for each of 16 pairs, not 2"),
-        (["rope_type=longrope", "pair_factors=2,0"], "pair_factors must be from 1e-06 to 1e+06, not (2.0, 0.0)"),
+        (["rope_type=longrope", "pair_factors=2,-1"], "pair_factors must be 0 or from 1e-06 to 1e+06, not (2.0, -1.0)"),
         (["qk_norm_joint=true", "qk_norm=false"], "qk_norm_joint is for mixers 'full' and 'window' alone, and needs"),
         (["pattern=mamba2,window", "rope_pattern=false,true"], "rope_pattern can be false only where the mixer is"),
         (["pattern=full,window", "suffix_layers=3"], "all its mixers must be 'window', or all 'full'"),

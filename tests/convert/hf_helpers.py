@@ -108,6 +108,21 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1, **TOKENS},
         SHARDED,
     ),
+    "phi3, partly turned": (
+        "Phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}, **TOKENS},
+        "1GB",
+    ),
+    "phi3, partly turned, longrope": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": LONGROPE
+            | {"partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1, 1.4], "long_factor": [1.0, 2.5, 6.0]},
+            **TOKENS,
+        },
+        SHARDED,
+    ),
     "mistral, sliding window": ("Mistral", {"sliding_window": 24, "rope_parameters": {"rope_theta": 1e4}}, SHARDED),
 }
 Pretrained = Callable[[str], tuple[Any, Path]]

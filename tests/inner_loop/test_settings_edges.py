@@ -129,7 +129,9 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         }
     if kind == "longrope":
         pairs = (values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]) // 2
-        values["rope_scaling.pair_factors"] = tuple(draw(st.lists(st.floats(0.5, 8), min_size=pairs, max_size=pairs)))
+        values["rope_scaling.pair_factors"] = tuple(
+            draw(st.lists(st.just(0.0) | st.floats(0.5, 8), min_size=pairs, max_size=pairs))
+        )
     return values
 
 

@@ -129,7 +129,8 @@ class RopeScaling:
     attention_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0
     """Queries and keys are multiplied by this (YaRN, LongRoPE)."""
     pair_factors: tuple[float, ...] = (1.0,)
-    """For "longrope": what the angle of each of the `head_dim / 2` pairs is divided by, the fastest pair first."""
+    """For "longrope": what the angle of each of the `head_dim / 2` pairs is divided by, the fastest pair first. 0: it
+    does not turn."""
 
     def __post_init__(self) -> None:
         _check(self, "rope_scaling.")
@@ -139,8 +140,9 @@ class RopeScaling:
             original, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
             _require(original is not None, f"rope_type {self.rope_type} needs original_max_position_embeddings.")
             _require(low < high, f"low_freq_factor must be below high_freq_factor, not {low}, {high}.")
-        in_range = all(1e-6 <= factor <= 1e6 for factor in self.pair_factors)
-        _require(in_range, f"rope_scaling.pair_factors must be from 1e-06 to 1e+06, not {shown(self.pair_factors)}.")
+        in_range = all(factor == 0 or 1e-6 <= factor <= 1e6 for factor in self.pair_factors)
+        what = "rope_scaling.pair_factors must be 0 or from 1e-06 to 1e+06"
+        _require(in_range, f"{what}, not {shown(self.pair_factors)}.")
         is_used = self.rope_type == "longrope" or self.pair_factors == (1.0,)
         _require(is_used, "rope_scaling.pair_factors are for rope_type longrope alone.")
 

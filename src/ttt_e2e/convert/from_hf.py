@@ -3,7 +3,8 @@
 They are Hugging Face checkpoints, or GGUF files, which `checkpoints` gives the same form.
 
 Layouts differ only in that query, key and value are one matrix here, and so are gate and value of an MLP. Rotary pairs
-are (i, i + K/2) in both. Neither of the two kinds of fast MLPs changes a prediction before the first update:
+are (i, i + K/2) in both, if all of a head turns. What a family multiplies by is folded into weights (`hf_config` has
+the families). Neither of the two kinds of fast MLPs changes a prediction before the first update:
 
 - "new": an MLP whose second matrix is zero, in front of the static one. The gradient of its first matrix is a multiple
   of the second, so the first inner step changes the second matrix only; from then on both learn.
@@ -202,12 +203,15 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
             yield SliceCopy(f"{layer}.{name}.weight", (width,), f"{block}.{norm}.weight")
         for name, row, count in (("q_proj", 0, queries), ("k_proj", queries, keys), ("v_proj", queries + keys, keys)):
             factor = factors.query if name == "q_proj" else 1.0
-            stored, length, rows = f"{attention}.{name}", count, slice(count)
+            stored, length, first = f"{attention}.{name}", count, 0
             if family.is_fused:
-                stored, length, rows = f"{attention}.qkv_proj", queries + 2 * keys, slice(row, row + count)
-            yield SliceCopy(f"{stored}.weight", (length, width), f"{block}.mixer.w_qkv", row, rows, factor=factor)
-            if config.attention_bias:
-                yield SliceCopy(f"{stored}.bias", (length,), f"{block}.mixer.b_qkv", row, rows, factor=factor)
+                stored, length, first = f"{attention}.qkv_proj", queries + 2 * keys, row
+            for start, stop, own in [(0, count, 1.0)] if name == "v_proj" else _turned_rows(config, count):
+                rows, own = slice(first + start, first + stop), own * factor
+                yield SliceCopy(f"{stored}.weight", (length, width), f"{block}.mixer.w_qkv", row, rows, factor=own)
+                if config.attention_bias:
+                    yield SliceCopy(f"{stored}.bias", (length,), f"{block}.mixer.b_qkv", row, rows, factor=own)
+                row += stop - start
         out, factor = f"{attention}.o_proj", factors.residual
         yield SliceCopy(f"{out}.weight", (width, queries), f"{block}.mixer.w_out", factor=factor)
         if config.attention_out_bias:
@@ -233,6 +237,26 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
         if in_suffix and not fast_units:
             # A new fast MLP reads the same residual stream as the MLP after it, so the pretrained norm suits it, too.
             yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.fast_norm.weight")
+
+
+def _turned_rows(config: ModelConfig, count: int) -> Iterator[tuple[int, int, float]]:
+    """Where `count` rows of queries or keys come from, in their order here: start, end and factor of every piece.
+
+    If all of a head turns, rows stay where they are. Else the first 2 r rows of a head turn there, in pairs (i, i + r),
+    and the others are not multiplied by the attention factor. Here all rows are pairs (i, i + K/2), of which the first
+    r turn, and all are multiplied.
+    """
+    factors, half = config.rope_scaling.pair_factors, config.head_dim // 2
+    r = sum(factor > 0 for factor in factors)
+    if r == len(factors):
+        yield 0, count, 1.0
+        return
+    still = 1 / config.rope_scaling.attention_factor
+    for i in range(0, count, config.head_dim):
+        yield i, i + r, 1.0
+        yield i + 2 * r, i + r + half, still
+        yield i + r, i + 2 * r, 1.0
+        yield i + r + half, i + 2 * half, still
 
 
 def _is_power_of_two(factor: float) -> bool:

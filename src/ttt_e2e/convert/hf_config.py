@@ -176,10 +176,15 @@ def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, Rope
         raise UserError(f"{values.where} has rope_type {kind!r}, which is unsupported; {', '.join(ROPE_TYPES)} are.")
     for name, usual in (("partial_rotary_factor", 1.0), ("truncate", True)):
         for place in (rope, values):
-            if place.get(name, usual) != usual:
+            can_vary = model_type == "phi3" and name == "partial_rotary_factor"
+            if place.get(name, usual) != usual and not can_vary:
                 raise UserError(f"{values.where} has {name} = {place.get(name, usual)}; only {usual} can be converted.")
     max_positions = values.count("max_position_embeddings")
     settings: dict[str, Any] = {"rope_theta": rope.number("rope_theta", 10_000.0)}
+    share = rope.number("partial_rotary_factor", values.number("partial_rotary_factor", 1.0))
+    if kind == "default" and share != 1:
+        pair_factors = _pair_factors(values, share, settings["rope_theta"], None)
+        return settings | {"rope_scaling": RopeScaling("longrope", pair_factors=pair_factors)}, max_positions, None
     if kind in ("default", "dynamic"):  # dynamic scaling changes nothing within `max_positions`, where the window stays
         return settings, max_positions, None
     if kind == "linear":
@@ -198,7 +203,7 @@ def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, Rope
             RopeScaling(
                 "longrope",
                 original_max_position_embeddings=original,
-                pair_factors=rope.numbers(name),
+                pair_factors=_pair_factors(values, share, settings["rope_theta"], rope.numbers(name)),
                 attention_factor=attention_factor,
             )
             for name in ("long_factor", "short_factor")
@@ -211,6 +216,22 @@ def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, Rope
     attention_factor = rope.number("attention_factor", 0.0) or (0.1 * one * log + 1) / (0.1 * other * log + 1)
     scaling = RopeScaling("yarn", factor, original, low, high, attention_factor)
     return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original)), None
+
+
+def _pair_factors(
+    values: "_Values", share: float, theta: float, factors: tuple[float, ...] | None
+) -> tuple[float, ...]:
+    """The factors of all rotary pairs of a head, if a share of the head turns, with these factors (None: 1).
+
+    There the powers of theta are spread over those pairs that turn, here over all.
+    """
+    head_dim = values.count("head_dim", None) or values.count("hidden_size") // values.count("num_attention_heads")
+    turning, pairs = int(head_dim * share) // 2, head_dim // 2
+    factors = (1.0,) * turning if factors is None else factors
+    if len(factors) != turning or turning > pairs:
+        raise UserError(f"{values.where} has {len(factors)} factors for {turning} rotary pairs; use an unaltered copy.")
+    turned = (factor * theta ** (i / turning - i / pairs) for i, factor in enumerate(factors))
+    return (*turned, *(0.0,) * (pairs - turning))
 
 
 def _layers_with_rope(values: "_Values", layers: int) -> tuple[bool, ...]:

@@ -22,7 +22,8 @@ def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
     if scaling.rope_type == "default":
         return rate_P
     if scaling.rope_type == "longrope":
-        return rate_P / torch.tensor(scaling.pair_factors, device=device, dtype=torch.float64)
+        factor_P = torch.tensor(scaling.pair_factors, device=device, dtype=torch.float64)
+        return torch.where(factor_P > 0, rate_P / factor_P, 0.0)
     stretched_P = rate_P / scaling.factor
     if scaling.rope_type == "linear":
         return stretched_P
