@@ -92,8 +92,11 @@ def test_losses_and_outer_gradient(shape: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @COMPILER
 def test_generated_code() -> None:
-    """Two blocks, and no vector instructions: a kernel takes the compiler a second; tests/cli reads with them."""
-    model, text = small_model(F64, num_hidden_layers=2), tokens(15)
+    """Two blocks, one of them learning, and no vector instructions: a kernel takes the compiler a second.
+
+    The command that reads (tests/cli) has both blocks learn, and vector instructions.
+    """
+    model, text = small_model(F64, num_hidden_layers=2, suffix_layers=1), tokens(15)
     expected = gradient(model, text, EAGER, bos=3)
     with torch._inductor.config.patch({"cpp.simdlen": 1}):
         found = gradient(model, text, compiled_functions(), bos=3)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reproduce_helpers import make_comparison
 
 from ttt_e2e.cli import main as cli
 from ttt_e2e.errors import INTERRUPTED
@@ -45,11 +46,14 @@ def test_invalid_command_lines_are_refused(line: str, message: str, capsys: pyte
     assert message in capsys.readouterr().err
 
 
-def test_needles_take_the_models_of_a_comparison(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_needles_take_the_models_of_a_comparison(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_comparison(tmp_path, data, dry_run=True)
+    models = {n: tmp_path / f"runs/{n}/seed0/extend-32/run/model" for n in ("full", "window", "ttt-e2e")}
+    for folder in models.values():
+        folder.mkdir(parents=True)
     passed: dict[str, Any] = {}
     monkeypatch.setattr("ttt_e2e.reproduce.needles.run_needles", lambda *_, **options: passed.update(options))
-    line = ["reproduce", "needles", "--comparison", str(undisturbed), "--models", f"mine={undisturbed}", "--out", "x"]
+    line = ["reproduce", "needles", "--comparison", str(tmp_path), "--models", f"mine={tmp_path}", "--out", "x"]
     assert cli.main([*line, "--tasks", "1,3", "--contexts", "2K"]) == 0
-    models = {n: undisturbed / f"runs/{n}/seed0/extend-32/run/model" for n in ("full", "window", "ttt-e2e")}
-    assert passed["models"] == {"mine": undisturbed} | models  # dynamic evaluation has no model of its own
+    assert passed["models"] == {"mine": tmp_path} | models  # dynamic evaluation has no model of its own
     assert (passed["tasks"], passed["contexts"]) == ([1, 3], [2048])

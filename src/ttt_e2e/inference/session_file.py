@@ -53,6 +53,7 @@ TENSOR_NAMES: dict[type, str] = {
 # Settings that older files know nothing of, and the values at which a model is the same as one without them.
 _LATER_SETTINGS = {
     "attention_sink": False,
+    "inner_loop.learned_lr": False,
     "rope_pattern": [True],
     "qk_norm_joint": False,
     "rope_scaling.pair_factors": [1.0],
