@@ -82,6 +82,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         action="store_true", help="let training learn the inner learning rate of every fast matrix (default: one rate)"
     ),
 }
+SMOLLM2 = "smollm2"
+"""The name of a model, wherever a model folder can be given; see `convert.smollm2`."""
+
 LEARNING = ("window", "suffix", "mini-batch", "inner-lr", "fast", "fast-share", "fast-rank", "learned-lr")
 
 
@@ -108,9 +111,11 @@ def learning_options(arguments: argparse.Namespace) -> LearningOptions:
 
 def model_folder(path: Path | None, progress: bool = False) -> Path | None:
     """The model folder that --model means: a path, or the name of a model that an installed package has."""
-    from ttt_e2e.convert.smollm2 import NAME, smollm2_folder
+    if str(path) != SMOLLM2 or Path(SMOLLM2).exists():
+        return path
+    from ttt_e2e.convert.smollm2 import smollm2_folder
 
-    return smollm2_folder(progress) if str(path) == NAME and not Path(NAME).exists() else path
+    return smollm2_folder(progress)
 
 
 def open_model(arguments: argparse.Namespace) -> "tuple[Transformer, Tokenizer]":

