@@ -126,6 +126,8 @@ def test_stream_shows_what_the_whole_decodes_to(kind: str, data: st.DataObject) 
     context = ids[: data.draw(st.integers(0, len(ids)))]
     before, whole = tokenizer.decode(context), tokenizer.decode(ids)
     assume(not before.endswith("\ufffd") and whole.startswith(before))
+    # Bytes that make no character spoil the whole run of bytes in the library, also what a stream has shown of it.
+    assume("\ufffd" not in whole.rstrip("\ufffd"))
     stream = TextStream(tokenizer, context=context)
     shown = "".join([*(stream.add(token) for token in ids[len(context) :]), stream.flush()])
     assert before + shown == whole.rstrip("\ufffd")
