@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention import tiled
-from ttt_e2e.ops.attention.mask import KeyView
+from ttt_e2e.ops.attention.mask import Attended, KeyView
 from ttt_e2e.ops.attention.operators import (
     attention_backward,
     attention_double_backward,
@@ -266,8 +266,9 @@ def test_tiled_memory_is_linear(queries: int, keys: int, window: int | None) -> 
     view = KeyView(window or keys, num_new_keys=queries)
     with Largest() as largest:
         o, lse = tiled.forward(q, k, v, view)
-        tiled.backward(q, k, v, o, lse, do, lse, view)
-        tiled.double_backward(q, k, v, o, lse, do, lse, *abc, view)
+        attended = Attended(q, k, v, o, lse)
+        tiled.backward(attended, do, lse, view)
+        tiled.double_backward(attended, do, lse, abc, view)
     assert largest.elements <= max(k.numel(), q.numel(), 2 * tuning.TILE_QUERIES * tuning.TILE_KEYS)
 
 

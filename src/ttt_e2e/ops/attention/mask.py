@@ -1,4 +1,4 @@
-"""Which keys a query of causal attention may see."""
+"""Which keys a query of causal attention may see; what its forward pass leaves to the backward passes."""
 
 from typing import NamedTuple
 
@@ -12,6 +12,20 @@ class KeyView(NamedTuple):
     window: int  # number of keys that a query sees, its own included, at most S
     num_empty_slots: Tensor | None = None  # how many of the first keys hold nothing, a 0-dim integer tensor
     num_new_keys: int = 0  # N: the last N keys are variables, those before are constants
+
+
+class Attended(NamedTuple):
+    """What went into a forward pass, and what came out."""
+
+    q: Tensor  # [B, H, T, K]
+    k: Tensor  # [B, G, S, K]
+    v: Tensor
+    o: Tensor  # [B, H, T, K]
+    lse: Tensor  # the logsumexp of the scores, [B, H, T]
+
+
+Tangents = tuple[Tensor, Tensor, Tensor]
+"""a, b, c: the gradients of dq, dk and dv."""
 
 
 def causal_window_mask(

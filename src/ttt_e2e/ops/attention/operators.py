@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.attention import reference, tiled
-from ttt_e2e.ops.attention.mask import KeyView
+from ttt_e2e.ops.attention.mask import Attended, KeyView
 from ttt_e2e.ops.attention.sink import Sink, add_sink, seen_sink
 from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.implementations import triton_serves
@@ -113,7 +113,7 @@ def attention_backward(
     as functions of q, k and v is contained in that derivative, so they take no gradient.
     """
     view = _view(k, window, num_empty_slots, num_new_keys)
-    return _choose(implementation, q, k).backward(q, k, v, o, lse, do, dlse, view)
+    return _choose(implementation, q, k).backward(Attended(q, k, v, o, lse), do, dlse, view)
 
 
 @torch.library.custom_op("ttt_e2e::attention_double_backward", mutates_args=())
@@ -139,7 +139,7 @@ def attention_double_backward(
     [B, G, N, K] are the gradients of what `attention_backward` returned. Not differentiable.
     """
     view = _view(k, window, num_empty_slots, num_new_keys)
-    return _choose(implementation, q, k).double_backward(q, k, v, o, lse, do, dlse, a, b, c, view)
+    return _choose(implementation, q, k).double_backward(Attended(q, k, v, o, lse), do, dlse, (a, b, c), view)
 
 
 def _view(k_BGSK: Tensor, window: int | None, num_empty_slots: Tensor | None, num_new_keys: int = 0) -> KeyView:

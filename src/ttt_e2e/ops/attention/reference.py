@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_e2e.ops.attention.mask import KeyView, hidden_keys
+from ttt_e2e.ops.attention.mask import Attended, KeyView, Tangents, hidden_keys
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 
@@ -31,10 +31,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Ten
     return (scores_BHTS.softmax(-1) @ v_BHSK).to(q.dtype), scores_BHTS.logsumexp(-1)
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, view: KeyView
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(attended: Attended, do: Tensor, dlse: Tensor | None, view: KeyView) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
+    q, k, v, o, lse = attended
     q_BHTK, k_BHSK, v_BHSK, o_BHTK, do_BHTK = _widen(q, k, v, o, do)
     scale = q.shape[3] ** -0.5
     p = (_scores(q_BHTK, k_BHSK, view) - lse[..., None]).exp()
@@ -45,19 +44,10 @@ def backward(
 
 
 def double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    dlse: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    view: KeyView,
+    attended: Attended, do: Tensor, dlse: Tensor | None, tangents: Tangents, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K], gdlse [B, H, T]."""
+    (q, k, v, o, lse), (a, b, c) = attended, tangents
     b, c = (F.pad(x, (0, 0, k.shape[2] - view.num_new_keys, 0)) for x in (b, c))  # constants have no tangent
     q_BHTK, k_BHSK, v_BHSK, o_BHTK, do_BHTK, a_BHTK, b_BHSK, c_BHSK = _widen(q, k, v, o, do, a, b, c)
     scale = q.shape[3] ** -0.5

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.ops import tuning
-from ttt_e2e.ops.attention.mask import KeyView, hidden_keys
+from ttt_e2e.ops.attention.mask import Attended, KeyView, Tangents, hidden_keys
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 
@@ -43,10 +43,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Ten
     return o, lse
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, view: KeyView
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(attended: Attended, do: Tensor, dlse: Tensor | None, view: KeyView) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
+    q, k, v, o, lse = attended
     rows = _Rows(q, k, view)
     k_PSK, v_PSK = k.flatten(0, 1), v.flatten(0, 1)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -69,19 +68,10 @@ def backward(
 
 
 def double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    dlse: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    view: KeyView,
+    attended: Attended, do: Tensor, dlse: Tensor | None, tangents: Tangents, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K], gdlse [B, H, T]."""
+    (q, k, v, o, lse), (a, b, c) = attended, tangents
     rows = _Rows(q, k, view)
     k_PSK, v_PSK, b_PNK, c_PNK = (x.flatten(0, 1) for x in (k, v, b, c))
     gq, gdo = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt_e2e.ops import tuning
-from ttt_e2e.ops.attention.mask import KeyView
+from ttt_e2e.ops.attention.mask import Attended, KeyView, Tangents
 
 
 class _Blocks(NamedTuple):
@@ -46,11 +46,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: KeyView) -> tuple[Tensor, Ten
     return o, lse
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, view: KeyView
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(attended: Attended, do: Tensor, dlse: Tensor | None, view: KeyView) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, T, K] and dk, dv [B, G, N, K]."""
-    q, k, v, o, lse, do = (x.contiguous() for x in (q, k, v, o, lse, do))
+    q, k, v, o, lse, do = (x.contiguous() for x in (*attended, do))
     dlse = None if dlse is None else dlse.contiguous()
     dq, delta = torch.empty_like(q), _statistic(q)
     dk, dv = (k.new_empty(*k.shape[:2], view.num_new_keys, k.shape[3]) for _ in range(2))
@@ -62,20 +60,10 @@ def backward(
 
 
 def double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    dlse: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    view: KeyView,
+    attended: Attended, do: Tensor, dlse: Tensor | None, tangents: Tangents, view: KeyView
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients gq [B, H, T, K], gk and gv [B, G, S, K], gdo [B, H, T, K], gdlse [B, H, T]."""
-    q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (q, k, v, o, lse, do, a, b, c))
+    q, k, v, o, lse, do, a, b, c = (x.contiguous() for x in (*attended, do, *tangents))
     dlse = None if dlse is None else dlse.contiguous()
     gq, gdo, gk, gv = (torch.empty_like(x) for x in (q, q, k, v))
     delta, mean, w = (_statistic(q) for _ in range(3))
