@@ -106,6 +106,18 @@ def test_weight_decay_leaves_them_alone() -> None:
     assert same == {f"blocks.{i}.log_lr_scale" for i in (2, 3)}
 
 
+def test_an_outer_rate_of_their_own() -> None:
+    model = with_scales(small_model(**LEARNED), 2.0)
+    optimizer = make_optimizer(model, TrainConfig(lr=1e-3, inner_lr_lr=0.05, weight_decay=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer_step(model, optimizer, lr=1e-3 / 2, max_grad_norm=1.0)  # half of its peak, as in a warm-up
+    for name, parameter in model.named_parameters():
+        expected = -0.025 if name.endswith(".log_lr_scale") else -0.0005
+        torch.testing.assert_close(parameter - before[name], torch.full_like(parameter, expected), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("fast", ["new", "split"])
 def test_a_standard_model_gets_them(fast: Any, tmp_path: Path) -> None:
     standard = small_model(suffix_layers=0, mini_batch_size=None, post_norm=False)

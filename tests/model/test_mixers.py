@@ -157,7 +157,7 @@ def test_every_parameter_is_trained(name: str) -> None:
 
 def test_no_decay_where_a_mixer_wants_none() -> None:
     model = model_of("learning over Gated DeltaNet")
-    decayed, exempt = make_optimizer(model, TrainConfig()).param_groups
+    decayed, exempt, _ = make_optimizer(model, TrainConfig()).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and exempt["weight_decay"] == 0
     assert {names[id(p)].rpartition(".")[2] for p in exempt["params"]} == {"a_log", "dt_bias", "d_skip", "steps_bias"}

@@ -421,6 +421,9 @@ class TrainConfig:
     """Inner learning rate at the first step, warmed up linearly to the model's `inner_loop.lr`."""
     inner_warmup_steps: Steps = _DERIVED
     """Optimiser steps of the inner learning rate's warm-up. None becomes a tenth of `steps`."""
+    inner_lr_lr: Annotated[float | None, Range(0.0, 1e30, none=True)] = None
+    """Peak learning rate of the factors of the inner learning rate (`inner_loop.learned_lr`), with the schedule of
+    `lr`. A step of AdamW changes a factor by about this share of it. None: `lr`."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
     adam_eps: Annotated[float, Range(1e-30, 1e30)] = 1e-8

@@ -29,14 +29,19 @@ def inner_learning_rate(step: int, config: TrainConfig, model: ModelConfig) -> f
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained of `model`; weight decay leaves out learning rates and what mixers exempt."""
+    """AdamW over what is trained of `model`; weight decay leaves out learning rates and what mixers exempt.
+
+    A group's "lr_factor" is what `optimizer_step` multiplies the learning rate by.
+    """
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     exempt = [getattr(mixer, name) for mixer in mixers for name in mixer.no_weight_decay]
-    exempt += [parameter for name, parameter in model.named_parameters() if name.endswith(".log_lr_scale")]
-    ids = {id(parameter) for parameter in exempt}
+    rates = [parameter for name, parameter in model.named_parameters() if name.endswith(".log_lr_scale")]
+    ids = {id(parameter) for parameter in (*exempt, *rates)}
+    rates_factor = 1.0 if config.inner_lr_lr is None or config.lr == 0 else config.inner_lr_lr / config.lr
     groups: list[dict] = [
-        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in ids]},
-        {"params": [p for p in exempt if p.requires_grad], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in ids], "lr_factor": 1.0},
+        {"params": [p for p in exempt if p.requires_grad], "lr_factor": 1.0, "weight_decay": 0.0},
+        {"params": [p for p in rates if p.requires_grad], "lr_factor": rates_factor, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups, lr=config.lr_init, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
@@ -59,7 +64,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float
     norm = clip_gradients(model, max_grad_norm)
     if math.isfinite(norm):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         optimizer.step()
         optimizer.zero_grad()
     return norm
