@@ -16,10 +16,8 @@ variant: the resident set's peak, and how far that is above the size before anyt
 """
 
 import argparse
-import ctypes
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -33,13 +31,8 @@ from typing import Any
 
 import torch
 
-# As in meta_step.py: glibc does not return memory to the system between the variants' steps.
-if platform.libc_ver()[0] == "glibc" and "--peak-of" not in sys.argv:
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    ctypes.CDLL(None).mallopt(-3, 32 << 20)
-
 from ttt_e2e.config.schema import LoraConfig, ModelConfig, TrainConfig
-from ttt_e2e.hardware import machine
+from ttt_e2e.hardware import keep_freed_memory, machine
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.trainable import set_trainable, trained_weights
 from ttt_e2e.model.transformer import Transformer
@@ -164,6 +157,7 @@ def main() -> None:
     if args.peak_of:
         print(json.dumps(peak_mib(args.peak_of, args.context, args.dtype)))
         return
+    keep_freed_memory()  # as in meta_step.py
 
     names, peak = [FULL, *args.only], {}
     for name in names:

@@ -12,7 +12,6 @@ in a process of its own for each variant: how far its resident set grew above it
 """
 
 import argparse
-import ctypes
 import json
 import os
 
@@ -20,7 +19,6 @@ import os
 # set before torch is loaded, and applies to all variants alike.
 os.environ.setdefault("OMP_WAIT_POLICY", "active")
 
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,15 +29,8 @@ from pathlib import Path
 
 import torch
 
-# Variants that take turns in one process would return memory to the system and fetch it again, with page faults every
-# time; a process that trains one model keeps its memory. glibc: never trim the heap, and take from it whatever is below
-# 32 MiB (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD).
-if platform.libc_ver()[0] == "glibc":
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    ctypes.CDLL(None).mallopt(-3, 32 << 20)
-
 from ttt_e2e.config.schema import ModelConfig, TrainConfig, replace
-from ttt_e2e.hardware import machine
+from ttt_e2e.hardware import keep_freed_memory, machine
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
@@ -124,6 +115,8 @@ def main() -> None:
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    # Variants that take turns would fetch their memory anew each time; a process that trains one model keeps it.
+    keep_freed_memory()
     for steps in args.truncated:
         VARIANTS[f"meta, {steps} mini-batches at a time"] = (META, "none", steps)
     if args.peak_of:

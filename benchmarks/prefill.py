@@ -17,14 +17,12 @@ within each round, and the median over rounds is printed. Compiled TTT-E2E is co
 """
 
 import argparse
-import ctypes
 import json
 import os
 
 # As in meta_step.py: a thread that sleeps between short operations costs more than it saves.
 os.environ.setdefault("OMP_WAIT_POLICY", "active")
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -32,13 +30,8 @@ from pathlib import Path
 
 import torch
 
-# As in meta_step.py: variants that take turns keep their memory.
-if platform.libc_ver()[0] == "glibc":
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    ctypes.CDLL(None).mallopt(-3, 32 << 20)
-
 from ttt_e2e.config.schema import ModelConfig
-from ttt_e2e.hardware import machine
+from ttt_e2e.hardware import keep_freed_memory, machine
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
@@ -98,6 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as in meta_step.py
 
     rows = []
     print("| tokens | variant | s | full attention / it | target |\n|---|---|---|---|---|")

@@ -70,8 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         longer = extend_training(config.train, arguments.extend, config.train.steps)
         config = RunConfig(extend_model(config.model, arguments.extend), longer)
     config = override(config, arguments.settings)
+    from ttt_e2e.hardware import keep_freed_memory
     from ttt_e2e.training.trainer import train
 
+    keep_freed_memory()
     result = train(
         config,
         arguments.data,

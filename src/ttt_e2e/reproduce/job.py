@@ -22,7 +22,7 @@ from ttt_e2e.config.schema import ModelConfig, RunConfig, replace
 from ttt_e2e.convert.from_standard import warm_start
 from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
 from ttt_e2e.files import read_json, with_digest, write_text
-from ttt_e2e.hardware import choose_device
+from ttt_e2e.hardware import choose_device, keep_freed_memory
 from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_transformer, save_model
 from ttt_e2e.reproduce import timing
 from ttt_e2e.reproduce.held_out import evaluate_books
@@ -40,6 +40,7 @@ def main(folder: Path) -> int:
     """Do the job in `folder`; returns the exit code."""
     settings = read_json(folder / JOB)
     started = time.perf_counter()
+    keep_freed_memory()
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
     result: dict[str, Any] | None
