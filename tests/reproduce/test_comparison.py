@@ -60,13 +60,13 @@ def test_report_and_plan_have_these_keys_on_disk(undisturbed: Path) -> None:
     assert sorted(plan["scale"]) == [
         *("contexts", "eval_batch_tokens", "eval_tokens", "extend_lr", "extend_tokens", "extend_tokens_per_step"),
         *("inner_lr_tokens", "inner_lrs", "latency_contexts", "latency_seconds", "micro_batch_tokens"),
-        *("mini_batch_size", "name", "pretrain_context", "pretrain_tokens", "processes", "settings", "size"),
-        *("sliding_window", "sweep_factors", "sweep_tokens", "tokens_per_step", "val_share", "vocab_size"),
-        "warm_start_tokens",
+        *("mini_batch_size", "name", "pretrain_context", "pretrain_tokens", "processes", "second_round"),
+        *("settings", "size", "sliding_window", "sweep_factors", "sweep_tokens", "tokens_per_step", "val_share"),
+        *("vocab_size", "warm_start_tokens"),
     ]
     report = read_report(undisturbed)
     assert sorted(report) == [
-        *("baseline", "by_position", "comparison", "evaluations", "failed", "finished", "hours", "latency"),
+        *("baseline", "by_kind", "by_position", "comparison", "evaluations", "failed", "finished", "hours", "latency"),
         *("machine", "name", "plan", "systems", "version"),
     ]
     assert sorted(report["comparison"][0]["loss"]) == ["books", "books_error", "mean", "seeds", "seeds_error"]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.cli.common import add_options
+from ttt_e2e.cli.common import add_options, model_folder
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.units import count, natural, number, tokens, whole
 
@@ -60,6 +60,19 @@ _WARMSTART_EPILOG = f"""systems:
 {_SCALES}example:
   ttt-e2e reproduce warmstart --scale tiny --out warmstart --contexts 512,2K --dry-run"""
 
+_PRETRAINED = """Start every system from one pretrained model: full attention, a sliding window, the same with dynamic
+evaluation, and TTT-E2E. Only the last blocks, those that learn, are trained; the outputs of those below are computed
+once, in OUT. Each outer learning rate is the best of three. Read held-out texts by position, those
+of each folder that they were prepared from apart."""
+_PRETRAINED_EPILOG = """systems:
+  full, window (the baseline, always compared), dynamic, ttt-e2e
+
+runs/pretrained.sh downloads the texts and runs the whole comparison.
+
+example:
+  ttt-e2e prepare train/ --val val/ --tokenizer smollm2 --out tokens
+  ttt-e2e reproduce pretrained --data tokens --out pretrained --systems full,ttt-e2e --tokens 500K"""
+
 _LATENCY = "Time reading, writing and training by context, with random weights. The systems take turns."
 _LATENCY_EPILOG = """example:
   ttt-e2e reproduce latency --scale tiny --out latency --contexts 1K,8K,64K"""
@@ -79,11 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("figure1", "loss and time per token by context, of every system", _FIGURE1 + _JOBS, _FIGURE1_EPILOG),
         ("ablations", "TTT-E2E with one choice changed", _ABLATIONS + _JOBS, _ABLATIONS_EPILOG),
         ("warmstart", "TTT-E2E that starts from full attention", _WARMSTART + _JOBS, _WARMSTART_EPILOG),
+        ("pretrained", "TTT-E2E that starts from a pretrained model", _PRETRAINED + _JOBS, _PRETRAINED_EPILOG),
         ("latency", "time per token by context, of every system", _LATENCY, _LATENCY_EPILOG),
         ("needles", "find one sentence in a long text", _NEEDLES, _NEEDLES_EPILOG),
     ):
         sub = actions.add_parser(name, help=help, description=description, epilog=epilog)
-        add_own = {"latency": _add_latency_options, "needles": _add_needle_options}.get(name, _add_comparison_options)
+        own = {"latency": _add_latency_options, "needles": _add_needle_options, "pretrained": _add_pretrained_options}
+        add_own = own.get(name, _add_comparison_options)
         add_own(sub.add_argument)
         add_options(sub, "device", *(["threads"] if name == "latency" else []), "quiet")
 
@@ -112,11 +127,17 @@ def run(arguments: argparse.Namespace) -> int:
         run_needles(arguments.out, models=models, progress=progress, **chosen)
         return 0
     from ttt_e2e.reproduce.run import reproduce
-    from ttt_e2e.reproduce.scales import find_scale
+    from ttt_e2e.reproduce.scales import find_scale, pretrained_scale
 
+    if arguments.action == "pretrained":
+        start_from = model_folder(arguments.start_from, progress)
+        assert start_from is not None, "--from has a default"
+        scale = pretrained_scale(start_from, arguments.tokens)
+    else:
+        scale = find_scale(arguments.scale)
     outcome = reproduce(
         arguments.action,
-        find_scale(arguments.scale),
+        scale,
         arguments.out,
         num_workers=arguments.workers,
         progress=progress,
@@ -142,10 +163,22 @@ def _models_of(comparison: Path) -> dict[str, Path]:
     return found
 
 
+def _add_pretrained_options(add: Callable[..., argparse.Action]) -> None:
+    model = "the model that all start from, one that learns while it reads (default: smollm2)"
+    add("--from", dest="start_from", type=Path, default=Path("smollm2"), metavar="MODEL", help=model)
+    add("--data", type=Path, required=True, metavar="DIR", help="tokens from `ttt-e2e prepare --tokenizer MODEL`")
+    add("--tokens", type=tokens, metavar="N", help="that each system is trained on, such as 5M (default: 2M)")
+    _add_job_options(add)
+
+
 def _add_comparison_options(add: Callable[..., argparse.Action]) -> None:
     add("--scale", default="tiny", metavar="NAME", help="tiny, small or paper (default: tiny)")
     data = "tokens from `ttt-e2e prepare` (default: Python's library, prepared in OUT/tokens)"
     add("--data", type=Path, metavar="DIR", help=data)
+    _add_job_options(add)
+
+
+def _add_job_options(add: Callable[..., argparse.Action]) -> None:
     books = "tokens to train on for longer contexts and to evaluate on (default: --data)"
     add("--books", type=Path, metavar="DIR", help=books)
     add("--out", type=Path, required=True, metavar="OUT", help="the folder of the comparison")

@@ -147,7 +147,7 @@ def evaluate_books(model: Transformer, settings: dict[str, Any]) -> dict[str, An
         losses = reader.inner_lr_losses(sequences_BT1, settings["inner_lrs"])
         inner_lr = min((lr for lr, loss in losses.items() if loss is not None), key=lambda lr: losses[lr] or 0.0)
         result |= {"inner_lr": inner_lr, "inner_lr_losses": [[lr, loss] for lr, loss in losses.items()]}
-    result["books"] = reader.book_losses(books, context, inner_lr=inner_lr)
-    if model.suffix:
+    result["books"] = reader.book_losses(books, context, learn=settings["learn"], inner_lr=inner_lr)
+    if model.suffix and settings["learn"]:
         result["frozen"] = reader.book_losses(books, context, learn=False)
     return result

@@ -3,14 +3,16 @@
 A job is a folder below OUT with job.json (what to do), log.txt (what it printed) and, once it is done, result.json:
 
     runs/SYSTEM/sweep/lr-0.003          a short first stage at one outer learning rate
-    runs/SYSTEM/sweep/below, above      the same at half and at twice the best rate of those
+    runs/SYSTEM/sweep/below, above      the same at half and at twice the best rate of those, if the scale wants it
     runs/SYSTEM/seed0/pretrain          the first stage at the best rate of all; in a warm start the second stage
     runs/SYSTEM/seed0/extend-4096       further training for one longer context
     runs/SYSTEM/seed0/evaluate-4096     the loss on the held-out books at one context
     runs/ngram/seed0/evaluate-4096      the same of the n-gram floor, counted on the tokens of those trainings
+    prefix-MIXER-seed0                  no job: outputs of a frozen prefix, which the trainings of several systems read
     latency-0123abcd                    time per token by context, of the systems that the name is a digest of
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -80,7 +82,9 @@ def training_jobs(comparison: Comparison) -> list[Job]:
             first_stage = _add_first_stage(comparison, trained, seed, jobs)
             for context in comparison.contexts:
                 model = first_stage
-                if context > scale.pretrain_context:
+                if context > scale.pretrain_context and not system.extrapolates:
+                    continue
+                if context > scale.pretrain_context and scale.extend_tokens:
                     model = f"runs/{trained.name}/seed{seed}/extend-{context}"
                     size = _size(extending(scale, trained, seed, context))
                     jobs[model] = Job(model, "extend", trained, seed, *size, (first_stage,))
@@ -89,7 +93,26 @@ def training_jobs(comparison: Comparison) -> list[Job]:
     for seed, context in product(comparison.seeds, comparison.contexts):
         folder = f"runs/{comparison.floor.name}/seed{seed}/evaluate-{context}"
         jobs[folder] = Job(folder, "ngram", comparison.floor, seed, context, comparison.book_tokens)
-    return list(jobs.values())
+    return _after_its_prefix(scale, list(jobs.values()))
+
+
+def _after_its_prefix(scale: Scale, jobs: list[Job]) -> list[Job]:
+    """The jobs, each after the first one that has the same prefix cache, which fills it."""
+    first: dict[str, str] = {}
+    for i, job in enumerate(jobs):
+        if job.kind in ("sweep", "pretrain") and (cache := _prefix_cache(scale, job)) is not None:
+            if cache in first:
+                jobs[i] = dataclasses.replace(job, needs=(*job.needs, first[cache]))
+            else:
+                first[cache] = job.folder
+    return jobs
+
+
+def _prefix_cache(scale: Scale, job: Job) -> str | None:
+    """The folder with the outputs of the prefix that the job trains on; None if it trains the prefix."""
+    assert job.system is not None, "no training is without a system"
+    config = pretraining(scale, job.system, job.seed)
+    return f"prefix-{config.model.mixers[0]}-seed{config.train.seed}" if config.train.cache_prefix else None
 
 
 def _add_first_stage(comparison: Comparison, system: System, seed: int, jobs: dict[str, Job]) -> str:
@@ -99,7 +122,7 @@ def _add_first_stage(comparison: Comparison, system: System, seed: int, jobs: di
     sweep_start = () if before is None else (_first_stage(before, comparison.seeds[0]),)
     size = _size(pretraining(scale, swept, 0, tokens=_sweep_tokens(scale, swept)))
     first_round = tuple(_first_round(scale, swept))
-    second_round = [f"runs/{swept.name}/sweep/{name}" for name in _SECOND_ROUND]
+    second_round = [f"runs/{swept.name}/sweep/{name}" for name in _SECOND_ROUND if scale.second_round]
     sweep = [Job(folder, "sweep", swept, 0, *size, sweep_start) for folder in first_round]
     sweep += [Job(folder, "sweep", swept, 0, *size, (*sweep_start, *first_round)) for folder in second_round]
     folder = _first_stage(system, seed)
@@ -135,7 +158,7 @@ def sweep_rates(scale: Scale, system: System, results: Mapping[str, dict[str, An
     system = system.lr_from or system
     rates = _first_round(scale, system)
     best = _lowest_loss(rates, results)
-    if best is not None:
+    if best is not None and scale.second_round:
         rates |= {f"runs/{system.name}/sweep/{name}": best * factor for name, factor in _SECOND_ROUND.items()}
     return dict(sorted(rates.items(), key=lambda pair: pair[1]))
 
@@ -203,13 +226,14 @@ def job_settings(comparison: Comparison, job: Job, out: Path, results: Mapping[s
         config = pretraining(scale, system, job.seed)
         return settings | {
             "model": needed_model,
-            "becomes": None if system.weights_from is None else to_dict(config.model),
+            "becomes": to_dict(config.model) if system.weights_from is not None and scale.start_from is None else None,
+            "learn": system.learns,
             "books": str(comparison.books.resolve()),
             "context": job.context,
             "longest_context": max(scale.contexts),
             "book_tokens": scale.eval_tokens,
             "batch_tokens": scale.eval_batch_tokens,
-            "inner_lrs": [] if config.train.train_mode == "meta" else list(scale.inner_lrs),
+            "inner_lrs": list(scale.inner_lrs) if config.train.train_mode == "pretrain" and system.learns else [],
             "inner_lr_tokens": scale.inner_lr_tokens,
             "seed": job.seed,
             "dtype": config.train.dtype,
@@ -222,10 +246,13 @@ def job_settings(comparison: Comparison, job: Job, out: Path, results: Mapping[s
         if lr is None:
             raise UserError("every learning rate of the sweep failed.")
         config = pretraining(scale, system, job.seed, lr, _sweep_tokens(scale, system) if is_sweep else None)
+    start_from = None if scale.start_from is None else str(scale.start_from.resolve())
+    cache = None if is_extension else _prefix_cache(scale, job)
     return settings | {
         "config": to_dict(config),
         "data": str((comparison.books if is_extension else comparison.data).resolve()),
-        "start_from": needed_model if is_extension or system.starts_from is not None else None,
+        "start_from": needed_model if is_extension or system.starts_from is not None else start_from,
+        "cache": None if cache is None else str((out / cache).resolve()),
         "compile": comparison.compile,
         "processes": scale.processes,
     }
@@ -237,7 +264,7 @@ def _counted_stages(comparison: Comparison, system: System, job: Job) -> list[di
     stages = [(comparison.data, pretraining(scale, system, job.seed))]
     if system.starts_from is not None:
         stages.insert(0, (comparison.data, pretraining(scale, system.starts_from, job.seed)))
-    if job.context > scale.pretrain_context:
+    if job.context > scale.pretrain_context and scale.extend_tokens:
         stages.append((comparison.books, extending(scale, system, job.seed, job.context)))
     result = []
     for data, config in stages:
@@ -262,8 +289,8 @@ def write_plan(comparison: Comparison, out: Path) -> dict[str, list[Any]]:
         "seeds": list(comparison.seeds),
         "contexts": list(comparison.contexts),
     }
-    numbers = json.loads(json.dumps(asdict(comparison.scale)))
-    del numbers["requirements"]
+    numbers = json.loads(json.dumps(asdict(dataclasses.replace(comparison.scale, start_from=None))))
+    del numbers["requirements"], numbers["start_from"]  # a digest says which model it is
     plan = {
         "format": FORMAT,
         "version": VERSION,
@@ -276,6 +303,8 @@ def write_plan(comparison: Comparison, out: Path) -> dict[str, list[Any]]:
     if path.exists():
         previous = read_plan(out)
         before, now = _fixed(previous), _fixed(plan)
+        # A number that the version which began the comparison did not have stands at its default.
+        before = {f"scale.{f.name}": f.default for f in dataclasses.fields(Scale)} | before
         different = [f"{key} = {before.get(key)}, not {now[key]}" for key in now if before.get(key) != now[key]]
         for name, config in previous["configs"].items():
             ours, theirs = (

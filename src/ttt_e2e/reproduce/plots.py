@@ -39,12 +39,12 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_by_position(report: dict[str, Any], path: Path) -> None:
-    """The loss by position in the sequence at the longest context; right: minus the baseline's, with its error."""
+def plot_by_position(report: dict[str, Any], positions: dict[str, Any], path: Path, what: str = "Loss") -> None:
+    """The loss by position in the sequence; right: minus the baseline's, with its error. `what`: begins the title."""
     figure, axes = _figure(2)
-    systems, edges = report["systems"], report["by_position"]["position_edges"]
+    systems, edges = report["systems"], positions["position_edges"]
     middles = [(max(start, 1) * stop) ** 0.5 for start, stop in pairwise(edges)]
-    for row in report["by_position"]["rows"]:
+    for row in positions["rows"]:
         for axis, key in zip(axes, ("loss", "difference"), strict=True):
             x, y, errors = _points(middles, [b[key] for b in row["bins"]])
             axis.plot(x, y, **_style(systems, row["system"]))
@@ -55,8 +55,8 @@ def plot_by_position(report: dict[str, Any], path: Path) -> None:
     axes[1].set_ylabel(f"minus that of {systems[report['baseline']]['label']}")
     for axis in axes:
         _token_axis(axis, [edge for edge in edges[1:] if edge & (edge - 1) == 0], "position in the sequence (token)")
-    context = in_tokens(report["by_position"]["context"])
-    axes[0].set_title(f"Loss by position in a context of {context}", loc="left", fontsize=11)
+    context = in_tokens(positions["context"])
+    axes[0].set_title(f"{what} by position in a context of {context}", loc="left", fontsize=11)
     _save(figure, path)
 
 

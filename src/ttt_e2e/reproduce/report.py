@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ def write_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
     if report["comparison"]:
         plots.plot_comparison(report, out / f"{name}.png")
     if report["by_position"]:
-        plots.plot_by_position(report, out / f"{name}-by-position.png")
+        plots.plot_by_position(report, report["by_position"], out / f"{name}-by-position.png")
+    for positions in report["by_kind"]:
+        picture = out / f"{name}-{positions['kind']}-{positions['context']}.png"
+        plots.plot_by_position(report, positions, picture, f"{positions['kind']}: loss")
 
 
 def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str]) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
     "systems": by name the label, parameters and sweep of each system, first stages among them. "evaluations": the
     results of all evaluation jobs. "comparison": for each system and context the mean loss, also with frozen fast
     weights, and the difference from the baseline. "by_position": the same by position in the sequence, at the longest
-    context of the baseline. "latency": microseconds per token. "failed": by job, what went wrong.
+    context of the baseline. "by_kind": the same of a pretrained model at every context, by kind of text, which is the
+    folder that the texts were prepared from. "latency": microseconds per token. "failed": by job, what went wrong.
     """
     jobs = [*training_jobs(comparison), *latency_jobs(comparison)]
     starts = [(system.weights_from or system).starts_from for system in comparison.systems]
@@ -68,6 +73,7 @@ def build_report(comparison: Comparison, out: Path, problems: Mapping[str, str])
         "evaluations": evaluations,
         "comparison": _comparison(comparison, evaluations),
         "by_position": _by_position(comparison, evaluations),
+        "by_kind": _by_kind(comparison, evaluations) if comparison.name == "pretrained" else [],
         "latency": [row for result in results.values() for row in result.get("rows", [])],
         "failed": failed,
     }
@@ -119,10 +125,29 @@ def _by_position(comparison: Comparison, evaluations: list[dict[str, Any]]) -> d
     """The loss in each bin of positions, of all systems evaluated at the baseline's longest context."""
     baseline = BASELINE[comparison.name]
     context = max((e["context"] for e in evaluations if e["system"] == baseline), default=None)
-    if context is None:
-        return None
-    evaluations = [e for e in evaluations if e["context"] == context]
-    edges = evaluations[0]["position_edges"]
+    return None if context is None else _positions(comparison, [e for e in evaluations if e["context"] == context])
+
+
+def _by_kind(comparison: Comparison, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The loss in each bin of positions, for each kind of text and each context."""
+    kinds = sorted({_kind(book["name"]) for e in evaluations for book in e["books"]})
+    found = []
+    for kind, context in product(kinds, comparison.contexts):
+        some = [e for e in evaluations if e["context"] == context]
+        some = [e | {"books": [book for book in e["books"] if _kind(book["name"]) == kind]} for e in some]
+        if some:
+            found.append({"kind": kind, **_positions(comparison, some)})
+    return found
+
+
+def _kind(name: str) -> str:
+    """The folder of the file that a document comes from."""
+    return Path(name.partition(" ")[2]).parent.name
+
+
+def _positions(comparison: Comparison, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The loss in each bin of positions, of evaluations at one context."""
+    baseline, edges = BASELINE[comparison.name], evaluations[0]["position_edges"]
 
     def losses_in_bin(system: str, i: int) -> Losses:
         return {
@@ -137,7 +162,7 @@ def _by_position(comparison: Comparison, evaluations: list[dict[str, Any]]) -> d
         bins = [{"loss": mean(losses), "difference": difference(losses, base)} for losses, base in by_bin]
         if bins[0]["loss"] is not None:
             rows.append({"system": system.name, "bins": bins})
-    return {"context": context, "position_edges": edges, "rows": rows}
+    return {"context": evaluations[0]["context"], "position_edges": edges, "rows": rows}
 
 
 def mean(losses: Losses) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""`ttt-e2e reproduce figure1`, `ablations` and `warmstart`: from prepared tokens to tables and pictures."""
+"""`ttt-e2e reproduce figure1`, `ablations`, `warmstart`, `pretrained`: from prepared tokens to tables and pictures."""
 
 import dataclasses
 import os
@@ -10,6 +10,7 @@ from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_folder
 from ttt_e2e.hardware import choose_device
+from ttt_e2e.model.checkpoint import load_transformer, model_digest
 from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.reproduce import report, workers
 from ttt_e2e.reproduce.held_out import held_out_books
@@ -71,6 +72,7 @@ def reproduce(
     in_use = f"Another `ttt-e2e reproduce` is using {out}; wait until it has ended."
     with lock_folder(out, in_use, LOCK_SECONDS) as lock:
         if data is None:
+            assert scale.start_from is None, "the tokens must be those of the model's tokenizer"
             data = out / "tokens"
             prepare(None, data, vocab_size=scale.vocab_size, val_share=scale.val_share, progress=progress)
         books = data if books is None else books
@@ -87,7 +89,7 @@ def reproduce(
             contexts=tuple(sorted(contexts or scale.contexts)),
             data=data,
             books=books,
-            digests={key: some.digest for key, some in tokens.items()},
+            digests={key: some.digest for key, some in tokens.items()} | _start_digest(scale),
             device=device,
             book_tokens=sum(len(book.tokens) - 1 for book in read),
             compile=compile,
@@ -137,3 +139,8 @@ def reproduce(
     else:
         print(f"The report is {out / name}.md, with pictures and all numbers ({name}.json) beside it.")
     return outcome
+
+
+def _start_digest(scale: Scale) -> dict[str, str]:
+    """The digest of the model that all systems start from, if there is one."""
+    return {} if scale.start_from is None else {"start_from": model_digest(load_transformer(scale.start_from))}

@@ -1,8 +1,11 @@
 """The scales that a comparison can be made at, with all their numbers."""
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.model.checkpoint import load_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,7 +13,7 @@ class Scale:
     """The numbers of a comparison, the same for every system. Lengths and amounts are in tokens."""
 
     name: str
-    size: str  # of the presets: "tiny", "small", "3b"
+    size: str  # of the presets: "tiny", "small", "3b"; "pretrained" if all systems start from a model
     sliding_window: int
     mini_batch_size: int
 
@@ -21,7 +24,7 @@ class Scale:
     """Lengths of the sequences in which held-out books are read. Up to `pretrain_context` the pretrained model reads
     them; beyond it, one that was trained further on sequences of that length."""
 
-    extend_tokens: int  # of that further training
+    extend_tokens: int  # of that further training; 0: there is none, and the pretrained model reads them all
     warm_start_tokens: int  # of a second stage at `pretrain_context`, for a system that starts from another one's model
     extend_lr: float = 4e-4  # outer learning rate of the further training; a second stage sweeps around it
     tokens_per_step: int  # of the first and the second stage
@@ -30,6 +33,9 @@ class Scale:
 
     sweep_factors: tuple[float, ...] = (0.25, 1.0, 4.0)
     """Factors of the preset's outer learning rate, each tried for `sweep_tokens`; then half and twice the best are."""
+
+    second_round: bool = True
+    """Whether these two are tried as well."""
 
     sweep_tokens: int
 
@@ -50,6 +56,10 @@ class Scale:
     )  # further settings, NAME=VALUE, in place of the presets'
     processes: int = 1  # that train one model together, each on its own GPU
     val_share: float = 0.1  # of the text, held out where the tokens are prepared here
+
+    start_from: Path | None = None
+    """The folder of the converted model that all systems start from. Windows, mini-batches and vocabulary are its own.
+    None: every system starts from random weights."""
 
 
 SCALES = {
@@ -139,3 +149,54 @@ def find_scale(name: str) -> Scale:
     if name not in SCALES:
         raise UserError(f"There is no scale {name!r}; there are: {', '.join(SCALES)}.")
     return SCALES[name]
+
+
+_PRETRAINED = Scale(
+    name="pretrained",
+    size="pretrained",
+    sliding_window=0,
+    mini_batch_size=0,
+    vocab_size=0,
+    settings=(
+        *("dtype=bfloat16", "trainable=suffix", "cache_prefix=true", "checkpoint_every=10"),
+        *("activation_checkpointing=mini-batch", "inner_warmup_steps=0", "inner_lr_lr=0.03"),
+    ),
+    pretrain_context=8192,
+    pretrain_tokens=2_097_152,
+    contexts=(8192, 32_768),
+    extend_tokens=0,
+    warm_start_tokens=0,
+    extend_lr=3e-4,
+    tokens_per_step=8192,
+    extend_tokens_per_step=8192,
+    micro_batch_tokens=8192,
+    sweep_factors=(1 / 3, 1.0, 3.0),
+    second_round=False,
+    sweep_tokens=262_144,
+    inner_lrs=(0.02, 0.05, 0.1, 0.2, 0.5),
+    inner_lr_tokens=65_536,
+    eval_tokens=32_768,
+    eval_batch_tokens=8192,
+    latency_contexts=(),
+    latency_seconds=0.0,
+    requirements="The whole of it takes days on two CPU cores.",
+)
+
+
+def pretrained_scale(model: Path, tokens: int | None = None) -> Scale:
+    """The scale of `reproduce pretrained`, where all systems start from the converted model in a folder.
+
+    tokens: that every system is trained on; None: 2,097,152. Raises UserError if the model has no suffix.
+    """
+    config = load_config(model)
+    if not config.suffix_layers:
+        raise UserError(f"{model} is not a model that learns while it reads; make one with `ttt-e2e convert`.")
+    assert config.mini_batch_size is not None, "ModelConfig lets no suffix through without a mini-batch"
+    return dataclasses.replace(
+        _PRETRAINED,
+        start_from=model,
+        sliding_window=config.sliding_window,
+        mini_batch_size=config.mini_batch_size,
+        vocab_size=config.vocab_size,
+        pretrain_tokens=tokens or _PRETRAINED.pretrain_tokens,
+    )

@@ -1,6 +1,7 @@
-"""The systems that are compared (figure 1, the ablations, the warm starts), and how each is trained.
+"""The systems of each comparison: figure 1, the ablations, the warm starts, and those that start from one model.
 
-A system is a preset with changes. Every system reads the same tokens in the same order, in each stage.
+A system is a preset with changes, or a converted model with changes. Every system reads the same tokens in the same
+order, in each stage.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from ttt_e2e.config.schema import RunConfig, replace
 from ttt_e2e.convert.from_standard import learning_config
 from ttt_e2e.convert.learning import FastInit, LearningOptions
 from ttt_e2e.errors import UserError
+from ttt_e2e.model.checkpoint import load_config
 from ttt_e2e.model.cost import parameters
 from ttt_e2e.reproduce.scales import Scale
 
@@ -35,6 +37,12 @@ class System:
     they are not needed."""
 
     fast_share: float = 1.0
+
+    learns: bool = True
+    """Whether it reads with learning, if it has fast MLPs."""
+
+    extrapolates: bool = True
+    """Whether it can read contexts that are longer than those of its training."""
 
 
 _WINDOW = System("window", "sliding window", "#98a2b3", "-window")
@@ -77,13 +85,23 @@ WARM_STARTS = (
     _warm_start("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_loop.lr=3"),
 )
 
+# All have the blocks of the model that they start from, its fast MLPs as well; some never change these.
+_WINDOW_AFTER = System("window", "sliding window", "#98a2b3", "", ("train_mode=pretrain",), learns=False)
+_FULL_CHANGES = ("train_mode=pretrain", "pattern=full", "attention_sink=false")
+PRETRAINED = (
+    System("full", "full attention", "#101828", "", _FULL_CHANGES, learns=False, extrapolates=False),
+    _WINDOW_AFTER,
+    System("dynamic", "dynamic evaluation", "#d9822b", "", ("train_mode=pretrain",), weights_from=_WINDOW_AFTER),
+    System("ttt-e2e", "TTT-E2E", "#1565c0", "", ("inner_loop.learned_lr=true",)),
+)
+
 _FLOOR = System("ngram", "n-gram floor", "#8d6e63", "-window")
 _FLOOR_ON = System("ngram-on", "n-gram floor", "#8d6e63", "-window", _PLAIN, starts_from=_WINDOW_FIRST)
 
-FLOOR = {"figure1": _FLOOR, "ablations": _FLOOR, "warmstart": _FLOOR_ON}
+FLOOR = {"figure1": _FLOOR, "ablations": _FLOOR, "warmstart": _FLOOR_ON, "pretrained": _FLOOR}
 """By comparison, the n-grams of the tokens that all systems are trained on, see `ngram`. The preset is not trained."""
 
-BASELINE = {"figure1": "full", "ablations": "ttt-e2e", "warmstart": "window-on"}
+BASELINE = {"figure1": "full", "ablations": "ttt-e2e", "warmstart": "window-on", "pretrained": "window"}
 """By comparison, the system from whose loss the others' losses are subtracted."""
 
 
@@ -92,7 +110,8 @@ def choose(comparison: str, scale: Scale, names: list[str] | None) -> tuple[Syst
 
     Raises UserError for an unknown name.
     """
-    systems = {"figure1": SYSTEMS, "warmstart": WARM_STARTS}.get(comparison) or ablations(scale)
+    fixed = {"figure1": SYSTEMS, "warmstart": WARM_STARTS, "pretrained": PRETRAINED}
+    systems = fixed.get(comparison) or ablations(scale)
     known = {system.name: system for system in systems}
     wanted = {BASELINE[comparison], *(set(known) - {"full-prefix"} if names is None else names)}
     for name in sorted(wanted - set(known)):
@@ -134,20 +153,25 @@ def pretraining(
         scale: The numbers of the comparison.
         system: What is trained.
         seed: Of the weights and of the order of the data. A second stage reads other tokens than the first.
-        lr: Outer learning rate. None: the preset's, or in a second stage the scale's `extend_lr`.
+        lr: Outer learning rate. None: the preset's; the scale's `extend_lr` in a second stage, and if all systems start
+            from a model.
         tokens: Length of the stage. None: the scale's.
     """
-    config = preset(scale.size + system.preset)
-    # A standard model has no mini-batches at any scale.
-    mini_batch_size = None if config.model.mini_batch_size is None else scale.mini_batch_size
-    config = replace(config, {"model.sliding_window": scale.sliding_window, "model.mini_batch_size": mini_batch_size})
+    if scale.start_from is not None:
+        config = RunConfig(load_config(scale.start_from))
+    else:
+        config = preset(scale.size + system.preset)
+        # A standard model has no mini-batches at any scale.
+        b = None if config.model.mini_batch_size is None else scale.mini_batch_size
+        config = replace(config, {"model.sliding_window": scale.sliding_window, "model.mini_batch_size": b})
     config = override(config, list(scale.settings))
     count = parameters(config.model)
     config = override(config, list(system.changes))
     if system.same_size:  # as nearly as MLPs of a multiple of 8 allow
         one, two = (parameters(replace(config, {"model.intermediate_size": width}).model) for width in (1, 2))
         config = replace(config, {"model.intermediate_size": max(8, round((count - one) / (two - one) / 8) * 8)})
-    stage_tokens, stage_lr = scale.pretrain_tokens, config.train.lr
+    stage_tokens = scale.pretrain_tokens
+    stage_lr = config.train.lr if scale.start_from is None else scale.extend_lr
     if system.starts_from is not None:
         stage_tokens, stage_lr = scale.warm_start_tokens, scale.extend_lr
         seed += 1

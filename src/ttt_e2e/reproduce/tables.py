@@ -1,6 +1,7 @@
 """Tables in markdown."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from ttt_e2e.model.cost import in_tokens
@@ -54,6 +55,14 @@ After ± comes the standard error over books, for differences paired by book; af
                 rows.append([system["label"], *shares])
         title = "Share of the gain over the sliding window that TTT-E2E has when it is trained from the start"
         add(title, ["system", *by_context], rows)
+    for positions in report["by_kind"]:
+        rows = [
+            [systems[row["system"]]["label"], *cells]
+            for row, cells in zip(positions["rows"], position_cells(positions), strict=True)
+        ]
+        title = f"{positions['kind']}: loss by position in texts of {in_tokens(positions['context'])}, and how much"
+        spans = [f"{in_tokens(start)} to {in_tokens(stop)}" for start, stop in pairwise(position_spans(positions))]
+        add(f"{title} of the distance from the sliding window to full attention is closed", ["system", *spans], rows)
     rows = []
     for system in systems.values():
         if system["sweep"]:
@@ -89,6 +98,33 @@ def time_tables(rows: Sequence[Mapping[str, Any]], systems: Mapping[str, Mapping
     if lines:
         lines += ["~: interpolated from segments of the text. -: does not fit into memory, or was not measured.", ""]
     return lines
+
+
+def position_spans(positions: dict[str, Any]) -> list[int]:
+    """Ends of the columns of a table by position: 0, 512, 1024, 2048, ..., the context; all of them ends of bins."""
+    edges = positions["position_edges"]
+    return [0, *(edge for edge in edges if edge >= 512 and edge & (edge - 1) == 0 and edge < edges[-1]), edges[-1]]
+
+
+def position_cells(positions: dict[str, Any]) -> list[list[str]]:
+    """The cells of a table by position, a list for each of its rows: loss, and share of the distance closed."""
+    edges, spans = positions["position_edges"], position_spans(positions)
+    losses: dict[str, list[float]] = {}
+    for row in positions["rows"]:
+        means = [one["loss"]["mean"] for one in row["bins"]]
+        losses[row["system"]] = []
+        for span in pairwise(spans):
+            inside = [i for i, edge in enumerate(edges[:-1]) if span[0] <= edge < span[1]]
+            total = sum(means[i] * (edges[i + 1] - edges[i]) for i in inside)
+            losses[row["system"]].append(total / (span[1] - span[0]))
+    window, full = losses.get("window"), losses.get("full")
+    cells = []
+    for system, values in losses.items():
+        cells.append([f"{value:.4f}" for value in values])
+        for i, value in enumerate(values):
+            if window and full and system not in ("window", "full") and window[i] - full[i] > 0.005:
+                cells[-1][i] += f" ({(window[i] - value) / (window[i] - full[i]):.0%})"
+    return cells
 
 
 def _mean(value: dict[str, Any] | None, sign: str) -> str:

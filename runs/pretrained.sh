@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Figure 1 with a pretrained model: texts, tokens, and `reproduce pretrained`, all in WORK.
+#
+#     runs/pretrained.sh WORK BOOKS [OPTION ...]     # BOOKS holds train-00.parquet and val.parquet
+#
+# OPTIONs go to `ttt-e2e reproduce pretrained`, such as --seeds 0,1 or --tokens 5M. It needs the extras `smollm2` and
+# `parquet`. Run it again after whatever interrupted it, and it continues.
+set -euo pipefail
+
+work=${1:?usage: runs/pretrained.sh WORK BOOKS [OPTION ...]}
+books=${2:?usage: runs/pretrained.sh WORK BOOKS [OPTION ...]}
+shift 2
+runs=$(cd "$(dirname "$0")" && pwd)
+[ -e "$work/texts" ] || { python "$runs/pretrained_texts.py" "$books" "$work/texts.part" && mv "$work/texts.part" "$work/texts"; }
+ttt-e2e prepare "$work/texts/train" --val "$work/texts/val" --tokenizer smollm2 --out "$work/tokens"
+ttt-e2e reproduce pretrained --data "$work/tokens" --out "$work/pretrained" "$@"
