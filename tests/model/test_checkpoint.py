@@ -204,6 +204,8 @@ MIXER_NAMES = {
     "step_bias w_out w_qkv w_step",
     "titans": "context_norm gate_norm k_norm memory.w_in memory.w_out persistent_k persistent_v q_norm steps_bias "
     "w_context w_kv w_memory w_out w_q w_steps",
+    "window+gated-deltanet": "attention.k_norm attention.q_norm attention.w_out attention.w_qkv deltanet.a_log "
+    "deltanet.dt_bias deltanet.norm deltanet.w_ba deltanet.w_conv deltanet.w_in deltanet.w_out",
 }
 
 

@@ -110,7 +110,7 @@ def unseen_below(config: ModelConfig, pieces: list[int]) -> int:
     """Operations for such entries in a text that all mixers below the loop are given in these pieces."""
     entries = 0
     for mixer in config.mixers[: config.prefix_layers + 1]:
-        if mixer in ("full", "window", "ttt-kvb"):
+        if mixer in ("full", "window", "ttt-kvb", "window+gated-deltanet"):
             entries += unseen(pieces, None if mixer == "full" else config.sliding_window)[0]
         if mixer == "titans":  # two keys a token, and it walks by mini-batches
             position = 0
@@ -324,6 +324,7 @@ MIXED = {
         "memory.num_persistent_tokens": 0,
         "qk_norm": False,
     },
+    "window+gated-deltanet": {"num_key_value_heads": 1, "sliding_window": 5},
     "hybrid": {"num_hidden_layers": 4, "pattern": ("titans", "mamba2", "ttt-kvb", "gated-deltanet")},
 }
 LONG = [128, 130]  # with a rest and without, in chunks and in mini-batches
@@ -351,7 +352,7 @@ def at_the_edges(config: ModelConfig, length: int) -> int:
         if mixer == "mamba2":  # nobody reads the state after the last chunk; if it is short, it is computed by itself
             inner = config.mamba2.expand * config.hidden_size
             extra -= 2 * 2 * (length % tuning.SSD_CHUNK) * config.mamba2.state_size * inner
-        if mixer == "gated-deltanet":  # nor there, and the memory before the first is a constant
+        if mixer.endswith("gated-deltanet"):  # nor there, and the memory before the first is a constant
             count = -(-length // tuning.DELTA_RULE_CHUNK)
             chunk = -(-length // count)
             heads = config.gated_deltanet.expand_v * config.num_attention_heads

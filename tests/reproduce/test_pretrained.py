@@ -12,18 +12,23 @@ from helpers import small_model
 from reproduce_helpers import read_report, read_results
 from safetensors.torch import load_file
 
+from ttt_e2e.config.schema import replace
 from ttt_e2e.data.prepare import prepare
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import read_json
+from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.checkpoint import TOKENIZER, WEIGHTS, load_transformer, save_model
 from ttt_e2e.reproduce.held_out import BookReader, held_out_books
 from ttt_e2e.reproduce.run import reproduce
 from ttt_e2e.reproduce.scales import Scale, pretrained_scale
+from ttt_e2e.reproduce.start import in_shape_of
+from ttt_e2e.reproduce.systems import from_one_model, pretraining
 from ttt_e2e.reproduce.tables import position_cells
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ("full", "window", "dynamic", "ttt-e2e")
+NAMES = ("full", "window", "hybrid", "gated-deltanet", "ttt-kvb", "dynamic", "ttt-e2e")
+SHORT = {"full", "hybrid"}  # those that cannot read more than they were trained on
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +83,32 @@ def test_every_system_has_its_best_of_three_rates(done: Path) -> None:
         assert [row["lr"] for row in sweep] == pytest.approx([1e-4, 3e-4, 9e-4])
         assert report["systems"][name]["lr"] == min(sweep, key=lambda row: row["loss"])["lr"]
     evaluated = {(e["system"], e["context"]) for e in report["evaluations"]}
-    assert evaluated == {(name, c) for name in (*NAMES, "ngram") for c in (32, 64)} - {("full", 64)}
+    assert evaluated == {(name, c) for name in (*NAMES, "ngram") for c in (32, 64)} - {(name, 64) for name in SHORT}
     assert {e["system"] for e in report["evaluations"] if "inner_lr" in e} == {"dynamic"}
     assert {e["system"] for e in report["evaluations"] if "frozen" in e} == {"dynamic", "ttt-e2e", "ngram"}
+
+
+def test_every_system_starts_with_the_predictions_of_the_window_or_of_full_attention(model: Path) -> None:
+    source = load_transformer(model)
+    texts = torch.randint(1, 272, (2, 33), generator=torch.Generator().manual_seed(0))
+    losses = {}
+    for system in from_one_model(minute_scale(model)):
+        config = pretraining(minute_scale(model), system, 0).model
+        start = in_shape_of(source, config)
+        assert start.config == config
+        losses[system.name] = sequence_loss(start, texts, learn=False).nll_BT
+    inside = losses["full"][:, : source.config.sliding_window]
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss[:, : source.config.sliding_window], inside, rtol=1e-5, atol=1e-5)
+        if name not in SHORT:
+            torch.testing.assert_close(loss, losses["window"], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(losses["full"], losses["window"], rtol=1e-2)
+
+
+def test_a_model_with_added_fast_mlps_has_no_start_without_them() -> None:
+    model = small_model(post_norm=False)
+    with pytest.raises(UserError, match="converted with --fast split"):
+        in_shape_of(model, replace(model.config, {"suffix_layers": 0}))
 
 
 def test_only_the_suffix_is_trained(done: Path, model: Path) -> None:
@@ -92,14 +120,24 @@ def test_only_the_suffix_is_trained(done: Path, model: Path) -> None:
         assert changed == {key for key in (*inside, "final_norm.weight") if key in after}
         assert any(key.endswith("log_lr_scale") for key in after) == (name == "ttt-e2e")
         assert any("sink" in key for key in after) == (name != "full")
+    for name in ("hybrid", "gated-deltanet", "ttt-kvb"):
+        after = load_file(done / f"runs/{name}/seed0/pretrain/run/model" / WEIGHTS)
+        below = [key for key in before if key.startswith(("embedding", "head", "blocks.0", "blocks.1"))]
+        assert len(below) > 10 and all(torch.equal(before[key], after[key]) for key in below)
+        # After a few steps the memory is no longer silent.
+        gates = [key for key in after if key.endswith(("mixer.deltanet.w_out", "mixer.read_norm"))]
+        assert len(gates) == (0 if name == "hybrid" else 2)
+        above = [key for key in after if key.startswith(("blocks.2", "blocks.3"))]
+        assert all(not torch.equal(after[key], before[key]) for key in above if key in before and "mlp" not in key)
+        assert all(after[key].any() for key in above if key.endswith("w_out"))
 
 
 def test_systems_with_one_prefix_share_its_outputs_and_its_texts(done: Path) -> None:
     settings = {f.parent.relative_to(done).as_posix(): read_json(f) for f in done.glob("runs/**/job.json")}
-    caches = {job.split("/")[1]: Path(s["cache"]).name for job, s in settings.items() if "cache" in s}
+    caches = {job.split("/")[1]: Path(s["cache"]).name for job, s in settings.items() if s.get("cache")}
     assert caches == {"full": "prefix-full-seed0", "window": "prefix-window-seed0", "ttt-e2e": "prefix-window-seed0"}
     trained = {job: r["loader"] for job, r in read_results(done).items() if job.endswith("seed0/pretrain")}
-    assert len(trained) == 3 and len({json.dumps(loader) for loader in trained.values()}) == 1
+    assert len(trained) == 6 and len({json.dumps(loader) for loader in trained.values()}) == 1
 
 
 def test_the_losses_are_those_of_the_models(done: Path, tokens: Path) -> None:
@@ -126,7 +164,7 @@ def test_report_tells_kinds_of_texts_apart(done: Path) -> None:
     assert [(p["kind"], p["context"]) for p in report["by_kind"]] == [
         ("books", 32), ("books", 64), ("code", 32), ("code", 64),
     ]  # fmt: skip
-    assert [row["system"] for row in report["by_kind"][1]["rows"]] == ["window", "dynamic", "ttt-e2e", "ngram"]
+    assert [row["system"] for row in report["by_kind"][1]["rows"]] == [*(n for n in NAMES if n not in SHORT), "ngram"]
     text = (done / "pretrained.md").read_text()
     assert "## books: loss by position in texts of 32" in text and "## code: loss by position in texts of 64" in text
     assert (done / "pretrained-code-64.png").read_bytes().startswith(b"\x89PNG")

@@ -152,6 +152,22 @@ def test_frozen_prefix_leaves_the_other_gradients_as_they_are(checkpointing: Any
                 assert a.grad is None and (is_below_loop(name, part.config) or name == "head")
 
 
+def test_the_last_blocks_of_any_model_are_trained_with_their_own_gradients() -> None:
+    for changes in ({}, {"suffix_layers": 0, "pattern": ("ttt-kvb", "full"), "sliding_window": 10}):
+        part, whole = (small_model(torch.float64, **changes) for _ in range(2))
+        set_trainable(part, TrainConfig(trainable="last", trained_layers=1))
+        for model in (part, whole):
+            sequence_loss(model, TOKENS, dtype=torch.float64).loss.backward()
+        for (name, a), b in zip(part.named_parameters(), whole.parameters(), strict=True):
+            if name.startswith(("blocks.3.", "final_norm")):
+                assert a.grad is not None and b.grad is not None
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, msg=name)
+            else:
+                assert a.grad is None
+    with pytest.raises(UserError, match="trained_layers = 5, but the model has 4 blocks"):
+        set_trainable(small_model(), TrainConfig(trainable="last", trained_layers=5))
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "mini-batch", "sqrt"])
 @pytest.mark.parametrize(
     "changes",

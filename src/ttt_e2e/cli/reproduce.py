@@ -60,12 +60,12 @@ _WARMSTART_EPILOG = f"""systems:
 {_SCALES}example:
   ttt-e2e reproduce warmstart --scale tiny --out warmstart --contexts 512,2K --dry-run"""
 
-_PRETRAINED = """Start every system from one pretrained model: full attention, a sliding window, the same with dynamic
-evaluation, and TTT-E2E. Only the last blocks, those that learn, are trained; the outputs of those below are computed
-once, in OUT. Each outer learning rate is the best of three. Read held-out texts by position, those
-of each folder that they were prepared from apart."""
+_PRETRAINED = """Start every system from one pretrained model, and train its last blocks, those that learn; the
+outputs of the blocks below are computed once. Each outer learning rate is the best of three. Read
+held-out texts by position, those of each folder that they were prepared from apart."""
 _PRETRAINED_EPILOG = """systems:
-  full, window (the baseline, always compared), dynamic, ttt-e2e
+  full, window (the baseline, always compared), hybrid, gated-deltanet, ttt-kvb (beside the window),
+  dynamic, ttt-e2e
 
 runs/pretrained.sh downloads the texts and runs the whole comparison.
 

@@ -20,10 +20,10 @@ from ttt_e2e.errors import UserError
 ActivationCheckpointing = Literal["none", "mini-batch", "sqrt"]
 Kernels = Literal["auto", "torch", "fused"]
 TrainMode = Literal["meta", "pretrain"]
-Trainable = Literal["all", "suffix", "lora"]
+Trainable = Literal["all", "suffix", "last", "lora"]
 
 ATTENTIONS = ("full", "window")
-MIXERS = (*ATTENTIONS, "mamba2", "gated-deltanet", "ttt-kvb", "titans")
+MIXERS = (*ATTENTIONS, "mamba2", "gated-deltanet", "ttt-kvb", "titans", "window+gated-deltanet")
 
 _DERIVED: Any = None  # the default of fields that `__post_init__` computes from others
 
@@ -221,7 +221,7 @@ class ModelConfig:
     """Width of an attention head (K). None becomes `hidden_size / num_attention_heads`."""
     pattern: tuple[str, ...] = ("window",)
     """Sequence mixers of the blocks, repeated over the depth: "full", "window", "mamba2", "gated-deltanet", "ttt-kvb",
-    "titans"."""
+    "titans", "window+gated-deltanet"."""
     sliding_window: Tokens = 8192
     """Tokens that a query of a "window" mixer sees, itself included (k)."""
     rope_theta: Annotated[float, Range(1.0, 1e30)] = 500_000.0
@@ -309,8 +309,8 @@ class ModelConfig:
             raise UserError(f"With {', '.join(others)}, neither head_dim nor biases of attention can be set.")
         if self.qk_norm_joint and (others or not self.qk_norm):
             raise UserError("qk_norm_joint is for mixers 'full' and 'window' alone, and needs qk_norm=true.")
-        if self.attention_sink and "window" not in self.mixers:
-            raise UserError("attention_sink is for attention over a window, but no mixer of the pattern is 'window'.")
+        if self.attention_sink and not {"window", "ttt-kvb", "window+gated-deltanet"} & set(self.mixers):
+            raise UserError("attention_sink is for attention over a window, but no mixer of the pattern has one.")
         inside = self.mixers[self.prefix_layers + 1 :]
         if set(inside) not in (set(), {"full"}, {"window"}):
             raise UserError(
@@ -411,8 +411,11 @@ class TrainConfig:
     model with a suffix is trained like a standard one and learns at test time only (dynamic evaluation)."""
     trainable: Trainable = "all"
     """What is trained of a model that the run starts from. "suffix": only what runs inside the mini-batch loop, which
-    is the suffix without its first mixer, and the last norm; not the embedding, nor the head. "lora": low-rank
-    additions to static matrices, the initial fast weights, and norms."""
+    is the suffix without its first mixer, and the last norm; not the embedding, nor the head. "last": the last
+    `trained_layers` blocks and the last norm, of any model. "lora": low-rank additions to static matrices, the initial
+    fast weights, and norms."""
+    trained_layers: Annotated[int, Range(1, 4096)] = 1
+    """Blocks that `trainable=last` trains."""
     lora: LoraConfig = LoraConfig()
     cache_prefix: bool = False
     """Whether the outputs of what runs before the loop, if all of it is frozen, are computed once and kept on disk for

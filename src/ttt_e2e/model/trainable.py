@@ -43,6 +43,14 @@ def choose_trainable(config: ModelConfig, train: TrainConfig, shapes: Shapes) ->
         setting = "trainable=suffix" if train.trainable == "suffix" else "lora.layers=suffix"
         raise UserError(f"The model has no suffix, which {setting} would train; choose another, or convert the model.")
     candidates = [name for name in shapes if name not in ("embedding", "head")]
+    if train.trainable == "last":
+        first = config.num_hidden_layers - train.trained_layers
+        if first < 0:
+            raise UserError(
+                f"trained_layers = {train.trained_layers}, but the model has {config.num_hidden_layers} blocks."
+            )
+        below = tuple(f"blocks.{i}." for i in range(first))
+        return Trainable([name for name in candidates if not name.startswith(below)], [])
     if train.prefix_frozen:
         candidates = [name for name in candidates if not is_below_loop(name, config)]
     if train.trainable == "suffix":

@@ -24,11 +24,11 @@ from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
 from ttt_e2e.files import read_json, with_digest, write_text
 from ttt_e2e.hardware import choose_device, keep_freed_memory
 from ttt_e2e.model.checkpoint import TOKENIZER, load_config, load_transformer, save_model
-from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.reproduce import timing
 from ttt_e2e.reproduce.held_out import evaluate_books
 from ttt_e2e.reproduce.ngram import evaluate_floor
 from ttt_e2e.reproduce.plan import JOB, RESULT, RUN
+from ttt_e2e.reproduce.start import in_shape_of
 from ttt_e2e.training.checkpoint import check_checkpoint, list_checkpoints
 from ttt_e2e.training.metrics import read_metrics
 from ttt_e2e.training.run_folder import MODEL
@@ -117,21 +117,11 @@ def _start(folder: Path, model: Path, config: RunConfig) -> Path:
     while not converted.is_dir():
         if _is_rank0():
             source = load_transformer(model)
-            changed = _with_other_attention if source.suffix else warm_start
+            changed = in_shape_of if source.suffix else warm_start
             save_model(changed(source, config.model), converted, model / TOKENIZER)
         else:
             time.sleep(0.2)
     return converted
-
-
-@torch.no_grad()
-def _with_other_attention(model: Transformer, config: ModelConfig) -> Transformer:
-    """A copy of a model with a suffix in the shape of `config`: with full attention, say, or learned inner rates."""
-    copy, weights = Transformer(config), dict(model.named_parameters())
-    for name, weight in copy.named_parameters():
-        if not name.endswith(".log_lr_scale") or name in weights:
-            weight.copy_(weights[name])
-    return copy
 
 
 def _is_rank0() -> bool:

@@ -85,16 +85,6 @@ WARM_STARTS = (
     _warm_start("warm-split-3", "split, inner rate 3", "#c2185b", "split", 0.5, "inner_loop.lr=3"),
 )
 
-# All have the blocks of the model that they start from, its fast MLPs as well; some never change these.
-_WINDOW_AFTER = System("window", "sliding window", "#98a2b3", "", ("train_mode=pretrain",), learns=False)
-_FULL_CHANGES = ("train_mode=pretrain", "pattern=full", "attention_sink=false")
-PRETRAINED = (
-    System("full", "full attention", "#101828", "", _FULL_CHANGES, learns=False, extrapolates=False),
-    _WINDOW_AFTER,
-    System("dynamic", "dynamic evaluation", "#d9822b", "", ("train_mode=pretrain",), weights_from=_WINDOW_AFTER),
-    System("ttt-e2e", "TTT-E2E", "#1565c0", "", ("inner_loop.learned_lr=true",)),
-)
-
 _FLOOR = System("ngram", "n-gram floor", "#8d6e63", "-window")
 _FLOOR_ON = System("ngram-on", "n-gram floor", "#8d6e63", "-window", _PLAIN, starts_from=_WINDOW_FIRST)
 
@@ -110,8 +100,10 @@ def choose(comparison: str, scale: Scale, names: list[str] | None) -> tuple[Syst
 
     Raises UserError for an unknown name.
     """
-    fixed = {"figure1": SYSTEMS, "warmstart": WARM_STARTS, "pretrained": PRETRAINED}
-    systems = fixed.get(comparison) or ablations(scale)
+    if comparison in ("ablations", "pretrained"):
+        systems = ablations(scale) if comparison == "ablations" else from_one_model(scale)
+    else:
+        systems = {"figure1": SYSTEMS, "warmstart": WARM_STARTS}[comparison]
     known = {system.name: system for system in systems}
     wanted = {BASELINE[comparison], *(set(known) - {"full-prefix"} if names is None else names)}
     for name in sorted(wanted - set(known)):
@@ -139,6 +131,38 @@ def ablations(scale: Scale) -> tuple[System, ...]:
     changed.append(System("no-static-mlp", label, "#c2185b", "", ("static_mlp=false",), same_size=True))
     changed.append(System("no-meta", "without meta-learning", "#d9822b", "", ("train_mode=pretrain",)))
     return _TTT_E2E, *(dataclasses.replace(system, lr_from=_TTT_E2E) for system in changed)
+
+
+def from_one_model(scale: Scale) -> tuple[System, ...]:
+    """The systems that start from a converted model and train its last blocks, as many as it has in its suffix.
+
+    Full attention, the window and dynamic evaluation keep the model's fast MLPs, which never change there while they
+    read, so that all of them share the outputs below. The other three have another suffix, and train its first mixer as
+    well.
+    """
+    assert scale.start_from is not None, "a scale of `pretrained_scale`"
+    model = load_config(scale.start_from)
+    standard, last = ("train_mode=pretrain",), model.suffix_layers
+    whole = ("suffix_layers=0", "parallel_mlp=false", "trainable=last", f"trained_layers={last}", "cache_prefix=false")
+
+    def beside_the_window(name: str) -> str:
+        return f"pattern={','.join(['window'] * model.prefix_layers + [name] * last)}"
+
+    window = System("window", "sliding window", "#98a2b3", "", standard, learns=False)
+    full = (*standard, "pattern=full", "attention_sink=false")
+    hybrid = (*whole, "pattern=window,window,window,window,window,full")
+    return (
+        System("full", "full attention", "#101828", "", full, learns=False, extrapolates=False),
+        window,
+        System("hybrid", "hybrid, 5 windows : 1 full", "#667085", "", hybrid, extrapolates=False),
+        System(
+            "gated-deltanet", "window and Gated DeltaNet", "#00897b", "",
+            (*whole, beside_the_window("window+gated-deltanet")),
+        ),
+        System("ttt-kvb", "window and TTT-KVB", "#8e24aa", "", (*whole, beside_the_window("ttt-kvb"))),
+        System("dynamic", "dynamic evaluation", "#d9822b", "", standard, weights_from=window),
+        System("ttt-e2e", "TTT-E2E", "#1565c0", "", ("inner_loop.learned_lr=true",)),
+    )  # fmt: skip
 
 
 # -- how a system is trained -------------------------------------------------------------------------------------------

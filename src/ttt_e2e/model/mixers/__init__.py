@@ -9,6 +9,7 @@ from ttt_e2e.model.mixers.gated_deltanet import GatedDeltaNet, gated_deltanet_co
 from ttt_e2e.model.mixers.mamba2 import Mamba2, mamba2_cost
 from ttt_e2e.model.mixers.titans import Titans, titans_cost
 from ttt_e2e.model.mixers.ttt_kvb import TTTKVB, ttt_kvb_cost
+from ttt_e2e.model.mixers.windowed_deltanet import WindowedDeltaNet, windowed_deltanet_cost
 
 MIXER_TYPES: dict[str, Callable[..., Mixer]] = {
     "full": lambda config, rope=True: Attention(config, None, rope),
@@ -17,6 +18,7 @@ MIXER_TYPES: dict[str, Callable[..., Mixer]] = {
     "gated-deltanet": GatedDeltaNet,
     "ttt-kvb": TTTKVB,
     "titans": Titans,
+    "window+gated-deltanet": WindowedDeltaNet,
 }
 """Every mixer by its name in `MIXERS`, from a `ModelConfig`; the parameters are still to be drawn.
 
@@ -31,5 +33,6 @@ MIXER_COSTS: dict[str, Callable[[ModelConfig, int], MixerCost]] = {
     "gated-deltanet": gated_deltanet_cost,
     "ttt-kvb": ttt_kvb_cost,
     "titans": titans_cost,
+    "window+gated-deltanet": windowed_deltanet_cost,
 }
 """What one mixer costs at a number of tokens, by its name."""
