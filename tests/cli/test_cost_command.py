@@ -11,9 +11,10 @@ from helpers import small_model
 
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import PRESETS
-from ttt_e2e.config.schema import TrainConfig
+from ttt_e2e.config.schema import RunConfig, TrainConfig
 from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.learning import LearningOptions, config_from_source, full_attention_config
+from ttt_e2e.inner_loop.activations import activation_bytes
 from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.model.cost import cost, hours, parameters, training_bytes
 from ttt_e2e.training.optimizer import make_optimizer
@@ -89,6 +90,19 @@ def test_cost_of_a_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     save_model(model, tmp_path / "mine", None)
     assert run("cost", tmp_path / "mine", "--context", 100, "--json") == 0
     assert json.loads(capsys.readouterr().out)["costs"] == {"mine": [asdict(cost(model.config, 100, 2))]}
+
+
+def test_cost_counts_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(small_model(), tmp_path / "mine", None)
+    argv = ("cost", tmp_path / "mine", "--context", 16, 64, "--activations", "batch=6", "accumulate=2")
+    assert run(*argv, "--json") == 0
+    config = override(RunConfig(small_model().config, PRESETS["3b"].train), ["batch=6", "accumulate=2"])
+    expected = [activation_bytes(config, context) for context in (16, 64)]
+    assert json.loads(capsys.readouterr().out)["bytes"]["activations"] == expected
+    assert run(*argv) == 0
+    assert re.search(
+        r"Activations of a step, of 3 sequences at a time, .* at 16, .* at 64$", capsys.readouterr().out, re.M
+    )
 
 
 def test_training_bytes_are_weights_gradients_and_moments() -> None:

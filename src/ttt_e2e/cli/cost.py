@@ -26,7 +26,7 @@ is fetched. The converted model is counted."""
 EPILOG = """examples:
   ttt-e2e cost 3b
   ttt-e2e cost 3b --context 8K 128K 2M
-  ttt-e2e cost run/model trainable=suffix
+  ttt-e2e cost run/model trainable=suffix batch=1 --activations
   ttt-e2e cost tiny sliding_window=1024 mini_batch_size=128 --json
   ttt-e2e cost Qwen/Qwen3-8B --fast-rank 16 --train 1000M"""
 
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths of the text, such as 8192, 128K or 2M (default: the context of the preset or else the window, "
         "and 4 and 16 times that)",
     )
+    add("--activations", action="store_true", help="also count the activations of a training step; takes seconds")
     add("--train", type=tokens, metavar="TOKENS", help="also print how long training on TOKENS tokens takes")
     add(
         "--flops",
@@ -82,6 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     }
     count, train_bytes = parameters(config.model), training_bytes(config.model, config.train)
     trained, added = trained_parameters(config.model, config.train)
+    activations = {}
+    if arguments.activations:
+        from ttt_e2e.inner_loop.activations import activation_bytes
+
+        activations = {context: activation_bytes(config, context) for context in contexts}
     times = []
     if arguments.train:
         for of in (at.operations for at in costs[name]):
@@ -94,12 +100,18 @@ def run(arguments: argparse.Namespace) -> int:
             "trained": {"parameters": trained, "lora": added},
             "costs": {label: [asdict(at) for at in row] for label, row in costs.items()},
         }
+        if activations:
+            report["bytes"]["activations"] = [activations[context] for context in contexts]
         if arguments.train:
             report["training"] = {"tokens": arguments.train, "flops": arguments.flops, "hours": times}
         print_json(report)
         return 0
     weights = f"{in_bytes(4 * count)} in float32, {in_bytes(2 * count)} in bfloat16"
     print(f"{name}: {count:,} parameters, {weights}; {in_bytes(train_bytes)} to train, plus activations")
+    if activations:
+        rows = max(1, config.train.batch // config.train.accumulate)
+        sizes = ", ".join(f"{in_bytes(size)} at {in_tokens(context)}" for context, size in activations.items())
+        print(f"Activations of a step, of {rows} sequences at a time, at least about: {sizes}")
     if config.train.trainable != "all":
         below = "; no activations of what runs before the loop" if config.train.prefix_frozen else ""
         adapters = f", and {added:,} of low-rank additions" if added else ""
