@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the transformers library is not installed")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers_helpers import TEXT, learning_model, load
 
 import ttt_e2e.hf
@@ -53,6 +53,8 @@ def test_tokenizer_is_the_models_with_bos_in_front(converted: Path, folder: Path
 
 
 def test_pipeline_generates_what_a_session_generates(converted: Path, folder: Path) -> None:
+    from transformers import pipeline  # imports much more than the rest, which not every process needs
+
     model, tokenizer = load(folder), Tokenizer.load(folder)
     write = pipeline("text-generation", str(converted), device="cpu")
     texts = [TEXT[:90], TEXT[40:250]]

@@ -95,9 +95,10 @@ def test_save_rejects_unknown_and_overflowing_precision(tmp_path: Path) -> None:
 
 
 def test_compiled_session_is_saved_like_any_other(
-    tmp_path: Path, model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
+    model = small_model(vocab_size=tokenizer.vocab_size, num_hidden_layers=2).eval().requires_grad_(False)
     monkeypatch.setattr(session_module, "compiled_functions", lambda device: compiled_functions(device, "aot_eager"))
     tokens = tokens_of(60)
     plain, compiled = Session(model, tokenizer), Session(model, tokenizer, compile=True)

@@ -253,8 +253,9 @@ def test_a_session_takes_less(tmp_path: Path) -> None:
     assert sizes[1] < sizes[0] / 4
 
 
-def test_compiled_reading(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
+    model = small_model(num_hidden_layers=2, fast_rank=3, inner_loop__lr=0.3).eval().requires_grad_(False)
     monkeypatch.setattr(session_module, "compiled_functions", lambda device: compiled_functions(device, "aot_eager"))
     plain, compiled = Session(model), Session(model, compile=True)
     assert compiled.compiled

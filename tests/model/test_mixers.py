@@ -141,8 +141,9 @@ def test_one_sequence_tells_another_nothing(name: str) -> None:
 def test_every_parameter_is_trained(name: str) -> None:
     model, text = model_of(name), text_of(36)
     optimizer = make_optimizer(model, TrainConfig(weight_decay=0.0))
-    losses = []
-    for _ in range(25):
+    losses: list[float] = []
+    while len(losses) < 5 or losses[-1] >= 0.8 * losses[0]:
+        assert len(losses) < 25
         loss = sequence_loss(model, text).loss
         loss.backward()
         idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
@@ -152,7 +153,6 @@ def test_every_parameter_is_trained(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_no_decay_where_a_mixer_wants_none() -> None:

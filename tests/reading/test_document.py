@@ -27,8 +27,10 @@ from ttt_e2e.reading.report import ReadingReport, sparkline, summary
 
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed east, and the sea was calm.\n" for i in range(45))
 TOKENIZER = Tokenizer.train([TEXT], 290)
-TRAINABLE = small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=0.1)
-MODEL = small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=0.1).eval().requires_grad_(False)
+# One block that learns and one that does not: more would take time and no path of this room.
+SHAPE: dict = dict(num_hidden_layers=2, suffix_layers=1, vocab_size=TOKENIZER.vocab_size, inner_loop__lr=0.1)
+TRAINABLE = small_model(**SHAPE)
+MODEL = small_model(**SHAPE).eval().requires_grad_(False)
 
 
 def report_of(text: str = TEXT, **options: object) -> ReadingReport:
@@ -273,7 +275,7 @@ def test_an_unfinished_reading_is_resumed_or_refused(tmp_path: Path) -> None:
         ("--no-learning", {"learn": False}),
         ("--session", {"session": other}),
         ("--dtype", {"session": Session(MODEL, TOKENIZER, dtype=torch.bfloat16)}),
-        ("another model", {"session": Session(small_model(vocab_size=TOKENIZER.vocab_size), TOKENIZER)}),
+        ("another model", {"session": Session(small_model(**SHAPE | {"inner_loop__lr": 0.2}), TOKENIZER)}),
     ]
     for match, options in cases:
         with pytest.raises(UserError, match=match):

@@ -25,7 +25,8 @@ from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
 
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed east.\n" for i in range(2))
 TOKENIZER = Tokenizer.train([TEXT], 290)
-MODEL = small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=0.1).eval().requires_grad_(False)
+SHAPE: dict = dict(num_hidden_layers=2, suffix_layers=1, vocab_size=TOKENIZER.vocab_size, inner_loop__lr=0.1)
+MODEL = small_model(**SHAPE).eval().requires_grad_(False)
 
 
 MOMENTS = 45  # there are somewhat more

@@ -28,11 +28,9 @@ from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed to Łódź — 船. The sea was calm.\n" for i in range(7))
 OTHER = "".join(f"{i} geese flew over.\n" for i in range(4))
 TOKENIZER = Tokenizer.train([TEXT], 290)
-MODEL = (
-    small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=0.1, mini_batch_size=8, sliding_window=16)
-    .eval()
-    .requires_grad_(False)
-)
+# One block that learns and one that does not: more would take time and no path of this room.
+SHAPE: dict = dict(num_hidden_layers=2, suffix_layers=1, mini_batch_size=8, sliding_window=16)
+MODEL = small_model(vocab_size=TOKENIZER.vocab_size, inner_loop__lr=0.1, **SHAPE).eval().requires_grad_(False)
 WINDOW = MODEL.config.sliding_window
 SIZE = passage_size(WINDOW)
 

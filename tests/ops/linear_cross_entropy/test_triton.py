@@ -1,12 +1,9 @@
 """The Triton kernels of the cross-entropy: on a GPU where there is one, else in Triton's interpreter on the CPU.
 
-The interpreter must be chosen before Triton is first imported and would disturb everything else that uses Triton, so
-the tests here run in a process of their own then, started by `test_passes_in_the_interpreter`.
+In the interpreter, test_triton_interpreter.py starts them.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,16 +22,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
-    reason="no GPU; `test_passes_in_the_interpreter` runs this on the CPU",
+    reason="no GPU; test_triton_interpreter.py runs this on the CPU",
 )
 gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is in the interpreter")
-def test_passes_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
 
 
 def results(implementation: str, tensors: tuple[Tensor, ...], need_weight: bool) -> list[Tensor]:
