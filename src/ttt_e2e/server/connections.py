@@ -111,4 +111,9 @@ class BoundedProtocol(H11Protocol):
 
 def bounded_protocol(limit: int) -> type[BoundedProtocol]:
     """A `BoundedProtocol` of its own for a server with at most `limit` connections."""
-    return type("LimitedProtocol", (BoundedProtocol,), {"limit": limit})
+
+    class LimitedProtocol(BoundedProtocol):
+        pass
+
+    LimitedProtocol.limit = limit
+    return LimitedProtocol

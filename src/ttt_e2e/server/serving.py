@@ -69,5 +69,6 @@ class Server(uvicorn.Server):
                 task.cancel()
             await asyncio.wait(tasks, timeout=_CUT_OFF_SECONDS)
         for connection in list(self.server_state.connections):
+            assert isinstance(connection, BoundedProtocol)
             connection.abort()  # its client does not take the response
         await closing
