@@ -12,17 +12,16 @@ from hypothesis import strategies as st
 
 from ttt_e2e.config.parse import from_dict, override, to_dict
 from ttt_e2e.config.presets import preset
+from ttt_e2e.config.ranges import Range, ranges_of
 from ttt_e2e.config.schema import (
     GatedDeltaNetConfig,
     InnerLoopConfig,
     Mamba2Config,
     MemoryConfig,
     ModelConfig,
-    Range,
     RopeScaling,
     RunConfig,
     TrainConfig,
-    ranges_of,
 )
 from ttt_e2e.errors import UserError
 

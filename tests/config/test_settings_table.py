@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ttt_e2e.config import schema
+from ttt_e2e.config import ranges, schema
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
 
 DOCS = Path(__file__).parents[2] / "docs/reference/settings.md"
@@ -43,8 +43,8 @@ def rows(cls: Any, prefix: str = "") -> list[str]:
             found += rows(type(field.default), f"{prefix}{field.name}.")
         else:
             assert field.name in texts, f"{cls.__name__}.{field.name} has no docstring"
-            range_ = schema.ranges_of(cls).get(field.name)
-            ends = "" if range_ is None else f"{schema.as_text(range_.low)} to {schema.as_text(range_.high)}"
+            range_ = ranges.ranges_of(cls).get(field.name)
+            ends = "" if range_ is None else f"{ranges.as_text(range_.low)} to {ranges.as_text(range_.high)}"
             cells = (f"`{prefix}{field.name}`", as_written(field.default), ends, texts[field.name])
             found.append(f"| {' | '.join(cells)} |")
     return found

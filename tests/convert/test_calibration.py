@@ -11,10 +11,11 @@ from hf_helpers import Pretrained, tokens, with_tokenizer
 
 from ttt_e2e.cli.main import main
 from ttt_e2e.config.schema import replace
-from ttt_e2e.convert.calibration import TEXT, calibrate_sinks
+from ttt_e2e.convert.calibration import TEXT, calibrate_sinks, calibration_ids
 from ttt_e2e.convert.from_hf import convert_from_hf, describe
 from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.data.text import read_text
+from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.checkpoint import load_transformer
@@ -68,6 +69,17 @@ def test_sinks_are_what_the_original_gives_to_the_first_token(
         float(sequence_loss(sunk, ids, learn=False).nll_BT[0, 12:].mean()), abs=1e-5
     )
     assert abs(losses.with_sink - losses.without_sink) > 1e-3
+
+
+def test_only_the_beginning_of_a_calibration_text_is_encoded(tmp_path: Path) -> None:
+    tokenizer, text, path = Tokenizer.train(["geese"], 260), "The geese flew.\n" * 200_000, tmp_path / "text"
+    path.write_bytes(text.encode() + b"\xff")  # which is no text: an error if it were looked at
+    for window in (1, 5000):
+        ids = calibration_ids(tokenizer, path, window)
+        assert window + 2048 < len(ids) < 100_000
+        np.testing.assert_array_equal(ids, [tokenizer.bos, *tokenizer.encode(text[:100_000])][: len(ids)])
+    path.write_text("geese\n")
+    np.testing.assert_array_equal(calibration_ids(tokenizer, path, 12), [tokenizer.bos, *tokenizer.encode("geese\n")])
 
 
 def test_conversion_calibrates_by_itself(pretrained: Pretrained, tmp_path: Path) -> None:

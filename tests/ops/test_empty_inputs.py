@@ -1,13 +1,15 @@
 """No sequences, no tokens: the empty result and its empty gradient, and the state that was there, or one sentence."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from ops_helpers import draw
 from torch import Tensor
 
-from ttt_e2e.ops.attention import inner_loop_attention, sdpa, windowed_attention
+from ttt_e2e.ops.attention import Sink, inner_loop_attention, sdpa, windowed_attention
 from ttt_e2e.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
 from ttt_e2e.ops.linear_cross_entropy import linear_cross_entropy
 from ttt_e2e.ops.short_convolution import short_convolution, short_convolution_reference
@@ -65,18 +67,60 @@ def test_recurrent_operators_return_their_state(
         assert all(grad.shape == x.shape and not grad.any() for grad, x in zip(grads, wanted, strict=True))
 
 
-@pytest.mark.parametrize("operator", [windowed_attention, sdpa, inner_loop_attention])
-@pytest.mark.parametrize(("batch", "tokens"), EMPTY)
-@pytest.mark.parametrize("window", [None, 3])
+def windowed(name: str) -> Callable[..., Tensor]:
+    return functools.partial(windowed_attention, implementation=name)
+
+
+def inner_loop(*inputs: Any, **options: Any) -> Tensor:
+    """Attention and its vjp in one value, which has the derivatives of both."""
+    q, k, _ = inputs[:3]
+    o, vjp = inner_loop_attention(*inputs, **options)
+    grads = vjp(torch.ones_like(o))
+    assert [grad.shape for grad in grads] == [q.shape, *[(*k.shape[:2], q.shape[2], k.shape[3])] * 2]
+    return o + sum(grad.sum() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("operator", "orders"),
+    [
+        *((windowed(name), 2) for name in ("reference", "tiled", "auto")),
+        (sdpa, 1),
+        (inner_loop, 1),
+    ],
+    ids=["reference", "tiled", "auto", "sdpa", "inner_loop"],
+)
+@pytest.mark.parametrize("with_sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (0, 2, 5), (2, 0, 0), (2, 0, 5), (0, 0, 5)])
 def test_attention_of_nothing_is_nothing(
-    operator: Callable[..., Tensor], batch: int, tokens: int, window: int | None
+    operator: Callable[..., Tensor],
+    orders: int,
+    with_sink: bool,
+    heads: int,
+    window: int | None,
+    batch: int,
+    queries: int,
+    keys: int,
 ) -> None:
-    q, k, v = (draw(batch, 2, tokens, 4, seed=i) for i in range(3))
-    o = operator(q, k, v, window)
-    o = o[0] if isinstance(o, tuple) else o
+    """Without sequences, and without queries, whether or not there are keys: as every formula of the reference says."""
+    q, k, v = draw(batch, 2, queries, 4), *(draw(batch, heads, keys, 4, seed=i) for i in (1, 2))
+    logit, value = draw(2, dtype=torch.float32), draw(heads, 4, dtype=torch.float32)
+    o = operator(q, k, v, window, sink=Sink(logit, value) if with_sink else None)
     assert o.shape == q.shape
-    grads = torch.autograd.grad(o.sum(), (q, k, v), allow_unused=True, materialize_grads=True)
-    assert [grad.shape for grad in grads] == [q.shape] * 3
+    inputs, outputs = (q, k, v, logit, value), [o]
+    for order in range(orders):
+        grads = torch.autograd.grad(
+            sum(x.square().sum() for x in outputs),
+            inputs,
+            create_graph=order + 1 < orders,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        assert [x.shape for x in grads] == [x.shape for x in inputs] and not any(x.any() for x in grads)
+        outputs = [grad for grad in grads if grad.requires_grad]
+        if not outputs:
+            return
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference", "tiled"])

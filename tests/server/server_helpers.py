@@ -73,6 +73,7 @@ class FakeEngine:
         self.calls: list[dict[str, Any]] = []
         self.started = self.stopped = False
         self.ready = True
+        self.lost: str | None = None
         self.sessions = self.store = self  # it is its own registry and store
 
     async def start(self) -> None:

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f'Serving needs {error.name}; install it with: pip install "ttt-e2e[serve]"') from error
     from ttt_e2e.server.keys import check_host, load_keys
@@ -83,17 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
     check_host(arguments.host, keys)
     listener = _listen(arguments.host, arguments.port)
     with listener:
-        import asyncio
-
         from ttt_e2e.inference.load import shipped_model
         from ttt_e2e.inference.session import Session
         from ttt_e2e.inference.session_file import DTYPES
         from ttt_e2e.server.app import create_app
         from ttt_e2e.server.chat import load_chat_format
-        from ttt_e2e.server.connections import ACCEPTED_AT_ONCE, bounded_protocol, connection_limit
+        from ttt_e2e.server.connections import bounded_protocol, connection_limit
         from ttt_e2e.server.engine.engine import Engine
         from ttt_e2e.server.engine.store import Store
         from ttt_e2e.server.middleware.logs import configure_logging
+        from ttt_e2e.server.serving import Server
         from ttt_e2e.server.settings import Settings
 
         configure_logging()
@@ -118,41 +117,18 @@ def run(arguments: argparse.Namespace) -> int:
             requests_per_minute=arguments.rate,
         )
         app = create_app(engine, settings)
-        config = uvicorn.Config(
-            app,
-            http=protocol,
-            ws="none",
-            loop="asyncio",
-            backlog=ACCEPTED_AT_ONCE,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=15,  # longer than `Engine.stop` waits
-        )
-        # After the shutdown uvicorn raises the signal that caused it once more, for handlers such as these.
+        server = Server(app, engine, protocol, _QUEUED_CONNECTIONS)
+        # From here on a signal ends the service in order, also one that comes before uvicorn listens to them. After
+        # the shutdown uvicorn raises the signal that caused it once more.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: None)
+            signal.signal(number, server.handle_exit)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"Serving {settings.model_name} at http://{shown}:{port}, sessions in {arguments.data}.", file=sys.stderr)
 
-        class Server(uvicorn.Server):
-            async def on_tick(self, counter: int) -> bool:
-                return await super().on_tick(counter) or store.lost is not None
-
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                listener.listen(_QUEUED_CONNECTIONS)  # uvicorn has made it as short as what is accepted at once
-
-            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                # Requests that do not end in time get an error response before uvicorn would cut them off.
-                stopping = asyncio.create_task(engine.stop())
-                await super().shutdown(sockets)
-                await stopping
-
         # If the engine cannot start, uvicorn stops, in some versions with SystemExit.
         with contextlib.suppress(SystemExit):
-            Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         if hasattr(app.state, "failure"):
             raise app.state.failure
         if store.lost:

@@ -9,7 +9,8 @@ import types
 import typing
 from typing import Any, Literal
 
-from ttt_e2e.config.schema import C, RunConfig, replace, shown
+from ttt_e2e.config.ranges import shown
+from ttt_e2e.config.schema import C, RunConfig, replace
 from ttt_e2e.errors import UserError
 
 

@@ -1,20 +1,18 @@
 """The settings of a model and of a training run: frozen dataclasses, checked when they are made.
 
 Settings have the names of Hugging Face's `config.json` files wherever these have one. What only one kind of mixer
-needs, the rotary scaling and the inner loop are values of their own inside `ModelConfig`. `config.presets` has the
-published models, `config.parse` reads settings from text and JSON, and docs/training.md lists the docstrings of all
-fields (a test holds it to them).
+needs, the rotary scaling and the inner loop are values of their own inside `ModelConfig`. `config.ranges` says what a
+value may be, `config.presets` has the published models, `config.parse` reads settings from text and JSON, and
+docs/training.md lists the docstrings of all fields (a test holds it to them).
 """
 
 import dataclasses
 import difflib
-import functools
-import reprlib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+from ttt_e2e.config.ranges import Heads, Norm, Range, Rate, Size, Steps, Tokens, Width, check, require, shown
 from ttt_e2e.errors import UserError
 
 ActivationCheckpointing = Literal["none", "mini-batch", "sqrt"]
@@ -30,70 +28,6 @@ _DERIVED: Any = None  # the default of fields that `__post_init__` computes from
 C = TypeVar("C")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-class Range(NamedTuple):
-    """The numbers that a setting may be, both ends included; whole ones if the ends are. none: whether None, too."""
-
-    low: float
-    high: float
-    none: bool = False
-
-
-# What a size, a number of tokens or of steps can be in an int32 or a float64, and what float32 can hold and square.
-Size = Annotated[int, Range(1, 2**24)]
-Width = Annotated[int, Range(1, 2**20)]
-Heads = Annotated[int, Range(1, 2**16)]
-Tokens = Annotated[int, Range(1, 2**30)]
-Steps = Annotated[int, Range(0, 2**40)]
-Rate = Annotated[float, Range(0.0, 1e30)]
-Norm = Annotated[float, Range(1e-18, 1e18)]
-
-
-def _check(config: Any, section: str = "") -> None:
-    """Raise UserError, with the setting's full name, for a field of another type or out of its range."""
-    ranges = ranges_of(config.__class__)
-    for field_ in dataclasses.fields(config):
-        value, where = getattr(config, field_.name), section + field_.name
-        if typing.get_origin(field_.type) is Literal:
-            words = typing.get_args(field_.type)
-            _require(value in words, f"{where} must be one of {', '.join(words)}, not {shown(value)}.")
-        elif field_.type is bool:
-            _require(isinstance(value, bool), f"{where} must be true or false, not {shown(value)}.")
-        elif field_.name in ranges:
-            low, high, none = ranges[field_.name]
-            if value is None and (none or field_.default is None):
-                continue
-            kinds, what = (int, "whole number") if isinstance(low, int) else ((int, float), "number")
-            is_number = isinstance(value, kinds) and not isinstance(value, bool)
-            _require(is_number, f"{where} must be a {what}, not {shown(value)}.")
-            _require(value >= low, f"{where} must be at least {as_text(low)}, not {shown(value)}.")
-            _require(value <= high, f"{where} must be at most {as_text(high)}, not {shown(value)}.")
-
-
-def shown(value: Any) -> str:
-    """A value as messages show it, however long it is."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
-        return "a number of thousands of digits"
-
-
-def as_text(number: float) -> str:
-    """An end of a range: 16777216, 0, 1e+30."""
-    return str(number) if isinstance(number, int) else f"{number:g}"
-
-
-@functools.cache
-def ranges_of(cls: type) -> dict[str, Range]:
-    """The ranges of the settings of a class that are numbers, by name."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
-
-
 @dataclass(frozen=True)
 class InnerLoopConfig:
     """How the fast weights learn while the model reads: one step of SGD per mini-batch."""
@@ -107,7 +41,7 @@ class InnerLoopConfig:
     """The inner gradient of a sequence, over all fast weights together, is clipped to this norm."""
 
     def __post_init__(self) -> None:
-        _check(self, "inner_loop.")
+        check(self, "inner_loop.")
 
 
 @dataclass(frozen=True)
@@ -133,18 +67,18 @@ class RopeScaling:
     does not turn."""
 
     def __post_init__(self) -> None:
-        _check(self, "rope_scaling.")
+        check(self, "rope_scaling.")
         if self.rope_type == "default":
-            _require(self.factor == 1, "rope_scaling.factor needs a rope_scaling.rope_type: linear, llama3 or yarn.")
+            require(self.factor == 1, "rope_scaling.factor needs a rope_scaling.rope_type: linear, llama3 or yarn.")
         elif self.rope_type in ("llama3", "yarn"):
             original, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
-            _require(original is not None, f"rope_type {self.rope_type} needs original_max_position_embeddings.")
-            _require(low < high, f"low_freq_factor must be below high_freq_factor, not {low}, {high}.")
+            require(original is not None, f"rope_type {self.rope_type} needs original_max_position_embeddings.")
+            require(low < high, f"low_freq_factor must be below high_freq_factor, not {low}, {high}.")
         in_range = all(factor == 0 or 1e-6 <= factor <= 1e6 for factor in self.pair_factors)
         what = "rope_scaling.pair_factors must be 0 or from 1e-06 to 1e+06"
-        _require(in_range, f"{what}, not {shown(self.pair_factors)}.")
+        require(in_range, f"{what}, not {shown(self.pair_factors)}.")
         is_used = self.rope_type == "longrope" or self.pair_factors == (1.0,)
-        _require(is_used, "rope_scaling.pair_factors are for rope_type longrope alone.")
+        require(is_used, "rope_scaling.pair_factors are for rope_type longrope alone.")
 
 
 @dataclass(frozen=True)
@@ -164,7 +98,7 @@ class Mamba2Config:
     installed, for 16-bit numbers on a GPU outside compiled code; else PyTorch."""
 
     def __post_init__(self) -> None:
-        _check(self, "mamba2.")
+        check(self, "mamba2.")
 
 
 @dataclass(frozen=True)
@@ -179,7 +113,7 @@ class GatedDeltaNetConfig:
     """Like `mamba2.kernels`, with the kernels of `flash-linear-attention`."""
 
     def __post_init__(self) -> None:
-        _check(self, "gated_deltanet.")
+        check(self, "gated_deltanet.")
 
 
 @dataclass(frozen=True)
@@ -194,7 +128,7 @@ class MemoryConfig:
     """Learned keys and values that the attention of Titans always sees."""
 
     def __post_init__(self) -> None:
-        _check(self, "memory.")
+        check(self, "memory.")
 
 
 @dataclass(frozen=True)
@@ -272,38 +206,38 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         hidden_size, heads, layers = self.hidden_size, self.num_attention_heads, self.num_hidden_layers
-        _check(self)
+        check(self)
         if self.head_dim is None:
-            _require(hidden_size % heads == 0, f"hidden_size {hidden_size} does not divide into {heads} heads.")
+            require(hidden_size % heads == 0, f"hidden_size {hidden_size} does not divide into {heads} heads.")
         _fill_in(self)
         if self.memory.intermediate_size is None:
             memory = dataclasses.replace(self.memory, intermediate_size=4 * self.head_dim)
             object.__setattr__(self, "memory", memory)
         groups = self.num_key_value_heads
-        _require(heads % groups == 0, f"{heads} query heads cannot share {groups} key/value heads evenly.")
-        _require(self.head_dim % 2 == 0, f"Rotary positions need an even head_dim, not {self.head_dim}.")
-        _require(self.suffix_layers <= layers, f"A suffix of {self.suffix_layers} blocks does not fit {layers} blocks.")
+        require(heads % groups == 0, f"{heads} query heads cannot share {groups} key/value heads evenly.")
+        require(self.head_dim % 2 == 0, f"Rotary positions need an even head_dim, not {self.head_dim}.")
+        require(self.suffix_layers <= layers, f"A suffix of {self.suffix_layers} blocks does not fit {layers} blocks.")
         if self.rope_scaling.rope_type == "yarn":
-            _require(self.rope_theta > 1, "rope_type yarn needs a rope_theta above 1: it divides by its logarithm.")
+            require(self.rope_theta > 1, "rope_type yarn needs a rope_theta above 1: it divides by its logarithm.")
         if self.rope_scaling.rope_type == "longrope":
             pairs, count = self.head_dim // 2, len(self.rope_scaling.pair_factors)
-            _require(count == pairs, f"rope_scaling.pair_factors are one for each of {pairs} pairs, not {count}.")
-        _require(self.static_mlp or not self.parallel_mlp, "parallel_mlp needs static_mlp=true.")
+            require(count == pairs, f"rope_scaling.pair_factors are one for each of {pairs} pairs, not {count}.")
+        require(self.static_mlp or not self.parallel_mlp, "parallel_mlp needs static_mlp=true.")
         self._check_mixers()
         self._check_mini_batch()
 
     def _check_mixers(self) -> None:
-        _require(bool(self.pattern), "pattern names no mixer; name at least one, such as pattern=window.")
-        _require(bool(self.rope_pattern), "rope_pattern has no value; give at least one, such as rope_pattern=true.")
+        require(bool(self.pattern), "pattern names no mixer; name at least one, such as pattern=window.")
+        require(bool(self.rope_pattern), "rope_pattern has no value; give at least one, such as rope_pattern=true.")
         for name in self.pattern:
             near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            _require(name in MIXERS, f"There is no mixer {name[:50]!r}.{hint} There are: {', '.join(MIXERS)}.")
+            require(name in MIXERS, f"There is no mixer {name[:50]!r}.{hint} There are: {', '.join(MIXERS)}.")
         others = sorted(set(self.mixers) - set(ATTENTIONS))
         has_positions = all(
             rope or mixer in ATTENTIONS for rope, mixer in zip(self.rope_layers, self.mixers, strict=True)
         )
-        _require(has_positions, "rope_pattern can be false only where the mixer is 'full' or 'window'.")
+        require(has_positions, "rope_pattern can be false only where the mixer is 'full' or 'window'.")
         default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
         if others and (self.attention_bias or self.attention_out_bias or not default_heads):
             raise UserError(f"With {', '.join(others)}, neither head_dim nor biases of attention can be set.")
@@ -319,7 +253,7 @@ class ModelConfig:
             )
         if "mamba2" in self.mixers:
             heads, groups = self.mamba2.expand * self.num_attention_heads, self.mamba2.n_groups
-            _require(
+            require(
                 heads % groups == 0, f"{heads} heads of Mamba 2 do not divide into {groups} groups (mamba2.n_groups)."
             )
 
@@ -327,14 +261,14 @@ class ModelConfig:
         b, window, mixers = self.mini_batch_size, self.sliding_window, self.mixers
         if b is None:
             learns = self.suffix_layers > 0 or {"ttt-kvb", "titans"} & set(mixers)
-            _require(not learns, "A suffix, ttt-kvb and titans learn mini-batch by mini-batch: set mini_batch_size.")
+            require(not learns, "A suffix, ttt-kvb and titans learn mini-batch by mini-batch: set mini_batch_size.")
         elif b > window and ("ttt-kvb" in mixers or (self.suffix_layers and "window" in mixers)):
             raise UserError(
                 f"The mini-batch b = {b} is longer than the window k = {window}, so tokens would leave the window "
                 "before they are learned; choose b <= k."
             )
         elif "titans" in mixers:
-            _require(window % b == 0, f"For titans, the window {window} is not a multiple of mini_batch_size {b}.")
+            require(window % b == 0, f"For titans, the window {window} is not a multiple of mini_batch_size {b}.")
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -382,8 +316,8 @@ class LoraConfig:
     """Blocks that are trained. "suffix": nothing that runs before the mini-batch loop, as with `trainable=suffix`."""
 
     def __post_init__(self) -> None:
-        _check(self, "lora.")
-        _require(bool(self.target_modules), "lora.target_modules names nothing; name a matrix, or all-linear.")
+        check(self, "lora.")
+        require(bool(self.target_modules), "lora.target_modules names nothing; name a matrix, or all-linear.")
 
 
 @dataclass(frozen=True)
@@ -457,13 +391,13 @@ class TrainConfig:
     """How many of the latest checkpoints are kept."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         _fill_in(self)
         betas, parts = self.betas, self.accumulate
         is_valid = len(betas) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
-        _require(is_valid, f"betas must be two numbers from 0 to below 1, not {', '.join(map(str, betas))}.")
-        _require(self.batch % parts == 0, f"A batch of {self.batch} sequences does not split into {parts} equal parts.")
-        _require(
+        require(is_valid, f"betas must be two numbers from 0 to below 1, not {', '.join(map(str, betas))}.")
+        require(self.batch % parts == 0, f"A batch of {self.batch} sequences does not split into {parts} equal parts.")
+        require(
             self.prefix_frozen or not self.cache_prefix,
             "cache_prefix needs a frozen prefix: set trainable=suffix, or trainable=lora with lora.layers=suffix.",
         )

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.data.text import short_chunks, text_chunks
+from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.mixers.attention import Attention
 from ttt_e2e.model.mixers.base import Positions
@@ -40,6 +42,20 @@ class SinkLosses(NamedTuple):
     full_attention: float
     without_sink: float
     with_sink: float
+
+
+def calibration_ids(tokenizer: Tokenizer, text: Path, window: int) -> np.ndarray:
+    """The token that begins texts and the first tokens of `text`, at least as many as `calibrate_sinks` reads of them.
+
+    What comes after these is neither encoded nor looked at. Raises UserError if the text cannot be read.
+    """
+    parts, missing = [np.array([tokenizer.bos], np.int64)], window + _TOKENS_PAST_WINDOW
+    for ids in tokenizer.encode_chunks(short_chunks(text_chunks(text))):
+        parts.append(ids)
+        missing -= len(ids)
+        if missing <= 0:
+            break
+    return np.concatenate(parts)
 
 
 @torch.no_grad()

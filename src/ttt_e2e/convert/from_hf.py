@@ -25,19 +25,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig, replace
-from ttt_e2e.convert.calibration import TEXT, SinkLosses, calibrate_sinks
+from ttt_e2e.convert.calibration import TEXT, SinkLosses, calibrate_sinks, calibration_ids
 from ttt_e2e.convert.checkpoints import Checkpoint, open_checkpoint
 from ttt_e2e.convert.hf_config import FAMILIES
 from ttt_e2e.convert.hf_files import CONFIG
 from ttt_e2e.convert.learning import LearningOptions, SourceModel, config_from_source
 from ttt_e2e.convert.model_folder import model_folder, require_shapes
-from ttt_e2e.data.text import read_text
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER, copy_pretrained_metadata, finite
@@ -140,12 +138,12 @@ def _convert(
     source.settings["vocab_size"] = tokens
     unused_ids = vocab_size - tokens  # embeddings are often rounded up to a size that suits a GPU
     config = config_from_source(source, options)
-    has_sinks, calibration_ids = any(name.endswith(".sink_logit") for name in given), None
+    has_sinks, ids_T = any(name.endswith(".sink_logit") for name in given), None
     if config.attention_sink and not has_sinks:
         if tokenizer is None:
             config = replace(config, {"attention_sink": False})
         else:
-            calibration_ids = np.array([tokenizer.bos, *tokenizer.encode(read_text(calibration_text))])
+            ids_T = calibration_ids(tokenizer, calibration_text, config.sliding_window)
     copies = list(_slice_copies(config, source, unused_ids))
     _check_tensors(checkpoint, copies)
     copies = [copy for copy in copies if copy.target not in given]
@@ -170,11 +168,11 @@ def _convert(
         for parameter, row, values in _new_parameters(config, options.fast == "new"):
             if parameter not in given:
                 write_rows(parameter, row, values)
-        if calibration_ids is not None:
+        if ids_T is not None:
             context, short = source.max_context, source.short_rope
             if config.rope_scaling == short:
                 context = min(context, short.original_max_position_embeddings or context)
-            sinks, losses = calibrate_sinks(config, read, calibration_ids, context, source.trained_windows, progress)
+            sinks, losses = calibrate_sinks(config, read, ids_T, context, source.trained_windows, progress)
             given = {**sinks, **given}
         for parameter, values in given.items():
             write_rows(parameter, 0, values)

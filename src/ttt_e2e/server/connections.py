@@ -35,65 +35,85 @@ def connection_limit() -> int:
     return limit
 
 
-def bounded_protocol(limit: int) -> type[H11Protocol]:
+class BoundedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 for at most `limit` connections: the oldest without a request gives way to a new one.
 
-    Also ends connections whose client sends no request, or does not take its response.
+    Also ends connections whose client sends no request, or does not take its response. stopping: the server stops, so
+    a connection that is made ends.
     """
 
-    class BoundedProtocol(H11Protocol):
-        waiting_since = 0.0
-        aborted = False
-        _no_request: asyncio.TimerHandle | None = None
-        _not_taken: asyncio.TimerHandle | None = None
+    limit = MAX_CONNECTIONS
+    stopping = False
+    waiting_since = 0.0
+    aborted = False
+    _no_request: asyncio.TimerHandle | None = None
+    _not_taken: asyncio.TimerHandle | None = None
 
-        @property
-        def waiting(self) -> bool:
-            return self.cycle is None or self.cycle.response_complete
+    @property
+    def waiting(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            transport.max_size = _READ_BYTES
-            self._wait_for_request()
-            connections: Any = self.connections
-            kept = [one for one in connections if one is not self and not one.aborted]
-            if len(kept) >= limit:
-                _log.warning("There are %d connections, as many as possible; those without a request end.", limit)
-                waiting = [one for one in kept if one.waiting] or [self]
-                # Those that never sent a request come first.
-                min(waiting, key=lambda one: (one.cycle is not None, one.waiting_since)).abort()
+    def connection_made(self, transport: Any) -> None:
+        """Count the connection in."""
+        super().connection_made(transport)
+        transport.max_size = _READ_BYTES
+        self._wait_for_request()
+        if self.stopping:  # the server has told all others
+            self.shutdown()
+            return
+        connections: Any = self.connections
+        kept = [one for one in connections if one is not self and not one.aborted]
+        if len(kept) >= self.limit:
+            _log.warning("There are %d connections, as many as possible; those without a request end.", self.limit)
+            waiting = [one for one in kept if one.waiting] or [self]
+            # Those that never sent a request come first.
+            min(waiting, key=lambda one: (one.cycle is not None, one.waiting_since)).abort()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self._no_request, self._not_taken):
-                if timer is not None:
-                    timer.cancel()
-            super().connection_lost(exc)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        for timer in (self._no_request, self._not_taken):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
 
-        def on_response_complete(self) -> None:
-            self._wait_for_request()
-            super().on_response_complete()
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self._wait_for_request()
+        super().on_response_complete()
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._not_taken = self.loop.call_later(RESPONSE_SECONDS, self.abort)
+    def pause_writing(self) -> None:
+        """Wait until the client has taken what was sent."""
+        super().pause_writing()
+        self._not_taken = self.loop.call_later(RESPONSE_SECONDS, self.abort)
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._not_taken is not None:
-                self._not_taken.cancel()
+    def resume_writing(self) -> None:
+        """Go on sending."""
+        super().resume_writing()
+        if self._not_taken is not None:
+            self._not_taken.cancel()
 
-        def abort(self) -> None:
-            self.aborted = True
-            self.transport.abort()
+    def abort(self) -> None:
+        """End the connection, whatever was not sent yet."""
+        self.aborted = True
+        self.transport.abort()
 
-        def _wait_for_request(self) -> None:
-            self.waiting_since = self.loop.time()
-            if self._no_request is not None:
-                self._no_request.cancel()
-            self._no_request = self.loop.call_later(REQUEST_SECONDS, self._abort_if_waiting)
+    def _wait_for_request(self) -> None:
+        self.waiting_since = self.loop.time()
+        if self._no_request is not None:
+            self._no_request.cancel()
+        self._no_request = self.loop.call_later(REQUEST_SECONDS, self._abort_if_waiting)
 
-        def _abort_if_waiting(self) -> None:
-            if self.waiting:
-                self.abort()
+    def _abort_if_waiting(self) -> None:
+        if self.waiting:
+            self.abort()
 
-    return BoundedProtocol
+
+def bounded_protocol(limit: int) -> type[BoundedProtocol]:
+    """A `BoundedProtocol` of its own for a server with at most `limit` connections."""
+
+    class LimitedProtocol(BoundedProtocol):
+        pass
+
+    LimitedProtocol.limit = limit
+    return LimitedProtocol

@@ -97,7 +97,7 @@ def attend_reference(
     def vjp(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dp = g @ v.transpose(-1, -2)
         ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).to(g.dtype)
-        new = slice(-num_new_keys, None)
+        new = slice(k.shape[-2] - num_new_keys, None)
         return ds @ k, ds[..., new].transpose(-1, -2) @ q, weights[..., new].transpose(-1, -2) @ g
 
     return weights @ v, vjp
@@ -149,7 +149,7 @@ class _AttendBackward(torch.autograd.Function):
         dp = (g @ v.transpose(-1, -2)).to(p.dtype)
         ds = _softmax_backward(p, dp).to(q.dtype)
         ctx.save_for_backward(p, q, k, v, g, dp, ds)
-        ctx.new = new = slice(-num_new_keys, None)
+        ctx.new = new = slice(k.shape[-2] - num_new_keys, None)
         return ds @ k, ds[..., new].transpose(-1, -2) @ q, p[..., new].to(q.dtype).transpose(-1, -2) @ g
 
     @staticmethod
@@ -174,7 +174,7 @@ def _add_product(x: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if x.dtype != a.dtype:
         return x.add_(a @ b)
-    x.view(-1, *x.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))  # a view or an error, never a copy
+    x.view(x.shape[:2].numel(), *x.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))  # a view, never a copy
     return x
 
 

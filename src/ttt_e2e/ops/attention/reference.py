@@ -38,8 +38,9 @@ def backward(attended: Attended, do: Tensor, dlse: Tensor | None, view: KeyView)
     scale = q.shape[3] ** -0.5
     p = (_scores(q_BHTK, k_BHSK, view) - lse[..., None]).exp()
     ds = p * (do_BHTK @ v_BHSK.mT - _delta(do_BHTK, o_BHTK, dlse))
-    dk_BHNK = scale * ds[..., -view.num_new_keys :].mT @ q_BHTK
-    dv_BHNK = p[..., -view.num_new_keys :].mT @ do_BHTK
+    cached = k.shape[2] - view.num_new_keys
+    dk_BHNK = scale * ds[..., cached:].mT @ q_BHTK
+    dv_BHNK = p[..., cached:].mT @ do_BHTK
     return (scale * ds @ k_BHSK).to(q.dtype), _narrow(dk_BHNK, k), _narrow(dv_BHNK, v)
 
 
@@ -85,5 +86,6 @@ def _narrow(x_BHSK: Tensor, like_BGSK: Tensor) -> Tensor:
 def _scores(q_BHTK: Tensor, k_BHSK: Tensor, view: KeyView) -> Tensor:
     """[B, H, T, S], minus infinity where a query does not see a key."""
     key_S = torch.arange(k_BHSK.shape[2], device=q_BHTK.device)
-    hidden_TS = hidden_keys(key_S[-q_BHTK.shape[2] :], key_S, view.window, view.num_empty_slots)
+    query_T = key_S[k_BHSK.shape[2] - q_BHTK.shape[2] :]
+    hidden_TS = hidden_keys(query_T, key_S, view.window, view.num_empty_slots)
     return (q_BHTK.shape[3] ** -0.5 * q_BHTK @ k_BHSK.mT).masked_fill(hidden_TS, -torch.inf)

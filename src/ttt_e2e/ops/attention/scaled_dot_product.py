@@ -59,7 +59,8 @@ def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor, seen: 
     if groups > 1 and q_BHTK.is_cuda:
         k_BGSK, v_BGSK, groups = *_every_head(q_BHTK, k_BGSK, v_BGSK), 1
     few = q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and scores <= tuning.UNFUSED_SCORES
-    if few or (seen is not None and q_BHTK.device.type != "cpu"):
+    # The kernel with a sink is one for CPUs, and divides by the number of scores.
+    if few or (seen is not None and (q_BHTK.device.type != "cpu" or scores == 0)):
         if groups > 1:
             k_BGSK, v_BGSK = _every_head(q_BHTK, k_BGSK, v_BGSK)
         scores_BHTS = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)

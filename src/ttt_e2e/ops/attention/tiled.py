@@ -147,10 +147,11 @@ class _Rows:
         return slice(keys.start - self.cached, keys.stop - self.cached)
 
     def take(self, x_BHTK: Tensor, block: slice) -> Tensor:
-        return x_BHTK[:, :, block].reshape(self.batch * self.heads_k, -1, x_BHTK.shape[3])
+        rows = self.heads_q // self.heads_k * (block.stop - block.start)
+        return x_BHTK[:, :, block].reshape(self.batch * self.heads_k, rows, x_BHTK.shape[3])
 
     def put(self, x_BHTK: Tensor, block: slice, rows_PRK: Tensor) -> None:
-        x_BHTK[:, :, block] = rows_PRK.view(self.batch, self.heads_q, -1, x_BHTK.shape[3])
+        x_BHTK[:, :, block] = rows_PRK.view(self.batch, self.heads_q, block.stop - block.start, x_BHTK.shape[3])
 
     def heads(self, x_PSK: Tensor, like_BGSK: Tensor) -> Tensor:
         return x_PSK.unflatten(0, like_BGSK.shape[:2]).to(like_BGSK.dtype)

@@ -65,7 +65,7 @@ def routes(engine: Engine) -> APIRouter:
     )
     async def import_session(request: Request) -> SessionSummary:
         """Create a session from a session file, as export returns and `ttt-e2e read --save` writes."""
-        with engine.sessions.store.temporary_folder() as folder:
+        with engine.sessions.temporary_folder() as folder:
             file = folder / "import.session"
             await receive_file(request, file)
             return await engine.sessions.import_session(_owner(request), file)
@@ -108,7 +108,7 @@ def routes(engine: Engine) -> APIRouter:
     @router.get("/{session}/export", response_class=Response, responses={200: {"content": _BINARY_CONTENT}})
     async def export_session(session: str, request: Request) -> Response:
         """Download a session as a file, for import or the command line."""
-        with engine.sessions.store.temporary_folder() as folder:
+        with engine.sessions.temporary_folder() as folder:
             target = folder / "export.session"
             await engine.sessions.export_session(_owner(request), session, target)
             size, file = target.stat().st_size, target.open("rb")

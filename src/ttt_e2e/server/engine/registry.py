@@ -8,7 +8,8 @@ import asyncio
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -85,7 +86,7 @@ class SessionRegistry:
 
     An owner is any string, and a session is visible to its owner only. Methods raise SessionNotFoundError if the owner
     has no such session, DamagedSessionError if its file is, UserError if it is not a session of this model, and
-    StoppingError for changes after `close`.
+    StoppingError for what needs the store after `close`.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class SessionRegistry:
         self._owner_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._changes: set[asyncio.Task[Any]] = set()
         self._closed = False
+        self._users, self._unused = 0, asyncio.Event()  # of the store's files
+        self._unused.set()
 
     async def open(self) -> None:
         """Read the store's records. Raises UserError if the model is not fit for use."""
@@ -105,10 +108,11 @@ class SessionRegistry:
         await asyncio.to_thread(self._read_records)
 
     async def close(self) -> None:
-        """Wait for changes under way, and refuse any further ones."""
+        """Wait for changes under way and for files in use, and refuse any further ones."""
         self._closed = True
         while self._changes:
             await asyncio.wait(self._changes)
+        await self._unused.wait()
         self.store.close()
 
     def stats(self) -> dict[str, float]:
@@ -168,14 +172,16 @@ class SessionRegistry:
 
     async def export_session(self, owner: str, id: str, target: Path) -> None:
         """Write a session to the new file `target`. If this fails, a part of it may remain."""
-        session = await self.session(self.slot(owner, id))
-        await asyncio.to_thread(_export, session, target)
+        with self._using_files():
+            session = await self.session(self.slot(owner, id))
+            await asyncio.to_thread(_export, session, target)
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
         """Add the session in an untrusted file. Raises LimitReachedError if it is too long, or as `create` does."""
-        session = await asyncio.to_thread(self._loader.load, source, "The file")
-        self.check_length(session.info().tokens)
-        return await self.create(owner, session)
+        with self._using_files():
+            session = await asyncio.to_thread(self._loader.load, source, "The file")
+            self.check_length(session.info().tokens)
+            return await self.create(owner, session)
 
     def slot(self, owner: str, id: str) -> SessionSlot:
         """The slot of a session."""
@@ -191,11 +197,12 @@ class SessionRegistry:
         """
         session = slot.session
         if session is None or for_change:
-            async with slot.file_lock:
-                if slot.deleted:
-                    raise SessionNotFoundError
-                slot.session = await asyncio.to_thread(self._checked, slot)
-                session = slot.session
+            with self._using_files():
+                async with slot.file_lock:
+                    if slot.deleted:
+                        raise SessionNotFoundError
+                    slot.session = await asyncio.to_thread(self._checked, slot)
+                    session = slot.session
         self._mark_used(slot)
         return session
 
@@ -211,6 +218,28 @@ class SessionRegistry:
             slot.session, slot.damaged = session, False
             self._mark_used(slot)
             return slot.summary()
+
+    @contextmanager
+    def temporary_folder(self) -> Iterator[Path]:
+        """A folder of the store that exists inside the block; see `Store.temporary_folder`."""
+        if self._closed:
+            raise StoppingError
+        with self.store.temporary_folder() as folder:
+            yield folder
+
+    @contextmanager
+    def _using_files(self) -> Iterator[None]:
+        """Keep the store from being closed inside the block: once it is, another process may remove its files."""
+        if self._closed:
+            raise StoppingError
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
 
     def _read_records(self) -> None:
         for record in self.store.records():
