@@ -45,7 +45,8 @@ class ReadState(NamedTuple):
 
 
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
-    """The state before the first token of `batch` texts."""
+    """The state before the first token of `batch` texts. Raises UserError if the model is for another dtype."""
+    model.check_products(dtype)
     return ReadState(0, None, initial_state(model, batch, dtype).map(Tensor.detach))
 
 
