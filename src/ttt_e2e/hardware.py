@@ -39,10 +39,10 @@ def memory_bytes(device: str | torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees, where its malloc is glibc's; for one that trains and then ends.
+    """Let the process keep the memory that it frees, where its malloc is glibc's; for one that ends when its work does.
 
-    A training step allocates and frees the same gigabytes again and again. By default they go back to the system each
-    time, and come again page by page.
+    A training step allocates and frees the same gigabytes again and again, and reading a mini-batch the same logits. By
+    default they go back to the system each time, and come again page by page.
     """
     if platform.libc_ver()[0] == "glibc":
         malloc_trim_threshold, malloc_mmap_threshold = -1, -3  # as in malloc.h: never shrink the heap, and take from

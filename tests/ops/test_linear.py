@@ -1,13 +1,16 @@
 """Linear layers with a weight for every sequence."""
 
+import pytest
 import torch
 
 from ttt_e2e.ops.linear import batched_linear, weight_gradient
 
 
-def test_gradgradcheck() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradgradcheck(batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, w, g = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((2, 3, 4), (2, 5, 4), (2, 3, 5)))
+    shapes = (batch, 3, 4), (batch, 5, 4), (batch, 3, 5)
+    x, w, g = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
     torch.testing.assert_close(batched_linear(x, w), torch.einsum("btd,bed->bte", x, w))
     torch.testing.assert_close(weight_gradient(g, x), torch.einsum("bte,btd->bed", g, x))
     inputs = tuple(t.requires_grad_() for t in (x, w, g))

@@ -118,17 +118,18 @@ def model_folder(path: Path | None, progress: bool = False) -> Path | None:
     return smollm2_folder(progress)
 
 
-def open_model(arguments: argparse.Namespace) -> "tuple[Transformer, Tokenizer]":
-    """The model that --model names, on --device, and its tokenizer."""
+def open_model(arguments: argparse.Namespace, dtype: str | None = None) -> "tuple[Transformer, Tokenizer]":
+    """The model that --model names, on --device, and its tokenizer; for products in `dtype`, by default --dtype."""
     import torch
 
     from ttt_e2e.hardware import choose_device
     from ttt_e2e.inference.load import load_model
+    from ttt_e2e.inference.session_file import DTYPES
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     folder = model_folder(arguments.model, progress=not getattr(arguments, "quiet", False))
-    return load_model(folder, choose_device(arguments.device))
+    return load_model(folder, choose_device(arguments.device), DTYPES[dtype or arguments.dtype or "float32"])
 
 
 def open_session(arguments: argparse.Namespace, *, learn: bool = True, compile: bool = False) -> "Session":
@@ -137,17 +138,17 @@ def open_session(arguments: argparse.Namespace, *, learn: bool = True, compile: 
     Raises UserError if --dtype differs from the dtype of the saved session.
     """
     from ttt_e2e.inference.session import Session
-    from ttt_e2e.inference.session_file import DTYPES
+    from ttt_e2e.inference.session_file import DTYPES, session_facts
 
-    model, tokenizer = open_model(arguments)
     if arguments.session is None:
+        model, tokenizer = open_model(arguments)
         dtype = DTYPES[arguments.dtype or "float32"]
         return Session(model, tokenizer, learn=learn, dtype=dtype, compile=compile)
-    session = Session.load(arguments.session, model, tokenizer, compile=compile)
-    saved = str(session.dtype).removeprefix("torch.")
+    saved = session_facts(arguments.session)["dtype"]
     if arguments.dtype not in (None, saved):
         raise UserError(f"The session {arguments.session} computes in {saved}; leave --dtype out.")
-    return session
+    model, tokenizer = open_model(arguments, saved)
+    return Session.load(arguments.session, model, tokenizer, compile=compile)
 
 
 def print_json(value: Any) -> None:

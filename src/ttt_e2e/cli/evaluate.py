@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print the report; returns 0."""
     from ttt_e2e.data.text import documents
     from ttt_e2e.evaluation.documents import evaluate_documents, format_report
-    from ttt_e2e.hardware import machine
+    from ttt_e2e.hardware import keep_freed_memory, machine
     from ttt_e2e.inference.session_file import DTYPES
     from ttt_e2e.model.checkpoint import model_digest
 
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not path.exists():
             raise UserError(f"{path} does not exist; check the path.")
     model, tokenizer = open_model(arguments)
+    keep_freed_memory()
     dtype = arguments.dtype or "float32"
     skipped: list[str] = []
     report = evaluate_documents(

@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _read(
     arguments: argparse.Namespace, name: str, chunks: Iterator[str], size: int | None, lock: IO[str] | None
 ) -> int:
+    from ttt_e2e.hardware import keep_freed_memory
     from ttt_e2e.reading.document import read_document
     from ttt_e2e.reading.plot import check_plot_target, plot_reading
     from ttt_e2e.reading.recording import plan_recording
@@ -78,6 +79,7 @@ def _read(
     if not arguments.no_plot:
         check_plot_target(plot)
     session = open_session(arguments, learn=not arguments.no_learning, compile=arguments.compile)
+    keep_freed_memory()  # not before: the file's weights are freed when the model has its own
     if arguments.compile and not session.learn:
         note("Nothing is compiled: only a model that learns while it reads is.")
     recording = None

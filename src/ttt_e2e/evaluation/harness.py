@@ -98,7 +98,7 @@ class HarnessModel(TemplateLM):
         absent = device is None or (str(device).startswith("cuda") and not torch.cuda.is_available())
         self._device = choose_device("auto" if absent else str(device))
         self._folder = shipped_model() if pretrained is None else Path(pretrained)
-        self._model, self._tokenizer = load_model(self._folder, self._device)
+        self._model, self._tokenizer = load_model(self._folder, self._device, DTYPES[dtype])
         self._template = Session(self._model, self._tokenizer, learn=str(learn).lower() == "true", dtype=DTYPES[dtype])
         self.batch_size, self.max_gen_toks = (int(str(value)) for value in counts.values())
         self._backend = copy.deepcopy(self._tokenizer.backend)

@@ -31,13 +31,17 @@ def shipped_model() -> Path:
     return folder
 
 
-def load_model(folder: str | Path | None = None, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
+def load_model(
+    folder: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, Tokenizer]:
     """The model in `folder` (None: the shipped one), ready to read with, and its tokenizer.
 
-    Raises UserError if the folder is not a model, or has no tokenizer of the same vocabulary.
+    dtype: of the matrix products that the model is for. For bfloat16 it holds its matrices in it, which gives the same
+    in half the memory, and faster; sessions in another dtype are then refused. Raises UserError if the folder is not a
+    model, or has no tokenizer of the same vocabulary.
     """
     folder = shipped_model() if folder is None else Path(folder)
-    model = load_transformer(folder, device).eval().requires_grad_(False)
+    model = load_transformer(folder, device, dtype).eval().requires_grad_(False)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; put the tokenizer that made its training tokens there.")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")

@@ -19,6 +19,7 @@ from ttt_e2e.inner_loop.step import InnerLoopState, empty_caches, initial_state,
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers.base import CacheView
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.ops.attention import causal_window_mask
 from ttt_e2e.ops.elementwise import accumulation_dtype
 
 
@@ -45,7 +46,8 @@ class ReadState(NamedTuple):
 
 
 def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.float32) -> ReadState:
-    """The state before the first token of `batch` texts."""
+    """The state before the first token of `batch` texts. Raises UserError if the model is for another dtype."""
+    model.check_products(dtype)
     return ReadState(0, None, initial_state(model, batch, dtype).map(Tensor.detach))
 
 
@@ -107,7 +109,7 @@ def read_mini_batch(
         filled = min(window, state.position + length)
         static, loop = _last_slots(static, filled), loop._replace(caches=_last_slots(loop.caches, filled))
     else:
-        view = _cache_view(model, state)._replace(donated=donate_state)
+        view = _cache_view(model, state, length, dtype)._replace(donated=donate_state)
         static, loop, nll_Bb, norm_B = read_and_learn(
             model, static, loop, tokens_Bb, targets_Bb, mask_Bb, positions, view, lr, dtype
         )
@@ -125,7 +127,7 @@ def forward(
 
 def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, ReadState]:
     positions = model.positions(state.position, tokens_BT.shape[1], dtype, state.position_offsets_B)
-    view = _cache_view(model, state)
+    view = _cache_view(model, state, tokens_BT.shape[1], dtype)
     x_BTD, static = model.forward_prefix(tokens_BT, positions, state.static, dtype, view)
     loop = state.loop
     if model.suffix:
@@ -134,13 +136,20 @@ def _forward(model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: tor
     return x_BTD, state._replace(position=state.position + tokens_BT.shape[1], static=static, loop=loop)
 
 
-def _cache_view(model: Transformer, state: ReadState) -> CacheView:
-    """Rows that have read different numbers of tokens may have empty slots, unless every window is full."""
-    if state.position_offsets_B is None:
-        return CacheView()
-    if state.position >= model.config.sliding_window and "full" not in model.config.mixers:
-        return CacheView()
-    return CacheView(seq_lens=state.position + state.position_offsets_B)
+def _cache_view(model: Transformer, state: ReadState, length: int, dtype: torch.dtype) -> CacheView:
+    """What attention has to know to read `length` tokens more.
+
+    Rows that have read different numbers of tokens may have empty slots, unless every window is full.
+    """
+    window = model.config.sliding_window
+    full_windows = state.position >= window and "full" not in model.config.mixers
+    if state.position_offsets_B is not None and not full_windows:
+        return CacheView(seq_lens=state.position + state.position_offsets_B)
+    device = model.embedding.device
+    if full_windows and length > 1 and device.type == "cpu":  # one mask for all; a GPU's operators need none
+        like = torch.empty(0, dtype=dtype, device=device)
+        return CacheView(attn_mask_TS=causal_window_mask(length, window + length, window, like))
+    return CacheView()
 
 
 def _last_slots(caches: tuple[KVCache, ...], slots: int) -> tuple[KVCache, ...]:

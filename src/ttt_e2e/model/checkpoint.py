@@ -21,6 +21,7 @@ from ttt_e2e.config.parse import from_dict, to_dict
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, check_file, file_digest, read_verified_json, with_digest
+from ttt_e2e.model.precision import Rounded, hold_in, is_smaller, product_matrices
 from ttt_e2e.model.trainable import plain_weights
 from ttt_e2e.model.transformer import Transformer
 
@@ -48,7 +49,7 @@ def save_model(
         dtype: the weights are rounded to this in the file; None: not rounded.
         notes: plain values for people, such as where the model comes from.
 
-    Raises UserError if the disk is full or the folder cannot be written.
+    Raises UserError if the disk is full, the folder cannot be written, or the model was loaded with rounded weights.
     """
     with atomic_path(Path(folder)) as part:
         part.mkdir()
@@ -63,6 +64,7 @@ def write_model_files(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of `save_model` straight into an existing `folder`, which the caller makes atomic."""
+    model.check_products(torch.float32)
     weights = plain_weights(model)
     tensors = {name: w.detach().to("cpu", dtype or w.dtype).contiguous() for name, w in weights.items()}
     # One metadata entry only: the library writes several in any order, and equal models should be equal files.
@@ -92,15 +94,25 @@ def write_config(config: ModelConfig, folder: Path, notes: Mapping[str, Any] | N
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def load_transformer(folder: Path, device: str | torch.device = "cpu") -> Transformer:
+def load_transformer(
+    folder: Path, device: str | torch.device = "cpu", products: torch.dtype = torch.float32
+) -> Transformer:
     """The model in `folder`, on `device`, its weights in float32 whatever the file holds.
+
+    products: the dtype of the matrix products that the model is for. With a smaller one it holds the matrices in it
+    that they would round; then it serves no other, and is neither trained nor saved.
 
     Raises UserError if `folder` is not a model, or if its files are incomplete, altered or of another version.
     """
     with torch.device("meta"):  # no initial weights are drawn, only to be overwritten
         model = Transformer(load_config(folder))
+    weights = dict(model.named_parameters())
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    hold_in(products, (weights[name] for name in product_matrices(model.config, shapes)))
     model.to_empty(device=device)
-    read_weights(model, folder)
+    digest = read_weights(model, folder)
+    if is_smaller(products):
+        model.rounded = Rounded(products, digest)
     return model
 
 
@@ -120,10 +132,10 @@ def load_config(folder: Path) -> ModelConfig:
     return from_dict(ModelConfig, content["model"], str(folder / CONFIG))
 
 
-def read_weights(model: Transformer, folder: Path, absent: Container[str] = ()) -> None:
+def read_weights(model: Transformer, folder: Path, absent: Container[str] = ()) -> str:
     """Fill the parameters of `model`, on any device, from `folder`; those named in `absent` stay what they are.
 
-    Raises UserError as `load_transformer` does.
+    Returns the digest of the weights in the file. Raises UserError as `load_transformer` does.
     """
     path = Path(folder) / WEIGHTS
     weights = {name: weight for name, weight in model.named_parameters() if name not in absent}
@@ -135,11 +147,15 @@ def read_weights(model: Transformer, folder: Path, absent: Container[str] = ()) 
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])
+    return metadata["digest"]
 
 
-def model_digest(model: nn.Module) -> str:
-    """A fingerprint of the weights: equal for equal names, shapes and float32 values, on any device."""
-    return weights_digest(dict(model.named_parameters()))
+def model_digest(model: Transformer) -> str:
+    """A fingerprint of the weights: equal for equal names, shapes and float32 values, on any device.
+
+    That of a model whose weights were rounded when they were loaded is that of its file.
+    """
+    return model.rounded.digest if model.rounded is not None else weights_digest(dict(model.named_parameters()))
 
 
 def stored_digest(folder: Path) -> str | None:

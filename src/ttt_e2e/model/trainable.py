@@ -6,7 +6,6 @@ merged: the model in them is a plain one.
 """
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,14 +14,13 @@ from torch.nn.utils import parametrize
 
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
 from ttt_e2e.errors import UserError
+from ttt_e2e.model.precision import Shapes, hold_in, is_static_matrix, product_matrices
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.elementwise import accumulation_dtype
 from ttt_e2e.ops.linear import LowRankSum
 
 # Trained beside low-rank additions, by the last part of their names; norms are, too.
 _BESIDE_LORA = ("log_lr_scale", "sink_logit", "sink_value")
-
-Shapes = Mapping[str, tuple[int, ...]]  # of parameters, by name
 
 
 class Trainable(NamedTuple):
@@ -81,12 +79,11 @@ def set_trainable(model: Transformer, train: TrainConfig) -> None:
     weights = dict(model.named_parameters())
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     trained, adapted = choose_trainable(model.config, train, shapes)
-    for name in weights.keys() - trained:
-        weight = weights[name].requires_grad_(False)
-        if train.dtype == "bfloat16" and (name in ("embedding", "head") or _is_static_matrix(name, weight.shape)):
-            rounded = weight.data.bfloat16()
-            if torch.equal(rounded.to(weight.dtype), weight.data):
-                weight.data = rounded
+    frozen = weights.keys() - trained
+    for name in frozen:
+        weights[name].requires_grad_(False)
+    products = frozen & product_matrices(model.config, shapes)
+    hold_in(getattr(torch, train.dtype), (weights[name] for name in products), if_exact=True)
     for name in adapted:
         path, _, attribute = name.rpartition(".")
         addition = LowRankAddition(weights[name], train.lora.r, train.lora.lora_alpha)
@@ -154,14 +151,9 @@ def _beside_lora(name: str, config: ModelConfig) -> bool:
     return ".fast." in name and (config.fast_rank is None or not last.startswith("w_"))
 
 
-def _is_static_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the parameter is a matrix of a linear layer of a block, which all sequences share."""
-    return name.rpartition(".")[2].startswith("w_") and len(shape) == 2 and not name.endswith(".w_conv")
-
-
 def _targets(config: ModelConfig, train: TrainConfig, shapes: Shapes) -> list[str]:
     """The matrices that get an addition."""
-    possible = [n for n, shape in shapes.items() if _is_static_matrix(n, shape) and not _beside_lora(n, config)]
+    possible = [n for n, shape in shapes.items() if is_static_matrix(n, shape) and not _beside_lora(n, config)]
     chosen: set[str] = set()
     for target in train.lora.target_modules:
         found = [name for name in possible if target == "all-linear" or f".{name}".endswith(f".{target}")]

@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
+from ttt_e2e.errors import UserError
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers import MIXER_TYPES
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, Positions, reset_parameters
+from ttt_e2e.model.precision import Rounded
 from ttt_e2e.model.rope import frequencies
 from ttt_e2e.ops import tuning
 from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, cross_entropy, rms_norm, swiglu
@@ -254,7 +256,10 @@ class Transformer(nn.Module):
     """The language model that `config` describes; `inner_loop` and `inference` run a model with a suffix.
 
     Weights are float32, drawn from N(0, initializer_range^2) with `generator` (default: PyTorch's own); norms are one.
+    `rounded` says what they were before, if they were loaded for products in a smaller dtype alone.
     """
+
+    rounded: Rounded | None = None
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
@@ -296,6 +301,12 @@ class Transformer(nn.Module):
     def suffix(self) -> list[Block]:
         """The last blocks, those with a fast MLP; empty in a standard model."""
         return list(self.blocks[self.config.prefix_layers :])  # type: ignore[arg-type]
+
+    def check_products(self, dtype: torch.dtype) -> None:
+        """Raise UserError if the model was loaded for products in another dtype, and would give other numbers."""
+        if self.rounded is not None and self.rounded.dtype != dtype:
+            held, wanted = (str(one).removeprefix("torch.") for one in (self.rounded.dtype, dtype))
+            raise UserError(f"The model was loaded for {held}, which rounds its weights; load it again for {wanted}.")
 
     def positions(
         self, start: int, length: int, dtype: torch.dtype, position_offsets_B: Tensor | None = None
@@ -358,6 +369,7 @@ class Transformer(nn.Module):
 
         Returns the residual stream [B, T, D], and the state of every mixer that ran.
         """
+        self.check_products(dtype)
         x_BTD = self.lookup(tokens_BT, self.embedding).to(dtype)
         old: Iterator[Any] = itertools.repeat(None) if states is None else iter(states)
         new = []

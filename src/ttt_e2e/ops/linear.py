@@ -60,7 +60,8 @@ class _BatchedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        return x @ w.transpose(1, 2)
+        # For one sequence a product of matrices: a CPU's batched product in bfloat16 takes 2 to 6 times as long.
+        return F.linear(x, w[0]) if len(w) == 1 else x @ w.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -130,7 +130,9 @@ def _is_rank0() -> bool:
 
 def _evaluate(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     device = choose_device(settings["device"])
-    model = load_transformer(Path(settings["model"]), device)
+    rounds = settings["becomes"] is None  # a model that becomes another one is not yet the one that reads
+    products = getattr(torch, settings["dtype"]) if rounds else torch.float32
+    model = load_transformer(Path(settings["model"]), device, products)
     if settings["becomes"] is not None:
         becomes = from_dict(ModelConfig, settings["becomes"], str(folder / JOB))
         model = warm_start(model, replace(becomes, {"rope_theta": model.config.rope_theta}))

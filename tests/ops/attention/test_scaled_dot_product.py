@@ -45,3 +45,22 @@ def test_empty_slots_are_not_seen(
         for form in forms:
             y = sdpa(q, k, v, window, *form)
             assert_same([y, *torch.autograd.grad(y, (q, k, v), do)], expected, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
+)
+@pytest.mark.parametrize("keys", [4, 7, 8, 30])
+def test_one_query_needs_no_mask(keys: int, dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v, do = inputs(2, (4, 2), 1, keys, 16, dtype=dtype)
+    y = sdpa(q, k, v, 7)
+    truth = reference(*(x.double() for x in (q, k, v)), 7)
+    expected = [truth, *torch.autograd.grad(truth, (q, k, v), do.double())]
+    assert_same([y, *torch.autograd.grad(y, (q, k, v), do)], expected, tolerance)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 20])
+def test_heads_that_share_keys_are_as_heads_with_keys_of_their_own(queries: int) -> None:
+    q, k, v, _ = inputs(2, (6, 2), queries, 12 + queries, 16, dtype=torch.bfloat16)
+    shared = sdpa(q, k, v, 12)
+    torch.testing.assert_close(shared, sdpa(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), 12))

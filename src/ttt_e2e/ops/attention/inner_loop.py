@@ -69,7 +69,7 @@ def inner_loop_attention(
         k_BGSK = F.pad(k_BGSK, (0, 0, 1, 0))
         v_BGSK = torch.cat((seen.sink.value_GK[:, None].to(v_BGSK.dtype).expand_as(v_BGSK[:, :, :1]), v_BGSK), 2)
         mask_RS = F.pad(mask_RS, (1, 0))
-        sink_GR1 = seen.scores.reshape(k_BGSK.shape[1], -1, 1)
+        sink_GR1 = seen.scores.expand(-1, num_new_keys).reshape(k_BGSK.shape[1], -1, 1)
     forward = attend_reference if wants_definition() else _attend
     y_BGRK, inner_vjp = forward(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys, sink_GR1)
 

@@ -46,14 +46,16 @@ def sdpa(
         k_BGSK, v_BGSK, grouped = *_every_head(q_BHTK, k_BGSK, v_BGSK), False
     if unwindowed:
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
+    if queries == 1 and num_empty_slots is None and window is not None:  # it sees all of the last keys
+        return _masked(q_BHTK, k_BGSK[:, :, -window:], v_BGSK[:, :, -window:], None, seen)
     if whole_text and window is not None and keys > 2 * window:
         return _banded(q_BHTK, k_BGSK, v_BGSK, window, seen)
     mask = causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots)
     return _masked(q_BHTK, k_BGSK, v_BGSK, mask, seen)
 
 
-def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor, seen: SeenSink | None) -> Tensor:
-    """Attention with `mask`, broadcast to [B, H, T, S], added to the scores."""
+def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, seen: SeenSink | None) -> Tensor:
+    """Attention with `mask`, broadcast to [B, H, T, S], added to the scores; None for nothing."""
     groups = q_BHTK.shape[1] // k_BGSK.shape[1]
     scores = q_BHTK.shape[:3].numel() * k_BGSK.shape[2]
     if groups > 1 and q_BHTK.is_cuda:
@@ -61,19 +63,28 @@ def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor, seen: 
     few = q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and scores <= tuning.UNFUSED_SCORES
     # The kernel with a sink is one for CPUs, and divides by the number of scores.
     if few or (seen is not None and (q_BHTK.device.type != "cpu" or scores == 0)):
-        if groups > 1:
-            k_BGSK, v_BGSK = _every_head(q_BHTK, k_BGSK, v_BGSK)
-        scores_BHTS = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BGSK.transpose(-1, -2)
-        scores_BHTS = scores_BHTS + mask.to(scores_BHTS.dtype)
+        # The queries of the heads that share a key head become its rows, so that no key is copied.
+        q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
+        scores_BHTS = (q_BGRK @ k_BGSK.transpose(-1, -2)).unflatten(2, (groups, -1)).flatten(1, 2)
+        if mask is not None:
+            scores_BHTS = scores_BHTS + mask.to(scores_BHTS.dtype)
         if seen is None:
-            return scores_BHTS.softmax(-1) @ v_BGSK
+            p_BHTS = scores_BHTS.softmax(-1)
+            return _weighted(p_BHTS, v_BGSK)
         sink_BHT1 = seen.scores.to(scores_BHTS.dtype).expand(scores_BHTS.shape[:3])[..., None]
         p_BHTS = torch.cat((sink_BHT1, scores_BHTS), -1).softmax(-1)
         value_H1K = seen.values(q_BHTK.shape[1])[:, None].to(v_BGSK.dtype)
-        return p_BHTS[..., :1] * value_H1K + p_BHTS[..., 1:] @ v_BGSK
+        return p_BHTS[..., :1] * value_H1K + _weighted(p_BHTS[..., 1:], v_BGSK)
     if seen is not None:
         return _FusedWithSink.apply(q_BHTK, k_BGSK, v_BGSK, mask, seen.seen_T, *seen.sink)
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=groups > 1)
+
+
+def _weighted(p_BHTS: Tensor, v_BGSK: Tensor) -> Tensor:
+    """p @ v, [B, H, T, K], every key head multiplied once."""
+    groups = p_BHTS.shape[1] // v_BGSK.shape[1]
+    p_BGRS = p_BHTS.unflatten(1, (-1, groups)).flatten(2, 3)
+    return (p_BGRS @ v_BGSK).unflatten(2, (groups, -1)).flatten(1, 2)
 
 
 def _every_head(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +106,14 @@ class _FusedWithSink(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen_T: Tensor, logit_H: Tensor, value_GK: Tensor
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        seen_T: Tensor | None,
+        logit_H: Tensor,
+        value_GK: Tensor,
     ) -> Tensor:
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
         y, lse, p = add_sink(o, lse, SeenSink(Sink(logit_H, value_GK), seen_T))
@@ -138,6 +156,7 @@ def _banded(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int, seen: S
     mask_ZTS = torch.zeros(hidden_ZTS.shape, dtype=q_BHTK.dtype, device=start_Z1.device)
     mask_ZTS = mask_ZTS.masked_fill_(hidden_ZTS, -torch.inf).repeat(batch, 1, 1)
     if seen is not None:
+        assert seen.seen_T is not None, "the first queries of a whole text see its first token"
         seen = seen._replace(seen_T=F.pad(seen.seen_T, (0, tail)).view(blocks, 1, block).repeat(batch, 1, 1))
     out = _masked(queries(q_BHTK), reachable(k_BGTK), reachable(v_BGTK), mask_ZTS[:, None], seen)
     return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -30,12 +30,16 @@ class SeenSink(NamedTuple):
     """A sink, and which queries see it."""
 
     sink: Sink
-    seen_T: Tensor  # booleans [T], or [B, 1, T] where that differs from row to row
+    seen_T: Tensor | None  # booleans [T], or [B, 1, T] where that differs from row to row; None: all queries do
 
     @property
     def scores(self) -> Tensor:
-        """The scores of the sink, [H, T] or [B, H, T]: minus infinity where a query does not see it."""
-        return self.sink.logit_H[:, None].where(self.seen_T, -torch.inf)
+        """The scores of the sink, [H, T] or [B, H, T], or [H, 1]: minus infinity where a query does not see it."""
+        return self.if_seen(self.sink.logit_H[:, None], -torch.inf)
+
+    def if_seen(self, x_HT: Tensor, other: float) -> Tensor:
+        """x where a query sees the sink, `other` elsewhere."""
+        return x_HT if self.seen_T is None else x_HT.where(self.seen_T, other)
 
     def values(self, num_heads: int) -> Tensor:
         """The value that each query head reads."""
@@ -57,6 +61,8 @@ def seen_sink(
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     if sink is None or window is None or window >= keys:
         return None
+    if num_empty_slots is None and keys - queries >= window:
+        return SeenSink(sink, None)
     first_T = torch.arange(keys - queries - window + 1, keys - window + 1, device=q_BHTK.device)
     if num_empty_slots is None:
         return SeenSink(sink, first_T > 0)
@@ -71,7 +77,7 @@ def add_sink(o_BHTK: Tensor, lse_BHT: Tensor, seen: SeenSink) -> tuple[Tensor, T
     Returns the output [B, H, T, K], the logsumexp of all scores [B, H, T], and the weight of the sink [B, H, T].
     """
     above_BHT = seen.sink.logit_H.to(lse_BHT.dtype)[:, None] - lse_BHT
-    p_BHT = above_BHT.sigmoid().where(seen.seen_T, 0.0)
+    p_BHT = seen.if_seen(above_BHT.sigmoid(), 0.0)
     value_HK = seen.values(o_BHTK.shape[1]).to(lse_BHT.dtype)
     y_BHTK = o_BHTK + p_BHT[..., None] * (value_HK[:, None] - o_BHTK)
-    return y_BHTK.to(o_BHTK.dtype), lse_BHT + F.softplus(above_BHT).where(seen.seen_T, 0.0), p_BHT
+    return y_BHTK.to(o_BHTK.dtype), lse_BHT + seen.if_seen(F.softplus(above_BHT), 0.0), p_BHT
