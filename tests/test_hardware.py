@@ -1,34 +1,29 @@
 """What the process asks of the machine."""
 
-import resource
-import subprocess
-import sys
+import ctypes
+import platform
+from types import SimpleNamespace
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-
-# Page faults of allocating, filling and freeing 16 MiB twenty times, after the first time.
-FAULTS = """
-import resource
-import torch
 from ttt_e2e.hardware import keep_freed_memory
-{call}
-def use():
-    blocks = [torch.ones(1 << 20) for _ in range(4)]
-use()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
 
 
-def faults(call: str) -> int:
-    done = subprocess.run([sys.executable, "-c", FAULTS.format(call=call)], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+@pytest.mark.parametrize("libc", ["glibc", ""])
+def test_keep_freed_memory_asks_glibc_and_no_other(libc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    library = SimpleNamespace(mallopt=lambda name, value: asked.update({name: value}))
+    monkeypatch.setattr(platform, "libc_ver", lambda: (libc, "2.39" if libc else ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    keep_freed_memory()
+    # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    assert asked == ({-1: 2**31 - 1, -3: 32 << 20} if libc else {})
 
 
-def test_keep_freed_memory_takes_it_from_the_system_once() -> None:
-    one_use = (16 << 20) // resource.getpagesize()
-    assert faults("keep_freed_memory()") < 2 * one_use
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_glibc_takes_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    mallopt, answers = ctypes.CDLL(None).mallopt, []
+    library = SimpleNamespace(mallopt=lambda name, value: answers.append(mallopt(name, value)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    keep_freed_memory()
+    assert answers == [1, 1]

@@ -31,6 +31,8 @@ ELSEWHERE = {
     "ttt-e2e reproduce latency": "the same",
     "ttt-e2e train small": "the same as tiny, only larger",
     "ttt-e2e prepare c4.parquet": "downloads a tokenizer",
+    "ttt-e2e prepare train/": "needs an installed model; tests/reproduce/test_pretrained.py has one",
+    "ttt-e2e reproduce pretrained": "the same",
     "torchrun": "starts processes; tests/training does",
 }
 STANDARD = "hidden_size=16 num_attention_heads=2 intermediate_size=24 sliding_window=1024"
