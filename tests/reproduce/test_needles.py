@@ -105,8 +105,10 @@ def test_example_fills_the_context_and_has_one_needle_at_its_depth(
     tokenizer = TOKENIZERS[kind]
     try:
         example = make_example(task, tokenizer, context, depth, random.Random(seed), text)
-    except UserError as error:  # one sentence may have 960 bytes
-        assert "too small" in str(error) and context < 1600
+    except UserError as error:
+        # One sentence may have 960 bytes, and one of characters that a tokenizer of words does not know hardly a token.
+        endless = kind == "words" and "without a place" in str(error)
+        assert endless or ("too small" in str(error) and context < 1600)
         return
     prompt = example.prompt
     # Length: it fits, and another sentence would not.

@@ -142,7 +142,8 @@ def _cache_view(model: Transformer, state: ReadState, length: int, dtype: torch.
     Rows that have read different numbers of tokens may have empty slots, unless every window is full.
     """
     window = model.config.sliding_window
-    full_windows = state.position >= window and "full" not in model.config.mixers
+    has_read = state.static is not None  # a text may begin at any position
+    full_windows = has_read and state.position >= window and "full" not in model.config.mixers
     if state.position_offsets_B is not None and not full_windows:
         return CacheView(seq_lens=state.position + state.position_offsets_B)
     device = model.embedding.device
