@@ -39,21 +39,32 @@ def activation_bytes(config: RunConfig, context: int) -> int:
     recomputed = dataclasses.replace(everything, activation_checkpointing="mini-batch")
     saved = _saved_by_graph(model, recomputed, context)
     if mode == "none":
-        start = -(-model.sliding_window // b) + 1
-        one = [_saved(model, how, n * b) for how in (everything, recomputed) for n in (start, start + 1)]
-        return rows * (saved + max(0, steps - KEPT_GRAPHS) * (one[1] - one[0] - (one[3] - one[2])))
+        graph = _growth(model, everything)[2] - _growth(model, recomputed)[2]
+        return rows * (saved + max(0, steps - KEPT_GRAPHS) * graph)
     states = steps - 1 if mode == "mini-batch" else 2 * math.isqrt(steps - 1)
     return rows * (saved + states * _state_bytes(model, train, context))
 
 
 def _saved_by_graph(model: ModelConfig, train: TrainConfig, context: int) -> int:
-    """What the graph of one sequence saves, from a few mini-batches: as many as fill the window, and two."""
+    """What the graph of one sequence saves."""
     b = model.mini_batch_size or context
-    few = -(-model.sliding_window // b) + 1
-    if context <= (few + 1) * b or "full" in model.mixers[model.prefix_layers + 1 :]:
+    if "full" in model.mixers[model.prefix_layers + 1 :] or context <= (_full_window(model, b) + 1) * b:
         return _saved(model, train, context)
+    few, saved, more = _growth(model, train)
+    return saved + more * (context - few * b) // b
+
+
+def _growth(model: ModelConfig, train: TrainConfig) -> tuple[int, int, int]:
+    """Mini-batches that fill the window, what their graph saves, and what it saves more with every further one."""
+    b = model.mini_batch_size or 1
+    few = _full_window(model, b)
     short, longer = (_saved(model, train, n * b) for n in (few, few + 1))
-    return short + (longer - short) * (context - few * b) // b
+    return few, short, longer - short
+
+
+def _full_window(model: ModelConfig, b: int) -> int:
+    """Mini-batches after which the windows are full."""
+    return -(-model.sliding_window // b) + 1
 
 
 def _saved(model: ModelConfig, train: TrainConfig, context: int) -> int:

@@ -23,6 +23,7 @@ from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.server.engine.records import Before, Prompt, ReadProgress, SessionNotFoundError, StoppingError, TextChunk
 from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
 from ttt_e2e.server.engine.store import Store
+from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession, Worker
 
 _BATCHES_PER_SUBMIT = 4  # mini-batches of a text that are submitted to the pool at a time
@@ -52,9 +53,7 @@ class Engine:
         template.info()  # hashes the model once: all sessions are copies of this one and share the digest
         self.sessions = SessionRegistry(template, store, memory_bytes, max_sessions, max_session_tokens)
         self._worker = Worker(template, max_batch)
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._requests = Usage()
         self._stopping = False
 
     async def start(self) -> None:
@@ -66,14 +65,14 @@ class Engine:
         """Give running requests `seconds` to finish, let the others fail, and close the store."""
         self._stopping = True
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), seconds)
+            await asyncio.wait_for(self._requests.wait_until_unused(), seconds)
         await self._worker.stop()
         await self.sessions.close()
 
     def stats(self) -> dict[str, float]:
         """Current numbers of sessions and requests, and totals since the start, by name."""
         totals = {name: getattr(self._worker, name) for name in ("tokens_read", "tokens_written", "steps")}
-        return {**self.sessions.stats(), "running": self._running, **totals}
+        return {**self.sessions.stats(), "running": self._requests.count, **totals}
 
     @property
     def ready(self) -> bool:
@@ -199,14 +198,8 @@ class Engine:
         """Count a request as running inside the block."""
         if self._stopping:
             raise StoppingError
-        self._running += 1
-        self._idle.clear()
-        try:
+        with self._requests:
             yield
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
 
     @contextmanager
     def _pooled(self, slot: SessionSlot | None, session: Session) -> Iterator[PooledSession]:

@@ -26,6 +26,7 @@ from ttt_e2e.server.engine.records import (
     StoppingError,
 )
 from ttt_e2e.server.engine.store import SessionRecord, Store
+from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession
 
 _log = logging.getLogger(__name__)
@@ -99,8 +100,7 @@ class SessionRegistry:
         self._owner_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._changes: set[asyncio.Task[Any]] = set()
         self._closed = False
-        self._users, self._unused = 0, asyncio.Event()  # of the store's files
-        self._unused.set()
+        self._file_users = Usage()
 
     async def open(self) -> None:
         """Read the store's records. Raises UserError if the model is not fit for use."""
@@ -112,7 +112,7 @@ class SessionRegistry:
         self._closed = True
         while self._changes:
             await asyncio.wait(self._changes)
-        await self._unused.wait()
+        await self._file_users.wait_until_unused()
         self.store.close()
 
     def stats(self) -> dict[str, float]:
@@ -232,14 +232,8 @@ class SessionRegistry:
         """Keep the store from being closed inside the block: once it is, another process may remove its files."""
         if self._closed:
             raise StoppingError
-        self._users += 1
-        self._unused.clear()
-        try:
+        with self._file_users:
             yield
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._unused.set()
 
     def _read_records(self) -> None:
         for record in self.store.records():
