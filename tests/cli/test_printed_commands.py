@@ -27,6 +27,8 @@ ELSEWHERE = {
     "ttt-e2e convert from-hf": "needs a pretrained checkpoint; tests/docs writes one",
     "ttt-e2e convert from-gguf": "needs a GGUF file; tests/convert/test_from_gguf.py writes one",
     "ttt-e2e cost Qwen/": "the same",
+    "ttt-e2e export lora": "needs a session of a converted model; tests/convert/test_to_plain.py has one",
+    "ttt-e2e convert to-hf model plain --plain": "the same",
     "ttt-e2e reproduce needles": "reads long texts; tests/docs shortens them",
     "ttt-e2e reproduce latency": "the same",
     "ttt-e2e train small": "the same as tiny, only larger",

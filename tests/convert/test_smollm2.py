@@ -3,18 +3,26 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from gguf import GGMLQuantizationType, quantize
 from gguf_helpers import write_model
 from safetensors.torch import load_file, save_file
 
 from ttt_e2e.cli.main import main
 from ttt_e2e.convert import smollm2
+from ttt_e2e.convert.from_hf import convert_from_hf
+from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import file_digest
 from ttt_e2e.model.checkpoint import load_transformer
 
+ADDED = {  # what training added, to a matrix that is made of three of the base, and to one that was cut
+    "blocks.1.mixer.w_qkv": np.random.default_rng(0).integers(-8, 8, (64, 32)).astype(np.float32) / 64,
+    "blocks.1.mlp.w_in": np.random.default_rng(1).integers(-8, 8, (48, 32)).astype(np.float32) / 64,
+}
 OPTIONS = {"sliding_window": 12, "mini_batch_size": 4, "inner_lr": 0.25, "fast": "split"}
 
 
@@ -33,8 +41,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for i in range(2):
         sinks[f"blocks.{i}.mixer.sink_logit"] = torch.full((4,), 1.0 + i)
         sinks[f"blocks.{i}.mixer.sink_value"] = torch.full((2, 8), 0.5 - i)
-    facts = {"base_sha256": file_digest(base), "options": OPTIONS}
-    save_file(sinks, tmp_path / "part.safetensors", {"conversion": json.dumps(facts)})
+    added = {name: torch.from_numpy(quantize(change, GGMLQuantizationType.Q4_0)) for name, change in ADDED.items()}
+    facts = {"base_sha256": file_digest(base), "options": OPTIONS, "added_as": "Q4_0"}
+    save_file(sinks | added, tmp_path / "part.safetensors", {"conversion": json.dumps(facts)})
     monkeypatch.setattr(smollm2, "PART", tmp_path / "part.safetensors")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -48,8 +57,18 @@ def test_base_and_part_are_put_together_once(
     assert folder.parent == tmp_path / "cache" / "ttt-e2e"
     model = load_transformer(folder)
     assert (model.config.sliding_window, model.config.inner_loop.lr, model.config.attention_sink) == (12, 0.25, True)
-    for name, values in load_file(smollm2.PART).items():
-        assert torch.equal(model.get_parameter(name), values)
+    untrained = tmp_path / "untrained"
+    convert_from_hf(package, untrained, LearningOptions(**OPTIONS, sink="none"))
+    base = load_transformer(untrained)
+    for name, values in model.named_parameters():
+        if ".sink_" in name:
+            assert torch.equal(values, load_file(smollm2.PART)[name])
+        elif name in ADDED:  # but for half a step of a block of 32 numbers, the largest of which is 8 / 64
+            change = values - base.get_parameter(name)
+            torch.testing.assert_close(change, torch.from_numpy(ADDED[name]), rtol=0, atol=1 / 64)
+            assert change.any()
+        else:
+            assert torch.equal(values, base.get_parameter(name))
     package.unlink()  # nothing of the base is needed any more
     assert smollm2.smollm2_folder() == folder
     monkeypatch.chdir(tmp_path)

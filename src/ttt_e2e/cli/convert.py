@@ -110,7 +110,9 @@ preset.""",
         description="""\
 Write a model folder for the transformers library: pip install "ttt-e2e[hf]". Once `ttt_e2e.hf` is
 imported, AutoModelForCausalLM loads it; `generate`, pipelines and the Trainer work, and it learns
-while it reads.""",
+while it reads. With --plain it is a Llama, Qwen 2 or Qwen 3 that any program loads, which learns
+nothing and has no window: it predicts the same within the window of the model. What a session has
+learned is added to it by `ttt-e2e export lora`.""",
         epilog="""example:
   ttt-e2e convert to-hf run/model hf-model
 
@@ -121,6 +123,7 @@ and in Python:
     )
     to_hf.add_argument("source", type=Path, metavar="MODEL", help="a model folder")
     to_hf.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    to_hf.add_argument("--plain", action="store_true", help="as a model of transformers' own, which learns nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -173,4 +176,5 @@ def _convert(arguments: argparse.Namespace) -> None:
         except ImportError as error:
             raise UserError('Writing for transformers needs that library: pip install "ttt-e2e[hf]".') from error
         folder = model_folder(source) or source
-        print(f"{out}: {convert_to_hf(folder, out):,} parameters, for transformers")
+        count = convert_to_hf(folder, out, plain=arguments.plain)
+        print(f"{out}: {count:,} parameters, for transformers")

@@ -85,6 +85,7 @@ def convert_from_hf(
     *,
     calibration_text: Path | None = None,
     given: Mapping[str, Tensor] | None = None,
+    added: Mapping[str, Tensor] | None = None,
     dtype: str | None = None,
     progress: bool = False,
 ) -> HFConversion:
@@ -95,6 +96,7 @@ def convert_from_hf(
         out: the folder to write.
         options: how the model is to learn.
         given: parameters by name that take the place of converted ones; with sinks among them, nothing is calibrated.
+        added: what is added to converted parameters, by name.
         calibration_text: what the sinks are measured on; None: a text that comes with the package.
         dtype: of the weights in the file, "float32" or "bfloat16". None: bfloat16 if all weights are and none
             has to be rounded, else float32.
@@ -111,7 +113,7 @@ def convert_from_hf(
         raise UserError(f"Weights are written as {' or '.join(_DTYPES)}, not {dtype}.")
     with open_checkpoint(path_or_name) as checkpoint:
         text = calibration_text or TEXT
-        return _convert(checkpoint, str(path_or_name), out, options, text, given or {}, dtype, progress)
+        return _convert(checkpoint, str(path_or_name), out, options, text, given or {}, added or {}, dtype, progress)
 
 
 def _convert(
@@ -121,6 +123,7 @@ def _convert(
     options: LearningOptions,
     calibration_text: Path,
     given: Mapping[str, Tensor],
+    added: Mapping[str, Tensor],
     dtype: str | None,
     progress: bool,
 ) -> HFConversion:
@@ -148,7 +151,9 @@ def _convert(
     _check_tensors(checkpoint, copies)
     copies = [copy for copy in copies if copy.target not in given]
     if dtype is None:
-        is_exact = all(stored[copy.source].dtype == "BF16" and _is_power_of_two(copy.factor) for copy in copies)
+        is_exact = not added and all(
+            stored[copy.source].dtype == "BF16" and _is_power_of_two(copy.factor) for copy in copies
+        )
         dtype = "bfloat16" if is_exact else "float32"
     notes = {
         "source": name,
@@ -164,6 +169,8 @@ def _convert(
                 weights = stored[copy.source].read(rows, copy.columns)
                 if copy.factor != 1:
                     weights = copy.factor * weights.float()
+                if copy.target in added:
+                    weights = weights.float() + added[copy.target][row : row + len(weights)]
                 write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {where}"))
         for parameter, row, values in _new_parameters(config, options.fast == "new"):
             if parameter not in given:

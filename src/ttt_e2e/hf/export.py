@@ -9,12 +9,13 @@ from typing import Any
 import tokenizers
 import torch
 from tokenizers import processors
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, read_json
 from ttt_e2e.hf import TTTE2EConfig, TTTE2EForCausalLM
+from ttt_e2e.hf.plain import plain_model
 from ttt_e2e.inference.load import load_model
 from ttt_e2e.model.checkpoint import (
     SPECIAL_TOKENS,
@@ -26,13 +27,14 @@ from ttt_e2e.model.checkpoint import (
 from ttt_e2e.model.transformer import Transformer
 
 
-def convert_to_hf(folder: Path, out: Path) -> int:
+def convert_to_hf(folder: Path, out: Path, *, plain: bool = False) -> int:
     """Write the model in `folder` to `out` as transformers itself would save it; returns its number of parameters.
 
     The weights are float32, and all in memory at once. The tokenizer keeps the special tokens, settings and chat
     templates that the model came with; without any, BOS also ends documents and pads, on the left. For the tokenizer a
-    text begins with BOS, as for the model. Raises UserError if `out` exists, if a weight is not a finite number, or if
-    `folder` is not a model with a tokenizer.
+    text begins with BOS, as for the model. With `plain` the model is one of transformers' own (`hf.plain`). Raises
+    UserError if `out` exists, if a weight is not a finite number, if `folder` is not a model with a tokenizer, or if
+    the model cannot be plain.
     """
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not.")
@@ -41,7 +43,10 @@ def convert_to_hf(folder: Path, out: Path) -> int:
     theirs = _tokenizer(folder, tokenizer.bos)
     with atomic_path(out) as part:
         ends = tokenizer.end_ids
-        wrap_model(model, tokenizer.bos, ends, theirs.eos_token_id, theirs.pad_token_id).save_pretrained(part)
+        written: PreTrainedModel = wrap_model(model, tokenizer.bos, ends, theirs.eos_token_id, theirs.pad_token_id)
+        if plain:
+            written = plain_model(model, written.generation_config)
+        written.save_pretrained(part)
         theirs.save_pretrained(part)
         for weights in part.glob("*.safetensors"):  # the library makes them readable for their owner alone
             weights.chmod((part / "config.json").stat().st_mode)
