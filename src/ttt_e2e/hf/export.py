@@ -15,6 +15,7 @@ from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path, read_json
 from ttt_e2e.hf import TTTE2EConfig, TTTE2EForCausalLM
+from ttt_e2e.hf.card import model_card
 from ttt_e2e.hf.plain import plain_model
 from ttt_e2e.inference.load import load_model
 from ttt_e2e.model.checkpoint import (
@@ -32,9 +33,9 @@ def convert_to_hf(folder: Path, out: Path, *, plain: bool = False) -> int:
 
     The weights are float32, and all in memory at once. The tokenizer keeps the special tokens, settings and chat
     templates that the model came with; without any, BOS also ends documents and pads, on the left. For the tokenizer a
-    text begins with BOS, as for the model. With `plain` the model is one of transformers' own (`hf.plain`). Raises
-    UserError if `out` exists, if a weight is not a finite number, if `folder` is not a model with a tokenizer, or if
-    the model cannot be plain.
+    text begins with BOS, as for the model. README.md is a card to complete. With `plain` the model is one of
+    transformers' own (`hf.plain`). Raises UserError if `out` exists, if a weight is not a finite number, if `folder` is
+    not a model with a tokenizer, or if the model cannot be plain.
     """
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not.")
@@ -48,9 +49,12 @@ def convert_to_hf(folder: Path, out: Path, *, plain: bool = False) -> int:
             written = plain_model(model, written.generation_config)
         written.save_pretrained(part)
         theirs.save_pretrained(part)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        notes = read_json(folder / "config.json").get("notes", {})
+        (part / "README.md").write_text(model_card(model.config, parameters, notes, plain=plain))
         for weights in part.glob("*.safetensors"):  # the library makes them readable for their owner alone
             weights.chmod((part / "config.json").stat().st_mode)
-    return sum(weight.numel() for weight in model.parameters())
+    return parameters
 
 
 def _tokenizer(folder: Path, bos: int) -> PreTrainedTokenizerFast:
