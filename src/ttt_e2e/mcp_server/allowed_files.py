@@ -29,7 +29,7 @@ class AllowedFiles:
             file = next((path for path in inside if path.exists()), None)
         except (OSError, ValueError, RuntimeError) as error:  # too long a name, a zero byte, links in a circle
             raise UserError(f"{name[:200]!r} is not the path of a file; give another one.") from error
-        if not inside:
+        if file is None and len(inside) < len(found):  # whether there is one elsewhere stays unsaid
             folders = ", ".join(map(str, self._folders))
             raise UserError(f"This server may not read {name!r}, only files in {folders}; give one of those.")
         if file is None:
