@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from helpers import start_command
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
+from ttt_e2e.cli.main import COMMANDS
 from ttt_e2e.cli.mcp import _address
+from ttt_e2e.cli.parser import parse
 from ttt_e2e.inference.session_file import session_facts
 
 
@@ -133,6 +136,14 @@ def test_bad_options_have_one_sentence(options: list[str], here: Path, capsys: p
         assert run(*options, *words) in (1, 2), words
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1 and why in captured.err
+
+
+def test_the_configurations_in_the_tutorial_are_accepted() -> None:
+    text = (Path(__file__).parents[2] / "docs/tutorials/mcp.md").read_text()
+    by_command, by_url = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.S))
+    entry = by_command["mcpServers"]["ttt-e2e"]
+    assert entry["command"].endswith("/ttt-e2e") and parse(entry["args"], COMMANDS).run is COMMANDS["mcp"].run
+    assert by_url["mcpServers"]["ttt-e2e"]["url"] == "http://127.0.0.1:8001/mcp" and "mcp --http 8001" in text
 
 
 def test_a_missing_library_is_named(
