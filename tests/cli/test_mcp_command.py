@@ -117,6 +117,20 @@ def test_it_serves_over_http_until_a_signal(options: list[str], here: Path) -> N
     assert session_facts(here / "kept/default.session")["text_bytes"] == 300
 
 
+def test_ctrl_c_ends_it_at_once(options: list[str], here: Path) -> None:
+    reading, ours = os.pipe()
+    theirs, writing = os.pipe()
+    null = os.open(os.devnull, os.O_RDWR)
+    child = start_command(options, reading, writing, null, lambda: os.close(ours))
+    for descriptor in (reading, writing, null):
+        os.close(descriptor)
+    with os.fdopen(ours, "w") as requests, os.fdopen(theirs) as answers:
+        print('{"jsonrpc": "2.0", "id": 1, "method": "ping"}', file=requests, flush=True)
+        assert answers.readline()  # it waits for the next one now
+        os.kill(child, signal.SIGINT)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
 def test_bad_options_have_one_sentence(options: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text, address in {
         "8001": ("127.0.0.1", 8001),

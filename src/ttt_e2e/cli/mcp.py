@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from ttt_e2e.cli.common import add_options, model_folder, open_model
 from ttt_e2e.cli.serve import listen
-from ttt_e2e.errors import UserError
+from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.files import user_data
 
 HELP = "give sessions to an assistant, as tools of the Model Context Protocol"
@@ -86,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         server = SessionServer(sessions, files)
     if listener is None:
-        # Reading standard input cannot be interrupted. To end at once loses nothing, as a kill does not.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # The thread that waits for standard input cannot be interrupted. To end at once loses nothing.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         server.run("stdio")
         return 0
     with listener:
