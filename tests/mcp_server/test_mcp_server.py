@@ -152,6 +152,21 @@ def test_a_cancelled_reading_changes_nothing(tmp_path: Path, mode: str) -> None:
     with_client(tmp_path, work, mode)
 
 
+def test_a_server_that_stops_ends_a_reading_with_a_sentence(tmp_path: Path) -> None:
+    server = server_of(tmp_path)
+
+    async def stop(*_: object) -> None:
+        server.stop()
+
+    async def main() -> None:
+        async with Client(server) as client:
+            called = await client.call_tool("read", {"text": SECOND * 400}, progress_callback=stop)
+            assert called.is_error and "is stopping" in str(called.content)
+
+    anyio.run(main)
+    assert list(tmp_path.glob("sessions/*")) == []
+
+
 def test_readings_of_one_session_wait_for_each_other(tmp_path: Path) -> None:
     async def work(client: Client) -> None:
         async with anyio.create_task_group() as group:

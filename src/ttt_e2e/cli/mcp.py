@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 from ttt_e2e.cli.common import add_options, model_folder, open_model
 from ttt_e2e.cli.serve import listen
@@ -100,7 +101,13 @@ def run(arguments: argparse.Namespace) -> int:
             server_header=False,
             timeout_graceful_shutdown=_GOODBYE_SECONDS,
         )
-        http_server = uvicorn.Server(config)
+
+        class HttpServer(uvicorn.Server):
+            def handle_exit(self, number: int, frame: FrameType | None) -> None:
+                server.stop()
+                super().handle_exit(number, frame)
+
+        http_server = HttpServer(config)
         # After the shutdown uvicorn raises the signal that caused it once more.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, http_server.handle_exit)

@@ -21,7 +21,7 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.transport_security import TransportSecuritySettings
-from mcp_types import Resource, ToolAnnotations
+from mcp.types import Resource, ToolAnnotations
 from pydantic import Field, ValidationError
 from starlette.applications import Starlette
 
@@ -30,6 +30,7 @@ from ttt_e2e.data.text import text_chunks
 from ttt_e2e.errors import UserError
 from ttt_e2e.mcp_server.allowed_files import AllowedFiles
 from ttt_e2e.mcp_server.sessions import ReadingResult, SessionFolder, SessionSummary
+from ttt_e2e.server.engine.records import StoppingError
 
 _INSTRUCTIONS = """A language model that learns from what it reads. A session is its memory of texts: `read` adds a
 text, `ask` generates from what was learned, `recall` finds exact passages of what was read, `fork` copies a session and
@@ -56,7 +57,7 @@ class SessionServer(MCPServer[Any]):
     """The server of `sessions`, which may read `files` besides texts that clients send."""
 
     def __init__(self, sessions: SessionFolder, files: AllowedFiles) -> None:
-        self._sessions, self._files = sessions, files
+        self._sessions, self._files, self._stopping = sessions, files, False
         self._locks: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         question = (
             "Ask the model a question about what the session has read."
@@ -95,6 +96,29 @@ class SessionServer(MCPServer[Any]):
         )
         return self.streamable_http_app(transport_security=security, max_request_body_size=_MAX_BODY_BYTES)
 
+    def stop(self) -> None:
+        """Let the calls that are running end with an error at the next mini-batch or token, and change nothing."""
+        self._stopping = True
+
+    def _progress(self, context: Context, total: int) -> Callable[[int], None]:
+        """What the worker thread of a call reports to: it tells the client, and ends work that is not wanted any more.
+
+        It is called with how much of the total is done.
+        """
+        sent, sent_at = 0, -math.inf
+
+        def report(done: int) -> None:
+            nonlocal sent, sent_at
+            from_thread.check_cancelled()
+            if self._stopping:
+                raise StoppingError
+            now = time.monotonic()
+            if done > sent and (now - sent_at >= _PROGRESS_SECONDS or done == total):
+                from_thread.run(context.report_progress, done, total)
+                sent, sent_at = done, now
+
+        return report
+
     # -- tools ---------------------------------------------------------------------------------------------------------
 
     async def _read(
@@ -116,7 +140,7 @@ class SessionServer(MCPServer[Any]):
             file = self._files.find(path) if path else None
             # A file is checked from end to end before anything is read.
             total = sum(map(_size, text_chunks(file) if file else [text]))
-            report = _Progress(context, total)
+            report = self._progress(context, total)
             return self._sessions.read(session, text_chunks(file) if file else [text], report)
 
         async with self._locks[session]:
@@ -131,7 +155,7 @@ class SessionServer(MCPServer[Any]):
         temperature: Annotated[float, Field(ge=0, description="0 always takes the likeliest token.")] = 0.8,
     ) -> str:
         def work() -> str:
-            report, chunks = _Progress(context, max_tokens), []
+            report, chunks = self._progress(context, max_tokens), []
             for chunk in self._sessions.ask(session, prompt, max_tokens=max_tokens, temperature=temperature):
                 chunks.append(chunk)
                 report(len(chunks))
@@ -214,22 +238,6 @@ def _tool(name: str, function: Callable[..., Any], hints: ToolAnnotations, descr
     tool = Tool.from_function(function, name, description=description or getdoc(function), annotations=hints)
     tool.parameters["additionalProperties"] = False  # otherwise a misspelt argument would be left out in silence
     return tool
-
-
-class _Progress:
-    """Tells a client from a worker thread how far a call has come, and ends the work if it was cancelled."""
-
-    def __init__(self, context: Context, total: int) -> None:
-        self._context, self._total = context, total
-        self._sent, self._sent_at = 0, -math.inf
-
-    def __call__(self, done: int) -> None:
-        """Report that `done` of the total is done."""
-        from_thread.check_cancelled()
-        now = time.monotonic()
-        if done > self._sent and (now - self._sent_at >= _PROGRESS_SECONDS or done == self._total):
-            from_thread.run(self._context.report_progress, done, self._total)
-            self._sent, self._sent_at = done, now
 
 
 def _size(text: str) -> int:

@@ -14,14 +14,13 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from ttt_e2e.data.text import slices
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_beside, remove_atomically, remove_stale_parts
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import SessionInfo, read_session_file, session_facts
+from ttt_e2e.reading.loss_curve import LossCurve
 from ttt_e2e.reading.recording import forget_unread, plan_recording, record_text
 from ttt_e2e.reading.resume import Reading, save_unfinished, unfinished_facts
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
@@ -114,19 +113,19 @@ class SessionFolder:
             before = self._load(name, for_change=True) if path.exists() else None
             session = (before or self._template).fork()
             recording = plan_recording(path, path if before else None, session.model.config.sliding_window)
-            num_tokens, unscored, losses = session.info().tokens, session.pending, [np.empty(0, np.float32)]
+            curve, unscored = LossCurve(), session.pending  # the first losses belong to what was read before
             try:
                 # Before anything is recorded, the session file has to say where the text begins in the notebook.
                 save_unfinished(path, Reading(session, None, name, None, notebook_start=recording.start))
                 with closing(record_text(chain([first], text), recording)) as recorded:  # type: ignore[type-var]
-                    for some in session.read_stream(recorded):
-                        losses.append(some)
+                    for losses in session.read_stream(recorded):
+                        curve.add(losses[unscored:])
+                        unscored -= min(unscored, len(losses))
                         report(text.bytes_read)
                 report(text.bytes_read)
-                losses.append(session.score_pending())
+                curve.add(session.score_pending()[unscored:])
                 session.check()
-                all_losses = np.concatenate(losses)[unscored:]  # the first ones belong to what was read before
-                if session.info().tokens == num_tokens:
+                if not curve.tokens:
                     raise UserError("The text has no tokens; give another one.")
                 session.save(path)
             except BaseException as error:
@@ -144,8 +143,7 @@ class SessionFolder:
                         "model with a smaller inner_loop.lr."
                     ) from error
                 raise
-        tokens, loss = session.info().tokens - num_tokens, float(all_losses.mean(dtype=np.float64))
-        return ReadingResult(tokens, loss, " ".join(recording.remarks) or None, self._summary(name))
+        return ReadingResult(curve.tokens, curve.mean(), " ".join(recording.remarks) or None, self._summary(name))
 
     def ask(self, name: str, prompt: str, *, max_tokens: int = 200, temperature: float = 0.8) -> Iterator[str]:
         """The answer to a question, or the continuation of a text, in chunks. The session does not change.
