@@ -270,6 +270,11 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache"), "ttt-e2e")
 
 
+def user_data() -> Path:
+    """The user's folder for what must be kept: `$XDG_DATA_HOME/ttt-e2e`, or `~/.local/share/ttt-e2e`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or expand_user("~/.local/share"), "ttt-e2e")
+
+
 def check_file(path: Path, size: int, sha256: str, remedy: str) -> None:
     """Raise UserError unless the file `path` has `size` bytes and this digest; remedy: such as "prepare it anew".
 

@@ -23,6 +23,7 @@ from ttt_e2e.data.text import Document, standard_library_document
 
 ELSEWHERE = {
     "ttt-e2e serve": "does not end; tests/docs runs it",
+    "ttt-e2e mcp": "does not end; tests/cli/test_mcp_command.py runs it",
     "ttt-e2e convert from-official": "needs an official checkpoint; tests/convert/test_from_official.py writes one",
     "ttt-e2e convert from-hf": "needs a pretrained checkpoint; tests/docs writes one",
     "ttt-e2e convert from-gguf": "needs a GGUF file; tests/convert/test_from_gguf.py writes one",

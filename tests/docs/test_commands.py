@@ -33,6 +33,7 @@ ELSEWHERE = {
     "python3 -m venv": "downloads the dependencies; .ci/run does the same in a clean virtual environment",
     ".venv/bin/pip install": "the same",
     "pip install": "the same",
+    "ttt-e2e mcp": "does not end; tests/cli/test_mcp_command.py runs it",
     "ttt-e2e convert from-gguf": "needs a GGUF file; tests/convert/test_from_gguf.py writes one",
     "ttt-e2e convert from-official": "needs an official checkpoint; tests/convert/test_from_official.py writes one",
     "ttt-e2e export lora book.session": "needs a session of a converted model; the tutorial has one",

@@ -11,9 +11,10 @@ BEGINNING = """# Commands
 Exit codes: 0 for success, 1 for an error that is explained in one sentence, 2 for an invalid command line, 130 for
 Ctrl-C. `ttt-e2e COMMAND --help` has examples.
 
-What not everyone needs is an extra, installed by `pip install -e '.[serve]'` for instance: `serve`; `embeddings`
-(search by meaning); `parquet` and `zarr` (data); `hf`, `gguf`, `official` and `harness` (other programs' models,
-lm-eval); `tensorboard` and `wandb`; on a GPU `fla` and `mamba` (kernels); `dev` is what the tests and benchmarks need.
+What not everyone needs is an extra, installed by `pip install -e '.[serve]'` for instance: `serve`; `mcp`;
+`embeddings` (search by meaning); `parquet` and `zarr` (data); `hf`, `gguf`, `official` and `harness` (other programs'
+models, lm-eval); `tensorboard` and `wandb`; on a GPU `fla` and `mamba` (kernels); `dev` is what the tests and
+benchmarks need.
 """
 
 

@@ -36,6 +36,7 @@ def test_generate_depends_on_the_seed_and_does_not_change_the_session(model: Tra
     before = session.fork()
     one, again, other = ("".join(session.generate("Rain", max_tokens=30, seed=seed)) for seed in (1, 1, 2))
     assert one == again != other
+    assert "".join(session.generate(tokenizer.encode("Rain"), max_tokens=30, seed=1)) == one
     assert same_state(session, before)
 
 
@@ -155,3 +156,15 @@ def test_divergence_while_generating_restores_a_good_state(tokenizer: Tokenizer)
     with pytest.raises(Diverged):
         list(having_read(Session(model, tokenizer), tokens_of(6)).generate(max_tokens=1, temperature=0))
     assert session.position == 0 and np.isfinite(session.read([1, 2])).all()
+
+
+def test_check_finds_a_last_update_that_diverged(tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=tokenizer.vocab_size, inner_loop__lr=1e30)
+    for more in (1, 2):  # no token waits for its loss, or one does
+        session = Session(model)
+        session.check()
+        session.read(tokens_of(model.config.mini_batch_size + more))
+        before = session.fork()
+        with pytest.raises(Diverged):
+            session.check()
+        assert same_state(session, before)

@@ -53,7 +53,7 @@ def test_errors_come_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch,
             command.run(parse("--port", port, *missing))
     monkeypatch.setenv(KEYS_VARIABLE, f"anna {KEY}")
     monkeypatch.setattr(socket, "getaddrinfo", no_address)
-    with pytest.raises(UserError, match="another --host"):
+    with pytest.raises(UserError, match="another host"):
         command.run(parse("--host", "no.such.host.invalid", *missing))
 
 

@@ -36,6 +36,7 @@ GOOD = [
     "reproduce figure1 --data tokens --out out --dry-run",
     "reproduce latency --out out --systems window --contexts 64 --seconds 0.01",
     "serve --port 0 --data out --keys keys --rate 10 --max-body 1M",
+    "mcp --http 0 --sessions out --files folder",
 ]
 VALUES = [
     *("", " ", "-", "--", "-1", "0", "1", "00", "1.5", "-0.0", "nan", "inf", "1e400", "1e-400", "9" * 30, "1_0", "٣"),
@@ -100,6 +101,7 @@ def stop_soon() -> None:
     import threading
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["XDG_DATA_HOME"] = str(Path.cwd())
     threading.Timer(5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
 

@@ -19,7 +19,7 @@ from ttt_e2e.cli.common import check_output
 from ttt_e2e.cli.parser import parse
 from ttt_e2e.errors import INTERRUPTED, UserError
 
-_NAMES = "read generate notebook prepare train evaluate presets cost convert export serve reproduce info"
+_NAMES = "read generate notebook prepare train evaluate presets cost convert export serve mcp reproduce info"
 COMMANDS = {name: import_module(f"ttt_e2e.cli.{name}") for name in _NAMES.split()}
 
 

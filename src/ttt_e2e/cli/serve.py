@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     keys = load_keys(arguments.keys, os.environ)
     check_host(arguments.host, keys)
-    listener = _listen(arguments.host, arguments.port)
+    listener = listen(arguments.host, arguments.port)
     with listener:
         from ttt_e2e.inference.load import shipped_model
         from ttt_e2e.inference.session import Session
@@ -136,12 +136,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at this address; clients that connect while the model is loading wait."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at this address; clients that connect while the model is loading wait.
+
+    Raises UserError if there is no such address, or if it is in use.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise UserError(f"There is no address {host} ({error.strerror}); give another --host.") from error
+        raise UserError(f"There is no address {host} ({error.strerror}); give another host.") from error
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -150,6 +153,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"Port {port} of {host} is in use; give another --port.") from error
+            raise UserError(f"Port {port} of {host} is in use; give another port.") from error
         raise UserError(f"Cannot serve at {host}, port {port}: {error.strerror}. Give others.") from error
     return listener
