@@ -162,6 +162,18 @@ class Session:
         self._check(losses_1T[0], 0.0)
         return losses_1T[0]
 
+    def check(self) -> None:
+        """Raise Diverged if the last update made learning diverge. The session does not change.
+
+        Otherwise the next mini-batch finds out, and a session that was saved and loaded cannot go back any more.
+        """
+        if self.learn and self.position:
+            probe = self.fork()
+            if probe.pending:
+                probe.score_pending()
+            else:  # no token waits for its loss, but generating one shows whether the logits are finite
+                next(probe.generate_tokens(max_tokens=1, temperature=0), None)
+
     def _check(self, losses: np.ndarray, norm: float) -> None:
         """Return to the last good state and raise Diverged if a mini-batch shows that learning diverged."""
         found = find_divergence(losses, norm, self.position, self.model.config.vocab_size, learns=self.learn)
@@ -308,7 +320,7 @@ class Session:
 
     def generate(
         self,
-        prompt: str = "",
+        prompt: str | np.ndarray | Iterable[int] = "",
         *,
         max_tokens: int = 200,
         stop: str | Sequence[str] = (),
@@ -320,7 +332,7 @@ class Session:
         Raises what `generate_tokens` does.
 
         Args:
-            prompt: what to read first.
+            prompt: what to read first, a string or token ids.
             max_tokens: how many tokens to generate at most.
             stop: strings before which the text ends.
             learn_from_writing: whether the prompt and exactly the text that was yielded become part of the session.
@@ -329,7 +341,8 @@ class Session:
         check_max_tokens(max_tokens)  # all is checked before anything becomes part of the session
         SamplingOptions(**sampling)
         tokenizer = self._require_tokenizer()
-        ids = tokenizer.encode(prompt)
+        vocab_size = self.model.config.vocab_size
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else check_token_ids(prompt, vocab_size)
         stream = TextStream(tokenizer, stop, context=np.concatenate((self._state.pending, ids)))
         reader = self if learn_from_writing else self.fork()
         reader.read(ids)

@@ -153,7 +153,7 @@ class PooledSession:
         result: Future[Session | None] = Future()
 
         def leave() -> None:
-            session = self._worker._apply(self, lambda pool, id: _checked(pool.peek(id)))
+            session = self._worker._apply(self, _peek_checked)
             self._worker._drop(self)
             if result.set_running_or_notify_cancel():
                 result.set_result(session)
@@ -177,14 +177,10 @@ class PooledSession:
             self.drop()
 
 
-def _checked(session: Session) -> Session:
-    """`session`, unless its last update made it diverge: with the next request it would be too late to roll back."""
-    if session.learn and session.position:
-        probe = session.fork()
-        if probe.pending:
-            probe.score_pending()
-        else:  # no token waits for its loss, but generating one shows whether the logits are finite
-            next(probe.generate_tokens(max_tokens=1, temperature=0), None)
+def _peek_checked(pool: SessionPool, id: int) -> Session:
+    """A session in the pool, unless its last update made it diverge: with the next request it would be too late."""
+    session = pool.peek(id)
+    session.check()
     return session
 
 
