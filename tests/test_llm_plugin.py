@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,6 +251,12 @@ def test_errors_are_one_sentence(model: str, options: dict[str, Any], message: s
     with pytest.raises(llm.ModelError, match=message) as caught:
         llm.get_model(f"ttt-e2e/{model}").prompt("Anna", **options).text()
     assert str(caught.value).endswith(".") and not Path("none.session").exists()
+
+
+def test_an_older_llm_is_one_sentence() -> None:
+    prompt, model = SimpleNamespace(options=None), llm.get_model("ttt-e2e")  # without its messages
+    with pytest.raises(llm.ModelError, match="or newer; install it"):
+        next(model.execute(prompt, stream=True, response=None, conversation=None))
 
 
 def test_errors_of_the_commands(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A plug-in for `llm` (https://llm.datasette.io): our models in its commands and its Python API.
 
-`llm` imports this module whenever it starts, so what needs PyTorch is imported when a model is used.
+`llm` imports this module whenever it starts, so what needs PyTorch is imported when a model is used, and so is what an
+older `llm` lacks.
 """
 
 import importlib.util
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import llm
-from llm.parts import ReasoningPart, TextPart
 from pydantic import Field
 
 from ttt_e2e.errors import UserError
@@ -67,9 +67,11 @@ class TTTE2E(llm.Model):
     ) -> Iterator[str]:
         """The answer in chunks. With `learn`, the session is saved after the last one, and only then."""
         with _plugin_errors():
+            if not hasattr(prompt, "messages"):
+                raise UserError('The plug-in needs llm 0.32 or newer; install it with: pip install "ttt-e2e[llm]"')
             yield from self._answer(prompt.messages, prompt.options)
 
-    def _answer(self, messages: Sequence[llm.Message], options: Any) -> Iterator[str]:
+    def _answer(self, messages: "Sequence[llm.Message]", options: Any) -> Iterator[str]:
         from ttt_e2e.inference.session import Session
         from ttt_e2e.inference.session_file import lock_session, session_facts
         from ttt_e2e.reading.recording import forget_unread
@@ -115,8 +117,10 @@ class TTTE2E(llm.Model):
         return shipped_model()
 
 
-def _texts(messages: Sequence[llm.Message]) -> list[dict[str, Any]]:
+def _texts(messages: "Sequence[llm.Message]") -> list[dict[str, Any]]:
     """Messages as a chat template takes them. Raises UserError for a part that is no text."""
+    from llm.parts import ReasoningPart, TextPart
+
     for part in (part for message in messages for part in message.parts):
         if not isinstance(part, TextPart | ReasoningPart):
             raise UserError(
