@@ -6,6 +6,7 @@ is shortened by the rules of `SHORTER` and `END`; what cannot run here is named 
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -41,8 +42,12 @@ ELSEWHERE = {
     "gcloud": "costs money",
     "model-125m": "needs what that downloads",
     "hf upload": "needs an account",
+    "llm ttt-e2e add": "needs a model folder; tests/test_llm_plugin.py adds one",
     "python -m ttt_e2e.evaluation.harness": "downloads its task; tests/evaluation/test_harness.py has one without",
 }
+
+# Python that runs only where a package is installed.
+OPTIONAL = {"import litellm": "too large for the extra dev; tests/server/test_clients.py has the same calls"}
 
 # Put after the preset, so that what the document sets comes later: small models, where the shape is not `--from`'s.
 SHORTER = "hidden_size=32 num_attention_heads=2 intermediate_size=48 sliding_window=64 mini_batch_size=32"
@@ -114,10 +119,20 @@ class Runner:
             assert code == 0, f"{command}: exit code {code}"
             if target:
                 Path(target).write_text(output.getvalue())
+        elif words[0] == "llm":
+            self.llm(words[1:])
         elif words[0] == "curl":
             self.curl(command)
         else:
             assert command.startswith("S="), f"{command!r} is no command that this test can run"
+
+    def llm(self, words: list[str]) -> None:
+        from llm_helpers import run_llm
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LLM_USER_PATH", str(Path.cwd() / "llm"))
+            result = run_llm(*words, *([] if words == ["models"] else ["-o", "max_tokens", "8"]))
+        assert result.exit_code == 0, result.output
 
     def serve(self, options: list[str]) -> None:
         """Start the service on a free port, in place of the one before."""
@@ -161,10 +176,16 @@ def shortened(words: list[str]) -> list[str]:
     return words + END.get(name, "").split()
 
 
+def is_left_out(body: str) -> bool:
+    """Whether a block of Python needs a package in `OPTIONAL` that is not installed."""
+    return any(line in body and importlib.util.find_spec(line.split()[1]) is None for line in OPTIONAL)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that the documents take for given: texts, and pretrained checkpoints."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it downloads prices when it is imported
     for name, text in {
         "BOOK.txt": TEXT[:500],
         "NEXT.txt": TEXT[500:800],
@@ -230,7 +251,7 @@ def test_every_command_of_a_document_runs(document: str, workspace: Path) -> Non
             if language == "bash":
                 for command in commands(body):
                     runner.run(command)
-            elif language == "python":
+            elif language == "python" and not is_left_out(body):
                 exec(compile(runner.here(body), document, "exec"), {})
     finally:
         runner.stop()

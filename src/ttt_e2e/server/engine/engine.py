@@ -20,6 +20,7 @@ from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import Done, Losses, SessionPool, Token
 from ttt_e2e.inference.text_stream import TextStream
 from ttt_e2e.model.cost import state_bytes
+from ttt_e2e.server.engine.chats import begin_chat
 from ttt_e2e.server.engine.records import Before, Prompt, ReadProgress, SessionNotFoundError, StoppingError, TextChunk
 from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
 from ttt_e2e.server.engine.store import Store
@@ -234,12 +235,8 @@ class Engine:
 
     def _begin_chat(self, session: Session, prompt: Callable[[Before], Prompt]) -> tuple[Session, np.ndarray]:
         """The session as one that holds a conversation, and the ids of the prompt, which it has not read."""
-        state = session.state()
-        before: Before = "conversation" if state.text.chat else "text" if _num_tokens(session) > 1 else "nothing"
-        text = prompt(before)
-        pending = state.pending[:0] if before == "nothing" and not isinstance(text, str) else state.pending
-        chatting = state._replace(text=state.text._replace(chat=True), pending=pending)
-        return session.with_state(chatting), self._encode(text)
+        chatting, text = begin_chat(session, prompt)
+        return chatting, self._encode(text)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else np.array(prompt, np.int64)
