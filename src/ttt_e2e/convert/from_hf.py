@@ -305,7 +305,7 @@ def _new_parameters(config: ModelConfig, has_new_mlps: bool) -> Iterator[tuple[s
                 yield name, rows.start, values.normal_(0.0, std, generator=for_mlps) if std else values
         if config.fast_rank is not None:
             # Its matrices are allocated, but never touched.
-            mlp = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank)
+            mlp = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank, config.hidden_act)
             mlp.reset_factors(for_factors)
             for name, factor in mlp.named_parameters():
                 if name not in ("w_in", "w_out"):
