@@ -180,6 +180,7 @@ CASES |= {
         {
             "head_dim": 8,
             "sliding_window": 24,
+            "query_pre_attn_scalar": 8,
             "attention_bias": True,
             "tie_word_embeddings": False,
             "attn_logit_softcapping": 1.5,
@@ -203,12 +204,24 @@ CASES |= {
     ),
     "gemma3, sliding window": (
         "Gemma3",
-        {"head_dim": 8, "sliding_window": 24, "layer_types": ["sliding_attention"] * 4, **TOKENS},
+        {
+            "head_dim": 8,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention"] * 4,
+            **TOKENS,
+        },
         SHARDED,
     ),
     "gemma3, capped logits": (
         "Gemma3",
-        {"head_dim": 8, "layer_types": ["full_attention"] * 4, "final_logit_softcapping": 2.0, **TOKENS},
+        {
+            "head_dim": 8,
+            "layer_types": ["full_attention"] * 4,
+            "sliding_window": 60,
+            "final_logit_softcapping": 2.0,
+            **TOKENS,
+        },
         "1GB",
     ),
 }

@@ -244,7 +244,7 @@ def _model_type(values: "_Values") -> str:
             "trained further; convert the one that it was made from."
         )
     for name in values.get("architectures", None) or []:
-        if not str(name).endswith("ForCausalLM"):  # text_config has none
+        if not str(name).endswith("ForCausalLM"):
             raise UserError(f"{values.where} describes a {name}; only a language model (ForCausalLM) can be converted.")
     activation = FAMILIES[family].settings.get("hidden_act", "silu")
     wanted = {FAMILIES[family].activation_name: activation, "mlp_bias": False, "use_bidirectional_attention": False}
@@ -258,9 +258,7 @@ def _model_type(values: "_Values") -> str:
     return str(family)
 
 
-def _rope(
-    values: "_Values", model_type: str, is_sliding: list[bool]
-) -> tuple[dict[str, Any], int, RopeScaling | None]:
+def _rope(values: "_Values", model_type: str, is_sliding: list[bool]) -> tuple[dict[str, Any], int, RopeScaling | None]:
     """The settings of `ModelConfig` for rotary positions, how many tokens they are made for, and `short_rope`."""
     content = values.get("rope_parameters", None) or values.get("rope_scaling", None) or {}
     local: dict[str, Any] = {}
