@@ -61,9 +61,9 @@ _GEMMA = Family(
 _GEMMA2 = _GEMMA._replace(
     name="Gemma 2",
     windows="always",
-    settings=_GEMMA.settings | {"post_norm": True},
-    defaults=_GEMMA.defaults
-    | {
+    settings={**_GEMMA.settings, "post_norm": True},
+    defaults={
+        **_GEMMA.defaults,
         "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
@@ -76,9 +76,9 @@ _GEMMA2 = _GEMMA._replace(
 )
 _GEMMA3 = _GEMMA2._replace(
     name="Gemma 3",
-    settings=_GEMMA2.settings | {"qk_norm": True},
-    defaults=_GEMMA.defaults
-    | {
+    settings={**_GEMMA2.settings, "qk_norm": True},
+    defaults={
+        **_GEMMA.defaults,
         "vocab_size": 262_208,
         "hidden_size": 2304,
         "num_hidden_layers": 26,
@@ -109,7 +109,7 @@ FAMILIES = {
     "olmo3": _OLMO2._replace(
         name="OLMo 3",
         windows="always",
-        defaults=_OLMO2.defaults | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4},
+        defaults={**_OLMO2.defaults, "rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4},
         has_local_rope=True,
     ),
     "gemma": _GEMMA,
