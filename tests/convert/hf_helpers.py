@@ -35,7 +35,7 @@ LLAMA3 = dict(
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
 MULTIPLIERS = dict(embedding_multiplier=12.0, attention_multiplier=0.4, residual_multiplier=0.22, logits_scaling=2.0)
 LONGROPE = dict(rope_type="longrope", rope_theta=500.0, short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 3, 7])
-TOKENS = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
+TOKENS = dict(pad_token_id=None, bos_token_id=0, eos_token_id=0)
 SHARDED = "20KB"
 # name: family, what is other than in SHAPE, the size of a shard
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
