@@ -158,6 +158,16 @@ def test_memory_does_not_grow_with_the_tensor_that_is_read(tmp_path: Path) -> No
     assert torch.equal(part, whole[9_000:9_100]) and peak < 1e6
 
 
+def test_norms_of_gemma_are_not_rounded(pretrained: Pretrained, tmp_path: Path) -> None:
+    """They are close to 1 and hold the 1 in a file, where bfloat16 has few digits."""
+    theirs, _ = pretrained("gemma3, sliding window")
+    path = write_model(tmp_path / "model.gguf", theirs, "BF16")
+    convert_from_hf(path, tmp_path / "out", LearningOptions(24, mini_batch_size=5), dtype="bfloat16")
+    model = load_transformer(tmp_path / "out")
+    assert torch.equal(model.final_norm.weight, 1 + theirs.model.norm.weight)
+    assert torch.equal(model.embedding, theirs.model.embed_tokens.weight.bfloat16().float())
+
+
 # -- what belongs to it ------------------------------------------------------------------------------------------------
 
 

@@ -149,11 +149,13 @@ def _convert(
     copies = list(_slice_copies(config, source, unused_ids))
     _check_tensors(checkpoint, copies)
     copies = [copy for copy in copies if copy.target not in given]
+    # Norms of 1 + weight would be rounded in bfloat16, and take next to no space.
+    has_sums = FAMILIES[source.family].norm_offset != 0
+    wide = {copy.target for copy in copies if has_sums and "norm" in copy.target}
     if dtype is None:
-        matrices = [copy for copy in copies if not copy.offset]
-        is_exact = all(stored[copy.source].dtype == "BF16" and _is_power_of_two(copy.factor) for copy in matrices)
+        others = [copy for copy in copies if copy.target not in wide]
+        is_exact = all(stored[copy.source].dtype == "BF16" and _is_power_of_two(copy.factor) for copy in others)
         dtype = "bfloat16" if is_exact else "float32"
-    wide = {copy.target for copy in copies if copy.offset}  # a sum would be rounded, and takes next to no space
     notes = {
         "source": name,
         "source_family": source.family,
