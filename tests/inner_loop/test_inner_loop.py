@@ -303,7 +303,7 @@ class ScaledMLP(MLP):
     """A static MLP with one parameter more than `loop_parameters` may have been written for."""
 
     def __init__(self, plain: MLP) -> None:
-        super().__init__(plain.w_in.shape[1], plain.w_out.shape[1])
+        super().__init__(plain.w_in.shape[1], plain.w_out.shape[1], plain.activation)
         self.load_state_dict(plain.state_dict())
         self.scale = torch.nn.Parameter(torch.tensor(1.5))
 

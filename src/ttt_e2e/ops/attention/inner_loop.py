@@ -74,7 +74,7 @@ def inner_loop_attention(
         v_BGSK = torch.cat((seen.sink.value_GK[:, None].to(v_BGSK.dtype).expand_as(v_BGSK[:, :, :1]), v_BGSK), 2)
         mask_RS = F.pad(mask_RS, (1, 0))
         scores_HT = seen.scores.expand(*seen.scores.shape[:-1], num_new_keys)
-        sink_GR1 = scores_HT.unflatten(-2, (-1, groups)).flatten(-2)[..., None]
+        sink_GR1 = scores_HT.reshape(*scores_HT.shape[:-2], k_BGSK.shape[1], -1, 1)
     if cap is not None or wants_definition():
         y_BGRK, inner_vjp = attend_reference(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys, sink_GR1, cap)
     else:
