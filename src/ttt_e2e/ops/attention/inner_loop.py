@@ -73,8 +73,9 @@ def inner_loop_attention(
         k_BGSK = F.pad(k_BGSK, (0, 0, 1, 0))
         v_BGSK = torch.cat((seen.sink.value_GK[:, None].to(v_BGSK.dtype).expand_as(v_BGSK[:, :, :1]), v_BGSK), 2)
         mask_RS = F.pad(mask_RS, (1, 0))
-        scores_HT = seen.scores.expand(*seen.scores.shape[:-1], num_new_keys)
-        sink_GR1 = scores_HT.reshape(*scores_HT.shape[:-2], k_BGSK.shape[1], -1, 1)
+        sink_HT = seen.scores  # or [B, H, T]
+        sink_HT = sink_HT.expand(*sink_HT.shape[:-1], num_new_keys)
+        sink_GR1 = sink_HT.reshape(*sink_HT.shape[:-2], k_BGSK.shape[1], -1, 1)
     if cap is not None or wants_definition():
         y_BGRK, inner_vjp = attend_reference(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys, sink_GR1, cap)
     else:
