@@ -165,6 +165,12 @@ def test_older_files_of_models_with_two_kinds_of_rotary_positions(
     assert found.settings["rope_local_pattern"] == tuple((i + 1) % every != 0 for i in range(4))
 
 
+def test_first_files_of_gemma_call_their_activation_gelu(pretrained: Pretrained, tmp_path: Path) -> None:
+    config = json.loads((pretrained("gemma, one key head")[1] / "config.json").read_text())
+    assert config["hidden_act"] == "gelu_pytorch_tanh"
+    assert read_source({**config, "hidden_act": "gelu"}, tmp_path) == read_source(config, tmp_path)
+
+
 def test_values_that_published_gemma_3_leaves_out_are_those_of_transformers(tmp_path: Path) -> None:
     """The configuration of gemma-3-4b-it names six values of its language model."""
     text = dict(

@@ -123,7 +123,7 @@ FAMILIES = {
     ),
 }
 _MISSING = {  # what families that people ask for have and our models have not
-    "gemma3n": "layers that share keys and values, and inputs of their own",
+    "gemma3n": "layers that share keys and values, and embeddings for every layer",
     "ministral3": "queries that are scaled by their positions",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
@@ -252,7 +252,7 @@ def _model_type(values: "_Values") -> str:
         wanted["attn_logit_softcapping"] = None
     for name, usual in wanted.items():
         value = values.get(name, usual)
-        # The first files of Gemma say "gelu", but mean the approximation, which it was trained with.
+        # The first files of Gemma say "gelu", by which they mean the approximation; transformers reads them so, too.
         if value != usual and (family, value) != ("gemma", "gelu"):
             raise UserError(f"{values.where} has {name} = {value}; only {usual} can be converted.")
     return str(family)
