@@ -1,7 +1,7 @@
 """A model folder that is written some rows at a time, for models that do not fit into memory.
 
-The result is, byte for byte, what `model.checkpoint.save_model` writes. Rows may come in any order, because the shapes
-determine where they lie in the file.
+With all weights in one dtype the result is, byte for byte, what `model.checkpoint.save_model` writes. Rows may come in
+any order, because the shapes determine where they lie in the file.
 """
 
 import hashlib
