@@ -21,6 +21,14 @@ from ttt_e2e.data.prepare import prepare
 from ttt_e2e.files import with_digest
 from ttt_e2e.model.transformer import Transformer
 
+GEMMA: dict[str, Any] = dict(  # what models of this family have, together
+    hidden_act="gelu_pytorch_tanh",
+    embedding_multiplier=4.0,
+    attn_logit_softcapping=1.5,
+    final_logit_softcapping=3.0,
+    rope_local_pattern=(True, False, True),
+    rope_local_base_freq=30.0,
+)
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 

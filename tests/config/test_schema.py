@@ -60,6 +60,10 @@ def test_settings_that_do_not_fit_are_refused(assignment: str, sentence: str) ->
         (["rope_type=longrope", "pair_factors=2,-1"], "pair_factors must be 0 or from 1e-06 to 1e+06, not (2.0, -1.0)"),
         (["qk_norm_joint=true", "qk_norm=false"], "qk_norm_joint is for mixers 'full' and 'window' alone, and needs"),
         (["pattern=mamba2,window", "rope_pattern=false,true"], "rope_pattern can be false only where the mixer is"),
+        (["pattern=mamba2,window", "rope_local_pattern=true"], "rope_local_pattern and attn_logit_softcapping are for"),
+        (["pattern=titans,window", "attn_logit_softcapping=50"], "are for mixers 'full' and 'window' alone"),
+        (["attn_logit_softcapping=0"], "attn_logit_softcapping must be at least 0.001, not 0"),
+        (["hidden_act=relu"], "hidden_act must be 'silu' or 'gelu_pytorch_tanh', not 'relu'"),
         (["pattern=full,window", "suffix_layers=3"], "all its mixers must be 'window', or all 'full'"),
         (
             ["pattern=mamba2,window", "attention_bias=true"],

@@ -19,8 +19,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
         if name not in made:
             family, changes, shard = CASES[name]
             torch.manual_seed(len(made))
-            config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
-            model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+            kind = getattr(transformers, f"{family}ForCausalLM")
+            model = kind(kind.config_class(**{**SHAPE, **changes})).eval()
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.dim() == 1:  # norms and biases, so that a test sees them

@@ -73,7 +73,7 @@ def write_model(
     for every dot.
     """
     config = model.config
-    arch = "llama" if config.model_type == "mistral" else config.model_type
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = GGUFWriter(path, arch)
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     writer.add_context_length(config.max_position_embeddings)
@@ -83,13 +83,18 @@ def write_model(
     writer.add_head_count(heads)
     writer.add_head_count_kv(keys)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if head_dim != config.hidden_size // heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
+        writer.add_attn_logit_softcapping(cap)
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        writer.add_final_logit_softcapping(cap)
     add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
     for name, value in ({"rope__dimension_count": head_dim} | metadata).items():
         add[type(value)](f"{arch}.{name.replace('__', '.')}", value)
@@ -100,6 +105,8 @@ def write_model(
             continue
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             weight = interleaved(weight, heads if "q_proj" in name else keys)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            weight = weight + 1
         add_tensor(writer, names.get_name(name, try_suffixes=(".weight", ".bias")), weight, kind)
     for name, weight in (tensors or {}).items():
         add_tensor(writer, name, weight, "F32")

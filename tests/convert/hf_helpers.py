@@ -35,7 +35,7 @@ LLAMA3 = dict(
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
 MULTIPLIERS = dict(embedding_multiplier=12.0, attention_multiplier=0.4, residual_multiplier=0.22, logits_scaling=2.0)
 LONGROPE = dict(rope_type="longrope", rope_theta=500.0, short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 3, 7])
-TOKENS = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
+TOKENS = dict(pad_token_id=None, bos_token_id=0, eos_token_id=0)
 SHARDED = "20KB"
 # name: family, what is other than in SHAPE, the size of a shard
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -124,6 +124,106 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SHARDED,
     ),
     "mistral, sliding window": ("Mistral", {"sliding_window": 24, "rope_parameters": {"rope_theta": 1e4}}, SHARDED),
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+CASES |= {
+    "olmo3, windows in some layers": (
+        "Olmo3",
+        {
+            "sliding_window": 24,
+            "rope_parameters": {**TWO_ROPES, "full_attention": YARN | {"attention_factor": 1.3}},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            **TOKENS,
+        },
+        "1GB",
+    ),
+    "olmo3, biases, tied, sliding window": (
+        "Olmo3",
+        {
+            "sliding_window": 24,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention"] * 4,
+            **TOKENS,
+        },
+        SHARDED,
+    ),
+    "gemma, one key head": ("Gemma", {"head_dim": 12, "num_key_value_heads": 1, **TOKENS}, "1GB"),
+    "gemma, biases, linear": (
+        "Gemma",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
+            **TOKENS,
+        },
+        SHARDED,
+    ),
+    "gemma2, windows in some layers": (
+        "Gemma2",
+        {
+            "head_dim": 12,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            **TOKENS,
+        },
+        "1GB",
+    ),
+    "gemma2, biases, sliding window": (
+        "Gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "layer_types": ["sliding_attention"] * 4,
+            **TOKENS,
+        },
+        SHARDED,
+    ),
+    "gemma3, windows in some layers": (
+        "Gemma3",
+        {
+            "head_dim": 12,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": TWO_ROPES,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            **TOKENS,
+        },
+        "1GB",
+    ),
+    "gemma3, sliding window": (
+        "Gemma3",
+        {
+            "head_dim": 8,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention"] * 4,
+            **TOKENS,
+        },
+        SHARDED,
+    ),
+    "gemma3, capped logits": (
+        "Gemma3",
+        {
+            "head_dim": 8,
+            "layer_types": ["full_attention"] * 4,
+            "sliding_window": 60,
+            "final_logit_softcapping": 2.0,
+            **TOKENS,
+        },
+        "1GB",
+    ),
 }
 Pretrained = Callable[[str], tuple[Any, Path]]
 

@@ -144,7 +144,11 @@ def make_infinite(theirs: Any) -> Any:
 @pytest.mark.parametrize(
     ("architecture", "entries", "words"),
     [
-        ("gemma2", {}, "architecture 'gemma2', which cannot be converted; llama, qwen2, qwen3 can"),
+        (
+            "gemma3n",
+            {},
+            "architecture 'gemma3n', which cannot be converted; llama, qwen2, qwen3, gemma, gemma2, gemma3 can",
+        ),
         ("llama", {"split.no": 0, "split.count": 3}, "is one of 3 parts of a model; join them first"),
         ("llama", {"general.type": "adapter"}, "is no model of its own, but of the type 'adapter'"),
         ("llama", {}, "holds a vocabulary and no weights"),

@@ -65,6 +65,8 @@ def test_read_source_understands_older_configurations(pretrained: Pretrained, tm
 @pytest.mark.parametrize(
     ("name", "changes", "window"),
     [
+        ("gemma2, windows in some layers", {"layer_types": None}, 24),
+        ("gemma3, capped logits", {}, 128),
         ("llama", {}, 128),
         ("llama", {"max_position_embeddings": 131_072}, 8192),
         ("qwen2, yarn, sharded", {}, 128),
@@ -138,6 +140,58 @@ def test_older_files_of_phi3_have_other_names_for_longrope(pretrained: Pretraine
         )
 
 
+@pytest.mark.parametrize("name", ["gemma3, windows in some layers", "olmo3, windows in some layers"])
+def test_older_files_of_models_with_two_kinds_of_rotary_positions(
+    pretrained: Pretrained, tmp_path: Path, name: str
+) -> None:
+    """As published before version 5 of transformers, with no list of layers: every third, or fourth, has no window."""
+    new = json.loads((pretrained(name)[1] / "config.json").read_text())
+    every = 3 if "gemma" in name else 4
+    new["layer_types"] = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(4)]
+    rope = new.pop("rope_parameters")
+    old = {key: value for key, value in new.items() if key not in ("layer_types", "_sliding_window_pattern")}
+    theta = rope["full_attention"].pop("rope_theta")
+    old |= {"rope_theta": theta, "rope_scaling": rope["full_attention"]}
+    local = {"rope_theta": theta}
+    if "gemma" in name:
+        old |= {"rope_local_base_freq": 123.0, "sliding_window_pattern": 3}
+        local = {"rope_theta": 123.0, "rope_type": "default"}
+    new["rope_parameters"] = {
+        "full_attention": {"rope_theta": theta, **rope["full_attention"]},
+        "sliding_attention": local,
+    }
+    found = read_source(old, tmp_path)
+    assert found == read_source(new, tmp_path)
+    assert found.settings["rope_local_pattern"] == tuple((i + 1) % every != 0 for i in range(4))
+
+
+def test_first_files_of_gemma_call_their_activation_gelu(pretrained: Pretrained, tmp_path: Path) -> None:
+    config = json.loads((pretrained("gemma, one key head")[1] / "config.json").read_text())
+    assert config["hidden_act"] == "gelu_pytorch_tanh"
+    assert read_source({**config, "hidden_act": "gelu"}, tmp_path) == read_source(config, tmp_path)
+
+
+def test_values_that_published_gemma_3_leaves_out_are_those_of_transformers(tmp_path: Path) -> None:
+    """The configuration of gemma-3-4b-it names six values of its language model."""
+    text = dict(
+        hidden_size=2560,
+        intermediate_size=10240,
+        model_type="gemma3_text",
+        num_hidden_layers=34,
+        rope_scaling={"factor": 8.0, "rope_type": "linear"},
+        sliding_window=1024,
+    )
+    published = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    whole = transformers.Gemma3Config(text_config=text).to_dict()
+    found = read_source(published, tmp_path)
+    assert found == read_source(whole, tmp_path)
+    config = ModelConfig(**found.settings)
+    assert (config.head_dim, config.num_key_value_heads, config.vocab_size) == (256, 4, 262_208)
+    assert config.local_rope_layers == tuple((i + 1) % 6 != 0 for i in range(34))
+    assert (config.rope_theta, config.rope_scaling.factor, config.rope_local_base_freq) == (1e6, 8, 1e4)
+    assert (found.max_window, config.embedding_multiplier) == (1024, 2560**0.5)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +200,17 @@ def test_older_files_of_phi3_have_other_names_for_longrope(pretrained: Pretraine
     [
         ({"model_type": "gpt2"}, r"model_type 'gpt2', which cannot be converted; Llama, Qwen2, Qwen3, Mistral, .* can"),
         ({"model_type": None}, "model_type 'nothing'"),
-        ({"model_type": "gemma2"}, "it has MLPs with GELU, and attention scores and logits that are capped; Llama"),
+        ({"model_type": "ministral3"}, "it has queries that are scaled by their positions; Llama, .*, Gemma 3"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation = gelu; only gelu_pytorch_tanh"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0.0, which is not above 0"),
+        ({"model_type": "gemma2", "final_logit_softcapping": "30"}, "final_logit_softcapping = '30', which is not a"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0; only None"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern = 0, which is not"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"sliding_attention": YARN}},
+            r"stretches the rotary positions of layers with a sliding window \(yarn\); only those of the other",
+        ),
         ({"model_type": "qwen3_moe"}, r"is a mixture of experts \(qwen3_moe\)"),
         ({"num_local_experts": 8}, "is a mixture of experts"),
         ({"n_routed_experts": 64, "num_experts_per_tok": 2}, "is a mixture of experts"),

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="the transformers library is not installed")
 
 
+from helpers import GEMMA
 from transformers_helpers import generated, last_logits, learning_model, padded, prompts
 
 from ttt_e2e.errors import UserError
@@ -95,7 +96,11 @@ def test_masked_tokens_after_the_end_of_a_row_are_forgotten(learn: bool) -> None
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention_sink": True}, {"suffix_layers": 0, "pattern": ("full", "window"), "mini_batch_size": None}],
+    [
+        {},
+        {"attention_sink": True, **GEMMA},
+        {"suffix_layers": 0, "pattern": ("full", "window"), "mini_batch_size": None},
+    ],
 )
 def test_row_selected_from_a_batch_at_different_positions(changes: dict[str, Any]) -> None:
     model = learning_model(**changes)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from helpers import small_model
+from helpers import GEMMA, small_model
 from inference_helpers import tokens_of, with_fast_weights
 
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ PATTERNS = {
     "recurrent": RECURRENT,
     "low rank": dict(fast_rank=2, inner_loop__learned_lr=True),
     "sinks": dict(attention_sink=True, num_key_value_heads=1),
+    "as in Gemma": dict(attention_sink=True, num_key_value_heads=1, **GEMMA),
     "learning over others": dict(pattern=("gated-deltanet", "titans", "window", "window")),
 }
 SMALL = dict(mamba2__state_size=8, memory__num_persistent_tokens=3, sliding_window=10, mini_batch_size=5)

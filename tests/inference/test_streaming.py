@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import GEMMA, small_model
 
 from ttt_e2e.inference import streaming
 from ttt_e2e.model.mixers.base import CacheView
@@ -10,7 +10,15 @@ from ttt_e2e.model.mixers.base import CacheView
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("learn", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"attention_sink": True}, {"pattern": ("full", "window", "window", "window")}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_sink": True},
+        {"attention_sink": True, **GEMMA},
+        {"pattern": ("full", "window", "window", "window")},
+    ],
+)
 def test_one_mask_for_all_layers_is_the_mask_of_each(
     changes: dict, learn: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ def plain_losses(model: Transformer, tokens_T1: Tensor, learn: bool = True, chun
     b = (config.mini_batch_size if model.suffix else None) or len(texts)
     layers = [_Layer(model, i) for i in range(config.num_hidden_layers)]
     head = model.embedding if config.tie_word_embeddings else model.head
-    x = model.embedding[texts]
+    x = config.embedding_multiplier * model.embedding[texts]
     for layer in layers[: config.prefix_layers]:
         x = layer.mlp(layer.mixer(x))
     if model.suffix:
@@ -43,7 +43,8 @@ def plain_losses(model: Transformer, tokens_T1: Tensor, learn: bool = True, chun
         y = x[i : i + b]
         for j, layer in enumerate(layers[config.prefix_layers :]):
             y = layer.mlp(layer.mixer(y) if j else y, fast[j])
-        log_p = (_norm(y, model.final_norm.weight, config.rms_norm_eps) @ head.T).log_softmax(-1)
+        logits = _norm(y, model.final_norm.weight, config.rms_norm_eps) @ head.T
+        log_p = _capped(logits, config.final_logit_softcapping).log_softmax(-1)
         losses.append(-torch.stack([log_p[t, target] for t, target in enumerate(targets[i : i + b])]))
         if learn and fast:
             flat = [w for some in fast for w in some]
@@ -64,7 +65,7 @@ class _Layer:
 
     def __init__(self, model: Transformer, i: int) -> None:
         self.model, self.config, self.block = model, model.config, model.blocks[i]
-        self.rope = model.config.rope_layers[i]
+        self.rope, self.local = model.config.rope_layers[i], model.config.local_rope_layers[i]
         self.window = None if model.config.mixers[i] == "full" else model.config.sliding_window
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -94,6 +95,7 @@ class _Layer:
         q, out = self.turn(q, position), []
         for head in range(h):
             scores = keys[:, head * g // h] @ q[head] / math.sqrt(config.head_dim)
+            scores = _capped(scores, config.attn_logit_softcapping)
             seen = values[:, head * g // h]
             if first > 0 and config.attention_sink:
                 scores = torch.cat((scores, mixer.sink_logit[head, None]))
@@ -104,29 +106,34 @@ class _Layer:
     def turn(self, x: Tensor, position: int) -> Tensor:
         if not self.rope:
             return x
-        angle = position * frequencies(self.config, "cpu")
+        angle = position * frequencies(self.config, "cpu", self.local)
         a, b = x.chunk(2, -1)
         turned = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
-        return self.config.rope_scaling.attention_factor * turned
+        return turned if self.local else self.config.rope_scaling.attention_factor * turned
 
     def mlp(self, x: Tensor, fast: list[Tensor] | None = None) -> Tensor:
         block = self.block
         if fast is None:
-            return x + self.norm("mlp_post_norm", _swiglu(self.norm("mlp_norm", x), block.mlp.w_in, block.mlp.w_out))
+            out = self.gated(self.norm("mlp_norm", x), block.mlp.w_in, block.mlp.w_out)
+            return x + self.norm("mlp_post_norm", out)
         if self.config.fast_rank is not None:
             up_in, down_in, up_out, down_out = fast
             fast = [block.fast.w_in + up_in @ down_in, block.fast.w_out + up_out @ down_out]
         if self.config.parallel_mlp:
             n = self.norm("mlp_norm", x)
-            return x + self.norm("mlp_post_norm", _swiglu(n, *fast) + _swiglu(n, block.mlp.w_in, block.mlp.w_out))
-        x = x + self.norm("fast_post_norm", _swiglu(self.norm("fast_norm", x), *fast))
+            return x + self.norm("mlp_post_norm", self.gated(n, *fast) + self.gated(n, block.mlp.w_in, block.mlp.w_out))
+        x = x + self.norm("fast_post_norm", self.gated(self.norm("fast_norm", x), *fast))
         return self.mlp(x) if self.config.static_mlp else x
+
+    def gated(self, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        gate, value = (x @ w_in.T).chunk(2, -1)
+        gated = F.silu(gate) if self.config.hidden_act == "silu" else F.gelu(gate, approximate="tanh")
+        return (gated * value) @ w_out.T
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def _swiglu(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    gate, value = (x @ w_in.T).chunk(2, -1)
-    return (F.silu(gate) * value) @ w_out.T
+def _capped(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * (x / cap).tanh()

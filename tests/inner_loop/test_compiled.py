@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch._inductor.config
-from helpers import small_model
+from helpers import GEMMA, small_model
 from torch import Tensor
 
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
@@ -28,6 +28,7 @@ SHAPES = {
         "num_key_value_heads": 2,
         "sliding_window": 7,
         "attention_sink": True,
+        "final_logit_softcapping": 3.0,
     },
     "full attention, one without positions, joint norms": {
         "pattern": ("full",),
@@ -36,7 +37,8 @@ SHAPES = {
     },
     "one suffix block": {"suffix_layers": 1},
     "standard": {"suffix_layers": 0},
-    "parallel MLPs, biases, YaRN, clipped": {
+    "parallel MLPs, biases, YaRN, clipped, as in Gemma": {
+        **GEMMA,
         "parallel_mlp": True,
         "suffix_intermediate_size": 10,
         "attention_bias": True,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import small_config, small_model
+from helpers import GEMMA, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -62,6 +62,7 @@ SHAPES = {
         "fast_intermediate_size": 10,
         "suffix_intermediate_size": 14,
     },
+    "as in Gemma": {**GEMMA, "attention_sink": True, "num_key_value_heads": 1},
     "learned rates": {"inner_loop.learned_lr": True, "inner_loop.max_grad_norm": 0.5},
     "learned rates, low rank": {"inner_loop.learned_lr": True, "fast_rank": 2, "suffix_layers": 1},
 }
@@ -302,7 +303,7 @@ class ScaledMLP(MLP):
     """A static MLP with one parameter more than `loop_parameters` may have been written for."""
 
     def __init__(self, plain: MLP) -> None:
-        super().__init__(plain.w_in.shape[1], plain.w_out.shape[1])
+        super().__init__(plain.w_in.shape[1], plain.w_out.shape[1], plain.activation)
         self.load_state_dict(plain.state_dict())
         self.scale = torch.nn.Parameter(torch.tensor(1.5))
 

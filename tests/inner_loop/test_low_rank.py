@@ -28,7 +28,7 @@ from ttt_e2e.model.checkpoint import load_transformer, save_model
 from ttt_e2e.model.cost import fast_weights, state_bytes
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.derivatives import definitions
-from ttt_e2e.ops.elementwise import swiglu_reference
+from ttt_e2e.ops.elementwise import ACTIVATIONS, glu_reference
 from ttt_e2e.ops.fast_mlp import FastWeights, LowRankWeights, low_rank_mlp
 from ttt_e2e.ops.linear import weight_gradient
 
@@ -49,8 +49,10 @@ def tokens(length: int, batch: int = 2) -> Tensor:
 Multiplied = Callable[[Tensor, bool], tuple[Tensor | None, list[Tensor]]]
 
 
-def multiplied_out(x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor) -> tuple[Tensor, Multiplied]:
-    out_BTD, vjp = low_rank_mlp(x_BTD, fast, w_in_ED, w_out_DF)
+def multiplied_out(
+    x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor, activation: str
+) -> tuple[Tensor, Multiplied]:
+    out_BTD, vjp = low_rank_mlp(x_BTD, fast, w_in_ED, w_out_DF, activation)
 
     def whole(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, list[Tensor]]:
         dx_BTD, factors = vjp(g_BTD, below)
@@ -60,12 +62,12 @@ def multiplied_out(x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_D
 
 
 def by_whole_matrices(
-    x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor
+    x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor, activation: str
 ) -> tuple[Tensor, Multiplied]:
     """The plain twin: every sequence's own sum is formed, and autograd gives all gradients."""
     w_in_BED = w_in_ED + fast.up_in_BER @ fast.down_in_BRD
     w_out_BDF = w_out_DF + fast.up_out_BDR @ fast.down_out_BRF
-    out_BTD = swiglu_reference(x_BTD @ w_in_BED.mT)[0] @ w_out_BDF.mT
+    out_BTD = glu_reference(x_BTD @ w_in_BED.mT, activation)[0] @ w_out_BDF.mT
 
     def vjp(g_BTD: Tensor, below: bool) -> tuple[Tensor | None, list[Tensor]]:
         dx_BTD, *gradient = torch.autograd.grad(out_BTD, (x_BTD, *fast), g_BTD, create_graph=True)
@@ -79,8 +81,9 @@ def by_whole_matrices(
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5)),
     seed=st.integers(0, 2**31),
     below=st.booleans(),
+    activation=st.sampled_from(list(ACTIVATIONS)),
 )
-def test_the_operator_equals_its_twin(sizes: tuple[int, ...], seed: int, below: bool) -> None:
+def test_the_operator_equals_its_twin(sizes: tuple[int, ...], seed: int, below: bool, activation: str) -> None:
     """Value, pull and gradient, and the gradient of the pull in everything, W among it."""
     (b, t, d, f, r), generator = sizes, torch.Generator().manual_seed(seed)
 
@@ -92,7 +95,7 @@ def test_the_operator_equals_its_twin(sizes: tuple[int, ...], seed: int, below: 
     given_to = (x, w_in, w_out, g, *fast)
     found = []
     for function in (multiplied_out, by_whole_matrices):
-        out, vjp = function(x, fast, w_in, w_out)
+        out, vjp = function(x, fast, w_in, w_out, activation)
         dx, gradient = vjp(g, below)
         assert (dx is None) != below and len(gradient) == len(fast)
         pulled = [*gradient] if dx is None else [dx, *gradient]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_config, small_config, small_model
+from helpers import GEMMA, make_config, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,6 +40,7 @@ SUFFIXES = {
     "fast width alone": {"fast_intermediate_size": 10, "static_mlp": False},
     "parallel MLPs": {"parallel_mlp": True, "fast_intermediate_size": 10, "suffix_intermediate_size": 14},
     "one parallel block": {"parallel_mlp": True, "suffix_layers": 1, "suffix_intermediate_size": 14},
+    "as in Gemma": {**GEMMA, "attn_logit_softcapping": None},
     "low rank, learned rates": {"fast_rank": 3, "inner_loop.learned_lr": True},
     "low rank, no static MLP": {"fast_rank": 3, "fast_intermediate_size": 10, "static_mlp": False, "suffix_layers": 1},
     "low rank, parallel MLPs": {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import GEMMA, small_model
 
 from ttt_e2e.config.schema import MIXERS
 from ttt_e2e.errors import UserError
@@ -24,6 +24,7 @@ MODELS = {
     "learning in parallel, with sinks and biases": dict(
         parallel_mlp=True, attention_sink=True, attention_bias=True, attention_out_bias=True
     ),
+    "learning as in Gemma": dict(attention_sink=True, **GEMMA),
     "learning over other mixers": dict(pattern=("gated-deltanet", "mamba2", "titans", "window")),
     "learning without a static MLP": dict(static_mlp=False),
 }

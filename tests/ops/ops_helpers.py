@@ -80,7 +80,9 @@ def draw_sink(heads: tuple[int, int], width: int, seed: int = 0, **kind: object)
     return Sink(logit_H, value_GK)
 
 
-def literal_with_sink(q: Tensor, k: Tensor, v: Tensor, window: int | None, sink: Sink, first_key: int = 0) -> Tensor:
+def literal_with_sink(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, sink: Sink, first_key: int = 0, cap: float | None = None
+) -> Tensor:
     """Attention with a sink, query by query, head by head. first_key: the first key that holds something."""
     offset, groups = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     rows = []
@@ -88,6 +90,8 @@ def literal_with_sink(q: Tensor, k: Tensor, v: Tensor, window: int | None, sink:
         g, last = h // groups, offset + i
         first = first_key if window is None else max(first_key, last - window + 1)
         scores, values = k[b, g, first : last + 1] @ q[b, h, i] * q.shape[3] ** -0.5, v[b, g, first : last + 1]
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
         if first > first_key:  # the first key has left the window
             scores = torch.cat((scores, sink.logit_H[h, None]))
             values = torch.cat((values, sink.value_GK[g, None]))

@@ -11,7 +11,7 @@ from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.ops.attention import inner_loop_attention
 from ttt_e2e.ops.clipped_step import clipped_step
 from ttt_e2e.ops.derivatives import definitions
-from ttt_e2e.ops.elementwise import cross_entropy, rms_norm, swiglu
+from ttt_e2e.ops.elementwise import cross_entropy, glu, rms_norm
 from ttt_e2e.ops.short_convolution import short_convolution
 
 F64 = torch.float64
@@ -27,7 +27,12 @@ def norm(x: Tensor) -> Tensor:
 
 
 def gate(x: Tensor) -> Tensor:
-    y, vjp = swiglu(x)
+    y, vjp = glu(x, "silu")
+    return vjp(y.sin())
+
+
+def gelu(x: Tensor) -> Tensor:
+    y, vjp = glu(x, "gelu_pytorch_tanh")
     return vjp(y.sin())
 
 
@@ -49,7 +54,7 @@ def step(x: Tensor) -> Tensor:
     return clipped_step([x], [x.cos()], 1.0, 0.5)[0][0]
 
 
-@pytest.mark.parametrize("function", [norm, gate, loss, attend, convolve, step])
+@pytest.mark.parametrize("function", [norm, gate, gelu, loss, attend, convolve, step])
 def test_a_derivative_that_is_not_written_out_is_an_error_and_not_wrong(function: Callable[[Tensor], Tensor]) -> None:
     """`torch.autograd.grad` would leave out what lies behind it; inside `definitions` all derivatives are right."""
     x = draw(2, 3, 4)

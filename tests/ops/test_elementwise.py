@@ -30,7 +30,10 @@ def some_targets(x: Tensor) -> Tensor:
 # Every function of one tensor, with its vjp, and its definition.
 PAIRS: dict[str, Callable[[Tensor, bool], tuple[Tensor, Vjp]]] = {
     "rms_norm": lambda x, plain: (ops.rms_norm_reference if plain else ops.rms_norm)(x, norm_weight(x), 1e-3),
-    "swiglu": lambda x, plain: (ops.swiglu_reference if plain else ops.swiglu)(x),
+    **{
+        name: lambda x, plain, name=name: (ops.glu_reference if plain else ops.glu)(x, name) for name in ops.ACTIVATIONS
+    },
+    "softcap": lambda x, plain: ops.softcap(x, 0.8),
     "rotate": lambda x, plain: (ops.rotate_reference if plain else ops.rotate)(x, *angles(x)),
     "cross_entropy": lambda x, plain: (ops.cross_entropy_reference if plain else ops.cross_entropy)(x, some_targets(x)),
 }

@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "from-hf",
         help="a pretrained Transformer from Hugging Face",
         description="""\
-Turn a pretrained Transformer (Llama, Mistral, Ministral, Qwen 2, 2.5 or 3, Phi-3 or 4, SmolLM3,
-Granite 3 or OLMo 2) into a model that can learn while it reads. The last blocks get a fast MLP. Until
-the first update the predictions are those of the original, within the window. Train the result
-further on tokens that were prepared with its tokenizer:
+Turn a pretrained Transformer (Llama, Mistral, Ministral, Qwen 2, 2.5 or 3, Gemma 1, 2 or 3, Phi-3 or
+4, SmolLM3, Granite 3, OLMo 2 or 3) into a model that can learn while it reads. The last blocks get a
+fast MLP. Until the first update the predictions are those of the original, within the window. Train
+the result further on tokens that were prepared with its tokenizer:
 ttt-e2e train PRESET --from OUT --data DIR --out RUN""",
         epilog="""examples:
   ttt-e2e convert from-hf Qwen/Qwen2.5-0.5B model
@@ -46,9 +46,9 @@ ttt-e2e train PRESET --from OUT --data DIR --out RUN""",
         "from-gguf",
         help="a pretrained Transformer in a GGUF file of llama.cpp",
         description="""\
-Turn the model in a GGUF file (Llama, Mistral, Qwen 2, 2.5 or 3) into one that can learn while it
-reads, as from-hf does, with the tokenizer and the chat template of the file. Quantised weights become
-floats again. This needs the library gguf: pip install "ttt-e2e[gguf]".""",
+Turn the model in a GGUF file (Llama, Mistral, Qwen 2, 2.5 or 3, Gemma 1, 2 or 3) into one that can
+learn while it reads, as from-hf does, with the tokenizer and the chat template of the file. Quantised
+weights become floats again. This needs the library gguf: pip install "ttt-e2e[gguf]".""",
         epilog="""example:
   ttt-e2e convert from-gguf Qwen3-0.6B-Q8_0.gguf model --dtype bfloat16""",
     )

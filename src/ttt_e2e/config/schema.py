@@ -16,12 +16,15 @@ from ttt_e2e.config.ranges import Heads, Norm, Range, Rate, Size, Steps, Tokens,
 from ttt_e2e.errors import UserError
 
 ActivationCheckpointing = Literal["none", "mini-batch", "sqrt"]
+HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
 Kernels = Literal["auto", "torch", "fused"]
 TrainMode = Literal["meta", "pretrain"]
 Trainable = Literal["all", "suffix", "last", "lora"]
 
 ATTENTIONS = ("full", "window")
 MIXERS = (*ATTENTIONS, "mamba2", "gated-deltanet", "ttt-kvb", "titans", "window+gated-deltanet")
+
+SoftCap = Annotated[float | None, Range(1e-3, 1e6, none=True)]
 
 _DERIVED: Any = None  # the default of fields that `__post_init__` computes from others
 
@@ -149,6 +152,9 @@ class ModelConfig:
     """Number of query heads (H)."""
     intermediate_size: Size
     """Hidden width of the MLPs (F)."""
+    hidden_act: HiddenAct = "silu"
+    """Activation of the gate in all MLPs, static and fast ones; the memories of TTT-KVB and Titans have "silu".
+    "gelu_pytorch_tanh" is GELU in its approximation by tanh."""
     num_key_value_heads: Heads = _DERIVED
     """Number of key and value heads (G). None becomes `num_attention_heads`."""
     head_dim: Heads = _DERIVED
@@ -162,6 +168,11 @@ class ModelConfig:
     """Base of the rotary positions."""
     rope_pattern: tuple[bool, ...] = (True,)
     """Whether the attention of a block has rotary positions, repeated over the depth."""
+    rope_local_pattern: tuple[bool, ...] = (False,)
+    """Whether a block has the rotary positions of `rope_local_base_freq`, which are not scaled; repeated over the
+    depth."""
+    rope_local_base_freq: Annotated[float, Range(1.0, 1e30)] = 10_000.0
+    """Base of the rotary positions of those blocks."""
     rope_scaling: RopeScaling = RopeScaling()
     rms_norm_eps: Annotated[float, Range(1e-18, 1.0)] = 1e-6
     """Added to the mean square under the root of every RMSNorm."""
@@ -180,6 +191,12 @@ class ModelConfig:
     attention_sink: bool = False
     """Whether "window" mixers have a sink: what a query sees in place of the text's first token when that has left its
     window."""
+    attn_logit_softcapping: SoftCap = None
+    """Cap of attention scores: s becomes cap * tanh(s / cap). None: no cap."""
+    final_logit_softcapping: SoftCap = None
+    """Cap of the logits, likewise."""
+    embedding_multiplier: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    """What the embedding of a token is multiplied by; the output head is not."""
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
     initializer_range: Annotated[float, Range(0.0, 100.0)] = 0.02
@@ -228,7 +245,8 @@ class ModelConfig:
 
     def _check_mixers(self) -> None:
         require(bool(self.pattern), "pattern names no mixer; name at least one, such as pattern=window.")
-        require(bool(self.rope_pattern), "rope_pattern has no value; give at least one, such as rope_pattern=true.")
+        for name in ("rope_pattern", "rope_local_pattern"):
+            require(bool(getattr(self, name)), f"{name} has no value; give at least one, such as {name}=true.")
         for name in self.pattern:
             near = difflib.get_close_matches(name, MIXERS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -238,6 +256,8 @@ class ModelConfig:
             rope or mixer in ATTENTIONS for rope, mixer in zip(self.rope_layers, self.mixers, strict=True)
         )
         require(has_positions, "rope_pattern can be false only where the mixer is 'full' or 'window'.")
+        if others and (any(self.local_rope_layers) or self.attn_logit_softcapping is not None):
+            raise UserError("rope_local_pattern and attn_logit_softcapping are for mixers 'full' and 'window' alone.")
         default_heads = self.head_dim * self.num_attention_heads == self.hidden_size
         if others and (self.attention_bias or self.attention_out_bias or not default_heads):
             raise UserError(f"With {', '.join(others)}, neither head_dim nor biases of attention can be set.")
@@ -279,6 +299,11 @@ class ModelConfig:
     def rope_layers(self) -> tuple[bool, ...]:
         """Whether every block's attention has rotary positions: `rope_pattern`, repeated over the depth."""
         return tuple(self.rope_pattern[i % len(self.rope_pattern)] for i in range(self.num_hidden_layers))
+
+    @property
+    def local_rope_layers(self) -> tuple[bool, ...]:
+        """Whether every block has the local rotary positions: `rope_local_pattern`, repeated over the depth."""
+        return tuple(self.rope_local_pattern[i % len(self.rope_local_pattern)] for i in range(self.num_hidden_layers))
 
     @property
     def prefix_layers(self) -> int:

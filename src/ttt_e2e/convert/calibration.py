@@ -97,7 +97,7 @@ def calibrate_sinks(
         model = Transformer(config)
     model.embedding = nn.Parameter(read("embedding"))
     positions = model.positions(0, length, torch.float32)
-    full = without = with_sink = model.lookup(ids_1T[:, :-1], model.embedding)
+    full = without = with_sink = model.embed(ids_1T[:, :-1], torch.float32)
     sinks: dict[str, Tensor] = {}
     for i, block in enumerate(tqdm(model.blocks, "calibrating sinks", disable=not progress, leave=False)):
         assert isinstance(block, Block)
@@ -135,6 +135,7 @@ def _set_sink(mixer: Attention, n_1TD: Tensor, positions: Positions, queries: sl
     groups = mixer.num_heads // mixer.num_kv_heads
     first_key_H1K = keys.k_BGSK[0, :, :1].repeat_interleave(groups, 0)
     score_HT = (q_1HTK[0, :, queries] * first_key_H1K).sum(-1) * mixer.config.head_dim**-0.5
+    score_HT = mixer.capped(score_HT)
     mixer.sink_logit.copy_(score_HT.logsumexp(-1) - math.log(score_HT.shape[1]))
     mixer.sink_value.copy_(keys.v_BGSK[0, :, 0])
 

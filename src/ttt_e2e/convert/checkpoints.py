@@ -11,10 +11,18 @@ from torch import Tensor
 
 from ttt_e2e.convert.gguf_files import is_gguf, read_gguf
 from ttt_e2e.convert.gguf_tokenizer import write_tokenizer
-from ttt_e2e.convert.hf_config import read_source
-from ttt_e2e.convert.hf_files import CONFIG, find_checkpoint, stored_tensors
+from ttt_e2e.convert.hf_config import read_source, text_config
+from ttt_e2e.convert.hf_files import CONFIG, StoredTensor, find_checkpoint, stored_tensors
 from ttt_e2e.convert.learning import SourceModel
 from ttt_e2e.files import expand_user, read_json
+
+# Names of a language model's tensors beside those for images, older ones first, and what they begin with alone.
+_TEXT_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
 
 
 class CheckpointTensor(Protocol):
@@ -52,8 +60,9 @@ def open_checkpoint(path_or_name: str | Path) -> Iterator[Checkpoint]:
     """
     if not is_gguf(path_or_name):
         folder = find_checkpoint(path_or_name)
-        source = read_source(read_json(folder / CONFIG), folder / CONFIG)
-        yield Checkpoint(folder, source, stored_tensors(folder), folder)
+        config = read_json(folder / CONFIG)
+        source, stored = read_source(config, folder / CONFIG), stored_tensors(folder)
+        yield Checkpoint(folder, source, stored if text_config(config) is config else _text_tensors(stored), folder)
         return
     path = expand_user(path_or_name)
     model = read_gguf(path)
@@ -61,4 +70,16 @@ def open_checkpoint(path_or_name: str | Path) -> Iterator[Checkpoint]:
     with TemporaryDirectory() as name:
         (Path(name) / CONFIG).write_text(json.dumps(model.config), encoding="utf-8")
         write_tokenizer(model.metadata, Path(name), path)
-        yield Checkpoint(path, source, model.tensors, Path(name))
+        # What is added to weights of norms, llama.cpp's converter has added.
+        yield Checkpoint(path, source._replace(norm_offset=0.0), model.tensors, Path(name))
+
+
+def _text_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of the language model alone, where others are for images, by the names that they would have alone."""
+    found = {}
+    for name, tensor in stored.items():
+        for outer, alone in _TEXT_PREFIXES.items():
+            if name.startswith(outer):
+                found[alone + name.removeprefix(outer)] = tensor
+                break
+    return found

@@ -61,6 +61,8 @@ class SliceCopy(NamedTuple):
     columns: slice = _ALL
     factor: float = 1.0
     """What it is multiplied by."""
+    offset: float = 0.0
+    """What is added to it before."""
 
 
 class HFConversion(NamedTuple):
@@ -150,9 +152,13 @@ def _convert(
     copies = list(_slice_copies(config, source, unused_ids))
     _check_tensors(checkpoint, copies)
     copies = [copy for copy in copies if copy.target not in given]
+    # Norms of 1 + weight would be rounded in bfloat16, and take next to no space.
+    has_sums = FAMILIES[source.family].norm_offset != 0
+    wide = {copy.target for copy in copies if has_sums and "norm" in copy.target}
     if dtype is None:
+        others = [copy for copy in copies if copy.target not in wide]
         is_exact = not added and all(
-            stored[copy.source].dtype == "BF16" and _is_power_of_two(copy.factor) for copy in copies
+            stored[copy.source].dtype == "BF16" and _is_power_of_two(copy.factor) for copy in others
         )
         dtype = "bfloat16" if is_exact else "float32"
     notes = {
@@ -162,16 +168,17 @@ def _convert(
         "fast": options.fast,
     }
     losses = None
-    with model_folder(out, config, _DTYPES[dtype], notes) as (part, write_rows, read):
+    with model_folder(out, config, _DTYPES[dtype], notes, wide) as (part, write_rows, read):
         for copy in tqdm(copies, "converting", disable=not progress, leave=False):
             for rows in _row_blocks(copy.shape, copy.rows):
                 row = copy.target_row + rows.start - (copy.rows.start or 0)
                 weights = stored[copy.source].read(rows, copy.columns)
-                if copy.factor != 1:
-                    weights = copy.factor * weights.float()
+                if copy.factor != 1 or copy.offset:
+                    weights = copy.factor * (weights.float() + copy.offset)
                 if copy.target in added:
                     weights = weights.float() + added[copy.target][row : row + len(weights)]
-                write_rows(copy.target, row, finite(weights, _DTYPES[dtype], copy.source, f"The checkpoint {where}"))
+                kept = torch.float32 if copy.target in wide else _DTYPES[dtype]
+                write_rows(copy.target, row, finite(weights, kept, copy.source, f"The checkpoint {where}"))
         for parameter, row, values in _new_parameters(config, options.fast == "new"):
             if parameter not in given:
                 write_rows(parameter, row, values)
@@ -191,13 +198,13 @@ def _convert(
 
 def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> Iterator[SliceCopy]:
     """Where all parameters come from, except for what is new in the fast MLPs."""
-    factors, family = source.factors, FAMILIES[source.family]
+    factors, family, offset = source.factors, FAMILIES[source.family], source.norm_offset
     vocab, width, hidden = config.vocab_size, config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     stored_vocab = vocab + unused_ids
     in_vocab, tokens = (stored_vocab, width), slice(vocab)
     yield SliceCopy(_EMBEDDING, in_vocab, "embedding", rows=tokens, factor=factors.embedding)
-    yield SliceCopy("model.norm.weight", (width,), "final_norm.weight")
+    yield SliceCopy("model.norm.weight", (width,), "final_norm.weight", offset=offset)
     if not config.tie_word_embeddings:
         head = _EMBEDDING if source.has_tied_head else _HEAD
         yield SliceCopy(head, in_vocab, "head", rows=tokens, factor=factors.head)
@@ -205,9 +212,9 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
         block, layer = f"blocks.{i}", f"model.layers.{i}"
         attention = f"{layer}.self_attn"
         for name, norm in family.norms.items():
-            yield SliceCopy(f"{layer}.{name}.weight", (width,), f"{block}.{norm}.weight")
+            yield SliceCopy(f"{layer}.{name}.weight", (width,), f"{block}.{norm}.weight", offset=offset)
         for name, row, count in (("q_proj", 0, queries), ("k_proj", queries, keys), ("v_proj", queries + keys, keys)):
-            factor = factors.query if name == "q_proj" else 1.0
+            factor = factors.query if name == "q_proj" and not config.qk_norm else 1.0
             stored, length, first = f"{attention}.{name}", count, 0
             if family.is_fused:
                 stored, length, first = f"{attention}.qkv_proj", queries + 2 * keys, row
@@ -224,7 +231,8 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
         if config.qk_norm:
             for name, count in (("q_norm", queries), ("k_norm", keys)):
                 length = count if config.qk_norm_joint else config.head_dim
-                yield SliceCopy(f"{attention}.{name}.weight", (length,), f"{block}.mixer.{name}")
+                stored, own = f"{attention}.{name}.weight", factors.query if name == "q_norm" else 1.0
+                yield SliceCopy(stored, (length,), f"{block}.mixer.{name}", factor=own, offset=offset)
         in_suffix = i >= config.prefix_layers
         fast_units = config.fast_intermediate_size if in_suffix and config.parallel_mlp else 0
         parts = {"mlp": (fast_units, hidden)}
@@ -241,7 +249,8 @@ def _slice_copies(config: ModelConfig, source: SourceModel, unused_ids: int) -> 
             yield SliceCopy(down, (width, hidden), f"{block}.{part}.w_out", columns=units, factor=factor)
         if in_suffix and not fast_units:
             # A new fast MLP reads the same residual stream as the MLP after it, so the pretrained norm suits it, too.
-            yield SliceCopy(f"{layer}.post_attention_layernorm.weight", (width,), f"{block}.fast_norm.weight")
+            stored = f"{layer}.post_attention_layernorm.weight"
+            yield SliceCopy(stored, (width,), f"{block}.fast_norm.weight", offset=offset)
 
 
 def _turned_rows(config: ModelConfig, count: int) -> Iterator[tuple[int, int, float]]:
@@ -312,7 +321,7 @@ def _new_parameters(config: ModelConfig, has_new_mlps: bool) -> Iterator[tuple[s
                 yield name, rows.start, values.normal_(0.0, std, generator=for_mlps) if std else values
         if config.fast_rank is not None:
             # Its matrices are allocated, but never touched.
-            mlp = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank)
+            mlp = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank, config.hidden_act)
             mlp.reset_factors(for_factors)
             for name, factor in mlp.named_parameters():
                 if name not in ("w_in", "w_out"):

@@ -28,7 +28,7 @@ _VERSIONS = (2, 3)
 # The types of metadata values, as format characters of `struct`.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 _ROPE_FACTORS = "rope_freqs.weight"  # what llama3 scaling divides the rotary rates by
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES = {
@@ -44,6 +44,12 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FOUR_NORMS = {  # of a block, in Gemma 2 and 3
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
 class GGUFTensor(NamedTuple):
@@ -142,16 +148,16 @@ def read_gguf(path: Path) -> GGUFModel:
     for name, tensor in stored.items():
         if architecture == "llama" and re.fullmatch(r"blk\.\d+\.attn_[qk]\.(weight|bias)", name):
             tensor = tensor._replace(interleaved=config["head_dim"])
-        tensors[_name(name)] = tensor
+        tensors[_name(name, _BLOCK_NAMES | (_FOUR_NORMS if architecture in _BLOCKS_OF_27B else {}))] = tensor
     return GGUFModel(metadata, config, tensors)
 
 
-def _name(name: str) -> str:
+def _name(name: str, block_names: dict[str, str]) -> str:
     """The name of a tensor at Hugging Face; its own if it has none there."""
     if found := re.fullmatch(r"(\w+)\.(weight|bias)", name):
         return f"{_MODEL_NAMES.get(found[1], found[1])}.{found[2]}"
-    if (found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)) and found[2] in _BLOCK_NAMES:
-        return f"model.layers.{found[1]}.{_BLOCK_NAMES[found[2]]}.{found[3]}"
+    if (found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)) and found[2] in block_names:
+        return f"model.layers.{found[1]}.{block_names[found[2]]}.{found[3]}"
     return name
 
 
@@ -201,6 +207,15 @@ def _config(
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "num_experts": get("expert_count"),
     }
+    if architecture in _BLOCKS_OF_27B:
+        # The scale of queries is not in the file; llama.cpp (src/llama-model.cpp) takes it from the number of blocks.
+        is_27b = config["num_hidden_layers"] == _BLOCKS_OF_27B[architecture] and isinstance(width, int)
+        config["query_pre_attn_scalar"] = width // heads if is_27b else head_dim
+        config |= {name: get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    if architecture == "gemma3":
+        config |= {"model_type": "gemma3_text", "rope_local_base_freq": get("rope.freq_base_swa")}
+        if window is None and isinstance(config["num_hidden_layers"], int):
+            config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
     return {name: value for name, value in config.items() if value is not None}
 
 

@@ -30,7 +30,70 @@ class Family(NamedTuple):
     """The norms of a block under their names there, and what they are called here."""
     is_fused: bool = False
     """Whether query, key and value are stored as one matrix, and gate and value of an MLP as another."""
+    activation_name: str = "hidden_act"
+    """What a config.json calls the activation of MLPs."""
+    has_local_rope: bool = False
+    """Whether layers with a sliding window have rotary positions of their own, which are not scaled."""
+    norm_offset: float = 0.0
+    """What is added to the weights of all norms."""
 
+
+_BLOCK_OF_FOUR_NORMS = {
+    "input_layernorm": "mixer_norm",
+    "post_attention_layernorm": "mixer_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
+_OLMO2 = Family(
+    "OLMo 2",
+    can_have_bias=True,
+    settings={"qk_norm": True, "qk_norm_joint": True, "pre_norm": False, "post_norm": True},
+    defaults={"rms_norm_eps": 1e-5},
+    norms={"post_attention_layernorm": "mixer_post_norm", "post_feedforward_layernorm": "mlp_post_norm"},
+)
+_GEMMA = Family(
+    "Gemma",
+    can_have_bias=True,
+    settings={"hidden_act": "gelu_pytorch_tanh"},
+    defaults={"head_dim": 256, "tie_word_embeddings": True},
+    norm_offset=1.0,
+)
+_GEMMA2 = _GEMMA._replace(
+    name="Gemma 2",
+    windows="always",
+    settings={**_GEMMA.settings, "post_norm": True},
+    defaults={
+        **_GEMMA.defaults,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    norms=_BLOCK_OF_FOUR_NORMS,
+    activation_name="hidden_activation",
+)
+_GEMMA3 = _GEMMA2._replace(
+    name="Gemma 3",
+    settings={**_GEMMA2.settings, "qk_norm": True},
+    defaults={
+        **_GEMMA.defaults,
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 131_072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
+    has_local_rope=True,
+)
 
 FAMILIES = {
     "llama": Family("Llama", can_have_bias=True),
@@ -42,13 +105,16 @@ FAMILIES = {
         "SmolLM3", "asked", can_have_bias=True, defaults={"rope_theta": 2e6, "tie_word_embeddings": True}
     ),
     "granite": Family("Granite", can_have_bias=True),
-    "olmo2": Family(
-        "OLMo 2",
-        can_have_bias=True,
-        settings={"qk_norm": True, "qk_norm_joint": True, "pre_norm": False, "post_norm": True},
-        defaults={"rms_norm_eps": 1e-5},
-        norms={"post_attention_layernorm": "mixer_post_norm", "post_feedforward_layernorm": "mlp_post_norm"},
+    "olmo2": _OLMO2,
+    "olmo3": _OLMO2._replace(
+        name="OLMo 3",
+        windows="always",
+        defaults={**_OLMO2.defaults, "rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4},
+        has_local_rope=True,
     ),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
     "phi3": Family(
         "Phi-3",
         "always",
@@ -57,12 +123,8 @@ FAMILIES = {
     ),
 }
 _MISSING = {  # what families that people ask for have and our models have not
-    "gemma": "MLPs with GELU",
-    "gemma2": "MLPs with GELU, and attention scores and logits that are capped",
-    "gemma3_text": "MLPs with GELU, and two kinds of rotary positions",
-    "gemma3": "MLPs with GELU, two kinds of rotary positions, and images",
+    "gemma3n": "layers that share keys and values, and embeddings for every layer",
     "ministral3": "queries that are scaled by their positions",
-    "olmo3": "two kinds of rotary positions",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
@@ -70,16 +132,20 @@ _REQUIRED = object()
 
 
 def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
-    """The model that `config`, the content of the file `where`, describes; raises UserError if it is unsupported."""
-    values = _Values(config, where)
+    """The model that `config`, the content of the file `where`, describes; raises UserError if it is unsupported.
+
+    Of a Gemma 3 that also sees images it is the language model.
+    """
+    values = _Values(text_config(config), where)
     model_type = _model_type(values)
     family = FAMILIES[model_type]
-    values = _Values({**family.defaults, **config}, where)  # a null in the file is no default
+    values = _Values({**family.defaults, **values.content}, where)  # a null in the file is no default
     layers = values.count("num_hidden_layers")
     bias = family.can_have_bias and values.flag("attention_bias")
-    rope, max_window, short_rope = _rope(values, model_type)
+    is_sliding = _sliding_layers(values, model_type, layers)
+    rope, max_window, short_rope = _rope(values, model_type, is_sliding)
     reason = "the range of its rotary positions"
-    max_context, windows = max_window, _trained_windows(values, model_type, layers)
+    max_context, windows = max_window, _trained_windows(values, model_type, is_sliding)
     if any(windows) and (sliding := values.count("sliding_window")) < max_window:
         some = "it was" if all(windows) else "some of its layers were"
         max_window, reason = sliding, f"the sliding window that {some} trained with"
@@ -113,8 +179,20 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
         windows,
         has_tied_head=settings["tie_word_embeddings"],
         short_rope=short_rope,
+        norm_offset=family.norm_offset,
     )
-    return _fold_multipliers(source, values) if model_type == "granite" else source
+    if model_type == "granite":
+        return _fold_multipliers(source, values)
+    return _with_gemmas_scales(source, values) if model_type.startswith("gemma") else source
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the language model alone, where a Gemma 3 also sees images."""
+    text = config.get("text_config")
+    if config.get("model_type") != "gemma3" or not isinstance(text, dict):
+        return config
+    outside = {name: config[name] for name in ("tie_word_embeddings", "quantization_config") if name in config}
+    return {**text, **outside, "model_type": "gemma3_text"}
 
 
 def _fold_multipliers(source: SourceModel, values: "_Values") -> SourceModel:
@@ -129,6 +207,19 @@ def _fold_multipliers(source: SourceModel, values: "_Values") -> SourceModel:
     factors = Factors(embedding, attention * math.sqrt(head_dim), residual, 1 / logits)
     settings["tie_word_embeddings"] = source.has_tied_head and factors.embedding == factors.head
     return source._replace(settings=settings, factors=factors)
+
+
+def _with_gemmas_scales(source: SourceModel, values: "_Values") -> SourceModel:
+    """The model with Gemma's scale of the embedding, of the queries, and its caps."""
+    settings = source.settings | {"embedding_multiplier": math.sqrt(source.settings["hidden_size"])}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if values.get(name, None) is not None:
+            settings[name] = values.number(name)
+    head_dim = settings["head_dim"] or settings["hidden_size"] / settings["num_attention_heads"]
+    scalar = values.number("query_pre_attn_scalar", head_dim)
+    if scalar <= 0:
+        raise UserError(f"{values.where} has query_pre_attn_scalar = {scalar}, which is not above 0.")
+    return source._replace(settings=settings, factors=Factors(query=math.sqrt(head_dim / scalar)))
 
 
 def _model_type(values: "_Values") -> str:
@@ -155,15 +246,28 @@ def _model_type(values: "_Values") -> str:
     for name in values.get("architectures", None) or []:
         if not str(name).endswith("ForCausalLM"):
             raise UserError(f"{values.where} describes a {name}; only a language model (ForCausalLM) can be converted.")
-    for name, usual in (("hidden_act", "silu"), ("mlp_bias", False)):
-        if values.get(name, usual) != usual:
-            raise UserError(f"{values.where} has {name} = {values.get(name, usual)}; only {usual} can be converted.")
+    activation = FAMILIES[family].settings.get("hidden_act", "silu")
+    wanted = {FAMILIES[family].activation_name: activation, "mlp_bias": False, "use_bidirectional_attention": False}
+    if family == "gemma3_text":
+        wanted["attn_logit_softcapping"] = None
+    for name, usual in wanted.items():
+        value = values.get(name, usual)
+        # The first files of Gemma say "gelu", by which they mean the approximation; transformers reads them so, too.
+        if value != usual and (family, value) != ("gemma", "gelu"):
+            raise UserError(f"{values.where} has {name} = {value}; only {usual} can be converted.")
     return str(family)
 
 
-def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, RopeScaling | None]:
+def _rope(values: "_Values", model_type: str, is_sliding: list[bool]) -> tuple[dict[str, Any], int, RopeScaling | None]:
     """The settings of `ModelConfig` for rotary positions, how many tokens they are made for, and `short_rope`."""
     content = values.get("rope_parameters", None) or values.get("rope_scaling", None) or {}
+    local: dict[str, Any] = {}
+    if FAMILIES[model_type].has_local_rope and isinstance(content, dict):
+        if "full_attention" in content or "sliding_attention" in content:
+            content, sliding = (content.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
+        else:  # older files
+            sliding = {}
+        local = _local_rope(values, sliding, is_sliding)
     if not isinstance(content, dict) or any(isinstance(value, dict) for value in content.values()):
         raise UserError(
             f"{values.where} has more than one kind of rotary positions; only a single one can be converted."
@@ -180,7 +284,7 @@ def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, Rope
             if place.get(name, usual) != usual and not can_vary:
                 raise UserError(f"{values.where} has {name} = {place.get(name, usual)}; only {usual} can be converted.")
     max_positions = values.count("max_position_embeddings")
-    settings: dict[str, Any] = {"rope_theta": rope.number("rope_theta", 10_000.0)}
+    settings: dict[str, Any] = {"rope_theta": rope.number("rope_theta", 10_000.0)} | local
     share = rope.number("partial_rotary_factor", values.number("partial_rotary_factor", 1.0))
     if kind == "default" and share != 1:
         pair_factors = _pair_factors(values, share, settings["rope_theta"], None)
@@ -218,6 +322,18 @@ def _rope(values: "_Values", model_type: str) -> tuple[dict[str, Any], int, Rope
     return settings | {"rope_scaling": scaling}, max(max_positions, int(factor * original)), None
 
 
+def _local_rope(values: "_Values", content: Any, is_sliding: list[bool]) -> dict[str, Any]:
+    """The settings for rotary positions of layers with a sliding window; `content` is what a newer file has on them."""
+    rope = _Values(content if isinstance(content, dict) else {"rope_type": content}, values.where)
+    if (kind := rope.get("rope_type", "default")) != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"{values.where} stretches the rotary positions of layers with a sliding window ({kind}); only those of "
+            "the other layers can be stretched."
+        )
+    theta = values.number("rope_local_base_freq", values.number("rope_theta"))
+    return {"rope_local_pattern": tuple(is_sliding), "rope_local_base_freq": rope.number("rope_theta", theta)}
+
+
 def _pair_factors(
     values: "_Values", share: float, theta: float, factors: tuple[float, ...] | None
 ) -> tuple[float, ...]:
@@ -246,8 +362,8 @@ def _layers_with_rope(values: "_Values", layers: int) -> tuple[bool, ...]:
     return tuple(map(bool, given[:layers]))
 
 
-def _trained_windows(values: "_Values", model_type: str, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of every layer; None for those that see everything."""
+def _sliding_layers(values: "_Values", model_type: str, layers: int) -> list[bool]:
+    """Which layers have the sliding window, if there is one."""
     types = values.get("layer_types", None, lambda value: isinstance(value, list), "not a list")
     kinds = ("full_attention", "sliding_attention")
     if types is not None and (len(types) < layers or any(name not in kinds for name in types)):
@@ -255,19 +371,27 @@ def _trained_windows(values: "_Values", model_type: str, layers: int) -> tuple[i
             f"{values.where} has layer_types that do not say full_attention or sliding_attention for each of its "
             "layers; a hybrid cannot be converted."
         )
+    family = FAMILIES[model_type]
+    if types is not None:
+        return [name == "sliding_attention" for name in types[:layers]]
+    if model_type == "smollm3":
+        return [not rope for rope in _layers_with_rope(values, layers)]
+    if "sliding_window_pattern" in family.defaults:  # the last of so many layers has none
+        every = values.count("sliding_window_pattern")
+        return [(i + 1) % every != 0 for i in range(layers)]
+    # Qwen's layers have one from `max_window_layers` on.
+    first = values.count("max_window_layers", 28, least=0) if family.windows == "asked" else 0
+    return [i >= first for i in range(layers)]
+
+
+def _trained_windows(values: "_Values", model_type: str, is_sliding: list[bool]) -> tuple[int | None, ...]:
+    """The sliding window of every layer; None for those that see everything."""
     kind = FAMILIES[model_type].windows
     is_asked = kind == "always" or (kind == "asked" and values.flag("use_sliding_window"))
     if not is_asked or values.get("sliding_window", None) is None:
-        return (None,) * layers
-    if types is not None:
-        has_window = [name == "sliding_attention" for name in types]
-    elif model_type == "smollm3":
-        has_window = [not rope for rope in _layers_with_rope(values, layers)]
-    else:  # Qwen's layers have one from `max_window_layers` on
-        first = values.count("max_window_layers", 28, least=0) if kind == "asked" else 0
-        has_window = [i >= first for i in range(layers)]
+        return (None,) * len(is_sliding)
     window = values.count("sliding_window")
-    return tuple(window if has else None for has in has_window[:layers])
+    return tuple(window if sliding else None for sliding in is_sliding)
 
 
 class _Values(NamedTuple):

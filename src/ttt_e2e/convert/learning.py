@@ -44,6 +44,7 @@ class Factors(NamedTuple):
 
     embedding: float = 1.0
     query: float = 1.0
+    """Of queries, after their norm if they have one."""
     residual: float = 1.0
     """Of what attention and MLPs add to the residual stream."""
     head: float = 1.0
@@ -66,6 +67,8 @@ class SourceModel(NamedTuple):
     has_tied_head: bool = False
     """Whether its output head is its embedding. With factors that differ it becomes a matrix of its own."""
     factors: Factors = Factors()
+    norm_offset: float = 0.0
+    """What is added to the weights of its norms."""
     short_rope: RopeScaling | None = None
     """The rotary scaling of a model whose window is within its original context, if that is another one (LongRoPE)."""
 

@@ -1,13 +1,13 @@
 """A model folder that is written some rows at a time, for models that do not fit into memory.
 
-The result is, byte for byte, what `model.checkpoint.save_model` writes. Rows may come in any order, because the shapes
-determine where they lie in the file.
+With all weights in one dtype the result is, byte for byte, what `model.checkpoint.save_model` writes. Rows may come in
+any order, because the shapes determine where they lie in the file.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -57,15 +57,18 @@ def require_shapes(found: Shapes, expected: Shapes, where: str) -> list[str]:
 
 @contextmanager
 def model_folder(
-    out: Path, config: ModelConfig, dtype: torch.dtype, notes: Mapping[str, Any]
+    out: Path, config: ModelConfig, dtype: torch.dtype, notes: Mapping[str, Any], wide: Container[str] = ()
 ) -> Iterator[PartialFolder]:
     """Write the model folder `out`, complete or not at all, with weights in float32 or bfloat16.
 
-    All rows of all parameters must have been written when the block ends. notes: plain values for people. Raises
-    UserError as `files.atomic_path` does.
+    All rows of all parameters must have been written when the block ends. notes: plain values for people. wide: names
+    of parameters that stay float32. Raises UserError as `files.atomic_path` does.
     """
-    shapes = dict(sorted(parameter_shapes(config).items()))
-    ends = [*accumulate(math.prod(shape) * dtype.itemsize for shape in shapes.values())]
+    shapes = parameter_shapes(config)
+    dtypes = {name: torch.float32 if name in wide else dtype for name in shapes}
+    # As the library for safetensors orders them, so that all numbers lie at multiples of their size.
+    shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name))}
+    ends = [*accumulate(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())]
     spans = dict(zip(shapes, pairwise([0, *ends]), strict=True))
     missing = ends[-1]  # bytes that have not been written yet
 
@@ -73,7 +76,7 @@ def model_folder(
         """What comes before the parameters in a safetensors file: the length of the JSON object, and that object."""
         entries: dict[str, Any] = {"__metadata__": {"digest": digest}}
         for name, shape in shapes.items():
-            entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": spans[name]}
+            entries[name] = {"dtype": _NAMES[dtypes[name]], "shape": shape, "data_offsets": spans[name]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -81,7 +84,7 @@ def model_folder(
     def write_rows(name: str, row: int, rows: Tensor) -> None:
         nonlocal missing
         assert rows.shape[1:] == shapes[name][1:] and row + len(rows) <= shapes[name][0], name
-        values = rows.to(dtype).contiguous().view(torch.uint8).numpy()
+        values = rows.to(dtypes[name]).contiguous().view(torch.uint8).numpy()
         file.seek(start + spans[name][0] + row * (values.size // len(rows)))
         file.write(values.data)
         missing -= values.size
@@ -89,7 +92,7 @@ def model_folder(
     def read(name: str) -> Tensor:
         begin, end = spans[name]
         file.seek(start + begin)
-        return torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).float().view(shapes[name])
+        return torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtypes[name]).float().view(shapes[name])
 
     with atomic_path(out) as part:
         part.mkdir()
@@ -99,12 +102,13 @@ def model_folder(
             yield PartialFolder(part, write_rows, read)
             assert missing == 0, f"{missing} bytes of the weights were never written"
             digest = hashlib.sha256()  # the value of `model.checkpoint.model_digest`, computed block by block
-            for name, (begin, end) in spans.items():
+            for name in sorted(spans):
+                begin, end = spans[name]
                 digest.update(f"{name} {list(shapes[name])}\n".encode())
                 file.seek(start + begin)
                 for position in range(begin, end, _BLOCK_BYTES):
                     block = bytearray(file.read(min(_BLOCK_BYTES, end - position)))
-                    digest.update(torch.frombuffer(block, dtype=dtype).float().numpy().data)
+                    digest.update(torch.frombuffer(block, dtype=dtypes[name]).float().numpy().data)
             file.seek(0)
             file.write(header(digest.hexdigest()))
         write_config(config, part, notes)

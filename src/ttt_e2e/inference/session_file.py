@@ -55,6 +55,12 @@ _LATER_SETTINGS = {
     "attention_sink": False,
     "inner_loop.learned_lr": False,
     "rope_pattern": [True],
+    "rope_local_pattern": [False],
+    "rope_local_base_freq": 10_000.0,
+    "hidden_act": "silu",
+    "embedding_multiplier": 1.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
     "qk_norm_joint": False,
     "rope_scaling.pair_factors": [1.0],
 }

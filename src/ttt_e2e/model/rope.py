@@ -14,12 +14,15 @@ from torch import Tensor
 from ttt_e2e.config.schema import ModelConfig
 
 
-def frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
-    """The angle in radians by which each pair turns from one token to the next, [P] in float64."""
-    pairs = config.head_dim // 2
-    rate_P = config.rope_theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
+def frequencies(config: ModelConfig, device: torch.device | str, local: bool = False) -> Tensor:
+    """The angle in radians by which each pair turns from one token to the next, [P] in float64.
+
+    local: of the blocks that `rope_local_pattern` names, where nothing is scaled.
+    """
+    pairs, theta = config.head_dim // 2, config.rope_local_base_freq if local else config.rope_theta
+    rate_P = theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
     scaling = config.rope_scaling
-    if scaling.rope_type == "default":
+    if local or scaling.rope_type == "default":
         return rate_P
     if scaling.rope_type == "longrope":
         factor_P = torch.tensor(scaling.pair_factors, device=device, dtype=torch.float64)

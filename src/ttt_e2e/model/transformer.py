@@ -31,7 +31,7 @@ from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, Positions, r
 from ttt_e2e.model.precision import Rounded
 from ttt_e2e.model.rope import frequencies
 from ttt_e2e.ops import tuning
-from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, cross_entropy, rms_norm, swiglu
+from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, cross_entropy, glu, rms_norm, softcap
 from ttt_e2e.ops.fast_mlp import FastVjp, FastWeights, LowRankWeights, Weights, fast_mlp, low_rank_mlp
 from ttt_e2e.ops.linear import OuterProductFactors, linear, linear_vjp
 from ttt_e2e.ops.linear_cross_entropy import cross_entropy_backward, cross_entropy_forward
@@ -61,9 +61,10 @@ class NoNorm(nn.Module):
 class TokenLookup(nn.Module):
     """Looks up rows of a matrix that belongs to the model, as a module, so that hooks can be put on it."""
 
-    def forward(self, tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
-        """The rows [B, T, D] of the token ids."""
-        return F.embedding(tokens_BT, weight_VD)
+    def forward(self, tokens_BT: Tensor, weight_VD: Tensor, multiplier: Tensor | None = None) -> Tensor:
+        """The rows [B, T, D] of the token ids, times a number in its dtype."""
+        x_BTD = F.embedding(tokens_BT, weight_VD)
+        return x_BTD if multiplier is None else x_BTD.to(multiplier.dtype) * multiplier
 
 
 def _norm(config: ModelConfig, wanted: bool) -> nn.Module:
@@ -71,32 +72,34 @@ def _norm(config: ModelConfig, wanted: bool) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """SwiGLU without biases: w_out (silu(gate) * value), gate and value from one matrix w_in."""
+    """A gated MLP without biases: w_out (f(gate) * value), gate and value from one matrix w_in, f the `activation`."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
+        self.activation = activation
         self.w_in = nn.Parameter(torch.empty(2 * hidden, width))
         self.w_out = nn.Parameter(torch.empty(width, hidden))
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Vjp]:
         """The static MLP: the same weights for every sequence."""
         w_in, w_out = self.w_in, self.w_out  # which may be parametrised, and otherwise when the vjp is called
-        y_BTF, swiglu_vjp = swiglu(linear(x_BTD, w_in))
+        y_BTF, glu_vjp = glu(linear(x_BTD, w_in), self.activation)
 
         def vjp(g_BTD: Tensor) -> Tensor:
-            return linear_vjp(swiglu_vjp(linear_vjp(g_BTD, w_out)), w_in)
+            return linear_vjp(glu_vjp(linear_vjp(g_BTD, w_out)), w_in)
 
         return linear(y_BTF, w_out), vjp
 
 
 class FastMLP(nn.Module):
-    """SwiGLU with weights that every sequence learns for itself, starting from this module's parameters.
+    """A gated MLP with weights that every sequence learns for itself, starting from this module's parameters.
 
     With a rank a sequence learns only the factors up and down; w_in and w_out stay the same while it reads.
     """
 
-    def __init__(self, width: int, hidden: int, rank: int | None):
+    def __init__(self, width: int, hidden: int, rank: int | None, activation: str):
         super().__init__()
+        self.activation = activation
         self.w_in = nn.Parameter(torch.empty(2 * hidden, width))
         self.w_out = nn.Parameter(torch.empty(width, hidden))
         self.rank = rank
@@ -111,8 +114,8 @@ class FastMLP(nn.Module):
         if x_BTD is None or fast is None:
             return self.start()  # here, where its parameters may be parametrised
         if isinstance(fast, LowRankWeights):
-            return low_rank_mlp(x_BTD, fast, self.w_in, self.w_out)
-        return fast_mlp(x_BTD, fast)
+            return low_rank_mlp(x_BTD, fast, self.w_in, self.w_out, self.activation)
+        return fast_mlp(x_BTD, fast, self.activation)
 
     def start(self) -> Weights:
         """The learned initial fast weights, without a batch dimension."""
@@ -144,12 +147,14 @@ class Block(nn.Module):
         super().__init__()
         mixer, fast = MIXER_TYPES[config.mixers[layer]], layer >= config.prefix_layers
         self.mixer_norm = _norm(config, config.pre_norm)
-        self.mixer = mixer(config) if config.rope_layers[layer] else mixer(config, rope=False)
+        rope = "local" if config.local_rope_layers[layer] else "global"
+        rope = rope if config.rope_layers[layer] else "none"
+        self.mixer = mixer(config) if rope == "global" else mixer(config, rope=rope)
         self.mixer_post_norm = _norm(config, config.post_norm)
         self.parallel = config.parallel_mlp and fast
         if fast:  # in parallel, the norms of the static MLP serve both
             self.fast_norm = _norm(config, config.pre_norm and not self.parallel)
-            self.fast = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank)
+            self.fast = FastMLP(config.hidden_size, config.fast_intermediate_size, config.fast_rank, config.hidden_act)
             self.fast_post_norm = _norm(config, config.post_norm and not self.parallel)
             if config.inner_loop.learned_lr:
                 self.log_lr_scale = nn.Parameter(torch.zeros(len(self.fast.start())))
@@ -157,7 +162,7 @@ class Block(nn.Module):
         if self.static:
             self.mlp_norm = _norm(config, config.pre_norm)
             hidden = config.suffix_intermediate_size if fast else config.intermediate_size
-            self.mlp = MLP(config.hidden_size, hidden)
+            self.mlp = MLP(config.hidden_size, hidden, config.hidden_act)
             self.mlp_post_norm = _norm(config, config.post_norm)
 
     def forward(
@@ -321,9 +326,23 @@ class Transformer(nn.Module):
         position = torch.arange(start, start + length, device=device, dtype=torch.float64)
         if position_offsets_B is not None:
             position = position[:, None] + position_offsets_B
-        angle = position[..., None, None] * frequencies(self.config, device)
         wide = accumulation_dtype(dtype)
-        return Positions((scale * angle.cos()).to(wide), (scale * angle.sin()).to(wide))
+
+        def angles(scale: float, local: bool) -> tuple[Tensor, Tensor]:
+            angle = position[..., None, None] * frequencies(self.config, device, local)
+            return (scale * angle.cos()).to(wide), (scale * angle.sin()).to(wide)
+
+        has_local = any(self.config.local_rope_layers)
+        return Positions(*angles(scale, local=False), angles(1.0, local=True) if has_local else None)
+
+    def embed(self, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        """The residual stream [B, T, D] of the token ids, in `dtype`.
+
+        The `embedding_multiplier` is rounded to `dtype`, as in transformers.
+        """
+        multiplier = self.config.embedding_multiplier
+        scale = None if multiplier == 1 else self.embedding.new_full((), multiplier, dtype=dtype)
+        return self.lookup(tokens_BT, self.embedding, scale).to(dtype)
 
     @property
     def head_weight(self) -> Tensor:
@@ -332,24 +351,35 @@ class Transformer(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] in the dtype of the residual stream `x_BTD`."""
-        return linear(self.final_norm(x_BTD)[0], self.head_weight)
+        logits_BTV, cap = linear(self.final_norm(x_BTD)[0], self.head_weight), self.config.final_logit_softcapping
+        return logits_BTV if cap is None else softcap(logits_BTV, cap)[0]
 
     def losses(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Vjp]:
         """Negative log-likelihood of every target, [B, T] in float32 (float64 if x is), and its vjp to x."""
         n_BTD, norm_vjp = self.final_norm(x_BTD)
-        weight_VD = self.head_weight
+        weight_VD, cap = self.head_weight, self.config.final_logit_softcapping
         if targets_BT.numel() * len(weight_VD) > tuning.KEPT_LOGITS:
             n_ND, targets_N = n_BTD.flatten(0, 1), targets_BT.flatten()
-            nll_N, lse_N = cross_entropy_forward(n_ND, weight_VD, targets_N, "auto")
+            nll_N, lse_N = cross_entropy_forward(n_ND, weight_VD, targets_N, "auto", cap)
 
             def vjp(g_BT: Tensor) -> Tensor:
                 g_N = g_BT.flatten()
-                dn_ND, _ = cross_entropy_backward(n_ND, weight_VD, targets_N, lse_N, g_N, False, "auto")
+                dn_ND, _ = cross_entropy_backward(n_ND, weight_VD, targets_N, lse_N, g_N, False, "auto", cap)
                 return norm_vjp(dn_ND.view_as(n_BTD))
 
             return nll_N.view_as(targets_BT), vjp
-        nll_BT, loss_vjp = cross_entropy(linear(n_BTD, weight_VD), targets_BT)
-        return nll_BT, lambda g: norm_vjp(linear_vjp(loss_vjp(g), weight_VD))
+        logits_BTV, cap_vjp = linear(n_BTD, weight_VD), None
+        if cap is not None:
+            logits_BTV, cap_vjp = softcap(logits_BTV, cap)
+        nll_BT, loss_vjp = cross_entropy(logits_BTV, targets_BT)
+
+        def kept_vjp(g_BT: Tensor) -> Tensor:
+            dlogits_BTV = loss_vjp(g_BT)
+            if cap_vjp is not None:
+                dlogits_BTV = cap_vjp(dlogits_BTV)
+            return norm_vjp(linear_vjp(dlogits_BTV, weight_VD))
+
+        return nll_BT, kept_vjp
 
     def forward_prefix(
         self,
@@ -370,7 +400,7 @@ class Transformer(nn.Module):
         Returns the residual stream [B, T, D], and the state of every mixer that ran.
         """
         self.check_products(dtype)
-        x_BTD = self.lookup(tokens_BT, self.embedding).to(dtype)
+        x_BTD = self.embed(tokens_BT, dtype)
         old: Iterator[Any] = itertools.repeat(None) if states is None else iter(states)
         new = []
         for block in self.prefix:

@@ -9,8 +9,10 @@ in the loop would take more time than some of the matrix products. The functions
 definitions. A compiler is given these, because it fuses such chains by itself.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,73 +106,133 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
 
 
-# -- SwiGLU ------------------------------------------------------------------------------------------------------------
+# -- gated linear units -----------------------------------------------------------------------------------------------
 
 
-def swiglu(hidden: Tensor) -> tuple[Tensor, Vjp]:
-    """silu(gate) * value, where gate and value are the halves of the last dimension, and its vjp."""
+def glu(hidden: Tensor, activation: str) -> tuple[Tensor, Vjp]:
+    """f(gate) * value, where gate and value are the halves of the last dimension, and its vjp.
+
+    activation: f, one of `ACTIVATIONS`.
+    """
+    f = ACTIVATIONS[activation]
     if wants_definition():
-        return swiglu_reference(hidden)
-    return _SwiGLU.apply(hidden), lambda g: _SwiGLUBackward.apply(hidden, g)
+        return glu_reference(hidden, activation)
+    return _GLU.apply(hidden, f), lambda g: _GLUBackward.apply(hidden, g, f)
 
 
-def swiglu_reference(hidden: Tensor) -> tuple[Tensor, Vjp]:
-    """The definition of `swiglu`."""
+def glu_reference(hidden: Tensor, activation: str) -> tuple[Tensor, Vjp]:
+    """The definition of `glu`."""
     gate, value = hidden.chunk(2, -1)
+    if activation == "silu":
 
-    def vjp(g: Tensor) -> Tensor:
-        s = torch.sigmoid(gate)
-        return torch.cat((g * value * s * (1 + gate * (1 - s)), g * gate * s), -1)
+        def vjp(g: Tensor) -> Tensor:
+            s = torch.sigmoid(gate)
+            return torch.cat((g * value * s * (1 + gate * (1 - s)), g * gate * s), -1)
 
-    return F.silu(gate) * value, vjp
+        return F.silu(gate) * value, vjp
+
+    def gelu_vjp(g: Tensor) -> Tensor:
+        t = torch.tanh(_GELU_SCALE * (gate + _GELU_CUBE * gate**3))
+        slope = (1 + t) / 2 + gate / 2 * (1 - t * t) * _GELU_SCALE * (1 + 3 * _GELU_CUBE * gate * gate)
+        return torch.cat((g * value * slope, g * gate * (1 + t) / 2), -1)
+
+    return F.gelu(gate, approximate="tanh") * value, gelu_vjp
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Activation(NamedTuple):
+    """A function f of the gate and its first two derivatives."""
+
+    f: Callable[[Tensor], Tensor]
+    f_out: Callable[..., Tensor]  # f_out(gate, out=...)
+    times_slope_: Callable[[Tensor, Tensor], Tensor]  # x f'(gate), in the memory of x
+    slope_of_slope: Callable[[Tensor], Tensor]  # f''
+
+
+def _silu_slope_of_slope(gate: Tensor) -> Tensor:
+    s = torch.sigmoid(gate)
+    return torch.addcmul(gate, gate, s, value=-2).add_(2).mul_(s.addcmul_(s, s, value=-1))
+
+
+_GELU_SCALE, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_slope_of_slope(gate: Tensor) -> Tensor:
+    """With u = c (x + a x^3) and t = tanh u, f = x (1 + t) / 2, so f'' = (1 - t^2) (u' + x u'' / 2 - x t u'^2)."""
+    x = gate.to(accumulation_dtype(gate.dtype))  # 1 - t^2 is a difference of numbers that are nearly equal
+    square = x * x
+    t = torch.addcmul(x, x, square, value=_GELU_CUBE).mul_(_GELU_SCALE).tanh_()
+    u1 = torch.mul(square, 3 * _GELU_CUBE).add_(1).mul_(_GELU_SCALE)
+    total = torch.add(u1, square, alpha=3 * _GELU_CUBE * _GELU_SCALE).sub_((x * t).mul_(u1).mul_(u1))
+    return total.mul_(t.square_().neg_().add_(1)).to(gate.dtype)
+
+
+ACTIVATIONS = {
+    "silu": _Activation(
+        F.silu,
+        torch.ops.aten.silu.out,
+        lambda x, gate: torch.ops.aten.silu_backward.grad_input(x, gate, grad_input=x),
+        _silu_slope_of_slope,
+    ),
+    "gelu_pytorch_tanh": _Activation(
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu.out, approximate="tanh"),
+        lambda x, gate: torch.ops.aten.gelu_backward.grad_input(x, gate, approximate="tanh", grad_input=x),
+        _gelu_slope_of_slope,
+    ),
+}
+"""The activations by the names that they have in config.json files: SwiGLU's, and GELU in its approximation by tanh."""
+
+
+class _GLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, activation: _Activation) -> Tensor:
         ctx.save_for_backward(hidden)
+        ctx.activation = activation
         gate, value = hidden.chunk(2, -1)
-        return F.silu(gate).mul_(value)
+        return activation.f(gate).mul_(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _SwiGLUBackward.apply(*ctx.saved_tensors, *grads)
+        return _GLUBackward.apply(*ctx.saved_tensors, *grads, ctx.activation), None
 
 
-class _SwiGLUBackward(torch.autograd.Function):
-    """(d gate, d value) = (g value silu'(gate), g silu(gate)), as a function of hidden and g."""
+class _GLUBackward(torch.autograd.Function):
+    """(d gate, d value) = (g value f'(gate), g f(gate)), as a function of hidden and g."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, g: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, g: Tensor, activation: _Activation) -> Tensor:
         ctx.save_for_backward(hidden, g)
+        ctx.activation = activation
         gate, value = hidden.chunk(2, -1)
         out = torch.empty_like(hidden)
         d_gate, d_value = out.chunk(2, -1)
-        _times_slope_(torch.mul(g, value, out=d_gate), gate)
-        torch.ops.aten.silu.out(gate, out=d_value).mul_(g)
+        activation.times_slope_(torch.mul(g, value, out=d_gate), gate)
+        activation.f_out(gate, out=d_value).mul_(g)
         return out
 
     @staticmethod
     @last_derivative
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, g = ctx.saved_tensors
+        (hidden, g), activation = ctx.saved_tensors, ctx.activation
         gate, value = hidden.chunk(2, -1)
         a, b = grads[0].chunk(2, -1)
         out = torch.empty_like(hidden)
         grad_gate, grad_value = out.chunk(2, -1)
         ag = a * g
-        _times_slope_(grad_value.copy_(ag), gate)
-        _times_slope_(torch.mul(b, g, out=grad_gate), gate)
-        s = torch.sigmoid(gate)
-        slope_of_slope = torch.addcmul(gate, gate, s, value=-2).add_(2).mul_(s.addcmul_(s, s, value=-1))
-        grad_gate.addcmul_(slope_of_slope.mul_(ag), value)
-        grad_g = _times_slope_(torch.mul(a, value, out=ag), gate).addcmul_(b, F.silu(gate))
-        return out, grad_g
+        activation.times_slope_(grad_value.copy_(ag), gate)
+        activation.times_slope_(torch.mul(b, g, out=grad_gate), gate)
+        grad_gate.addcmul_(activation.slope_of_slope(gate).mul_(ag), value)
+        grad_g = activation.times_slope_(torch.mul(a, value, out=ag), gate).addcmul_(b, activation.f(gate))
+        return out, grad_g, None
 
 
-def _times_slope_(x: Tensor, gate: Tensor) -> Tensor:
-    """x silu'(gate), in the memory of x."""
-    return torch.ops.aten.silu_backward.grad_input(x, gate, grad_input=x)
+# -- soft cap ----------------------------------------------------------------------------------------------------------
+
+
+def softcap(x: Tensor, cap: float) -> tuple[Tensor, Vjp]:
+    """cap * tanh(x / cap), which lies between -cap and cap, and its vjp; differentiable any number of times."""
+    t = torch.tanh(x / cap)
+    return cap * t, lambda g: g * (1 - t * t)
 
 
 # -- cross-entropy -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ttt_e2e.ops.elementwise import swiglu
+from ttt_e2e.ops.elementwise import glu
 from ttt_e2e.ops.linear import OuterProductFactors, batched_linear, linear, linear_vjp
 
 
@@ -36,17 +36,17 @@ Weights = FastWeights | LowRankWeights
 FastVjp = Callable[[Tensor, bool], tuple[Tensor | None, tuple[OuterProductFactors, ...]]]
 
 
-def fast_mlp(x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastVjp]:
-    """SwiGLU with weights for every sequence, [B, T, D], and its vjp.
+def fast_mlp(x_BTD: Tensor, fast: FastWeights, activation: str = "silu") -> tuple[Tensor, FastVjp]:
+    """A gated MLP with weights for every sequence, [B, T, D], and its vjp; see `elementwise.glu` for the activation.
 
     The vjp takes a gradient of the output, and whether the gradient of x is needed. It returns that gradient (or None)
     and the gradients of both weights as factors.
     """
     w_in_BED, w_out_BDF = (w.to(x_BTD.dtype) for w in fast)
-    y_BTF, swiglu_vjp = swiglu(batched_linear(x_BTD, w_in_BED))
+    y_BTF, glu_vjp = glu(batched_linear(x_BTD, w_in_BED), activation)
 
     def vjp(g_BTD: Tensor, need_x: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
-        dh_BTE = swiglu_vjp(g_BTD @ w_out_BDF)
+        dh_BTE = glu_vjp(g_BTD @ w_out_BDF)
         return dh_BTE @ w_in_BED if need_x else None, (
             OuterProductFactors(dh_BTE, x_BTD),
             OuterProductFactors(g_BTD, y_BTF),
@@ -55,20 +55,22 @@ def fast_mlp(x_BTD: Tensor, fast: FastWeights) -> tuple[Tensor, FastVjp]:
     return batched_linear(y_BTF, w_out_BDF), vjp
 
 
-def low_rank_mlp(x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor) -> tuple[Tensor, FastVjp]:
-    """SwiGLU with shared matrices and an addition of low rank for every sequence, [B, T, D], and its vjp.
+def low_rank_mlp(
+    x_BTD: Tensor, fast: LowRankWeights, w_in_ED: Tensor, w_out_DF: Tensor, activation: str = "silu"
+) -> tuple[Tensor, FastVjp]:
+    """A gated MLP with shared matrices and an addition of low rank for every sequence, [B, T, D], and its vjp.
 
     The vjp is like that of `fast_mlp`, with the gradients of the four factors; the shared matrices are constants to it.
     The sum of a matrix and an addition is never formed.
     """
     up_in_BER, down_in_BRD, up_out_BDR, down_out_BRF = (w.to(x_BTD.dtype) for w in fast)
     h_BTE, in_vjp = _low_rank_linear(x_BTD, w_in_ED, up_in_BER, down_in_BRD)
-    y_BTF, swiglu_vjp = swiglu(h_BTE)
+    y_BTF, glu_vjp = glu(h_BTE, activation)
     out_BTD, out_vjp = _low_rank_linear(y_BTF, w_out_DF, up_out_BDR, down_out_BRF)
 
     def vjp(g_BTD: Tensor, need_x: bool) -> tuple[Tensor | None, tuple[OuterProductFactors, ...]]:
         dy_BTF, *of_out = out_vjp(g_BTD, True)
-        dx_BTD, *of_in = in_vjp(swiglu_vjp(dy_BTF), need_x)
+        dx_BTD, *of_in = in_vjp(glu_vjp(dy_BTF), need_x)
         return dx_BTD, (*of_in, *of_out)
 
     return out_BTD, vjp

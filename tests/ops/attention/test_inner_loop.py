@@ -12,7 +12,7 @@ from ttt_e2e.ops.attention import inner_loop_attention, sdpa
 from ttt_e2e.ops.derivatives import definitions
 
 
-def literal_attention(q, k, v, window):  # type: ignore[no-untyped-def]
+def literal_attention(q, k, v, window, cap):  # type: ignore[no-untyped-def]
     """Query by query, key by key."""
     out = torch.zeros_like(q)
     offset, groups = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
@@ -21,7 +21,8 @@ def literal_attention(q, k, v, window):  # type: ignore[no-untyped-def]
             for i in range(q.shape[2]):
                 first = 0 if window is None else max(0, i + offset - window + 1)
                 keys, values = (x[b, h // groups, first : i + offset + 1] for x in (k, v))
-                out[b, h, i] = (keys @ q[b, h, i] * q.shape[3] ** -0.5).softmax(0) @ values
+                scores = keys @ q[b, h, i] * q.shape[3] ** -0.5
+                out[b, h, i] = (scores if cap is None else cap * (scores / cap).tanh()).softmax(0) @ values
     return out
 
 
@@ -32,10 +33,11 @@ def literal_attention(q, k, v, window):  # type: ignore[no-untyped-def]
     window=st.one_of(st.none(), st.integers(1, 30)),
     heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
     batch=st.integers(1, 2),
+    cap=st.sampled_from([None, 0.7]),
     seed=st.integers(0, 2**31),
 )
 def test_equals_literal_attention(
-    length: int, cached: int, window: int | None, heads: tuple[int, int], batch: int, seed: int
+    length: int, cached: int, window: int | None, heads: tuple[int, int], batch: int, cap: float | None, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -43,11 +45,11 @@ def test_equals_literal_attention(
         return torch.randn(batch, h, t, 4, generator=generator, dtype=torch.float64, requires_grad=True)
 
     q, k, v = draw(heads[0], length), draw(heads[1], cached + length), draw(heads[1], cached + length)
-    truth = literal_attention(q, k, v, window)
+    truth = literal_attention(q, k, v, window, cap)
     cotangent = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
     expected = torch.autograd.grad(truth, (q, k, v), cotangent)
-    y, vjp = inner_loop_attention(q, k, v, window)
-    for ours in (y, sdpa(q, k, v, window)):
+    y, vjp = inner_loop_attention(q, k, v, window, cap=cap)
+    for ours in (y, sdpa(q, k, v, window, cap=cap)):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
         for a, b in zip(torch.autograd.grad(ours, (q, k, v), cotangent, retain_graph=True), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

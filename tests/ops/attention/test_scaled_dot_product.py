@@ -26,6 +26,14 @@ def test_memory_over_a_whole_text_is_linear(few: int, dtype: torch.dtype, monkey
     assert seen[1] <= 2.1 * seen[0]
 
 
+def test_memory_with_a_cap_is_linear() -> None:
+    """Without a graph, in the queries and not even in the keys of a text that they do not see."""
+    q, k, v, _ = (x.detach() for x in inputs(1, (4, 2), 3000, 3000, 16, dtype=torch.float32))
+    with Largest() as largest:
+        sdpa(q, k, v, 64, cap=5.0)
+    assert largest.elements == 4 * 256 * (256 + 64)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize(
     ("queries", "keys", "window"), [(5, 12, 8), (5, 12, None), (1, 40, 3), (6, 6, None), (40, 40, 7)]

@@ -36,8 +36,9 @@ def draw(
     return x.requires_grad_(), weight.requires_grad_(), torch.randint(vocabulary, (tokens,), generator=generator)
 
 
-def reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight), targets, reduction="none")
+def reference(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+    logits = F.linear(x, weight)
+    return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="none")
 
 
 def two_orders(f, x, weight, targets, inner, seed=0):  # type: ignore[no-untyped-def]
@@ -61,28 +62,32 @@ def two_orders(f, x, weight, targets, inner, seed=0):  # type: ignore[no-untyped
     vocabulary=st.integers(1, 37),
     logits=st.integers(2, 80),
     inner=st.sampled_from(["x", "weight", "both"]),
+    cap=st.sampled_from([None, 0.7]),
     seed=st.integers(0, 2**31),
 )
-def test_equals_pytorch(tokens: int, width: int, vocabulary: int, logits: int, inner: str, seed: int) -> None:
+def test_equals_pytorch(
+    tokens: int, width: int, vocabulary: int, logits: int, inner: str, cap: float | None, seed: int
+) -> None:
     x, weight, targets = draw(tokens, width, vocabulary, seed)
     wanted = {"x": (x,), "weight": (weight,), "both": (x, weight)}[inner]
-    expected = two_orders(reference, x, weight, targets, wanted, seed)
+    expected = two_orders(lambda *args: reference(*args, cap), x, weight, targets, wanted, seed)
     tuning.LOGITS_AT_ONCE = logits
     for implementation in IMPLEMENTATIONS:
 
         def ours(x: Tensor, weight: Tensor, targets: Tensor, implementation: str = implementation) -> Tensor:
-            return linear_cross_entropy(x, weight, targets, implementation=implementation)
+            return linear_cross_entropy(x, weight, targets, cap=cap, implementation=implementation)
 
         for a, b in zip(two_orders(ours, x, weight, targets, wanted, seed), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradcheck(implementation: str) -> None:
+def test_gradcheck(implementation: str, cap: float | None) -> None:
     x, weight, targets = draw(5, 3, 13)
 
     def f(x: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(x, weight, targets, implementation=implementation)
+        return linear_cross_entropy(x, weight, targets, cap=cap, implementation=implementation)
 
     assert torch.autograd.gradcheck(f, (x, weight))
     assert torch.autograd.gradgradcheck(f, (x, weight))
@@ -95,7 +100,8 @@ def test_opcheck(implementation: str) -> None:
     """Schema, fake tensors and autograd registration, as PyTorch checks them."""
     x, weight, targets = draw(5, 3, 13)
     lse, g = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(cross_entropy_forward, (x, weight, targets, implementation))
+    for cap in ((), (0.7,)):
+        torch.library.opcheck(cross_entropy_forward, (x, weight, targets, implementation, *cap))
     for need_weight in (True, False):
         torch.library.opcheck(cross_entropy_backward, (x, weight, targets, lse, g, need_weight, implementation))
     constants = (x.detach(), weight.detach(), targets, lse, g.detach(), torch.randn_like(x))
@@ -159,8 +165,9 @@ def test_large_logits_stay_finite(implementation: str) -> None:
         assert torch.linalg.vector_norm(a - b) < 1e-3 * torch.linalg.vector_norm(b)
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16_stays_close(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_stays_close(implementation: str, cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the rounding of bfloat16; losses in float32, every gradient in its tensor's dtype."""
     monkeypatch.setattr(tuning, "LOGITS_AT_ONCE", 2**10)
     x, weight, targets = draw(40, 16, 130, dtype=torch.float32)
@@ -168,10 +175,10 @@ def test_bfloat16_stays_close(implementation: str, monkeypatch: pytest.MonkeyPat
     x_half = x.detach().bfloat16().requires_grad_()
 
     def ours(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(x, weight, targets, implementation=implementation)
+        return linear_cross_entropy(x, weight, targets, cap=cap, implementation=implementation)
 
     results = two_orders(ours, x_half, weight, targets, (x_half, weight))
-    expected = two_orders(reference, x, weight, targets, (x, weight))
+    expected = two_orders(lambda *args: reference(*args, cap), x, weight, targets, (x, weight))
     float32, half = torch.float32, torch.bfloat16
     assert [r.dtype for r in results] == [float32, half, float32, half, float32]
     for a, b in zip(results, expected, strict=True):
@@ -258,6 +265,10 @@ def test_refuses_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         linear_cross_entropy(x, weight, targets, implementation="fast")
     with pytest.raises(ValueError, match="unknown implementation 'fast'"):
         cross_entropy_forward(x, weight, targets, "fast")
+    with monkeypatch.context() as patch:
+        patch.setattr("ttt_e2e.ops.linear_cross_entropy.operators.triton_serves", lambda *_: True)
+        with pytest.raises(ValueError, match="Triton kernels have no cap"):
+            linear_cross_entropy(x, weight, targets, cap=1.0, implementation="triton")
     monkeypatch.setattr("ttt_e2e.ops.implementations.HAS_TRITON", False)
     with pytest.raises(ValueError, match="not installed"):
         linear_cross_entropy(x, weight, targets, implementation="triton")

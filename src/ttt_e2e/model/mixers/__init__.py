@@ -12,8 +12,8 @@ from ttt_e2e.model.mixers.ttt_kvb import TTTKVB, ttt_kvb_cost
 from ttt_e2e.model.mixers.windowed_deltanet import WindowedDeltaNet, windowed_deltanet_cost
 
 MIXER_TYPES: dict[str, Callable[..., Mixer]] = {
-    "full": lambda config, rope=True: Attention(config, None, rope),
-    "window": lambda config, rope=True: Attention(config, config.sliding_window, rope),
+    "full": lambda config, rope="global": Attention(config, None, rope),
+    "window": lambda config, rope="global": Attention(config, config.sliding_window, rope),
     "mamba2": Mamba2,
     "gated-deltanet": GatedDeltaNet,
     "ttt-kvb": TTTKVB,
@@ -22,7 +22,7 @@ MIXER_TYPES: dict[str, Callable[..., Mixer]] = {
 }
 """Every mixer by its name in `MIXERS`, from a `ModelConfig`; the parameters are still to be drawn.
 
-Attentions take rope=False, too: no rotary positions.
+Attentions take `rope`, too; see `Attention`.
 Raises UserError if the configuration demands a library that is not installed.
 """
 

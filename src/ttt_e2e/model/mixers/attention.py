@@ -5,7 +5,7 @@ dimension, J = H + G, E = (H + 2 G) K.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,22 @@ from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers.base import ALL_FILLED, CacheView, Mixer, MixerCost, Positions
 from ttt_e2e.ops.attention import Sink, inner_loop_attention, sdpa
 from ttt_e2e.ops.attention.inner_loop import AttentionVjp
-from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, rms_norm, rotate
+from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, rms_norm, rotate, softcap
 from ttt_e2e.ops.linear import linear, linear_vjp
+
+Rope = Literal["global", "local", "none"]
 
 
 class Attention(Mixer):
     """Multi-head attention over the last `window` tokens (None: all): grouped key/value heads, rotary positions.
 
-    With a window it may have a sink; see `ops.attention.sink`. Without `rope` it has no positions.
+    With a window it may have a sink; see `ops.attention.sink`. `rope` says which rotary positions it has: those of
+    `rope_theta`, the local ones of `rope_local_base_freq`, or none.
     """
 
     State = KVCache
 
-    def __init__(self, config: ModelConfig, window: int | None, rope: bool = True):
+    def __init__(self, config: ModelConfig, window: int | None, rope: Rope = "global"):
         super().__init__()
         self.config, self.window, self.rope = config, window, rope
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -78,7 +81,8 @@ class Attention(Mixer):
             attn_mask_TS = cache_view.attn_mask_TS
             if cache_view.seq_lens is not None:
                 num_empty_slots = (state.num_slots - cache_view.seq_lens).clamp(min=0).to(torch.int32)
-        keys = (seen.k_BGSK, seen.v_BGSK, self.window, num_empty_slots, attn_mask_TS, self.sink)
+        cap = self.config.attn_logit_softcapping
+        keys = (seen.k_BGSK, seen.v_BGSK, self.window, num_empty_slots, attn_mask_TS, self.sink, cap)
         attention_vjp: AttentionVjp | None = None
         if with_vjp:
             assert num_empty_slots is None or num_empty_slots.dim() == 0, "rows to learn from are of equal length"
@@ -98,6 +102,11 @@ class Attention(Mixer):
         if self.config.attention_out_bias:
             out_BTD = out_BTD + self.b_out.to(x_BTD.dtype)
         return (out_BTD, kept, vjp) if with_vjp else (out_BTD, kept)
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scores after the cap of `attn_logit_softcapping`, if there is one."""
+        cap = self.config.attn_logit_softcapping
+        return scores if cap is None else softcap(scores, cap)[0]
 
     @property
     def sink(self) -> Sink | None:
@@ -123,8 +132,10 @@ class Attention(Mixer):
         elif config.qk_norm:
             weight_JK = torch.cat((self.q_norm.expand(num_heads, -1), self.k_norm.expand(num_kv_heads, -1)))
             qk_BTJK, norm_vjp = rms_norm(qk_BTJK, weight_JK, config.rms_norm_eps)
-        if self.rope:
-            qk_BTJK, rotation_vjp = rotate(qk_BTJK, positions.cos, positions.sin)
+        if self.rope != "none":
+            angles = positions.local if self.rope == "local" else (positions.cos, positions.sin)
+            assert angles is not None
+            qk_BTJK, rotation_vjp = rotate(qk_BTJK, *angles)
         q_BHTK, k_BGTK = qk_BTJK.to(x_BTD.dtype).transpose(1, 2).split((num_heads, num_kv_heads), 1)
 
         def vjp(dq_BHTK: Tensor, dk_BGTK: Tensor, dv_BGTK: Tensor) -> Tensor:

@@ -19,10 +19,13 @@ class Positions(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+    local: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines for the blocks of `rope_local_pattern`, if there are any."""
 
     def slice(self, start: int, stop: int) -> "Positions":
         """The angles of tokens `start` to `stop`."""
-        return Positions(self.cos[start:stop], self.sin[start:stop])
+        local = None if self.local is None else (self.local[0][start:stop], self.local[1][start:stop])
+        return Positions(self.cos[start:stop], self.sin[start:stop], local)
 
 
 class CacheView(NamedTuple):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.model.counting import product_operations
-from ttt_e2e.ops.elementwise import accumulation_dtype, rms_norm, swiglu
+from ttt_e2e.ops.elementwise import accumulation_dtype, glu, rms_norm
 from ttt_e2e.ops.fast_mlp import FastWeights
 from ttt_e2e.ops.linear import batched_linear, linear, weight_gradient
 
@@ -98,9 +98,9 @@ def gradients(fast: FastWeights, k_NTK: Tensor, v_NTK: Tensor, *shares_NT: Tenso
     It repeats `fast_mlp`'s vjp, because rho needs every token's own gradient.
     """
     w_in_NEK, w_out_NKF = (w.to(k_NTK.dtype) for w in fast)
-    y_NTF, swiglu_vjp = swiglu(batched_linear(k_NTK, w_in_NEK))
+    y_NTF, glu_vjp = glu(batched_linear(k_NTK, w_in_NEK), "silu")
     residual_NTK = batched_linear(y_NTF, w_out_NKF) - v_NTK
-    dh_NTE = swiglu_vjp(residual_NTK @ w_out_NKF)
+    dh_NTE = glu_vjp(residual_NTK @ w_out_NKF)
     k_NT, y_NT, residual_NT, dh_NT = (_square(x) for x in (k_NTK, y_NTF, residual_NTK, dh_NTE))
     rho_NT = (residual_NT * y_NT + dh_NT * k_NT) / (residual_NT + 1e-12)
     found = []

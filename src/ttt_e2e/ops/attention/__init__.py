@@ -7,8 +7,9 @@
   use outside of this package.
 
 `reference.py` holds the formulas, as plain PyTorch; `tiled.py` and `triton.py` compute the same tile by tile, and
-`operators.py` chooses between them. Which keys a query may see is said in `mask.py`; `sink.py` has what it sees in
-place of the first key when that has left its window.
+`operators.py` chooses between them. A cap on scores is in `inner_loop_attention` and `sdpa` alone, which then compute
+the definition. Which keys a query may see is said in `mask.py`; `sink.py` has what it sees in place of the first key
+when that has left its window.
 
 Shapes: B sequences, T queries, S keys (the queries are at the positions of the last T), H query heads, G key/value
 heads, K head dimension, N new keys: the last N, the variables of the inner loss. The keys before them are cached, and

@@ -12,7 +12,7 @@ from ttt_e2e.ops.attention.mask import causal_window_mask
 from ttt_e2e.ops.attention.operators import attention_backward, attention_forward
 from ttt_e2e.ops.attention.sink import Sink, add_sink, seen_sink
 from ttt_e2e.ops.derivatives import last_derivative, wants_definition
-from ttt_e2e.ops.elementwise import accumulation_dtype
+from ttt_e2e.ops.elementwise import Vjp, accumulation_dtype, softcap
 
 AttentionVjp = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -25,10 +25,12 @@ def inner_loop_attention(
     num_empty_slots: Tensor | None = None,
     attn_mask_TS: Tensor | None = None,
     sink: Sink | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, AttentionVjp]:
     """Softmax attention of T queries over S >= T keys, and its vjp.
 
-    Up to `tuning.KEPT_SCORES` scores, the softmax is kept for the vjp; beyond, it is computed again in tiles.
+    Up to `tuning.KEPT_SCORES` scores, the softmax is kept for the vjp; beyond, it is computed again in tiles. With a
+    cap it is always kept, and autograd differentiates the definition.
 
     Args:
         q_BHTK: Queries [B, H, T, K], at the positions of the last T keys. H may be a multiple of G.
@@ -38,6 +40,7 @@ def inner_loop_attention(
         num_empty_slots: How many of the first keys hold nothing: a 0-dim int32 tensor, or None if there are none.
         attn_mask_TS: What `causal_window_mask` returns for these arguments, if it is known already.
         sink: What queries see in place of the first key when that has left their window; None for nothing.
+        cap: Every score becomes cap * tanh(score / cap), but for the sink's; None for no cap.
 
     Returns:
         The output [B, H, T, K], and a function from its gradient to those of the queries and of the last T keys and
@@ -45,7 +48,8 @@ def inner_loop_attention(
     """
     num_new_keys, groups = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
     seen = seen_sink(sink, q_BHTK, k_BGSK, window, num_empty_slots)
-    if q_BHTK.shape[:3].numel() * k_BGSK.shape[2] > tuning.KEPT_SCORES.get(q_BHTK.device.type, 0):
+    kept_scores = tuning.KEPT_SCORES.get(q_BHTK.device.type, 0)
+    if cap is None and q_BHTK.shape[:3].numel() * k_BGSK.shape[2] > kept_scores:
         o_BHTK, lse_BHT = attention_forward(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, "auto")
         saved, settings = (q_BHTK, k_BGSK, v_BGSK, o_BHTK, lse_BHT), (num_new_keys, window, num_empty_slots, "auto")
         if seen is None:
@@ -61,7 +65,7 @@ def inner_loop_attention(
         return y_BHTK, vjp_beside_sink
     if attn_mask_TS is None:
         attn_mask_TS = causal_window_mask(num_new_keys, k_BGSK.shape[2], window, q_BHTK, num_empty_slots)
-    mask_RS = attn_mask_TS.repeat(groups, 1) if groups > 1 else attn_mask_TS
+    mask_RS = torch.cat([attn_mask_TS] * groups, -2) if groups > 1 else attn_mask_TS
     # The queries of the heads that share a key head become its rows, so that each key head is multiplied once.
     q_BGRK = (q_BHTK * q_BHTK.shape[3] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
     sink_GR1 = None
@@ -69,9 +73,13 @@ def inner_loop_attention(
         k_BGSK = F.pad(k_BGSK, (0, 0, 1, 0))
         v_BGSK = torch.cat((seen.sink.value_GK[:, None].to(v_BGSK.dtype).expand_as(v_BGSK[:, :, :1]), v_BGSK), 2)
         mask_RS = F.pad(mask_RS, (1, 0))
-        sink_GR1 = seen.scores.expand(-1, num_new_keys).reshape(k_BGSK.shape[1], -1, 1)
-    forward = attend_reference if wants_definition() else _attend
-    y_BGRK, inner_vjp = forward(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys, sink_GR1)
+        sink_HT = seen.scores  # or [B, H, T]
+        sink_HT = sink_HT.expand(*sink_HT.shape[:-1], num_new_keys)
+        sink_GR1 = sink_HT.reshape(*sink_HT.shape[:-2], k_BGSK.shape[1], -1, 1)
+    if cap is not None or wants_definition():
+        y_BGRK, inner_vjp = attend_reference(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys, sink_GR1, cap)
+    else:
+        y_BGRK, inner_vjp = _attend(q_BGRK, k_BGSK, v_BGSK, mask_RS, num_new_keys, sink_GR1)
 
     def vjp(g_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dq_BGRK, dk_BGTK, dv_BGTK = inner_vjp(g_BHTK.unflatten(1, (-1, groups)).flatten(2, 3))
@@ -82,13 +90,23 @@ def inner_loop_attention(
 
 
 def attend_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_new_keys: int, sink_GR1: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    num_new_keys: int,
+    sink_GR1: Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, AttentionVjp]:
     """softmax(q k^T + mask) v, and its vjp to q and to the last `num_new_keys` of k and v: what `_attend` computes.
 
-    sink_GR1: what is added to the scores of the first key; None for nothing.
+    sink_GR1: what is added to the scores of the first key; None for nothing. cap: see `inner_loop_attention`.
     """
-    scores = (q @ k.transpose(-1, -2)).to(accumulation_dtype(q.dtype)) + mask
+    scores = (q @ k.transpose(-1, -2)).to(accumulation_dtype(q.dtype))
+    cap_vjp: Vjp | None = None
+    if cap is not None:
+        scores, cap_vjp = softcap(scores, cap)
+    scores = scores + mask
     if sink_GR1 is not None:
         scores = torch.cat((scores[..., :1] + sink_GR1, scores[..., 1:]), -1)
     p = scores.softmax(-1)
@@ -96,7 +114,8 @@ def attend_reference(
 
     def vjp(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dp = g @ v.transpose(-1, -2)
-        ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).to(g.dtype)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        ds = (ds if cap_vjp is None else cap_vjp(ds)).to(g.dtype)
         new = slice(k.shape[-2] - num_new_keys, None)
         return ds @ k, ds[..., new].transpose(-1, -2) @ q, weights[..., new].transpose(-1, -2) @ g
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_e2e.ops import tuning
+from ttt_e2e.ops.attention.inner_loop import inner_loop_attention
 from ttt_e2e.ops.attention.mask import causal_window_mask, hidden_keys
 from ttt_e2e.ops.attention.operators import attention_forward
 from ttt_e2e.ops.attention.sink import SeenSink, Sink, add_sink, seen_sink
@@ -24,11 +25,14 @@ def sdpa(
     num_empty_slots: Tensor | None = None,
     attn_mask_TS: Tensor | None = None,
     sink: Sink | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Softmax attention of T queries over S >= T keys, [B, H, T, K]; differentiable once.
 
     The arguments are those of `inner_loop_attention`, but `num_empty_slots` may also be [B], a number for every row.
     """
+    if cap is not None:
+        return _capped(q_BHTK, k_BGSK, v_BGSK, window, num_empty_slots, attn_mask_TS, sink, cap)
     queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
     seen = seen_sink(sink, q_BHTK, k_BGSK, window, num_empty_slots)
     if attn_mask_TS is None and num_empty_slots is not None and num_empty_slots.dim() == 1:
@@ -52,6 +56,34 @@ def sdpa(
         return _banded(q_BHTK, k_BGSK, v_BGSK, window, seen)
     mask = causal_window_mask(queries, keys, window, q_BHTK, num_empty_slots)
     return _masked(q_BHTK, k_BGSK, v_BGSK, mask, seen)
+
+
+def _capped(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    window: int | None,
+    num_empty_slots: Tensor | None,
+    attn_mask_TS: Tensor | None,
+    sink: Sink | None,
+    cap: float,
+) -> Tensor:
+    """Attention with capped scores, which PyTorch's kernel does not have: for some queries after the others.
+
+    Each time the keys are those that these queries see, and one before them, by which they know that the first token
+    has left their window.
+    """
+    queries, keys = q_BHTK.shape[2], k_BGSK.shape[2]
+    reach = keys if window is None else window
+    outputs = []
+    for start in range(0, max(queries, 1), tuning.TILE_QUERIES):
+        stop = min(start + tuning.TILE_QUERIES, queries)
+        first, last = max(0, keys - queries + start - reach), keys - queries + stop
+        empty = None if num_empty_slots is None else num_empty_slots - first
+        mask = None if attn_mask_TS is None else attn_mask_TS[..., start:stop, first:last]
+        q, k, v = q_BHTK[:, :, start:stop], k_BGSK[:, :, first:last], v_BGSK[:, :, first:last]
+        outputs.append(inner_loop_attention(q, k, v, window, empty, mask, sink, cap)[0])
+    return torch.cat(outputs, 2)
 
 
 def _masked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, seen: SeenSink | None) -> Tensor:
