@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 
 from ttt_e2e import __version__
 from ttt_e2e.errors import UserError
-from ttt_e2e.server.api import openai, sessions
+from ttt_e2e.server.api import conversations, openai, responses, sessions
+from ttt_e2e.server.api.generations import Generations
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.errors import ApiError, ErrorBody, error_response, is_expected
 from ttt_e2e.server.keys import OPERATOR
@@ -77,8 +78,14 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             raise ApiError(403, f"Only the key that is named {OPERATOR} may read the metrics.", "not_the_operator")
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    app.include_router(openai.routes(engine, settings, metrics), dependencies=key_in_schema)
-    app.include_router(sessions.routes(engine), dependencies=key_in_schema)
+    generations = Generations(engine, settings, metrics)
+    for router in (
+        openai.routes(generations),
+        responses.routes(generations),
+        conversations.routes(engine),
+        sessions.routes(engine),
+    ):
+        app.include_router(router, dependencies=key_in_schema)
     app.add_middleware(AccessMiddleware, settings=settings)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)  # the last one added is the outermost
     return app
@@ -88,7 +95,7 @@ async def _handle(request: Request, error: Exception) -> JSONResponse:
     """Answer an error in OpenAI's form; unexpected ones are left to `RequestLogMiddleware`."""
     if not is_expected(error):
         log_entry(request).set_error(error)
-    response = error_response(error)
+    response = error_response(error, request.url.path)
     if response.status_code == 405 and "route" in request.scope:
         # Starlette only names the methods of the first route with this path.
         methods = request.app.openapi()["paths"].get(request.scope["route"].path, {"get": None})

@@ -1,47 +1,65 @@
-"""Requests and responses of OpenAI's API, with the fields `session`, `learn`, `top_k` and `min_p` in addition.
+"""Requests and responses of OpenAI's completions and chat completions.
+
+The fields `session`, `learn`, `top_k` and `min_p` are not OpenAI's.
 
 Lists end at their first error: with all the errors of a long list, a request would take a thousand times its size.
 """
 
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_MAX_TOKENS, DEFAULT_TOKENS = 16_384, 200  # per generated text
-_MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS, _MAX_MESSAGES, _MAX_PARTS = 16, 8, 4, 1000, 1000
+from ttt_e2e.inference.sampling import SamplingOptions
+
+MAX_TOKENS, DEFAULT_TOKENS = 16_384, 200  # per generated text
+_MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS, MAX_MESSAGES, MAX_PARTS = 16, 8, 4, 1000, 1000
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class _RequestModel(BaseModel):
+class RequestModel(BaseModel):
     """Refuses strings in place of numbers, NaN and infinity; `fields` decides about fields that are not declared."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(_RequestModel):
-    """include_usage: send the numbers of tokens in a last event."""
-
-    include_usage: bool = False
-
-
-class GenerationRequest(_RequestModel):
-    """How to generate. Defaults: temperature 0.8, top_p 0.95, max_tokens 200, a random seed.
-
-    learn: make prompt and generated text part of the session.
-    """
+class SamplingRequest(RequestModel):
+    """How tokens are drawn. Defaults: temperature 0.8, top_p 0.95, a random seed."""
 
     model: str | None = Field(None, max_length=256)
-    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=1 << 31, description="0 or -1: no limit")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, description="-1: random")
+    stream: bool | None = None
+
+    def sampling_options(self) -> SamplingOptions:
+        """The options with a seed."""
+        options = self.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
+        if self.top_k == -1:
+            options["top_k"] = 0
+        seed = secrets.randbits(62) if self.seed in (None, -1) else self.seed
+        return SamplingOptions(**options, seed=(seed or 0) % 2**63)
+
+
+class StreamOptions(RequestModel):
+    """include_usage: send the numbers of tokens in a last event."""
+
+    include_usage: bool = False
+
+
+class GenerationRequest(SamplingRequest):
+    """How to generate; at most 200 tokens by default.
+
+    learn: make prompt and generated text part of the session.
+    """
+
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     n: int | None = Field(None, ge=1, le=_MAX_CHOICES)
     stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS, fail_fast=True)] | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     learn: bool | None = None
 
@@ -71,18 +89,18 @@ class CompletionRequest(SessionCompletionRequest):
     session: str | None = None
 
 
-class TextPart(_RequestModel):
+class TextPart(RequestModel):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_RequestModel):
+class Message(RequestModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=_MAX_PARTS, fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     refusal: str | None = None
 
     @model_validator(mode="after")
@@ -101,7 +119,7 @@ class Message(_RequestModel):
 class ChatCompletionRequest(GenerationRequest):
     """Answer `messages`. With a session they follow what it has read, so only new messages need to be sent."""
 
-    messages: list[Message] = Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     session: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template
 

@@ -6,7 +6,7 @@ takes its current version and waits for nobody.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Literal
 
@@ -135,6 +135,8 @@ class Engine:
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
+        kept: Callable[[Before], Prompt] | None = None,
+        save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None,
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
         """Generate text after what a session has read and `prompt`.
@@ -149,17 +151,24 @@ class Engine:
                 for a session without a text begin that text, in place of BOS.
             max_tokens, stop, options: Limit of generated tokens, strings before which the text ends, and sampling.
             closing: What the session reads after the generated text, with `learn`.
+            kept: With `learn`, the prompt that becomes part of the session, if it is not `prompt`, a function as well.
+            save: With `learn`, it is awaited with what the session has become, the whole text and the last TextChunk,
+                in place of replacing the session, which nobody needs to wait for then.
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
         Raises UserError for values out of range, LimitReachedError if prompt, `max_tokens` and, with `learn`, the
         session are too long together, and Diverged.
         """
         slot = None if id is None else self.sessions.slot(owner, id)
+        replaced = slot if learn and save is None else None
         check_max_tokens(max_tokens)
         with self._request():
-            async with slot.write_lock if slot and learn else nullcontext(), limit or nullcontext():
-                session = await self.sessions.session(slot, for_change=learn) if slot else self._template
+            async with replaced.write_lock if replaced else nullcontext(), limit or nullcontext():
+                session = await self.sessions.session(slot, for_change=bool(replaced)) if slot else self._template
+                kept_ids = None
                 if callable(prompt):
+                    if learn and kept:
+                        _, kept_ids = await asyncio.to_thread(self._begin_chat, session, kept)
                     session, ids = await asyncio.to_thread(self._begin_chat, session, prompt)
                 else:
                     ids = await asyncio.to_thread(self._encode, prompt)
@@ -167,14 +176,16 @@ class Engine:
                 length = (_num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
                 self.sessions.check_length(length)
                 stream = TextStream(self._tokenizer, stop, context=np.concatenate((session.state().pending, ids)))
-                if learn:
+                if learn and kept_ids is None:
                     session, ids = await self._after_reading(slot, session, ids), ids[:0]
                 tokens: list[int] = []
+                whole = ""
                 complete = 0  # how many of the tokens have been given out as text entirely
                 reason: Literal["stop", "length"] | None = None
                 with self._pooled(slot, session) as pooled:
                     request = {"prompt": ids, "max_tokens": max_tokens, "options": options}
-                    pooled.submit(SessionPool.submit_generate, **request, learn_from_writing=learn)
+                    learn_from_writing = learn and kept_ids is None
+                    pooled.submit(SessionPool.submit_generate, **request, learn_from_writing=learn_from_writing)
                     while reason is None:
                         event = await pooled.next_event()
                         if isinstance(event, Done):
@@ -184,14 +195,20 @@ class Engine:
                             text = stream.add(event.token)
                             complete = complete if stream.has_pending else len(tokens)
                             reason = "stop" if stream.stopped else None
+                            whole += text
                             if text:
                                 yield TextChunk(text, None, num_prompt_tokens, len(tokens))
-                rest = stream.flush()
-                if learn and slot:
+                last = TextChunk(stream.flush(), reason, num_prompt_tokens, len(tokens))
+                if learn:
                     partly = stream.emitted_tokens() if complete < len(tokens) else []
-                    learned = np.array([*tokens[:complete], *partly, *closing_ids], np.int64)
-                    await self.sessions.replace(slot, await self._after_reading(slot, session, learned))
-                yield TextChunk(rest, reason, num_prompt_tokens, len(tokens))
+                    unread = () if kept_ids is None else kept_ids
+                    learned = np.array([*unread, *tokens[:complete], *partly, *closing_ids], np.int64)
+                    session = await self._after_reading(slot, session, learned)
+                    if save:
+                        await save(session, whole + last.text, last)
+                    elif replaced:
+                        await self.sessions.replace(replaced, session)
+                yield last
 
     @contextmanager
     def _request(self) -> Iterator[None]:

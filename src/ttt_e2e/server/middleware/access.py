@@ -66,7 +66,7 @@ class AccessMiddleware:
                 error = ApiError(429, message, "rate_limit_exceeded", headers=headers)
             elif "expect" not in Headers(scope=scope):  # else the body has not been sent; draining would request it
                 await _drain(receive)
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         owner = scope["state"]["caller"].owner if "caller" in scope["state"] else ""
         self.open_requests[owner] += 1
