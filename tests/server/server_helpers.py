@@ -196,7 +196,8 @@ class FakeEngine:
                     yield TextChunk(word, None, read, count)
                     if any(end in text for end in stop):
                         break
-                last = TextChunk("", "length" if count == max_tokens else "stop", read, count)
+                ending = next((end for end in stop if end in text), None)
+                last = TextChunk("", "stop" if ending else "length", read, count, ending)
                 if learn:
                     read_text = words if kept is None else str(kept(before))
                     learned = (one.text if one else "") + read_text + text + "".join(str(part) for part in closing)

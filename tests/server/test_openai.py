@@ -122,6 +122,12 @@ def test_official_errors(address: str, official: Any) -> None:
         official.completions.create(model="tiny", prompt="x", extra_body={"session": "sess-0"}, stream=True)
 
 
+def test_official_embeddings_are_refused(official: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="no embeddings") as caught:
+        official.embeddings.create(model="tiny", input="x")
+    assert (caught.value.param, caught.value.code) == ("model", "not_supported")
+
+
 def test_official_sessions(shared: FakeEngine, official: Any) -> None:
     made = official.post("/sessions", cast_to=object)
     at = {"session": made["id"], "learn": True, "top_k": 5, "min_p": 0.1}

@@ -114,7 +114,7 @@ def anthropic_error(error: Exception) -> dict[str, Any]:
     """The body that tells a client of Anthropic's API of `error`."""
     status, body = describe(error)
     message, param = body.error.message, body.error.param
-    if param and param not in message:
+    if param and not message.startswith(param):
         message = f"{param}: {message}"
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return AnthropicErrorBody(type="error", error=AnthropicErrorDetail(type=kind, message=message)).model_dump()
@@ -131,8 +131,8 @@ def _invalid_request(error: RequestValidationError) -> tuple[int, ErrorBody]:
     where = problems[0]["loc"]
     if problems[0]["type"] == "json_invalid":
         return _body(400, f"The body is not valid JSON: {problems[0]['ctx']['error']}.", "invalid_json")
-    if problems[0]["type"] == "value_error" and where == ("body",):  # fields that contradict each other
-        return _body(400, str(problems[0]["ctx"]["error"]), "invalid_value")
+    if problems[0]["type"] == "contradiction":
+        return _body(400, problems[0]["msg"], "invalid_value", problems[0]["ctx"]["param"])
     if where == ("body",):
         return _body(400, "The body must be a JSON object, sent with Content-Type: application/json.", "invalid_body")
     # A value that matches none of several types has a problem for each of them. The one found deepest in the value is

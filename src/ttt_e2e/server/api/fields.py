@@ -134,6 +134,25 @@ RESPONSES: Neutral = {
     "truncation": ("auto", "disabled"),
     "user": _ANY,
 }
+# Likewise /v1/messages.
+MESSAGES: Neutral = {
+    "cache_control": _ANY,
+    "container": (),
+    "context_management": (),
+    "diagnostics": _ANY,
+    "inference_geo": _ANY,
+    "mcp_servers": ([],),
+    "metadata": _ANY,
+    "output_config": ({},),
+    "output_format": (),
+    "prefill": (),
+    "service_tier": _ANY,
+    "speed": _ANY,
+    "thinking": ({"type": "disabled"},),
+    "tool_choice": ({"type": "none"}, {"type": "auto"}),
+    "tools": ([],),
+    "user_profile_id": _ANY,
+}
 _IN_MESSAGES: Neutral = {"audio": (), "function_call": (), "tool_calls": ([],)}
 
 
@@ -158,7 +177,7 @@ def ignored_fields(body: BaseModel, only: Neutral | None = None) -> list[str]:
     found = dict.fromkeys(_ignored(body, neutral))
     if options := getattr(body, "stream_options", None):
         found |= dict.fromkeys(f"stream_options.{name}" for name in _ignored(options, {}))
-    for index, message in enumerate(getattr(body, "messages", ())):
+    for index, message in enumerate(getattr(body, "messages", ()) if only is None else ()):
         found |= dict.fromkeys(f"messages.{name}" for name in _ignored(message, _IN_MESSAGES, f"messages.{index}."))
         for part in message.content if isinstance(message.content, list) else ():
             found |= dict.fromkeys(f"messages.content.{name}" for name in _ignored(part, {}))

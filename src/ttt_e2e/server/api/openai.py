@@ -149,4 +149,10 @@ def routes(generations: Generations) -> APIRouter:
         """Continue what the session has read and then the prompt, as /v1/completions does."""
         return await _respond(generations, request, body, body.prompts, session)
 
+    @router.post("/embeddings", tags=["OpenAI"], status_code=400)
+    async def embeddings() -> None:
+        """Refused: the models have no embeddings of texts."""
+        message = "This server's models give no embeddings; send texts to /v1/sessions/ID/read and ask about them."
+        raise ApiError(400, message, "not_supported", "model")
+
     return router

@@ -30,7 +30,7 @@ from ttt_e2e.server.api.items import (
     output_text,
     page,
 )
-from ttt_e2e.server.api.schemas import DEFAULT_TOKENS, MAX_TOKENS, RequestModel, SamplingRequest
+from ttt_e2e.server.api.schemas import DEFAULT_TOKENS, MAX_TOKENS, RequestModel, SamplingRequest, contradiction
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
 from ttt_e2e.server.engine.records import TextChunk
 from ttt_e2e.server.engine.store import new_id
@@ -66,7 +66,8 @@ class ResponseRequest(SamplingRequest):
     @model_validator(mode="after")
     def _check_combinations(self) -> "ResponseRequest":
         if None not in (self.previous_response_id, self.conversation):
-            raise ValueError("previous_response_id and conversation exclude each other; omit one of them.")
+            message = "previous_response_id and conversation exclude each other; omit one of them."
+            raise contradiction("conversation", message)
         return self
 
     @property

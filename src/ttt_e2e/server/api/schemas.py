@@ -9,6 +9,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from ttt_e2e.inference.sampling import SamplingOptions
 
@@ -22,6 +23,11 @@ class RequestModel(BaseModel):
     """Refuses strings in place of numbers, NaN and infinity; `fields` decides about fields that are not declared."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+def contradiction(param: str, message: str) -> PydanticCustomError:
+    """The error of a field, named `param`, that contradicts others, for a validator to raise."""
+    return PydanticCustomError("contradiction", message, {"param": param})
 
 
 class SamplingRequest(RequestModel):
@@ -66,9 +72,11 @@ class GenerationRequest(SamplingRequest):
     @model_validator(mode="after")
     def _check_combinations(self) -> "GenerationRequest":
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; omit one of them.")
+            message = "max_tokens and max_completion_tokens mean the same; omit one of them."
+            raise contradiction("max_completion_tokens", message)
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream; set stream to true, or omit stream_options.")
+            message = "stream_options needs stream; set stream to true, or omit stream_options."
+            raise contradiction("stream_options", message)
         return self
 
 

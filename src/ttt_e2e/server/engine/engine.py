@@ -194,11 +194,11 @@ class Engine:
                             tokens.append(event.token)
                             text = stream.add(event.token)
                             complete = complete if stream.has_pending else len(tokens)
-                            reason = "stop" if stream.stopped else None
+                            reason = "stop" if stream.stopped_by else None
                             whole += text
                             if text:
                                 yield TextChunk(text, None, num_prompt_tokens, len(tokens))
-                last = TextChunk(stream.flush(), reason, num_prompt_tokens, len(tokens))
+                last = TextChunk(stream.flush(), reason, num_prompt_tokens, len(tokens), stream.stopped_by)
                 if learn:
                     partly = stream.emitted_tokens() if complete < len(tokens) else []
                     unread = () if kept_ids is None else kept_ids

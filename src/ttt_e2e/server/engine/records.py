@@ -81,10 +81,12 @@ class TextChunk:
     """The next part of a generated text.
 
     finish_reason: None except in the last chunk: "stop" at a stop string or at a token that ends texts, else "length".
-    prompt_tokens: those of the request's prompt alone. completion_tokens: those generated so far.
+    prompt_tokens: those of the request's prompt alone. completion_tokens: those generated so far. stop: the stop string
+    before which the text ended, in the last chunk.
     """
 
     text: str
     finish_reason: Literal["stop", "length"] | None
     prompt_tokens: int
     completion_tokens: int
+    stop: str | None = None
