@@ -31,6 +31,7 @@ from ttt_e2e.server.app import create_app
 from ttt_e2e.server.engine.records import (
     Before,
     LimitReachedError,
+    LoggedToken,
     Prompt,
     ReadProgress,
     SessionNotFoundError,
@@ -79,6 +80,7 @@ class FakeEngine:
         self.calls: list[dict[str, Any]] = []
         self.started = self.stopped = False
         self.ready = True
+        self.vocab_size = 1000
         self.lost: str | None = None
         self.sessions = self.store = self  # it is its own registry and store
 
@@ -177,6 +179,8 @@ class FakeEngine:
         closing: Prompt = "",
         kept: Callable[[Before], Prompt] | None = None,
         save: Callable[[FakeSession, str, TextChunk], Awaitable[object]] | None = None,
+        logprobs: int | None = None,
+        echo: bool = False,
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
         one = None if id is None else self.slot(owner, id)
@@ -186,14 +190,18 @@ class FakeEngine:
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
         self.calls.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
         read, text = len(words.split()), ""
+        logged = None if logprobs is None else (LoggedToken("w", -1.0, (("w", -1.0), ("v", -2.0))[:logprobs]),)
         async with limit or nullcontext():
             with self._request():
+                count = 0
+                if echo:
+                    yield TextChunk(words, None, read, 0, None, logged)
                 for count in range(1, max_tokens + 1):
                     await self._step(count)
                     word = f" w{count}ä"
                     text += word
                     self.written_tokens += 1
-                    yield TextChunk(word, None, read, count)
+                    yield TextChunk(word, None, read, count, None, logged)
                     if any(end in text for end in stop):
                         break
                 ending = next((end for end in stop if end in text), None)

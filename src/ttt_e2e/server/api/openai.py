@@ -1,9 +1,10 @@
 """OpenAI's API: models, completions and chat completions, as one response or as a stream."""
 
+import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,9 @@ from fastapi.responses import JSONResponse, Response
 from ttt_e2e.server.api import schemas
 from ttt_e2e.server.api.fields import ignored_fields, ignored_header
 from ttt_e2e.server.api.generations import Chunks, Generations
+from ttt_e2e.server.api.logprobs import chat_logprobs, completion_logprobs
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import Before, Prompt, TextChunk
+from ttt_e2e.server.engine.records import Before, LoggedToken, Prompt, TextChunk
 from ttt_e2e.server.errors import ApiError
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -35,51 +37,75 @@ async def _respond(
     """Generate `n` texts after each prompt."""
     generations.check_model(body.model)
     headers = ignored_header(ignored_fields(body))
-    n, chat = body.n or 1, isinstance(body, schemas.ChatCompletionRequest)
+    chat, n, tries = isinstance(body, schemas.ChatCompletionRequest), body.n or 1, body.tries
     if body.learn and session is None:
         raise ApiError(400, "learn needs a session to learn in; send one, or omit learn.", "no_session", "learn")
-    if body.learn and n * len(prompts) > 1:
+    if body.learn and tries * len(prompts) > 1:
         raise ApiError(400, "A session learns one text at a time; request one choice of one prompt.", "one_text", "n")
+    _check_ids(generations, "logit_bias", body.logit_biases)
     kind = "text_completion" if not chat else "chat.completion.chunk" if body.stream else "chat.completion"
     id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
     head = {"id": id, "object": kind, "created": int(time.time()), "model": generations.settings.model_name}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    options = body.sampling_options()
+    options, logprobs = body.sampling_options(), body.num_logprobs
     shared = {
         "id": session,
-        "max_tokens": body.max_tokens or body.max_completion_tokens or schemas.DEFAULT_TOKENS,
+        "max_tokens": body.token_limit,
         "stop": (*stop, *(generations.settings.chat.stop if chat else ())),
         "learn": bool(body.learn),
         "closing": closing,
+        "logprobs": 0 if logprobs is None and tries > n else logprobs,
+        "echo": bool(getattr(body, "echo", False)),
     }
     chunks = generations.start(
         request,
         [
-            {**shared, "prompt": prompt, "options": replace(options, seed=(options.seed + repetition) % 2**63)}
+            {**shared, "prompt": prompt, "options": replace(options, seed=(options.seed + number) % 2**63)}
             for prompt in prompts
-            for repetition in range(n)
+            for number in range(tries)
         ],
     )
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         return await event_stream(request, _events(chunks, head, n, chat, include_usage), headers)
-    whole = await cancel_on_disconnect(request.receive, _whole(chunks, head, n, chat))
+    whole = await cancel_on_disconnect(request.receive, _whole(chunks, head, body, chat))
     return JSONResponse(whole, headers=headers)
 
 
-async def _whole(chunks: Chunks, head: dict[str, Any], n: int, chat: bool) -> dict[str, Any]:
+def _check_ids(generations: Generations, field: str, ids: Iterable[int]) -> None:
+    """Raise ApiError if the field has ids of tokens that the model does not have."""
+    size = generations.engine.vocab_size
+    if max(ids, default=0) >= size:
+        message = f"{field}: token ids go from 0 to {size - 1}; was the text tokenised with another tokenizer?"
+        raise ApiError(400, message, "invalid_value", field)
+
+
+async def _whole(chunks: Chunks, head: dict[str, Any], body: schemas.GenerationRequest, chat: bool) -> dict[str, Any]:
     """The body of a response that is not a stream."""
     texts, last = defaultdict[int, str](str), dict[int, TextChunk]()
+    tokens = defaultdict[int, list[LoggedToken]](list)
+    num_echoed = defaultdict[int, int](int)  # tokens
     async with aclosing(chunks):
-        async for choice, chunk in chunks:
-            texts[choice] += chunk.text
-            last[choice] = chunk
-    choices = []
-    for index in sorted(texts):
-        message = {"role": "assistant", "content": texts[index], "refusal": None}
-        content = {"message": message} if chat else {"text": texts[index]}
-        choices.append(_choice(index, last[index].finish_reason, content))
-    return {**head, "choices": choices, "usage": _usage(last, n)}
+        async for index, chunk in chunks:
+            texts[index] += chunk.text
+            tokens[index] += chunk.logprobs or ()
+            if not chunk.completion_tokens:
+                num_echoed[index] = len(tokens[index])
+            last[index] = chunk
+
+    def mean_logprob(index: int) -> float:
+        values = [token.logprob for token in tokens[index][num_echoed[index] :] if token.logprob is not None]
+        return sum(values) / len(values) if values else -math.inf
+
+    n, tries, choices = body.n or 1, body.tries, list[dict[str, Any]]()
+    for first in range(0, len(last), tries):
+        found = range(first, first + tries)
+        for index in sorted(found, key=mean_logprob, reverse=True)[:n] if tries > n else found:
+            message = {"role": "assistant", "content": texts[index], "refusal": None}
+            content = {"message": message} if chat else {"text": texts[index]}
+            told = None if body.num_logprobs is None else tokens[index]
+            choices.append(_choice(len(choices), last[index].finish_reason, content, told, chat))
+    return {**head, "choices": choices, "usage": _usage(last, tries)}
 
 
 async def _events(
@@ -87,27 +113,41 @@ async def _events(
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a stream."""
     last: dict[int, TextChunk] = {}
+    offsets = defaultdict[int, int](int)  # by choice: how many characters its tokens have so far
     usage = {"usage": None} if include_usage else {}  # in all events but the last
     async with aclosing(chunks):
         async for index, chunk in chunks:
             if chat and index not in last:
-                start = _choice(index, None, {"delta": {"role": "assistant", "content": "", "refusal": None}})
-                yield {**head, "choices": [start], **usage}
+                start = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+                yield {**head, "choices": [_choice(index, None, start, None, chat)], **usage}
             last[index] = chunk
             if chunk.text or chunk.finish_reason:
                 delta = {"delta": {"content": chunk.text} if chunk.text else {}}
-                choice = _choice(index, chunk.finish_reason, delta if chat else {"text": chunk.text})
+                content = delta if chat else {"text": chunk.text}
+                choice = _choice(index, chunk.finish_reason, content, chunk.logprobs, chat, offsets[index])
+                offsets[index] += sum(len(token.text) for token in chunk.logprobs or ())
                 yield {**head, "choices": [choice], **usage}
     if include_usage:
         yield {**head, "choices": [], "usage": _usage(last, n)}
 
 
-def _choice(index: int, finish_reason: str | None, content: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+def _choice(
+    index: int,
+    finish_reason: str | None,
+    content: dict[str, Any],
+    tokens: Sequence[LoggedToken] | None,
+    chat: bool,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """A choice. tokens: for log-probabilities. offset: how many characters come before them."""
+    logprobs = None
+    if tokens is not None:
+        logprobs = chat_logprobs(tokens) if chat else completion_logprobs(tokens, offset)
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _usage(last: dict[int, TextChunk], n: int) -> dict[str, int]:
-    read = sum(chunk.prompt_tokens for choice, chunk in last.items() if choice % n == 0)
+def _usage(last: dict[int, TextChunk], tries: int) -> dict[str, int]:
+    read = sum(chunk.prompt_tokens for index, chunk in last.items() if index % tries == 0)
     written = sum(chunk.completion_tokens for chunk in last.values())
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
@@ -132,6 +172,7 @@ def routes(generations: Generations) -> APIRouter:
     @router.post("/completions", tags=["OpenAI"], response_model=schemas.Completion, responses=_RESPONSES)
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         """Continue a text; with `session`, what the session has read and then the text."""
+        _check_ids(generations, "prompt", body.prompt_ids)
         return await _respond(generations, request, body, body.prompts, body.session)
 
     @router.post("/chat/completions", tags=["OpenAI"], response_model=schemas.ChatCompletion, responses=_RESPONSES)
@@ -147,6 +188,7 @@ def routes(generations: Generations) -> APIRouter:
     @router.post(path, tags=["sessions"], response_model=schemas.Completion, responses=_RESPONSES)
     async def session_completions(session: str, body: schemas.SessionCompletionRequest, request: Request) -> Response:
         """Continue what the session has read and then the prompt, as /v1/completions does."""
+        _check_ids(generations, "prompt", body.prompt_ids)
         return await _respond(generations, request, body, body.prompts, session)
 
     @router.post("/embeddings", tags=["OpenAI"], status_code=400)

@@ -6,16 +6,25 @@ Lists end at their first error: with all the errors of a long list, a request wo
 """
 
 import secrets
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ttt_e2e.inference.sampling import SamplingOptions
+from ttt_e2e.server.api.logprobs import ChatLogprobs, CompletionLogprobs
 
 MAX_TOKENS, DEFAULT_TOKENS = 16_384, 200  # per generated text
+_MAX_LOGPROBS, _MAX_BIASES = 20, 1024
 _MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS, MAX_MESSAGES, MAX_PARTS = 16, 8, 4, 1000, 1000
 
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,7}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=_MAX_BIASES),
+]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -65,6 +74,9 @@ class GenerationRequest(SamplingRequest):
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     n: int | None = Field(None, ge=1, le=_MAX_CHOICES)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: LogitBias | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS, fail_fast=True)] | None = None
     stream_options: StreamOptions | None = None
     learn: bool | None = None
@@ -79,16 +91,89 @@ class GenerationRequest(SamplingRequest):
             raise contradiction("stream_options", message)
         return self
 
-
-class SessionCompletionRequest(GenerationRequest):
-    """Continue `prompt`, which follows what the session has read."""
-
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True)] | None = None
+    @property
+    def token_limit(self) -> int:
+        """How many tokens to generate at most."""
+        given = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        return DEFAULT_TOKENS if given is None else given
 
     @property
-    def prompts(self) -> list[str]:
+    def tries(self) -> int:
+        """How many texts to generate after a prompt."""
+        return self.n or 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell with each token; None for no log-probabilities."""
+        return None
+
+    @property
+    def logit_biases(self) -> dict[int, float]:
+        """The biases by token ids."""
+        return {int(id): bias for id, bias in (self.logit_bias or {}).items()}
+
+    def sampling_options(self) -> SamplingOptions:
+        """The options with a seed."""
+        return replace(
+            super().sampling_options(),
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=self.logit_biases,
+        )
+
+
+class SessionCompletionRequest(GenerationRequest):
+    """Continue `prompt`, texts or token ids, which follows what the session has read.
+
+    logprobs: tell the log-probability of every token, and of this many of the likeliest tokens in its place. echo:
+    begin with the prompt. best_of: of so many texts, give the n with the highest mean log-probability of a token.
+    """
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True)]
+        | None
+    ) = None
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | Literal[False] | None = None
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=_MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> "SessionCompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise contradiction("max_tokens", "max_tokens: 0 needs echo; send at least 1, or set echo to true.")
+        if self.tries < (self.n or 1):
+            raise contradiction("best_of", "best_of must be at least n; omit one of them.")
+        if self.tries > (self.n or 1) and self.stream:
+            raise contradiction("best_of", "best_of compares whole texts; omit it, or omit stream.")
+        if self.echo and self.learn and self.num_logprobs is not None:
+            message = "echo with logprobs tells what a session has not learned yet; omit learn, or one of them."
+            raise contradiction("echo", message)
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
         """The prompts, which are continued independently."""
-        return self.prompt if isinstance(self.prompt, list) else [self.prompt or ""]
+        prompt: Any = self.prompt or ""
+        return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+    @property
+    def prompt_ids(self) -> Iterator[int]:
+        """All token ids in the prompts."""
+        return (id for prompt in self.prompts if isinstance(prompt, list) for id in prompt)
+
+    @property
+    def tries(self) -> int:
+        """How many texts to generate after a prompt."""
+        return self.best_of or self.n or 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell with each token; None for no log-probabilities."""
+        return None if self.logprobs is False else self.logprobs
 
 
 class CompletionRequest(SessionCompletionRequest):
@@ -130,6 +215,19 @@ class ChatCompletionRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     session: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> "ChatCompletionRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise contradiction("top_logprobs", "top_logprobs needs logprobs; set it to true, or omit top_logprobs.")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell with each token; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class Usage(BaseModel):
@@ -150,7 +248,6 @@ class AssistantMessage(BaseModel):
 
 class _Choice(BaseModel):
     index: int
-    logprobs: None = None
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -158,12 +255,14 @@ class CompletionChoice(_Choice):
     """A text generated after one prompt."""
 
     text: str
+    logprobs: CompletionLogprobs | None
 
 
 class ChatChoice(_Choice):
     """One answer to a conversation."""
 
     message: AssistantMessage
+    logprobs: ChatLogprobs | None
 
 
 class _Response(BaseModel):

@@ -17,9 +17,9 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
-from ttt_e2e.inference.session_pool import Done, Losses, SessionPool, Token
-from ttt_e2e.inference.text_stream import TextStream
+from ttt_e2e.inference.session_pool import Done, Losses, PromptLogprobs, SessionPool, Token
 from ttt_e2e.model.cost import state_bytes
+from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
 from ttt_e2e.server.engine.records import Before, Prompt, ReadProgress, SessionNotFoundError, StoppingError, TextChunk
 from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
 from ttt_e2e.server.engine.store import Store
@@ -50,6 +50,7 @@ class Engine:
     ) -> None:
         assert template.tokenizer is not None
         self._template, self._tokenizer = template, template.tokenizer
+        self._token_texts = TokenTexts(template.tokenizer)
         template.info()  # hashes the model once: all sessions are copies of this one and share the digest
         self.sessions = SessionRegistry(template, store, memory_bytes, max_sessions, max_session_tokens)
         self._worker = Worker(template, max_batch)
@@ -78,6 +79,11 @@ class Engine:
     def ready(self) -> bool:
         """Whether the engine serves requests: not if it is stopping, has lost its store, or every step fails."""
         return not self._stopping and self._worker.healthy and self.sessions.store.lost is None
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are."""
+        return self._template.model.config.vocab_size
 
     @property
     def max_file_bytes(self) -> int:
@@ -137,6 +143,8 @@ class Engine:
         closing: Prompt = "",
         kept: Callable[[Before], Prompt] | None = None,
         save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None,
+        logprobs: int | None = None,
+        echo: bool = False,
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
         """Generate text after what a session has read and `prompt`.
@@ -154,6 +162,8 @@ class Engine:
             kept: With `learn`, the prompt that becomes part of the session, if it is not `prompt`, a function as well.
             save: With `learn`, it is awaited with what the session has become, the whole text and the last TextChunk,
                 in place of replacing the session, which nobody needs to wait for then.
+            logprobs: Give every token its log-probability, and this many of the likeliest tokens in its place.
+            echo: Begin the text with the prompt, which is no function then; with `logprobs`, not with `learn`.
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
         Raises UserError for values out of range, LimitReachedError if prompt, `max_tokens` and, with `learn`, the
@@ -172,40 +182,45 @@ class Engine:
                     session, ids = await asyncio.to_thread(self._begin_chat, session, prompt)
                 else:
                     ids = await asyncio.to_thread(self._encode, prompt)
+                    if not isinstance(prompt, str) and len(ids) and ids[0] == self._tokenizer.bos:
+                        session = _without_bos(session)  # the ids are those of a whole text
                 closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
                 length = (_num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
                 self.sessions.check_length(length)
-                stream = TextStream(self._tokenizer, stop, context=np.concatenate((session.state().pending, ids)))
+                context = np.concatenate((session.state().pending, ids))
+                texts = None if logprobs is None else self._token_texts
+                written = GeneratedText(self._tokenizer, stop, context, num_prompt_tokens, texts)
+                echoed = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
                 if learn and kept_ids is None:
                     session, ids = await self._after_reading(slot, session, ids), ids[:0]
-                tokens: list[int] = []
-                whole = ""
-                complete = 0  # how many of the tokens have been given out as text entirely
                 reason: Literal["stop", "length"] | None = None
                 with self._pooled(slot, session) as pooled:
                     request = {"prompt": ids, "max_tokens": max_tokens, "options": options}
-                    learn_from_writing = learn and kept_ids is None
-                    pooled.submit(SessionPool.submit_generate, **request, learn_from_writing=learn_from_writing)
+                    request |= {"learn_from_writing": learn and kept_ids is None}
+                    request |= {"top_logprobs": logprobs, "score_prompt": echo}
+                    pooled.submit(SessionPool.submit_generate, **request)
                     while reason is None:
                         event = await pooled.next_event()
+                        if isinstance(event, PromptLogprobs):
+                            written.add_prompt(event.logprobs)
+                            continue
+                        if echo:
+                            yield written.echo(echoed)
+                            echo = False
                         if isinstance(event, Done):
-                            reason = "stop" if len(tokens) < max_tokens else "length"
+                            reason = "stop" if written.num_tokens < max_tokens else "length"
                         elif isinstance(event, Token):
-                            tokens.append(event.token)
-                            text = stream.add(event.token)
-                            complete = complete if stream.has_pending else len(tokens)
-                            reason = "stop" if stream.stopped_by else None
-                            whole += text
-                            if text:
-                                yield TextChunk(text, None, num_prompt_tokens, len(tokens))
-                last = TextChunk(stream.flush(), reason, num_prompt_tokens, len(tokens), stream.stopped_by)
+                            chunk = written.add(event)
+                            reason = "stop" if written.stopped else None
+                            if chunk:
+                                yield chunk
+                last = written.end(reason)
                 if learn:
-                    partly = stream.emitted_tokens() if complete < len(tokens) else []
                     unread = () if kept_ids is None else kept_ids
-                    learned = np.array([*unread, *tokens[:complete], *partly, *closing_ids], np.int64)
+                    learned = np.array([*unread, *written.learned_tokens(), *closing_ids], np.int64)
                     session = await self._after_reading(slot, session, learned)
                     if save:
-                        await save(session, whole + last.text, last)
+                        await save(session, written.whole, last)
                     elif replaced:
                         await self.sessions.replace(replaced, session)
                 yield last
@@ -266,6 +281,12 @@ class Engine:
         size = _BATCHES_PER_SUBMIT * self._template.mini_batch_size
         for ids in self._tokenizer.encode_chunks(short_chunks(chunks)):
             yield from np.split(ids, range(size, len(ids), size))
+
+
+def _without_bos(session: Session) -> Session:
+    """The session without the BOS that begins it, if it has read nothing else."""
+    state = session.state()
+    return session if _num_tokens(session) > 1 else session.with_state(state._replace(pending=state.pending[:0]))
 
 
 def _num_tokens(session: Session) -> int:

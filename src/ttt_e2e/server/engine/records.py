@@ -77,12 +77,25 @@ class ReadProgress:
 
 
 @dataclass(frozen=True)
+class LoggedToken:
+    """A token as text, and its log-probability in nats; None for the first one of a text.
+
+    top: the likeliest tokens in its place and theirs.
+    """
+
+    text: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class TextChunk:
     """The next part of a generated text.
 
     finish_reason: None except in the last chunk: "stop" at a stop string or at a token that ends texts, else "length".
     prompt_tokens: those of the request's prompt alone. completion_tokens: those generated so far. stop: the stop string
-    before which the text ended, in the last chunk.
+    before which the text ended, in the last chunk. logprobs: the tokens whose text is complete with this chunk, where
+    log-probabilities are wanted.
     """
 
     text: str
@@ -90,3 +103,4 @@ class TextChunk:
     prompt_tokens: int
     completion_tokens: int
     stop: str | None = None
+    logprobs: tuple[LoggedToken, ...] | None = None
