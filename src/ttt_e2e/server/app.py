@@ -94,7 +94,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
 
 async def _handle(request: Request, error: Exception) -> JSONResponse:
-    """Answer an error in OpenAI's form; unexpected ones are left to `RequestLogMiddleware`."""
+    """Answer an error in the API's form; unexpected ones are left to `RequestLogMiddleware`."""
     if not is_expected(error):
         log_entry(request).set_error(error)
     response = error_response(error, request.url.path)

@@ -171,9 +171,11 @@ def ignored_fields(body: BaseModel, only: Neutral | None = None) -> list[str]:
             message = f"{name[:_MAX_NAME]}: no such field; {remedy}."
             raise ApiError(400, message, "invalid_value", name[:_MAX_NAME])
     found = dict.fromkeys(_ignored(body, neutral))
+    if only is not None:
+        return list(found)
     if options := getattr(body, "stream_options", None):
         found |= dict.fromkeys(f"stream_options.{name}" for name in _ignored(options, {}))
-    for index, message in enumerate(getattr(body, "messages", ()) if only is None else ()):
+    for index, message in enumerate(getattr(body, "messages", ())):
         found |= dict.fromkeys(f"messages.{name}" for name in _ignored(message, _IN_MESSAGES, f"messages.{index}."))
         for part in message.content if isinstance(message.content, list) else ():
             found |= dict.fromkeys(f"messages.content.{name}" for name in _ignored(part, {}))
