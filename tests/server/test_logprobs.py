@@ -120,6 +120,9 @@ def test_token_ids_are_the_text_that_they_encode(official: Any) -> None:
     told = first.choices[0].logprobs
     assert (told.token_logprobs[0], told.top_logprobs[0], told.tokens[0]) == (None, None, "<|bos|>")
     assert first.choices[0].text == PROMPT and first.usage.completion_tokens == 0 and len(told.tokens) == len(IDS) + 1
+    with pytest.raises(openai.BadRequestError, match="4,761 tokens, and this one has 4,762") as caught:
+        official.completions.create(prompt=IDS[:1] * 4762, **GREEDY, echo=True, logprobs=20)
+    assert caught.value.param == "echo"
     with pytest.raises(openai.BadRequestError, match="token ids go from 0") as caught:
         official.completions.create(prompt=[TOKENIZER.vocab_size], **GREEDY)
     assert caught.value.param == "prompt"

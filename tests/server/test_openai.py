@@ -302,6 +302,8 @@ def test_unsupported_fields_are_refused_unless_default(
         ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
         ({"best_of": 2, "n": 3}, "best_of", "at least n"),
         ({"best_of": 2, "stream": True}, "best_of", "omit stream"),
+        ({"best_of": 8, "n": 1, "prompt": ["x"] * 8, "max_tokens": 16384}, "best_of", "reduce max_tokens"),
+        ({"logprobs": 20, "n": 4, "max_tokens": 16384}, "logprobs", "reduce max_tokens"),
     ],
 )
 def test_contradictory_fields_are_refused(client: TestClient, body: dict[str, Any], param: str, message: str) -> None:

@@ -17,6 +17,7 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.server.engine.records import (
     DamagedSessionError,
     LimitReachedError,
+    PromptTooLongError,
     SessionNotFoundError,
     StoppingError,
 )
@@ -33,6 +34,7 @@ _ENGINE_ERRORS: tuple[tuple[type[UserError], int, str, str | None], ...] = (  # 
     (SessionNotFoundError, 404, "session_not_found", "session"),
     (DamagedSessionError, 500, "session_damaged", "session"),
     (LimitReachedError, 400, "limit_reached", None),
+    (PromptTooLongError, 400, "prompt_too_long", "echo"),
     (StoppingError, 503, "stopping", None),
     (Diverged, 422, "diverged", None),
 )

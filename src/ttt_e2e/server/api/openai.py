@@ -23,6 +23,7 @@ from ttt_e2e.server.errors import ApiError
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
+_MAX_LOGPROBS = 1_000_000  # of one request, those of the likeliest tokens among them; they are held in memory
 _Prompts = Sequence[Prompt | Callable[[Before], Prompt]]  # see `Engine.generate`
 
 
@@ -47,14 +48,21 @@ async def _respond(
     id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
     head = {"id": id, "object": kind, "created": int(time.time()), "model": generations.settings.model_name}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    options, logprobs = body.sampling_options(), body.num_logprobs
+    options = body.sampling_options()
+    told = 0 if body.num_logprobs is None and tries > n else body.num_logprobs  # best_of compares them
+    if told is not None and (count := len(prompts) * tries * body.token_limit * (told + 1)) > _MAX_LOGPROBS:
+        field = "best_of" if body.num_logprobs is None else "logprobs"
+        message = (
+            f"{field}: this would take {count:,} log-probabilities, of at most {_MAX_LOGPROBS:,}; reduce max_tokens."
+        )
+        raise ApiError(400, message, "invalid_value", field)
     shared = {
         "id": session,
         "max_tokens": body.token_limit,
         "stop": (*stop, *(generations.settings.chat.stop if chat else ())),
         "learn": bool(body.learn),
         "closing": closing,
-        "logprobs": 0 if logprobs is None and tries > n else logprobs,
+        "logprobs": told,
         "echo": bool(getattr(body, "echo", False)),
     }
     chunks = generations.start(

@@ -20,13 +20,22 @@ from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import Done, Losses, PromptLogprobs, SessionPool, Token
 from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
-from ttt_e2e.server.engine.records import Before, Prompt, ReadProgress, SessionNotFoundError, StoppingError, TextChunk
+from ttt_e2e.server.engine.records import (
+    Before,
+    Prompt,
+    PromptTooLongError,
+    ReadProgress,
+    SessionNotFoundError,
+    StoppingError,
+    TextChunk,
+)
 from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession, Worker
 
 _BATCHES_PER_SUBMIT = 4  # mini-batches of a text that are submitted to the pool at a time
+_MAX_PROMPT_LOGPROBS = 100_000  # that are told of a prompt: of its tokens, and of the likeliest in their places
 _MAX_SUBMITTED = 2  # one submission is read while the next is tokenised
 
 
@@ -166,7 +175,8 @@ class Engine:
             echo: Begin the text with the prompt, which is no function then; with `logprobs`, not with `learn`.
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
-        Raises UserError for values out of range, LimitReachedError if prompt, `max_tokens` and, with `learn`, the
+        Raises UserError for values out of range, PromptTooLongError if `echo` and `logprobs` would tell too much,
+        LimitReachedError if prompt, `max_tokens` and, with `learn`, the
         session are too long together, and Diverged.
         """
         slot = None if id is None else self.sessions.slot(owner, id)
@@ -185,6 +195,8 @@ class Engine:
                     if not isinstance(prompt, str) and len(ids) and ids[0] == self._tokenizer.bos:
                         session = _without_bos(session)  # the ids are those of a whole text
                 closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
+                if echo and logprobs is not None and len(ids) * (logprobs + 1) > _MAX_PROMPT_LOGPROBS:
+                    raise PromptTooLongError(len(ids), _MAX_PROMPT_LOGPROBS // (logprobs + 1))
                 length = (_num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
                 self.sessions.check_length(length)
                 context = np.concatenate((session.state().pending, ids))

@@ -31,6 +31,15 @@ class LimitReachedError(UserError):
     """A limit is reached: the number of sessions per owner, or of tokens per session."""
 
 
+class PromptTooLongError(UserError):
+    """A prompt has too many tokens to tell all their log-probabilities."""
+
+    def __init__(self, tokens: int, most: int) -> None:
+        super().__init__(
+            f"echo: with these logprobs a prompt may have {most:,} tokens, and this one has {tokens:,}; send less."
+        )
+
+
 class StoppingError(UserError):
     """The engine is stopping and accepts no more work."""
 
