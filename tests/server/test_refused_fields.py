@@ -1,5 +1,6 @@
 """What /v1/responses, /v1/conversations and /v1/messages refuse: each in the API's form, with the field's name."""
 
+import json
 from typing import Any, get_type_hints
 
 import pytest
@@ -154,6 +155,38 @@ def test_combinations(client: TestClient) -> None:
     assert error_of(client.get(f"{RESPONSES}/x"), 404)["param"] == "response_id"
     for method, at in (("POST", f"{RESPONSES}/{stored}/cancel"), ("POST", f"{RESPONSES}/compact"), ("GET", RESPONSES)):
         assert client.request(method, at).status_code in (404, 405)
+
+
+def test_a_conversation_has_limited_items(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttt_e2e.server.api.documents._MAX_CHARACTERS", 1000)
+    path = f"{CONVERSATIONS}/{client.post(CONVERSATIONS, json={}).json()['id']}"
+    body = {"items": [{"role": "user", "content": "x" * 500}]}
+    assert client.post(f"{path}/items", json=body).status_code == 200
+    for response in (
+        client.post(f"{path}/items", json=body),
+        client.post(CONVERSATIONS, json={"items": 3 * body["items"]}),
+    ):
+        assert error_of(response, 400)["code"] == "limit_reached"
+    assert len(client.get(f"{path}/items").json()["data"]) == 1
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\ud800b"])
+def test_half_a_surrogate_pair_is_refused(client: TestClient, text: str) -> None:
+    for path, field, value in (
+        (RESPONSES, "input", text),
+        (RESPONSES, "instructions", text),
+        (RESPONSES, "metadata", {"a": text}),
+        (RESPONSES, "metadata", {text: "a"}),
+        (CONVERSATIONS, "metadata", {"a": text}),
+        (CONVERSATIONS, "items", [{"role": "user", "content": text}]),
+        (MESSAGES, "system", text),
+        (MESSAGES, "messages", [{"role": "user", "content": text}]),
+    ):
+        body = json.dumps(
+            {**BODIES[path], "store": True, field: value} if path == RESPONSES else {**BODIES[path], field: value}
+        )
+        response = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert response.status_code == 400, (path, field, response.text)
 
 
 def test_every_field_of_openais_responses_is_known(client: TestClient) -> None:

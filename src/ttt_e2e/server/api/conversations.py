@@ -4,13 +4,12 @@ Items that are added are read with the next response: a chat template needs what
 comes next.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from ttt_e2e.server.api.documents import load_document, public_id
+from ttt_e2e.server.api.documents import load_document, public_id, to_text
 from ttt_e2e.server.api.items import (
     InputMessage,
     ItemList,
@@ -84,7 +83,7 @@ def routes(engine: Engine) -> APIRouter:
         body = body or ConversationRequest()
         items = [message.item() for message in body.items or ()]
         document = {"kind": "conversation", "metadata": body.metadata or {}, "items": items, "read": 0}
-        made = await engine.sessions.create(request.state.caller.owner, document=json.dumps(document))
+        made = await engine.sessions.create(request.state.caller.owner, document=to_text(document))
         return _conversation(public_id("conversation", made.id), made.created, document)
 
     @router.get("/{conversation_id}")
@@ -100,7 +99,7 @@ def routes(engine: Engine) -> APIRouter:
         async with slot.write_lock:
             _, document = await load(request, conversation_id)
             document["metadata"] = body.metadata or {}
-            await engine.sessions.set_document(slot, json.dumps(document))
+            await engine.sessions.set_document(slot, to_text(document))
         return _conversation(conversation_id, slot.record.created, document)
 
     @router.delete("/{conversation_id}")
@@ -130,7 +129,7 @@ def routes(engine: Engine) -> APIRouter:
         async with slot.write_lock:
             _, document = await load(request, conversation_id)
             document["items"] += new
-            await engine.sessions.set_document(slot, json.dumps(document))
+            await engine.sessions.set_document(slot, to_text(document))
         return ItemList(**page(new, None, len(new), "asc"))
 
     @router.get("/{conversation_id}/items/{item_id}")
@@ -150,7 +149,7 @@ def routes(engine: Engine) -> APIRouter:
                 message = "The model has learned from this item and cannot forget it; begin another conversation."
                 raise ApiError(400, message, "item_was_read", "item_id")
             del document["items"][index]
-            await engine.sessions.set_document(slot, json.dumps(document))
+            await engine.sessions.set_document(slot, to_text(document))
         return _conversation(conversation_id, slot.record.created, document)
 
     return router

@@ -10,11 +10,12 @@ import re
 from typing import Any, Literal
 
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import SessionNotFoundError
+from ttt_e2e.server.engine.records import LimitReachedError, SessionNotFoundError
 from ttt_e2e.server.engine.registry import SessionSlot
 from ttt_e2e.server.errors import ApiError
 
 Kind = Literal["response", "conversation"]
+_MAX_CHARACTERS = 16 << 20  # of a document, which is read and written as a whole
 _PREFIXES: dict[Kind, str] = {"response": "resp_", "conversation": "conv_"}
 
 
@@ -49,6 +50,14 @@ async def load_document(
     if document["kind"] != kind:
         raise _not_found(kind, param)
     return slot, document
+
+
+def to_text(document: dict[str, Any]) -> str:
+    """The document as the store keeps it. Raises LimitReachedError if it is too long."""
+    text = json.dumps(document)
+    if len(text) > _MAX_CHARACTERS:
+        raise LimitReachedError("The conversation has too many items; begin another one.")
+    return text
 
 
 def _not_found(kind: Kind, param: str | None) -> ApiError:

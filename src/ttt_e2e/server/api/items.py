@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ttt_e2e.server.api.schemas import MAX_MESSAGES, MAX_PARTS, RequestModel
+from ttt_e2e.server.api.schemas import MAX_MESSAGES, MAX_PARTS, RequestModel, Text
 from ttt_e2e.server.errors import ApiError
 
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)
 ]
 Order = Literal["asc", "desc"]
 Limit = Annotated[int, Field(ge=1, le=100)]
@@ -22,7 +22,7 @@ class InputPart(RequestModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["input_text", "output_text", "text"]
-    text: str
+    text: Text
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
@@ -35,7 +35,7 @@ class InputMessage(RequestModel):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    content: Text | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: Literal["commentary", "final_answer"] | None = None

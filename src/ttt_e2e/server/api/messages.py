@@ -18,6 +18,7 @@ from ttt_e2e.server.api.schemas import (
     RequestModel,
     SamplingRequest,
     Stop,
+    Text,
     contradiction,
 )
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
@@ -33,12 +34,12 @@ class TextBlock(RequestModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
-    text: str
+    text: Text
     cache_control: dict[str, Any] | None = None
     citations: list[Any] | None = None
 
 
-_Content = str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
+_Content = Text | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class AnthropicMessage(RequestModel):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ttt_e2e.server.api.items import InputMessages, MessageItem, Metadata, message_item
-from ttt_e2e.server.api.schemas import MAX_TOKENS, RequestModel, SamplingRequest, contradiction
+from ttt_e2e.server.api.schemas import MAX_TOKENS, RequestModel, SamplingRequest, Text, contradiction
 
 
 class ConversationReference(RequestModel):
@@ -23,8 +23,8 @@ class ResponseRequest(SamplingRequest):
     session. store: keep the response, so that others can follow it.
     """
 
-    input: str | InputMessages | None = None
-    instructions: str | None = None
+    input: Text | InputMessages | None = None
+    instructions: Text | None = None
     previous_response_id: str | None = None
     conversation: str | ConversationReference | None = None
     store: bool | None = None

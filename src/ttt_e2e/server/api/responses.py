@@ -4,7 +4,6 @@ A response that is stored is a new session: a fork of the previous response's, w
 In a conversation, the conversation's own session reads them too.
 """
 
-import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
@@ -14,7 +13,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.inference.session import Session
-from ttt_e2e.server.api.documents import load_document, public_id, session_id
+from ttt_e2e.server.api.documents import load_document, public_id, session_id, to_text
 from ttt_e2e.server.api.fields import RESPONSES, ignored_fields, ignored_header
 from ttt_e2e.server.api.generations import Generations
 from ttt_e2e.server.api.items import (
@@ -127,11 +126,11 @@ class _Response:
                 response = self._response(text, last)
                 if body.stored:
                     stored = {"kind": "response", "response": response, "input": self.input}
-                    await engine.sessions.create(self.owner, session, json.dumps(stored), self.session)
+                    await engine.sessions.create(self.owner, session, to_text(stored), self.session)
                 if slot:
                     items = [*document["items"], *self.input, *response["output"]]
                     changed = document | {"items": items, "read": len(items)}
-                    await engine.sessions.replace(slot, session, json.dumps(changed))
+                    await engine.sessions.replace(slot, session, to_text(changed))
 
             async with aclosing(self._generate(earlier, unread, save if body.stored or slot else None)) as events:
                 async for event in events:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ttt_e2e.inference.sampling import SamplingOptions
@@ -26,6 +26,18 @@ LogitBias = Annotated[
 ]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _check_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text holds half of a surrogate pair; remove it.") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_characters)]
+"""A text that is sent back or stored, and so must be one."""
 
 
 class RequestModel(BaseModel):

@@ -176,15 +176,14 @@ class Engine:
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
         Raises UserError for values out of range, PromptTooLongError if `echo` and `logprobs` would tell too much,
-        LimitReachedError if prompt, `max_tokens` and, with `learn`, the
-        session are too long together, and Diverged.
+        LimitReachedError if prompt, `max_tokens` and, with `learn`, the session are too long together, and Diverged.
         """
         slot = None if id is None else self.sessions.slot(owner, id)
         replaced = slot if learn and save is None else None
         check_max_tokens(max_tokens)
         with self._request():
             async with replaced.write_lock if replaced else nullcontext(), limit or nullcontext():
-                session = await self.sessions.session(slot, for_change=bool(replaced)) if slot else self._template
+                session = await self.sessions.session(slot, for_change=learn) if slot else self._template
                 kept_ids = None
                 if callable(prompt):
                     if learn and kept:
