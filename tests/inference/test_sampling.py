@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens, filter_probabilities, sample
+from ttt_e2e.inference.sampling import (
+    SamplingOptions,
+    adjust_logits,
+    check_max_tokens,
+    filter_probabilities,
+    sample,
+    token_logprob,
+)
 
 
 def expected_probabilities(p: list[float], options: SamplingOptions) -> list[float]:
@@ -132,3 +140,45 @@ def test_the_ends_of_all_ranges_draw_a_likeliest_token(
 def test_a_number_of_tokens_is_whole(max_tokens: object) -> None:
     with pytest.raises(UserError, match="max_tokens must be a whole number"):
         check_max_tokens(max_tokens)  # type: ignore[arg-type]
+
+
+@given(
+    logits=st.lists(st.floats(-30, 30), min_size=2, max_size=8),
+    counts=st.lists(st.integers(0, 5), min_size=8, max_size=8),
+    frequency=st.floats(-2, 2),
+    presence=st.floats(-2, 2),
+    bias=st.dictionaries(st.integers(0, 1), st.floats(-100, 100)),
+)
+@settings(max_examples=60, deadline=None)
+def test_penalties_and_biases_are_those_of_the_formula(
+    logits: list[float], counts: list[int], frequency: float, presence: float, bias: dict[int, float]
+) -> None:
+    options = SamplingOptions(frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias)
+    counts = counts[: len(logits)]
+    expected = [
+        logit - frequency * count - presence * (count > 0) + bias.get(i, 0)
+        for i, (logit, count) in enumerate(zip(logits, counts, strict=True))
+    ]
+    given_V = torch.tensor(logits, dtype=torch.float64)
+    adjusted_V = adjust_logits(given_V, torch.tensor(counts), options)
+    torch.testing.assert_close(adjusted_V, torch.tensor(expected, dtype=torch.float64))
+    assert given_V.tolist() == logits  # as they were
+    assert options.adjusts_logits == bool(frequency or presence or bias)
+
+
+@pytest.mark.parametrize("options", [{"frequency_penalty": math.nan}, {"presence_penalty": "1"}])
+def test_penalties_must_be_numbers(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="must be a finite number"):
+        SamplingOptions(**options)
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=8), st.integers(0, 7), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_log_probabilities_are_those_of_the_definition(logits: list[float], token: int, top: int) -> None:
+    token %= len(logits)
+    sum_of_exp = math.fsum(math.exp(logit) for logit in logits)
+    expected = [logit - math.log(sum_of_exp) for logit in logits]
+    found = token_logprob(torch.tensor(logits, dtype=torch.float64), token, top)
+    assert found.token == token and found.logprob == pytest.approx(expected[token], abs=1e-9)
+    assert [logprob for _, logprob in found.top] == pytest.approx(sorted(expected, reverse=True)[:top], abs=1e-9)
+    assert all(logprob == pytest.approx(expected[i], abs=1e-9) for i, logprob in found.top)

@@ -20,7 +20,7 @@ def written(tokenizer: Tokenizer, ids: list[int], stop: list[str]) -> tuple[list
     parts = []
     for token in ids:
         parts.append(stream.add(token))
-        if stream.stopped:
+        if stream.stopped_by:
             break
     return [*parts, stream.flush()], stream
 
@@ -59,7 +59,7 @@ def test_emitted_tokens_are_those_of_the_emitted_text(text: str, cut: int) -> No
             since = []
         since.append(token)
         emitted.append(stream.add(token))
-        if stream.stopped:
+        if stream.stopped_by:
             break
     emitted.append(stream.flush())
     before = BYTES.encode("".join(emitted)).tolist()
@@ -73,7 +73,7 @@ def test_token_that_a_stop_string_cuts_is_encoded_anew() -> None:
     assert len(ids) < len("ab the end")
     stream = TextStream(TOKENIZER, "nd")
     emitted = "".join(stream.add(token) for token in ids)
-    assert emitted == "ab the e" and stream.stopped
+    assert emitted == "ab the e" and stream.stopped_by
     last = TOKENIZER.decode(stream.emitted_tokens())
     assert last and "ab the e".endswith(last)
 
@@ -83,7 +83,7 @@ def test_partial_stop_string_is_pending() -> None:
     assert [partial_stop_length(text, ["xy", stop]) for text, stop, _ in cases] == [n for _, _, n in cases]
     stream = TextStream(BYTES, "end")
     assert [stream.add(token) for token in BYTES.encode("tene").tolist()] == ["t", "", "", "en"]
-    assert stream.has_pending and stream.flush() == "e" and not stream.stopped
+    assert stream.has_pending and stream.flush() == "e" and not stream.stopped_by
 
 
 def sentencepiece_like() -> Tokenizer:
@@ -142,9 +142,9 @@ def test_cut_token_is_encoded_as_a_part_of_its_word(kind: str) -> None:
     for i, token in enumerate(ids[len(begun) :], len(begun) + 1):
         emitted += stream.add(token)
         complete = complete if stream.has_pending else ids[:i]
-        if stream.stopped:
+        if stream.stopped_by:
             break
-    assert ids[: len(begun)] == begun and emitted == " ag" and stream.stopped
+    assert ids[: len(begun)] == begun and emitted == " ag" and stream.stopped_by
     assert tokenizer.decode(complete + stream.emitted_tokens()) == "The street ag"
 
 

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from ttt_e2e.server.app import create_app
 from ttt_e2e.server.engine.records import (
     Before,
     LimitReachedError,
+    LoggedToken,
     Prompt,
     ReadProgress,
     SessionNotFoundError,
@@ -52,6 +53,12 @@ class FakeSession:
     owner: str
     text: str = ""
     created: float = field(default_factory=time.time)
+    document: str | None = None
+    write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def record(self) -> "FakeSession":
+        return self
 
     def summary(self) -> SessionSummary:
         size, digest = len(self.text.encode()), hashlib.sha256(self.text.encode()).hexdigest()
@@ -73,6 +80,7 @@ class FakeEngine:
         self.calls: list[dict[str, Any]] = []
         self.started = self.stopped = False
         self.ready = True
+        self.vocab_size = 1000
         self.lost: str | None = None
         self.sessions = self.store = self  # it is its own registry and store
 
@@ -82,30 +90,46 @@ class FakeEngine:
     async def stop(self, seconds: float = 10.0) -> None:
         self.stopped = True
 
-    async def create(self, owner: str, text: str = "") -> SessionSummary:
+    def check_room(self, owner: str) -> None:
         if sum(one.owner == owner for one in self.all.values()) >= 100:
             raise LimitReachedError("There are 100 sessions; delete one.")
-        made = FakeSession(f"sess-{secrets.token_hex(16)}", owner, text)
+
+    async def create(
+        self, owner: str, session: FakeSession | None = None, document: str | None = None, id: str | None = None
+    ) -> SessionSummary:
+        self.check_room(owner)
+        made = FakeSession(id or f"sess-{secrets.token_hex(16)}", owner, session.text if session else "")
+        made.document = document
         self.all[made.id] = made
         return made.summary()
 
-    def _of(self, owner: str, id: str) -> FakeSession:
+    async def replace(self, slot: FakeSession, session: FakeSession, document: str | None = None) -> SessionSummary:
+        slot.text, slot.document = session.text, document or slot.document
+        return slot.summary()
+
+    async def document(self, slot: FakeSession) -> str | None:
+        return slot.document
+
+    async def set_document(self, slot: FakeSession, document: str) -> None:
+        slot.document = document
+
+    def slot(self, owner: str, id: str) -> FakeSession:
         found = self.all.get(id)
         if found is None or found.owner != owner:
             raise SessionNotFoundError
         return found
 
     async def summary(self, owner: str, id: str) -> SessionSummary:
-        return self._of(owner, id).summary()
+        return self.slot(owner, id).summary()
 
     async def summaries(self, owner: str) -> list[SessionSummary]:
         return [one.summary() for one in self.all.values() if one.owner == owner]
 
     async def fork(self, owner: str, id: str) -> SessionSummary:
-        return await self.create(owner, self._of(owner, id).text)
+        return await self.create(owner, self.slot(owner, id))
 
     async def delete(self, owner: str, id: str) -> None:
-        self._of(owner, id)
+        self.slot(owner, id)
         del self.all[id]
 
     @contextmanager
@@ -114,13 +138,13 @@ class FakeEngine:
             yield Path(folder)
 
     async def export_session(self, owner: str, id: str, target: Path) -> None:
-        target.write_bytes(b"session:" + self._of(owner, id).text.encode())
+        target.write_bytes(b"session:" + self.slot(owner, id).text.encode())
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
         content = source.read_bytes()
         if not content.startswith(b"session:"):
             raise UserError("The file is not a session; send one.")
-        return await self.create(owner, content[8:].decode())
+        return await self.create(owner, FakeSession("", owner, content[8:].decode()))
 
     async def _step(self, number: int) -> None:
         if self.failure is not None and number >= self.fail_from:
@@ -130,7 +154,7 @@ class FakeEngine:
             await asyncio.sleep(0.001)
 
     async def read(self, owner: str, id: str, chunks: Iterable[str]) -> AsyncIterator[ReadProgress]:
-        one = self._of(owner, id)
+        one = self.slot(owner, id)
         with self._request():
             words = "".join(chunks).split()
             for done in range(0, len(words), 5):
@@ -153,27 +177,43 @@ class FakeEngine:
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
+        kept: Callable[[Before], Prompt] | None = None,
+        save: Callable[[FakeSession, str, TextChunk], Awaitable[object]] | None = None,
+        logprobs: int | None = None,
+        echo: bool = False,
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
-        one = None if id is None else self._of(owner, id)
+        one = None if id is None else self.slot(owner, id)
+        before: Before = "text" if one is not None and one.text else "nothing"
         if callable(prompt):
-            prompt = prompt("text" if one is not None and one.text else "nothing")
+            prompt = prompt(before)
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
         self.calls.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
         read, text = len(words.split()), ""
+        logged = None if logprobs is None else (LoggedToken("w", -1.0, (("w", -1.0), ("v", -2.0))[:logprobs]),)
         async with limit or nullcontext():
             with self._request():
+                count = 0
+                if echo:
+                    yield TextChunk(words, None, read, 0, None, logged)
                 for count in range(1, max_tokens + 1):
                     await self._step(count)
                     word = f" w{count}ä"
                     text += word
                     self.written_tokens += 1
-                    yield TextChunk(word, None, read, count)
+                    yield TextChunk(word, None, read, count, None, logged)
                     if any(end in text for end in stop):
                         break
-                if learn and one is not None:
-                    one.text += words + text + "".join(str(part) for part in closing)
-                yield TextChunk("", "length" if count == max_tokens else "stop", read, count)
+                ending = next((end for end in stop if end in text), None)
+                last = TextChunk("", "stop" if ending else "length", read, count, ending)
+                if learn:
+                    read_text = words if kept is None else str(kept(before))
+                    learned = (one.text if one else "") + read_text + text + "".join(str(part) for part in closing)
+                    if save is not None:
+                        await save(FakeSession("", owner, learned), text, last)
+                    elif one is not None:
+                        one.text = learned
+                yield last
 
     @contextmanager
     def _request(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,10 +235,10 @@ def test_save_is_completed_after_the_client_has_left(tmp_path: Path, monkeypatch
     first, second = text_of(1), text_of(2)
     saving, release, original = threading.Event(), threading.Event(), Store.replace
 
-    def held_replace(store: Store, record: SessionRecord, session: Session) -> SessionRecord:
+    def held_replace(store: Store, *args: Any) -> SessionRecord:
         saving.set()
         assert release.wait(PATIENCE)
-        return original(store, record, session)
+        return original(store, *args)
 
     async def work(engine: Engine) -> None:
         id = (await engine.sessions.create("me")).id

@@ -122,6 +122,12 @@ def test_official_errors(address: str, official: Any) -> None:
         official.completions.create(model="tiny", prompt="x", extra_body={"session": "sess-0"}, stream=True)
 
 
+def test_official_embeddings_are_refused(official: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="no embeddings") as caught:
+        official.embeddings.create(model="tiny", input="x")
+    assert (caught.value.param, caught.value.code) == ("model", "not_supported")
+
+
 def test_official_sessions(shared: FakeEngine, official: Any) -> None:
     made = official.post("/sessions", cast_to=object)
     at = {"session": made["id"], "learn": True, "top_k": 5, "min_p": 0.1}
@@ -182,11 +188,12 @@ def test_stream_has_comments_while_nothing_is_generated(engine: FakeEngine, monk
 
 def test_fields_reach_the_engine(client: TestClient, engine: FakeEngine) -> None:
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.25, "seed": 5}
-    body = {"prompt": "x", "max_tokens": 3, "n": 2, "stop": "end", **fields}
+    fields |= {"frequency_penalty": 1.5, "presence_penalty": -0.5}
+    body = {"prompt": "x", "max_tokens": 3, "n": 2, "stop": "end", "logit_bias": {"7": -2}, **fields}
     assert client.post("/v1/completions", json=body).status_code == 200
     for number, call in enumerate(engine.calls):
         assert call["max_tokens"] == 3 and call["stop"] == ("end",)
-        assert vars(call["options"]) == {**fields, "seed": 5 + number}
+        assert vars(call["options"]) == {**fields, "seed": 5 + number, "logit_bias": {7: -2.0}}
     engine.calls.clear()
     client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
     client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "temperature": None})
@@ -223,9 +230,12 @@ def test_fields_reach_the_engine(client: TestClient, engine: FakeEngine) -> None
         ("stream_options", ["{}", '{"include_usage": true}', "1"]),
         ("learn", ["1", "true"]),
         ("session", ["5", "[]"]),
-        ("frequency_penalty", ["0.1", "false", "NaN"]),
-        ("presence_penalty", ["1"]),
-        ("logit_bias", ['{"5": 1}']),
+        ("frequency_penalty", ["2.1", "-3", "false", "NaN", '"1"']),
+        ("presence_penalty", ["2.1", "[]"]),
+        ("logit_bias", ['{"a": 1}', '{"-1": 1}', '{"5": 101}', '{"5": "1"}', '{"1000": 1}', "[]"]),
+        ("logprobs", ["-1", "21", "1.5", '"1"']),
+        ("best_of", ["0", "9", "true", "1.5"]),
+        ("echo", ["1", '"true"']),
         ("temprature", ["1", "null"]),
     ],
 )
@@ -245,15 +255,20 @@ def test_invalid_values_are_refused(
 @pytest.mark.parametrize(
     ("path", "field", "value", "harmless"),
     [
-        ("/v1/completions", "logprobs", 0, None),
-        ("/v1/completions", "echo", True, False),
-        ("/v1/completions", "best_of", 2, 1),
+        ("/v1/completions", "logprobs", True, 5),
+        ("/v1/completions", "top_logprobs", 2, 0),
         ("/v1/completions", "suffix", "x", ""),
-        ("/v1/completions", "prompt", [1, 2], ["x"]),
+        ("/v1/completions", "prompt", [1, "x"], [1, 2]),
+        ("/v1/completions", "prompt", [[1], []], [[1], [2]]),
+        ("/v1/completions", "prompt", [1, 1000], [1, 999]),
+        ("/v1/completions", "prompt", [-1], [0]),
+        ("/v1/completions", "prompt", [[[1]]], "x"),
         ("/v1/completions", "prompt", [], "x"),
         ("/v1/completions", "prompt", ["x"] * 17, ["x"] * 16),
-        ("/v1/completions", "frequency_penalty", 0.5, 0.0),
-        ("/v1/chat/completions", "logprobs", True, False),
+        ("/v1/chat/completions", "logprobs", 1, False),
+        ("/v1/chat/completions", "top_logprobs", 1, 0),
+        ("/v1/chat/completions", "echo", True, False),
+        ("/v1/chat/completions", "best_of", 2, 1),
         ("/v1/chat/completions", "tools", [{}], []),
         ("/v1/chat/completions", "tool_choice", "required", "auto"),
         ("/v1/chat/completions", "response_format", {"type": "json_object"}, {"type": "text"}),
@@ -275,18 +290,26 @@ def test_unsupported_fields_are_refused_unless_default(
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "param", "message"),
     [
-        ({"learn": True}, "needs a session"),
-        ({"learn": True, "n": 2, "session": "s"}, "one choice of one prompt"),
-        ({"learn": True, "prompt": ["a", "b"], "session": "s"}, "one choice of one prompt"),
-        ({"max_tokens": 1, "max_completion_tokens": 2}, "omit one of them"),
-        ({"stream_options": {"include_usage": True}}, "set stream to true"),
+        ({"learn": True}, "learn", "needs a session"),
+        ({"learn": True, "n": 2, "session": "s"}, "n", "one choice of one prompt"),
+        ({"learn": True, "best_of": 2, "session": "s"}, "n", "one choice of one prompt"),
+        ({"learn": True, "prompt": ["a", "b"], "session": "s"}, "n", "one choice of one prompt"),
+        ({"learn": True, "echo": True, "logprobs": 0, "session": "s"}, "echo", "omit learn"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "omit one of them"),
+        ({"max_tokens": 0}, "max_tokens", "needs echo"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
+        ({"best_of": 2, "n": 3}, "best_of", "at least n"),
+        ({"best_of": 2, "stream": True}, "best_of", "omit stream"),
+        ({"best_of": 8, "n": 1, "prompt": ["x"] * 8, "max_tokens": 16384}, "best_of", "reduce max_tokens"),
+        ({"logprobs": 20, "n": 4, "max_tokens": 16384}, "logprobs", "reduce max_tokens"),
     ],
 )
-def test_contradictory_fields_are_refused(client: TestClient, body: dict[str, Any], message: str) -> None:
+def test_contradictory_fields_are_refused(client: TestClient, body: dict[str, Any], param: str, message: str) -> None:
     response = client.post("/v1/completions", json=body)
-    assert response.status_code == 400 and message in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert response.status_code == 400 and message in error["message"] and error["param"] == param
 
 
 # -- errors and disconnects -------------------------------------------------------------------------------------------

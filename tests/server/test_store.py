@@ -16,6 +16,7 @@ from helpers import small_model
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
+from ttt_e2e.server.engine.records import DamagedSessionError
 from ttt_e2e.server.engine.store import DATABASE, Store
 
 TOKENIZER = Tokenizer.train([""], 257)
@@ -301,3 +302,46 @@ def test_full_disk_while_a_session_is_written_changes_nothing(tmp_path: Path, mo
         assert contents(tmp_path) == before and store.records() == [record]
         store.delete(record)
     store.add("me", session_of(TEXT))
+
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+
+def test_documents_stay_with_their_sessions_and_go_with_them(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store._execute("DROP TRIGGER documents_of_deleted_sessions")
+    store._execute("DROP TABLE documents")  # as in a database of an earlier version
+    plain = store.add("me", TEMPLATE)
+    store.close()
+    store = Store(tmp_path)
+    record = store.add("me", TEMPLATE, "eins – 一")
+    assert (store.document(plain), store.document(record)) == (None, "eins – 一")
+    record = store.replace(record, session_of(TEXT))
+    assert store.document(record) == "eins – 一"
+    record = store.replace(record, TEMPLATE, "two")
+    store.set_document(plain, "of another")
+    store.close()
+    store = Store(tmp_path)
+    assert store.records() == [plain, record]
+    assert (store.document(plain), store.document(record)) == ("of another", "two")
+    store.delete(record)
+    assert store._execute("SELECT session FROM documents") == [(plain.id,)]
+    store._execute("UPDATE documents SET content = 'altered'")
+    with pytest.raises(DamagedSessionError):
+        store.document(plain)
+
+
+def test_a_session_and_its_document_change_together_or_not_at_all(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = store.add("me", TEMPLATE, "one")
+    names = [path.name for path in tmp_path.glob("*.session")]
+    store._execute("CREATE TRIGGER fails BEFORE INSERT ON documents BEGIN SELECT RAISE(ABORT, 'made up'); END")
+    for change in (
+        lambda: store.replace(record, session_of(TEXT), "two"),
+        lambda: store.add("me", TEMPLATE, "two"),
+        lambda: store.set_document(record, "two"),
+    ):
+        with pytest.raises(UserError, match="made up"):
+            change()
+        assert store.records() == [record] and store.document(record) == "one"
+        assert [path.name for path in tmp_path.glob("*.session")] == names

@@ -40,16 +40,40 @@ BODIES: dict[str, dict[str, Any]] = {
         "learn": True,
     },
     "/v1/sessions/SESSION/completions": {"prompt": ["The", "A"], "max_tokens": 2, "stop": ["x"], "stream": True},
+    "/v1/responses": {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "Who?"}]}],
+        "instructions": "Be brief.",
+        "conversation": "SESSION",
+        "max_output_tokens": 3,
+        "metadata": {"a": "b"},
+    },
+    "/v1/responses?": {"input": "Who?", "previous_response_id": "RESPONSE", "max_output_tokens": 3, "stream": True},
+    "/v1/conversations": {"items": [{"type": "message", "role": "user", "content": "Who?"}], "metadata": {"a": "b"}},
+    "/v1/conversations/SESSION": {"metadata": {"c": "d"}},
+    "/v1/conversations/SESSION/items": {"items": [{"role": "assistant", "content": "I."}]},
+    "/v1/messages": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}],
+        "system": "Be brief.",
+        "max_tokens": 3,
+        "stop_sequences": ["x"],
+        "session": "SESSION",
+        "learn": True,
+    },
 }
 FIELDS = shlex.split(
     "model prompt messages max_tokens max_completion_tokens temperature top_p top_k min_p seed n stop stream learn "
     "user stream_options logprobs echo best_of suffix tools tool_choice response_format metadata store name logit_bias "
-    "frequency_penalty presence_penalty repetition_penalty chat_template_kwargs nonsense session role content"
+    "frequency_penalty presence_penalty repetition_penalty chat_template_kwargs nonsense session role content "
+    "input instructions conversation previous_response_id id type text reasoning background items system "
+    "stop_sequences thinking top_logprobs"
 )
 PATHS = shlex.split(
     "/ /health /metrics /openapi.json /v1/models /v1/models/tiny /v1/models/x /v1/sessions /v1/sessions/SESSION "
     "/v1/sessions/SESSION/fork /v1/sessions/SESSION/read /v1/sessions/SESSION/export /v1/sessions/import "
-    "/v1/sessions/../x /v1/sessions/%00 /v1/sessions/sess-0 /v2 /v1/completions/ //"
+    "/v1/sessions/../x /v1/sessions/%00 /v1/sessions/sess-0 /v2 /v1/completions/ // "
+    "/v1/responses/RESPONSE /v1/responses/RESPONSE/input_items /v1/conversations/SESSION "
+    "/v1/conversations/SESSION/items /v1/conversations/SESSION/items?limit=0 /v1/conversations/SESSION/items/msg_0 "
+    "/v1/messages /v1/embeddings"
 )
 METHODS = shlex.split("GET POST PUT DELETE PATCH HEAD OPTIONS BREW")
 
@@ -95,11 +119,11 @@ def make_request(choices: random.Random, client: Client, ids: list[str], exporte
         for _ in range(choices.randrange(4)):
             changed = mutate(choices, body)
             body = changed if isinstance(changed, dict) else body
-        content = json.dumps(body).replace("SESSION", session).encode()
+        content = named(json.dumps(body), session).encode()
         if choices.random() < 0.15:
             content = damage(choices, content)
         headers = {"content-type": choice_of_type(choices)}
-        return client.send("POST", path.replace("SESSION", session), content=content, headers=headers)
+        return client.send("POST", named(path, session), content=content, headers=headers)
     if kind == 4:
         text = choices.choice(
             (SECRETS[client.name].encode(), TEXT.encode(), b"", b"\xff\xfe", b"a\0b", TEXT.encode()[:99])
@@ -112,8 +136,13 @@ def make_request(choices: random.Random, client: Client, ids: list[str], exporte
     if kind == 6:
         length = choices.choice((0, 10, 100_000))
         headers = {choices.choice(("accept", "host", "x-a", "expect", "range", "origin")): "x" * length}
-        return client.send(choices.choice(METHODS), choices.choice(PATHS).replace("SESSION", session), headers=headers)
-    return client.send(choices.choice(METHODS), choices.choice(PATHS).replace("SESSION", session))
+        return client.send(choices.choice(METHODS), named(choices.choice(PATHS), session), headers=headers)
+    return client.send(choices.choice(METHODS), named(choices.choice(PATHS), session))
+
+
+def named(text: str, session: str) -> str:
+    """`text` with this session in it, which may be a conversation or a response."""
+    return text.replace("SESSION", session).replace("RESPONSE", f"resp_{session[5:]}")
 
 
 def choice_of_type(choices: random.Random) -> str:
@@ -153,7 +182,8 @@ def test_requests_of_two_keys(shipped: Path, tmp_path: Path, figures: Figures) -
             figures.add("requests")
             figures.add("refused", response.status_code >= 400)
             if response.status_code >= 400 and response.request.method != "HEAD":
-                assert set(response.json()) == {"error"}, f"{where} {response.text[:500]}"
+                keys = {"type", "error"} if response.request.url.path.startswith("/v1/messages") else {"error"}
+                assert set(response.json()) == keys, f"{where} {response.text[:500]}"
             body = response.content
             assert b"Traceback" not in body and str(tmp_path).encode() not in body, where
             for secret in (SECRETS[other.name].encode(), KEYS[other.name].encode()):

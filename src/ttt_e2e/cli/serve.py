@@ -14,8 +14,8 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.units import count, size, whole
 
 HELP = "serve a model over HTTP, with sessions that outlive a request"
-DESCRIPTION = """Serve a model over HTTP: OpenAI's API, and sessions, a memory that lasts across requests. There is a
-web page at /. Without API keys, the service is for this machine only."""
+DESCRIPTION = """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and sessions, a memory that lasts across
+requests. There is a web page at /. Without API keys, the service is for this machine only."""
 EPILOG = """examples:
   ttt-e2e serve                                       http://127.0.0.1:8000, the shipped model
   ttt-e2e serve --model run/model --data memory --port 9000

@@ -357,7 +357,7 @@ class Session:
                     reader._restore(writer._state, writer._last_good)
                 if text:
                     yield text
-                if stream.stopped:
+                if stream.stopped_by:
                     break
             if text := stream.flush():
                 yield text

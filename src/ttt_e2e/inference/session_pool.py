@@ -26,7 +26,14 @@ import torch
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.divergence import Diverged, find_divergence, rolled_back_error
 from ttt_e2e.inference.row_batch import BatchedState, RowRef, compact, gather, ids_tensor, read_rows, single_row
-from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens, sample
+from ttt_e2e.inference.sampling import (
+    SamplingOptions,
+    TokenLogprob,
+    adjust_logits,
+    check_max_tokens,
+    sample,
+    token_logprob,
+)
 from ttt_e2e.inference.session import Session, SessionState, check_token_ids
 from ttt_e2e.inference.streaming import forward
 from ttt_e2e.inference.text_digest import TextDigest
@@ -40,10 +47,18 @@ class Losses(NamedTuple):
 
 
 class Token(NamedTuple):
-    """The session `id` has generated a token."""
+    """The session `id` has generated a token; `logprob` if the request wants it."""
 
     id: int
     token: int
+    logprob: TokenLogprob | None = None
+
+
+class PromptLogprobs(NamedTuple):
+    """The next tokens of the prompt of the session `id`, in a request that wants them."""
+
+    id: int
+    logprobs: list[TokenLogprob]
 
 
 class Done(NamedTuple):
@@ -53,7 +68,7 @@ class Done(NamedTuple):
     error: UserError | None = None  # why it failed; the requests that were submitted after it are then dropped
 
 
-Event = Losses | Token | Done
+Event = Losses | Token | PromptLogprobs | Done
 
 MAX_REPLAY = 64  # mini-batches that are learned in place, which a text that diverges has to read again
 
@@ -87,7 +102,9 @@ class Generation:
 
     left: tokens that may still come. sequence: once it has begun, the copy of the session that it generates from.
     border: if it learns from what it generates, the sequence after the last full mini-batch, with all tokens since then
-    pending; None while that is `sequence` itself.
+    pending; None while that is `sequence` itself. top_logprobs: how many likeliest tokens to tell with each token; None
+    for no log-probabilities. unscored: tokens at the end of the prompt whose log-probabilities are still to be told.
+    counts_V: how often each token was generated, if that matters.
     """
 
     prompt: np.ndarray
@@ -97,6 +114,9 @@ class Generation:
     generator: torch.Generator
     sequence: Sequence = field(init=False)
     border: Sequence | None = None
+    top_logprobs: int | None = None
+    unscored: int = 0
+    counts_V: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -182,6 +202,8 @@ class SessionPool:
         max_tokens: int = 200,
         options: SamplingOptions | None = None,
         learn_from_writing: bool = False,
+        top_logprobs: int | None = None,
+        score_prompt: bool = False,
     ) -> None:
         """Have a session generate. The events are `Token`, one at a time, then `Done`.
 
@@ -194,6 +216,8 @@ class SessionPool:
             max_tokens: how many tokens to generate at most; one that ends a text comes before.
             options: how tokens are drawn; default `SamplingOptions()`.
             learn_from_writing: whether the copy also learns from what it generates.
+            top_logprobs: give every token its log-probability, and this many of the likeliest tokens in its place.
+            score_prompt: with `top_logprobs`, `PromptLogprobs` come first, and have those of the prompt's tokens.
 
         Raises:
             UserError: the id is unknown, a token is outside of the vocabulary, or `max_tokens` is negative.
@@ -201,9 +225,15 @@ class SessionPool:
         check_max_tokens(max_tokens)
         ids = check_token_ids(prompt, self._model.config.vocab_size)
         options = options or SamplingOptions()
+        check_token_ids(options.logit_bias.keys(), self._model.config.vocab_size)
         generator = torch.Generator().manual_seed(options.seed)
         learn = learn_from_writing and self.template.learn
-        self._submit(id, Generation(ids, max_tokens, options, learn, generator))
+        job = Generation(ids, max_tokens, options, learn, generator, top_logprobs=top_logprobs)
+        if top_logprobs is not None and score_prompt:
+            job.unscored = len(ids)
+        if options.adjusts_logits:
+            job.counts_V = torch.zeros(self._model.config.vocab_size, dtype=torch.int64)
+        self._submit(id, job)
 
     def step(self) -> list[Event]:
         """Generate one token for every session that generates, and read one mini-batch of as many as share a call.
@@ -248,7 +278,7 @@ class SessionPool:
                     slot.job.sequence = Sequence(own.row, own.text, pending)
                 else:
                     own.pending = np.concatenate((own.pending, slot.job))
-            if isinstance(slot.job, Generation) and slot.job.left > 0:
+            if isinstance(slot.job, Generation) and (slot.job.left > 0 or slot.job.unscored):
                 if len(slot.job.sequence.pending) == 0:
                     self._fail(slot, UserError("There is no text to continue; give a prompt."), events)
                 return
@@ -295,8 +325,14 @@ class SessionPool:
         in_place = learn and self._may_overwrite(sequences)
         batch = gather([sequence.row for sequence in sequences], copy=learn and not in_place)
         options = {"learn": learn, "dtype": self.template.dtype, "donate_state": learn}
+        ids = [sequence.pending[: b + 1] for sequence in sequences]
+        logprobs: dict[int, list[TokenLogprob]] = {}  # by session; reading gives the losses only
+        for slot, sequence, ids_T in zip(slots, sequences, ids, strict=True):
+            if isinstance(slot.job, Generation) and slot.job.unscored > len(sequence.pending) - len(ids_T):
+                one = ids_tensor(self._model, [ids_T[:-1]])
+                logits_1TV, _ = forward(self._model, gather([sequence.row]).state, one, self.template.dtype)
+                logprobs[slot.id] = self._prompt_logprobs(slot, ids_T, logits_1TV[0])
         try:
-            ids = [sequence.pending[: b + 1] for sequence in sequences]
             after, losses_BT, norm_B = read_rows(self._model, batch.state, ids, **options)
             new = BatchedState(after, tuple(position + b for position in batch.positions))
             for i, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
@@ -314,6 +350,9 @@ class SessionPool:
                 sequence.row, sequence.pending, sequence.checkpoint = RowRef(new, i), sequence.pending[b:], good
                 if sequence is slot.own:
                     events.append(Losses(slot.id, losses_BT[i]))
+                if slot.id in logprobs and isinstance(slot.job, Generation):
+                    slot.job.unscored -= len(logprobs[slot.id])
+                    events.append(PromptLogprobs(slot.id, logprobs[slot.id]))
                 self._advance_queue(slot, events)
         except KeyboardInterrupt:  # perhaps in the middle of an update
             for sequence in sequences:
@@ -371,16 +410,28 @@ class SessionPool:
         for i, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
             job = slot.job
             assert isinstance(job, Generation)
-            if not is_finite[i]:
+            if not is_finite[i] or (job.unscored and not logits_BTV[i].isfinite().all()):
                 at = f"after {sequence.row.position} tokens"
                 self._fail(slot, UserError(f"The model's logits {at} are not finite; nothing is generated."), events)
                 continue
-            token = sample(logits_BV[i], job.options, job.generator)
+            if job.unscored:
+                events.append(PromptLogprobs(slot.id, self._prompt_logprobs(slot, sequence.pending, logits_BTV[i])))
+                job.unscored = 0
+                if job.left == 0:
+                    self._advance_queue(slot, events)
+                    continue
+            logits_V = logits_BV[i]
+            if job.counts_V is not None:
+                logits_V = adjust_logits(logits_V, job.counts_V, job.options)
+            token = sample(logits_V, job.options, job.generator)
+            if job.counts_V is not None:
+                job.counts_V[token] += 1
             if tokenizer is not None and token in tokenizer.end_ids:
                 job.left = 0
             else:
                 job.left -= 1
-                events.append(Token(slot.id, token))
+                top = job.top_logprobs
+                events.append(Token(slot.id, token, None if top is None else token_logprob(logits_BV[i], token, top)))
             generated = np.array([token], np.int64)
             job.sequence = Sequence(RowRef(new, i), sequence.text, generated)
             if job.learn:
@@ -389,6 +440,20 @@ class SessionPool:
                 if self._must_read(job.border):
                     job.sequence, job.border = job.border, None
             self._advance_queue(slot, events)
+
+    def _prompt_logprobs(self, slot: Slot, ids_T: np.ndarray, logits_TV: torch.Tensor) -> list[TokenLogprob]:
+        """The log-probabilities of those prompt tokens among `ids_T`, the first pending ones, that have none yet.
+
+        logits_TV: after each of them; those after the last one may be missing.
+        """
+        job = slot.job
+        assert isinstance(job, Generation) and job.top_logprobs is not None
+        first = len(slot.sequence.pending) - job.unscored
+        logprobs = []
+        for t, token in enumerate(ids_T[first:].tolist(), first):
+            known = token_logprob(logits_TV[t - 1].float().cpu(), token, job.top_logprobs) if t else None
+            logprobs.append(known or TokenLogprob(token, None))
+        return logprobs
 
     # -- memory --------------------------------------------------------------------------------------------------------
 

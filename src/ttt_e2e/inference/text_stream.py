@@ -15,7 +15,7 @@ class TextStream:
     """Turns tokens into text, which it emits as soon as it cannot change any more.
 
     A character waits until all its bytes are there, and what may be the beginning of a stop string until it turns out
-    not to be. The text ends before the stop string that is complete first; `stopped` says whether there was one.
+    not to be. The text ends before the stop string that is complete first, which is `stopped_by` then, else None.
 
     context: the tokens before the text. The last few are enough. Raises UserError for an empty stop string.
     """
@@ -35,7 +35,7 @@ class TextStream:
         self._tokens: list[int] = []
         self._text = ""  # of these tokens
         self._emitted = 0  # how many of its characters
-        self.stopped = False
+        self.stopped_by: str | None = None
 
     @property
     def has_pending(self) -> bool:
@@ -52,13 +52,15 @@ class TextStream:
         self._tokens.append(token)
         self._text = self._decode(self._tokens)
         whole = self._text.rstrip(_BROKEN)  # some tokenizers give one for every byte of an incomplete character
-        found = [(at + len(stop), at) for stop in self._stop if (at := whole.find(stop, self._emitted)) >= 0]
-        self.stopped = bool(found)
-        return self._emit(min(found)[1] if found else len(whole) - partial_stop_length(whole, self._stop))
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := whole.find(stop, self._emitted)) >= 0]
+        if not found:
+            return self._emit(len(whole) - partial_stop_length(whole, self._stop))
+        _, at, self.stopped_by = min(found)
+        return self._emit(at)
 
     def flush(self) -> str:
         """The pending text, once no more tokens come. An incomplete character is left out."""
-        return "" if self.stopped else self._emit(len(self._text.rstrip(_BROKEN)))
+        return "" if self.stopped_by else self._emit(len(self._text.rstrip(_BROKEN)))
 
     def emitted_tokens(self) -> list[int]:
         """The tokens of the text that was emitted since nothing was pending; a token that was cut is encoded anew."""

@@ -11,13 +11,14 @@ from typing import Literal
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from ttt_e2e import __version__
 from ttt_e2e.errors import UserError
-from ttt_e2e.server.api import openai, sessions
+from ttt_e2e.server.api import conversations, messages, openai, responses, sessions
+from ttt_e2e.server.api.generations import Generations
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.errors import ApiError, ErrorBody, error_response, is_expected
 from ttt_e2e.server.keys import OPERATOR
@@ -45,7 +46,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="ttt-e2e",
         version=__version__,
-        description="OpenAI's API, and sessions: a memory that lasts across requests.",
+        description="OpenAI's and Anthropic's APIs, and sessions: a memory that lasts across requests.",
         lifespan=lifespan,
         docs_url=None,  # these two would load scripts from other sites
         redoc_url=None,
@@ -68,7 +69,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         return {"status": "ok"}
 
     # `AccessMiddleware` checks the key before the body is received; this only documents it.
-    key_in_schema = [Depends(HTTPBearer(auto_error=False))] if settings.keys else []
+    schemes = (HTTPBearer(auto_error=False), APIKeyHeader(name="X-Api-Key", auto_error=False))
+    key_in_schema = [Depends(scheme) for scheme in schemes] if settings.keys else []
 
     @app.get("/metrics", tags=["service"], response_class=Response, responses={200: text}, dependencies=key_in_schema)
     async def get_metrics(request: Request) -> Response:
@@ -77,18 +79,25 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             raise ApiError(403, f"Only the key that is named {OPERATOR} may read the metrics.", "not_the_operator")
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    app.include_router(openai.routes(engine, settings, metrics), dependencies=key_in_schema)
-    app.include_router(sessions.routes(engine), dependencies=key_in_schema)
+    generations = Generations(engine, settings, metrics)
+    for router in (
+        openai.routes(generations),
+        responses.routes(generations),
+        conversations.routes(engine),
+        messages.routes(generations),
+        sessions.routes(engine),
+    ):
+        app.include_router(router, dependencies=key_in_schema)
     app.add_middleware(AccessMiddleware, settings=settings)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)  # the last one added is the outermost
     return app
 
 
 async def _handle(request: Request, error: Exception) -> JSONResponse:
-    """Answer an error in OpenAI's form; unexpected ones are left to `RequestLogMiddleware`."""
+    """Answer an error in the API's form; unexpected ones are left to `RequestLogMiddleware`."""
     if not is_expected(error):
         log_entry(request).set_error(error)
-    response = error_response(error)
+    response = error_response(error, request.url.path)
     if response.status_code == 405 and "route" in request.scope:
         # Starlette only names the methods of the first route with this path.
         methods = request.app.openapi()["paths"].get(request.scope["route"].path, {"get": None})

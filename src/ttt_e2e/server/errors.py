@@ -1,8 +1,11 @@
-"""Errors of the service, always in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors of the service, in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`.
+
+At /v1/messages they have Anthropic's form: `{"type": "error", "error": {"type", "message"}}`.
+"""
 
 import sqlite3
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -14,12 +17,14 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.server.engine.records import (
     DamagedSessionError,
     LimitReachedError,
+    PromptTooLongError,
     SessionNotFoundError,
     StoppingError,
 )
 
 _INTERNAL_ERROR = "The server failed unexpectedly; its log has the error under this response's x-request-id."
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", **_TYPES}
 _HTTP_MESSAGES = {
     400: "The body cannot be parsed; send valid JSON.",
     404: "There is nothing at this path; /openapi.json lists all paths.",
@@ -29,6 +34,7 @@ _ENGINE_ERRORS: tuple[tuple[type[UserError], int, str, str | None], ...] = (  # 
     (SessionNotFoundError, 404, "session_not_found", "session"),
     (DamagedSessionError, 500, "session_damaged", "session"),
     (LimitReachedError, 400, "limit_reached", None),
+    (PromptTooLongError, 400, "prompt_too_long", "echo"),
     (StoppingError, 503, "stopping", None),
     (Diverged, 422, "diverged", None),
 )
@@ -48,6 +54,20 @@ class ErrorBody(BaseModel):
     """The body of an error response, and of an error event in a stream."""
 
     error: ErrorDetail
+
+
+class AnthropicErrorDetail(BaseModel):
+    """message: what is wrong, in a sentence that begins with the field that it concerns, if it is about one."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    """The body of an error response of /v1/messages, and of an error event in its stream."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
 
 
 class ApiError(HTTPException):
@@ -84,11 +104,22 @@ def is_expected(error: Exception) -> bool:
     return describe(error)[0] < 500 or isinstance(error, StoppingError)
 
 
-def error_response(error: Exception) -> JSONResponse:
-    """The response that tells a client of `error`."""
+def error_response(error: Exception, path: str) -> JSONResponse:
+    """The response that tells a client of `error`, in the form of the API at `path`."""
     status, body = describe(error)
     headers = error.headers if isinstance(error, HTTPException) else None
-    return JSONResponse(body.model_dump(), status, headers)
+    anthropic = path.startswith("/v1/messages")
+    return JSONResponse(anthropic_error(error) if anthropic else body.model_dump(), status, headers)
+
+
+def anthropic_error(error: Exception) -> dict[str, Any]:
+    """The body that tells a client of Anthropic's API of `error`."""
+    status, body = describe(error)
+    message, param = body.error.message, body.error.param
+    if param and not message.startswith(param):
+        message = f"{param}: {message}"
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return AnthropicErrorBody(type="error", error=AnthropicErrorDetail(type=kind, message=message)).model_dump()
 
 
 def _body(status: int, message: str, code: str | None = None, param: str | None = None) -> tuple[int, ErrorBody]:
@@ -102,8 +133,8 @@ def _invalid_request(error: RequestValidationError) -> tuple[int, ErrorBody]:
     where = problems[0]["loc"]
     if problems[0]["type"] == "json_invalid":
         return _body(400, f"The body is not valid JSON: {problems[0]['ctx']['error']}.", "invalid_json")
-    if problems[0]["type"] == "value_error" and where == ("body",):  # fields that contradict each other
-        return _body(400, str(problems[0]["ctx"]["error"]), "invalid_value")
+    if problems[0]["type"] == "contradiction":
+        return _body(400, problems[0]["msg"], "invalid_value", problems[0]["ctx"]["param"])
     if where == ("body",):
         return _body(400, "The body must be a JSON object, sent with Content-Type: application/json.", "invalid_body")
     # A value that matches none of several types has a problem for each of them. The one found deepest in the value is
@@ -121,7 +152,9 @@ def _invalid_request(error: RequestValidationError) -> tuple[int, ErrorBody]:
 
 
 def _path(location: Sequence[int | str], body: Any, missing: bool) -> list[int | str]:
-    """Where a problem is in the body, without the names of types that pydantic puts between."""
+    """Where a problem is: in the body, without the names of types that pydantic puts between, or in path or query."""
+    if location[0] != "body":
+        return list(location[1:])
     path: list[int | str] = []
     for step in location[1:]:
         if isinstance(body, dict) and (step in body or missing):

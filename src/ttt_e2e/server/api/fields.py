@@ -5,7 +5,7 @@ listed here with the values under which it changes nothing. The names of all tha
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -13,12 +13,13 @@ from pydantic import BaseModel
 
 from ttt_e2e.server.errors import ApiError
 
+Neutral = dict[str, tuple[Any, ...] | None]
 HEADER = "x-ignored-fields"
 _MAX_FIELDS = 100  # that are not declared
 _MAX_NAMES, _MAX_NAME = 50, 64  # in the header, and characters of each name
 
 # The fields that would change the answer, and the values under which they do not; null is always one.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: Neutral = {
     # of another endpoint of this server
     "messages": (),
     "prompt": (),
@@ -27,14 +28,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -106,26 +103,76 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_a": (0,),
     "xtc_probability": (0,),
 }
-_IN_MESSAGES: dict[str, tuple[Any, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
+_ANY = None  # every value is harmless
+# /v1/responses knows these fields only: its clients send what OpenAI documents.
+RESPONSES: Neutral = {
+    "access_programs": (),
+    "background": (False,),
+    "background_options": (),
+    "context_management": ([],),
+    "image": (),
+    "include": ([],),
+    "max_tool_calls": _ANY,
+    "moderation": (),
+    "parallel_tool_calls": _ANY,
+    "prompt": (),
+    "prompt_cache_key": _ANY,
+    "prompt_cache_options": _ANY,
+    "prompt_cache_retention": _ANY,
+    "reasoning": ({}, {"effort": "none"}, {"effort": None, "summary": None}),
+    "safety_identifier": _ANY,
+    "service_tier": _ANY,
+    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
+    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncation": ("auto", "disabled"),
+    "user": _ANY,
+}
+# Likewise /v1/messages.
+MESSAGES: Neutral = {
+    "cache_control": _ANY,
+    "container": (),
+    "context_management": (),
+    "diagnostics": _ANY,
+    "inference_geo": _ANY,
+    "mcp_servers": ([],),
+    "metadata": _ANY,
+    "output_config": ({},),
+    "output_format": (),
+    "prefill": (),
+    "service_tier": _ANY,
+    "speed": _ANY,
+    "thinking": ({"type": "disabled"},),
+    "tool_choice": ({"type": "none"}, {"type": "auto"}),
+    "tools": ([],),
+    "user_profile_id": _ANY,
+}
+_IN_MESSAGES: Neutral = {"audio": (), "function_call": (), "tool_calls": ([],)}
 
 
-def ignored_fields(body: BaseModel) -> list[str]:
+def ignored_fields(body: BaseModel, only: Neutral | None = None) -> list[str]:
     """The names of the fields that `body` does not declare and that change nothing, those of messages among them.
 
     Raises ApiError for a field that would change the answer, for one that is spelt almost like a known one, and for too
-    many of them.
+    many of them. only: the fields of an API in which any others are errors.
     """
     if len(body.model_extra or {}) > _MAX_FIELDS:
         raise ApiError(
             400, f"The body has more than {_MAX_FIELDS} fields that are not known; omit them.", "invalid_value"
         )
-    known = [*type(body).model_fields, *_NEUTRAL]
+    neutral = _NEUTRAL | {"best_of": (1, getattr(body, "n", 1))} if only is None else only
+    known = [*type(body).model_fields, *neutral]
     for name in body.model_extra or {}:
-        close = [] if name in _NEUTRAL else difflib.get_close_matches(name[:_MAX_NAME], known, 1, cutoff=0.92)
-        if close:
-            message = f"{name[:_MAX_NAME]}: no such field; send {close[0]} if that is meant."
+        close = [] if name in neutral else difflib.get_close_matches(name[:_MAX_NAME], known, 1, cutoff=0.92)
+        if close or (only is not None and name not in only):
+            remedy = f"send {close[0]} if that is meant" if close else "omit it"
+            message = f"{name[:_MAX_NAME]}: no such field; {remedy}."
             raise ApiError(400, message, "invalid_value", name[:_MAX_NAME])
-    found = dict.fromkeys(_ignored(body, _NEUTRAL | {"best_of": (1, getattr(body, "n", 1))}))
+    found = dict.fromkeys(_ignored(body, neutral))
+    if only is not None:
+        return list(found)
     if options := getattr(body, "stream_options", None):
         found |= dict.fromkeys(f"stream_options.{name}" for name in _ignored(options, {}))
     for index, message in enumerate(getattr(body, "messages", ())):
@@ -141,11 +188,12 @@ def ignored_header(names: list[str]) -> dict[str, str]:
     return {HEADER: ", ".join([*shown, "..."] if len(names) > _MAX_NAMES else shown)} if names else {}
 
 
-def _ignored(model: BaseModel, neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> Iterator[str]:
+def _ignored(model: BaseModel, neutral: Neutral, prefix: str = "") -> Iterator[str]:
     """The fields of `model` that it does not declare and that are not null. prefix: where it is, in errors."""
     for name, value in (model.model_extra or {}).items():
         if value is not None:
-            if name in neutral and not any(_equal(value, harmless) for harmless in neutral[name]):
+            values = neutral.get(name)
+            if values is not None and not any(_equal(value, harmless) for harmless in values):
                 message = f"{prefix}{name}: this server does not support this value; omit {name}."
                 raise ApiError(400, message, "invalid_value", prefix.partition(".")[0] or name)
             yield name

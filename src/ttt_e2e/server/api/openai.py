@@ -1,162 +1,170 @@
 """OpenAI's API: models, completions and chat completions, as one response or as a stream."""
 
-import asyncio
-import functools
+import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.api import schemas
 from ttt_e2e.server.api.fields import ignored_fields, ignored_header
-from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream, merge
-from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import Before, Prompt, TextChunk
+from ttt_e2e.server.api.generations import Chunks, Generations
+from ttt_e2e.server.api.logprobs import chat_logprobs, completion_logprobs
+from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
+from ttt_e2e.server.engine.records import Before, LoggedToken, Prompt, TextChunk
 from ttt_e2e.server.errors import ApiError
-from ttt_e2e.server.middleware.logs import LogEntry, log_entry
-from ttt_e2e.server.middleware.metrics import ServiceMetrics
-from ttt_e2e.server.settings import Settings
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
+_MAX_LOGPROBS = 1_000_000  # of one request, those of the likeliest tokens among them; they are held in memory
 _Prompts = Sequence[Prompt | Callable[[Before], Prompt]]  # see `Engine.generate`
-_Chunks = AsyncGenerator[tuple[int, TextChunk], None]  # with the index of the choice
 
 
-class _GenerationHandler:
-    """Answers generation requests: completions, chat completions and completions of a session."""
-
-    def __init__(self, engine: Engine, settings: Settings, metrics: ServiceMetrics) -> None:
-        self.engine, self.settings, self.metrics = engine, settings, metrics
-        # By owner. Each generation holds its owner's semaphore while it runs.
-        self.semaphores = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(settings.generations))
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError if this is another model than the one that is served."""
-        if name not in (None, self.settings.model_name):
-            message = f"There is no such model; this server has {self.settings.model_name}."
-            raise ApiError(404, message, "model_not_found", "model")
-
-    async def respond(
-        self,
-        request: Request,
-        body: schemas.GenerationRequest,
-        prompts: _Prompts,
-        session: str | None,
-        closing: Prompt = "",
-    ) -> Response:
-        """Generate `n` texts after each prompt."""
-        self.check_model(body.model)
-        headers = ignored_header(ignored_fields(body))
-        n, chat = body.n or 1, isinstance(body, schemas.ChatCompletionRequest)
-        if body.learn and session is None:
-            raise ApiError(400, "learn needs a session to learn in; send one, or omit learn.", "no_session")
-        if body.learn and n * len(prompts) > 1:
-            raise ApiError(400, "A session learns one text at a time; request one choice of one prompt.", "one_text")
-        kind = "text_completion" if not chat else "chat.completion.chunk" if body.stream else "chat.completion"
-        id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        head = {"id": id, "object": kind, "created": int(time.time()), "model": self.settings.model_name}
-        sampling = body.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        if body.top_k == -1:
-            sampling["top_k"] = 0
-        seed = secrets.randbits(62) if body.seed in (None, -1) else body.seed
-        owner: str = request.state.caller.owner
-        generations = [
-            self.engine.generate(
-                owner,
-                session,
-                prompt,
-                max_tokens=body.max_tokens or body.max_completion_tokens or schemas.DEFAULT_TOKENS,
-                stop=(*stop, *(self.settings.chat.stop if chat else ())),
-                options=SamplingOptions(**sampling, seed=(seed + repetition) % 2**63),
-                learn=bool(body.learn),
-                closing=closing,
-                limit=self.semaphores[owner],
-            )
+async def _respond(
+    generations: Generations,
+    request: Request,
+    body: schemas.GenerationRequest,
+    prompts: _Prompts,
+    session: str | None,
+    closing: Prompt = "",
+) -> Response:
+    """Generate `n` texts after each prompt."""
+    generations.check_model(body.model)
+    headers = ignored_header(ignored_fields(body))
+    chat, n, tries = isinstance(body, schemas.ChatCompletionRequest), body.n or 1, body.tries
+    if body.learn and session is None:
+        raise ApiError(400, "learn needs a session to learn in; send one, or omit learn.", "no_session", "learn")
+    if body.learn and tries * len(prompts) > 1:
+        raise ApiError(400, "A session learns one text at a time; request one choice of one prompt.", "one_text", "n")
+    _check_ids(generations, "logit_bias", body.logit_biases)
+    kind = "text_completion" if not chat else "chat.completion.chunk" if body.stream else "chat.completion"
+    id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+    head = {"id": id, "object": kind, "created": int(time.time()), "model": generations.settings.model_name}
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    options = body.sampling_options()
+    told = 0 if body.num_logprobs is None and tries > n else body.num_logprobs  # best_of compares them
+    if told is not None and (count := len(prompts) * tries * body.token_limit * (told + 1)) > _MAX_LOGPROBS:
+        field = "best_of" if body.num_logprobs is None else "logprobs"
+        message = (
+            f"{field}: this would take {count:,} log-probabilities, of at most {_MAX_LOGPROBS:,}; reduce max_tokens."
+        )
+        raise ApiError(400, message, "invalid_value", field)
+    shared = {
+        "id": session,
+        "max_tokens": body.token_limit,
+        "stop": (*stop, *(generations.settings.chat.stop if chat else ())),
+        "learn": bool(body.learn),
+        "closing": closing,
+        "logprobs": told,
+        "echo": bool(getattr(body, "echo", False)),
+    }
+    chunks = generations.start(
+        request,
+        [
+            {**shared, "prompt": prompt, "options": replace(options, seed=(options.seed + number) % 2**63)}
             for prompt in prompts
-            for repetition in range(n)
-        ]
-        chunks = self._observe(merge(generations), log_entry(request))
-        if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await event_stream(request, _events(chunks, head, n, chat, include_usage), headers)
-        whole = await cancel_on_disconnect(request.receive, _whole(chunks, head, n, chat))
-        return JSONResponse(whole, headers=headers)
-
-    async def _observe(self, chunks: _Chunks, entry: LogEntry) -> _Chunks:
-        """The chunks of all choices as they come, counted for log and metrics."""
-        previous: dict[int, tuple[float, int]] = {}  # by choice: when its last chunk came, and its tokens so far
-        async with aclosing(chunks):
-            async for choice, chunk in chunks:
-                now = time.perf_counter()
-                if choice not in previous:
-                    entry.tokens_read += chunk.prompt_tokens
-                then, tokens = previous.get(choice, (now, 0))
-                if tokens and chunk.completion_tokens > tokens:
-                    self.metrics.observe_tokens(chunk.completion_tokens - tokens, now - then)
-                entry.tokens_written += chunk.completion_tokens - tokens
-                previous[choice] = now, chunk.completion_tokens
-                yield choice, chunk
+            for number in range(tries)
+        ],
+    )
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return await event_stream(request, _events(chunks, head, n, chat, include_usage), headers)
+    whole = await cancel_on_disconnect(request.receive, _whole(chunks, head, body, chat))
+    return JSONResponse(whole, headers=headers)
 
 
-async def _whole(chunks: _Chunks, head: dict[str, Any], n: int, chat: bool) -> dict[str, Any]:
+def _check_ids(generations: Generations, field: str, ids: Iterable[int]) -> None:
+    """Raise ApiError if the field has ids of tokens that the model does not have."""
+    size = generations.engine.vocab_size
+    if max(ids, default=0) >= size:
+        message = f"{field}: token ids go from 0 to {size - 1}; was the text tokenised with another tokenizer?"
+        raise ApiError(400, message, "invalid_value", field)
+
+
+async def _whole(chunks: Chunks, head: dict[str, Any], body: schemas.GenerationRequest, chat: bool) -> dict[str, Any]:
     """The body of a response that is not a stream."""
     texts, last = defaultdict[int, str](str), dict[int, TextChunk]()
+    tokens = defaultdict[int, list[LoggedToken]](list)
+    num_echoed = defaultdict[int, int](int)  # tokens
     async with aclosing(chunks):
-        async for choice, chunk in chunks:
-            texts[choice] += chunk.text
-            last[choice] = chunk
-    choices = []
-    for index in sorted(texts):
-        message = {"role": "assistant", "content": texts[index], "refusal": None}
-        content = {"message": message} if chat else {"text": texts[index]}
-        choices.append(_choice(index, last[index].finish_reason, content))
-    return {**head, "choices": choices, "usage": _usage(last, n)}
+        async for index, chunk in chunks:
+            texts[index] += chunk.text
+            tokens[index] += chunk.logprobs or ()
+            if not chunk.completion_tokens:
+                num_echoed[index] = len(tokens[index])
+            last[index] = chunk
+
+    def mean_logprob(index: int) -> float:
+        values = [token.logprob for token in tokens[index][num_echoed[index] :] if token.logprob is not None]
+        return sum(values) / len(values) if values else -math.inf
+
+    n, tries, choices = body.n or 1, body.tries, list[dict[str, Any]]()
+    for first in range(0, len(last), tries):
+        found = range(first, first + tries)
+        for index in sorted(found, key=mean_logprob, reverse=True)[:n] if tries > n else found:
+            message = {"role": "assistant", "content": texts[index], "refusal": None}
+            content = {"message": message} if chat else {"text": texts[index]}
+            told = None if body.num_logprobs is None else tokens[index]
+            choices.append(_choice(len(choices), last[index].finish_reason, content, told, chat))
+    return {**head, "choices": choices, "usage": _usage(last, tries)}
 
 
 async def _events(
-    chunks: _Chunks, head: dict[str, Any], n: int, chat: bool, include_usage: bool
+    chunks: Chunks, head: dict[str, Any], n: int, chat: bool, include_usage: bool
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a stream."""
     last: dict[int, TextChunk] = {}
+    offsets = defaultdict[int, int](int)  # by choice: how many characters its tokens have so far
     usage = {"usage": None} if include_usage else {}  # in all events but the last
     async with aclosing(chunks):
         async for index, chunk in chunks:
             if chat and index not in last:
-                start = _choice(index, None, {"delta": {"role": "assistant", "content": "", "refusal": None}})
-                yield {**head, "choices": [start], **usage}
+                start = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+                yield {**head, "choices": [_choice(index, None, start, None, chat)], **usage}
             last[index] = chunk
             if chunk.text or chunk.finish_reason:
                 delta = {"delta": {"content": chunk.text} if chunk.text else {}}
-                choice = _choice(index, chunk.finish_reason, delta if chat else {"text": chunk.text})
+                content = delta if chat else {"text": chunk.text}
+                choice = _choice(index, chunk.finish_reason, content, chunk.logprobs, chat, offsets[index])
+                offsets[index] += sum(len(token.text) for token in chunk.logprobs or ())
                 yield {**head, "choices": [choice], **usage}
     if include_usage:
         yield {**head, "choices": [], "usage": _usage(last, n)}
 
 
-def _choice(index: int, finish_reason: str | None, content: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+def _choice(
+    index: int,
+    finish_reason: str | None,
+    content: dict[str, Any],
+    tokens: Sequence[LoggedToken] | None,
+    chat: bool,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """A choice. tokens: for log-probabilities. offset: how many characters come before them."""
+    logprobs = None
+    if tokens is not None:
+        logprobs = chat_logprobs(tokens) if chat else completion_logprobs(tokens, offset)
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _usage(last: dict[int, TextChunk], n: int) -> dict[str, int]:
-    read = sum(chunk.prompt_tokens for choice, chunk in last.items() if choice % n == 0)
+def _usage(last: dict[int, TextChunk], tries: int) -> dict[str, int]:
+    read = sum(chunk.prompt_tokens for index, chunk in last.items() if index % tries == 0)
     written = sum(chunk.completion_tokens for chunk in last.values())
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def routes(engine: Engine, settings: Settings, metrics: ServiceMetrics) -> APIRouter:
-    """OpenAI's endpoints, and completions of a session."""
+def routes(generations: Generations) -> APIRouter:
+    """Models, completions, chat completions, and completions of a session."""
     router = APIRouter(prefix="/v1")
-    handler = _GenerationHandler(engine, settings, metrics)
-    card = schemas.ModelCard(id=settings.model_name, object="model", created=int(time.time()), owned_by="ttt-e2e")
+    name = generations.settings.model_name
+    card = schemas.ModelCard(id=name, object="model", created=int(time.time()), owned_by="ttt-e2e")
 
     @router.get("/models", tags=["OpenAI"])
     async def models() -> schemas.ModelList:
@@ -166,28 +174,35 @@ def routes(engine: Engine, settings: Settings, metrics: ServiceMetrics) -> APIRo
     @router.get("/models/{model}", tags=["OpenAI"])
     async def model(model: str) -> schemas.ModelCard:
         """Describe a model."""
-        handler.check_model(model)
+        generations.check_model(model)
         return card
 
     @router.post("/completions", tags=["OpenAI"], response_model=schemas.Completion, responses=_RESPONSES)
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         """Continue a text; with `session`, what the session has read and then the text."""
-        return await handler.respond(request, body, body.prompts, body.session)
+        _check_ids(generations, "prompt", body.prompt_ids)
+        return await _respond(generations, request, body, body.prompts, body.session)
 
     @router.post("/chat/completions", tags=["OpenAI"], response_model=schemas.ChatCompletion, responses=_RESPONSES)
     async def chat_completions(body: schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `session`, one that follows what the session has read."""
-        messages = [message.for_template() for message in body.messages]
-        values = body.chat_template_kwargs
-        prompt = functools.partial(settings.chat.prompt, messages, values=values)
-        closing = await asyncio.to_thread(settings.chat.closing, values) if body.learn else ""
-        return await handler.respond(request, body, [prompt], body.session, closing)
+        messages, values = [message.for_template() for message in body.messages], body.chat_template_kwargs
+        closing = await generations.closing(values) if body.learn else ""
+        prompt = generations.chat_prompt(messages, values, "messages")
+        return await _respond(generations, request, body, [prompt], body.session, closing)
 
     path = "/sessions/{session}/completions"
 
     @router.post(path, tags=["sessions"], response_model=schemas.Completion, responses=_RESPONSES)
     async def session_completions(session: str, body: schemas.SessionCompletionRequest, request: Request) -> Response:
         """Continue what the session has read and then the prompt, as /v1/completions does."""
-        return await handler.respond(request, body, body.prompts, session)
+        _check_ids(generations, "prompt", body.prompt_ids)
+        return await _respond(generations, request, body, body.prompts, session)
+
+    @router.post("/embeddings", tags=["OpenAI"], status_code=400)
+    async def embeddings() -> None:
+        """Refused: the models have no embeddings of texts."""
+        message = "This server's models give no embeddings; send texts to /v1/sessions/ID/read and ask about them."
+        raise ApiError(400, message, "not_supported", "model")
 
     return router

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -68,38 +68,48 @@ async def with_keepalive(items: AsyncGenerator[_Item, None]) -> AsyncGenerator[_
 
 
 async def event_stream(
-    request: Request, events: AsyncGenerator[dict[str, Any], None], headers: Mapping[str, str] | None = None
+    request: Request,
+    events: AsyncGenerator[dict[str, Any], None],
+    headers: Mapping[str, str] | None = None,
+    describe_error: Callable[[Exception], dict[str, Any]] | None = None,
 ) -> StreamResponse:
     """Server-sent events, one per dictionary, with [DONE] at the end; comments keep the connection alive.
 
     An error before the first event is raised here and can still become a response with a status. A later one becomes
     the last event.
+
+    describe_error: the event for an error, in an API whose events have a `type`. It becomes the event's name, and no
+        [DONE] comes.
     """
+    typed = describe_error is not None
+    describe_error = describe_error or (lambda error: describe(error)[1].model_dump())
     stream = with_keepalive(events)
     first = await cancel_on_disconnect(request.receive, anext(stream))
 
     async def parts() -> AsyncGenerator[bytes, None]:
         async with aclosing(stream):
             try:
-                yield _encode_event(first)
+                yield _encode_event(first, typed)
                 async for event in stream:
-                    yield _encode_event(event)
+                    yield _encode_event(event, typed)
             except Exception as error:
                 if not is_expected(error):
                     log_entry(request).set_error(error)
-                yield _encode_event(describe(error)[1].model_dump())
+                yield _encode_event(describe_error(error), typed)
             else:
-                yield b"data: [DONE]\n\n"
+                if not typed:
+                    yield b"data: [DONE]\n\n"
 
     # The second header is for nginx, which otherwise holds events back until its buffer is full.
     headers = {"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})}
     return StreamResponse(parts(), headers=headers, media_type=EVENT_STREAM)
 
 
-def _encode_event(value: dict[str, Any] | None) -> bytes:
+def _encode_event(value: dict[str, Any] | None, typed: bool) -> bytes:
     if value is None:
         return b": waiting\n\n"  # a comment, which clients skip
-    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+    name = f"event: {value['type']}\n" if typed else ""
+    return f"{name}data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()
 
 
 async def merge(sources: Sequence[AsyncIterator[_Item]]) -> AsyncGenerator[tuple[int, _Item], None]:

@@ -6,7 +6,7 @@ takes its current version and waits for nobody.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Literal
 
@@ -17,17 +17,26 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
-from ttt_e2e.inference.session_pool import Done, Losses, SessionPool, Token
-from ttt_e2e.inference.text_stream import TextStream
+from ttt_e2e.inference.session_pool import Done, Losses, PromptLogprobs, SessionPool, Token
 from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.server.engine.chats import begin_chat
-from ttt_e2e.server.engine.records import Before, Prompt, ReadProgress, SessionNotFoundError, StoppingError, TextChunk
+from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
+from ttt_e2e.server.engine.records import (
+    Before,
+    Prompt,
+    PromptTooLongError,
+    ReadProgress,
+    SessionNotFoundError,
+    StoppingError,
+    TextChunk,
+)
 from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession, Worker
 
 _BATCHES_PER_SUBMIT = 4  # mini-batches of a text that are submitted to the pool at a time
+_MAX_PROMPT_LOGPROBS = 100_000  # that are told of a prompt: of its tokens, and of the likeliest in their places
 _MAX_SUBMITTED = 2  # one submission is read while the next is tokenised
 
 
@@ -51,6 +60,7 @@ class Engine:
     ) -> None:
         assert template.tokenizer is not None
         self._template, self._tokenizer = template, template.tokenizer
+        self._token_texts = TokenTexts(template.tokenizer)
         template.info()  # hashes the model once: all sessions are copies of this one and share the digest
         self.sessions = SessionRegistry(template, store, memory_bytes, max_sessions, max_session_tokens)
         self._worker = Worker(template, max_batch)
@@ -79,6 +89,11 @@ class Engine:
     def ready(self) -> bool:
         """Whether the engine serves requests: not if it is stopping, has lost its store, or every step fails."""
         return not self._stopping and self._worker.healthy and self.sessions.store.lost is None
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are."""
+        return self._template.model.config.vocab_size
 
     @property
     def max_file_bytes(self) -> int:
@@ -136,6 +151,10 @@ class Engine:
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
+        kept: Callable[[Before], Prompt] | None = None,
+        save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None,
+        logprobs: int | None = None,
+        echo: bool = False,
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
         """Generate text after what a session has read and `prompt`.
@@ -150,49 +169,73 @@ class Engine:
                 for a session without a text begin that text, in place of BOS.
             max_tokens, stop, options: Limit of generated tokens, strings before which the text ends, and sampling.
             closing: What the session reads after the generated text, with `learn`.
+            kept: With `learn`, the prompt that becomes part of the session, if it is not `prompt`, a function as well.
+            save: With `learn`, it is awaited with what the session has become, the whole text and the last TextChunk,
+                in place of replacing the session, which nobody needs to wait for then.
+            logprobs: Give every token its log-probability, and this many of the likeliest tokens in its place.
+            echo: Begin the text with the prompt, which is no function then; with `logprobs`, not with `learn`.
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
-        Raises UserError for values out of range, LimitReachedError if prompt, `max_tokens` and, with `learn`, the
-        session are too long together, and Diverged.
+        Raises UserError for values out of range, PromptTooLongError if `echo` and `logprobs` would tell too much,
+        LimitReachedError if prompt, `max_tokens` and, with `learn`, the session are too long together, and Diverged.
         """
         slot = None if id is None else self.sessions.slot(owner, id)
+        replaced = slot if learn and save is None else None
         check_max_tokens(max_tokens)
         with self._request():
-            async with slot.write_lock if slot and learn else nullcontext(), limit or nullcontext():
+            async with replaced.write_lock if replaced else nullcontext(), limit or nullcontext():
                 session = await self.sessions.session(slot, for_change=learn) if slot else self._template
+                kept_ids = None
                 if callable(prompt):
+                    if learn and kept:
+                        _, kept_ids = await asyncio.to_thread(self._begin_chat, session, kept)
                     session, ids = await asyncio.to_thread(self._begin_chat, session, prompt)
                 else:
                     ids = await asyncio.to_thread(self._encode, prompt)
+                    if not isinstance(prompt, str) and len(ids) and ids[0] == self._tokenizer.bos:
+                        session = _without_bos(session)  # the ids are those of a whole text
                 closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
+                if echo and logprobs is not None and len(ids) * (logprobs + 1) > _MAX_PROMPT_LOGPROBS:
+                    raise PromptTooLongError(len(ids), _MAX_PROMPT_LOGPROBS // (logprobs + 1))
                 length = (_num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
                 self.sessions.check_length(length)
-                stream = TextStream(self._tokenizer, stop, context=np.concatenate((session.state().pending, ids)))
-                if learn:
+                context = np.concatenate((session.state().pending, ids))
+                texts = None if logprobs is None else self._token_texts
+                written = GeneratedText(self._tokenizer, stop, context, num_prompt_tokens, texts)
+                echoed = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+                if learn and kept_ids is None:
                     session, ids = await self._after_reading(slot, session, ids), ids[:0]
-                tokens: list[int] = []
-                complete = 0  # how many of the tokens have been given out as text entirely
                 reason: Literal["stop", "length"] | None = None
                 with self._pooled(slot, session) as pooled:
                     request = {"prompt": ids, "max_tokens": max_tokens, "options": options}
-                    pooled.submit(SessionPool.submit_generate, **request, learn_from_writing=learn)
+                    request |= {"learn_from_writing": learn and kept_ids is None}
+                    request |= {"top_logprobs": logprobs, "score_prompt": echo}
+                    pooled.submit(SessionPool.submit_generate, **request)
                     while reason is None:
                         event = await pooled.next_event()
+                        if isinstance(event, PromptLogprobs):
+                            written.add_prompt(event.logprobs)
+                            continue
+                        if echo:
+                            yield written.echo(echoed)
+                            echo = False
                         if isinstance(event, Done):
-                            reason = "stop" if len(tokens) < max_tokens else "length"
+                            reason = "stop" if written.num_tokens < max_tokens else "length"
                         elif isinstance(event, Token):
-                            tokens.append(event.token)
-                            text = stream.add(event.token)
-                            complete = complete if stream.has_pending else len(tokens)
-                            reason = "stop" if stream.stopped else None
-                            if text:
-                                yield TextChunk(text, None, num_prompt_tokens, len(tokens))
-                rest = stream.flush()
-                if learn and slot:
-                    partly = stream.emitted_tokens() if complete < len(tokens) else []
-                    learned = np.array([*tokens[:complete], *partly, *closing_ids], np.int64)
-                    await self.sessions.replace(slot, await self._after_reading(slot, session, learned))
-                yield TextChunk(rest, reason, num_prompt_tokens, len(tokens))
+                            chunk = written.add(event)
+                            reason = "stop" if written.stopped else None
+                            if chunk:
+                                yield chunk
+                last = written.end(reason)
+                if learn:
+                    unread = () if kept_ids is None else kept_ids
+                    learned = np.array([*unread, *written.learned_tokens(), *closing_ids], np.int64)
+                    session = await self._after_reading(slot, session, learned)
+                    if save:
+                        await save(session, written.whole, last)
+                    elif replaced:
+                        await self.sessions.replace(replaced, session)
+                yield last
 
     @contextmanager
     def _request(self) -> Iterator[None]:
@@ -246,6 +289,12 @@ class Engine:
         size = _BATCHES_PER_SUBMIT * self._template.mini_batch_size
         for ids in self._tokenizer.encode_chunks(short_chunks(chunks)):
             yield from np.split(ids, range(size, len(ids), size))
+
+
+def _without_bos(session: Session) -> Session:
+    """The session without the BOS that begins it, if it has read nothing else."""
+    state = session.state()
+    return session if _num_tokens(session) > 1 else session.with_state(state._replace(pending=state.pending[:0]))
 
 
 def _num_tokens(session: Session) -> int:

@@ -31,6 +31,15 @@ class LimitReachedError(UserError):
     """A limit is reached: the number of sessions per owner, or of tokens per session."""
 
 
+class PromptTooLongError(UserError):
+    """A prompt has too many tokens to tell all their log-probabilities."""
+
+    def __init__(self, tokens: int, most: int) -> None:
+        super().__init__(
+            f"echo: with these logprobs a prompt may have {most:,} tokens, and this one has {tokens:,}; send less."
+        )
+
+
 class StoppingError(UserError):
     """The engine is stopping and accepts no more work."""
 
@@ -77,14 +86,30 @@ class ReadProgress:
 
 
 @dataclass(frozen=True)
+class LoggedToken:
+    """A token as text, and its log-probability in nats; None for the first one of a text.
+
+    top: the likeliest tokens in its place and theirs.
+    """
+
+    text: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class TextChunk:
     """The next part of a generated text.
 
     finish_reason: None except in the last chunk: "stop" at a stop string or at a token that ends texts, else "length".
-    prompt_tokens: those of the request's prompt alone. completion_tokens: those generated so far.
+    prompt_tokens: those of the request's prompt alone. completion_tokens: those generated so far. stop: the stop string
+    before which the text ended, in the last chunk. logprobs: the tokens whose text is complete with this chunk, where
+    log-probabilities are wanted.
     """
 
     text: str
     finish_reason: Literal["stop", "length"] | None
     prompt_tokens: int
     completion_tokens: int
+    stop: str | None = None
+    logprobs: tuple[LoggedToken, ...] | None = None

@@ -125,14 +125,23 @@ class SessionRegistry:
         if tokens > self.max_session_tokens:
             raise LimitReachedError(f"A session holds at most {self.max_session_tokens:,} tokens; use a new one.")
 
+    def check_room(self, owner: str) -> None:
+        """Raise LimitReachedError if the owner has `max_sessions` already."""
+        if sum(slot.record.owner == owner for slot in self._slots.values()) >= self._max_sessions:
+            raise LimitReachedError(f"The limit of {self._max_sessions} sessions is reached; delete one first.")
+
     @_completed
-    async def create(self, owner: str, session: Session | None = None) -> SessionSummary:
-        """Add a session, an empty one by default. Raises LimitReachedError if the owner has `max_sessions` already."""
+    async def create(
+        self, owner: str, session: Session | None = None, document: str | None = None, id: str | None = None
+    ) -> SessionSummary:
+        """Add a session, an empty one by default. Raises LimitReachedError as `check_room` does.
+
+        document: a text to keep with it. id: from `new_id`, if it is needed earlier.
+        """
         session = session or self.template
         async with self._owner_locks[owner]:
-            if len(await self.summaries(owner)) >= self._max_sessions:
-                raise LimitReachedError(f"The limit of {self._max_sessions} sessions is reached; delete one first.")
-            record, fingerprint = await asyncio.to_thread(self._saved, self.store.add, owner, session)
+            self.check_room(owner)
+            record, fingerprint = await asyncio.to_thread(self._saved, self.store.add, owner, session, document, id)
             slot = SessionSlot(record, session, fingerprint)
             self._slots[record.id] = slot
             self._mark_used(slot)
@@ -206,14 +215,33 @@ class SessionRegistry:
         self._mark_used(slot)
         return session
 
+    async def document(self, slot: SessionSlot) -> str | None:
+        """The document of a session, if it has one."""
+        with self._using_files():
+            async with slot.file_lock:
+                if slot.deleted:
+                    raise SessionNotFoundError
+                return await asyncio.to_thread(self.store.document, slot.record)
+
     @_completed
-    async def replace(self, slot: SessionSlot, session: Session) -> SessionSummary:
-        """Save the next version of a session; once it is on disk it becomes the current one."""
+    async def set_document(self, slot: SessionSlot, document: str) -> None:
+        """Save the document of a session; hold its `write_lock` if the former one matters."""
+        async with slot.file_lock:
+            if slot.deleted:
+                raise SessionNotFoundError
+            await asyncio.to_thread(self.store.set_document, slot.record, document)
+
+    @_completed
+    async def replace(self, slot: SessionSlot, session: Session, document: str | None = None) -> SessionSummary:
+        """Save the next version of a session; once it is on disk it becomes the current one.
+
+        document: its document; None keeps the one that it has.
+        """
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
             slot.record, slot.fingerprint = await asyncio.to_thread(
-                self._saved, self.store.replace, slot.record, session
+                self._saved, self.store.replace, slot.record, session, document
             )
             slot.session, slot.damaged = session, False
             self._mark_used(slot)

@@ -5,6 +5,8 @@ whole before one transaction makes the record point to it; then the former file 
 is always complete, after a `kill -9` or a power cut too, and what no record points to is a leftover. Leftovers are
 removed when the store is opened, by names that only this database gives. Any other file is left alone. On a full disk
 even a deletion may have no room in the database: then the file is emptied and renamed, and its record counts no more.
+
+A session may have a document, a text of the API's own. It is replaced in the same transaction, and deleted with it.
 """
 
 import errno
@@ -29,6 +31,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_format, sync
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import SessionInfo, write_new_session_file
+from ttt_e2e.server.engine.records import DamagedSessionError
 
 DATABASE = "sessions.db"
 FORMAT, VERSION = "store of sessions", 2  # version 1 had a JSON file per session in place of the database
@@ -39,6 +42,12 @@ _SCHEMA = (
     " size INTEGER NOT NULL, info TEXT NOT NULL, digest TEXT NOT NULL) WITHOUT ROWID",
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
+)
+_DOCUMENTS = (  # not in databases that earlier versions made
+    "CREATE TABLE IF NOT EXISTS documents (session TEXT PRIMARY KEY, content TEXT NOT NULL, digest TEXT NOT NULL)"
+    " WITHOUT ROWID",
+    "CREATE TRIGGER IF NOT EXISTS documents_of_deleted_sessions AFTER DELETE ON sessions"
+    " BEGIN DELETE FROM documents WHERE session = OLD.id; END",
 )
 _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _ID = "sess-[0-9a-f]{32}"
@@ -88,13 +97,13 @@ class Store:
             self._open(path)
         except BaseException as error:
             self._database.close()
-            if not isinstance(error, OSError | sqlite3.Error):
+            if not isinstance(error, OSError | sqlite3.Error | UnicodeDecodeError):
                 raise
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # without one: not UTF-8
             if code == sqlite3.SQLITE_BUSY:
                 message = f"The sessions in {self.folder} are in use by another process; stop it first."
                 raise UserError(message) from error
-            if isinstance(error, sqlite3.Error) and code in _DAMAGE:
+            if not isinstance(error, OSError) and code in _DAMAGE:
                 raise self._damaged(_reason(error)) from error
             raise self._unusable(error) from error
 
@@ -122,15 +131,32 @@ class Store:
             return ()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
-    def add(self, owner: str, session: Session) -> SessionRecord:
-        """Save a new session."""
-        return self._save(f"sess-{secrets.token_hex(16)}", owner, time.time(), session)
+    def add(self, owner: str, session: Session, document: str | None = None, id: str | None = None) -> SessionRecord:
+        """Save a new session. id: its id, if it has one already."""
+        return self._save(id or new_id(), owner, time.time(), session, document)
 
-    def replace(self, record: SessionRecord, session: Session) -> SessionRecord:
-        """Save the next version of a session, whole or not at all; returns its record."""
-        new = self._save(record.id, record.owner, record.created, session)
+    def replace(self, record: SessionRecord, session: Session, document: str | None = None) -> SessionRecord:
+        """Save the next version of a session, whole or not at all; returns its record.
+
+        document: its document; None keeps the one that it has.
+        """
+        new = self._save(record.id, record.owner, record.created, session, document)
         self._discard(record.file)
         return new
+
+    def document(self, record: SessionRecord) -> str | None:
+        """The document of a session, if it has one. Raises DamagedSessionError if it was altered."""
+        with self._writing("read a document"):
+            rows = self._execute("SELECT session, content, digest FROM documents WHERE session = ?", record.id)
+        if any(digest != _digest(row) for *row, digest in rows):
+            _log.error("The document of the session %s in %s was altered.", record.id, self.folder / DATABASE)
+            raise DamagedSessionError
+        return str(rows[0][1]) if rows else None
+
+    def set_document(self, record: SessionRecord, document: str) -> None:
+        """Save the document of a session, which stays as it is."""
+        with self._writing("save a document"):
+            self._execute(*_document_row(record.id, document))
 
     def delete(self, record: SessionRecord) -> None:
         """Delete a session. On a full disk its file makes room for that; see above if this is not enough."""
@@ -207,6 +233,8 @@ class Store:
         tags = self._execute("SELECT tag FROM store")
         if verdict != "ok" or len(tags) != 1 or not re.fullmatch("[0-9a-f]{8}", str(tags[0][0])):
             raise self._damaged(verdict)
+        for statement in _DOCUMENTS:
+            self._execute(statement)
         self._tag = str(tags[0][0])
         self._temporary = f".tmp-{self._tag}-"
         self._remove_leftovers()
@@ -238,7 +266,7 @@ class Store:
             elif path.suffix == ".session" and path.name not in kept:
                 _log.warning("%s has no record, so it belongs to nobody; it is left alone. Import it to use it.", path)
 
-    def _save(self, id: str, owner: str, created: float, session: Session) -> SessionRecord:
+    def _save(self, id: str, owner: str, created: float, session: Session, document: str | None) -> SessionRecord:
         facts, tensors = session.pack()
         info = SessionInfo.from_facts(facts)
         file = f"{id}.{self._tag}-{secrets.token_hex(8)}.session"
@@ -254,7 +282,11 @@ class Store:
             try:
                 sync(self.folder)
                 row = [id, owner, created, file, record.size, json.dumps(info.to_facts())]
-                self._execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)", *row, _digest(row))
+                insert = "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)"
+                if document is None:
+                    self._execute(insert, *row, _digest(row))
+                else:
+                    self._execute_together((insert, *row, _digest(row)), _document_row(id, document))
             except (OSError, sqlite3.Error):
                 self._discard(file)
                 raise
@@ -273,6 +305,17 @@ class Store:
         with self._mutex:
             self.check_in_place()
             return self._database.execute(statement, values).fetchall()
+
+    def _execute_together(self, *statements: tuple[Any, ...]) -> None:
+        """Execute statements, each with its values behind it, as one transaction."""
+        with self._mutex:
+            self.check_in_place()
+            try:
+                for statement, *values in (("BEGIN",), *statements, ("COMMIT",)):
+                    self._database.execute(statement, values)
+            finally:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
 
     def _identity(self) -> list[tuple[int, int]]:
         stats = (path.stat() for path in (self.folder, self.folder / DATABASE))
@@ -300,6 +343,15 @@ def _files(tag: str) -> re.Pattern[str]:
 
 def _is_full(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
+def new_id() -> str:
+    """An id for a session."""
+    return f"sess-{secrets.token_hex(16)}"
+
+
+def _document_row(id: str, document: str) -> tuple[str, str, str, str]:
+    return "INSERT OR REPLACE INTO documents VALUES (?, ?, ?)", id, document, _digest([id, document])
 
 
 def _digest(row: list[Any]) -> str:

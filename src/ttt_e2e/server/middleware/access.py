@@ -66,7 +66,7 @@ class AccessMiddleware:
                 error = ApiError(429, message, "rate_limit_exceeded", headers=headers)
             elif "expect" not in Headers(scope=scope):  # else the body has not been sent; draining would request it
                 await _drain(receive)
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         owner = scope["state"]["caller"].owner if "caller" in scope["state"] else ""
         self.open_requests[owner] += 1
@@ -80,9 +80,10 @@ class AccessMiddleware:
         headers, path = Headers(scope=scope), scope["path"]
         self._check_site(headers)
         if path not in _PUBLIC_PATHS:
-            caller = self.settings.keys.caller(headers.get("authorization", ""))
+            authorization = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"
+            caller = self.settings.keys.caller(authorization)
             if caller is None:
-                error = "The API key is missing or wrong; send Authorization: Bearer KEY."
+                error = "The API key is missing or wrong; send Authorization: Bearer KEY, or X-Api-Key: KEY."
                 raise ApiError(401, error, "invalid_api_key", headers={"www-authenticate": "Bearer"})
             scope["state"]["caller"] = caller
             scope["state"]["log_entry"].key = caller.name

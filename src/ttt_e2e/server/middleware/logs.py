@@ -82,12 +82,12 @@ class RequestLogMiddleware:
             # The server is stopping and waits no longer; without a response it would send one of its own.
             if status is not None:
                 raise
-            await error_response(StoppingError())(scope, receive, observed_send)
+            await error_response(StoppingError(), scope["path"])(scope, receive, observed_send)
         except Exception as error:
             # Not re-raised: the server would log the message, which may quote a text.
             entry.set_error(error)
             if status is None:
-                await error_response(error)(scope, receive, observed_send)
+                await error_response(error, scope["path"])(scope, receive, observed_send)
         finally:
             seconds = time.perf_counter() - started
             final = 499 if disconnected or status is None else status  # as in nginx; only log and metrics show it

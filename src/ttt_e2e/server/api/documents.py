@@ -1,0 +1,64 @@
+"""Responses and conversations as sessions: the ids, and the documents that the store keeps beside the sessions.
+
+The response `resp_X` and the conversation `conv_X` are the session `sess-X`. What the model has learned is in the
+session; its document has what OpenAI's API says of it. A session without a document is a conversation of which no
+items are known.
+"""
+
+import json
+import re
+from typing import Any, Literal
+
+from ttt_e2e.server.engine.engine import Engine
+from ttt_e2e.server.engine.records import LimitReachedError, SessionNotFoundError
+from ttt_e2e.server.engine.registry import SessionSlot
+from ttt_e2e.server.errors import ApiError
+
+Kind = Literal["response", "conversation"]
+_MAX_CHARACTERS = 16 << 20  # of a document, which is read and written as a whole
+_PREFIXES: dict[Kind, str] = {"response": "resp_", "conversation": "conv_"}
+
+
+def session_id(id: str) -> str:
+    """The id of the session behind a response or conversation."""
+    return "sess-" + id[5:]
+
+
+def public_id(kind: Kind, session: str) -> str:
+    """The id of a session as a response or conversation."""
+    return _PREFIXES[kind] + session.removeprefix("sess-")
+
+
+async def load_document(
+    engine: Engine, owner: str, kind: Kind, id: str, param: str | None = None
+) -> tuple[SessionSlot, dict[str, Any]]:
+    """The session of a response or conversation, and its document. A conversation may also have a session's id.
+
+    Raises ApiError, about the parameter `param`, if the owner has none with this id.
+    """
+    prefix = f"{_PREFIXES[kind]}|sess-" if kind == "conversation" else _PREFIXES[kind]
+    try:
+        if not re.fullmatch(f"({prefix})[0-9a-f]{{32}}", id):
+            raise SessionNotFoundError
+        slot = engine.sessions.slot(owner, session_id(id))
+        text = await engine.sessions.document(slot)
+    except SessionNotFoundError as error:
+        raise _not_found(kind, param) from error
+    document: dict[str, Any] = {"kind": "conversation", "metadata": {}, "items": [], "read": 0}
+    if text is not None:
+        document = json.loads(text)
+    if document["kind"] != kind:
+        raise _not_found(kind, param)
+    return slot, document
+
+
+def to_text(document: dict[str, Any]) -> str:
+    """The document as the store keeps it. Raises LimitReachedError if it is too long."""
+    text = json.dumps(document)
+    if len(text) > _MAX_CHARACTERS:
+        raise LimitReachedError("The conversation has too many items; begin another one.")
+    return text
+
+
+def _not_found(kind: Kind, param: str | None) -> ApiError:
+    return ApiError(404, f"There is no such {kind}; it may have been deleted.", f"{kind}_not_found", param)

@@ -1,0 +1,104 @@
+"""Requests and answers of OpenAI's responses."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ttt_e2e.server.api.items import InputMessages, MessageItem, Metadata, message_item
+from ttt_e2e.server.api.schemas import MAX_TOKENS, RequestModel, SamplingRequest, Text, contradiction
+
+
+class ConversationReference(RequestModel):
+    """A conversation by its id."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+
+
+class ResponseRequest(SamplingRequest):
+    """Answer `input`.
+
+    previous_response_id: the answer follows this response. conversation: it becomes part of this conversation, or
+    session. store: keep the response, so that others can follow it.
+    """
+
+    input: Text | InputMessages | None = None
+    instructions: Text | None = None
+    previous_response_id: str | None = None
+    conversation: str | ConversationReference | None = None
+    store: bool | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    metadata: Metadata | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "ResponseRequest":
+        if None not in (self.previous_response_id, self.conversation):
+            message = "previous_response_id and conversation exclude each other; omit one of them."
+            raise contradiction("conversation", message)
+        return self
+
+    @property
+    def stored(self) -> bool:
+        """Whether the response is kept."""
+        return self.store is not False
+
+    def items(self) -> list[dict[str, Any]]:
+        """The input as items."""
+        if isinstance(self.input, str):
+            return [message_item("user", [self.input])]
+        return [message.item() for message in self.input or ()]
+
+
+class IncompleteDetails(BaseModel):
+    """Why a response ended early."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseUsage(BaseModel):
+    """Tokens of this request, without those of a session."""
+
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseObject(BaseModel):
+    """A response. The fields that are not described are those of OpenAI's API and have one value here."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: dict[str, str] | None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[MessageItem]
+    previous_response_id: str | None
+    conversation: ConversationReference | None
+    store: bool
+    temperature: float
+    top_p: float
+    metadata: dict[str, str]
+    usage: ResponseUsage | None
+    background: Literal[False]
+    parallel_tool_calls: Literal[True]
+    reasoning: dict[str, None]
+    text: dict[str, Any]
+    tool_choice: Literal["auto"]
+    tools: list[Any]
+    truncation: Literal["disabled"]
+
+
+class DeletedResponse(BaseModel):
+    """Confirms that a response was deleted."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool

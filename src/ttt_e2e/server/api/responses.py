@@ -1,0 +1,230 @@
+"""OpenAI's responses. What a response leaves behind is a session, from which later ones continue.
+
+A response that is stored is a new session: a fork of the previous response's, which has read the input and the answer.
+In a conversation, the conversation's own session reads them too.
+"""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, nullcontext
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from ttt_e2e.inference.session import Session
+from ttt_e2e.server.api.documents import load_document, public_id, session_id, to_text
+from ttt_e2e.server.api.fields import RESPONSES, ignored_fields, ignored_header
+from ttt_e2e.server.api.generations import Generations
+from ttt_e2e.server.api.items import (
+    ItemList,
+    Limit,
+    Order,
+    for_template,
+    message_item,
+    output_text,
+    page,
+)
+from ttt_e2e.server.api.response_schemas import (
+    ConversationReference,
+    DeletedResponse,
+    ResponseObject,
+    ResponseRequest,
+)
+from ttt_e2e.server.api.schemas import DEFAULT_TOKENS
+from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
+from ttt_e2e.server.engine.records import TextChunk
+from ttt_e2e.server.engine.store import new_id
+from ttt_e2e.server.errors import ApiError, describe
+
+_Events = AsyncGenerator[dict[str, Any], None]
+
+
+def routes(generations: Generations) -> APIRouter:
+    """The endpoints under /v1/responses."""
+    engine = generations.engine
+    router = APIRouter(prefix="/v1/responses", tags=["OpenAI"])
+    content: dict[int | str, dict[str, Any]] = {
+        200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
+    }
+
+    @router.post("", response_model=ResponseObject, responses=content)
+    async def create(body: ResponseRequest, request: Request) -> Response:
+        """Answer a text or messages, after a previous response or in a conversation."""
+        generations.check_model(body.model)
+        headers = ignored_header(ignored_fields(body, RESPONSES))
+        running = _Response(generations, request, body)
+        if body.stream:
+            return await event_stream(request, running.events(), headers, running.error_event)
+        return JSONResponse(await cancel_on_disconnect(request.receive, _final(running.events())), headers=headers)
+
+    async def load(request: Request, id: str) -> dict[str, Any]:
+        _, document = await load_document(engine, request.state.caller.owner, "response", id, "response_id")
+        return document
+
+    @router.get("/{response_id}")
+    async def response(response_id: str, request: Request, stream: bool = False) -> ResponseObject:
+        """Give a response that was stored."""
+        document = await load(request, response_id)
+        if stream:
+            raise ApiError(400, "stream: a stored response comes as a whole; omit stream.", "invalid_value", "stream")
+        return ResponseObject(**document["response"])
+
+    @router.delete("/{response_id}")
+    async def delete(response_id: str, request: Request) -> DeletedResponse:
+        """Delete a response and its session."""
+        await load(request, response_id)
+        await engine.sessions.delete(request.state.caller.owner, session_id(response_id))
+        return DeletedResponse(id=response_id, object="response", deleted=True)
+
+    @router.get("/{response_id}/input_items")
+    async def input_items(
+        response_id: str,
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[Limit, Query()] = 20,
+        order: Order = "desc",
+    ) -> ItemList:
+        """List the messages that a response answers."""
+        return ItemList(**page((await load(request, response_id))["input"], after, limit, order))
+
+    return router
+
+
+class _Response:
+    """A response that is being generated."""
+
+    def __init__(self, generations: Generations, request: Request, body: ResponseRequest) -> None:
+        self.generations, self.request, self.body = generations, request, body
+        self.engine, self.owner = generations.engine, request.state.caller.owner
+        self.options = body.sampling_options()
+        self.session, self.message, self.input = new_id(), message_item("assistant", [])["id"], body.items()
+        conversation = body.conversation
+        self.conversation = conversation.id if isinstance(conversation, ConversationReference) else conversation
+        self.created, self.sequence_number = int(time.time()), 0
+
+    async def events(self) -> _Events:
+        """The events of the response, of which the last one has it as a whole."""
+        body, engine = self.body, self.engine
+        slot, earlier, document = None, None, dict[str, Any]()
+        if self.conversation is not None:
+            slot, _ = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
+            earlier, self.conversation = slot.record.id, public_id("conversation", slot.record.id)
+        elif (previous := body.previous_response_id) is not None:
+            found, _ = await load_document(engine, self.owner, "response", previous, "previous_response_id")
+            earlier = found.record.id
+        async with slot.write_lock if slot else nullcontext():
+            if self.conversation is not None:
+                _, document = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
+            if body.stored:
+                engine.sessions.check_room(self.owner)
+            unread = [*document.get("items", [])[document.get("read", 0) :], *self.input]
+            if not unread:
+                raise ApiError(400, "input: there is nothing to answer; send a text or messages.", "no_input", "input")
+
+            async def save(session: Session, text: str, last: TextChunk) -> None:
+                response = self._response(text, last)
+                if body.stored:
+                    stored = {"kind": "response", "response": response, "input": self.input}
+                    await engine.sessions.create(self.owner, session, to_text(stored), self.session)
+                if slot:
+                    items = [*document["items"], *self.input, *response["output"]]
+                    changed = document | {"items": items, "read": len(items)}
+                    await engine.sessions.replace(slot, session, to_text(changed))
+
+            async with aclosing(self._generate(earlier, unread, save if body.stored or slot else None)) as events:
+                async for event in events:
+                    yield event
+
+    async def _generate(self, session: str | None, items: list[dict[str, Any]], save: Any) -> _Events:
+        body, values = self.body, self.body.chat_template_kwargs
+        messages = [for_template(item) for item in items]
+        instructions = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+        arguments = {
+            "id": session,
+            "prompt": self.generations.chat_prompt([*instructions, *messages], values, "input"),
+            "max_tokens": body.max_output_tokens or DEFAULT_TOKENS,
+            "stop": self.generations.settings.chat.stop,
+            "options": self.options,
+            "learn": save is not None,
+            "closing": await self.generations.closing(values) if save else "",
+            # Instructions are for this response only.
+            "kept": self.generations.chat_prompt(messages, values, "input") if instructions else None,
+            "save": save,
+        }
+        at = {"item_id": self.message, "output_index": 0, "content_index": 0}
+        text, last = "", None
+        async with aclosing(self.generations.start(self.request, [arguments])) as chunks:
+            async for _, chunk in chunks:
+                if last is None:
+                    yield self._event("response.created", response=self._response("", None))
+                    yield self._event("response.in_progress", response=self._response("", None))
+                    item = message_item("assistant", [], "in_progress", self.message)
+                    yield self._event("response.output_item.added", output_index=0, item=item)
+                    yield self._event("response.content_part.added", **at, part=output_text(""))
+                text, last = text + chunk.text, chunk
+                if chunk.text:
+                    yield self._event("response.output_text.delta", **at, delta=chunk.text, logprobs=[])
+        response = self._response(text, last)
+        yield self._event("response.output_text.done", **at, text=text, logprobs=[])
+        yield self._event("response.content_part.done", **at, part=output_text(text))
+        yield self._event("response.output_item.done", output_index=0, item=response["output"][0])
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def error_event(self, error: Exception) -> dict[str, Any]:
+        """The event that ends a stream in which `error` came up."""
+        detail = describe(error)[1].error
+        return self._event("error", code=detail.code, message=detail.message, param=detail.param)
+
+    def _event(self, type: str, **content: Any) -> dict[str, Any]:
+        self.sequence_number += 1
+        return {"type": type, "sequence_number": self.sequence_number - 1, **content}
+
+    def _response(self, text: str, last: TextChunk | None) -> dict[str, Any]:
+        """The response with its text; `last` is None while it is in progress."""
+        body, status, usage, output = self.body, "in_progress", None, []
+        if last is not None:
+            status = "completed" if last.finish_reason == "stop" else "incomplete"
+            output = [message_item("assistant", [text], status, self.message)]
+            usage = {
+                "input_tokens": last.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": last.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": last.prompt_tokens + last.completion_tokens,
+            }
+        return {
+            "id": public_id("response", self.session),
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "model": self.generations.settings.model_name,
+            "output": output,
+            "previous_response_id": body.previous_response_id,
+            "conversation": None if self.conversation is None else {"id": self.conversation},
+            "store": body.stored,
+            "temperature": self.options.temperature,
+            "top_p": self.options.top_p,
+            "metadata": body.metadata or {},
+            "usage": usage,
+            "background": False,
+            "parallel_tool_calls": True,
+            "reasoning": {"effort": None, "summary": None},
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "truncation": "disabled",
+        }
+
+
+async def _final(events: _Events) -> dict[str, Any]:
+    """The response in the last event."""
+    async with aclosing(events):
+        async for event in events:
+            last = event
+    response: dict[str, Any] = last["response"]
+    return response

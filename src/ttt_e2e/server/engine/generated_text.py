@@ -1,0 +1,116 @@
+"""A generated text while its tokens come: what of it is given out when, with log-probabilities, and what is learned."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Literal
+
+import numpy as np
+
+from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.inference.sampling import TokenLogprob
+from ttt_e2e.inference.session_pool import Token
+from ttt_e2e.inference.text_stream import TextStream
+from ttt_e2e.server.engine.records import LoggedToken, TextChunk
+
+_ANCHOR = "a"  # some tokenizers drop the space of the first token
+
+
+class TokenTexts:
+    """What single tokens are as text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._anchor = tokenizer, tokenizer.encode(_ANCHOR).tolist()
+        self._texts = {id: text for text, id in tokenizer.special.items()}
+
+    def text(self, token: int) -> str:
+        """The text of a token; of a part of a character U+FFFD, and of a special token its name."""
+        if token not in self._texts:
+            self._texts[token] = self._tokenizer.decode([*self._anchor, token]).removeprefix(_ANCHOR)
+        return self._texts[token]
+
+    def describe(self, logprobs: Sequence[TokenLogprob]) -> tuple[LoggedToken, ...]:
+        """The tokens with their texts in place of ids."""
+        return tuple(
+            LoggedToken(self.text(one.token), one.logprob, tuple((self.text(id), value) for id, value in one.top))
+            for one in logprobs
+        )
+
+
+class GeneratedText:
+    """The chunks of a text whose tokens are added.
+
+    Args:
+        tokenizer, stop, context: as for `TextStream`.
+        prompt_tokens: for the chunks.
+        token_texts: None for no log-probabilities.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        context: np.ndarray,
+        prompt_tokens: int,
+        token_texts: TokenTexts | None,
+    ) -> None:
+        self._stream = TextStream(tokenizer, stop, context)
+        self._prompt_tokens, self._token_texts = prompt_tokens, token_texts
+        self._tokens: list[int] = []
+        self._complete = 0  # how many of the tokens have been given out as text entirely
+        self._logprobs: list[TokenLogprob] = []  # of tokens in the order of the text; those given out are removed
+        self.whole = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were added."""
+        return len(self._tokens)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._stream.stopped_by is not None
+
+    def add_prompt(self, logprobs: Sequence[TokenLogprob]) -> None:
+        """Add log-probabilities of the prompt, which is given out by `echo`."""
+        self._logprobs += logprobs
+
+    def echo(self, prompt: str) -> TextChunk:
+        """The prompt as a chunk."""
+        return self._chunk(prompt, None, len(self._logprobs))
+
+    def add(self, event: Token) -> TextChunk | None:
+        """Add a token; returns the chunk of the text that cannot change any more, if there is any."""
+        self._tokens.append(event.token)
+        if event.logprob:
+            self._logprobs.append(event.logprob)
+        text = self._stream.add(event.token)
+        if not self._stream.has_pending:
+            self._complete = len(self._tokens)
+        self.whole += text
+        return self._chunk(text, None, self._num_logged(self._complete)) if text else None
+
+    def end(self, reason: Literal["stop", "length"]) -> TextChunk:
+        """The last chunk. Log-probabilities of tokens that a stop string has cut are left out."""
+        kept = len(self._tokens)
+        if self.stopped:
+            pairs = zip(self.learned_tokens(), self._tokens, strict=False)
+            kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        rest = self._stream.flush()
+        self.whole += rest
+        return self._chunk(rest, reason, self._num_logged(kept))
+
+    def learned_tokens(self) -> list[int]:
+        """The tokens of the text that was given out; one that was cut is encoded anew."""
+        partly = self._stream.emitted_tokens() if self._complete < len(self._tokens) else []
+        return [*self._tokens[: self._complete], *partly]
+
+    def _num_logged(self, tokens: int) -> int:
+        """How many log-probabilities there are up to the first `tokens` tokens."""
+        return max(0, len(self._logprobs) - (len(self._tokens) - tokens))
+
+    def _chunk(self, text: str, reason: Literal["stop", "length"] | None, logged: int) -> TextChunk:
+        tokens, stop = len(self._tokens), self._stream.stopped_by if reason else None
+        if self._token_texts is None:
+            return TextChunk(text, reason, self._prompt_tokens, tokens, stop)
+        told, self._logprobs = self._logprobs[:logged], self._logprobs[logged:]
+        return TextChunk(text, reason, self._prompt_tokens, tokens, stop, self._token_texts.describe(told))

@@ -1,0 +1,165 @@
+"""The table of docs/reference/clients.md: every row is a call of an official client to a real service."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+from engine_helpers import TEMPLATE, TOKENIZER
+from server_helpers import served
+
+from ttt_e2e.server.engine.engine import Engine
+from ttt_e2e.server.engine.store import Store
+
+openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
+anthropic = pytest.importorskip("anthropic", reason="Anthropic's client is not installed")
+
+TABLE = Path(__file__).parents[2] / "docs/reference/clients.md"
+M: dict[str, Any] = {"model": "tiny"}
+HELLO = [{"role": "user", "content": "Hello"}]
+IDS = TOKENIZER.encode("The rain").tolist()
+SCHEMA = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+IMAGE = "data:image/png;base64,AAAA"
+Client = Any
+
+
+def text(client: Client, **more: Any) -> Any:
+    return client.completions.create(**M, **{"prompt": "The rain", "max_tokens": 2} | more)
+
+
+def chat(client: Client, **more: Any) -> Any:
+    return client.chat.completions.create(**M, **{"messages": HELLO, "max_completion_tokens": 2} | more)
+
+
+def respond(client: Client, **more: Any) -> Any:
+    return client.responses.create(**M, **{"input": "Hello", "max_output_tokens": 2} | more)
+
+
+def message(client: Client, **more: Any) -> Any:
+    return client.messages.create(**M, **{"messages": HELLO, "max_tokens": 2} | more)
+
+
+def in_a_conversation(client: Client) -> Any:
+    return respond(client, conversation=client.conversations.create(items=HELLO).id, input="More")
+
+
+def items(client: Client) -> Any:
+    id = client.conversations.create().id
+    item = client.conversations.items.create(id, items=HELLO).data[0].id
+    assert client.conversations.items.retrieve(item, conversation_id=id).id == item
+    assert [one.id for one in client.conversations.items.list(id)] == [item]
+    return client.conversations.items.delete(item, conversation_id=id)
+
+
+def conversation(client: Client) -> Any:
+    id = client.conversations.create(metadata={"a": "b"}).id
+    assert client.conversations.update(id, metadata={"c": "d"}).metadata == {"c": "d"}
+    assert client.conversations.retrieve(id).metadata == {"c": "d"}
+    return client.conversations.delete(id)
+
+
+def stored(client: Client) -> Any:
+    id = respond(client).id
+    assert client.responses.retrieve(id).id == id and client.responses.input_items.list(id).data
+    return client.responses.delete(id) or True
+
+
+def put_together(client: Client) -> Any:
+    with client.messages.stream(**M, messages=HELLO, max_tokens=2) as stream:
+        return stream.get_final_message()
+
+
+OPENAI: dict[str, Callable[[Client], Any]] = {
+    "`models.list`, `retrieve`": lambda c: c.models.retrieve(next(iter(c.models.list())).id),
+    "`completions.create`": text,
+    "`completions.create(stream=True)`": lambda c: [*text(c, stream=True, stream_options={"include_usage": True})],
+    "`completions.create(prompt=...)`, several texts": lambda c: text(c, prompt=["One", "Two"], n=2),
+    "`completions.create(prompt=...)`, token ids": lambda c: text(c, prompt=[IDS, IDS]),
+    "`completions.create(echo=, logprobs=)`": lambda c: text(c, echo=True, logprobs=5, max_tokens=0),
+    "`completions.create(n=, best_of=)`": lambda c: text(c, n=1, best_of=3),
+    "`completions.create(logit_bias=)`, penalties": lambda c: text(
+        c, logit_bias={"5": -100}, frequency_penalty=1, presence_penalty=1
+    ),
+    "`completions.create(stop=, seed=, temperature=, top_p=)`": lambda c: text(
+        c, stop=["x"], seed=1, temperature=0.5, top_p=0.9
+    ),
+    "`completions.create(suffix=)`": lambda c: text(c, suffix="x"),
+    "`chat.completions.create`": chat,
+    "`chat.completions.create(stream=True)`": lambda c: [*chat(c, stream=True, n=2)],
+    "`chat.completions.create(logprobs=, top_logprobs=)`": lambda c: chat(c, logprobs=True, top_logprobs=5),
+    "`chat.completions.create(logit_bias=)`, penalties": lambda c: chat(
+        c, logit_bias={"5": -100}, frequency_penalty=1, presence_penalty=1
+    ),
+    "`chat.completions.create(tools=)`": lambda c: chat(c, tools=[{"type": "function", "function": {"name": "f"}}]),
+    "`chat.completions.create(response_format=)`": lambda c: chat(c, response_format={"type": "json_object"}),
+    "`chat.completions.create`, an image": lambda c: chat(
+        c, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}]}]
+    ),
+    "`chat.completions.create(modalities=)`, audio": lambda c: chat(c, modalities=["text", "audio"]),
+    "`responses.create`": lambda c: respond(c, metadata={"a": "b"}, temperature=0.5, top_p=0.9),
+    "`responses.create(stream=True)`": lambda c: [*respond(c, stream=True)],
+    "`responses.create(instructions=)`, messages": lambda c: respond(c, instructions="Be kind.", input=HELLO),
+    "`responses.create(previous_response_id=)`": lambda c: respond(c, previous_response_id=respond(c).id),
+    "`responses.create(conversation=)`": in_a_conversation,
+    "`responses.create(store=False)`": lambda c: respond(c, store=False),
+    "`responses.retrieve`, `delete`, `input_items.list`": stored,
+    "`responses.create(tools=)`": lambda c: respond(c, tools=[TOOL]),
+    "`responses.create(text=)`, a JSON schema": lambda c: respond(c, text={"format": SCHEMA}),
+    "`responses.create(reasoning=)`": lambda c: respond(c, reasoning={"effort": "low"}),
+    "`responses.create(background=True)`": lambda c: respond(c, background=True),
+    "`responses.create(include=)`": lambda c: respond(c, include=["message.output_text.logprobs"]),
+    "`responses.create`, an image": lambda c: respond(
+        c, input=[{"role": "user", "content": [{"type": "input_image", "image_url": IMAGE}]}]
+    ),
+    "`responses.cancel`": lambda c: c.responses.cancel("resp_0"),
+    "`conversations.create`, `retrieve`, `update`, `delete`": conversation,
+    "`conversations.items.create`, `list`, `retrieve`, `delete`": items,
+    "`embeddings.create`": lambda c: c.embeddings.create(**M, input="x"),
+    "`moderations.create`": lambda c: c.moderations.create(**M, input="x"),
+}
+ANTHROPIC: dict[str, Callable[[Client], Any]] = {
+    "`messages.create`": lambda c: message(c, system="Be kind.", stop_sequences=["x"]),
+    "`messages.create(stream=True)`": lambda c: [*message(c, stream=True)],
+    "`messages.stream`": put_together,
+    "`messages.create`, `temperature`, `top_p`, `top_k`": lambda c: message(
+        c, extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 5}
+    ),
+    "`messages.create(tools=)`": lambda c: message(c, tools=[{"name": "f", "input_schema": {"type": "object"}}]),
+    "`messages.create(thinking=)`": lambda c: message(c, thinking={"type": "adaptive"}),
+    "`messages.create(output_config=)`": lambda c: message(c, output_config={"effort": "low"}),
+    "`messages.create`, an image": lambda c: message(
+        c, messages=[{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": IMAGE}}]}]
+    ),
+    "`messages.count_tokens`": lambda c: c.messages.count_tokens(**M, messages=HELLO),
+}
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Client]]:
+    with (
+        served(Engine(TEMPLATE.fork(), Store(tmp_path_factory.mktemp("store")))) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as first,
+        anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as second,
+    ):
+        yield {"openai": first, "anthropic": second}
+
+
+def test_the_table_says_what_happens(clients: dict[str, Client]) -> None:
+    rows = []
+    for name, calls in (("openai", OPENAI), ("anthropic", ANTHROPIC)):
+        for call, make in calls.items():
+            try:
+                assert make(clients[name]), call
+                outcome = "works"
+            except (openai.APIStatusError, anthropic.APIStatusError) as error:
+                body = error.body["error"] if name == "anthropic" else error.body
+                assert error.status_code in (400, 404) and body["message"].endswith("."), (call, body)
+                outcome = f"refused: {body['message']}"
+            rows.append(f"| {name} | {call} | {outcome} |")
+    written = re.findall(r"^\| (?:openai|anthropic) .*$", TABLE.read_text("utf-8"), re.MULTILINE)
+    assert written == rows, "\n".join(["the table should be:", *rows])

@@ -1,0 +1,154 @@
+"""Anthropic's API with the official client, over a real engine, and what the client cannot see."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+from engine_helpers import TEMPLATE, TOKENIZER
+from server_helpers import FakeEngine, TestClient, client_of, served, words
+
+from ttt_e2e.inference.divergence import Diverged
+from ttt_e2e.server.chat import ChatFormat
+from ttt_e2e.server.engine.engine import Engine
+from ttt_e2e.server.engine.store import Store
+from ttt_e2e.server.keys import Keys
+
+anthropic = pytest.importorskip("anthropic", reason="Anthropic's client is not installed")
+
+KEY = "a-long-key-for-tests"
+HELLO = [{"role": "user", "content": "The rain had stopped"}]
+GREEDY = {"temperature": 0}  # newer versions of the client have no argument for it
+SHORT: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "messages": HELLO, "extra_body": GREEDY}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    engine = Engine(TEMPLATE.fork(), Store(tmp_path_factory.mktemp("store")))
+    with served(engine, keys=Keys({"test": KEY})) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def official(address: str) -> Iterator[Any]:
+    with anthropic.Anthropic(base_url=address, api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def test_official_messages(official: Any) -> None:
+    answer = official.messages.create(**SHORT, system="Be kind.")
+    prompt = TOKENIZER.encode("System: Be kind.\nUser: The rain had stopped\nAssistant:")
+    assert (answer.type, answer.role, answer.model) == ("message", "assistant", "tiny")
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len(prompt), 8)
+    assert (answer.stop_reason, answer.stop_sequence) == ("max_tokens", None)
+    expected = "".join(TEMPLATE.fork().generate(TOKENIZER.decode(prompt), max_tokens=8, temperature=0))
+    assert [(block.type, block.text) for block in answer.content] == [("text", expected)]
+    parts = [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}]
+    again = official.messages.create(**SHORT, system=parts)
+    assert again.content[0].text == expected
+    talk = [*HELLO, {"role": "assistant", "content": answer.content}, {"role": "user", "content": "And?"}]
+    assert official.messages.create(**SHORT | {"messages": talk}).usage.input_tokens > len(prompt)
+
+
+def test_events_come_in_anthropics_order(official: Any) -> None:
+    whole = official.messages.create(**SHORT)
+    events = list(official.messages.create(**SHORT, stream=True))
+    kinds = [event.type for event in events]
+    deltas = kinds.count("content_block_delta")
+    assert deltas > 1 and kinds == [  # the client leaves out the ping
+        "message_start",
+        "content_block_start",
+        *["content_block_delta"] * deltas,
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    assert "".join(event.delta.text for event in events[2 : 2 + deltas]) == whole.content[0].text
+    start, ending = events[0].message, events[-2]
+    assert start.content == [] and start.stop_reason is None and start.usage.input_tokens == whole.usage.input_tokens
+    assert (ending.delta.stop_reason, ending.usage.output_tokens) == ("max_tokens", 8)
+    with official.messages.stream(**SHORT) as stream:  # the client puts the events together
+        final = stream.get_final_message()
+    assert final.content[0].text == whole.content[0].text and final.usage.output_tokens == 8
+
+
+def test_stop_sequences(official: Any, engine: FakeEngine) -> None:
+    text = official.messages.create(**SHORT).content[0].text
+    stop = text[-3:]
+    answer = official.messages.create(**SHORT, stop_sequences=["never said", stop])
+    assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", stop)
+    assert answer.content[0].text == text[: text.index(stop)]
+    chat = ChatFormat()
+    chat.stop = ("w2ä",)
+    with client_of(engine, chat=chat) as client:  # the end of an answer is none of them
+        done = client.post("/v1/messages", json={"messages": HELLO, "max_tokens": 9, "stop_sequences": ["w3"]}).json()
+    assert (done["stop_reason"], done["stop_sequence"]) == ("end_turn", None)
+    assert done["content"][0]["text"] == words(2)
+
+
+def test_messages_in_a_session_are_learned_as_chat_completions_are(official: Any) -> None:
+    sessions = [official.post("/v1/sessions", cast_to=object)["id"] for _ in range(2)]
+    for _ in range(2):
+        memory = GREEDY | {"learn": True, "session": sessions[0]}
+        answer = official.messages.create(**SHORT | {"extra_body": memory})
+        body = {"messages": HELLO, "max_tokens": SHORT["max_tokens"], **memory, "session": sessions[1]}
+        chat = official.post("/v1/chat/completions", body=body, cast_to=object)
+        assert answer.content[0].text == chat["choices"][0]["message"]["content"]
+        assert answer.usage.input_tokens == chat["usage"]["prompt_tokens"]
+        one, other = (official.get(f"/v1/sessions/{id}", cast_to=object) for id in sessions)
+        assert one["text_digest"] == other["text_digest"] and one["tokens"] > 1
+    with pytest.raises(anthropic.BadRequestError, match="learn needs a session"):
+        official.messages.create(**SHORT | {"extra_body": {"learn": True}})
+
+
+def test_keys(address: str) -> None:
+    for name, value in (("x-api-key", KEY), ("authorization", f"Bearer {KEY}")):
+        headers = {"authorization": anthropic.Omit(), name: value}
+        with anthropic.Anthropic(base_url=address, api_key="x", max_retries=0, default_headers=headers) as client:
+            assert client.messages.create(**SHORT).role == "assistant"
+    for headers in ({}, {"authorization": anthropic.Omit(), "x-api-key": "wrong"}):
+        with anthropic.Anthropic(base_url=address, api_key="x", max_retries=0, default_headers=headers) as client:
+            with pytest.raises(anthropic.AuthenticationError) as caught:
+                client.messages.create(**SHORT)
+            assert caught.value.type == "authentication_error"
+
+
+def test_official_errors(official: Any) -> None:
+    for wrong, kind, error, start in (
+        ({"model": "gpt"}, "not_found_error", anthropic.NotFoundError, "model: "),
+        ({"max_tokens": 0}, "invalid_request_error", anthropic.BadRequestError, "max_tokens: "),
+        ({"tools": [{"name": "f"}]}, "invalid_request_error", anthropic.BadRequestError, "tools: "),
+        ({"thinking": {"type": "adaptive"}}, "invalid_request_error", anthropic.BadRequestError, "thinking: "),
+        ({"extra_body": {"surprise": 1}}, "invalid_request_error", anthropic.BadRequestError, "surprise: "),
+    ):
+        for stream in (False, True):
+            with pytest.raises(error) as caught:
+                official.messages.create(**SHORT | wrong, stream=stream)
+            assert set(caught.value.body) == {"type", "error"} and caught.value.type == kind
+            assert caught.value.body["error"]["message"].startswith(start)
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        official.messages.count_tokens(model="tiny", messages=HELLO)
+    assert caught.value.type == "not_found_error"
+
+
+def test_an_error_in_a_stream_is_raised_by_the_client(engine: FakeEngine) -> None:
+    engine.failure, engine.fail_from = Diverged("Learning diverged.", 5), 3
+    with (
+        served(engine) as address,
+        anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as client,
+        client.messages.create(**SHORT, stream=True) as stream,
+        pytest.raises(anthropic.APIStatusError, match="Learning diverged"),
+    ):
+        list(stream)
+
+
+def test_other_paths_keep_openais_form(client: TestClient) -> None:
+    assert set(client.post("/v1/completions", json=[]).json()) == {"error"}
+    for response in (
+        client.get("/v1/messages"),
+        client.post("/v1/messages", content=b"{"),
+        client.put("/v1/messages/x"),
+    ):
+        assert response.status_code >= 400 and set(response.json()) == {"type", "error"}
