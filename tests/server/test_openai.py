@@ -264,7 +264,7 @@ def test_invalid_values_are_refused(
         ("/v1/completions", "prompt", [-1], [0]),
         ("/v1/completions", "prompt", [[[1]]], "x"),
         ("/v1/completions", "prompt", [], "x"),
-        ("/v1/completions", "prompt", ["x"] * 17, ["x"] * 16),
+        ("/v1/completions", "prompt", ["x"] * 21, ["x"] * 20),
         ("/v1/chat/completions", "logprobs", 1, False),
         ("/v1/chat/completions", "top_logprobs", 1, 0),
         ("/v1/chat/completions", "echo", True, False),

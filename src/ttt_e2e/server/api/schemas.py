@@ -18,7 +18,7 @@ from ttt_e2e.server.api.logprobs import ChatLogprobs, CompletionLogprobs
 
 MAX_TOKENS, DEFAULT_TOKENS = 16_384, 200  # per generated text
 _MAX_LOGPROBS, _MAX_BIASES = 20, 1024
-_MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS, MAX_MESSAGES, MAX_PARTS = 16, 8, 4, 1000, 1000
+_MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS, MAX_MESSAGES, MAX_PARTS = 20, 8, 4, 1000, 1000
 
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9]{1,7}$")], Annotated[float, Field(ge=-100, le=100)]],
