@@ -67,11 +67,13 @@ _PRETRAINED_EPILOG = """systems:
   full, window (the baseline, always compared), hybrid, gated-deltanet, ttt-kvb (beside the window),
   dynamic, ttt-e2e
 
-runs/pretrained.sh downloads the texts and runs the whole comparison.
+runs/pretrained.sh downloads the texts and runs the whole comparison for SmolLM2-135M. The model
+smollm2 is no start for it: it has been trained already.
 
 example:
-  ttt-e2e prepare train/ --val val/ --tokenizer smollm2 --out tokens
-  ttt-e2e reproduce pretrained --data tokens --out pretrained --systems full,ttt-e2e --tokens 500K"""
+  ttt-e2e convert from-gguf Qwen3-0.6B-Q8_0.gguf start --window 512
+  ttt-e2e prepare train/ --val val/ --tokenizer start/tokenizer.json --out tokens
+  ttt-e2e reproduce pretrained --from start --data tokens --out pretrained --systems full,ttt-e2e --tokens 500K"""
 
 _LATENCY = "Time reading, writing and training by context, with random weights. The systems take turns."
 _LATENCY_EPILOG = """example:
@@ -131,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.action == "pretrained":
         start_from = model_folder(arguments.start_from, progress)
-        assert start_from is not None, "--from has a default"
+        assert start_from is not None, "--from is required"
         scale = pretrained_scale(start_from, arguments.tokens)
     else:
         scale = find_scale(arguments.scale)
@@ -164,8 +166,8 @@ def _models_of(comparison: Path) -> dict[str, Path]:
 
 
 def _add_pretrained_options(add: Callable[..., argparse.Action]) -> None:
-    model = "the model that all start from, one that learns while it reads (default: smollm2)"
-    add("--from", dest="start_from", type=Path, default=Path("smollm2"), metavar="MODEL", help=model)
+    model = "the model that all start from, such as `ttt-e2e convert from-gguf` makes of a pretrained one"
+    add("--from", dest="start_from", type=Path, required=True, metavar="MODEL", help=model)
     add("--data", type=Path, required=True, metavar="DIR", help="tokens from `ttt-e2e prepare --tokenizer MODEL`")
     add("--tokens", type=tokens, metavar="N", help="that each system is trained on, such as 5M (default: 2M)")
     _add_job_options(add)
