@@ -18,6 +18,7 @@ from parallel_cases import CASES, SETTINGS, differences, disturb, measured, trai
 from ttt_e2e.cli.main import main
 from ttt_e2e.config.schema import TrainConfig
 from ttt_e2e.errors import INTERRUPTED, UserError
+from ttt_e2e.inner_loop import meta_loss
 from ttt_e2e.model.checkpoint import load_transformer, model_digest, stored_digest
 from ttt_e2e.training import trainer
 from ttt_e2e.training.checkpoint import list_checkpoints
@@ -124,7 +125,7 @@ def test_bad_input_is_one_sentence(data: Path, tmp_path: Path, capfd: pytest.Cap
 def test_what_happens_to_one_process_ends_all_in_one_sentence(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A full disk, a kill, a hang; the resumed run is the undisturbed one."""
+    """A full disk, a loss that is not a number, a kill, a hang; the resumed run is the undisturbed one."""
 
     def fill_disk() -> None:
         def full(*arguments: object) -> None:
@@ -132,10 +133,14 @@ def test_what_happens_to_one_process_ends_all_in_one_sentence(
 
         torch.distributed.checkpoint.HuggingFaceStorageWriter.write_data = full
 
+    def poison() -> None:
+        meta_loss.mini_batch_mean = lambda nll_BT, mask_BT, b: nll_BT.mean(1) * float("nan")
+
     out = tmp_path / "run"
     assert run_group(2, lambda: train(data, tmp_path / "whole")) == [0, 0]
     cases: list[tuple[int, int, Callable[[], object], str]] = [
         (1, 4, fill_disk, r"No space left on the disk while writing .*step-00000004; the previous one is kept\."),
+        (1, 2, poison, r"Step 4 has a loss of nan .* The last checkpoint is kept: .*step-00000002"),
         (1, 3, lambda: os.kill(os.getpid(), signal.SIGKILL), r"Rank 1 does not answer"),
         (0, 1, lambda: os.kill(os.getpid(), signal.SIGKILL), r"Rank 0 does not answer"),
         (
