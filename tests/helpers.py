@@ -5,9 +5,11 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +121,29 @@ def start_command(
     return child
 
 
-def start_copy(function: Callable[..., object], *arguments: object) -> multiprocessing.process.BaseProcess:
+def start_copy(function: Callable[..., object], *arguments: object) -> BaseProcess:
     """Call `function` in a copy of this process, which a test can kill; unlike a new one it has imported everything."""
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
+
+
+def start_group(count: int, function: Callable[..., object], *arguments: object) -> list[BaseProcess]:
+    """Call `function` in `count` copies of this process, which find each other as those of torchrun do."""
+
+    def member(rank: int) -> None:
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        function(*arguments)
+
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [start_copy(member, rank) for rank in range(count)]
+
+
+def run_group(count: int, function: Callable[..., object], *arguments: object) -> list[int | None]:
+    """The same, to the end; returns the exit codes."""
+    processes = start_group(count, function, *arguments)
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]

@@ -43,6 +43,7 @@ ELSEWHERE = {
     "model-125m": "needs what that downloads",
     "hf upload": "needs an account",
     "llm ttt-e2e add": "needs a model folder; tests/test_llm_plugin.py adds one",
+    "torchrun": "starts processes; tests/training does",
     "python -m ttt_e2e.evaluation.harness": "downloads its task; tests/evaluation/test_harness.py has one without",
 }
 

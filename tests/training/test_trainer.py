@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import made_up_tokens, small_config, start_copy
+from helpers import made_up_tokens, run_group, small_config, start_copy
 
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.schema import RunConfig, TrainConfig
@@ -27,7 +26,7 @@ from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.model.checkpoint import load_transformer, model_digest
-from ttt_e2e.training import trainer
+from ttt_e2e.training import parallelize, trainer
 from ttt_e2e.training.checkpoint import list_checkpoints
 from ttt_e2e.training.metrics import read_metrics
 from ttt_e2e.training.trainer import TrainResult, train
@@ -104,7 +103,9 @@ def test_compiled_run_is_the_same_when_resumed(data: Path, tmp_path: Path, monke
     changes = ("batch=2", "accumulate=1", "steps=4", "eval_every=0", "activation_checkpointing=none")
     run(data, tmp_path / "plain", *changes)
     torch._dynamo.reset()
-    monkeypatch.setattr(trainer, "compiled_functions", lambda device: compiled_functions(device, "aot_eager"))
+    monkeypatch.setattr(
+        parallelize, "compiled_functions", lambda device, **sharded: compiled_functions(device, "aot_eager", **sharded)
+    )
     sequence_loss, static_caches = trainer.sequence_loss, []
 
     def interrupting(*args: Any, **options: Any) -> Any:
@@ -390,11 +391,14 @@ def test_run_killed_at_any_moment_is_the_same_when_resumed(data: Path, tmp_path:
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun_train_as_one(data: Path, tmp_path: Path) -> None:
-    changes = ("steps=4", "accumulate=1")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # where the helpers are
+    """Although the second of them is killed in the third step: torchrun starts both again."""
+    changes = ("steps=4", "accumulate=1", "checkpoint_every=1")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    helpers = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, *torchrun, __file__, str(data), str(tmp_path / "two"), *changes]
-    subprocess.run(command, check=True, env=environment)
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "Resuming after step 2" in done.stdout
     run(data, tmp_path / "one", *changes)
     for two, one in zip(measured(tmp_path / "two"), measured(tmp_path / "one"), strict=True):
         assert two["step"] == one["step"]
@@ -407,20 +411,14 @@ def test_two_processes_of_torchrun_train_as_one(data: Path, tmp_path: Path) -> N
 
 
 def train_in_two(data: Path, out: Path, *changes: str, interrupt_in_step: int = 0, **options: Any) -> None:
-    """Train in two processes, which find each other as those of torchrun do; only the second one gets the signal."""
+    """Train in two processes; only the second one gets the signal."""
 
-    def process(rank: int) -> None:
-        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-        if rank == 1 and interrupt_in_step:
+    def member() -> None:
+        if os.environ["RANK"] == "1" and interrupt_in_step:
             interrupt(interrupt_in_step)
         train_in_copy(data, out, *changes, **options)
 
-    with socket.create_server(("localhost", 0)) as free:
-        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    processes = [start_copy(process, rank) for rank in range(2)]
-    for one in processes:
-        one.join()
-    assert [one.exitcode for one in processes] == [0, 0]
+    assert run_group(2, member) == [0, 0]
 
 
 def test_ctrl_c_in_one_of_two_processes_stops_both(
@@ -452,18 +450,20 @@ def test_two_processes_train_a_part_of_a_model_as_one(
         assert files[0] == files[1]
 
 
-def interrupt(step: int) -> None:
-    """Send SIGINT to this process in the middle of a step that it makes with one micro-batch a step."""
+def interrupt(step: int, number: int = signal.SIGINT) -> None:
+    """Send a signal to this process in the middle of a step that it makes with one micro-batch a step."""
     sequence_loss, calls = trainer.sequence_loss, []
 
     def interrupting(*args: Any, **options: Any) -> Any:
         calls.append(0)
         if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return sequence_loss(*args, **options)
 
     trainer.sequence_loss = interrupting
 
 
 if __name__ == "__main__":
-    train_in_copy(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        interrupt(3, signal.SIGKILL)
+    run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:], threads=1)
