@@ -37,9 +37,10 @@ from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.trainable import set_trainable, trained_weights
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.signals import GracefulStop
+from ttt_e2e.training.distributed import DistributedContext
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
-from ttt_e2e.training.parallelize import DistributedContext
-from ttt_e2e.training.prefix_cache import fill_prefix_cache
+from ttt_e2e.training.parallelize import ParallelModel
+from ttt_e2e.training.prefix_cache import digest_below_loop, fill_prefix_cache
 
 SHAPE = dict(
     vocab_size=49152,
@@ -91,8 +92,8 @@ def make_step(variant: str, context: int, dtype: str) -> tuple[Callable[[], floa
         one = SimpleNamespace(
             windows=1, window=lambda index: tokens[0], context=context, seed=0, tokens=SimpleNamespace(digest="")
         )
-        here = DistributedContext(0, 1, torch.device("cpu"))
-        cache = fill_prefix_cache(Path(mkdtemp()), model, one, train, here, GracefulStop(), False)  # type: ignore[arg-type]
+        here, weights = ParallelModel(model, DistributedContext(0, 1, torch.device("cpu"))), digest_below_loop(model)
+        cache = fill_prefix_cache(Path(mkdtemp()), here, weights, one, train, GracefulStop(), False)  # type: ignore[arg-type]
 
     def step() -> float:
         out = sequence_loss(

@@ -21,10 +21,13 @@ from ttt_e2e.training.checkpoint import (
     check_checkpoint,
     latest_checkpoint,
     list_checkpoints,
-    load_checkpoint,
+    load_model_state,
+    load_optimizer_state,
     save_checkpoint,
 )
+from ttt_e2e.training.distributed import DistributedContext
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
+from ttt_e2e.training.parallelize import ParallelModel
 
 CONFIG = RunConfig(small_config(), TrainConfig(keep_checkpoints=2))
 Trained = tuple[Transformer, torch.optim.AdamW]
@@ -46,7 +49,19 @@ def trained(seed: int = 0, updates: int = 3) -> Trained:
 
 
 def save(run: Path, pair: Trained, step: int) -> Path:
-    return save_checkpoint(run, *pair, TrainerState(step, step * 10, 1.5, {"index": step}), CONFIG)
+    model, optimizer = pair
+    return save_checkpoint(run, alone(model), optimizer, TrainerState(step, step * 10, 1.5, {"index": step}), CONFIG)
+
+
+def alone(model: Transformer) -> ParallelModel:
+    return ParallelModel(model, DistributedContext(0, 1, torch.device("cpu")))
+
+
+def load_checkpoint(folder: Path, model: Transformer, config: TrainConfig) -> tuple[torch.optim.AdamW, TrainerState]:
+    state = load_model_state(folder, model, config)
+    optimizer = make_optimizer(model, config)
+    load_optimizer_state(folder, alone(model), optimizer, state)
+    return optimizer, state
 
 
 def test_update_after_loading_is_the_one_that_would_have_been(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from ttt_e2e.model.trainable import set_trainable
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.signals import GracefulStop
 from ttt_e2e.training import prefix_cache
+from ttt_e2e.training.distributed import DistributedContext
 from ttt_e2e.training.metrics import read_metrics
-from ttt_e2e.training.parallelize import DistributedContext
-from ttt_e2e.training.prefix_cache import PrefixCache, fill_prefix_cache
+from ttt_e2e.training.parallelize import ParallelModel
+from ttt_e2e.training.prefix_cache import PrefixCache, digest_below_loop, fill_prefix_cache
 from ttt_e2e.training.trainer import TrainResult, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,8 +55,8 @@ def fill(data: Path, start: Path, folder: Path, *changes: str, stop: GracefulSto
     model = load_transformer(start)
     set_trainable(model, config)
     loader = SequenceLoader(TokenSet.open(data), config.context, config.batch, config.seed, same_windows=True)
-    dist = DistributedContext(0, 1, torch.device("cpu"))
-    return fill_prefix_cache(folder, model, loader, config, dist, stop or GracefulStop(), progress=False)
+    parallel, weights = ParallelModel(model, DistributedContext(0, 1, torch.device("cpu"))), digest_below_loop(model)
+    return fill_prefix_cache(folder, parallel, weights, loader, config, stop or GracefulStop(), progress=False)
 
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -27,7 +27,7 @@ from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.model.checkpoint import load_transformer, model_digest
-from ttt_e2e.training import trainer
+from ttt_e2e.training import parallelize, trainer
 from ttt_e2e.training.checkpoint import list_checkpoints
 from ttt_e2e.training.metrics import read_metrics
 from ttt_e2e.training.trainer import TrainResult, train
@@ -104,7 +104,9 @@ def test_compiled_run_is_the_same_when_resumed(data: Path, tmp_path: Path, monke
     changes = ("batch=2", "accumulate=1", "steps=4", "eval_every=0", "activation_checkpointing=none")
     run(data, tmp_path / "plain", *changes)
     torch._dynamo.reset()
-    monkeypatch.setattr(trainer, "compiled_functions", lambda device: compiled_functions(device, "aot_eager"))
+    monkeypatch.setattr(
+        parallelize, "compiled_functions", lambda device, **sharded: compiled_functions(device, "aot_eager", **sharded)
+    )
     sequence_loss, static_caches = trainer.sequence_loss, []
 
     def interrupting(*args: Any, **options: Any) -> Any:

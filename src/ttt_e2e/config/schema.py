@@ -377,6 +377,12 @@ class TrainConfig:
     time, and only these are stored. 1: through no update at all (first-order). None: through all of them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products; weights, fast weights and losses are always float32."""
+    data_parallel_replicate_degree: Annotated[int, Range(1, 2**20)] = 1
+    """With several processes: groups that hold the same weights, gradients and moments."""
+    data_parallel_shard_degree: Annotated[int, Range(-1, 2**20)] = -1
+    """Processes in such a group, each of which holds its part of them. -1: as many as there are for each group."""
+    timeout_seconds: Annotated[float, Range(1.0, 1e6)] = 1800.0
+    """How long a process waits for the others before the run ends, and says which one is missing."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Seed of the initial weights and of the order of the data."""
     log_every: Steps = 1
@@ -397,6 +403,10 @@ class TrainConfig:
         is_valid = len(betas) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
         require(is_valid, f"betas must be two numbers from 0 to below 1, not {', '.join(map(str, betas))}.")
         require(self.batch % parts == 0, f"A batch of {self.batch} sequences does not split into {parts} equal parts.")
+        require(
+            self.data_parallel_shard_degree != 0,
+            "data_parallel_shard_degree must be a number of processes, or -1 for as many as there are, not 0.",
+        )
         require(
             self.prefix_frozen or not self.cache_prefix,
             "cache_prefix needs a frozen prefix: set trainable=suffix, or trainable=lora with lora.layers=suffix.",

@@ -14,16 +14,22 @@ import torch
 from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
 from ttt_e2e.inner_loop.step import InnerLoopState
 from ttt_e2e.model.kv_cache import KVCache
+from ttt_e2e.model.transformer import Transformer
 
 
-def compiled_functions(device: torch.device | str = "cpu", backend: str = "inductor") -> LoopFunctions:
+def compiled_functions(
+    device: torch.device | str = "cpu", backend: str = "inductor", sharded: Transformer | None = None
+) -> LoopFunctions:
     """The functions of `EAGER`, each compiled at its first call for the shapes that it is given.
 
     On a CUDA device they run as CUDA graphs, without launch overhead; what reading returns is then copied out of the
     graph's memory, since a session keeps it. Where compilation fails (no C++ compiler, an operation that is not
     supported) the plain function takes over, with one warning.
+
+    sharded: the model, if its weights are gathered from several processes before each prefix block runs. Then its
+    prefix blocks are compiled in place, one by one, and without CUDA graphs, for which weights must not move.
     """
-    graphs = torch.device(device).type == "cuda" and backend == "inductor"
+    graphs = torch.device(device).type == "cuda" and backend == "inductor" and sharded is None
     options: dict[str, Any] | None = {"triton.cudagraphs": True} if graphs else None
     warned: list[bool] = []
 
@@ -31,11 +37,11 @@ def compiled_functions(device: torch.device | str = "cpu", backend: str = "induc
         fast = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend, options=options)
         failed = False
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             nonlocal failed
             if not failed:
                 try:
-                    return fast(*args)
+                    return fast(*args, **options)
                 except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                     failed = True
                     if not warned:
@@ -43,12 +49,15 @@ def compiled_functions(device: torch.device | str = "cpu", backend: str = "induc
                         cause = getattr(error, "inner_exception", error)
                         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].strip("\"'")
                         warnings.warn(f"Continuing without compilation, which failed: {reason}", stacklevel=2)
-            return plain(*args)
+            return plain(*args, **options)
 
         return call
 
+    if sharded is not None:
+        for block in sharded.prefix:
+            block.forward = compiled(block.forward)  # type: ignore[method-assign]
     functions = LoopFunctions(
-        forward_prefix=compiled(EAGER.forward_prefix),
+        forward_prefix=compiled(EAGER.forward_prefix) if sharded is None else EAGER.forward_prefix,
         losses=compiled(EAGER.losses),
         mini_batch_loss=compiled(EAGER.mini_batch_loss),
         inner_step=compiled(_inner_step),

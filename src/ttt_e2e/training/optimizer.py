@@ -7,6 +7,7 @@ from torch import nn
 
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
 from ttt_e2e.model.mixers.base import Mixer
+from ttt_e2e.training.parallelize import whole
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -52,7 +53,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients together so that their global norm is at most `max_norm`; returns the norm before."""
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
     # Not torch's clip_grad_norm_, which adds 1e-6 to the norm; the published training does not.
     if norm >= max_norm and math.isfinite(norm):
         torch._foreach_mul_(gradients, max_norm / norm)

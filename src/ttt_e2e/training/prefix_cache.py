@@ -14,16 +14,16 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ttt_e2e.config.parse import to_dict
-from ttt_e2e.config.schema import TrainConfig
+from ttt_e2e.config.schema import ModelConfig, TrainConfig
 from ttt_e2e.data.loader import SequenceLoader
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_beside, read_verified_json, with_digest, write_text
@@ -33,7 +33,8 @@ from ttt_e2e.model.cost import in_bytes
 from ttt_e2e.model.trainable import is_below_loop
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.signals import GracefulStop
-from ttt_e2e.training.parallelize import DistributedContext
+from ttt_e2e.training.distributed import DistributedContext
+from ttt_e2e.training.parallelize import ParallelModel
 
 FORMAT = "ttt-e2e prefix outputs"
 VERSION = 1
@@ -83,33 +84,60 @@ class PrefixCache:
         self._file.close()
 
 
+def digest_below_loop(model: Transformer) -> str:
+    """A fingerprint of the weights that the outputs below the loop depend on."""
+    return weights_digest({name: w for name, w in model.named_parameters() if is_below_loop(name, model.config)})
+
+
 def fill_prefix_cache(
     folder: Path,
-    model: Transformer,
+    parallel: ParallelModel,
+    weights: str,
     loader: SequenceLoader,
     config: TrainConfig,
-    dist: DistributedContext,
     stop: GracefulStop,
     progress: bool = True,
 ) -> PrefixCache | None:
-    """The outputs of `model` below the loop for all windows of `loader`, from `folder` as far as they are there.
+    """The outputs of a model below the loop for all windows of `loader`, from `folder` as far as they are there.
+
+    weights: what `digest_below_loop` says of the model.
 
     What is missing is computed and written, by all processes together, which must share the disk. Returns None if
     `stop` was requested before all was there. Raises UserError if the folder has the outputs of another model or of
     other data, if another process is writing there, and if the disk has no room.
     """
-    if dist.is_rank0 and folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no outputs of a prefix; name another folder with --cache.")
-    wanted = _describe(model, loader, config)
-    done = _find(folder, wanted)
-    row_bytes = config.context * model.config.hidden_size * getattr(torch, config.dtype).itemsize + _DIGEST_BYTES
+    model, dist = parallel.model.config, parallel.dist
+    wanted = _describe(model, weights, loader, config)
+    row_bytes = config.context * model.hidden_size * getattr(torch, config.dtype).itemsize + _DIGEST_BYTES
     in_use = f"The outputs in {folder} are being computed by another process; wait until it has ended."
-    with lock_beside(folder, in_use) if dist.is_rank0 and done < loader.windows else nullcontext():
-        dist.barrier()
+    with ExitStack() as stack:
+        with dist.one_error():
+            if dist.is_rank0 and folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
+                raise UserError(
+                    f"{folder} is not empty and holds no outputs of a prefix; name another folder with --cache."
+                )
+            if _find(folder, wanted) < loader.windows and dist.is_rank0:
+                stack.enter_context(lock_beside(folder, in_use))
+                if (done := _find(folder, wanted)) < loader.windows:
+                    _prepare(folder, row_bytes, done, loader, dist)
         done = _find(folder, wanted)
-        if done < loader.windows and not _fill(folder, done, row_bytes, wanted, model, loader, dist, stop, progress):
+        if done < loader.windows and not _fill(folder, done, row_bytes, wanted, parallel, loader, stop, progress):
             return None
     return PrefixCache(folder, wanted, dist.device)
+
+
+def _prepare(folder: Path, row_bytes: int, done: int, loader: SequenceLoader, dist: DistributedContext) -> None:
+    """Make the file for the rows. Raises UserError if the disk has no room for those that are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total, free = loader.windows * row_bytes, shutil.disk_usage(folder).free
+    size = f"{in_bytes(total)} for {loader.windows:,} sequences of {loader.context:,} tokens"
+    if total - done * row_bytes > free:
+        raise UserError(
+            f"The outputs of the frozen prefix take {size}, and the disk of {folder} has {in_bytes(free)} left; "
+            "name a folder on another disk with --cache, or set cache_prefix=false."
+        )
+    dist.log(f"Computing the outputs of the frozen prefix: {size}, in {folder}; {done:,} are there.")
+    (folder / ROWS).touch()
 
 
 def _fill(
@@ -117,70 +145,68 @@ def _fill(
     done: int,
     row_bytes: int,
     wanted: dict[str, Any],
-    model: Transformer,
+    parallel: ParallelModel,
     loader: SequenceLoader,
-    dist: DistributedContext,
     stop: GracefulStop,
     progress: bool,
 ) -> bool:
     """Compute the rows from `done` on; returns whether all are there, False if a stop was requested."""
-    count, total, path = loader.windows, loader.windows * row_bytes, folder / ROWS
-    if dist.is_rank0:
-        folder.mkdir(parents=True, exist_ok=True)
-        free, missing = shutil.disk_usage(folder).free, total - done * row_bytes
-        size = f"{in_bytes(total)} for {count:,} sequences of {loader.context:,} tokens"
-        if missing > free:
-            raise UserError(
-                f"The outputs of the frozen prefix take {size}, and the disk of {folder} has {in_bytes(free)} left; "
-                "name a folder on another disk with --cache, or set cache_prefix=false."
-            )
-        dist.log(f"Computing the outputs of the frozen prefix: {size}, in {folder}; {done:,} are there.")
-        path.touch()
-    dist.barrier()
+    count, path, dist = loader.windows, folder / ROWS, parallel.dist
     bar = tqdm(total=count, initial=done, unit="sequence", disable=not (progress and dist.is_rank0))
     key, dtype = _key(wanted), getattr(torch, wanted["dtype"])
-    positions = model.positions(0, loader.context, dtype)
+    positions = parallel.model.positions(0, loader.context, dtype)
     with bar, path.open("r+b") as file, torch.no_grad():
         for first in range(done, count, _ROWS_AT_ONCE * dist.world_size):
             last = min(first + _ROWS_AT_ONCE * dist.world_size, count)
-            try:
-                for window in range(first + dist.rank, last, dist.world_size):
-                    tokens_1T = loader.window(window)[None, :-1].to(dist.device)
-                    x_TD = forward_prefix(model, tokens_1T, positions, dtype)[0].cpu().contiguous()
+            failure: OSError | None = None
+            for window in range(first + dist.rank, last + dist.rank, dist.world_size):
+                # Beyond the last row nothing is written, but weights are gathered from all processes.
+                tokens_1T = loader.window(min(window, last - 1))[None, :-1].to(dist.device)
+                x_TD = parallel(forward_prefix, tokens_1T, positions, dtype)[0].cpu().contiguous()
+                if window < last and failure is None:
                     payload = _bytes_of(x_TD)
-                    file.seek(window * row_bytes)
-                    file.write(payload)
-                    file.write(_row_digest(key, window, payload))
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise UserError(
-                    f"No space left on the disk while writing {path}; free some and continue with --resume."
-                ) from error
-            stopping = torch.tensor(float(stop.requested), device=dist.device)
-            dist.sum_([stopping])  # and so all have written their rows
-            if dist.is_rank0:
-                write_text(folder / CONFIG, json.dumps(with_digest(wanted | {"done": last}), indent=2) + "\n")
+                    try:
+                        file.seek(window * row_bytes)
+                        file.write(payload)
+                        file.write(_row_digest(key, window, payload))
+                    except OSError as error:
+                        failure = error
+            with dist.one_error():
+                _finish_rows(file, path, failure)
+            with dist.one_error():
+                if dist.is_rank0:
+                    write_text(folder / CONFIG, json.dumps(with_digest(wanted | {"done": last}), indent=2) + "\n")
             bar.update(last - first)
-            if stopping and last < count:
+            if any(dist.gather(stop.requested)) and last < count:
                 return False
-    dist.barrier()
     return True
 
 
-def _describe(model: Transformer, loader: SequenceLoader, config: TrainConfig) -> dict[str, Any]:
+def _finish_rows(file: IO[bytes], path: Path, failure: OSError | None) -> None:
+    """Sync the rows to the disk. Raises UserError if it is full, and `failure` if there was another one."""
+    try:
+        if failure is not None:
+            raise failure
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"No space left on the disk while writing {path}; free some and continue with --resume."
+        ) from error
+
+
+def _describe(model: ModelConfig, weights: str, loader: SequenceLoader, config: TrainConfig) -> dict[str, Any]:
     """What the outputs depend on, as it stands in prefix.json."""
     ignored = {*_ABOVE}
-    if not {"ttt-kvb", "titans"} & {*model.config.mixers}:
+    if not {"ttt-kvb", "titans"} & {*model.mixers}:
         ignored.add("mini_batch_size")
-    below = {name: weight for name, weight in model.named_parameters() if is_below_loop(name, model.config)}
     return {
         "format": FORMAT,
         "version": VERSION,
-        "weights": weights_digest(below),
-        "model": {name: value for name, value in to_dict(model.config).items() if name not in ignored},
+        "weights": weights,
+        "model": {name: value for name, value in to_dict(model).items() if name not in ignored},
         "data": loader.tokens.digest,
         "context": config.context,
         "seed": loader.seed,

@@ -16,15 +16,16 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_beside, read_verified_json, with_digest
 from ttt_e2e.model.checkpoint import CONFIG, TOKENIZER, load_config, read_weights, stored_digest
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.training.parallelize import DistributedContext
+from ttt_e2e.training.distributed import DistributedContext
 
 FORMAT = "ttt-e2e run"
 VERSION = 3
 MODEL = "model"
 
-# May change when a run is resumed: settings of what is written, not of what is learned.
+# May change when a run is resumed: settings of what is written and by whom it is computed, not of what is learned.
 _MAY_CHANGE_ON_RESUME = {
-    *("train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints")
+    *("train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.data_parallel_replicate_degree", "train.data_parallel_shard_degree", "train.timeout_seconds"),
 }
 # May change when a trained model is trained further: settings of neither a weight's shape nor of what a token sees.
 _MAY_CHANGE_ON_START = {

@@ -7,6 +7,7 @@ uninterrupted one bit for bit, as long as the numbers of threads and processes s
 
 import json
 import math
+import os
 import signal
 import time
 from contextlib import ExitStack
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from ttt_e2e.config.parse import to_dict
+from ttt_e2e import __version__
+from ttt_e2e.config.parse import flatten, to_dict
 from ttt_e2e.config.schema import RunConfig
 from ttt_e2e.data.loader import SequenceLoader, val_sequences
 from ttt_e2e.data.shards import open_tokens
@@ -26,7 +28,6 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import Divergence, UserError
 from ttt_e2e.files import remove_stale_parts, write_text
 from ttt_e2e.hardware import memory_bytes
-from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.checkpoint import CONFIG, TOKENIZER, copy_pretrained_metadata, save_model
@@ -38,14 +39,16 @@ from ttt_e2e.training.checkpoint import (
     TrainerState,
     latest_checkpoint,
     list_checkpoints,
-    load_checkpoint,
+    load_model_state,
+    load_optimizer_state,
     save_checkpoint,
 )
+from ttt_e2e.training.distributed import DistributedContext, init_distributed
 from ttt_e2e.training.evaluate import evaluate_sequences
 from ttt_e2e.training.metrics import MetricsWriter
 from ttt_e2e.training.optimizer import inner_learning_rate, learning_rate, make_optimizer, optimizer_step
-from ttt_e2e.training.parallelize import init_distributed
-from ttt_e2e.training.prefix_cache import PrefixCache, fill_prefix_cache
+from ttt_e2e.training.parallelize import ParallelModel, mesh_shape
+from ttt_e2e.training.prefix_cache import PrefixCache, digest_below_loop, fill_prefix_cache
 from ttt_e2e.training.run_folder import MODEL, check_run, load_start_weights, lock_run
 
 
@@ -107,75 +110,97 @@ def train(
     """
     data, out = Path(data), Path(out)
     train_config = config.train
+    # torchrun starts processes that were killed with the same command line.
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if threads is not None:
         torch.set_num_threads(threads)
     stop_signals = GracefulStop(signal.SIGINT, signal.SIGTERM, merge_seconds=2.0)
-    with init_distributed(device) as dist, stop_signals, ExitStack() as stack:
-        tokenizer_override = None if tokenizer is None else Tokenizer.load(tokenizer)
-        tokens = open_tokens(data, "train", tokenizer_override)
+    with init_distributed(device, train_config.timeout_seconds) as dist, stop_signals, ExitStack() as stack:
         parts = dist.world_size * train_config.accumulate
-        if train_config.batch % parts:
-            raise UserError(
-                f"A batch of {train_config.batch} sequences does not split over {dist.world_size} processes with "
-                f"{train_config.accumulate} micro-batches each; choose train.batch as a multiple of {parts}."
-            )
-        needed, there = training_bytes(config.model, train_config) // dist.world_size, memory_bytes(dist.device)
-        if needed > there:
-            raise UserError(
-                f"Training this model takes at least {in_bytes(needed)} of memory, and the {dist.device} has "
-                f"{in_bytes(there)}; choose a smaller model."
-            )
-        tokens.check_vocabulary(config.model.vocab_size)
-        validation = []
-        if train_config.eval_every:
-            val_tokens = open_tokens(data, "val", tokenizer_override)
-            validation = val_sequences(val_tokens, train_config.context, train_config.eval_tokens)
-        data_tokenizer = tokenizer_override or tokens.tokenizer()
-        stack.enter_context(lock_run(out, dist))
-        record = check_run(config, tokens, out, resume, start_from, dist)
-        if cache is not None and not train_config.cache_prefix:
-            raise UserError("--cache names a folder for the outputs of a frozen prefix; set cache_prefix=true as well.")
+        checkpoint = None
+        with dist.one_error():
+            tokenizer_override = None if tokenizer is None else Tokenizer.load(tokenizer)
+            tokens = open_tokens(data, "train", tokenizer_override)
+            _check_fit(config, dist)
+            tokens.check_vocabulary(config.model.vocab_size)
+            validation = []
+            if train_config.eval_every:
+                val_tokens = open_tokens(data, "val", tokenizer_override)
+                validation = val_sequences(val_tokens, train_config.context, train_config.eval_tokens)
+            data_tokenizer = tokenizer_override or tokens.tokenizer()
+            stack.enter_context(lock_run(out, dist))
+            record = check_run(config, tokens, out, resume, start_from, dist)
+            if cache is not None and not train_config.cache_prefix:
+                raise UserError(
+                    "--cache names a folder for the outputs of a frozen prefix; set cache_prefix=true as well."
+                )
+            if resume and dist.is_rank0:
+                checkpoint = latest_checkpoint(out, dist.log)
+        checkpoint = dist.gather(checkpoint)[0]
+        dist.check_equal(
+            {
+                "ttt-e2e": __version__,
+                "torch": torch.__version__,
+                **flatten(config),
+                "the data": tokens.digest,
+                "the model to start from": record["start_digest"],
+                "compile": compile,
+            }
+        )
         dist.log(f"Run {out}, on {dist.device}: {json.dumps(to_dict(config), indent=2)}")
 
         torch.manual_seed(train_config.seed)
-        model = Transformer(config.model).to(dist.device)
+        model = Transformer(config.model)
+        if dist.world_size == 1:
+            model.to(dist.device)
         local_batch_size, seed = train_config.batch // dist.world_size, train_config.seed
-        loader = SequenceLoader(
-            tokens, train_config.context, local_batch_size, seed, dist.rank, dist.world_size, train_config.cache_prefix
-        )
-
-        checkpoint = latest_checkpoint(out, dist.log) if resume else None
-        if checkpoint is not None:
-            optimizer, state = load_checkpoint(checkpoint, model, train_config)
-            loader.load_state(state.loader)
-            dist.log(f"Resuming after step {state.step}, from {checkpoint}.")
-        else:
-            if record["start_from"] is not None:
-                load_start_weights(model, Path(record["start_from"]), data_tokenizer.digest)
-                dist.log(f"Starting from the weights in {record['start_from']}.")
-            elif resume:
-                dist.log(f"There is no checkpoint in {out} yet: starting from the first step.")
-            set_trainable(model, train_config)
-            optimizer, state = make_optimizer(model, train_config), TrainerState(loader=loader.state())
+        with dist.one_error():
+            loader = SequenceLoader(
+                tokens,
+                train_config.context,
+                local_batch_size,
+                seed,
+                dist.rank,
+                dist.world_size,
+                train_config.cache_prefix,
+            )
+            if checkpoint is not None:
+                state = load_model_state(checkpoint, model, train_config)
+                loader.load_state(state.loader)
+                dist.log(f"Resuming after step {state.step}, from {checkpoint}.")
+            else:
+                if record["start_from"] is not None:
+                    load_start_weights(model, Path(record["start_from"]), data_tokenizer.digest)
+                    dist.log(f"Starting from the weights in {record['start_from']}.")
+                elif resume:
+                    dist.log(f"There is no checkpoint in {out} yet: starting from the first step.")
+                set_trainable(model, train_config)
+                state = TrainerState(loader=loader.state())
         if train_config.trainable != "all":
             trained = sum(weight.numel() for weight in trained_weights(model).values())
             dist.log(f"Trained: {trained:,} numbers, beside {parameters(config.model):,} of the model.")
+        uses_cache = train_config.cache_prefix and state.step < train_config.steps
+        prefix_weights = digest_below_loop(model) if uses_cache else ""
+        parallel = ParallelModel(model, dist).shard(train_config)
+        optimizer = make_optimizer(model, train_config)
+        if checkpoint is not None:
+            load_optimizer_state(checkpoint, parallel, optimizer, state)
 
         metrics = None
-        if dist.is_rank0:
-            remove_stale_parts(out)
-            remove_stale_parts(out / "checkpoints")
-            write_text(out / CONFIG, json.dumps(record, indent=2) + "\n")
-            data_tokenizer.save(out / TOKENIZER)
-            if record["start_from"] is not None and checkpoint is None:
-                copy_pretrained_metadata(Path(record["start_from"]), out)
-            about = (to_dict(config), tensorboard, wandb, state.metrics_lines)
-            metrics = stack.enter_context(MetricsWriter(out, state.step, *about))
+        with dist.one_error():
+            if dist.is_rank0:
+                remove_stale_parts(out)
+                remove_stale_parts(out / "checkpoints")
+                write_text(out / CONFIG, json.dumps(record, indent=2) + "\n")
+                data_tokenizer.save(out / TOKENIZER)
+                if record["start_from"] is not None and checkpoint is None:
+                    copy_pretrained_metadata(Path(record["start_from"]), out)
+                about = (to_dict(config), tensorboard, wandb, state.metrics_lines)
+                metrics = stack.enter_context(MetricsWriter(out, state.step, *about))
         prefix: PrefixCache | None = None
-        if train_config.cache_prefix and state.step < train_config.steps:
-            prefix = fill_prefix_cache(
-                cache or out / "prefix", model, loader, train_config, dist, stop_signals, progress
-            )
+        if uses_cache:
+            folder = cache or out / "prefix"
+            prefix = fill_prefix_cache(folder, parallel, prefix_weights, loader, train_config, stop_signals, progress)
             if prefix is None:
                 dist.log("Stopped before the first step; continue with the same command and --resume.")
                 return TrainResult(None, state.step, None, None, state.tokens, state.seconds, True)
@@ -183,14 +208,14 @@ def train(
         hidden = not (progress and dist.is_rank0)
         bar = stack.enter_context(tqdm(total=train_config.steps, initial=state.step, unit="step", disable=hidden))
         micro_batch_loss = partial(
+            parallel,
             sequence_loss,
-            model,
             bos=tokens.bos,
             learn=train_config.train_mode == "meta",
             activation_checkpointing=train_config.activation_checkpointing,
             truncated_bptt_steps=train_config.truncated_bptt_steps,
             dtype=getattr(torch, train_config.dtype),
-            functions=compiled_functions(dist.device) if compile else EAGER,
+            functions=parallel.compiled_functions() if compile else EAGER,
             prefix_frozen=train_config.prefix_frozen,
         )
         if compile and state.step < train_config.steps:
@@ -199,6 +224,7 @@ def train(
         loss, evaluation = None, None
         seconds_before, started = state.seconds, time.perf_counter()
         for step in range(state.step, train_config.steps):
+            dist.barrier()  # a process that hangs is missed here
             step_started = time.perf_counter()
             lr = learning_rate(step, train_config)
             inner_lr = inner_learning_rate(step, train_config, config.model)
@@ -206,29 +232,31 @@ def train(
             windows, batch_BT1 = loader.next_batch()
             size = len(windows) // train_config.accumulate
             for i, micro_batch_BT1 in enumerate(batch_BT1.to(dist.device).split(size)):
+                parallel.set_requires_gradient_sync(i == train_config.accumulate - 1)
                 prefix_BTD = None if prefix is None else prefix.read(windows[i * size : (i + 1) * size])
                 part = micro_batch_loss(micro_batch_BT1, inner_lr=inner_lr, prefix_BTD=prefix_BTD).loss / parts
                 part.backward()
                 total += part.detach()
-            stop = torch.tensor(float(stop_signals.requested), device=dist.device)
-            dist.sum_([total, stop, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+            total_and_stop = torch.stack([total, total.new_tensor(float(stop_signals.requested))])
+            dist.all_reduce(total_and_stop)
             norm = optimizer_step(model, optimizer, lr, train_config.max_grad_norm)
-            loss = float(total)
+            loss, is_stopping = float(total_and_stop[0]), bool(total_and_stop[1])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 folders = list_checkpoints(out)
                 kept = f"The last checkpoint is kept: {folders[0]}." if folders else "There is no checkpoint yet."
-                raise Divergence(
-                    f"Step {step + 1} has a loss of {loss} and a gradient norm of {norm}. {kept} Start another run "
-                    f"with a lower train.lr (it is {train_config.lr}), a longer train.warmup_steps "
-                    f"(it is {train_config.warmup_steps}) or a lower model.inner_loop.lr "
-                    f"(it is {config.model.inner_loop.lr})."
-                )
+                with dist.one_error():
+                    raise Divergence(
+                        f"Step {step + 1} has a loss of {loss} and a gradient norm of {norm}. {kept} Start another run "
+                        f"with a lower train.lr (it is {train_config.lr}), a longer train.warmup_steps "
+                        f"(it is {train_config.warmup_steps}) or a lower model.inner_loop.lr "
+                        f"(it is {config.model.inner_loop.lr})."
+                    )
 
             now = time.perf_counter()
             step_tokens = train_config.batch * train_config.context
             speed = step_tokens / (now - step_started)
             state = TrainerState(step + 1, state.tokens + step_tokens, seconds_before + now - started, loader.state())
-            is_last, is_stopping = state.step == train_config.steps, bool(stop)
+            is_last = state.step == train_config.steps
             if metrics and (is_last or _is_due(state.step, train_config.log_every)):
                 metrics.write(
                     {
@@ -246,14 +274,16 @@ def train(
             bar.update()
             if validation and (is_last or _is_due(state.step, train_config.eval_every)):
                 # Never compiled: without gradients and with lengths of its own, each batch would be compiled anew.
-                evaluation = evaluate_sequences(model, validation, tokens.bos, train_config, dist)
+                evaluation = evaluate_sequences(parallel, validation, tokens.bos, train_config)
                 gain = f", learning while reading gains {evaluation['gain']:+.4f}" if "gain" in evaluation else ""
                 dist.log(f"Step {state.step}: validation loss {evaluation['loss']:.4f}{gain}")
                 if metrics:
                     metrics.write({"step": state.step, "eval": evaluation})
-            if metrics and (is_last or is_stopping or _is_due(state.step, train_config.checkpoint_every)):
-                metrics.sync()
-                save_checkpoint(out, model, optimizer, replace(state, metrics_lines=metrics.lines), config)
+            if is_last or is_stopping or _is_due(state.step, train_config.checkpoint_every):
+                if metrics:
+                    metrics.sync()
+                    state = replace(state, metrics_lines=metrics.lines)
+                save_checkpoint(out, parallel, optimizer, state, config)
             if is_stopping:
                 break
 
@@ -261,9 +291,11 @@ def train(
         if interrupted:
             dist.log(f"Stopped after step {state.step}; continue with the same command and --resume.")
         else:
-            if metrics:
-                save_model(model, out / MODEL, out / TOKENIZER, notes={"step": state.step, "tokens": state.tokens})
-            dist.barrier()
+            finished = parallel.gather()
+            with dist.one_error():
+                if finished is not None:
+                    notes = {"step": state.step, "tokens": state.tokens}
+                    save_model(finished, out / MODEL, out / TOKENIZER, notes=notes)
             dist.log(f"Finished after step {state.step}; the model is in {out / MODEL}.")
         model_folder = None if interrupted else out / MODEL
         return TrainResult(model_folder, state.step, loss, evaluation, state.tokens, state.seconds, interrupted)
@@ -271,3 +303,20 @@ def train(
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _check_fit(config: RunConfig, dist: DistributedContext) -> None:
+    """Raise UserError if the batch or the model does not split over these processes, or memory is too small."""
+    train = config.train
+    parts, (_, shards) = dist.world_size * train.accumulate, mesh_shape(train, dist.world_size)
+    if train.batch % parts:
+        raise UserError(
+            f"A batch of {train.batch} sequences does not split over {dist.world_size} processes with "
+            f"{train.accumulate} micro-batches each; choose train.batch as a multiple of {parts}."
+        )
+    needed, there = training_bytes(config.model, train) // shards, memory_bytes(dist.device)
+    if needed > there:
+        raise UserError(
+            f"Training this model takes at least {in_bytes(needed)} of memory, and the {dist.device} has "
+            f"{in_bytes(there)}; choose a smaller model."
+        )
