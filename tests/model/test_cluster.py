@@ -1,18 +1,14 @@
-"""What is counted of a training on many GPUs, against processes that shard the model with PyTorch's `fully_shard`."""
+"""What is counted of a training on many GPUs, against processes that shard a model as the trainer does."""
 
 import dataclasses
+import os
 import queue
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import small_config, start_copy
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import get_context
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +33,9 @@ from ttt_e2e.model.cluster import (
 from ttt_e2e.model.cost import operations, training_bytes
 from ttt_e2e.model.trainable import set_trainable
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.training.distributed import DistributedContext, init_distributed
 from ttt_e2e.training.optimizer import make_optimizer
+from ttt_e2e.training.parallelize import ParallelModel
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -58,20 +56,10 @@ PARTS: dict[str, dict[str, Any]] = {
 CASES = [(model, "all") for model in MODELS] + [("plain", part) for part in PARTS if part != "all"]
 
 
-def run_config(model: str, part: str) -> RunConfig:
-    train = TrainConfig(**{"context": 6, "batch": 8, "warmup_steps": 0, "lr_init": 1e-3, **PARTS[part]})
+def run_config(model: str, part: str, shards: int = -1) -> RunConfig:
+    groups = {} if shards == -1 else {"data_parallel_replicate_degree": 4 // shards}
+    train = TrainConfig(**{**groups, "context": 6, "batch": 8, "warmup_steps": 0, "lr_init": 1e-3, **PARTS[part]})
     return RunConfig(small_config(**MODELS[model]), train)
-
-
-class Root(nn.Module):
-    """Runs a function of the model, so that `fully_shard` has a forward pass to put its hooks around."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[Transformer], Any]) -> Any:
-        return function(self.model)
 
 
 class Exchanges(TorchDispatchMode):
@@ -88,27 +76,24 @@ class Exchanges(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measure(config: RunConfig, groups: int, shards: int) -> dict[str, int]:
-    """Bytes of what this process holds after a step, and of what its step gathered, reduced and summed."""
+def measure(config: RunConfig, processes: DistributedContext) -> dict[str, int]:
+    """Bytes of what this process holds after a step, of what was whole in it, and of what was exchanged."""
     torch.manual_seed(0)
     model = Transformer(config.model)
     set_trainable(model, config.train)
-    mesh = init_device_mesh("cpu", (groups, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
-    for block in model.prefix:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    root = fully_shard(Root(model), mesh=mesh, reshard_after_forward=False)
+    parallel = ParallelModel(model, processes).shard(config.train)
     optimizer = make_optimizer(model, config.train)
     found = {"whole": 0}
 
     def loss(network: Transformer) -> torch.Tensor:
-        found["whole"] = sum(p.numel() * p.element_size() for p in network.parameters() if not isinstance(p, DTensor))
+        found["whole"] = sum(p.nbytes for p in network.parameters() if not isinstance(p, DTensor))
         text = torch.zeros(1, config.train.context + 1, dtype=torch.int64)
         return sequence_loss(network, text, prefix_frozen=config.train.prefix_frozen).loss
 
     with Exchanges() as exchanges:
         for i in range(config.train.accumulate):
-            root.set_requires_gradient_sync(i == config.train.accumulate - 1)
-            root(loss).backward()
+            parallel.set_requires_gradient_sync(i == config.train.accumulate - 1)
+            parallel(loss).backward()
     optimizer.step()
     weights = list(model.parameters())
     moments = [optimizer.state[w][name] for w in weights if w in optimizer.state for name in ("exp_avg", "exp_avg_sq")]
@@ -125,16 +110,14 @@ def measured() -> dict[tuple[str, str, int], dict[str, int]]:
 
     def process(rank: int) -> None:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=4)
-        found = {
-            (*case, shards): measure(run_config(*case), 4 // shards, shards) for case in CASES for shards in (2, 4)
-        }
+        os.environ.update(WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT=port, RANK=str(rank))
+        with init_distributed("cpu", 60) as processes:
+            found = {(*case, n): measure(run_config(*case, n), processes) for case in CASES for n in (2, 4)}
         if rank == 0:
             results.put(found)
-        dist.destroy_process_group()
 
     with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
+        port = str(free.getsockname()[1])
     processes = [start_copy(process, rank) for rank in range(4)]
     found: dict = {}
     while not found and any(one.is_alive() for one in processes):

@@ -35,8 +35,7 @@ EPILOG = """examples:
   ttt-e2e cost 3b
   ttt-e2e cost 3b --context 8K 128K 2M
   ttt-e2e cost run/model trainable=suffix batch=1 --activations
-  ttt-e2e cost 3b accumulate=2 --gpus 64 --hardware h100
-  ttt-e2e cost 3b accumulate=2 data_parallel_shard_degree=64 --gpus 64 512 4096
+  ttt-e2e cost 3b accumulate=2 --gpus 64 512 4096 --hardware h100
   ttt-e2e cost tiny sliding_window=1024 mini_batch_size=128 --json
   ttt-e2e cost Qwen/Qwen3-8B --fast-rank 16 --train 1000M"""
 
@@ -163,6 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _clusters(arguments: argparse.Namespace, train: TrainConfig) -> "list[Cluster]":
     """What --gpus and the options beside it name; empty without. The groups are those of `train`."""
     from ttt_e2e.model.cluster import UTILIZATION, Cluster
+    from ttt_e2e.training.parallelize import mesh_shape
 
     if not arguments.gpus:
         for name in ("hardware", "utilization"):
@@ -170,10 +170,10 @@ def _clusters(arguments: argparse.Namespace, train: TrainConfig) -> "list[Cluste
                 raise UserError(f"--{name} says on what --gpus are to train; add --gpus N.")
         return []
     hardware, utilization = arguments.hardware or "h100", arguments.utilization or UTILIZATION
-    groups, shards = train.data_parallel_replicate_degree, train.data_parallel_shard_degree
-    if shards == -1 and any(n % groups for n in arguments.gpus):
-        raise UserError(f"data_parallel_replicate_degree={groups} does not divide every number of --gpus.")
-    return [Cluster(hardware, n, n // groups if shards == -1 else shards, utilization) for n in arguments.gpus]
+    # On more GPUs than the first number there are more groups, or with data_parallel_shard_degree=-1 larger ones.
+    groups, shards = mesh_shape(train, arguments.gpus[0])
+    fixed = train.data_parallel_shard_degree != -1
+    return [Cluster(hardware, n, shards if fixed else max(1, n // groups), utilization) for n in arguments.gpus]
 
 
 def _estimates(config: RunConfig, clusters: "list[Cluster]") -> "list[Estimate]":
