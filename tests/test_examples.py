@@ -5,8 +5,11 @@ so that of its file only the names are checked; they were compared with the sche
 """
 
 import os
+import re
+import shlex
 import signal
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from ttt_e2e.cli.main import COMMANDS
+from ttt_e2e.cli.main import COMMANDS, main
 from ttt_e2e.cli.parser import parse
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import preset
+from ttt_e2e.inner_loop.activations import activation_bytes
 from ttt_e2e.model.cluster import rows_at_a_time
 from ttt_e2e.training.parallelize import mesh_shape
 
@@ -132,3 +136,22 @@ def test_skypilot_task() -> None:
     assert task.keys() == {"name", "resources", "num_nodes", "workdir", "volumes", "setup", "run"}
     assert task["resources"].keys() == {"accelerators", "network_tier", "job_recovery"}
     assert task["resources"]["accelerators"] == f"H100:{GPUS}" and task["num_nodes"] == NODES
+
+
+def test_the_guide_shows_what_cost_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands parse, its table has what they print, and the first one's output stands there."""
+    monkeypatch.setattr("ttt_e2e.inner_loop.activations.activation_bytes", cache(activation_bytes))
+    guide = (EXAMPLES.parent / "docs/cluster.md").read_text()
+    commands = [line for block in re.findall(r"^```bash\n(.*?)^```", guide, re.M | re.S) for line in block.splitlines()]
+    for command in commands:
+        assert parse(shlex.split(command)[1:], COMMANDS).command in ("cost", "prepare", "train")
+    printed = []
+    for command in (command for command in commands if " cost " in command):
+        assert main(shlex.split(command)[1:]) == 0
+        printed.append(capsys.readouterr().out)
+    output = next(block for block in re.findall(r"^```text\n(.*?)^```", guide, re.M | re.S) if "weights" in block)
+    assert output in printed[0]
+    rows = [re.findall(r"^(\d+) .* (\S+ s) +\S+ +(\d+ %)$", text, re.M) for text in printed[1:]]
+    for (gpus, *one), (_, *groups) in zip(*rows, strict=True):
+        cells = " | ".join([*one, *groups])
+        assert re.search(rf"^\| {int(gpus):,} \| [\d,]+ \| {re.escape(cells)} \|$", guide, re.M), gpus

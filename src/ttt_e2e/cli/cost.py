@@ -265,15 +265,17 @@ def _advice(config: RunConfig, cluster: "Cluster", sequences: int) -> str:
     from ttt_e2e.model.cluster import memory
     from ttt_e2e.model.cost import in_bytes, in_tokens
 
-    modes = ["none", "mini-batch", "sqrt"]
-    for mode in modes[modes.index(config.train.activation_checkpointing) :]:
-        changes = ["batch=1", "accumulate=1", f"activation_checkpointing={mode}"]
-        graph, states = activation_bytes(override(config, changes), config.train.context)
+    modes, now = ["none", "mini-batch", "sqrt"], config.train
+    for mode in modes[modes.index(now.activation_checkpointing) :]:
+        one = override(config, ["batch=1", "accumulate=1", f"activation_checkpointing={mode}"])
+        graph, states = activation_bytes(one, now.context)
         for parts in (n for n in range(1, sequences + 1) if sequences % n == 0):
-            rows = sequences // parts
-            needed = memory(config, cluster, rows * graph, rows * states).total
+            rows, batch = sequences // parts, sequences * cluster.gpus
+            changed = override(config, [f"batch={batch}", f"accumulate={parts}"])
+            needed = memory(changed, cluster, rows * graph, rows * states).total
             if needed <= cluster.gpu.memory:
-                recomputed = f" and activation_checkpointing={mode}" * (mode != config.train.activation_checkpointing)
-                return f"with accumulate={parts}{recomputed} it would need at least {in_bytes(needed)}"
-    alone = f"one sequence of {in_tokens(config.train.context)} needs {in_bytes(needed)} with {changes[-1]}"
+                changes = [f"accumulate={parts}"] * (parts != now.accumulate)
+                changes += [f"activation_checkpointing={mode}"] * (mode != now.activation_checkpointing)
+                return f"with {' and '.join(changes)} it would need at least {in_bytes(needed)}"
+    alone = f"one sequence of {in_tokens(now.context)} needs {in_bytes(needed)} with activation_checkpointing={mode}"
     return f"{alone}: choose a shorter context, GPUs with more memory or a smaller model"

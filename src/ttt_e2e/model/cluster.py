@@ -228,7 +228,7 @@ def memory_table(of: Memory) -> str:
 
 def scaling_table(estimates: Sequence[Estimate]) -> str:
     """Estimates as plain text, a line each; the efficiency is the time of the first one's step over the step's."""
-    columns = ("shards", "batch", "memory", "compute", "network", "exposed", "step", "tokens/s", "efficiency")
+    columns = ("shards", "batch", "memory", "compute", "comm", "exposed", "step", "tokens/s", "efficiency")
     lines = [f"{'GPUs':<6}" + "".join(f"{name:>11}" for name in columns)]
     for at in estimates:
         time = at.time
