@@ -45,16 +45,17 @@ class GPU(NamedTuple):
     network: float
 
 
-# Sources: NVIDIA's data sheets of the A100 80GB, H100, H200 (SXM) and HGX B200. They state tensor rates with sparsity,
-# which is twice the dense rate, and NVLink for both directions together. Network: a node's adapters for its GPUs, one
-# for each, of DGX A100 (200 Gb/s ConnectX-6), DGX H100 and H200, and DGX B200 (400 Gb/s ConnectX-7), user guides at
-# docs.nvidia.com/dgx. Memory is counted in units of 10^9 bytes; drivers report up to 7 % more, which is left for
+# Sources: NVIDIA's data sheets "A100 80GB", "H100" and "H200", all SXM; for the B200 the "Blackwell Architecture
+# Technical Brief" (HGX B200), its memory from the DGX B200 user guide (1,440 GB for eight). Of rates that are stated
+# with sparsity it is half, and of NVLink, which is stated for both directions together, too. Network: a node has an
+# adapter for every GPU, of 200 Gb/s in a DGX A100 and of 400 Gb/s in a DGX H100, H200 and B200 (user guides at
+# docs.nvidia.com/dgx). Memory is counted in units of 10^9 bytes; drivers report up to 7 % more, which is left for
 # CUDA's context, NCCL's buffers and fragmentation.
 HARDWARE = {
     "a100": GPU(80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9),
     "h100": GPU(80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9),
     "h200": GPU(141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9),
-    "b200": GPU(180e9, 2250e12, 75e12, 8e12, 900e9, 50e9),
+    "b200": GPU(180e9, 2250e12, 80e12, 8e12, 900e9, 50e9),
 }
 GPUS_PER_NODE = 8
 
@@ -105,7 +106,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the GPU with the largest shard, at the moment when the backward pass begins, at least."""
+    """Bytes on the GPU with the largest shard, at least; what a backward pass needs for a moment comes on top."""
 
     weights: int
     gradients: int
