@@ -16,6 +16,7 @@ from ttt_e2e.convert.hf_config import read_source
 from ttt_e2e.convert.learning import LearningOptions, config_from_source, full_attention_config
 from ttt_e2e.inner_loop.activations import activation_bytes
 from ttt_e2e.model.checkpoint import save_model
+from ttt_e2e.model.cluster import Cluster, estimate
 from ttt_e2e.model.cost import cost, hours, parameters, training_bytes
 from ttt_e2e.training.optimizer import make_optimizer
 
@@ -97,12 +98,64 @@ def test_cost_counts_activations(tmp_path: Path, capsys: pytest.CaptureFixture[s
     argv = ("cost", tmp_path / "mine", "--context", 16, 64, "--activations", "batch=6", "accumulate=2")
     assert run(*argv, "--json") == 0
     config = override(RunConfig(small_model().config, PRESETS["3b"].train), ["batch=6", "accumulate=2"])
-    expected = [activation_bytes(config, context) for context in (16, 64)]
+    expected = [sum(activation_bytes(config, context)) for context in (16, 64)]
     assert json.loads(capsys.readouterr().out)["bytes"]["activations"] == expected
     assert run(*argv) == 0
     assert re.search(
         r"Activations of a step, of 3 sequences at a time, .* at 16, .* at 64$", capsys.readouterr().out, re.M
     )
+
+
+LITTLE = (
+    "cost",
+    "tiny",
+    "num_hidden_layers=3",
+    "suffix_layers=1",
+    "hidden_size=32",
+    "sliding_window=64",
+    "context=128",
+)
+
+
+def test_cost_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each GPU keeps as many sequences as with the first number; larger groups, or more of them by the settings."""
+    assert run(*LITTLE, "batch=32", "accumulate=2", "--gpus", 8, 64, "--hardware", "a100", "--json") == 0
+    report = json.loads(capsys.readouterr().out)["cluster"]
+    config = override(PRESETS["tiny"], [*LITTLE[2:], "batch=32", "accumulate=2"])
+    activations = activation_bytes(override(config, ["batch=2", "accumulate=1"]), 128)
+    more = override(config, ["batch=256"])
+    estimates = [
+        estimate(config, Cluster("a100", 8, 8), *activations),
+        estimate(more, Cluster("a100", 64, 64), *activations),
+    ]
+    assert report == {"hardware": "a100", "utilization": 0.4, "estimates": [asdict(at) for at in estimates]}
+
+    argv = (*LITTLE, "batch=8", "data_parallel_shard_degree=4", "data_parallel_replicate_degree=2", "--gpus", 8, 16)
+    assert run(*argv, "--utilization", 0.25) == 0
+    out = capsys.readouterr().out
+    assert "8 x h100, 4 shards, 1 of 128 at a time" in out and "at 25 % of 67 T operations a second" in out
+    rows = [re.search(rf"^{n} +4 +{n} .* s +[\d,]+ +\d+ %$", out, re.M) for n in (8, 16)]
+    assert all(rows) and re.search(r"^total +[\d.]+ MiB$", out, re.M)
+
+
+def test_a_training_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    """The report is printed all the same, and the advice is right."""
+    argv = (*LITTLE, "context=16384", "batch=4096", "activation_checkpointing=none", "--gpus", 8, "--json")
+    assert run(*argv) == 1
+    out, error = capsys.readouterr()
+    assert json.loads(out)["cluster"]["estimates"][0]["memory"]["activations"] > 80e9
+    found = re.search(r"the h100 has 74.51 GiB; with accumulate=(\d+) it would need at least (\S+ \S+)\.$", error)
+    assert found is not None
+    assert run(*argv[:-1], f"accumulate={found[1]}") == 2  # after --gpus stand numbers only
+    capsys.readouterr()
+    assert run(*argv[:-3], f"accumulate={found[1]}", "--gpus", 8) == 0
+    assert re.search(rf"^total +{found[2]}$", capsys.readouterr().out, re.M)
+    assert run(*argv[:-3], f"accumulate={int(found[1]) // 2}", "--gpus", 8) == 1  # one less would not do
+    capsys.readouterr()
+
+    huge = (*LITTLE, "context=4194304", "batch=8", "activation_checkpointing=none", "--gpus", 8)
+    assert run(*huge) == 1
+    assert re.search(r"one sequence of 4M needs .* with activation_checkpointing=sqrt: choose", capsys.readouterr().err)
 
 
 def test_training_bytes_are_weights_gradients_and_moments() -> None:
@@ -124,6 +177,12 @@ def test_training_bytes_are_weights_gradients_and_moments() -> None:
         ("nowhere", "There is no preset 'nowhere'"),
         ("tiny --flops fast", "'fast' is not a number of operations a second"),
         ("./nowhere", "There is no"),
+        ("tiny --gpus 12", "12 GPUs are not whole nodes of 8"),
+        ("tiny --gpus 8", "A batch of 4 sequences does not split over 8 GPUs"),
+        ("tiny --gpus 4 --hardware h300", "no figures of 'h300'"),
+        ("tiny data_parallel_shard_degree=3 --gpus 4", "does not fit 4 processes"),
+        ("tiny --hardware h100", "add --gpus N"),
+        ("tiny --utilization 0.5", "add --gpus N"),
         ("{checkpoint} --window 1024", "longer than 512"),
         ("{checkpoint} --suffix 2", "--suffix: '2' is not a number above 0 and at most 1"),
     ],

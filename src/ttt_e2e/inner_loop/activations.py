@@ -6,6 +6,7 @@ saves the same amount more with every mini-batch.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,14 @@ from ttt_e2e.model.trainable import choose_trainable
 from ttt_e2e.model.transformer import Transformer
 
 
-def activation_bytes(config: RunConfig, context: int) -> int:
+class Activations(NamedTuple):
+    """Bytes of what the graph saves, and of states between mini-batches that are kept without a graph."""
+
+    graph: int
+    states: int
+
+
+def activation_bytes(config: RunConfig, context: int) -> Activations:
     """About how many bytes of activations a training step on sequences of `context` tokens holds, eagerly on a CPU.
 
     Counted is what the graph saves; with activation checkpointing or truncation also the states between mini-batches
@@ -34,15 +42,15 @@ def activation_bytes(config: RunConfig, context: int) -> int:
     mode = train.activation_checkpointing
     everything = dataclasses.replace(train, activation_checkpointing="none", truncated_bptt_steps=None)
     if not model.can_learn or train.train_mode == "pretrain" or (mode == "none" and steps == count):
-        return rows * _saved_by_graph(model, everything, context)
+        return Activations(rows * _saved_by_graph(model, everything, context), 0)
     # With checkpointing a pass forward saves, of the loop, the graphs of its last mini-batches alone.
     recomputed = dataclasses.replace(everything, activation_checkpointing="mini-batch")
     saved = _saved_by_graph(model, recomputed, context)
     if mode == "none":
         graph = _growth(model, everything)[2] - _growth(model, recomputed)[2]
-        return rows * (saved + max(0, steps - KEPT_GRAPHS) * graph)
+        return Activations(rows * (saved + max(0, steps - KEPT_GRAPHS) * graph), 0)
     states = steps - 1 if mode == "mini-batch" else 2 * math.isqrt(steps - 1)
-    return rows * (saved + states * _state_bytes(model, train, context))
+    return Activations(rows * saved, rows * states * _state_bytes(model, train, context))
 
 
 def _saved_by_graph(model: ModelConfig, train: TrainConfig, context: int) -> int:

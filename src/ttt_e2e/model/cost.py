@@ -163,6 +163,12 @@ def operations(
     return Operations(prefill / context, decoding, training / context, recomputed / context)
 
 
+def prefix_operations(config: ModelConfig, context: int) -> int:
+    """Operations of the prefix's blocks over a text of `context` tokens, forward."""
+    mixers = sum(MIXER_COSTS[name](config, context).text for name in config.mixers[: config.prefix_layers])
+    return mixers + config.prefix_layers * _mlp(config, context, config.intermediate_size)
+
+
 def table(costs: Sequence[Cost], beside: Sequence[Cost] = ()) -> str:
     """A model's costs at several contexts as plain text, a line each.
 
