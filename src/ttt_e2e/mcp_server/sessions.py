@@ -26,7 +26,7 @@ from ttt_e2e.reading.resume import Reading, save_unfinished, unfinished_facts
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
 from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.server.chat import ChatFormat
-from ttt_e2e.server.engine.records import Before
+from ttt_e2e.server.engine.chats import begin_chat
 
 _SUFFIX = ".session"
 _NAME = re.compile(r"\w(?:[\w .-]*[\w-])?")
@@ -156,12 +156,8 @@ class SessionFolder:
         session = self._load(name)
         if self.chat is None:
             return session.generate(prompt, max_tokens=max_tokens, temperature=temperature)
-        state = session.state()
-        has_text = session.info().tokens > 1
-        before: Before = "conversation" if state.text.chat else "text" if has_text else "nothing"
-        ids = self.chat.prompt([{"role": "user", "content": prompt}], before)
-        if before == "nothing" and not isinstance(ids, str):  # they begin the text, in place of BOS
-            session = session.with_state(state._replace(pending=state.pending[:0]))
+        message, chat = {"role": "user", "content": prompt}, self.chat
+        session, ids = begin_chat(session, lambda before: chat.prompt([message], before))
         return session.generate(ids, max_tokens=max_tokens, stop=self.chat.stop, temperature=temperature)
 
     def recall(self, name: str, query: str, count: int = 3) -> list[Passage]:
