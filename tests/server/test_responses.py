@@ -302,14 +302,35 @@ def test_responses_and_conversations_survive_a_restart(tmp_path: Path) -> None:
         assert again["usage"]["input_tokens"] == len(prompt)
 
 
-def test_responses_count_as_sessions(tmp_path: Path) -> None:
-    with client_of(Engine(TEMPLATE.fork(), Store(tmp_path), max_sessions=1)) as client:
-        client.post("/v1/responses", json={"input": "x", **SHORT})
+def test_a_response_takes_the_place_of_the_oldest_one_at_the_limit(tmp_path: Path) -> None:
+    with client_of(Engine(TEMPLATE.fork(), Store(tmp_path), max_sessions=3)) as client:
+
+        def respond(**body: Any) -> str:
+            answer = client.post("/v1/responses", json={"input": "x", **SHORT, **body})
+            assert answer.status_code == 200, answer.text
+            id: str = answer.json()["id"]
+            return id
+
+        def kept(*ids: str) -> list[bool]:
+            return [client.get(f"/v1/responses/{id}").status_code == 200 for id in ids]
+
+        session = client.post("/v1/sessions").json()["id"]
+        first, second = respond(), respond()
+        third = respond(previous_response_id=first)  # from which it continues, so that the second one goes
+        assert kept(first, second, third) == [True, False, True]
+        respond(store=False)
+        fourth = respond()
+        assert kept(first, third, fourth) == [False, True, True]
+        for id in (third, fourth):
+            client.delete(f"/v1/responses/{id}")
+        conversations = [client.post("/v1/conversations", json={}).json()["id"] for _ in range(2)]
         for stream in (False, True):
             error = error_of(client.post("/v1/responses", json={"input": "x", "stream": stream, **SHORT}), 400)
             assert error["code"] == "limit_reached" and "delete one" in error["message"]
-        assert client.post("/v1/responses", json={"input": "x", "store": False, **SHORT}).status_code == 200
+        respond(store=False)
         error_of(client.post("/v1/conversations", json={}), 400)
+        assert client.get(f"/v1/sessions/{session}").status_code == 200
+        assert all(client.get(f"/v1/conversations/{id}").status_code == 200 for id in conversations)
 
 
 def test_a_response_that_fails_or_is_abandoned_leaves_nothing(client: TestClient, engine: FakeEngine) -> None:

@@ -7,10 +7,11 @@ items are known.
 
 import json
 import re
+from contextlib import suppress
 from typing import Any, Literal
 
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import LimitReachedError, SessionNotFoundError
+from ttt_e2e.server.engine.records import DamagedSessionError, LimitReachedError, SessionNotFoundError
 from ttt_e2e.server.engine.registry import SessionSlot
 from ttt_e2e.server.errors import ApiError
 
@@ -50,6 +51,25 @@ async def load_document(
     if document["kind"] != kind:
         raise _not_found(kind, param)
     return slot, document
+
+
+async def superfluous(engine: Engine, owner: str, kept: str | None) -> str | None:
+    """The session of the owner's oldest stored response, but for `kept`, if there is no room for another session.
+
+    Clients store responses unless told otherwise, and few delete them. Raises LimitReachedError if there is neither
+    room nor such a response.
+    """
+    try:
+        engine.sessions.check_room(owner)
+        return None
+    except LimitReachedError:
+        for summary in await engine.sessions.summaries(owner):
+            if summary.id != kept:
+                with suppress(SessionNotFoundError, DamagedSessionError):  # deleted meanwhile; or not to be judged
+                    text = await engine.sessions.document(engine.sessions.slot(owner, summary.id))
+                    if text is not None and json.loads(text)["kind"] == "response":
+                        return summary.id
+        raise
 
 
 def to_text(document: dict[str, Any]) -> str:

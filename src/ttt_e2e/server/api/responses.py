@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.inference.session import Session
-from ttt_e2e.server.api.documents import load_document, public_id, session_id, to_text
+from ttt_e2e.server.api.documents import load_document, public_id, session_id, superfluous, to_text
 from ttt_e2e.server.api.fields import RESPONSES, ignored_fields, ignored_header
 from ttt_e2e.server.api.generations import Generations
 from ttt_e2e.server.api.items import (
@@ -117,7 +117,7 @@ class _Response:
             if self.conversation is not None:
                 _, document = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
             if body.stored:
-                engine.sessions.check_room(self.owner)
+                await superfluous(engine, self.owner, earlier)
             unread = [*document.get("items", [])[document.get("read", 0) :], *self.input]
             if not unread:
                 raise ApiError(400, "input: there is nothing to answer; send a text or messages.", "no_input", "input")
@@ -126,6 +126,8 @@ class _Response:
                 response = self._response(text, last)
                 if body.stored:
                     stored = {"kind": "response", "response": response, "input": self.input}
+                    if (oldest := await superfluous(engine, self.owner, earlier)) is not None:
+                        await engine.sessions.delete(self.owner, oldest)
                     await engine.sessions.create(self.owner, session, to_text(stored), self.session)
                 if slot:
                     items = [*document["items"], *self.input, *response["output"]]
