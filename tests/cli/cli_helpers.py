@@ -22,7 +22,7 @@ def run(*argv: object) -> int:
     return main([str(word) for word in argv])
 
 
-def fails_to_compile(device: torch.device) -> LoopFunctions:
+def fails_to_compile(device: torch.device, sharded: None = None) -> LoopFunctions:
     """`compiled_functions` on a machine without a compiler."""
 
     def broken(*_: object) -> None:

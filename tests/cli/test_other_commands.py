@@ -50,7 +50,7 @@ def test_prepare_train_and_extend(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr("ttt_e2e.training.trainer.compiled_functions", fails_to_compile)
+    monkeypatch.setattr("ttt_e2e.training.parallelize.compiled_functions", fails_to_compile)
     for i in range(4):
         (here / f"t{i}.txt").write_text(TEXT * (i + 1))
     texts = [f"t{i}.txt" for i in range(4)]

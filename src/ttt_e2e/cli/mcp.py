@@ -123,7 +123,7 @@ def _address(text: str) -> tuple[str, int]:
 
     found = re.fullmatch(r"(?:\[([^]]+)\]:|([^:]+):)?([0-9]{1,5})", text)
     if not found or int(found[3]) >= 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not an address; write one such as 8001 or 127.0.0.1:8001")
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not an address; write one such as 8001 or 127.0.0.1:8001")
     host = found[1] or found[2] or "127.0.0.1"
     if not is_loopback(host):
         raise argparse.ArgumentTypeError(
