@@ -30,8 +30,8 @@ def test_fifty_steps_are_those_of_one_process(
         folders = [tmp_path / name.split("=")[-1] / kind for kind in ("one", "several")]
         for folder in folders:
             folder.mkdir(parents=True)
-        train_cases({case: every[case]}, 50, 1, folders[0])
-        codes = run_group(count, train_cases, {case: every[case]}, 50, replicate, folders[1])
+        train_cases({case: every[case]}, 50, 1, folders[0], 1e-4)
+        codes = run_group(count, train_cases, {case: every[case]}, 50, replicate, folders[1], 1e-4)
         where = f"{name}: {case}, {count} processes in {replicate} groups"
         assert codes == [0] * count, where
         difference = differences({case: every[case]}, *folders)[case]

@@ -40,7 +40,10 @@ MORE_CASES: dict[str, Case] = {
     "last block": ({}, {"trainable": "last"}),
     "additions above": ({}, {"trainable": "lora", "lora": LoraConfig(r=2, layers="suffix")}),
     "full": ({"suffix_layers": 0, "pattern": ("full",)}, {}),
-    **{name: ({"suffix_layers": 0, "pattern": (name,), "sliding_window": 10}, {}) for name in {*MIXERS} - {"full"}},
+    **{
+        name: ({"suffix_layers": 0, "pattern": (name,), "sliding_window": 10}, {})
+        for name in sorted({*MIXERS} - {"full"})
+    },
 }
 BATCH = 8
 
@@ -51,10 +54,14 @@ SETTINGS = [
 ]
 
 
-def train_case(dist: DistributedContext, case: Case, steps: int, replicate: int) -> dict[str, Any] | None:
+def train_case(
+    dist: DistributedContext, case: Case, steps: int, replicate: int, lr: float = 1e-2
+) -> dict[str, Any] | None:
     """Some steps of a case, by all processes together; what came of them, on rank 0.
 
     Comparisons are made in float64: in float32, AdamW makes a full step of a gradient that is nothing but rounding.
+    Over many steps they need a small `lr`: at 1e-2, training of the gated delta rule on these random tokens is chaotic,
+    and one process alone differs from itself by 1e-2 after 16 steps when it splits its batch in another way.
     """
     model_settings, train_settings = case
     config = TrainConfig(batch=BATCH, steps=steps, data_parallel_replicate_degree=replicate, **train_settings)
@@ -84,7 +91,7 @@ def train_case(dist: DistributedContext, case: Case, steps: int, replicate: int)
         dist.all_reduce(total)
         losses.append(float(total))
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        optimizer_step(model, optimizer, 1e-2, 1.0)
+        optimizer_step(model, optimizer, lr, 1.0)
     moments = [moment for state in optimizer.state.values() for moment in state.values() if moment.dim()]
     held = [*model.parameters(), *gradients, *moments]
     sizes = dist.gather(sum(map(local_bytes, held)))
@@ -100,12 +107,12 @@ def local_bytes(tensor: Any) -> int:
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
 
 
-def train_cases(cases: dict[str, Case], steps: int, replicate: int, folder: Path) -> None:
+def train_cases(cases: dict[str, Case], steps: int, replicate: int, folder: Path, lr: float = 1e-2) -> None:
     """Train all cases, and leave what came of them in `folder`."""
     torch.set_num_threads(1)
     with init_distributed("cpu", 60) as dist:
         for number, case in enumerate(cases.values()):
-            result = train_case(dist, case, steps, replicate)
+            result = train_case(dist, case, steps, replicate, lr)
             if result is not None:
                 torch.save(result, folder / f"{number}.pt")
 
