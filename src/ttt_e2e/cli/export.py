@@ -67,8 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         base = notes.get("source")
         if notes.get("source_family") not in _SAME or Path(str(base)).is_file():
             raise UserError(
-                "This model is no longer what it was made of, so the original is no base for an adapter; write one "
-                "with `ttt-e2e convert to-hf MODEL PLAIN --plain`, and name it: --base PLAIN."
+                "An adapter for this model does not fit its original, as it was trained further or comes from a GGUF "
+                "file or another family; write a base with `ttt-e2e convert to-hf MODEL PLAIN --plain`, and name it: "
+                "--base PLAIN."
             )
     arguments.dtype, arguments.device, arguments.threads = None, "cpu", None
     with lock_beside(arguments.out, f"{arguments.out} is being written by another process; wait until it has ended."):

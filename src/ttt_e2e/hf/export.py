@@ -49,7 +49,7 @@ def convert_to_hf(folder: Path, out: Path, *, plain: bool = False) -> int:
             written = plain_model(model, written.generation_config)
         written.save_pretrained(part)
         theirs.save_pretrained(part)
-        parameters = sum(weight.numel() for weight in model.parameters())
+        parameters = sum(weight.numel() for weight in written.parameters())
         notes = read_json(folder / "config.json").get("notes", {})
         (part / "README.md").write_text(model_card(model.config, parameters, notes, plain=plain))
         for weights in part.glob("*.safetensors"):  # the library makes them readable for their owner alone
