@@ -50,6 +50,7 @@ and in Python:
         metavar="R",
         help=f"rank of the adapter, or full, which loses nothing (default: {_RANK})",
     )
+    lora.set_defaults(dtype=None, device="cpu", threads=None)  # for `open_session`: nothing is computed with the model
 
 
 def _rank(text: str) -> int | None:
@@ -71,7 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
                 "file or another family; write a base with `ttt-e2e convert to-hf MODEL PLAIN --plain`, and name it: "
                 "--base PLAIN."
             )
-    arguments.dtype, arguments.device, arguments.threads = None, "cpu", None
     with lock_beside(arguments.out, f"{arguments.out} is being written by another process; wait until it has ended."):
         done = export_lora(open_session(arguments), arguments.out, base, arguments.rank)
     print(

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from ttt_e2e.cli.common import add_options, model_folder, open_model
-from ttt_e2e.cli.serve import listen
+from ttt_e2e.cli.serve import DTYPE, listen, url_of
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.files import user_data
 
@@ -52,12 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[HOST:]PORT",
         help="serve over HTTP, at /mcp, to this machine only; port 0 picks a free one",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="precision of matrix products (default: float32)",
-    )
+    parser.add_argument("--dtype", **DTYPE)
     add_options(parser, "device", "threads")
 
 
@@ -93,7 +88,6 @@ def run(arguments: argparse.Namespace) -> int:
         server.run("stdio")
         return 0
     with listener:
-        host, port = listener.getsockname()[:2]
         config = uvicorn.Config(
             server.http_app(arguments.http[0]),
             ws="none",
@@ -111,8 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         # After the shutdown uvicorn raises the signal that caused it once more.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, http_server.handle_exit)
-        shown = f"[{host}]" if ":" in host else host
-        print(f"Serving MCP at http://{shown}:{port}/mcp, sessions in {sessions.folder}.", file=sys.stderr)
+        print(f"Serving MCP at {url_of(listener)}/mcp, sessions in {sessions.folder}.", file=sys.stderr)
         http_server.run(sockets=[listener])
     return 0
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from ttt_e2e.cli.common import add_options, model_folder, open_model
 from ttt_e2e.errors import UserError
@@ -22,6 +23,13 @@ EPILOG = """examples:
   ttt-e2e serve --host 0.0.0.0 --keys keys.txt        lines of keys.txt: a name and a key
 
 Ctrl-C or SIGTERM stops it; everything that was confirmed to clients is on disk."""
+
+DTYPE: dict[str, Any] = {
+    "choices": ("float32", "bfloat16"),
+    "default": "float32",
+    "help": "precision of matrix products (default: float32)",
+}
+"""The option --dtype of commands that serve."""
 
 _QUEUED_CONNECTIONS = 128  # by the system, until they are accepted
 _MAX_FILE_BYTES = 4 << 30  # of an imported session: with full attention sessions grow without bound
@@ -59,12 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=count, default=600, metavar="N", help="requests per minute and key (default: 600)"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="precision of matrix products (default: float32)",
-    )
+    parser.add_argument("--dtype", **DTYPE)
     add_options(parser, "device", "threads")
 
 
@@ -122,9 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         # the shutdown uvicorn raises the signal that caused it once more.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"Serving {settings.model_name} at http://{shown}:{port}, sessions in {arguments.data}.", file=sys.stderr)
+        print(f"Serving {settings.model_name} at {url_of(listener)}, sessions in {arguments.data}.", file=sys.stderr)
 
         # If the engine cannot start, uvicorn stops, in some versions with SystemExit.
         with contextlib.suppress(SystemExit):
@@ -156,3 +157,9 @@ def listen(host: str, port: int) -> socket.socket:
             raise UserError(f"Port {port} of {host} is in use; give another port.") from error
         raise UserError(f"Cannot serve at {host}, port {port}: {error.strerror}. Give others.") from error
     return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address of a socket from `listen`, for people and browsers."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
