@@ -35,8 +35,10 @@ def convert_to_hf(folder: Path, out: Path, *, plain: bool = False) -> int:
     templates that the model came with; without any, BOS also ends documents and pads, on the left. For the tokenizer a
     text begins with BOS, as for the model. README.md is a card to complete. With `plain` the model is one of
     transformers' own (`hf.plain`), and a tokenizer that came from there begins a text as it did there: other programs
-    know a tokenizer by what it makes of a text, and add a BOS by rules of their own. Raises UserError if `out` exists, if a weight is not a finite number, if `folder` is
-    not a model with a tokenizer, or if the model cannot be plain.
+    know a tokenizer by what it makes of a text, and add a BOS by rules of their own.
+
+    Raises UserError if `out` exists, if a weight is not a finite number, if `folder` is not a model with a tokenizer,
+    or if the model cannot be plain.
     """
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not.")
