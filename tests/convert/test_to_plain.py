@@ -51,8 +51,9 @@ def read_something(folder: Path, rate: float = 0.3) -> Session:
 def test_plain_model_is_the_original_again(pretrained: Pretrained, name: str, rank: int | None, tmp_path: Path) -> None:
     original, checkpoint = pretrained(name)
     folder = convert(with_tokenizer(checkpoint), tmp_path, fast_rank=rank)
-    convert_to_hf(folder, tmp_path / "plain", plain=True)
+    parameters = convert_to_hf(folder, tmp_path / "plain", plain=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert parameters == plain.num_parameters()
     assert "ttt" not in type(plain).__name__.lower()
     torch.testing.assert_close(logits(plain, tokens()), logits(original, tokens()), atol=2e-5, rtol=1e-5)
 

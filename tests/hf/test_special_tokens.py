@@ -154,6 +154,16 @@ def test_text_begins_with_the_models_bos(both: tuple[str, Path, Path, Path]) -> 
     assert (before(text)["input_ids"] == after(text)["input_ids"]) == FAMILIES[family][3]
 
 
+def test_plain_model_has_the_tokenizer_as_it_was(both: tuple[str, Path, Path, Path], tmp_path: Path) -> None:
+    """Llama.cpp's converter knows a tokenizer by the digest of a text's tokens, BOS among them where it is one."""
+    _, theirs, ours, _ = both
+    convert_to_hf(ours, tmp_path / "plain", plain=True)
+    before, after = AutoTokenizer.from_pretrained(theirs), AutoTokenizer.from_pretrained(tmp_path / "plain")
+    text = "The street was  still wet;\nagain."
+    assert after(text)["input_ids"] == before(text)["input_ids"]
+    assert after.special_tokens_map == before.special_tokens_map
+
+
 def test_end_tokens_survive(both: tuple[str, Path, Path, Path]) -> None:
     family, _, ours, back = both
     model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(back), AutoTokenizer.from_pretrained(back)

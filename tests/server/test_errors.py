@@ -1,14 +1,18 @@
 """Error responses: OpenAI's form, the right status, and no secrets."""
 
 import json
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from server_helpers import FakeEngine, TestClient, error_of, log_lines
+from server_helpers import FakeEngine, TestClient, error_of, log_lines, served
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.server.engine.records import StoppingError
 
 
 @pytest.mark.parametrize(
@@ -79,3 +83,41 @@ def test_health_fails_when_the_engine_is_not_ready(client: TestClient, engine: F
     assert client.get("/health").json() == {"status": "ok"}
     engine.ready = False
     error_of(client.get("/health"), 503)
+
+
+def openai_answer(address: str) -> Any:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        return client.completions.create(model="tiny", prompt="one two", max_tokens=3).choices[0].text
+
+
+def anthropic_answer(address: str) -> Any:
+    anthropic = pytest.importorskip("anthropic")
+    with anthropic.Anthropic(base_url=address, api_key="none") as client:
+        messages = [{"role": "user", "content": "one two"}]
+        return client.messages.create(model="tiny", messages=messages, max_tokens=3).content[0].text
+
+
+@pytest.mark.parametrize("answer", [openai_answer, anthropic_answer])
+def test_official_clients_wait_for_a_service_that_is_started_again(
+    answer: Any, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    def restart(seconds: float) -> None:
+        waited.append(seconds)
+        engine.failure = None
+
+    module = answer.__name__.removesuffix("_answer")
+    engine.failure = StoppingError()
+    pytest.importorskip(module)
+    monkeypatch.setattr(f"{module}._base_client.time", SimpleNamespace(**vars(time) | {"sleep": restart}))
+    with served(engine) as address:
+        assert answer(address)
+    assert waited == [10]
+
+
+def test_a_disk_that_fails_is_not_to_be_tried_again_soon(client: TestClient, engine: FakeEngine) -> None:
+    engine.failure = UserError("Cannot write x; mend it.")
+    engine.failure.__cause__ = OSError(28, "No space left")
+    assert "retry-after" not in client.post("/v1/completions", json={"prompt": "x"}).headers

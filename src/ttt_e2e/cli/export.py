@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA adapter",
         description="""\
 Write what a session has learned as a LoRA adapter in the format of the library peft, which vLLM and
-SGLang load as well. The model must have been converted with --fast split. The adapter is added to the
-original, or to what `ttt-e2e convert to-hf --plain` makes of a model that was trained further.""",
+SGLang load as well, and llama.cpp through its convert_lora_to_gguf.py. The model must have been
+converted with --fast split. The adapter is added to the original, or to what `ttt-e2e convert to-hf
+--plain` makes of a model that was trained further.""",
         epilog="""examples:
   ttt-e2e export lora book.session adapter --model model
   ttt-e2e convert to-hf model plain --plain

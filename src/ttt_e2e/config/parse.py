@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import operator
@@ -73,6 +74,7 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configurat
         raise UserError(f"In {where}: {error}") from error
 
 
+@functools.cache
 def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
     """The type of every setting of a configuration by its full name."""
     found: dict[str, Any] = {}
@@ -81,6 +83,7 @@ def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+@functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     """The type of every field; fields whose default is None accept it, too."""
     hints = typing.get_type_hints(cls)

@@ -34,14 +34,17 @@ def convert_to_hf(folder: Path, out: Path, *, plain: bool = False) -> int:
     The weights are float32, and all in memory at once. The tokenizer keeps the special tokens, settings and chat
     templates that the model came with; without any, BOS also ends documents and pads, on the left. For the tokenizer a
     text begins with BOS, as for the model. README.md is a card to complete. With `plain` the model is one of
-    transformers' own (`hf.plain`). Raises UserError if `out` exists, if a weight is not a finite number, if `folder` is
-    not a model with a tokenizer, or if the model cannot be plain.
+    transformers' own (`hf.plain`), and a tokenizer that came from there begins a text as it did there: other programs
+    know a tokenizer by what it makes of a text, and add a BOS by rules of their own.
+
+    Raises UserError if `out` exists, if a weight is not a finite number, if `folder` is not a model with a tokenizer,
+    or if the model cannot be plain.
     """
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not.")
     model, tokenizer = load_model(folder)
     check_finite(model, f"The model in {folder}")
-    theirs = _tokenizer(folder, tokenizer.bos)
+    theirs = _tokenizer(folder, tokenizer.bos, as_it_came=plain)
     with atomic_path(out) as part:
         ends = tokenizer.end_ids
         written: PreTrainedModel = wrap_model(model, tokenizer.bos, ends, theirs.eos_token_id, theirs.pad_token_id)
@@ -57,8 +60,11 @@ def convert_to_hf(folder: Path, out: Path, *, plain: bool = False) -> int:
     return parameters
 
 
-def _tokenizer(folder: Path, bos: int) -> PreTrainedTokenizerFast:
-    """The library's tokenizer for the model in `folder`, which begins every text with the token `bos`."""
+def _tokenizer(folder: Path, bos: int, as_it_came: bool) -> PreTrainedTokenizerFast:
+    """The library's tokenizer for the model in `folder`, which begins every text with the token `bos`.
+
+    as_it_came: not so if it came from the library and begins no text with one.
+    """
     with TemporaryDirectory() as copy:  # without config.json, which the library would take for one of its own
         shutil.copyfile(folder / TOKENIZER, Path(copy) / TOKENIZER)
         copy_pretrained_metadata(folder, Path(copy))
@@ -71,7 +77,7 @@ def _tokenizer(folder: Path, bos: int) -> PreTrainedTokenizerFast:
         defaults = {name: value for name, value in defaults.items() if name not in named}
         theirs = PreTrainedTokenizerFast.from_pretrained(copy, **defaults)
     backend = theirs.backend_tokenizer
-    if theirs("a")["input_ids"][:1] != [bos]:
+    if not (as_it_came and files) and theirs("a")["input_ids"][:1] != [bos]:
         begin = processors.TemplateProcessing(
             single=f"{bos_token} $A", pair=f"{bos_token} $A $B", special_tokens=[(bos_token, bos)]
         )

@@ -44,6 +44,7 @@ def plain_model(model: Transformer, generation: GenerationConfig) -> PreTrainedM
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()  # one parameter again, where the two have one memory
     plain.generation_config = generation
     return plain.eval()
 

@@ -38,6 +38,7 @@ _ENGINE_ERRORS: tuple[tuple[type[UserError], int, str, str | None], ...] = (  # 
     (StoppingError, 503, "stopping", None),
     (Diverged, 422, "diverged", None),
 )
+_RESTART_SECONDS = 10  # until a client should try again: a service that stops is usually started again
 _MAX_NAME = 100  # characters of a field's name in a message; clients choose these names
 
 
@@ -108,6 +109,8 @@ def error_response(error: Exception, path: str) -> JSONResponse:
     """The response that tells a client of `error`, in the form of the API at `path`."""
     status, body = describe(error)
     headers = error.headers if isinstance(error, HTTPException) else None
+    if isinstance(error, StoppingError):
+        headers = {"retry-after": str(_RESTART_SECONDS)}
     anthropic = path.startswith("/v1/messages")
     return JSONResponse(anthropic_error(error) if anthropic else body.model_dump(), status, headers)
 

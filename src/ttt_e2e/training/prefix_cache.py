@@ -49,7 +49,7 @@ _ABOVE = {
     *("fast_intermediate_size", "suffix_intermediate_size", "fast_rank"),
 }
 
-_SAYS = {  # by entry of prefix.json: what is another one
+_DIFFERENT = {  # what a folder holds whose prefix.json has another value of this entry
     "weights": "the outputs of another model",
     "model": "the outputs of a model with other settings",
     "data": "the outputs for other data",
@@ -100,11 +100,21 @@ def fill_prefix_cache(
 ) -> PrefixCache | None:
     """The outputs of a model below the loop for all windows of `loader`, from `folder` as far as they are there.
 
-    weights: what `digest_below_loop` says of the model.
+    What is missing is computed and written by all processes together, which must share the disk. Returns None if
+    `stop` was requested before everything was there.
 
-    What is missing is computed and written, by all processes together, which must share the disk. Returns None if
-    `stop` was requested before all was there. Raises UserError if the folder has the outputs of another model or of
-    other data, if another process is writing there, and if the disk has no room.
+    Args:
+        folder: the folder of the cache; it is made if it is missing.
+        parallel: the model, in all processes.
+        weights: the model's `digest_below_loop`, from before it was sharded.
+        loader: the sequences.
+        config: the context and dtype of the training.
+        stop: asked after every few rows.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UserError: if the folder has outputs of another model or of other data, if another process is writing there, or
+            if the disk has no room.
     """
     model, dist = parallel.model.config, parallel.dist
     wanted = _describe(model, weights, loader, config)
@@ -150,7 +160,7 @@ def _fill(
     stop: GracefulStop,
     progress: bool,
 ) -> bool:
-    """Compute the rows from `done` on; returns whether all are there, False if a stop was requested."""
+    """Compute the rows from `done` on; returns False if a stop was requested before all were there."""
     count, path, dist = loader.windows, folder / ROWS, parallel.dist
     bar = tqdm(total=count, initial=done, unit="sequence", disable=not (progress and dist.is_rank0))
     key, dtype = _key(wanted), getattr(torch, wanted["dtype"])
@@ -216,13 +226,13 @@ def _describe(model: ModelConfig, weights: str, loader: SequenceLoader, config: 
 
 
 def _find(folder: Path, wanted: dict[str, Any]) -> int:
-    """How many rows are finished. Raises UserError if they belong to something else than `wanted`."""
+    """How many rows are finished. Raises UserError if they are not those of `wanted`."""
     if not (folder / CONFIG).is_file():
         return 0
     found = read_verified_json(folder / CONFIG, FORMAT, VERSION, "remove the folder")
     for name, value in wanted.items():
         if found.get(name) != value:
-            what = _SAYS.get(name, f"outputs for {name}={found.get(name)}, not {value}")
+            what = _DIFFERENT.get(name, f"outputs for {name}={found.get(name)}, not {value}")
             raise UserError(f"{folder} holds {what}; name another folder with --cache, or remove this one.")
     return int(found["done"])
 

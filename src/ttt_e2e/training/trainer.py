@@ -111,7 +111,7 @@ def train(
     """
     data, out = Path(data), Path(out)
     train_config = config.train
-    # torchrun starts processes that were killed with the same command line.
+    # torchrun restarts all processes with the same command line after one was killed.
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if threads is not None:
         torch.set_num_threads(threads)
@@ -226,7 +226,7 @@ def train(
         seconds_before, started = state.seconds, time.perf_counter()
         for step in range(state.step, train_config.steps):
             step_started = time.perf_counter()
-            with dist.one_error():  # where a process that hangs is missed
+            with dist.one_error():  # every step's first exchange, which notices a process that hangs
                 windows, batch_BT1 = loader.next_batch()
             lr = learning_rate(step, train_config)
             inner_lr = inner_learning_rate(step, train_config, config.model)
@@ -323,9 +323,9 @@ def _check_fit(config: RunConfig, dist: DistributedContext) -> None:
             f"A batch of {train.batch} sequences does not split over {dist.world_size} processes with "
             f"{train.accumulate} micro-batches each; choose train.batch as a multiple of {parts}."
         )
-    needed, there = training_bytes(config.model, train) // shards, memory_bytes(dist.device)
-    if needed > there:
+    needed, available = training_bytes(config.model, train) // shards, memory_bytes(dist.device)
+    if needed > available:
         raise UserError(
             f"Training this model takes at least {in_bytes(needed)} of memory, and the {dist.device} has "
-            f"{in_bytes(there)}; choose a smaller model."
+            f"{in_bytes(available)}; choose a smaller model."
         )

@@ -1,4 +1,4 @@
-"""Where a conversation begins in a session."""
+"""How a text begins in a session: a conversation, or the ids of a whole text."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,18 @@ def begin_chat(session: Session, prompt: Callable[[Before], Prompt]) -> tuple[Se
     that text, in place of BOS.
     """
     state = session.state()
-    has_text = session.position + len(state.pending) > 1
-    before: Before = "conversation" if state.text.chat else "text" if has_text else "nothing"
+    before: Before = "conversation" if state.text.chat else "text" if num_tokens(session) > 1 else "nothing"
     given = prompt(before)
-    pending = state.pending[:0] if before == "nothing" and not isinstance(given, str) else state.pending
-    return session.with_state(state._replace(text=state.text._replace(chat=True), pending=pending)), given
+    session = session.with_state(state._replace(text=state.text._replace(chat=True)))
+    return without_bos(session) if before == "nothing" and not isinstance(given, str) else session, given
+
+
+def without_bos(session: Session) -> Session:
+    """The session without the BOS that begins it, if it has read nothing else."""
+    state = session.state()
+    return session if num_tokens(session) > 1 else session.with_state(state._replace(pending=state.pending[:0]))
+
+
+def num_tokens(session: Session) -> int:
+    """How many tokens the session has been given, BOS and those that wait for a full mini-batch among them."""
+    return session.position + len(session.state().pending)

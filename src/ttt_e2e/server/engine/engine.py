@@ -19,7 +19,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import Done, Losses, PromptLogprobs, SessionPool, Token
 from ttt_e2e.model.cost import state_bytes
-from ttt_e2e.server.engine.chats import begin_chat
+from ttt_e2e.server.engine.chats import begin_chat, num_tokens, without_bos
 from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
 from ttt_e2e.server.engine.records import (
     Before,
@@ -113,7 +113,7 @@ class Engine:
         with self._request():
             async with slot.write_lock:
                 session = await self.sessions.session(slot, for_change=True)
-                length, unscored = _num_tokens(session), session.pending
+                length, unscored = num_tokens(session), session.pending
                 batches, more, submitted = self._batches(chunks), True, 0
                 scored, loss_sum = 0, 0.0
                 with self._pooled(slot, session) as pooled:
@@ -193,11 +193,11 @@ class Engine:
                 else:
                     ids = await asyncio.to_thread(self._encode, prompt)
                     if not isinstance(prompt, str) and len(ids) and ids[0] == self._tokenizer.bos:
-                        session = _without_bos(session)  # the ids are those of a whole text
+                        session = without_bos(session)  # the ids are those of a whole text
                 closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
                 if echo and logprobs is not None and len(ids) * (logprobs + 1) > _MAX_PROMPT_LOGPROBS:
                     raise PromptTooLongError(len(ids), _MAX_PROMPT_LOGPROBS // (logprobs + 1))
-                length = (_num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
+                length = (num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
                 self.sessions.check_length(length)
                 context = np.concatenate((session.state().pending, ids))
                 texts = None if logprobs is None else self._token_texts
@@ -289,13 +289,3 @@ class Engine:
         size = _BATCHES_PER_SUBMIT * self._template.mini_batch_size
         for ids in self._tokenizer.encode_chunks(short_chunks(chunks)):
             yield from np.split(ids, range(size, len(ids), size))
-
-
-def _without_bos(session: Session) -> Session:
-    """The session without the BOS that begins it, if it has read nothing else."""
-    state = session.state()
-    return session if _num_tokens(session) > 1 else session.with_state(state._replace(pending=state.pending[:0]))
-
-
-def _num_tokens(session: Session) -> int:
-    return session.position + len(session.state().pending)
