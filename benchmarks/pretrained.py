@@ -127,12 +127,18 @@ def read_theirs(model: Any, ids: torch.Tensor, piece: int) -> Reader:
 
 def read_ours(model: Transformer, ids: torch.Tensor, piece: int, b: int | None, dtype: torch.dtype) -> Reader:
     """b: tokens of a mini-batch; None reads pieces without learning."""
-    state, size = start_reading(model, 1, dtype), b or piece
+    if b is not None:
+        session = Session(model, dtype=dtype)
+        session.read(ids[0, :1].numpy())  # scored are the tokens after it
+        for start in range(1, ids.shape[1], piece):
+            assert len(session.read(ids[0, start : start + piece].numpy())) == piece
+            yield
+        return
+    state = start_reading(model, 1, dtype)
     for start in range(0, ids.shape[1] - 1, piece):
-        for first in range(start, start + piece, size):
-            tokens, targets = ids[:, first : first + size], ids[:, first + 1 : first + size + 1]
-            state, losses, _ = read_mini_batch(model, state, tokens, targets, learn=b is not None, dtype=dtype)
-            assert losses.isfinite().all()
+        tokens, targets = ids[:, start : start + piece], ids[:, start + 1 : start + piece + 1]
+        state, losses, _ = read_mini_batch(model, state, tokens, targets, learn=False, dtype=dtype)
+        assert losses.isfinite().all()
         yield
 
 

@@ -24,12 +24,13 @@ from ttt_e2e.inference.divergence import Diverged, find_divergence, rolled_back_
 from ttt_e2e.inference.row_batch import chunk_size, ids_tensor, read_rows
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens, sample
 from ttt_e2e.inference.session_file import Precision, SessionInfo
-from ttt_e2e.inference.streaming import ReadState, forward, start_reading
+from ttt_e2e.inference.streaming import PrefixOutput, ReadState, forward, read_ahead, start_reading
 from ttt_e2e.inference.text_digest import TextDigest, token_bytes
 from ttt_e2e.inference.text_stream import TextStream
 from ttt_e2e.inner_loop.compiled import compiled_functions
 from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.ops import tuning
 
 
 class SessionState(NamedTuple):
@@ -141,17 +142,30 @@ class Session:
         else:
             ids = check_token_ids(tokens, self.model.config.vocab_size)
         self._state = self._state._replace(pending=np.concatenate((self._state.pending, ids)))
+        ahead: list[PrefixOutput] = []
+        known_for = None  # the state that `ahead` belongs to: between two mini-batches the session may be used
         while len(self._state.pending) > self.chunk_size:
             # The state changes last and at once, or not at all.
             size, (read_state, text, pending) = self.chunk_size, self._state
-            options = {"learn": self.learn, "dtype": self.dtype, "functions": self._functions}
+            if known_for is not self._state or not ahead:
+                ahead = self._read_ahead()
+            prefix = ahead.pop(0) if ahead else None
+            options = {"learn": self.learn, "dtype": self.dtype, "functions": self._functions, "prefix": prefix}
             after, losses_1T, norm_1 = read_rows(self.model, read_state, [pending[: size + 1]], **options)
             self._check(losses_1T[0], norm_1[0])
             last_good = SessionState(read_state, text, pending[:1].copy()) if self.learn else None
             text = text.add(pending[:size], self.mini_batch_size, self.token_sizes)
             self._restore(SessionState(after, text, pending[size:]), last_good)
+            known_for = self._state
             yield losses_1T[0]
         self._state = self._state._replace(pending=self._state.pending.copy())  # a view would keep all the ids
+
+    def _read_ahead(self) -> list[PrefixOutput]:
+        """What the prefix makes of the next mini-batches, computed at once; nothing where each is read by itself."""
+        if not self.learn or self.compiled:
+            return []
+        ids = self._state.pending[:-1][: tuning.PREFIX_TOKENS]
+        return read_ahead(self.model, self._state.read_state, ids_tensor(self.model, [ids]), self.dtype)
 
     def score_pending(self) -> np.ndarray:
         """The losses of the pending tokens, float32 [pending]. Nothing is learned, and the session does not change."""

@@ -13,10 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions, read_and_learn
+from ttt_e2e.inner_loop.functions import EAGER, LoopFunctions
 from ttt_e2e.inner_loop.meta_loss import static_cache_view
-from ttt_e2e.inner_loop.step import InnerLoopState, empty_caches, initial_state, tree_map
+from ttt_e2e.inner_loop.step import (
+    InnerLoopState,
+    MiniBatch,
+    empty_caches,
+    initial_state,
+    inner_step,
+    inner_step_,
+    tree_map,
+)
 from ttt_e2e.model.kv_cache import KVCache
+from ttt_e2e.model.mixers.attention import Attention
 from ttt_e2e.model.mixers.base import CacheView
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.attention import causal_window_mask
@@ -51,6 +60,44 @@ def start_reading(model: Transformer, batch: int, dtype: torch.dtype = torch.flo
     return ReadState(0, None, initial_state(model, batch, dtype).map(Tensor.detach))
 
 
+class PrefixOutput(NamedTuple):
+    """What `Transformer.forward_prefix` returns for a mini-batch: it does not depend on what is learned."""
+
+    x_BbD: Tensor  # the residual stream
+    static: tuple[Any, ...]  # states of the mixers after it
+
+
+@torch.no_grad()
+def read_ahead(
+    model: Transformer, state: ReadState, tokens_BT: Tensor, dtype: torch.dtype = torch.float32
+) -> list[PrefixOutput]:
+    """The prefix over the next mini-batches at once, for `read_mini_batch` to take one after the other.
+
+    The matrices are then read from memory once for all of them. The list ends with the last whole mini-batch, or with
+    what fits in a window. It is empty where that is only one, and where the prefix has other mixers than attention:
+    their states after each mini-batch would not be known.
+
+    Args:
+        model, state, dtype: as for `read_mini_batch`.
+        tokens_BT: token ids.
+    """
+    b, mixers = model.config.tokens_per_read, [block.mixer for block in (*model.prefix, *model.suffix[:1])]
+    length = min(tokens_BT.shape[1], model.config.sliding_window) // b * b
+    if length < 2 * b or not all(isinstance(mixer, Attention) for mixer in mixers):
+        return []
+    tokens_BT = tokens_BT[:, :length]
+    positions = model.positions(state.position, length, dtype, state.position_offsets_B)
+    view = _cache_view(model, state, length, dtype)._replace(keep_all=True)
+    x_BTD, caches = model.forward_prefix(tokens_BT, positions, state.static, dtype, view)
+    return [
+        PrefixOutput(
+            x_BTD[:, stop - b : stop],
+            tuple(cache.without_last(length - stop).last(m.window) for cache, m in zip(caches, mixers, strict=True)),
+        )
+        for stop in range(b, length + 1, b)
+    ]
+
+
 @torch.no_grad()
 def read_mini_batch(
     model: Transformer,
@@ -64,6 +111,7 @@ def read_mini_batch(
     dtype: torch.dtype = torch.float32,
     functions: LoopFunctions = EAGER,
     donate_state: bool = False,
+    prefix: PrefixOutput | None = None,
 ) -> tuple[ReadState, Tensor, Tensor]:
     """Read one mini-batch, score it, and learn from it. No graph is built.
 
@@ -79,6 +127,7 @@ def read_mini_batch(
         donate_state: the caller gives `state` away, whose memory nothing else uses (such as a copy). The
             next state then takes its place, which is faster where many texts are read together. It has no effect
             where nothing is learned, and compiled functions do not support it.
+        prefix: of this mini-batch, from `read_ahead`; None to compute it here, as compiled functions always do.
 
     Returns:
         The next state, the losses [B, b] in nats, and the norms [B] of the unclipped gradients, 0 without learning.
@@ -110,9 +159,9 @@ def read_mini_batch(
         static, loop = _last_slots(static, filled), loop._replace(caches=_last_slots(loop.caches, filled))
     else:
         view = _cache_view(model, state, length, dtype)._replace(donated=donate_state)
-        static, loop, nll_Bb, norm_B = read_and_learn(
-            model, static, loop, tokens_Bb, targets_Bb, mask_Bb, positions, view, lr, dtype
-        )
+        x_BbD, static = prefix or model.forward_prefix(tokens_Bb, positions, static, dtype, view)
+        step = inner_step_ if donate_state else inner_step
+        loop, nll_Bb, norm_B = step(model, loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, positions, view), lr)
     return state._replace(position=state.position + length, static=static, loop=loop), nll_Bb, norm_B
 
 

@@ -56,6 +56,11 @@ class KVCache(NamedTuple):
         drop = self.num_slots - count
         return KVCache(self.k_BGSK[:, :, drop:], self.v_BGSK[:, :, drop:])
 
+    def without_last(self, count: int) -> "KVCache":
+        """A view of all but the last `count` slots."""
+        stop = self.num_slots - count
+        return KVCache(self.k_BGSK[:, :, :stop], self.v_BGSK[:, :, :stop])
+
     def contiguous(self) -> "KVCache":
         """The cache in memory of its own, so that it keeps nothing larger alive."""
         return KVCache(self.k_BGSK.contiguous(), self.v_BGSK.contiguous())

@@ -4,6 +4,11 @@ Where no other machine is named, it is one thread of a server CPU (x86, float32)
 pass, the backward pass and the gradient of the backward pass.
 """
 
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+# Tokens that the prefix reads at once for several mini-batches.
+PREFIX_TOKENS = 256
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 # Up to this many scores (B H T S), by type of device, `inner_loop_attention` keeps the softmax, 64 MiB in float32:

@@ -89,7 +89,7 @@ class Attention(Mixer):
             y_BHTK, attention_vjp = inner_loop_attention(q_BHTK, *keys)
         else:
             y_BHTK = sdpa(q_BHTK, *keys)
-        kept = seen.last(cache_view.max_slots if self.window is None else self.window)
+        kept = seen if cache_view.keep_all else seen.last(cache_view.max_slots if self.window is None else self.window)
         if state is None and not torch.is_grad_enabled():
             kept = kept.contiguous()  # a view would keep the keys and values of the whole text
 

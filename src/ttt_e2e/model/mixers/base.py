@@ -41,7 +41,10 @@ class CacheView(NamedTuple):
     """The mask that follows for all caches alike, where it is cheaper to make once; None: attention makes its own."""
 
     max_slots: int | None = None
-    """Slots that full attention keeps. None: all. Windowed attention always keeps its window."""
+    """Slots that full attention keeps. None: all. Windowed attention keeps its window, if not `keep_all`."""
+
+    keep_all: bool = False
+    """Whether attention keeps all keys and values: the caches after earlier tokens can be cut from them."""
 
     donated: bool = False
     """Whether the caches that are handed in may be overwritten."""
