@@ -1,6 +1,7 @@
 """What is counted of a training on many GPUs, against processes that shard a model as the trainer does."""
 
 import dataclasses
+import gc
 import os
 import queue
 import socket
@@ -11,6 +12,7 @@ import torch
 from helpers import small_config, start_copy
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import get_context
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -63,27 +65,41 @@ def run_config(model: str, part: str, shards: int = -1) -> RunConfig:
 
 
 class Exchanges(TorchDispatchMode):
-    """Bytes of the whole tensors that are exchanged, by the kind of collective."""
+    """Bytes of the whole tensors that are exchanged, by the kind of collective, and all memory that is made."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.made: dict[int, StorageWeakRef] = {}
         self.bytes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0, "allreduce_": 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._overloadpacket.__name__
         if func.namespace == "c10d" and name in self.bytes:
             self.bytes[name] += max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not isinstance(tensor, DTensor):
+                self.made[tensor.untyped_storage()._cdata] = StorageWeakRef(tensor.untyped_storage())
+        return result
+
+    def kept_bytes(self) -> int:
+        """Of the memory that was made, what is still in use; FSDP makes storages of gathered weights empty."""
+        gc.collect()
+        left = (torch.UntypedStorage._new_with_weak_ptr(made.cdata) for made in self.made.values())
+        return sum(storage.nbytes() for storage in left if storage is not None)
 
 
 def measure(config: RunConfig, processes: DistributedContext) -> dict[str, int]:
-    """Bytes of what this process holds after a step, of what was whole in it, and of what was exchanged."""
+    """Bytes of what this process holds after a step, of what was whole in it, and of what was exchanged.
+
+    "between" is what it holds beside weights before the last micro-batch.
+    """
     torch.manual_seed(0)
     model = Transformer(config.model)
     set_trainable(model, config.train)
     parallel = ParallelModel(model, processes).shard(config.train)
     optimizer = make_optimizer(model, config.train)
-    found = {"whole": 0}
+    found = {"whole": 0, "between": 0}
 
     def loss(network: Transformer) -> torch.Tensor:
         found["whole"] = sum(p.nbytes for p in network.parameters() if not isinstance(p, DTensor))
@@ -92,7 +108,8 @@ def measure(config: RunConfig, processes: DistributedContext) -> dict[str, int]:
 
     with Exchanges() as exchanges:
         for i in range(config.train.accumulate):
-            parallel.set_requires_gradient_sync(i == config.train.accumulate - 1)
+            parallel.set_requires_all_reduce(i == config.train.accumulate - 1)
+            found["between"] = exchanges.kept_bytes()
             parallel(loss).backward()
     optimizer.step()
     weights = list(model.parameters())
@@ -141,9 +158,10 @@ def test_sizes_are_those_of_sharded_processes(measured: dict, model: str, part: 
     network = Transformer(config.model)
     set_trainable(network, config.train)
     blocks = [sum(p.nbytes for p in block.parameters()) for block in network.prefix]
-    in_blocks = {p for block in network.prefix for p in block.parameters()} if config.train.accumulate == 1 else set()
+    in_blocks = {p for block in network.prefix for p in block.parameters()}
     gradients = sum(p.nbytes for p in network.parameters() if p.requires_grad and p not in in_blocks)
     assert counted.gathered == found["whole"] + gradients + sum(sorted(blocks)[-2:])
+    assert found["between"] == (counted.gradients if config.train.accumulate > 1 else 0)
 
 
 @pytest.mark.parametrize("shards", [2, 4])

@@ -85,7 +85,7 @@ def test_full_disk_is_tried_again(data: Path, tmp_path: Path, monkeypatch: pytes
             raise UserError("No space left on the disk.") from error
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", full)
+        patch.setattr(trainer.CheckpointSaver, "save", full)
         outcome = make_comparison(tmp_path, data, systems=["full"], contexts=[8])
     assert outcome.problems and set(read_results(tmp_path)) == {"runs/ngram/seed0/evaluate-8"}
     assert "No space left" in (tmp_path / "runs/full/sweep/lr-0.003/log.txt").read_text()

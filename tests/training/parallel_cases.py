@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.trainable import set_trainable
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training import distributed, trainer
+from ttt_e2e.training.checkpoint import CheckpointSaver, TrainerState
 from ttt_e2e.training.distributed import DistributedContext, init_distributed
 from ttt_e2e.training.metrics import read_metrics
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
@@ -76,7 +78,7 @@ def train_case(
     for tokens_BT1 in tokens:
         total = torch.zeros((), dtype=torch.float64)
         for i, micro_batch in enumerate(tokens_BT1.chunk(parts)[dist.rank :: dist.world_size]):
-            parallel.set_requires_gradient_sync(i == config.accumulate - 1)
+            parallel.set_requires_all_reduce(i == config.accumulate - 1)
             loss = parallel(
                 sequence_loss,
                 micro_batch,
@@ -152,6 +154,28 @@ def in_step(number: int, what: Callable[[], object]) -> None:
         return sequence_loss(*args, **options)
 
     trainer.sequence_loss = wrapped
+
+
+def hold_writing(rank: int) -> None:
+    """In this process, let nothing of a checkpoint be written before a step has changed the weights."""
+    changed, optimizer_step, write_own_files = (
+        threading.Event(),
+        trainer.optimizer_step,
+        CheckpointSaver._write_own_files,
+    )
+
+    def step(*arguments: Any) -> float:
+        norm = optimizer_step(*arguments)
+        changed.set()
+        return norm
+
+    def held(saver: CheckpointSaver, part: Path, state: TrainerState, *rest: Any) -> Callable[[], Any]:
+        write = write_own_files(saver, part, state, *rest)
+        if state.step < saver._config.train.steps:
+            changed.clear()
+        return lambda: changed.wait() and write()
+
+    trainer.optimizer_step, CheckpointSaver._write_own_files = step, held  # type: ignore[method-assign]
 
 
 def disturb(chosen: int, step: int, what: Callable[[], object], rank: int) -> None:

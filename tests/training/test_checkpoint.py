@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,20 @@ from helpers import flipped, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_e2e.config.schema import RunConfig, TrainConfig
+from ttt_e2e.config.schema import LoraConfig, RunConfig, TrainConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import load_transformer, model_digest
+from ttt_e2e.model.trainable import set_trainable
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training import checkpoint
 from ttt_e2e.training.checkpoint import (
+    CheckpointSaver,
     TrainerState,
     check_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_model_state,
     load_optimizer_state,
-    save_checkpoint,
 )
 from ttt_e2e.training.distributed import DistributedContext
 from ttt_e2e.training.optimizer import make_optimizer, optimizer_step
@@ -36,7 +38,7 @@ Trained = tuple[Transformer, torch.optim.AdamW]
 def update(model: Transformer, optimizer: torch.optim.Optimizer, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
-        weight.grad = torch.randn(weight.shape, generator=generator)
+        weight.grad = torch.randn(weight.shape, generator=generator) if weight.requires_grad else None
     optimizer_step(model, optimizer, lr=1e-2, max_grad_norm=1.0)
 
 
@@ -48,9 +50,19 @@ def trained(seed: int = 0, updates: int = 3) -> Trained:
     return model, optimizer
 
 
-def save(run: Path, pair: Trained, step: int) -> Path:
+def saver(run: Path, pair: Trained) -> CheckpointSaver:
     model, optimizer = pair
-    return save_checkpoint(run, alone(model), optimizer, TrainerState(step, step * 10, 1.5, {"index": step}), CONFIG)
+    return CheckpointSaver(run, alone(model), optimizer, CONFIG)
+
+
+def at(step: int) -> TrainerState:
+    return TrainerState(step, step * 10, 1.5, {"index": step})
+
+
+def save(run: Path, pair: Trained, step: int) -> Path:
+    with saver(run, pair) as one:
+        one.save(at(step))
+    return list_checkpoints(run)[0]
 
 
 def alone(model: Transformer) -> ParallelModel:
@@ -175,6 +187,44 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         save(run, pair, step)
     return run
+
+
+@given(seed=st.integers(0, 10**6), low_rank=st.booleans(), bfloat16=st.booleans())
+@settings(max_examples=5)
+def test_files_are_those_of_the_moment_when_save_returned(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, low_rank: bool, bfloat16: bool
+) -> None:
+    """Weights and moments change, and another checkpoint is due, before anything of the first one is written."""
+    train = TrainConfig(
+        trainable="lora" if low_rank else "all", dtype="bfloat16" if bfloat16 else "float32", lora=LoraConfig(r=2)
+    )
+    model = Transformer(CONFIG.model, torch.Generator().manual_seed(seed))
+    model.load_state_dict({name: weight.bfloat16().float() for name, weight in model.state_dict().items()})
+    set_trainable(model, train)
+    pair = (model, make_optimizer(model, train))
+    update(*pair, seed)
+    runs = [tmp_path_factory.mktemp(name) for name in ("waited", "meanwhile")]
+    save(runs[0], pair, 1)
+    released = threading.Event()
+    with saver(runs[1], pair) as one:
+        one._thread.submit(released.wait)
+        one.save(at(1))
+        update(*pair, seed + 1)
+        assert one.is_busy and not list_checkpoints(runs[1])
+        released.set()
+        one.save(at(2))
+        assert list_checkpoints(runs[1])
+        update(*pair, seed + 2)
+    first, second = ({f.name: f.read_bytes() for f in (run / "checkpoints/step-00000001").iterdir()} for run in runs)
+    assert first == second and len(first) == 4 + low_rank
+    check_checkpoint(runs[1] / "checkpoints/step-00000002")
+
+
+def test_block_that_ends_early_completes_what_it_has_begun(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), saver(tmp_path, trained()) as one:
+        one.save(at(3))
+        raise KeyboardInterrupt
+    check_checkpoint(tmp_path / "checkpoints/step-00000003")
 
 
 def test_full_disk_keeps_existing_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ Nothing is run, and nothing of it has been measured on GPUs. Counted is training
   with several groups every group has all of them. A group's GPUs are neighbours: it fills nodes before it takes more.
 - A prefix block is gathered when it is used, forward and again backward, the next one meanwhile. Everything else
   (embedding, suffix, last norm, head) is used by the whole mini-batch loop: it stays gathered for a micro-batch.
-- Gradients are reduced in the last micro-batch: those of a prefix block when they are known, all others at the end.
-  With several micro-batches a GPU adds up whole gradients until then.
+- Gradients are reduced within a group in every micro-batch: those of a prefix block when they are known, all others at
+  the end. So a GPU adds up its shard of them; groups sum their shards in the last micro-batch.
 - All of it is float32, but frozen weights are bfloat16 if training is.
 
 Assumptions about time:
@@ -112,8 +112,7 @@ class Memory:
     gradients: int
     moments: int
     gathered: int
-    """What is whole: the weights that the loop uses and two prefix blocks; gradients of the loop's weights, or with
-    several micro-batches all gradients."""
+    """What is whole: the weights that the loop uses and two prefix blocks; gradients of the loop's weights."""
     activations: int
     states: int
     """Fast weights and caches between mini-batches."""
@@ -183,8 +182,7 @@ def memory(config: RunConfig, cluster: Cluster, activations: int = 0, states: in
     gathered = 0
     if n > 1:
         blocks = sorted((unit.bytes_in(1, train) for unit in prefix), reverse=True)
-        gathered = loop.bytes_in(1, train) + sum(blocks[:2])
-        gathered += 4 * sum(unit.trained_in(1) for unit in (units if train.accumulate > 1 else [loop]))
+        gathered = loop.bytes_in(1, train) + 4 * loop.trained_in(1) + sum(blocks[:2])
     weights = sum(unit.bytes_in(n, train) for unit in units)
     return Memory(weights, 4 * own, 8 * own, gathered, activations, states)
 
@@ -201,21 +199,24 @@ def step_time(config: RunConfig, cluster: Cluster) -> StepTime:
     forward = rows * prefix_operations(config.model, train.context) / rate
 
     *prefix, loop = _units(config)
-    gather, reduce = _Traffic(), _Traffic()
+    gather, reduce, summed = _Traffic(), _Traffic(), _Traffic()
     for unit in prefix:
         gather += _gather(n * unit.bytes_in(n, train), cluster)
         reduce += _reduce(unit.trained_in(n), cluster)
+        summed += _sum_over_groups(unit.trained_in(n), cluster)
     gather_again = gather
     if train.prefix_frozen and prefix:  # as the loop's backward pass begins, FSDP gathers the block below it regardless
         gather_again = _gather(n * prefix[-1].bytes_in(n, train), cluster)
-    loop_gather, loop_reduce = _gather(n * loop.bytes_in(n, train), cluster), _reduce(loop.trained_in(n), cluster)
-    total = train.accumulate * (gather + gather_again + loop_gather) + reduce + loop_reduce
+    in_loop = _gather(n * loop.bytes_in(n, train), cluster) + _reduce(loop.trained_in(n), cluster)
+    loop_summed = _sum_over_groups(loop.trained_in(n), cluster)
+    total = train.accumulate * (gather + gather_again + reduce + in_loop) + summed + loop_summed
 
     def beyond(traffic: _Traffic, seconds: float) -> float:
         return max(0.0, traffic.seconds - seconds)
 
-    exposed = train.accumulate * (beyond(gather, forward) + loop_gather.seconds) + loop_reduce.seconds
-    exposed += (train.accumulate - 1) * beyond(gather_again, 2 * forward) + beyond(gather_again + reduce, 2 * forward)
+    exposed = train.accumulate * (beyond(gather, forward) + in_loop.seconds) + loop_summed.seconds
+    exposed += (train.accumulate - 1) * beyond(gather_again + reduce, 2 * forward)
+    exposed += beyond(gather_again + reduce + summed, 2 * forward)
     trained = sum(unit.trained_in(n) for unit in (*prefix, loop))
     optimizer = 28 * trained / gpu.memory_bandwidth  # reads 4 numbers, writes 3
     return StepTime(train.accumulate * computation, optimizer, total.seconds, exposed, total.bytes)
@@ -301,11 +302,14 @@ def _gather(size: float, cluster: Cluster) -> _Traffic:
 
 
 def _reduce(shard: int, cluster: Cluster) -> _Traffic:
-    """Gradients in float32, of which a GPU keeps `shard`: reduce-scatter in its group, all-reduce over the groups."""
+    """Reduce-scatter in a group of gradients in float32, of which a GPU keeps `shard`."""
+    return _gather(4 * cluster.shards * shard, cluster)
+
+
+def _sum_over_groups(shard: int, cluster: Cluster) -> _Traffic:
+    """All-reduce over the groups of what a GPU keeps."""
     n, groups = cluster.shards, cluster.gpus // cluster.shards
-    scattered = _gather(4 * n * shard, cluster)
-    half = _ring(4 * shard, groups, min(groups, max(1, GPUS_PER_NODE // n)), cluster.gpu)
-    return scattered + half + half
+    return 2 * _ring(4 * shard, groups, min(groups, max(1, GPUS_PER_NODE // n)), cluster.gpu)
 
 
 def _ring(size: float, n: int, per_node: int, gpu: GPU) -> _Traffic:

@@ -6,21 +6,23 @@ matrices that they are added to, of which the model has the sums; and trainer.js
 configuration and the digests of all other files and of itself. It is written under a temporary name and then renamed,
 so it is complete or absent.
 
-Several processes write the same, but for the moments, two thirds of it: `torch.distributed.checkpoint` writes each
-process's part to a file of its own, optimizer/shard-00001-..., and reads them into any other number of processes. These
-files are safetensors, too: its usual format is not used, since it is a pickle, which could run code. The model is
-gathered by rank 0, tensor by tensor, so that every checkpoint remains a model folder.
+Several processes write the same, but for the moments, two thirds of it: each process writes its part to a file of its
+own, optimizer/shard-00001-..., as `torch.distributed.checkpoint` plans it, which also reads them into any other number
+of processes. These files are safetensors, too: its usual format is not used, since it is a pickle, which could run
+code. The model is gathered by rank 0, tensor by tensor, so that every checkpoint remains a model folder.
+
+Training does not wait for the disk. `CheckpointSaver` copies everything to the CPU's memory, and a thread writes the
+copies meanwhile.
 """
 
-import functools
 import json
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -28,12 +30,23 @@ from torch import Tensor
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.config.schema import RunConfig, TrainConfig
 from ttt_e2e.errors import UserError
-from ttt_e2e.files import atomic_path, check_file, file_digest, read_verified_json, remove_atomically, with_digest
+from ttt_e2e.files import (
+    atomic_path,
+    check_file,
+    file_digest,
+    read_verified_json,
+    remove_atomically,
+    sync,
+    with_digest,
+)
 from ttt_e2e.model.checkpoint import TOKENIZER, load_safetensors, read_weights, save_safetensors, write_model_files
 from ttt_e2e.model.trainable import lora_tensors, set_trainable, trained_weights
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.distributed import DistributedContext
 from ttt_e2e.training.parallelize import ParallelModel
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import SavePlan
 
 FORMAT = "ttt-e2e checkpoint"
 VERSION = 3
@@ -58,43 +71,164 @@ class TrainerState:
     """Lines of metrics so far; 0 if that is not known."""
 
 
-def save_checkpoint(
-    run: Path, parallel: ParallelModel, optimizer: torch.optim.Optimizer, state: TrainerState, config: RunConfig
-) -> Path:
-    """Write the checkpoint of `state.step` in the folder `run`, then remove all but the latest `keep_checkpoints`.
+class CheckpointSaver:
+    """Writes the checkpoints of a run while it is trained, one at a time.
 
-    The tokenizer of the run is copied into it. Returns its folder. On a full disk, the existing checkpoints are kept.
-    With several processes, all of them must call it, and they must share the disk.
+    Every process has a thread that writes files and nothing else: all that the processes tell each other they say in
+    `save`, `advance` and `wait`, which all of them must call together. They must share the disk.
+
+    A checkpoint is complete once `wait` has returned, or a later `save`, or some call of `advance`; what goes wrong
+    until then is raised there. Leaving the block with an exception, a single process still completes what it has begun;
+    of several, some may have ended, and it is dropped.
     """
-    folder, dist = run / "checkpoints" / f"step-{state.step:08d}", parallel.dist
-    model = parallel.gather()
-    with ExitStack() as stack:
-        part = None
-        with dist.one_error():
+
+    def __init__(self, run: Path, parallel: ParallelModel, optimizer: torch.optim.Optimizer, config: RunConfig) -> None:
+        self._run, self._parallel, self._optimizer, self._config = run, parallel, optimizer, config
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Generator[Future[Any]] | None = None
+        self._job: Future[Any] | None = None  # what the thread does
+        self._plan: SavePlan | None = None  # the same for every checkpoint
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+            elif self._parallel.dist.world_size == 1:
+                with suppress(UserError, OSError):  # the first error is the one to tell
+                    self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._saving is not None:
+                self._saving.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this process is writing."""
+        return self._job is not None and not self._job.done()
+
+    def save(self, state: TrainerState, before: Callable[[], object] = lambda: None) -> None:
+        """Begin to write the checkpoint of `state.step`, once the last one is complete.
+
+        When this returns everything has been copied: weights and moments may change. `before` is called by the thread
+        of rank 0, before it writes. After the checkpoint, all but the latest `keep_checkpoints` are removed. On a full
+        disk, the existing checkpoints are kept.
+        """
+        self.wait()
+        self._saving = self._save(state, before)
+        self.advance()
+
+    def advance(self) -> None:
+        """Go on with a checkpoint, if there is one; waits for what is being written, so call it when nobody `is_busy`.
+
+        Raises UserError in one process, and SystemExit in all others, if the checkpoint cannot be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            self._job = next(saving, None)
+            self._saving = saving if self._job is not None else None
+
+    def wait(self) -> None:
+        """Return when nothing is left to write. Raises as `advance` does."""
+        while self._saving is not None:
+            self.advance()
+
+    def _save(self, state: TrainerState, before: Callable[[], object]) -> Generator[Future[Any]]:
+        """Write a checkpoint; yields what the thread does, and goes on when all processes have finished that."""
+        folder, dist = self._run / "checkpoints" / f"step-{state.step:08d}", self._parallel.dist
+        with ExitStack() as stack:
+            part = None
+            with dist.one_error():
+                if dist.is_rank0:
+                    part = stack.enter_context(atomic_path(folder))
+                    part.mkdir()
+            part = dist.gather(part)[0]
+            assert part is not None
+            job = self._thread.submit(self._write_own_files(part, state, before))
+            yield job
+            files: dict[str, Any] = {}
+            with dist.one_error():
+                for written in dist.gather(_outcome(job)):
+                    if isinstance(written, Exception):
+                        raise written  # in all processes, so that it is rank 0 that says which checkpoint it was
+                    files |= written
+            if dist.is_rank0:
+                job = self._thread.submit(self._complete, stack.pop_all(), part, folder.name, state, files)
+            yield job
+            with dist.one_error():
+                job.result()
+
+    def _write_own_files(self, part: Path, state: TrainerState, before: Callable[[], object]) -> Callable[[], dict]:
+        """Copy what this process has to write; returns the function that writes it and returns the files' digests."""
+        dist, run, moments = self._parallel.dist, self._run, self._staged_moments()
+        model = self._parallel.gather()
+        name, note = OPTIMIZER, {"format": "pt"}
+        if dist.world_size > 1:
+            (part / SHARDS).mkdir(exist_ok=True)
+            # As `HuggingFaceStorageWriter` names it, which would hold up training while it copies all to one string.
+            name = f"{SHARDS}/shard-{dist.rank + 1:05d}-model-00001-of-00001.safetensors"
+            moments, offsets = self._own_shards(moments)
+            note = {"DCP_SHARDING_INFO": json.dumps(offsets)}
+
+        def write() -> dict[str, Any]:
             if model is not None:
-                part = stack.enter_context(atomic_path(folder))
-                part.mkdir()
+                before()
                 _write_model(part, run, model, state)
-        part = dist.gather(part)[0]
-        assert part is not None
-        _save_moments(part, parallel, optimizer)
-        files = dist.gather(_digests(part, _own_files(part, dist)))
-        with dist.one_error():
-            if dist.is_rank0:
-                content = {
-                    "format": FORMAT,
-                    "version": VERSION,
-                    "progress": asdict(state),
-                    "config": to_dict(config),
-                    "files": functools.reduce(operator.or_, files),
-                }
-                (part / TRAINER).write_text(json.dumps(with_digest(content), indent=2) + "\n", encoding="utf-8")
-            stack.close()
-            if dist.is_rank0:
-                older = [other for other in list_checkpoints(run) if other.name < folder.name]
-                for other in older[config.train.keep_checkpoints - 1 :]:
-                    remove_atomically(other)
-    return folder
+            if moments:
+                save_safetensors(moments, part / name, note)
+            files = [path.name for path in part.iterdir() if path.is_file()] if model is not None else []
+            files = sorted({*files, *([name] if moments else [])})
+            for file in files:
+                sync(part / file)
+            return _digests(part, files)
+
+        return write
+
+    def _staged_moments(self) -> dict[str, Tensor]:
+        """Copies of AdamW's moments in the CPU's memory, by name: with several processes this one's part of each."""
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        moments = {
+            # A weight that no loss has depended on yet has no moments, such as a memory's in texts of one mini-batch.
+            f"{moment}.{name}": self._optimizer.state[weight].get(moment, torch.zeros_like(weight.detach()))
+            for name, weight in trained_weights(self._parallel.model).items()
+            for moment in _MOMENTS
+        }
+        return BlockingAsyncStager().stage(moments)
+
+    def _own_shards(self, moments: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What this process writes of staged moments, so that each is written once, and where its parts begin."""
+        from torch.distributed.checkpoint import DefaultSavePlanner
+
+        dist, planner = self._parallel.dist, DefaultSavePlanner()
+        planner.set_up_planner(moments, is_coordinator=dist.is_rank0)
+        if self._plan is None:
+            plans, _ = planner.create_global_plan(dist.gather(planner.create_local_plan()))
+            self._plan = plans[dist.rank]
+        own: dict[str, Tensor] = {}
+        offsets: dict[str, Any] = {}
+        for item in planner.finish_plan(self._plan).items:
+            assert item.tensor_data is not None
+            own[item.index.fqn] = planner.resolve_data(item)
+            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+        return own, offsets
+
+    def _complete(self, stack: ExitStack, part: Path, name: str, state: TrainerState, files: dict[str, Any]) -> None:
+        """Write the last file, give the checkpoint its name by leaving `stack`, and remove the oldest ones."""
+        with stack:
+            content = {
+                "format": FORMAT,
+                "version": VERSION,
+                "progress": asdict(state),
+                "config": to_dict(self._config),
+                "files": files,
+            }
+            (part / TRAINER).write_text(json.dumps(with_digest(content), indent=2) + "\n", encoding="utf-8")
+        older = [folder for folder in list_checkpoints(self._run) if folder.name < name]
+        for folder in older[self._config.train.keep_checkpoints - 1 :]:
+            remove_atomically(folder)
 
 
 def load_model_state(folder: Path, model: Transformer, config: TrainConfig) -> TrainerState:
@@ -147,24 +281,12 @@ def _write_model(folder: Path, run: Path, model: Transformer, state: TrainerStat
         save_safetensors({name: w.detach().to("cpu") for name, w in factors.items()}, folder / LORA, {"format": "pt"})
 
 
-def _save_moments(folder: Path, parallel: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
-    """Write AdamW's moments: in one file, or each process its part in a file of its own."""
-    dist = parallel.dist
-    moments = {
-        # A weight that no loss has depended on yet has no moments, such as a memory's in texts of one mini-batch.
-        f"{moment}.{name}": optimizer.state[weight].get(moment, torch.zeros_like(weight.detach()))
-        for name, weight in trained_weights(parallel.model).items()
-        for moment in _MOMENTS
-    }
-    if dist.world_size == 1:
-        cpu = {name: moment.to("cpu") for name, moment in moments.items()}
-        save_safetensors(cpu, folder / OPTIMIZER, {"format": "pt"})
-        return
-    import torch.distributed.checkpoint as dcp
-
-    writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
-    with _raised_alike(dist):
-        dcp.save(moments, storage_writer=writer, process_group=dist.control)
+def _outcome(job: "Future[dict[str, Any]]") -> dict[str, Any] | Exception:
+    """What came of writing files."""
+    try:
+        return job.result()
+    except (UserError, OSError) as error:
+        return error
 
 
 @contextmanager
@@ -178,14 +300,6 @@ def _raised_alike(dist: DistributedContext) -> Iterator[None]:
         except CheckpointException as error:
             cause = error.failures[min(error.failures)][0]
             raise cause if isinstance(cause, OSError) else error from error
-
-
-def _own_files(folder: Path, dist: DistributedContext) -> list[str]:
-    """The names of the files that this process has written: its part of the moments, and on rank 0 all but moments."""
-    files = [*(folder / SHARDS).glob(f"shard-{dist.rank + 1:05d}-*")]
-    if dist.is_rank0:
-        files += [file for file in folder.iterdir() if file.is_file()]
-    return [str(file.relative_to(folder)) for file in files]
 
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, Any]:

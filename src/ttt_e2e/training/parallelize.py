@@ -47,6 +47,9 @@ class ParallelModel:
         self.model, self.dist = model, dist
         self._root: FSDPModule | None = None
         self._template: Transformer | None = None  # on the meta device
+        if dist.is_rank0:
+            meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+            self._template = copy.deepcopy(model, meta)
 
     def shard(self, config: TrainConfig) -> "ParallelModel":
         """If there are several processes, move the model to the device and keep only this process's part of it.
@@ -58,9 +61,6 @@ class ParallelModel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        if self.dist.is_rank0:
-            meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in self.model.parameters()}
-            self._template = copy.deepcopy(self.model, meta)
         # A block returns its mixer's state as well, slices of what it computed. Nothing is ever written into them.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         shape = mesh_shape(config, self.dist.world_size)
@@ -92,23 +92,24 @@ class ParallelModel:
         """The functions of the loop, compiled for this model."""
         return compiled_functions(self.dist.device, sharded=None if self._root is None else self.model)
 
-    def set_requires_gradient_sync(self, required: bool) -> None:
-        """Whether the next backward pass reduces the gradients, or adds them up in this process."""
+    def set_requires_all_reduce(self, required: bool) -> None:
+        """Whether the next backward pass sums the gradients over the groups, or adds them up in this one.
+
+        Within a group they are reduced after every backward pass: no process keeps more than its part of them.
+        """
         if self._root is not None:
-            self._root.set_requires_gradient_sync(required)
+            self._root.set_requires_all_reduce(required)
 
     def gather(self) -> Transformer | None:
-        """The whole model, with ordinary tensors: on rank 0, with several processes in the CPU's memory; else None.
+        """The whole model as it is now, with ordinary tensors in the CPU's memory: a copy on rank 0, None elsewhere.
 
-        All processes must call it.
+        What is never trained need not be copied. All processes must call it.
         """
-        if self._root is None:
-            return self.model
         weights = {}
         for name, parameter in self.model.named_parameters():
             weight = whole(parameter.detach())
             if self._template is not None:
-                weights[name] = weight.cpu()
+                weights[name] = weight.to("cpu", copy=parameter.requires_grad)
         if self._template is None:
             return None
         model = copy.deepcopy(self._template)

@@ -36,12 +36,12 @@ from ttt_e2e.model.trainable import set_trainable, trained_weights
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.signals import GracefulStop
 from ttt_e2e.training.checkpoint import (
+    CheckpointSaver,
     TrainerState,
     latest_checkpoint,
     list_checkpoints,
     load_model_state,
     load_optimizer_state,
-    save_checkpoint,
 )
 from ttt_e2e.training.distributed import DistributedContext, init_distributed
 from ttt_e2e.training.evaluate import evaluate_sequences
@@ -219,6 +219,7 @@ def train(
             functions=parallel.compiled_functions() if compile else EAGER,
             prefix_frozen=train_config.prefix_frozen,
         )
+        saver = stack.enter_context(CheckpointSaver(out, parallel, optimizer, config))
         if compile and state.step < train_config.steps:
             bar.set_postfix_str("compiling")
 
@@ -233,7 +234,7 @@ def train(
             total = torch.zeros((), device=dist.device)
             size = len(windows) // train_config.accumulate
             for i, micro_batch_BT1 in enumerate(batch_BT1.to(dist.device).split(size)):
-                parallel.set_requires_gradient_sync(i == train_config.accumulate - 1)
+                parallel.set_requires_all_reduce(i == train_config.accumulate - 1)
                 prefix_BTD = None
                 if prefix is not None:
                     with dist.one_error():
@@ -241,11 +242,15 @@ def train(
                 part = micro_batch_loss(micro_batch_BT1, inner_lr=inner_lr, prefix_BTD=prefix_BTD).loss / parts
                 part.backward()
                 total += part.detach()
-            total_and_stop = torch.stack([total, total.new_tensor(float(stop_signals.requested))])
-            dist.all_reduce(total_and_stop)
+            flags = total.new_tensor([stop_signals.requested, saver.is_busy])
+            sums = torch.cat([total[None], flags])
+            dist.all_reduce(sums)
             norm = optimizer_step(model, optimizer, lr, train_config.max_grad_norm)
-            loss, is_stopping = float(total_and_stop[0]), bool(total_and_stop[1])
+            loss, is_stopping, is_saving = float(sums[0]), bool(sums[1]), bool(sums[2])
+            if not is_saving:
+                saver.advance()
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                saver.wait()
                 folders = list_checkpoints(out)
                 kept = f"The last checkpoint is kept: {folders[0]}." if folders else "There is no checkpoint yet."
                 with dist.one_error():
@@ -288,14 +293,13 @@ def train(
                 if metrics:
                     for line in lines:
                         metrics.write(line)
-                    if saves:
-                        metrics.sync()
-                        state = replace(state, metrics_lines=metrics.lines)
+                    state = replace(state, metrics_lines=metrics.lines)
             if saves:
-                save_checkpoint(out, parallel, optimizer, state, config)
+                saver.save(state, metrics.sync if metrics else lambda: None)
             if is_stopping:
                 break
 
+        saver.wait()
         interrupted = state.step < train_config.steps
         if interrupted:
             dist.log(f"Stopped after step {state.step}; continue with the same command and --resume.")
