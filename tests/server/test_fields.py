@@ -11,7 +11,8 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from pydantic import ValidationError
 from server_helpers import FakeEngine, TestClient, error_of, served
 
-from ttt_e2e.server.api.schemas import ChatCompletionRequest, CompletionRequest
+from ttt_e2e.server.api.chat_schemas import ChatCompletionRequest
+from ttt_e2e.server.api.schemas import CompletionRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
