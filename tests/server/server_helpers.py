@@ -196,7 +196,8 @@ class FakeEngine:
         if callable(prompt):
             prompt = prompt(before)
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
-        self.calls.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn, grammar=grammar))
+        call = dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn)
+        self.calls.append(call | {"grammar": grammar})
         read, text = len(words.split()), ""
         logged = None if logprobs is None else (LoggedToken("w", -1.0, (("w", -1.0), ("v", -2.0))[:logprobs]),)
         async with limit or nullcontext():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # At most one space between two parts of a JSON text: without a limit, some models write spaces for ever.
 _JSON_OPTIONS = {"whitespace_pattern": " "}
-_MAX_CHARACTERS, _MAX_SYMBOLS = 200_000, 20_000  # of a grammar; it takes a second or two to compile at most
+_MAX_CHARACTERS, _MAX_SYMBOLS = 100_000, 20_000  # of a grammar, so that none takes long to compile
 
 
 class Matcher:

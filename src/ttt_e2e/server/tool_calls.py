@@ -83,7 +83,7 @@ def visible(literal: Literal) -> str:
 
 
 def described(messages: Sequence[_Message], tools: Sequence[Mapping[str, Any]], form: CallForm) -> list[_Message]:
-    """The messages with a description of the functions in the first one from a system or user."""
+    """The messages with a description of the functions in the user's first one, where every template has room for it."""
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     example = _call_text(form, [("NAME", {"ARGUMENT": "VALUE"})])
     text = (
@@ -91,14 +91,18 @@ def described(messages: Sequence[_Message], tools: Sequence[Mapping[str, Any]], 
         f"To call one, write its name and arguments in this way:\n{example}"
     )
     changed = list(messages)
-    for i, message in enumerate(messages):
-        if message["role"] in ("system", "developer", "user"):
-            part = {"type": "text", "text": text}
+    for at, message in enumerate(messages):
+        if message["role"] == "user":
             content = message["content"]
-            both = f"{text}\n\n{content}" if isinstance(content, str) else [part, *content]
-            changed[i] = message | {"content": both}
+            part = {"type": "text", "text": text}
+            changed[at] = message | {
+                "content": f"{text}\n\n{content}" if isinstance(content, str) else [part, *content]
+            }
             return changed
-    return [{"role": "system", "content": text}, *changed]
+    at = next(
+        (i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), len(messages)
+    )
+    return [*messages[:at], {"role": "user", "content": text}, *messages[at:]]
 
 
 def written_out(messages: Sequence[_Message], form: CallForm = HERMES) -> list[_Message]:

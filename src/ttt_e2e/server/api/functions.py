@@ -53,7 +53,7 @@ class FunctionReference(RequestModel):
 class NamedSchema(RequestModel):
     """A JSON Schema. The answer always matches it, whatever `strict` is."""
 
-    model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid")
 
     name: FunctionName
     json_schema: JsonSchema | None = Field(None, alias="schema")
