@@ -137,7 +137,7 @@ def test_schemas_that_are_nested_too_deeply() -> None:
         schema: dict[str, Any] = {}
         for _ in range(depth):
             schema = {"items": schema}
-        with pytest.raises(UserError, match="nested too deeply|recursion limit"):
+        with pytest.raises(UserError, match=r"nested too deeply|recursion limit"):
             COMPILER.compile(f"start: {json_rule(schema)}")
 
 

@@ -17,6 +17,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "input_image", "image_url": "https://example.com/x.png"}
 FUNCTION = {"type": "function", "name": "f", "parameters": {}}
 TOOL = {"name": "f", "input_schema": {}}
+TOOL_USE = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 NOT_JSON = {"type": "string", "pattern": "("}
 BODIES: dict[str, dict[str, Any]] = {
     RESPONSES: {"input": "Hello", "max_output_tokens": 1, "store": False},
@@ -76,7 +77,7 @@ REFUSED: list[tuple[str, str, list[Any]]] = [
     (
         MESSAGES,
         "messages",
-        [[{"role": "user", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": {}}]}]],
+        [[{"role": "user", "content": [TOOL_USE]}]],
     ),
     (MESSAGES, "messages", [[{"role": "system", "content": [{"type": "tool_result", "tool_use_id": "x"}]}, *HELLO]]),
     (MESSAGES, "tools", [[{"name": "f"}], [TOOL], [TOOL, TOOL], [{"type": "bash_20250124", "name": "bash"}]]),

@@ -266,23 +266,16 @@ def test_grammars_of_answers(name: str) -> None:
             Tools(TOOLS.functions, "weather", named=True),
         )
     )
-    assert [accepts(free, tokenizer, one) for one in (text, call, two, [*text, *call])] == [True, True, more, True]
-    assert [accepts(required, tokenizer, one) for one in (text, call, two, [*text, *call])] == [
-        False,
-        True,
-        more,
-        False,
-    ]
-    assert [accepts(single, tokenizer, one) for one in (text, call, two)] == [False, True, False]
-    assert [accepts(named, tokenizer, one) for one in (text, call, two)] == [False, True, False]
-    assert (
-        accepts(named, tokenizer, ids("", other)) is False and accepts(required, tokenizer, ids("", other)) is not False
-    )
+
+    def found(grammar: Grammar, *texts: list[int]) -> list[bool | None]:
+        return [accepts(grammar, tokenizer, text) for text in texts]
+
+    assert found(free, text, call, two, [*text, *call]) == [True, True, more, True]
+    assert found(required, text, call, two, [*text, *call]) == [False, True, more, False]
+    assert found(single, text, call, two) == found(named, text, call, two) == [False, True, False]
+    assert found(named, ids("", other)) == [False]
     for grammar in (free, required, named):
-        assert all(accepts(grammar, tokenizer, one) is False for one in wrong)
-        assert (
-            accepts(grammar, tokenizer, call[:-1]) is None
-            and accepts(grammar, tokenizer, [*call, *tokenizer.encode(" x")]) is False
-        )
+        assert found(grammar, *wrong, [*call, *tokenizer.encode(" x")]) == [False] * 4
+        assert found(grammar, call[:-1]) == [None]
     either = compiler.compile(answer_grammar(TOOLS, form, {"type": "boolean"}))
-    assert [accepts(either, tokenizer, one) for one in (ids("true"), call, text)] == [name != "mistral-v3", True, False]
+    assert found(either, ids("true"), call, text) == [name != "mistral-v3", True, False]

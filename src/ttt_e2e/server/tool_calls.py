@@ -83,25 +83,20 @@ def visible(literal: Literal) -> str:
 
 
 def described(messages: Sequence[_Message], tools: Sequence[Mapping[str, Any]], form: CallForm) -> list[_Message]:
-    """The messages with a description of the functions in the user's first one, where every template has room for it."""
+    """The messages with a description of the functions in the user's first one, which every template has."""
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     example = _call_text(form, [("NAME", {"ARGUMENT": "VALUE"})])
     text = (
         f"You can call these functions, whose parameters are JSON Schemas:\n{lines}\n\n"
         f"To call one, write its name and arguments in this way:\n{example}"
     )
-    changed = list(messages)
     for at, message in enumerate(messages):
         if message["role"] == "user":
             content = message["content"]
-            part = {"type": "text", "text": text}
-            changed[at] = message | {
-                "content": f"{text}\n\n{content}" if isinstance(content, str) else [part, *content]
-            }
-            return changed
-    at = next(
-        (i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), len(messages)
-    )
+            parts = [{"type": "text", "text": text}, *(content if isinstance(content, list) else ())]
+            first = message | {"content": f"{text}\n\n{content}" if isinstance(content, str) else parts}
+            return [*messages[:at], first, *messages[at + 1 :]]
+    at = sum(message["role"] in ("system", "developer") for message in messages)
     return [*messages[:at], {"role": "user", "content": text}, *messages[at:]]
 
 
