@@ -12,9 +12,8 @@ from chat_families import FAMILIES
 from engine_helpers import TEMPLATE, TOKENIZER
 from pydantic import BaseModel, Field
 from server_helpers import FakeEngine, client_of, error_of, parse_events, served
+from tool_families import SHORT_CHAT
 
-from ttt_e2e.inference.load import ChatTemplate
-from ttt_e2e.server.chat import TemplateFormat
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import TextChunk
 from ttt_e2e.server.engine.store import Store
@@ -22,12 +21,6 @@ from ttt_e2e.server.engine.store import Store
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
 anthropic = pytest.importorskip("anthropic", reason="Anthropic's client is not installed")
 
-# Everything is short, for the model reads four tokens at a time. Calls are written as <f>NAME={...}</f>.
-TEMPLATE_SOURCE = """{% for tool in tools or () %}{{ tool.function.name + ' ' }}{% endfor %}{% for m in messages %}\
-{{ m.role[0] + ':' + m.content }}{% for call in m.tool_calls %}\
-{{ '<f>' + call.function.name + '=' + call.function.arguments | tojson + '</f>' }}{% endfor %}{{ '\n' }}{% endfor %}\
-{% if add_generation_prompt %}a:{% endif %}"""
-CHAT = TemplateFormat(ChatTemplate(TEMPLATE_SOURCE, {}), TOKENIZER)
 UNIT = {"type": "object", "properties": {"unit": {"enum": ["celsius", "kelvin"]}}, "required": ["unit"]}
 WEATHER = {"name": "weather", "description": "How it is.", "parameters": UNIT | {"additionalProperties": False}}
 TIME = {"name": "time", "parameters": {"type": "object", "additionalProperties": False}}
@@ -44,7 +37,7 @@ class Person(BaseModel):
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(Engine(TEMPLATE.fork(), Store(tmp_path_factory.mktemp("store"))), chat=CHAT) as address:
+    with served(Engine(TEMPLATE.fork(), Store(tmp_path_factory.mktemp("store"))), chat=SHORT_CHAT) as address:
         yield address
 
 
@@ -335,7 +328,7 @@ BAD = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x
 def test_schemas_that_cannot_be_followed_are_named(engine: FakeEngine) -> None:
     function = {"name": "bad", "parameters": BAD}
     named = {"name": "x", "schema": BAD}
-    with client_of(engine, chat=CHAT) as client:
+    with client_of(engine, chat=SHORT_CHAT) as client:
         for path, body, place in (
             ("chat/completions", {"tools": [*TOOLS, {"type": "function", "function": function}]}, "tools.2.function"),
             ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": named}}, "response_format"),

@@ -4,7 +4,10 @@ from functools import cache
 from typing import Any
 
 from chat_families import FAMILIES, Family
+from engine_helpers import TOKENIZER
 
+from ttt_e2e.inference.load import ChatTemplate
+from ttt_e2e.server.chat import TemplateFormat
 from ttt_e2e.server.tool_calls import CallForm
 
 _HERMES = """{%- if tools %}
@@ -100,6 +103,14 @@ FORMS = {
     "llama3.1": CallForm(('{"name": "',), ('", "parameters": ',), None, ("}",)),
     "mistral-v3": CallForm((_CALLS_ID, ' [{"name": "'), ('", "arguments": ',), ('}, {"name": "',), ("}]",)),
 }
+
+
+# For tests with a model, which reads a few tokens at a time. Calls are written as <f>NAME={...}</f>.
+_SHORT = """{% for tool in tools or () %}{{ tool.function.name + ' ' }}{% endfor %}{% for m in messages %}\
+{{ m.role[0] + ':' + m.content }}{% for call in m.tool_calls %}\
+{{ '<f>' + call.function.name + '=' + call.function.arguments | tojson + '</f>' }}{% endfor %}{{ '\n' }}{% endfor %}\
+{% if add_generation_prompt %}a:{% endif %}"""
+SHORT_CHAT = TemplateFormat(ChatTemplate(_SHORT, {}), TOKENIZER)
 
 
 @cache

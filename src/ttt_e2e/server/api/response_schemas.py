@@ -27,16 +27,16 @@ class ConversationReference(RequestModel):
     id: str
 
 
-class FunctionTool(FunctionDefinition):
+class _Typed(RequestModel):
+    type: Literal["function"]  # comes first, so that an error about a tool of another type is about that
+
+
+class FunctionTool(FunctionDefinition, _Typed):
     """A function that the answer may call."""
 
-    type: Literal["function"]
 
-
-class FunctionChoice(FunctionReference):
+class FunctionChoice(FunctionReference, _Typed):
     """A function that the answer calls."""
-
-    type: Literal["function"]
 
 
 class SchemaFormat(NamedSchema):
