@@ -16,6 +16,7 @@ from helpers import small_model
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inference import session_pool
+from ttt_e2e.inference.grammar import GrammarCompiler
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.engine.engine import Engine
@@ -29,6 +30,7 @@ PATIENCE = 300.0
 STORY = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n"
 TOKENIZER = Tokenizer.train([STORY], 280)
 MODEL = small_model(F64, vocab_size=TOKENIZER.vocab_size).requires_grad_(False)
+GRAMMARS = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size)
 TEMPLATE = Session(MODEL, TOKENIZER, dtype=F64)
 
 _T = TypeVar("_T")

@@ -82,13 +82,19 @@ class FakeEngine:
         self.ready = True
         self.vocab_size = 1000
         self.lost: str | None = None
-        self.sessions = self.store = self  # it is its own registry and store
+        self.sessions = self.store = self.grammars = self  # it is its own registry, store and compiler
 
     async def start(self) -> None:
         self.started = True
 
     async def stop(self, seconds: float = 10.0) -> None:
         self.stopped = True
+
+    def compile(self, grammar: str) -> str:
+        from engine_helpers import GRAMMARS
+
+        GRAMMARS.compile(grammar)
+        return grammar
 
     def check_room(self, owner: str) -> None:
         if sum(one.owner == owner for one in self.all.values()) >= 100:
@@ -181,6 +187,8 @@ class FakeEngine:
         save: Callable[[FakeSession, str, TextChunk], Awaitable[object]] | None = None,
         logprobs: int | None = None,
         echo: bool = False,
+        grammar: Any = None,
+        tools: str = "",
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
         one = None if id is None else self.slot(owner, id)
@@ -188,7 +196,8 @@ class FakeEngine:
         if callable(prompt):
             prompt = prompt(before)
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
-        self.calls.append(dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn))
+        call = dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn)
+        self.calls.append(call | {"grammar": grammar})
         read, text = len(words.split()), ""
         logged = None if logprobs is None else (LoggedToken("w", -1.0, (("w", -1.0), ("v", -2.0))[:logprobs]),)
         async with limit or nullcontext():

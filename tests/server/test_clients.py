@@ -1,14 +1,17 @@
 """Clients that people have, with their ordinary OpenAI providers, against the whole service."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from engine_helpers import TEMPLATE, text_of
+from pydantic import BaseModel
 from server_helpers import PLAIN_TEXT, client_at, served
+from tool_families import SHORT_CHAT
 
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.chat import ChatFormat
@@ -87,6 +90,42 @@ def test_langchain_completion_model(service: Service) -> None:
     assert model.batch(["The", "Die"]) == [expected, service.completion("Die")]
     remembering = langchain.OpenAI(extra_body={"session": service.id}, **settings)
     assert remembering.invoke("The") == service.completion("The", alone=False) != expected
+
+
+class Weather(BaseModel):
+    """How the weather is."""
+
+    place: Literal["Rome", "Oslo"]
+    wet: bool
+
+
+def test_langchain_structured_output_and_tools(tmp_path: Path) -> None:
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+
+    with served(Engine(TEMPLATE.fork(), Store(tmp_path)), chat=SHORT_CHAT) as address:
+        settings = dict(model="tiny", base_url=f"{address}/v1", api_key="none", max_retries=0, max_tokens=99, seed=1)
+        chat = langchain.ChatOpenAI(**settings)
+        for method in ("json_schema", "function_calling"):
+            assert isinstance(chat.with_structured_output(Weather, method=method).invoke("How?"), Weather)
+        assert isinstance(chat.with_structured_output(Weather.model_json_schema(), strict=True).invoke("How?"), dict)
+        schema = {"title": "Weather", **Weather.model_json_schema(), "additionalProperties": False}
+        model = chat.bind_tools([Weather, schema | {"title": "Time"}], tool_choice="Weather")
+        message = model.invoke("How?")
+        (call,) = message.tool_calls
+        assert call["name"] == "Weather" and Weather(**call["args"])
+        whole: Any = None
+        for part in model.stream("How?"):
+            whole = part if whole is None else whole + part
+        assert isinstance(whole, AIMessage) and whole.tool_calls[0]["args"] == call["args"]
+        # An agent's turn: its question, the call, and the result.
+        result = ToolMessage("wet", tool_call_id=call["id"])
+        answer = chat.bind_tools([Weather]).bind(max_tokens=3).invoke([HumanMessage("How?"), message, result])
+        assert answer.usage_metadata["input_tokens"] > message.usage_metadata["input_tokens"]
+        responses = langchain.ChatOpenAI(**settings | {"seed": None}, use_responses_api=True, extra_body={"seed": 1})
+        assert isinstance(responses.with_structured_output(Weather).invoke("How?"), Weather)
+        (call,) = responses.bind_tools([Weather], tool_choice="Weather").invoke("How?").tool_calls
+        assert Weather(**call["args"])
 
 
 # -- LiteLLM -----------------------------------------------------------------------------------------------------------

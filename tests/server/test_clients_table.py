@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from engine_helpers import TEMPLATE, TOKENIZER
+from pydantic import BaseModel
 from server_helpers import served
+from tool_families import SHORT_CHAT
 
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.store import Store
@@ -23,7 +25,12 @@ M: dict[str, Any] = {"model": "tiny"}
 HELLO = [{"role": "user", "content": "Hello"}]
 IDS = TOKENIZER.encode("The rain").tolist()
 SCHEMA = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
-TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+NOTHING = {"type": "object", "additionalProperties": False}
+TOOL = {"type": "function", "name": "f", "parameters": NOTHING}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": NOTHING}}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED = [*HELLO, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "1", "content": "5"}]
+CLAUDES = [{"name": "f", "input_schema": NOTHING}]
 IMAGE = "data:image/png;base64,AAAA"
 Client = Any
 
@@ -69,6 +76,34 @@ def stored(client: Client) -> Any:
     return client.responses.delete(id) or True
 
 
+class Answer(BaseModel):
+    yes: bool
+
+
+def parsed(client: Client) -> Any:
+    done = client.chat.completions.parse(**M, messages=HELLO, response_format=Answer)
+    return isinstance(done.choices[0].message.parsed, Answer)
+
+
+def called(client: Client, **more: Any) -> Any:
+    choice = {"type": "function", "function": {"name": "f"}}
+    done = chat(client, tools=TOOLS, tool_choice=choice, max_completion_tokens=99)
+    return done.choices[0].finish_reason == "tool_calls" and done.choices[0].message.tool_calls
+
+
+def result(client: Client) -> Any:
+    first = respond(client, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, max_output_tokens=99)
+    output = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "5"}
+    return respond(client, tools=[TOOL], input=[output], previous_response_id=first.id)
+
+
+def used(client: Client) -> Any:
+    first = message(client, tools=CLAUDES, tool_choice={"type": "tool", "name": "f"}, max_tokens=99)
+    block = {"type": "tool_result", "tool_use_id": first.content[0].id, "content": "5"}
+    said = [{"role": "assistant", "content": first.content}, {"role": "user", "content": [block]}]
+    return first.stop_reason == "tool_use" and message(client, tools=CLAUDES, messages=[*HELLO, *said])
+
+
 def put_together(client: Client) -> Any:
     with client.messages.stream(**M, messages=HELLO, max_tokens=2) as stream:
         return stream.get_final_message()
@@ -95,8 +130,16 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     "`chat.completions.create(logit_bias=)`, penalties": lambda c: chat(
         c, logit_bias={"5": -100}, frequency_penalty=1, presence_penalty=1
     ),
-    "`chat.completions.create(tools=)`": lambda c: chat(c, tools=[{"type": "function", "function": {"name": "f"}}]),
-    "`chat.completions.create(response_format=)`": lambda c: chat(c, response_format={"type": "json_object"}),
+    "`chat.completions.create(response_format=)`, any JSON": lambda c: chat(c, response_format={"type": "json_object"}),
+    "`chat.completions.parse(response_format=)`, a model of pydantic": parsed,
+    "`chat.completions.create(tools=)`": lambda c: chat(c, tools=TOOLS, parallel_tool_calls=False),
+    "`chat.completions.create(tools=, tool_choice=)`": called,
+    "`chat.completions.create(tools=, stream=True)`": lambda c: [*chat(c, tools=TOOLS, stream=True)],
+    "`chat.completions.create`, a message of the role `tool`": lambda c: chat(c, tools=TOOLS, messages=CALLED),
+    "`chat.completions.create(tools=)`, not a function": lambda c: chat(
+        c, tools=[{"type": "custom", "custom": {"name": "f"}}]
+    ),
+    "`chat.completions.create(functions=)`": lambda c: chat(c, functions=[{"name": "f"}]),
     "`chat.completions.create`, an image": lambda c: chat(
         c, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}]}]
     ),
@@ -108,8 +151,14 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     "`responses.create(conversation=)`": in_a_conversation,
     "`responses.create(store=False)`": lambda c: respond(c, store=False),
     "`responses.retrieve`, `delete`, `input_items.list`": stored,
-    "`responses.create(tools=)`": lambda c: respond(c, tools=[TOOL]),
     "`responses.create(text=)`, a JSON schema": lambda c: respond(c, text={"format": SCHEMA}),
+    "`responses.parse(text_format=)`, a model of pydantic": lambda c: (
+        c.responses.parse(**M, input="Hello", text_format=Answer).output_parsed
+    ),
+    "`responses.create(tools=)`": lambda c: respond(c, tools=[TOOL]),
+    "`responses.create(tools=, stream=True)`": lambda c: [*respond(c, tools=[TOOL], stream=True)],
+    "`responses.create`, a `function_call_output`": result,
+    "`responses.create(tools=)`, a tool of OpenAI's": lambda c: respond(c, tools=[{"type": "web_search"}]),
     "`responses.create(reasoning=)`": lambda c: respond(c, reasoning={"effort": "low"}),
     "`responses.create(background=True)`": lambda c: respond(c, background=True),
     "`responses.create(include=)`": lambda c: respond(c, include=["message.output_text.logprobs"]),
@@ -129,9 +178,17 @@ ANTHROPIC: dict[str, Callable[[Client], Any]] = {
     "`messages.create`, `temperature`, `top_p`, `top_k`": lambda c: message(
         c, extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 5}
     ),
-    "`messages.create(tools=)`": lambda c: message(c, tools=[{"name": "f", "input_schema": {"type": "object"}}]),
+    "`messages.create(tools=)`": lambda c: message(c, tools=CLAUDES),
+    "`messages.create(tools=, stream=True)`": lambda c: [*message(c, tools=CLAUDES, stream=True)],
+    "`messages.create`, a `tool_result`": used,
+    "`messages.create(tools=)`, a tool of Anthropic's": lambda c: message(
+        c, tools=[{"type": "bash_20250124", "name": "bash"}]
+    ),
     "`messages.create(thinking=)`": lambda c: message(c, thinking={"type": "adaptive"}),
-    "`messages.create(output_config=)`": lambda c: message(c, output_config={"effort": "low"}),
+    "`messages.create(output_config=)`, a JSON schema": lambda c: message(
+        c, output_config={"format": {"type": "json_schema", "schema": NOTHING}}
+    ),
+    "`messages.create(output_config=)`, an effort": lambda c: message(c, output_config={"effort": "low"}),
     "`messages.create`, an image": lambda c: message(
         c, messages=[{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": IMAGE}}]}]
     ),
@@ -142,7 +199,7 @@ ANTHROPIC: dict[str, Callable[[Client], Any]] = {
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Client]]:
     with (
-        served(Engine(TEMPLATE.fork(), Store(tmp_path_factory.mktemp("store")))) as address,
+        served(Engine(TEMPLATE.fork(), Store(tmp_path_factory.mktemp("store"))), chat=SHORT_CHAT) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as first,
         anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as second,
     ):

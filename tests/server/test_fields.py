@@ -11,7 +11,8 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from pydantic import ValidationError
 from server_helpers import FakeEngine, TestClient, error_of, served
 
-from ttt_e2e.server.api.schemas import ChatCompletionRequest, CompletionRequest
+from ttt_e2e.server.api.chat_schemas import ChatCompletionRequest
+from ttt_e2e.server.api.schemas import CompletionRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -79,7 +80,7 @@ HARMLESS: dict[str, Any] = {
 CHANGING: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
-    "response_format": {"type": "json_object"},
+    "response_format": {"type": "grammar"},
     "modalities": ["text", "audio"],
     "suffix": "x",
     "web_search_options": {},
@@ -162,7 +163,7 @@ def test_ignored_fields_of_messages_are_named_once(client: TestClient, engine: F
     response = client.post(CHAT, json={**body, "stream_options": {"include_usage": True, "include_obfuscation": True}})
     assert response.headers["x-ignored-fields"].split(", ") == [
         "stream_options.include_obfuscation",
-        *("messages.name", "messages.tool_calls", "messages.content.cache_control"),
+        *("messages.name", "messages.content.cache_control"),
         *("messages.annotations", "messages.reasoning_content"),
     ]
     assert engine.calls[0]["prompt"] == "User: Hello\nAssistant: Hi\nUser: Hello\nAssistant:"
@@ -204,7 +205,11 @@ def test_name_that_is_half_a_surrogate_pair_is_refused(client: TestClient) -> No
 @pytest.mark.parametrize(
     ("messages", "start"),
     [
-        ([*HELLO, {"role": "tool", "content": "x"}], "messages.1.role: Input should be"),
+        ([*HELLO, {"role": "critic", "content": "x"}], "messages.1.role: Input should be"),
+        ([*HELLO, {"role": "tool", "content": "x"}], "messages.1: a message of the role tool needs tool_call_id"),
+        ([{**HELLO[0], "tool_call_id": "x"}], "messages.0: a message of the role tool needs tool_call_id"),
+        ([{"role": "assistant", "tool_calls": []}], "messages.0: a message needs content"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], "messages.0.tool_calls.0.function: Field required."),
         ([*HELLO, *HELLO, {"role": "user"}], "messages.2: a message needs content"),
         ([*HELLO, {"content": "x"}], "messages.1.role: Field required."),
         ([{"role": "user", "content": 5}], "messages.0.content: Input should be a valid string, or: Input should be"),
@@ -214,7 +219,10 @@ def test_name_that_is_half_a_surrogate_pair_is_refused(client: TestClient) -> No
             "messages.1.content.1.type: Input should be 'text'",
         ),
         ([*HELLO, 5], "messages.1: Input should be"),
-        ([*HELLO, {**HELLO[0], "tool_calls": [{}]}], "messages.1.tool_calls: this server does not support"),
+        (
+            [*HELLO, {**HELLO[0], "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": ""}}]}],
+            "messages.1: only an assistant's message has tool_calls.",
+        ),
     ],
 )
 def test_errors_name_the_message(client: TestClient, messages: list[Any], start: str) -> None:

@@ -119,7 +119,7 @@ def test_official_errors(official: Any) -> None:
     for wrong, kind, error, start in (
         ({"model": "gpt"}, "not_found_error", anthropic.NotFoundError, "model: "),
         ({"max_tokens": 0}, "invalid_request_error", anthropic.BadRequestError, "max_tokens: "),
-        ({"tools": [{"name": "f"}]}, "invalid_request_error", anthropic.BadRequestError, "tools: "),
+        ({"tools": [{"name": "f"}]}, "invalid_request_error", anthropic.BadRequestError, "tools.0.input_schema: "),
         ({"thinking": {"type": "adaptive"}}, "invalid_request_error", anthropic.BadRequestError, "thinking: "),
         ({"extra_body": {"surprise": 1}}, "invalid_request_error", anthropic.BadRequestError, "surprise: "),
     ):

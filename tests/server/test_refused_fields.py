@@ -15,6 +15,10 @@ from ttt_e2e.server.chat import ChatFormat
 RESPONSES, CONVERSATIONS, MESSAGES = "/v1/responses", "/v1/conversations", "/v1/messages"
 HELLO = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "input_image", "image_url": "https://example.com/x.png"}
+FUNCTION = {"type": "function", "name": "f", "parameters": {}}
+TOOL = {"name": "f", "input_schema": {}}
+TOOL_USE = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
+NOT_JSON = {"type": "string", "pattern": "("}
 BODIES: dict[str, dict[str, Any]] = {
     RESPONSES: {"input": "Hello", "max_output_tokens": 1, "store": False},
     CONVERSATIONS: {},
@@ -37,9 +41,15 @@ REFUSED: list[tuple[str, str, list[Any]]] = [
     (RESPONSES, "include", [["message.output_text.logprobs"]]),
     (RESPONSES, "prompt", [{"id": "x"}]),
     (RESPONSES, "reasoning", [{"effort": "low"}]),
-    (RESPONSES, "text", [{"format": {"type": "json_schema", "name": "x", "schema": {}}}]),
-    (RESPONSES, "tools", [[{"type": "web_search"}]]),
-    (RESPONSES, "tool_choice", ["required"]),
+    (RESPONSES, "input", [[{"type": "function_call", "call_id": "x", "name": "f"}]]),
+    (RESPONSES, "input", [[{"type": "function_call_output", "call_id": "x", "output": [IMAGE]}]]),
+    (RESPONSES, "text", [{"format": {"type": "grammar"}}, {"verbosity": "low"}, {"format": {"type": "json_schema"}}]),
+    (RESPONSES, "text", [{"format": {"type": "json_schema", "name": "a b", "schema": {}}}]),
+    (RESPONSES, "text", [{"format": {"type": "json_schema", "name": "x", "schema": NOT_JSON}}]),
+    (RESPONSES, "tools", [[{"type": "web_search"}], [FUNCTION], [FUNCTION, FUNCTION], [{**FUNCTION, "name": "a b"}]]),
+    (RESPONSES, "tools", [[{**FUNCTION, "parameters": {"type": "array"}}], [{**FUNCTION, "surprise": 1}]]),
+    (RESPONSES, "tool_choice", ["required", "any", {"type": "function", "name": "f"}, {"type": "web_search"}]),
+    (RESPONSES, "parallel_tool_calls", [1, "no"]),
     (RESPONSES, "top_logprobs", [1]),
     (RESPONSES, "truncation", ["other"]),
     (RESPONSES, "stream_options", [{"include_usage": True}]),
@@ -64,10 +74,18 @@ REFUSED: list[tuple[str, str, list[Any]]] = [
     (MESSAGES, "top_p", [0, 1.1]),
     (MESSAGES, "top_k", [-2, 0.5]),
     (MESSAGES, "stream", ["yes", 1]),
-    (MESSAGES, "tools", [[{"name": "f"}]]),
-    (MESSAGES, "tool_choice", [{"type": "any"}]),
+    (
+        MESSAGES,
+        "messages",
+        [[{"role": "user", "content": [TOOL_USE]}]],
+    ),
+    (MESSAGES, "messages", [[{"role": "system", "content": [{"type": "tool_result", "tool_use_id": "x"}]}, *HELLO]]),
+    (MESSAGES, "tools", [[{"name": "f"}], [TOOL], [TOOL, TOOL], [{"type": "bash_20250124", "name": "bash"}]]),
+    (MESSAGES, "tools", [[{**TOOL, "input_schema": {"type": "string"}}], [{**TOOL, "surprise": 1}]]),
+    (MESSAGES, "tool_choice", [{"type": "any"}, {"type": "tool"}, {"type": "tool", "name": "f"}, {"type": "x"}]),
     (MESSAGES, "thinking", [{"type": "enabled", "budget_tokens": 1024}]),
-    (MESSAGES, "output_config", [{"format": {}}]),
+    (MESSAGES, "output_config", [{"format": {}}, {"effort": "low"}]),
+    (MESSAGES, "output_config", [{"format": {"type": "json_schema", "schema": NOT_JSON}}]),
     (MESSAGES, "container", ["x"]),
     (MESSAGES, "mcp_servers", [[{}]]),
     (MESSAGES, "learn", [True, 1]),
@@ -80,15 +98,11 @@ HARMLESS: dict[str, dict[str, Any]] = {
         "background": False,
         "include": [],
         "max_tool_calls": 3,
-        "parallel_tool_calls": False,
         "prompt_cache_key": "x",
         "reasoning": {"effort": None, "summary": None},
         "safety_identifier": "x",
         "service_tier": "auto",
         "stream_options": {"include_obfuscation": False},
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
         "top_logprobs": 0,
         "truncation": "auto",
         "user": "x",
@@ -98,8 +112,6 @@ HARMLESS: dict[str, dict[str, Any]] = {
         "metadata": {"user_id": "x"},
         "service_tier": "auto",
         "thinking": {"type": "disabled"},
-        "tool_choice": {"type": "auto"},
-        "tools": [],
     },
 }
 

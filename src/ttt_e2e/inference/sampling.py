@@ -1,8 +1,8 @@
 """Drawing a token from logits, and its log-probability.
 
-The order is: penalties and biases, temperature, top-k, top-p, min-p, each on what the one before it left, with
-probabilities that add up to one again. (Min-p compares with the likeliest token, which no filter takes away, so its
-place does not matter; top-k and top-p would leave other tokens the other way round.)
+The order is: penalties and biases, the mask of a grammar, temperature, top-k, top-p, min-p, each on what the one before
+it left, with probabilities that add up to one again. (Min-p compares with the likeliest token, which no filter takes
+away, so its place does not matter; top-k and top-p would leave other tokens the other way round.)
 
 Shapes: V tokens of the vocabulary, from the likeliest on where they are probabilities.
 """
@@ -87,7 +87,7 @@ def token_logprob(logits_V: Tensor, token: int, num_top: int) -> TokenLogprob:
 
 
 def sample(logits_V: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
-    """Draw a token from finite logits on the CPU, in float64.
+    """Draw a token from logits on the CPU, in float64; minus infinity is for tokens that must not be drawn.
 
     The generator's state changes from token to token; `options.seed` is for the caller, who makes it.
     """

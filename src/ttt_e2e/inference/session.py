@@ -247,6 +247,7 @@ class Session:
             "state_digest": self._state.text.digest.hex(),
             "state_bytes": self._state.text.bytes,
             "chat": self._state.text.chat,
+            "tools": self._state.text.tools,
         }
         tensors = session_file.state_tensors(self.model, self._state.read_state, self.learn, precision)
         return facts, {**tensors, "pending": torch.from_numpy(self._state.pending.copy())}
@@ -265,7 +266,8 @@ class Session:
             pending = tensors["pending"].numpy()
         except KeyError as error:
             raise UserError(f"The session {name} lacks {error}; use an unaltered copy.") from error
-        text = TextDigest(bytes.fromhex(facts["state_digest"]), facts["state_bytes"], facts["chat"] is True)
+        digest, tools = bytes.fromhex(facts["state_digest"]), str(facts.get("tools", ""))
+        text = TextDigest(digest, facts["state_bytes"], facts["chat"] is True, tools)
         self._restore(SessionState(state, text, pending))
 
     @cached_property

@@ -25,6 +25,7 @@ import torch
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.divergence import Diverged, find_divergence, rolled_back_error
+from ttt_e2e.inference.grammar import Matcher
 from ttt_e2e.inference.row_batch import BatchedState, RowRef, compact, gather, ids_tensor, read_rows, single_row
 from ttt_e2e.inference.sampling import (
     SamplingOptions,
@@ -104,7 +105,7 @@ class Generation:
     border: if it learns from what it generates, the sequence after the last full mini-batch, with all tokens since then
     pending; None while that is `sequence` itself. top_logprobs: how many likeliest tokens to tell with each token; None
     for no log-probabilities. unscored: tokens at the end of the prompt whose log-probabilities are still to be told.
-    counts_V: how often each token was generated, if that matters.
+    counts_V: how often each token was generated, if that matters. matcher: the grammar of the text, if it has one.
     """
 
     prompt: np.ndarray
@@ -117,6 +118,7 @@ class Generation:
     top_logprobs: int | None = None
     unscored: int = 0
     counts_V: torch.Tensor | None = None
+    matcher: Matcher | None = None
 
 
 @dataclass(eq=False)
@@ -204,6 +206,7 @@ class SessionPool:
         learn_from_writing: bool = False,
         top_logprobs: int | None = None,
         score_prompt: bool = False,
+        matcher: Matcher | None = None,
     ) -> None:
         """Have a session generate. The events are `Token`, one at a time, then `Done`.
 
@@ -218,6 +221,7 @@ class SessionPool:
             learn_from_writing: whether the copy also learns from what it generates.
             top_logprobs: give every token its log-probability, and this many of the likeliest tokens in its place.
             score_prompt: with `top_logprobs`, `PromptLogprobs` come first, and have those of the prompt's tokens.
+            matcher: the grammar of the text, which ends once it is complete. Only the pool may use it meanwhile.
 
         Raises:
             UserError: the id is unknown, a token is outside of the vocabulary, or `max_tokens` is negative.
@@ -228,7 +232,7 @@ class SessionPool:
         check_token_ids(options.logit_bias.keys(), self._model.config.vocab_size)
         generator = torch.Generator().manual_seed(options.seed)
         learn = learn_from_writing and self.template.learn
-        job = Generation(ids, max_tokens, options, learn, generator, top_logprobs=top_logprobs)
+        job = Generation(ids, max_tokens, options, learn, generator, top_logprobs=top_logprobs, matcher=matcher)
         if top_logprobs is not None and score_prompt:
             job.unscored = len(ids)
         if options.adjusts_logits:
@@ -423,13 +427,22 @@ class SessionPool:
             logits_V = logits_BV[i]
             if job.counts_V is not None:
                 logits_V = adjust_logits(logits_V, job.counts_V, job.options)
-            token = sample(logits_V, job.options, job.generator)
+            try:
+                if job.matcher is not None:
+                    logits_V = job.matcher.mask(logits_V)
+                token = sample(logits_V, job.options, job.generator)
+                ends = tokenizer is not None and token in tokenizer.end_ids
+                if job.matcher is not None and not ends:
+                    job.matcher.add(token)
+            except UserError as error:
+                self._fail(slot, error, events)
+                continue
             if job.counts_V is not None:
                 job.counts_V[token] += 1
-            if tokenizer is not None and token in tokenizer.end_ids:
+            if ends:
                 job.left = 0
             else:
-                job.left -= 1
+                job.left = 0 if job.matcher is not None and job.matcher.complete else job.left - 1
                 top = job.top_logprobs
                 events.append(Token(slot.id, token, None if top is None else token_logprob(logits_BV[i], token, top)))
             generated = np.array([token], np.int64)

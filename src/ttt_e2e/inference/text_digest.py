@@ -19,13 +19,14 @@ class TextDigest(NamedTuple):
     digest: bytes = b""
     bytes: int = 0
     chat: bool = False  # such as begins once, with a system message
+    tools: str = ""  # a digest of the functions that the chat has named to the model last
 
     def add(self, ids: np.ndarray, link: int, sizes: np.ndarray | None) -> "TextDigest":
         """The digest with more tokens, `link` of them hashed together. sizes: see `token_bytes`; None counts 0."""
         digest = self.digest
         for start in range(0, len(ids), link):
             digest = hashlib.sha256(digest + ids[start : start + link].astype("<i8").tobytes()).digest()
-        return TextDigest(digest, self.bytes + (0 if sizes is None else int(sizes[ids].sum())), self.chat)
+        return self._replace(digest=digest, bytes=self.bytes + (0 if sizes is None else int(sizes[ids].sum())))
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""OpenAI's conversations: sessions with a list of the messages in them.
+"""OpenAI's conversations: sessions with a list of the messages, calls and results in them.
 
 Items that are added are read with the next response: a chat template needs what they are an answer to, and what
 comes next.
@@ -7,14 +7,14 @@ comes next.
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ttt_e2e.server.api.documents import load_document, public_id, to_text
 from ttt_e2e.server.api.items import (
-    InputMessage,
+    InputItem,
+    Item,
     ItemList,
     Limit,
-    MessageItem,
     Metadata,
     Order,
     index_of,
@@ -25,7 +25,7 @@ from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.registry import SessionSlot
 from ttt_e2e.server.errors import ApiError
 
-_NewItems = Annotated[list[InputMessage], Field(max_length=20, fail_fast=True)]
+_NewItems = Annotated[list[InputItem], Field(max_length=20, fail_fast=True)]
 
 
 class ConversationRequest(RequestModel):
@@ -133,10 +133,12 @@ def routes(engine: Engine) -> APIRouter:
         return ItemList(**page(new, None, len(new), "asc"))
 
     @router.get("/{conversation_id}/items/{item_id}")
-    async def item(conversation_id: str, item_id: str, request: Request) -> MessageItem:
-        """Give a message of a conversation."""
+    async def item(conversation_id: str, item_id: str, request: Request) -> Item:
+        """Give an item of a conversation."""
         _, document = await load(request, conversation_id)
-        return MessageItem(**document["items"][index_of(document["items"], item_id, "item_id")])
+        item = document["items"][index_of(document["items"], item_id, "item_id")]
+        found: Item = TypeAdapter(Item).validate_python(item)
+        return found
 
     @router.delete("/{conversation_id}/items/{item_id}")
     async def delete_item(conversation_id: str, item_id: str, request: Request) -> Conversation:

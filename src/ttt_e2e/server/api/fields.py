@@ -114,7 +114,6 @@ RESPONSES: Neutral = {
     "include": ([],),
     "max_tool_calls": _ANY,
     "moderation": (),
-    "parallel_tool_calls": _ANY,
     "prompt": (),
     "prompt_cache_key": _ANY,
     "prompt_cache_options": _ANY,
@@ -123,9 +122,6 @@ RESPONSES: Neutral = {
     "safety_identifier": _ANY,
     "service_tier": _ANY,
     "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
-    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_logprobs": (0,),
     "truncation": ("auto", "disabled"),
     "user": _ANY,
@@ -139,17 +135,14 @@ MESSAGES: Neutral = {
     "inference_geo": _ANY,
     "mcp_servers": ([],),
     "metadata": _ANY,
-    "output_config": ({},),
     "output_format": (),
     "prefill": (),
     "service_tier": _ANY,
     "speed": _ANY,
     "thinking": ({"type": "disabled"},),
-    "tool_choice": ({"type": "none"}, {"type": "auto"}),
-    "tools": ([],),
     "user_profile_id": _ANY,
 }
-_IN_MESSAGES: Neutral = {"audio": (), "function_call": (), "tool_calls": ([],)}
+_IN_MESSAGES: Neutral = {"audio": (), "function_call": ()}
 
 
 def ignored_fields(body: BaseModel, only: Neutral | None = None) -> list[str]:

@@ -6,11 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.grammar import Grammar, json_rule
+from ttt_e2e.server.api.functions import Schema
 from ttt_e2e.server.api.streams import merge
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import Before, Prompt, TextChunk
@@ -18,9 +20,23 @@ from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
 from ttt_e2e.server.settings import Settings
+from ttt_e2e.server.tool_calls import HERMES, CallForm, Tools, answer_grammar, parameters_schema
 
 Chunks = AsyncGenerator[tuple[int, TextChunk], None]
 """Parts of generated texts as they come, each with the index of its text."""
+
+
+class Structure(NamedTuple):
+    """What an answer may be: the functions that it may call, its grammar, and how calls are written in it."""
+
+    tools: Tools | None = None
+    grammar: Grammar | None = None
+    form: CallForm | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `Engine.generate`."""
+        return {"grammar": self.grammar, "tools": "" if self.tools is None else self.tools.digest}
 
 
 class Generations:
@@ -37,14 +53,51 @@ class Generations:
             message = f"There is no such model; this server has {self.settings.model_name}."
             raise ApiError(404, message, "model_not_found", "model")
 
+    async def structure(self, tools: Tools | None, schema: Schema | None) -> Structure:
+        """What an answer may be that may call `tools`, and otherwise matches `schema`.
+
+        Raises ApiError, about the place in the request, for a schema that cannot be followed, and for tools where the
+        model has no chat template.
+        """
+        if tools is None and schema is None:
+            return Structure()
+
+        def compile() -> Structure:
+            form, compiler = self.settings.chat.call_form, self.engine.grammars
+            if tools is not None and form is None:
+                message = "tools: this model has no chat template, so it cannot call functions; omit tools."
+                raise ApiError(400, message, "invalid_value", "tools")
+            try:
+                text = answer_grammar(tools, form or HERMES, schema.schema if schema else None)
+                return Structure(tools, compiler.compile(text), form if tools else None)
+            except UserError:
+                parts = [(parameters_schema(one), one.place) for one in (tools.functions if tools else ())]
+                for part, place in [*parts, *([schema] if schema else [])]:  # which of them is it?
+                    try:
+                        compiler.compile(f"start: {json_rule(part)}")
+                    except UserError as error:
+                        message = f"{place}: {error}"
+                        raise ApiError(400, message, "invalid_value", place.partition(".")[0]) from error
+                raise
+
+        return await asyncio.to_thread(compile)
+
     def chat_prompt(
-        self, messages: list[dict[str, Any]], values: Mapping[str, Any] | None, field: str
+        self,
+        messages: list[dict[str, Any]],
+        values: Mapping[str, Any] | None,
+        field: str,
+        tools: Tools | None = None,
     ) -> Callable[[Before], Prompt]:
-        """The prompt for an answer to `messages`. values: variables of the template. field: that of the request."""
+        """The prompt for an answer to `messages`, which may call `tools`.
+
+        values: variables of the template. field: that of the request.
+        """
+        definitions = [] if tools is None else tools.definitions
 
         def prompt(before: Before) -> Prompt:
             try:
-                return self.settings.chat.prompt(messages, before, values)
+                return self.settings.chat.prompt(messages, before, values, definitions)
             except UserError as error:
                 raise ApiError(400, str(error), "invalid_value", field) from error
 

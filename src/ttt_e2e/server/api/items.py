@@ -1,11 +1,12 @@
-"""Items of OpenAI's responses and conversations: messages of text."""
+"""Items of OpenAI's responses and conversations: messages of text, calls of functions, and their results."""
 
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from ttt_e2e.server.api.answers import Call, arguments_value
 from ttt_e2e.server.api.schemas import MAX_MESSAGES, MAX_PARTS, RequestModel, Text
 from ttt_e2e.server.errors import ApiError
 
@@ -14,6 +15,7 @@ Metadata = Annotated[
 ]
 Order = Literal["asc", "desc"]
 Limit = Annotated[int, Field(ge=1, le=100)]
+Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class InputPart(RequestModel):
@@ -37,7 +39,7 @@ class InputMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    status: Status | None = None
     phase: Literal["commentary", "final_answer"] | None = None
 
     def item(self) -> dict[str, Any]:
@@ -46,7 +48,54 @@ class InputMessage(RequestModel):
         return message_item(self.role, texts)
 
 
-InputMessages = Annotated[list[InputMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+class InputCall(RequestModel):
+    """A call of a function. `id` and `status` are those of items that this server sent, and change nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function_call"]
+    call_id: Text = Field(max_length=256)
+    name: Text = Field(max_length=128)
+    arguments: Text
+    id: str | None = None
+    status: Status | None = None
+
+    def item(self) -> dict[str, Any]:
+        """The call as an item with an id of its own."""
+        return call_item(Call(self.call_id, self.name, self.arguments, complete=True))
+
+
+class InputCallOutput(RequestModel):
+    """The result of a call. `id`, `status` and `name` change nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function_call_output"]
+    call_id: Text = Field(max_length=256)
+    output: Text | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    id: str | None = None
+    status: Status | None = None
+    name: str | None = None
+
+    def item(self) -> dict[str, Any]:
+        """The result as an item with an id of its own."""
+        text = self.output if isinstance(self.output, str) else "\n".join(part.text for part in self.output)
+        about = {"type": "function_call_output", "call_id": self.call_id, "output": text, "status": "completed"}
+        return {"id": f"fco_{secrets.token_hex(16)}", **about}
+
+
+def _kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if kind in ("function_call", "function_call_output") else "message"
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")],
+    Discriminator(_kind),
+]
+InputItems = Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ItemPart(BaseModel):
@@ -64,15 +113,39 @@ class MessageItem(BaseModel):
     id: str
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     content: list[ItemPart]
+
+
+class CallItem(BaseModel):
+    """A call of a function. arguments: JSON that matches the parameters, unless the call is incomplete."""
+
+    id: str
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    status: Status
+
+
+class CallOutputItem(BaseModel):
+    """The result of a call."""
+
+    id: str
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+    status: Status
+
+
+Item = MessageItem | CallItem | CallOutputItem
 
 
 class ItemList(BaseModel):
     """A part of a list of items."""
 
     object: Literal["list"]
-    data: list[MessageItem]
+    data: list[Item]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -90,10 +163,29 @@ def output_text(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def for_template(item: dict[str, Any]) -> dict[str, Any]:
-    """Role and content of an item, as chat templates expect them."""
-    parts = [{"type": "text", "text": part["text"]} for part in item["content"]]
-    return {"role": item["role"], "content": parts}
+def call_item(call: Call, status: str | None = None, id: str | None = None) -> dict[str, Any]:
+    """A call as an item."""
+    status = status or ("completed" if call.complete else "incomplete")
+    about = {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments}
+    return {"id": id or f"fc_{secrets.token_hex(16)}", **about, "status": status}
+
+
+def for_template(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items as messages, as chat templates expect them. Calls belong to the assistant's message before them."""
+    messages: list[dict[str, Any]] = []
+    for item in items:
+        if item["type"] == "function_call":
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+            function = {"name": item["name"], "arguments": arguments_value(item["arguments"])}
+            call = {"id": item["call_id"], "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+        elif item["type"] == "function_call_output":
+            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
+        else:
+            parts = [{"type": "text", "text": part["text"]} for part in item["content"]]
+            messages.append({"role": item["role"], "content": parts})
+    return messages
 
 
 def page(items: list[dict[str, Any]], after: str | None, limit: int, order: Order) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ttt_e2e.server.api import schemas
+from ttt_e2e.server.api import chat_schemas, schemas
+from ttt_e2e.server.api.answers import Answer, ArgumentsPart, CallBegins, Part, TextPart, parse_answer
 from ttt_e2e.server.api.fields import ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Chunks, Generations
+from ttt_e2e.server.api.generations import Chunks, Generations, Structure
 from ttt_e2e.server.api.logprobs import chat_logprobs, completion_logprobs
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
 from ttt_e2e.server.engine.records import Before, LoggedToken, Prompt, TextChunk
 from ttt_e2e.server.errors import ApiError
+from ttt_e2e.server.tool_calls import CallForm
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
@@ -38,7 +40,9 @@ async def _respond(
     """Generate `n` texts after each prompt."""
     generations.check_model(body.model)
     headers = ignored_header(ignored_fields(body))
-    chat, n, tries = isinstance(body, schemas.ChatCompletionRequest), body.n or 1, body.tries
+    chat, n, tries, structure = False, body.n or 1, body.tries, Structure()
+    if isinstance(body, chat_schemas.ChatCompletionRequest):
+        chat, structure = True, await generations.structure(body.functions(), body.schema_of_answer())
     if body.learn and session is None:
         raise ApiError(400, "learn needs a session to learn in; send one, or omit learn.", "no_session", "learn")
     if body.learn and tries * len(prompts) > 1:
@@ -64,6 +68,7 @@ async def _respond(
         "closing": closing,
         "logprobs": told,
         "echo": bool(getattr(body, "echo", False)),
+        **structure.arguments,
     }
     chunks = generations.start(
         request,
@@ -75,8 +80,9 @@ async def _respond(
     )
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return await event_stream(request, _events(chunks, head, n, chat, include_usage), headers)
-    whole = await cancel_on_disconnect(request.receive, _whole(chunks, head, body, chat))
+        events = _events(chunks, head, n, chat, structure.form, include_usage)
+        return await event_stream(request, events, headers)
+    whole = await cancel_on_disconnect(request.receive, _whole(chunks, head, body, chat, structure.form))
     return JSONResponse(whole, headers=headers)
 
 
@@ -88,8 +94,10 @@ def _check_ids(generations: Generations, field: str, ids: Iterable[int]) -> None
         raise ApiError(400, message, "invalid_value", field)
 
 
-async def _whole(chunks: Chunks, head: dict[str, Any], body: schemas.GenerationRequest, chat: bool) -> dict[str, Any]:
-    """The body of a response that is not a stream."""
+async def _whole(
+    chunks: Chunks, head: dict[str, Any], body: schemas.GenerationRequest, chat: bool, form: CallForm | None
+) -> dict[str, Any]:
+    """The body of a response that is not a stream. form: how calls of functions are written."""
     texts, last = defaultdict[int, str](str), dict[int, TextChunk]()
     tokens = defaultdict[int, list[LoggedToken]](list)
     num_echoed = defaultdict[int, int](int)  # tokens
@@ -109,18 +117,19 @@ async def _whole(chunks: Chunks, head: dict[str, Any], body: schemas.GenerationR
     for first in range(0, len(last), tries):
         found = range(first, first + tries)
         for index in sorted(found, key=mean_logprob, reverse=True)[:n] if tries > n else found:
-            message = {"role": "assistant", "content": texts[index], "refusal": None}
-            content = {"message": message} if chat else {"text": texts[index]}
+            answer = parse_answer(texts[index], form, [])
+            content = {"message": _message(answer)} if chat else {"text": texts[index]}
             told = None if body.num_logprobs is None else tokens[index]
-            choices.append(_choice(len(choices), last[index].finish_reason, content, told, chat))
+            choices.append(_choice(len(choices), _reason(answer, last[index]), content, told, chat))
     return {**head, "choices": choices, "usage": _usage(last, tries)}
 
 
 async def _events(
-    chunks: Chunks, head: dict[str, Any], n: int, chat: bool, include_usage: bool
+    chunks: Chunks, head: dict[str, Any], n: int, chat: bool, form: CallForm | None, include_usage: bool
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The events of a stream."""
+    """The events of a stream. form: how calls of functions are written."""
     last: dict[int, TextChunk] = {}
+    answers = defaultdict[int, Answer](lambda: Answer(form))
     offsets = defaultdict[int, int](int)  # by choice: how many characters its tokens have so far
     usage = {"usage": None} if include_usage else {}  # in all events but the last
     async with aclosing(chunks):
@@ -129,14 +138,51 @@ async def _events(
                 start = {"delta": {"role": "assistant", "content": "", "refusal": None}}
                 yield {**head, "choices": [_choice(index, None, start, None, chat)], **usage}
             last[index] = chunk
-            if chunk.text or chunk.finish_reason:
-                delta = {"delta": {"content": chunk.text} if chunk.text else {}}
-                content = delta if chat else {"text": chunk.text}
-                choice = _choice(index, chunk.finish_reason, content, chunk.logprobs, chat, offsets[index])
-                offsets[index] += sum(len(token.text) for token in chunk.logprobs or ())
-                yield {**head, "choices": [choice], **usage}
+            if not (chunk.text or chunk.finish_reason):
+                continue
+            contents: list[dict[str, Any]] = [{"text": chunk.text}]
+            if chat:
+                parts = [*answers[index].add(chunk.text), *(answers[index].end() if chunk.finish_reason else ())]
+                contents = [{"delta": delta} for delta in map(_delta, parts) if delta] or [{"delta": {}}]
+                if contents == [{"delta": {}}] and not (chunk.finish_reason or chunk.logprobs):
+                    continue  # all of the text waits for more
+            tokens = chunk.logprobs
+            for number, content in enumerate(contents, 1):
+                reason = _reason(answers[index], chunk) if number == len(contents) else None
+                yield {**head, "choices": [_choice(index, reason, content, tokens, chat, offsets[index])], **usage}
+                tokens = None if tokens is None else ()
+            offsets[index] += sum(len(token.text) for token in chunk.logprobs or ())
     if include_usage:
         yield {**head, "choices": [], "usage": _usage(last, n)}
+
+
+def _message(answer: Answer) -> dict[str, Any]:
+    """An answer as a whole message."""
+    content = None if answer.calls and not answer.text else answer.text
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if answer.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.calls
+        ]
+    return message
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """What a part adds to a message in a stream."""
+    if isinstance(part, TextPart):
+        return {"content": part.text}
+    if isinstance(part, CallBegins):
+        function = {"name": part.name, "arguments": ""}
+        return {"tool_calls": [{"index": part.number, "id": part.id, "type": "function", "function": function}]}
+    if isinstance(part, ArgumentsPart):
+        return {"tool_calls": [{"index": part.number, "function": {"arguments": part.text}}]}
+    return {}
+
+
+def _reason(answer: Answer, chunk: TextChunk) -> str | None:
+    """Why an answer ended; None if it has not."""
+    return "tool_calls" if answer.called and chunk.finish_reason == "stop" else chunk.finish_reason
 
 
 def _choice(
@@ -183,12 +229,12 @@ def routes(generations: Generations) -> APIRouter:
         _check_ids(generations, "prompt", body.prompt_ids)
         return await _respond(generations, request, body, body.prompts, body.session)
 
-    @router.post("/chat/completions", tags=["OpenAI"], response_model=schemas.ChatCompletion, responses=_RESPONSES)
-    async def chat_completions(body: schemas.ChatCompletionRequest, request: Request) -> Response:
+    @router.post("/chat/completions", tags=["OpenAI"], response_model=chat_schemas.ChatCompletion, responses=_RESPONSES)
+    async def chat_completions(body: chat_schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `session`, one that follows what the session has read."""
         messages, values = [message.for_template() for message in body.messages], body.chat_template_kwargs
         closing = await generations.closing(values) if body.learn else ""
-        prompt = generations.chat_prompt(messages, values, "messages")
+        prompt = generations.chat_prompt(messages, values, "messages", body.functions())
         return await _respond(generations, request, body, [prompt], body.session, closing)
 
     path = "/sessions/{session}/completions"

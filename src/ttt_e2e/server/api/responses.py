@@ -5,7 +5,7 @@ In a conversation, the conversation's own session reads them too.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, nullcontext
 from typing import Annotated, Any
 
@@ -13,13 +13,15 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.inference.session import Session
+from ttt_e2e.server.api.answers import Answer, ArgumentsPart, Call, CallBegins, Part, TextPart, parse_answer
 from ttt_e2e.server.api.documents import load_document, public_id, session_id, superfluous, to_text
 from ttt_e2e.server.api.fields import RESPONSES, ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Generations
+from ttt_e2e.server.api.generations import Generations, Structure
 from ttt_e2e.server.api.items import (
     ItemList,
     Limit,
     Order,
+    call_item,
     for_template,
     message_item,
     output_text,
@@ -85,7 +87,7 @@ def routes(generations: Generations) -> APIRouter:
         limit: Annotated[Limit, Query()] = 20,
         order: Order = "desc",
     ) -> ItemList:
-        """List the messages that a response answers."""
+        """List the items that a response answers."""
         return ItemList(**page((await load(request, response_id))["input"], after, limit, order))
 
     return router
@@ -102,10 +104,13 @@ class _Response:
         conversation = body.conversation
         self.conversation = conversation.id if isinstance(conversation, ConversationReference) else conversation
         self.created, self.sequence_number = int(time.time()), 0
+        self.structure, self.calls = Structure(), list[str]()  # ids of the calls
+        self.message_open = self.message_done = False
 
     async def events(self) -> _Events:
         """The events of the response, of which the last one has it as a whole."""
         body, engine = self.body, self.engine
+        self.structure = await self.generations.structure(body.functions(), body.schema_of_answer())
         slot, earlier, document = None, None, dict[str, Any]()
         if self.conversation is not None:
             slot, _ = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
@@ -123,7 +128,7 @@ class _Response:
                 raise ApiError(400, "input: there is nothing to answer; send a text or messages.", "no_input", "input")
 
             async def save(session: Session, text: str, last: TextChunk) -> None:
-                response = self._response(text, last)
+                response = self._response(self._parse(text), last)
                 if body.stored:
                     stored = {"kind": "response", "response": response, "input": self.input}
                     if (oldest := await superfluous(engine, self.owner, earlier)) is not None:
@@ -140,38 +145,97 @@ class _Response:
 
     async def _generate(self, session: str | None, items: list[dict[str, Any]], save: Any) -> _Events:
         body, values = self.body, self.body.chat_template_kwargs
-        messages = [for_template(item) for item in items]
+        messages, tools = for_template(items), self.structure.tools
         instructions = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
         arguments = {
             "id": session,
-            "prompt": self.generations.chat_prompt([*instructions, *messages], values, "input"),
+            "prompt": self.generations.chat_prompt([*instructions, *messages], values, "input", tools),
             "max_tokens": body.max_output_tokens or DEFAULT_TOKENS,
             "stop": self.generations.settings.chat.stop,
             "options": self.options,
             "learn": save is not None,
             "closing": await self.generations.closing(values) if save else "",
             # Instructions are for this response only.
-            "kept": self.generations.chat_prompt(messages, values, "input") if instructions else None,
+            "kept": self.generations.chat_prompt(messages, values, "input", tools) if instructions else None,
             "save": save,
+            **self.structure.arguments,
         }
-        at = {"item_id": self.message, "output_index": 0, "content_index": 0}
-        text, last = "", None
+        answer, last = Answer(self.structure.form, self.calls), None
         async with aclosing(self.generations.start(self.request, [arguments])) as chunks:
             async for _, chunk in chunks:
                 if last is None:
-                    yield self._event("response.created", response=self._response("", None))
-                    yield self._event("response.in_progress", response=self._response("", None))
-                    item = message_item("assistant", [], "in_progress", self.message)
-                    yield self._event("response.output_item.added", output_index=0, item=item)
-                    yield self._event("response.content_part.added", **at, part=output_text(""))
-                text, last = text + chunk.text, chunk
-                if chunk.text:
-                    yield self._event("response.output_text.delta", **at, delta=chunk.text, logprobs=[])
-        response = self._response(text, last)
+                    yield self._event("response.created", response=self._response(answer, None))
+                    yield self._event("response.in_progress", response=self._response(answer, None))
+                    if self.structure.form is None:
+                        for event in self._begin_message():
+                            yield event
+                last = chunk
+                for part in (*answer.add(chunk.text), *(answer.end() if chunk.finish_reason else ())):
+                    for event in self._part_events(answer, part):
+                        yield event
+        response = self._response(answer, last)
+        for event in self._last_events(answer, response["status"]):
+            yield event
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def _parse(self, text: str) -> Answer:
+        return parse_answer(text, self.structure.form, self.calls)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _part_events(self, answer: Answer, part: Part) -> Iterator[dict[str, Any]]:
+        """The events for a part of the answer, in which it is already."""
+        if isinstance(part, TextPart):
+            if not self.message_open:
+                yield from self._begin_message()
+            at = {"item_id": self.message, "output_index": 0, "content_index": 0}
+            yield self._event("response.output_text.delta", **at, delta=part.text, logprobs=[])
+            return
+        number = part.number
+        at = {"item_id": self._call_item_id(number), "output_index": number + bool(answer.text)}
+        if isinstance(part, CallBegins):
+            if self.message_open and not self.message_done:
+                yield from self._end_message(answer.text, "completed")
+            item = call_item(Call(part.id, part.name), "in_progress", at["item_id"])
+            yield self._event("response.output_item.added", output_index=at["output_index"], item=item)
+        elif isinstance(part, ArgumentsPart):
+            yield self._event("response.function_call_arguments.delta", **at, delta=part.text)
+        else:
+            yield from self._end_call(answer, number)
+
+    def _last_events(self, answer: Answer, status: str) -> Iterator[dict[str, Any]]:
+        """The events that end what is still open; an answer that is empty is an empty message."""
+        if not answer.calls:
+            if not self.message_open:
+                yield from self._begin_message()
+            yield from self._end_message(answer.text, status)
+        elif not answer.calls[-1].complete:
+            yield from self._end_call(answer, len(answer.calls) - 1)
+
+    def _begin_message(self) -> Iterator[dict[str, Any]]:
+        self.message_open = True
+        item = message_item("assistant", [], "in_progress", self.message)
+        yield self._event("response.output_item.added", output_index=0, item=item)
+        at = {"item_id": self.message, "output_index": 0, "content_index": 0}
+        yield self._event("response.content_part.added", **at, part=output_text(""))
+
+    def _end_message(self, text: str, status: str) -> Iterator[dict[str, Any]]:
+        self.message_done = True
+        at = {"item_id": self.message, "output_index": 0, "content_index": 0}
         yield self._event("response.output_text.done", **at, text=text, logprobs=[])
         yield self._event("response.content_part.done", **at, part=output_text(text))
-        yield self._event("response.output_item.done", output_index=0, item=response["output"][0])
-        yield self._event(f"response.{response['status']}", response=response)
+        item = message_item("assistant", [text], status, self.message)
+        yield self._event("response.output_item.done", output_index=0, item=item)
+
+    def _end_call(self, answer: Answer, number: int) -> Iterator[dict[str, Any]]:
+        call, id = answer.calls[number], self._call_item_id(number)
+        index = number + bool(answer.text)
+        about = {"item_id": id, "output_index": index, "name": call.name, "arguments": call.arguments}
+        yield self._event("response.function_call_arguments.done", **about)
+        yield self._event("response.output_item.done", output_index=index, item=call_item(call, id=id))
+
+    def _call_item_id(self, number: int) -> str:
+        return f"fc_{self.message.removeprefix('msg_')}{number:02}"
 
     def error_event(self, error: Exception) -> dict[str, Any]:
         """The event that ends a stream in which `error` came up."""
@@ -182,12 +246,17 @@ class _Response:
         self.sequence_number += 1
         return {"type": type, "sequence_number": self.sequence_number - 1, **content}
 
-    def _response(self, text: str, last: TextChunk | None) -> dict[str, Any]:
-        """The response with its text; `last` is None while it is in progress."""
+    def _response(self, answer: Answer, last: TextChunk | None) -> dict[str, Any]:
+        """The response with its answer; `last` is None while it is in progress."""
         body, status, usage, output = self.body, "in_progress", None, []
+        choice, tools = body.tool_choice or "auto", body.tools or []
+        text = body.text.model_dump(exclude_none=True, by_alias=True) if body.text else {}
         if last is not None:
             status = "completed" if last.finish_reason == "stop" else "incomplete"
-            output = [message_item("assistant", [text], status, self.message)]
+            if answer.text or not answer.calls:
+                said = "completed" if answer.calls else status
+                output.append(message_item("assistant", [answer.text], said, self.message))
+            output += [call_item(call, id=self._call_item_id(i)) for i, call in enumerate(answer.calls)]
             usage = {
                 "input_tokens": last.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -214,11 +283,11 @@ class _Response:
             "metadata": body.metadata or {},
             "usage": usage,
             "background": False,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "reasoning": {"effort": None, "summary": None},
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": {"type": "text"}, **text},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in tools],
             "truncation": "disabled",
         }
 

@@ -1,4 +1,4 @@
-"""Requests and responses of OpenAI's completions and chat completions.
+"""Requests and responses of OpenAI's completions, and what those of chat completions share with them.
 
 The fields `session`, `learn`, `top_k` and `min_p` are not OpenAI's.
 
@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from ttt_e2e.inference.sampling import SamplingOptions
-from ttt_e2e.server.api.logprobs import ChatLogprobs, CompletionLogprobs
+from ttt_e2e.server.api.logprobs import CompletionLogprobs
 
 MAX_TOKENS, DEFAULT_TOKENS = 16_384, 200  # per generated text
-_MAX_LOGPROBS, _MAX_BIASES = 20, 1024
+MAX_LOGPROBS, _MAX_BIASES = 20, 1024
 _MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS, MAX_MESSAGES, MAX_PARTS = 20, 8, 4, 1000, 1000
 
 LogitBias = Annotated[
@@ -149,7 +149,7 @@ class SessionCompletionRequest(GenerationRequest):
         | None
     ) = None
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | Literal[False] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | Literal[False] | None = None
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=_MAX_CHOICES)
 
@@ -194,54 +194,6 @@ class CompletionRequest(SessionCompletionRequest):
     session: str | None = None
 
 
-class TextPart(RequestModel):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(RequestModel):
-    """A message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    refusal: str | None = None
-
-    @model_validator(mode="after")
-    def _check_content(self) -> "Message":
-        if self.content is None and (self.role != "assistant" or self.refusal is None):
-            raise ValueError("a message needs content, unless it is an assistant's refusal.")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """Role and content, a text or parts, as chat templates expect them."""
-        content = self.content or self.refusal or ""
-        parts = content if isinstance(content, str) else [{"type": part.type, "text": part.text} for part in content]
-        return {"role": self.role, "content": parts}
-
-
-class ChatCompletionRequest(GenerationRequest):
-    """Answer `messages`. With a session they follow what it has read, so only new messages need to be sent."""
-
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    session: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
-
-    @model_validator(mode="after")
-    def _check_chat(self) -> "ChatCompletionRequest":
-        if self.top_logprobs and not self.logprobs:
-            raise contradiction("top_logprobs", "top_logprobs needs logprobs; set it to true, or omit top_logprobs.")
-        return self
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """How many likeliest tokens to tell with each token; None for no log-probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-
 class Usage(BaseModel):
     """Tokens of this request, without those of a session; a prompt with several choices counts once."""
 
@@ -250,53 +202,34 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class AssistantMessage(BaseModel):
-    """A generated message."""
+class BaseChoice(BaseModel):
+    """What choices of both kinds have."""
 
-    role: Literal["assistant"]
-    content: str
-    refusal: None = None
-
-
-class _Choice(BaseModel):
     index: int
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
-class CompletionChoice(_Choice):
+class CompletionChoice(BaseChoice):
     """A text generated after one prompt."""
 
     text: str
     logprobs: CompletionLogprobs | None
 
 
-class ChatChoice(_Choice):
-    """One answer to a conversation."""
+class BaseCompletion(BaseModel):
+    """What completions of both kinds have."""
 
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-
-
-class _Response(BaseModel):
     id: str
     created: int
     model: str
 
 
-class Completion(_Response):
+class Completion(BaseCompletion):
     """Generated texts, or an event of a stream. usage: null in a stream, except in the last event."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: Usage | None
-
-
-class ChatCompletion(_Response):
-    """Answers to a conversation."""
-
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-    usage: Usage
 
 
 class ModelCard(BaseModel):

@@ -6,16 +6,19 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.server.engine.records import Before, Prompt
 
 
-def begin_chat(session: Session, prompt: Callable[[Before], Prompt]) -> tuple[Session, Prompt]:
+def begin_chat(session: Session, prompt: Callable[[Before], Prompt], tools: str = "") -> tuple[Session, Prompt]:
     """A copy of the session that counts as one with a conversation, and the prompt, which it has not read.
 
     prompt: gives the prompt of a conversation for what the session holds. Its ids for a session without a text begin
-    that text, in place of BOS.
+    that text, in place of BOS. tools: a digest of the functions that the prompt names, if they are new.
     """
     state = session.state()
     before: Before = "conversation" if state.text.chat else "text" if num_tokens(session) > 1 else "nothing"
+    if before == "conversation" and tools not in ("", state.text.tools):
+        before = "other tools"
     given = prompt(before)
-    session = session.with_state(state._replace(text=state.text._replace(chat=True)))
+    text = state.text._replace(chat=True, tools=tools or state.text.tools)
+    session = session.with_state(state._replace(text=text))
     return without_bos(session) if before == "nothing" and not isinstance(given, str) else session, given
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ttt_e2e.data.text import short_chunks
 from ttt_e2e.inference.divergence import Diverged
+from ttt_e2e.inference.grammar import Grammar, GrammarCompiler
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
@@ -44,8 +45,8 @@ class Engine:
     """Reads and generates for many clients at the same time, with one model.
 
     The arguments are those of `SessionPool` and `SessionRegistry`; `template` has a tokenizer. `sessions` is the
-    registry. Errors are those of the registry, and StoppingError after `stop`; `read` and `generate` raise them when
-    their iterator is advanced.
+    registry, and `grammars` compiles what `generate` takes. Errors are those of the registry, and StoppingError after
+    `stop`; `read` and `generate` raise them when their iterator is advanced.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine:
         assert template.tokenizer is not None
         self._template, self._tokenizer = template, template.tokenizer
         self._token_texts = TokenTexts(template.tokenizer)
+        self.grammars = GrammarCompiler(template.tokenizer, template.model.config.vocab_size)
         template.info()  # hashes the model once: all sessions are copies of this one and share the digest
         self.sessions = SessionRegistry(template, store, memory_bytes, max_sessions, max_session_tokens)
         self._worker = Worker(template, max_batch)
@@ -155,6 +157,8 @@ class Engine:
         save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None,
         logprobs: int | None = None,
         echo: bool = False,
+        grammar: Grammar | None = None,
+        tools: str = "",
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
         """Generate text after what a session has read and `prompt`.
@@ -174,6 +178,8 @@ class Engine:
                 in place of replacing the session, which nobody needs to wait for then.
             logprobs: Give every token its log-probability, and this many of the likeliest tokens in its place.
             echo: Begin the text with the prompt, which is no function then; with `logprobs`, not with `learn`.
+            grammar: What the text must match; it ends once it is complete.
+            tools: A digest of the functions that the prompt, a function, names.
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
         Raises UserError for values out of range, PromptTooLongError if `echo` and `logprobs` would tell too much,
@@ -188,8 +194,8 @@ class Engine:
                 kept_ids = None
                 if callable(prompt):
                     if learn and kept:
-                        _, kept_ids = await asyncio.to_thread(self._begin_chat, session, kept)
-                    session, ids = await asyncio.to_thread(self._begin_chat, session, prompt)
+                        _, kept_ids = await asyncio.to_thread(self._begin_chat, session, kept, tools)
+                    session, ids = await asyncio.to_thread(self._begin_chat, session, prompt, tools)
                 else:
                     ids = await asyncio.to_thread(self._encode, prompt)
                     if not isinstance(prompt, str) and len(ids) and ids[0] == self._tokenizer.bos:
@@ -209,7 +215,8 @@ class Engine:
                 with self._pooled(slot, session) as pooled:
                     request = {"prompt": ids, "max_tokens": max_tokens, "options": options}
                     request |= {"learn_from_writing": learn and kept_ids is None}
-                    request |= {"top_logprobs": logprobs, "score_prompt": echo}
+                    matcher = grammar.matcher() if grammar else None
+                    request |= {"top_logprobs": logprobs, "score_prompt": echo, "matcher": matcher}
                     pooled.submit(SessionPool.submit_generate, **request)
                     while reason is None:
                         event = await pooled.next_event()
@@ -220,7 +227,8 @@ class Engine:
                             yield written.echo(echoed)
                             echo = False
                         if isinstance(event, Done):
-                            reason = "stop" if written.num_tokens < max_tokens else "length"
+                            complete = written.num_tokens < max_tokens or (matcher is not None and matcher.complete)
+                            reason = "stop" if complete else "length"
                         elif isinstance(event, Token):
                             chunk = written.add(event)
                             reason = "stop" if written.stopped else None
@@ -276,9 +284,11 @@ class Engine:
                 pass
             return await pooled.leave()
 
-    def _begin_chat(self, session: Session, prompt: Callable[[Before], Prompt]) -> tuple[Session, np.ndarray]:
+    def _begin_chat(
+        self, session: Session, prompt: Callable[[Before], Prompt], tools: str
+    ) -> tuple[Session, np.ndarray]:
         """The session as one that holds a conversation, and the ids of the prompt, which it has not read."""
-        chatting, text = begin_chat(session, prompt)
+        chatting, text = begin_chat(session, prompt, tools)
         return chatting, self._encode(text)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:

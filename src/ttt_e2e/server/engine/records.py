@@ -9,8 +9,11 @@ from ttt_e2e.errors import UserError
 Prompt = str | Sequence[int]
 """A text, or token ids."""
 
-Before = Literal["nothing", "text", "conversation"]
-"""What a session holds: BOS alone, texts that it has read, or a conversation that it has learned from, among texts."""
+Before = Literal["nothing", "text", "conversation", "other tools"]
+"""What a session holds: BOS alone, texts that it has read, or a conversation that it has learned from, among texts.
+
+"other tools": a conversation in which the functions that may be called now have not been named.
+"""
 
 
 class SessionNotFoundError(UserError):
