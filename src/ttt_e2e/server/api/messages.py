@@ -1,7 +1,7 @@
 """Anthropic's API: messages, as one response or as a stream."""
 
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ttt_e2e.server.api.fields import MESSAGES, ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Chunks, Generations
+from ttt_e2e.server.api.generations import Chunks, Generations, last_question
 from ttt_e2e.server.api.schemas import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -22,7 +22,7 @@ from ttt_e2e.server.api.schemas import (
     contradiction,
 )
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import TextChunk
+from ttt_e2e.server.engine.records import Before, Prompt, TextChunk
 from ttt_e2e.server.errors import AnthropicErrorBody, anthropic_error
 
 _MAX_STOPS = 16
@@ -82,11 +82,23 @@ class MessagesRequest(SamplingRequest):
         ]
 
 
+class Citation(BaseModel):
+    """A passage of the session's notebook that the model was shown; document_index counts the documents cited."""
+
+    type: Literal["char_location"]
+    cited_text: str
+    document_index: int
+    document_title: str | None
+    start_char_index: int
+    end_char_index: int
+
+
 class AnthropicText(BaseModel):
     """A generated text."""
 
     type: Literal["text"]
     text: str
+    citations: list[Citation] | None = None
 
 
 class AnthropicUsage(BaseModel):
@@ -123,9 +135,14 @@ def routes(generations: Generations) -> APIRouter:
         generations.check_model(body.model)
         headers = ignored_header(ignored_fields(body, MESSAGES))
         values, stops = body.chat_template_kwargs, body.stop_sequences or []
+        question, asking = last_question(body.for_template())
+
+        def prompt(text: str) -> Callable[[Before], Prompt]:
+            return generations.chat_prompt(asking(text), values, "messages")
+
         arguments = {
             "id": body.session,
-            "prompt": generations.chat_prompt(body.for_template(), values, "messages"),
+            **await generations.ask(request, body, body.session, question, prompt),
             "max_tokens": body.max_tokens,
             "stop": (*stops, *generations.settings.chat.stop),
             "options": body.sampling_options(),
@@ -149,12 +166,14 @@ def _texts(content: str | list[TextBlock]) -> list[str]:
 
 async def _whole(chunks: Chunks, head: dict[str, Any], stops: list[str]) -> dict[str, Any]:
     """The body of a response that is not a stream."""
-    text = ""
+    text, citations = "", list[dict[str, Any]]()
     async with aclosing(chunks):
         async for _, last in chunks:
             text += last.text
+            citations += _citations(last)
     usage = {"input_tokens": last.prompt_tokens, "output_tokens": last.completion_tokens}
-    return {**head, "content": [{"type": "text", "text": text}], **_ending(last, stops), "usage": usage}
+    content = {"type": "text", "text": text, **({"citations": citations} if citations else {})}
+    return {**head, "content": [content], **_ending(last, stops), "usage": usage}
 
 
 async def _events(chunks: Chunks, head: dict[str, Any], stops: list[str]) -> AsyncGenerator[dict[str, Any], None]:
@@ -168,14 +187,37 @@ async def _events(chunks: Chunks, head: dict[str, Any], stops: list[str]) -> Asy
                 yield {"type": "message_start", "message": start}
                 yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
                 yield {"type": "ping"}
+                for citation in _citations(chunk):
+                    delta = {"type": "citations_delta", "citation": citation}
+                    yield {"type": "content_block_delta", "index": 0, "delta": delta}
             last = chunk
             if chunk.text:
-                delta = {"type": "text_delta", "text": chunk.text}
-                yield {"type": "content_block_delta", "index": 0, "delta": delta}
+                yield {
+                    "type": "content_block_delta",
+                    "index": 0,
+                    "delta": {"type": "text_delta", "text": chunk.text},
+                }
     assert last is not None
     yield {"type": "content_block_stop", "index": 0}
     yield {"type": "message_delta", "delta": _ending(last, stops), "usage": {"output_tokens": last.completion_tokens}}
     yield {"type": "message_stop"}
+
+
+def _citations(chunk: TextChunk) -> list[dict[str, Any]]:
+    """The sources in the first chunk, in Anthropic's form."""
+    sources = chunk.sources or ()
+    documents = list(dict.fromkeys(source.document for source in sources))
+    return [
+        {
+            "type": "char_location",
+            "cited_text": source.text,
+            "document_index": documents.index(source.document),
+            "document_title": source.document,
+            "start_char_index": source.start,
+            "end_char_index": source.stop,
+        }
+        for source in sources
+    ]
 
 
 def _ending(last: TextChunk, stops: list[str]) -> dict[str, Any]:

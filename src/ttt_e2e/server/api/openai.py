@@ -1,12 +1,13 @@
 """OpenAI's API: models, completions and chat completions, as one response or as a stream."""
 
+import functools
 import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.server.api import schemas
 from ttt_e2e.server.api.fields import ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Chunks, Generations
+from ttt_e2e.server.api.generations import Chunks, Generations, last_question
 from ttt_e2e.server.api.logprobs import chat_logprobs, completion_logprobs
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
 from ttt_e2e.server.engine.records import Before, LoggedToken, Prompt, TextChunk
@@ -24,7 +25,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
 _MAX_LOGPROBS = 1_000_000  # of one request, those of the likeliest tokens among them; they are held in memory
-_Prompts = Sequence[Prompt | Callable[[Before], Prompt]]  # see `Engine.generate`
+_Prompts = Sequence[Callable[[], Awaitable[dict[str, Any]]]]  # each calls `Generations.ask`
 
 
 async def _respond(
@@ -65,11 +66,12 @@ async def _respond(
         "logprobs": told,
         "echo": bool(getattr(body, "echo", False)),
     }
+    asked = [await prompt() for prompt in prompts]
     chunks = generations.start(
         request,
         [
-            {**shared, "prompt": prompt, "options": replace(options, seed=(options.seed + number) % 2**63)}
-            for prompt in prompts
+            {**shared, **prompt, "options": replace(options, seed=(options.seed + number) % 2**63)}
+            for prompt in asked
             for number in range(tries)
         ],
     )
@@ -90,7 +92,7 @@ def _check_ids(generations: Generations, field: str, ids: Iterable[int]) -> None
 
 async def _whole(chunks: Chunks, head: dict[str, Any], body: schemas.GenerationRequest, chat: bool) -> dict[str, Any]:
     """The body of a response that is not a stream."""
-    texts, last = defaultdict[int, str](str), dict[int, TextChunk]()
+    texts, last, first = defaultdict[int, str](str), dict[int, TextChunk](), dict[int, TextChunk]()
     tokens = defaultdict[int, list[LoggedToken]](list)
     num_echoed = defaultdict[int, int](int)  # tokens
     async with aclosing(chunks):
@@ -99,6 +101,7 @@ async def _whole(chunks: Chunks, head: dict[str, Any], body: schemas.GenerationR
             tokens[index] += chunk.logprobs or ()
             if not chunk.completion_tokens:
                 num_echoed[index] = len(tokens[index])
+            first.setdefault(index, chunk)
             last[index] = chunk
 
     def mean_logprob(index: int) -> float:
@@ -106,11 +109,12 @@ async def _whole(chunks: Chunks, head: dict[str, Any], body: schemas.GenerationR
         return sum(values) / len(values) if values else -math.inf
 
     n, tries, choices = body.n or 1, body.tries, list[dict[str, Any]]()
-    for first in range(0, len(last), tries):
-        found = range(first, first + tries)
+    for begin in range(0, len(last), tries):
+        found = range(begin, begin + tries)
         for index in sorted(found, key=mean_logprob, reverse=True)[:n] if tries > n else found:
-            message = {"role": "assistant", "content": texts[index], "refusal": None}
-            content = {"message": message} if chat else {"text": texts[index]}
+            sources = _sources(first[index])
+            message = {"role": "assistant", "content": texts[index], "refusal": None, **sources}
+            content = {"message": message} if chat else {"text": texts[index], **sources}
             told = None if body.num_logprobs is None else tokens[index]
             choices.append(_choice(len(choices), last[index].finish_reason, content, told, chat))
     return {**head, "choices": choices, "usage": _usage(last, tries)}
@@ -125,8 +129,9 @@ async def _events(
     usage = {"usage": None} if include_usage else {}  # in all events but the last
     async with aclosing(chunks):
         async for index, chunk in chunks:
-            if chat and index not in last:
-                start = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+            if index not in last and (chat or chunk.sources is not None):
+                delta = {"role": "assistant", "content": "", "refusal": None, **_sources(chunk)}
+                start = {"delta": delta} if chat else {"text": "", **_sources(chunk)}
                 yield {**head, "choices": [_choice(index, None, start, None, chat)], **usage}
             last[index] = chunk
             if chunk.text or chunk.finish_reason:
@@ -137,6 +142,11 @@ async def _events(
                 yield {**head, "choices": [choice], **usage}
     if include_usage:
         yield {**head, "choices": [], "usage": _usage(last, n)}
+
+
+def _sources(first: TextChunk) -> dict[str, Any]:
+    """What the first chunk of a text says of a notebook."""
+    return {} if first.sources is None else {"sources": [asdict(source) for source in first.sources]}
 
 
 def _choice(
@@ -181,15 +191,32 @@ def routes(generations: Generations) -> APIRouter:
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         """Continue a text; with `session`, what the session has read and then the text."""
         _check_ids(generations, "prompt", body.prompt_ids)
-        return await _respond(generations, request, body, body.prompts, body.session)
+        return await _respond(generations, request, body, prompts(request, body, body.session), body.session)
+
+    def prompts(request: Request, body: schemas.SessionCompletionRequest, session: str | None) -> _Prompts:
+        def prompt(given: str | list[int], text: str) -> Prompt:
+            return text if isinstance(given, str) else given
+
+        ask = functools.partial(generations.ask, request, body, session, by_default=not body.echo)
+        return [
+            functools.partial(
+                ask, given if isinstance(given, str) and given else None, functools.partial(prompt, given)
+            )
+            for given in body.prompts
+        ]
 
     @router.post("/chat/completions", tags=["OpenAI"], response_model=schemas.ChatCompletion, responses=_RESPONSES)
     async def chat_completions(body: schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `session`, one that follows what the session has read."""
         messages, values = [message.for_template() for message in body.messages], body.chat_template_kwargs
         closing = await generations.closing(values) if body.learn else ""
-        prompt = generations.chat_prompt(messages, values, "messages")
-        return await _respond(generations, request, body, [prompt], body.session, closing)
+        question, asking = last_question(messages)
+
+        def prompt(text: str) -> Callable[[Before], Prompt]:
+            return generations.chat_prompt(asking(text), values, "messages")
+
+        ask = functools.partial(generations.ask, request, body, body.session, question, prompt)
+        return await _respond(generations, request, body, [ask], body.session, closing)
 
     path = "/sessions/{session}/completions"
 
@@ -197,7 +224,7 @@ def routes(generations: Generations) -> APIRouter:
     async def session_completions(session: str, body: schemas.SessionCompletionRequest, request: Request) -> Response:
         """Continue what the session has read and then the prompt, as /v1/completions does."""
         _check_ids(generations, "prompt", body.prompt_ids)
-        return await _respond(generations, request, body, body.prompts, session)
+        return await _respond(generations, request, body, prompts(request, body, session), session)
 
     @router.post("/embeddings", tags=["OpenAI"], status_code=400)
     async def embeddings() -> None:

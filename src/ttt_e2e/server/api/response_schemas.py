@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ttt_e2e.server.api.items import InputMessages, MessageItem, Metadata, message_item
 from ttt_e2e.server.api.schemas import MAX_TOKENS, RequestModel, SamplingRequest, Text, contradiction
+from ttt_e2e.server.engine.records import Source
 
 
 class ConversationReference(RequestModel):
@@ -68,7 +69,10 @@ class ResponseUsage(BaseModel):
 
 
 class ResponseObject(BaseModel):
-    """A response. The fields that are not described are those of OpenAI's API and have one value here."""
+    """A response. The fields that are not described are those of OpenAI's API and have one value here.
+
+    sources: the passages of a notebook that the model was shown, where it was.
+    """
 
     id: str
     object: Literal["response"]
@@ -87,6 +91,7 @@ class ResponseObject(BaseModel):
     top_p: float
     metadata: dict[str, str]
     usage: ResponseUsage | None
+    sources: list[Source] | None = None
     background: Literal[False]
     parallel_tool_calls: Literal[True]
     reasoning: dict[str, None]

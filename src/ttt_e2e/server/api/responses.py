@@ -5,8 +5,9 @@ In a conversation, the conversation's own session reads them too.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, nullcontext
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.api.documents import load_document, public_id, session_id, superfluous, to_text
 from ttt_e2e.server.api.fields import RESPONSES, ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Generations
+from ttt_e2e.server.api.generations import Generations, last_question
 from ttt_e2e.server.api.items import (
     ItemList,
     Limit,
@@ -33,7 +34,7 @@ from ttt_e2e.server.api.response_schemas import (
 )
 from ttt_e2e.server.api.schemas import DEFAULT_TOKENS
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import TextChunk
+from ttt_e2e.server.engine.records import Before, Prompt, Source, TextChunk
 from ttt_e2e.server.engine.store import new_id
 from ttt_e2e.server.errors import ApiError, describe
 
@@ -102,17 +103,19 @@ class _Response:
         conversation = body.conversation
         self.conversation = conversation.id if isinstance(conversation, ConversationReference) else conversation
         self.created, self.sequence_number = int(time.time()), 0
+        self.sources: tuple[Source, ...] | None = None
+        self.notebook: str | None = None  # the session whose notebook they are from
 
     async def events(self) -> _Events:
         """The events of the response, of which the last one has it as a whole."""
         body, engine = self.body, self.engine
-        slot, earlier, document = None, None, dict[str, Any]()
+        slot, found, document = None, None, dict[str, Any]()
         if self.conversation is not None:
             slot, _ = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
-            earlier, self.conversation = slot.record.id, public_id("conversation", slot.record.id)
+            found, self.conversation = slot, public_id("conversation", slot.record.id)
         elif (previous := body.previous_response_id) is not None:
             found, _ = await load_document(engine, self.owner, "response", previous, "previous_response_id")
-            earlier = found.record.id
+        earlier = found.record.id if found else None
         async with slot.write_lock if slot else nullcontext():
             if self.conversation is not None:
                 _, document = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
@@ -128,7 +131,7 @@ class _Response:
                     stored = {"kind": "response", "response": response, "input": self.input}
                     if (oldest := await superfluous(engine, self.owner, earlier)) is not None:
                         await engine.sessions.delete(self.owner, oldest)
-                    await engine.sessions.create(self.owner, session, to_text(stored), self.session)
+                    await engine.sessions.create(self.owner, session, to_text(stored), self.session, notebook=found)
                 if slot:
                     items = [*document["items"], *self.input, *response["output"]]
                     changed = document | {"items": items, "read": len(items)}
@@ -142,23 +145,29 @@ class _Response:
         body, values = self.body, self.body.chat_template_kwargs
         messages = [for_template(item) for item in items]
         instructions = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+        question, asking = last_question(messages)
+
+        def prompt(text: str) -> Callable[[Before], Prompt]:
+            return self.generations.chat_prompt([*instructions, *asking(text)], values, "input")
+
         arguments = {
             "id": session,
-            "prompt": self.generations.chat_prompt([*instructions, *messages], values, "input"),
+            **await self.generations.ask(self.request, body, session, question, prompt),
             "max_tokens": body.max_output_tokens or DEFAULT_TOKENS,
             "stop": self.generations.settings.chat.stop,
             "options": self.options,
             "learn": save is not None,
             "closing": await self.generations.closing(values) if save else "",
-            # Instructions are for this response only.
-            "kept": self.generations.chat_prompt(messages, values, "input") if instructions else None,
             "save": save,
         }
+        if instructions:  # they are for this response only
+            arguments["kept"] = self.generations.chat_prompt(messages, values, "input")
         at = {"item_id": self.message, "output_index": 0, "content_index": 0}
         text, last = "", None
         async with aclosing(self.generations.start(self.request, [arguments])) as chunks:
             async for _, chunk in chunks:
                 if last is None:
+                    self.sources, self.notebook = chunk.sources, session
                     yield self._event("response.created", response=self._response("", None))
                     yield self._event("response.in_progress", response=self._response("", None))
                     item = message_item("assistant", [], "in_progress", self.message)
@@ -168,8 +177,12 @@ class _Response:
                 if chunk.text:
                     yield self._event("response.output_text.delta", **at, delta=chunk.text, logprobs=[])
         response = self._response(text, last)
+        part = response["output"][0]["content"][0]
+        for number, annotation in enumerate(part["annotations"]):
+            found = {"annotation": annotation, "annotation_index": number}
+            yield self._event("response.output_text.annotation.added", **at, **found)
         yield self._event("response.output_text.done", **at, text=text, logprobs=[])
-        yield self._event("response.content_part.done", **at, part=output_text(text))
+        yield self._event("response.content_part.done", **at, part=part)
         yield self._event("response.output_item.done", output_index=0, item=response["output"][0])
         yield self._event(f"response.{response['status']}", response=response)
 
@@ -188,6 +201,10 @@ class _Response:
         if last is not None:
             status = "completed" if last.finish_reason == "stop" else "incomplete"
             output = [message_item("assistant", [text], status, self.message)]
+            output[0]["content"][0]["annotations"] = [
+                {"type": "file_citation", "file_id": self.notebook, "filename": source.document, "index": len(text)}
+                for source in self.sources or ()
+            ]
             usage = {
                 "input_tokens": last.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -213,6 +230,7 @@ class _Response:
             "top_p": self.options.top_p,
             "metadata": body.metadata or {},
             "usage": usage,
+            **({} if self.sources is None else {"sources": [asdict(source) for source in self.sources]}),
             "background": False,
             "parallel_tool_calls": True,
             "reasoning": {"effort": None, "summary": None},

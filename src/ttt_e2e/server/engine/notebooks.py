@@ -24,7 +24,8 @@ from ttt_e2e.server.engine.records import LimitReachedError, NotebookRecord, Sou
 from ttt_e2e.server.engine.store import NewNotebook
 
 MAX_DOCUMENTS = 1000
-_TOLD_DOCUMENTS, _MAX_NAME = 20, 200
+MAX_NAME = 200  # characters
+_TOLD_DOCUMENTS = 20
 _DISK_BYTES = 8  # at most, for a byte of text: passages overlap, and are indexed
 _BLOCK = 1 << 16  # characters
 _CHUNK_BYTES = 1 << 20
@@ -98,7 +99,7 @@ def _until_stopped(text: NotebookText) -> Iterator[str]:
 
 def document_name(name: str) -> str:
     """The name of a document as it is kept: in one line, and not too long."""
-    return printable(name)[:_MAX_NAME].strip()
+    return printable(name)[:MAX_NAME].strip()
 
 
 def as_source(passage: Passage) -> Source:
