@@ -161,7 +161,7 @@ class FakeEngine:
         if one.notebook is None:
             raise NoNotebookError
         found = [(name, text) for name, text in one.notebook if set(text.split()) & set(query.split())]
-        return [Source(name or None, 0, len(text), text, 1.5) for name, text in found[:count]]
+        return [Source(name or None, 0, len(text), len(text), text, 1.5) for name, text in found[:count]]
 
     async def retrieve(self, owner: str, id: str, question: str, count: int = 3) -> tuple[str, list[Source]]:
         found = await self.recall(owner, id, question, count)
@@ -188,7 +188,7 @@ class FakeEngine:
                 one.notebook = [*one.notebook, (name, "".join(chunks))]
             for done in range(0, len(words), 5):
                 await self._step(done // 5)
-                yield ReadProgress(done, 2.0 if done else None, 2.0 if done else None)
+                yield ReadProgress(done, 2.0 if done else None, 2.0 if done else None, bytes=done)
             await self._step(len(words))
             self.read_tokens += len(words)
             one.text += " ".join(words)

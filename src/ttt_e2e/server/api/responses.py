@@ -230,7 +230,7 @@ class _Response:
             "top_p": self.options.top_p,
             "metadata": body.metadata or {},
             "usage": usage,
-            **({} if self.sources is None else {"sources": [asdict(source) for source in self.sources]}),
+            "sources": None if self.sources is None else [asdict(source) for source in self.sources],
             "background": False,
             "parallel_tool_calls": True,
             "reasoning": {"effort": None, "summary": None},

@@ -21,11 +21,10 @@ from ttt_e2e.inference.session_pool import Done, Losses, PromptLogprobs, Session
 from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.retrieval.generate import retrieve
 from ttt_e2e.retrieval.notebook import Notebook, passage_size
-from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.retrieval.search_index import with_parts
 from ttt_e2e.server.engine.chats import begin_chat
 from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
-from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_source, document_name
+from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_sources, document_name
 from ttt_e2e.server.engine.records import (
     Before,
     Prompt,
@@ -116,16 +115,19 @@ class Engine:
         Together they have at most half as many tokens as the window. Raises NoNotebookError if there is no notebook.
         """
 
-        def search(notebook: Notebook) -> tuple[str, list[Passage]]:
-            return retrieve(self._template, notebook, question, count)
+        def search(notebook: Notebook) -> tuple[str, list[Source]]:
+            text, found = retrieve(self._template, notebook, question, count)
+            return text, as_sources(notebook, found)
 
-        text, found = await self.sessions.recall(owner, id, search)
-        return text, [as_source(passage) for passage in found]
+        return await self.sessions.recall(owner, id, search)
 
     async def recall(self, owner: str, id: str, query: str, count: int) -> list[Source]:
         """At most `count` passages of the session's notebook that match `query`, the best first. Errors as above."""
-        found = await self.sessions.recall(owner, id, lambda notebook: notebook.search(with_parts(query), count))
-        return [as_source(passage) for passage in found]
+
+        def search(notebook: Notebook) -> list[Source]:
+            return as_sources(notebook, notebook.search(with_parts(query), count))
+
+        return await self.sessions.recall(owner, id, search)
 
     async def read(self, owner: str, id: str, chunks: Iterable[str], name: str = "") -> AsyncIterator[ReadProgress]:
         """Let a session read a text, given in chunks; either all of it becomes part of the session or nothing.
@@ -144,14 +146,15 @@ class Engine:
                 text = NotebookText(document_name(name), chunks)
                 async with self.sessions.recorded(slot, text) as notebook:
                     batches, more, submitted = self._batches(chunks), True, 0
-                    scored, loss_sum = 0, 0.0
+                    scored, loss_sum, given, size = 0, 0.0, 0, 0
                     with self._pooled(slot, session) as pooled:
                         while more or submitted:
                             if more and submitted < _MAX_SUBMITTED:
                                 ids = await asyncio.to_thread(next, batches, None)
                                 more = ids is not None
                                 if ids is not None:
-                                    length += len(ids)
+                                    length, given = length + len(ids), given + len(ids)
+                                    size += len(self._tokenizer.decode(ids).encode())
                                     self.sessions.check_length(length)
                                     pooled.submit(SessionPool.submit_read, tokens=ids)
                                     submitted += 1
@@ -164,10 +167,11 @@ class Engine:
                                 if len(losses):
                                     scored += len(losses)
                                     loss_sum += float(losses.sum(dtype=np.float64))
-                                    yield ReadProgress(scored, loss_sum / scored, float(losses.mean(dtype=np.float64)))
+                                    recent, done = float(losses.mean(dtype=np.float64)), size * scored // given
+                                    yield ReadProgress(scored, loss_sum / scored, recent, bytes=done)
                         session = await pooled.leave()
                     summary = await self.sessions.replace(slot, session, notebook=notebook)
-                yield ReadProgress(scored, loss_sum / scored if scored else None, None, summary)
+                yield ReadProgress(scored, loss_sum / scored if scored else None, None, summary, size)
 
     async def generate(
         self,

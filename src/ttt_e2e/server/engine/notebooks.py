@@ -102,10 +102,20 @@ def document_name(name: str) -> str:
     return printable(name)[:MAX_NAME].strip()
 
 
-def as_source(passage: Passage) -> Source:
-    """A passage as clients see it."""
-    start, stop = passage.start - passage.document_start, passage.stop - passage.document_start
-    return Source(passage.document or None, start, stop, passage.text, passage.score)
+def as_sources(notebook: Notebook, passages: Iterable[Passage]) -> list[Source]:
+    """Passages as clients see them."""
+    ends = [*(start for start, _ in notebook.documents()), notebook.characters]
+    return [
+        Source(
+            one.document or None,
+            one.start - one.document_start,
+            one.stop - one.document_start,
+            next(end for end in ends if end > one.document_start) - one.document_start,
+            one.text,
+            one.score,
+        )
+        for one in passages
+    ]
 
 
 # -- archives ----------------------------------------------------------------------------------------------------------

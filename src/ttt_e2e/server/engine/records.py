@@ -93,13 +93,14 @@ class NotebookSummary:
 class Source:
     """A passage of a notebook: characters `start` to `stop` of a document.
 
-    document: its name; null if it has none. score: how well the passage fits the question; comparable within one
-    search.
+    document: its name; null if it has none. length: of the document, in characters. score: how well the passage fits
+    the question; comparable within one search.
     """
 
     document: str | None
     start: int
     stop: int
+    length: int
     text: str
     score: float
 
@@ -134,7 +135,7 @@ class ReadProgress:
 
     tokens: tokens of this text that have a loss so far. loss: their mean loss in nats per token; null while there are
     none. recent_loss: the mean over the tokens since the previous event. session: null until the whole text is read
-    and the session is saved.
+    and the session is saved. bytes: about how much of the text that is.
     """
 
     object: Literal["session.read"] = field(default="session.read", kw_only=True)
@@ -142,6 +143,7 @@ class ReadProgress:
     loss: float | None
     recent_loss: float | None
     session: SessionSummary | None = None
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
