@@ -32,10 +32,13 @@ from ttt_e2e.server.engine.records import (
     Before,
     LimitReachedError,
     LoggedToken,
+    NoNotebookError,
+    NotebookSummary,
     Prompt,
     ReadProgress,
     SessionNotFoundError,
     SessionSummary,
+    Source,
     TextChunk,
 )
 from ttt_e2e.server.settings import Settings
@@ -54,6 +57,7 @@ class FakeSession:
     text: str = ""
     created: float = field(default_factory=time.time)
     document: str | None = None
+    notebook: list[tuple[str, str]] | None = None  # names and texts
     write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -63,11 +67,16 @@ class FakeSession:
     def summary(self) -> SessionSummary:
         size, digest = len(self.text.encode()), hashlib.sha256(self.text.encode()).hexdigest()
         tokens = 1 + len(self.text.split())
-        return SessionSummary(self.id, int(self.created), tokens, size, digest, 2 * size, True, True, None)
+        notebook = None
+        if self.notebook is not None:
+            notebook = NotebookSummary(size, 2 * size, [name for name, _ in self.notebook if name])
+        return SessionSummary(self.id, int(self.created), tokens, size, digest, 2 * size, True, True, None, notebook)
 
 
 class FakeEngine:
     """Sessions that only hold their text: a word is a token, and generated text is counted words.
+
+    A notebook's passages are whole texts, found if they have a word of the question.
 
     Losses are 2, and 1 for the last words of a text. failure: raised from step `fail_from` of a request on. Steps from
     `hold_from` on wait until it is raised.
@@ -101,11 +110,17 @@ class FakeEngine:
             raise LimitReachedError("There are 100 sessions; delete one.")
 
     async def create(
-        self, owner: str, session: FakeSession | None = None, document: str | None = None, id: str | None = None
+        self,
+        owner: str,
+        session: FakeSession | None = None,
+        document: str | None = None,
+        id: str | None = None,
+        notebook: bool | FakeSession | None = None,
     ) -> SessionSummary:
         self.check_room(owner)
         made = FakeSession(id or f"sess-{secrets.token_hex(16)}", owner, session.text if session else "")
         made.document = document
+        made.notebook = notebook.notebook if isinstance(notebook, FakeSession) else [] if notebook else None
         self.all[made.id] = made
         return made.summary()
 
@@ -132,7 +147,7 @@ class FakeEngine:
         return [one.summary() for one in self.all.values() if one.owner == owner]
 
     async def fork(self, owner: str, id: str) -> SessionSummary:
-        return await self.create(owner, self.slot(owner, id))
+        return await self.create(owner, self.slot(owner, id), notebook=self.slot(owner, id))
 
     async def delete(self, owner: str, id: str) -> None:
         self.slot(owner, id)
@@ -143,8 +158,20 @@ class FakeEngine:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
 
-    async def export_session(self, owner: str, id: str, target: Path) -> None:
+    async def export_session(self, owner: str, id: str, target: Path) -> str:
         target.write_bytes(b"session:" + self.slot(owner, id).text.encode())
+        return f"{id}.session"
+
+    async def recall(self, owner: str, id: str, query: str, count: int) -> list[Source]:
+        one = self.slot(owner, id)
+        if one.notebook is None:
+            raise NoNotebookError
+        found = [(name, text) for name, text in one.notebook if set(text.split()) & set(query.split())]
+        return [Source(name or None, 0, len(text), len(text), text, 1.5) for name, text in found[:count]]
+
+    async def retrieve(self, owner: str, id: str, question: str, count: int = 3) -> tuple[str, list[Source]]:
+        found = await self.recall(owner, id, question, count)
+        return "".join(f"[{one.text}]" for one in found) + question, found
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
         content = source.read_bytes()
@@ -159,13 +186,15 @@ class FakeEngine:
         while number >= self.hold_from:
             await asyncio.sleep(0.001)
 
-    async def read(self, owner: str, id: str, chunks: Iterable[str]) -> AsyncIterator[ReadProgress]:
+    async def read(self, owner: str, id: str, chunks: Iterable[str], name: str = "") -> AsyncIterator[ReadProgress]:
         one = self.slot(owner, id)
         with self._request():
             words = "".join(chunks).split()
+            if one.notebook is not None:
+                one.notebook = [*one.notebook, (name, "".join(chunks))]
             for done in range(0, len(words), 5):
                 await self._step(done // 5)
-                yield ReadProgress(done, 2.0 if done else None, 2.0 if done else None)
+                yield ReadProgress(done, 2.0 if done else None, 2.0 if done else None, bytes=done)
             await self._step(len(words))
             self.read_tokens += len(words)
             one.text += " ".join(words)
@@ -183,7 +212,7 @@ class FakeEngine:
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
-        kept: Callable[[Before], Prompt] | None = None,
+        kept: Prompt | Callable[[Before], Prompt] | None = None,
         save: Callable[[FakeSession, str, TextChunk], Awaitable[object]] | None = None,
         logprobs: int | None = None,
         echo: bool = False,
@@ -216,7 +245,7 @@ class FakeEngine:
                 ending = next((end for end in stop if end in text), None)
                 last = TextChunk("", "stop" if ending else "length", read, count, ending)
                 if learn:
-                    read_text = words if kept is None else str(kept(before))
+                    read_text = words if kept is None else str(kept(before) if callable(kept) else kept)
                     learned = (one.text if one else "") + read_text + text + "".join(str(part) for part in closing)
                     if save is not None:
                         await save(FakeSession("", owner, learned), text, last)

@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from server_helpers import PATIENCE, FakeEngine, served, until
+from server_helpers import PATIENCE, FakeEngine, FakeSession, served, until
 
+from ttt_e2e.server.engine.records import Source
 from ttt_e2e.server.keys import Keys
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH"),
 ]
 KEY = "a-long-key-for-the-page"
-PHONE = {"width": 360, "height": 740}
+PHONES = [{"width": 360, "height": 740}, {"width": 390, "height": 844}]
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +70,19 @@ def test_read_generate_export_and_delete(
             assert all(0 <= x <= 1000 and 0 <= y <= 200 for x, y in points)
             assert points == sorted(points)  # from left to right
         assert "120 tokens" in page.locator("svg title").text_content()
+        assert page.evaluate("document.getElementById('bar').value") == 1
         assert text_of(page, "#sessions li").count("121 tokens read") == 1
+        assert text_of(page, "#sessions strong") == "book.txt"
         (session,) = engine.all.values()
-        assert session.text.startswith("Die Straße")
+        assert session.text.startswith("Die Straße") and session.notebook == [("book.txt", file.read_text())]
 
         # Markup in a prompt is text.
+        page.select_option("#mode", "text")
         page.fill("#prompt", "<img src=x onerror=alert(1)>")
         page.fill("#most", "5")
         page.check("#learn")
         page.click("#send")
-        written = page.locator("#text")
+        written = page.locator(".answer").first
         sync_api.expect(written).to_have_text("<img src=x onerror=alert(1)> w1ä w2ä w3ä w4ä w5ä")
         until(lambda: session.text.endswith("w5ä"))
 
@@ -136,7 +140,7 @@ def test_text_goes_to_the_selected_session(browser: Any, engine: FakeEngine, tmp
         page.fill("#prompt", "And")
         page.fill("#most", "2")
         page.click("#send")
-        sync_api.expect(page.locator("#text")).to_contain_text("w2")
+        sync_api.expect(page.locator(".answer").first).to_contain_text("w2")
         sync_api.expect(page.locator("#send")).to_be_enabled()
         assert read(files[1]) == ["one", "two"]
         assert read(files[2]) == ["one", "twothree"]
@@ -153,16 +157,63 @@ def test_page_asks_for_a_key(browser: Any, engine: FakeEngine) -> None:
         page.fill("#prompt", "Hello")
         page.fill("#most", "3")
         page.press("#most", "Enter")  # by keyboard alone
-        sync_api.expect(page.locator("#text")).to_have_text("Hello w1ä w2ä w3ä")
+        sync_api.expect(page.locator(".answer")).to_have_text("w1ä w2ä w3ä")
+
+
+def test_answers_show_passages_and_outlive_a_reload(browser: Any, engine: FakeEngine) -> None:
+    async def known(owner: str, id: str, question: str, count: int = 3) -> tuple[str, list[Source]]:
+        return f"[passages]{question}", [Source("moby.txt", 500, 540, 1000, "and then W2ä, w3ä -- w4ä <b>", 2.0)]
+
+    engine.retrieve = known  # type: ignore[method-assign]
+    engine.all["sess-1"] = FakeSession(
+        "sess-1", "local", "Call me Ishmael.", notebook=[("moby.txt", "Call me Ishmael.")]
+    )
+    with served(engine) as address:
+        watched = Watched(browser, address)
+        page = watched.page
+        page.get_by_role("button", name="Use: moby.txt").click()
+        assert page.evaluate("location.hash") == "#sess-1"
+        page.fill("#prompt", "Who?")
+        page.fill("#most", "5")
+        page.click("#send")
+        for _ in range(2):
+            sync_api.expect(page.locator(".answer")).to_have_text("w1ä w2ä w3ä w4ä w5ä")
+            sync_api.expect(page.locator("mark")).to_have_text("w2ä w3ä w4ä")  # whatever stands between the words
+            shown = text_of(page, "article")
+            for told in ("Who?", "had read 4 tokens", "1 passage", "characters 500 to 540 of 1,000, 50 %", "w4ä <b>"):
+                assert told in shown
+            bar = page.locator(".place i").evaluate("one => [one.style.left, one.style.width]")
+            assert bar == ["50%", "4%"]
+            page.reload()
+        assert engine.calls[-1]["prompt"].startswith("\nUser: [passages]Who?")
+
+        page.uncheck("#notebook")
+        page.click("#send")  # without a question: nothing is sent
+        page.fill("#prompt", "Who?")
+        page.click("#send")
+        sync_api.expect(page.locator("article")).to_have_count(2)
+        sync_api.expect(page.locator("#send")).to_be_enabled()
+        assert "notebook" not in text_of(page, "article >> nth=0") and "From memory" in text_of(
+            page, "article >> nth=0"
+        )
+        assert engine.calls[-1]["prompt"].startswith("\nUser: Who?")
+        assert len(engine.calls) == 2 and watched.complaints == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_on_a_phone(browser: Any, engine: FakeEngine, scheme: str) -> None:
+    engine.all["sess-1"] = FakeSession("sess-1", "local", "x", notebook=[("A" * 100 + ".txt", "x")])
     with served(engine) as address:
-        page = Watched(browser, address, viewport=PHONE, color_scheme=scheme).page
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        page = Watched(browser, address, color_scheme=scheme).page
+        sync_api.expect(page.locator("#sessions li")).to_have_count(1)
+        for phone in PHONES:
+            page.set_viewport_size(phone)
+            assert page.evaluate("document.documentElement.scrollWidth") <= phone["width"]
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (int(ground.removeprefix("rgb(").split(",")[0]) < 128) == (scheme == "dark")
-        unlabelled = """[...document.querySelectorAll("input, textarea, select, button")]
-            .filter(one => !(one.labels && one.labels.length) && !one.textContent.trim()).map(one => one.id)"""
+        fields = 'document.querySelectorAll("input, textarea, select, button")'
+        unlabelled = f"[...{fields}].filter(one => !one.labels?.length && !one.textContent.trim()).map(one => one.id)"
         assert page.evaluate(unlabelled) == []
+        small = f"""[...{fields}].map(one => one.type === "checkbox" ? one.labels[0] : one)
+            .filter(one => one.offsetParent && one.offsetHeight < 44).map(one => one.id)"""
+        assert page.evaluate(small) == []

@@ -59,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-session-tokens", type=count, default=10_000_000, metavar="N", help="per session (default: 10000000)"
     )
     parser.add_argument(
+        "--max-notebook",
+        type=size,
+        default=64 << 20,
+        metavar="BYTES",
+        help="text in the notebook of a session (default: 64M)",
+    )
+    parser.add_argument(
         "--max-body", type=size, default=64 << 20, metavar="BYTES", help="size of a text sent (default: 64M)"
     )
     parser.add_argument(
@@ -111,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
             memory_bytes=arguments.memory,
             max_sessions=arguments.max_sessions,
             max_session_tokens=arguments.max_session_tokens,
+            max_notebook_bytes=arguments.max_notebook,
         )
         settings = Settings(
             model_name="ttt-e2e" if arguments.model is None else arguments.model.resolve().name,

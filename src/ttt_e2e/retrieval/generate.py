@@ -39,17 +39,24 @@ def generate_with_notebook(
     Raises:
         UserError: As `Session.generate` and `Notebook.search` do.
     """
-    if session.tokenizer is None:
-        raise UserError("Showing passages to a session needs a tokenizer; make the session with one.")
-    if max_passage_tokens is None:
-        max_passage_tokens = session.model.config.sliding_window // 2
-    found = notebook.search(with_parts(prompt), count)
-    text, sources = prompt_with_passages(prompt, found, session.tokenizer, max_passage_tokens)
+    text, sources = retrieve(session, notebook, prompt, count, max_passage_tokens)
     reader = session
     if not learn:
         reader = session.fork()
         reader.learn = False
     return reader.generate(text, **sampling), sources
+
+
+def retrieve(
+    session: Session, notebook: Notebook, question: str, count: int = 3, max_passage_tokens: int | None = None
+) -> tuple[str, list[Passage]]:
+    """The question with passages before it that match it, and these passages. Arguments as above."""
+    if session.tokenizer is None:
+        raise UserError("Showing passages to a session needs a tokenizer; make the session with one.")
+    if max_passage_tokens is None:
+        max_passage_tokens = session.model.config.sliding_window // 2
+    found = notebook.search(with_parts(question), count)
+    return prompt_with_passages(question, found, session.tokenizer, max_passage_tokens)
 
 
 def prompt_with_passages(

@@ -1,9 +1,23 @@
-"""The digest of a notebook's index, so that no flipped bit in it hides a passage: FTS5 notices few of them."""
+"""Digests of a notebook's rows, and of its index, so that no flipped bit in it hides a passage: FTS5 notices few."""
 
 import hashlib
 import sqlite3
+from collections.abc import Sequence
+
+from ttt_e2e.errors import UserError
 
 TABLE = "CREATE TABLE index_digest (digest TEXT)"
+
+
+class AlteredNotebookError(UserError):
+    """The database of a notebook was altered or damaged."""
+
+
+def of_row(row: Sequence[object]) -> str | None:
+    """Of a row of whole numbers and, at the end, a text; None if it has values of other types."""
+    if not isinstance(row[-1], str) or any(type(value) is not int for value in row[:-1]):
+        return None
+    return hashlib.blake2b(" ".join(map(str, row)).encode(), digest_size=16).hexdigest()
 
 
 def is_damaged(db: sqlite3.Connection) -> bool:

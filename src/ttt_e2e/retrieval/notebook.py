@@ -7,15 +7,15 @@ and the files that SQLite has beside one in use. Its tables:
     passages    the text, overlapping; the last passage grows with it. A row has a digest, and perhaps a vector
     words       the index of the passages' words (FTS5), without their text
     index_digest    of the index, kept when the notebook is closed; older notebooks lack this table
+    documents   where the texts that have names begin; notebooks without names lack this table
 
 Whatever is added is in one transaction, so that a killed process leaves all of it or nothing. Passages are indexed many
 at a time, and the rest when there is a search. One process adds text at a time; others may search. Memory does not grow
 with the text, except for a search with an embedding.
 """
 
-import hashlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
@@ -25,15 +25,16 @@ import numpy as np
 from ttt_e2e.data.text import short_chunks, slices
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_format, lock_folder
-from ttt_e2e.retrieval import index_digest
+from ttt_e2e.retrieval import documents, index_digest
+from ttt_e2e.retrieval.index_digest import AlteredNotebookError
 from ttt_e2e.retrieval.passages import Excerpt, Passage
 from ttt_e2e.retrieval.search_index import (
     PROBE,
     Embed,
+    fuse,
     index_words,
     match_expression,
     pack_vector,
-    reciprocal_ranks,
     unit_vectors,
     unpack_vector,
 )
@@ -42,7 +43,7 @@ FORMAT, VERSION = "notebook", 2
 SIZE = 400
 
 _MIN_SIZE, _MAX_SIZE = 20, 4000
-_DATABASE = "notebook.db"
+DATABASE = "notebook.db"
 _APPLICATION_ID = 0x7474_6E62  # "ttnb"; in the file's header, like the version
 _SCHEMA = (
     "CREATE TABLE settings (size INTEGER, indexed INTEGER, probe BLOB)",
@@ -99,7 +100,7 @@ class Notebook:
         try:
             with self._errors("open"):
                 self._check_folder(create)
-                path = self.folder / _DATABASE
+                path = self.folder / DATABASE
                 self._connection = db = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None)
                 db.execute("PRAGMA trusted_schema = OFF")
                 db.execute("PRAGMA cell_size_check = ON")
@@ -135,6 +136,11 @@ class Notebook:
         with self._transaction("read", "BEGIN") as db:
             return self._last_passage(db)[1].stop
 
+    def documents(self) -> list[tuple[int, str]]:
+        """Where each document begins, and its name, in order; none for a text without a name that comes first."""
+        with self._transaction("read", "BEGIN") as db:
+            return documents.rows(db)
+
     def lock(self) -> None:
         """Become the only writer until `close`, as every method that writes does.
 
@@ -162,13 +168,16 @@ class Notebook:
                 raise UserError(f"Half of a surrogate pair at character {start + error.start} is not text.") from error
             with self._transaction("write to") as db:
                 number, last = self._last_passage(db)
+                if last.text and documents.begins_at(db, last.stop):
+                    number, last = number + 1, Excerpt("", last.stop, last.stop_byte)
                 self._replace_from(db, number, last._replace(text=last.text + block))
 
-    def record(self, chunks: Iterable[str], start: int | None = None) -> Iterator[str]:
+    def record(self, chunks: Iterable[str], start: int | None = None, name: str = "") -> Iterator[str]:
         """Yield the chunks of a text, each after it was added: `session.read_stream(notebook.record(chunks))`.
 
         start: the character of the notebook at which this text begins (default: the end of the notebook). Text that the
         notebook already has from there on, of an earlier reading that did not reach its end, is not added twice.
+        name: of the document, whose passages have it; a text with the name of the one before it continues that one.
         A complete text also survives a power cut. Raises UserError if the notebook has another text there, and as `add`
         does.
         """
@@ -177,6 +186,8 @@ class Notebook:
         known = self.characters - start
         if start < 0 or known < 0:
             raise UserError(f"The notebook {self.folder} has {self.characters} characters; no text begins at {start}.")
+        with self._transaction("write to") as db:
+            documents.begin(db, start, name)
         recorded, held = self.text(start), ""
         for block in short_chunks(chunks):
             while len(held) < min(len(block), known):
@@ -221,11 +232,14 @@ class Notebook:
         """
         self.lock()
         characters = max(0, characters)
+        with self._transaction("write to") as db:
+            documents.cut(db, characters)
         if characters >= self.characters:
             return
         with self._transaction("read", "BEGIN") as db:
-            # Those that begin earlier were full by then, see `Excerpt.cut`.
-            number, first = self._rows(db, "start > ? ORDER BY number LIMIT 1", characters - 2 * self.size)[0]
+            # Those that begin earlier were full by then, see `Excerpt.cut`, or belong to another document.
+            earliest = max(documents.last_start(db), characters - 2 * self.size + 1)
+            number, first = self._rows(db, "start >= ? ORDER BY number LIMIT 1", earliest)[0]
         text, length = "", characters - first.start
         for piece in self.text(first.start):
             text += piece
@@ -244,6 +258,7 @@ class Notebook:
         if source is None:
             with self._transaction("write to") as db:
                 db.execute("DELETE FROM passages")
+                documents.cut(db, 0)
                 index_digest.forget(db)
                 db.execute("INSERT INTO words(words) VALUES ('delete-all')")
                 db.execute("UPDATE settings SET size = ?, indexed = 0", (size,))
@@ -275,18 +290,22 @@ class Notebook:
                 if None in scores.values():  # of a damaged index
                     raise self._altered()
             if self.embed is not None:
-                scores = self._fuse(db, scores, unit_vectors(self.embed, [query])[0])
+                rows = db.execute(
+                    "SELECT number, vector FROM passages WHERE vector IS NOT NULL ORDER BY number"
+                ).fetchall()
+                fused = fuse(rows, scores, unit_vectors(self.embed, [query])[0])
+                if fused is None:
+                    raise self._altered()
+                scores = fused
             best = sorted(scores, key=lambda number: (-scores[number], number))[:count]
-            return [
-                Passage(one.text, one.start, one.stop, one.start_byte, one.stop_byte, number, scores[number])
-                for number, one in (self._passage(db, number) for number in best)
-            ]
+            found = (self._passage(db, number) for number in best)
+            return [one.as_passage(number, scores[number], *documents.at(db, one.start)) for number, one in found]
 
     # -- the database ----------------------------------------------------------------------------------------------
 
     def _check_folder(self, create: bool) -> None:
         """Raise UserError if the folder is or holds something else; make it if it is missing and `create`."""
-        if (self.folder / _DATABASE).exists():
+        if (self.folder / DATABASE).exists():
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder, as a notebook is; choose another name.")
@@ -298,7 +317,7 @@ class Notebook:
         if not create:
             raise self._missing()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if any(not file.name.startswith((".", _DATABASE)) for file in self.folder.iterdir()):
+        if any(not file.name.startswith((".", DATABASE)) for file in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not a notebook and not empty; it is left unchanged, choose another one.")
 
     def _create(self, size: int) -> None:
@@ -319,11 +338,12 @@ class Notebook:
     def _checked_size(self, db: sqlite3.Connection) -> int:
         """The size of the notebook's passages. Raises UserError if the database is something else, or damaged."""
         if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
-            raise UserError(f"{self.folder / _DATABASE} is not a notebook; choose another one.")
+            raise UserError(f"{self.folder / DATABASE} is not a notebook; choose another one.")
         found = {"format": FORMAT, "version": db.execute("PRAGMA user_version").fetchone()[0]}
         check_format(found, self.folder, FORMAT, VERSION, "record its text again")
         schema = db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'words~_%' ESCAPE '~' ORDER BY rowid")
-        if [sql for (sql,) in schema] not in ([*_SCHEMA], [*_SCHEMA, index_digest.TABLE]):
+        found_schema, optional = tuple(sql for (sql,) in schema), {index_digest.TABLE, documents.TABLE}
+        if found_schema[:3] != _SCHEMA or not optional.issuperset(found_schema[3:]) or not documents.are_valid(db):
             raise self._altered()
         db.execute("SELECT rowid FROM words LIMIT 1").fetchall()  # fails if FTS5 is missing
         sizes = [size for (size,) in db.execute("SELECT size FROM settings")]
@@ -372,8 +392,8 @@ class Notebook:
     def _missing(self) -> UserError:
         return UserError(f"There is no notebook {self.folder}; record one with `ttt-e2e read --notebook`.")
 
-    def _altered(self) -> UserError:
-        return UserError(f"The notebook {self.folder} was altered or damaged; use another copy of it.")
+    def _altered(self) -> AlteredNotebookError:
+        return AlteredNotebookError(f"The notebook {self.folder} was altered or damaged; use another copy of it.")
 
     # -- passages --------------------------------------------------------------------------------------------------
 
@@ -381,7 +401,7 @@ class Notebook:
         """Passages with their numbers, each checked against its digest."""
         passages = []
         for *row, digest in db.execute(f"SELECT {_COLUMNS}, digest FROM passages WHERE {where}", values):
-            if digest != _digest(row):
+            if digest != index_digest.of_row(row):
                 raise self._altered()
             passages.append((row[0], Excerpt(row[6], row[1], row[3])))
         return passages
@@ -407,7 +427,7 @@ class Notebook:
             is_searched = bool(passage.text[stop - passage.start :].strip())
             stop = passage.stop
             row = (last, passage.start, stop, passage.start_byte, passage.stop_byte, int(is_searched), passage.text)
-            values = (*row, _digest(row))
+            values = (*row, index_digest.of_row(row))
             db.execute(f"INSERT INTO passages ({_COLUMNS}, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
         if last - indexed >= _INDEXED_AT_ONCE:
             self._index(db, indexed, last)
@@ -476,25 +496,3 @@ class Notebook:
                 update = "UPDATE passages SET vector = ? WHERE number = ? AND digest = ?"
                 db.executemany(update, [(vector, *row) for vector, row in zip(packed, rows, strict=True)])
             number = rows[-1][0]
-
-    def _fuse(self, db: sqlite3.Connection, word_scores: dict[int, float], query_D: np.ndarray) -> dict[int, float]:
-        """The scores of passages by words and by meaning together."""
-        rows = db.execute("SELECT number, vector FROM passages WHERE vector IS NOT NULL ORDER BY number").fetchall()
-        vectors = [unpack_vector(vector) for _, vector in rows]
-        vectors_ND = np.array(
-            [vector_D for vector_D in vectors if vector_D is not None and vector_D.shape == query_D.shape]
-        )
-        if len(vectors_ND) < len(rows):
-            raise self._altered()
-        if not rows:
-            return word_scores
-        by_words_N = np.array([word_scores.get(number, 0.0) for number, _ in rows])
-        scores_N = reciprocal_ranks(by_words_N) + reciprocal_ranks(vectors_ND @ query_D)
-        return {number: float(score) for (number, _), score in zip(rows, scores_N, strict=True) if score > 0}
-
-
-def _digest(row: Sequence[object]) -> str | None:
-    """Of a row of `passages`; None if it has values of other types."""
-    if not isinstance(row[-1], str) or any(type(value) is not int for value in row[:-1]):
-        return None
-    return hashlib.blake2b(" ".join(map(str, row)).encode(), digest_size=16).hexdigest()

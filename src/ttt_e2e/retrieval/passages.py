@@ -15,7 +15,8 @@ _BOUNDARIES = (
 class Passage(NamedTuple):
     """A passage that a search found: characters `start` to `stop` of a text, bytes `start_byte` to `stop_byte` of it.
 
-    number: index of the passage, from 0. score: how well it fits the query; comparable within one search.
+    number: index of the passage, from 0. score: how well it fits the query; comparable within one search. document: the
+    name of the document that it is from, "" if it has none, which begins at character `document_start`.
     """
 
     text: str
@@ -25,6 +26,8 @@ class Passage(NamedTuple):
     stop_byte: int
     number: int
     score: float
+    document: str = ""
+    document_start: int = 0
 
 
 class Excerpt(NamedTuple):
@@ -44,6 +47,11 @@ class Excerpt(NamedTuple):
         """The byte after the last."""
         return self.start_byte + len(self.text.encode())
 
+    def as_passage(self, number: int, score: float, document: str, document_start: int) -> Passage:
+        """What a search gives."""
+        place = (self.start, self.stop, self.start_byte, self.stop_byte)
+        return Passage(self.text, *place, number, score, document, document_start)
+
     def cut(self, size: int) -> list["Excerpt"]:
         """The passages of a text that begins like this one, `size` characters long or more, and the rest.
 
@@ -62,9 +70,11 @@ class Excerpt(NamedTuple):
 
 
 def format_passages(passages: Iterable[Passage]) -> str:
-    """Passages for people: each with its score and position, on lines of its own."""
+    """Passages for people: each with its score and its position in the document, on lines of its own."""
     return "\n\n".join(
-        f"characters {p.start:,} to {p.stop:,} (score {p.score:.3g})\n{p.text.strip()}" for p in passages
+        f"{p.document + ', ' if p.document else ''}characters {p.start - p.document_start:,} to "
+        f"{p.stop - p.document_start:,} (score {p.score:.3g})\n{p.text.strip()}"
+        for p in passages
     )
 
 

@@ -120,6 +120,22 @@ def reciprocal_ranks(scores_N: np.ndarray) -> np.ndarray:
     return np.where(scores_N > 0, 1 / (_RANK_OFFSET + ranks_N), 0.0)
 
 
+def fuse(rows: list[tuple[int, bytes]], word_scores: dict[int, float], query_D: np.ndarray) -> dict[int, float] | None:
+    """The scores of passages by words and by meaning together; None if a vector was altered.
+
+    rows: the number of each passage, and its packed vector.
+    """
+    if not rows:
+        return word_scores
+    vectors = [unpack_vector(vector) for _, vector in rows]
+    vectors_ND = np.array([one_D for one_D in vectors if one_D is not None and one_D.shape == query_D.shape])
+    if len(vectors_ND) < len(rows):
+        return None
+    by_words_N = np.array([word_scores.get(number, 0.0) for number, _ in rows])
+    scores_N = reciprocal_ranks(by_words_N) + reciprocal_ranks(vectors_ND @ query_D)
+    return {number: float(score) for (number, _), score in zip(rows, scores_N, strict=True) if score > 0}
+
+
 def load_embed(folder: Path) -> Embed:
     """The embedding that the library model2vec has saved in `folder`; nothing is downloaded.
 

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import importlib.resources
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Literal
@@ -107,11 +106,14 @@ async def _handle(request: Request, error: Exception) -> JSONResponse:
 
 def _load_page() -> tuple[str, str]:
     """The page at /, and a Content-Security-Policy under which a browser runs its own script and style only."""
-    page = (importlib.resources.files("ttt_e2e.server") / "page.html").read_text("utf-8")
-    inline = re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
-    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in inline}
+    folder = importlib.resources.files("ttt_e2e.server") / "page"
+    page, hashes = (folder / "page.html").read_text("utf-8"), {}
+    for tag, file in (("style", "page.css"), ("script", "page.js")):
+        text = "\n" + (folder / file).read_text("utf-8")
+        page = page.replace(f"<{tag}></{tag}>", f"<{tag}>{text}</{tag}>")
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy

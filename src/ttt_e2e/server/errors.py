@@ -17,6 +17,7 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.server.engine.records import (
     DamagedSessionError,
     LimitReachedError,
+    NoNotebookError,
     PromptTooLongError,
     SessionNotFoundError,
     StoppingError,
@@ -32,6 +33,7 @@ _HTTP_MESSAGES = {
 }
 _ENGINE_ERRORS: tuple[tuple[type[UserError], int, str, str | None], ...] = (  # with status, code and param
     (SessionNotFoundError, 404, "session_not_found", "session"),
+    (NoNotebookError, 400, "no_notebook", "session"),
     (DamagedSessionError, 500, "session_damaged", "session"),
     (LimitReachedError, 400, "limit_reached", None),
     (PromptTooLongError, 400, "prompt_too_long", "echo"),

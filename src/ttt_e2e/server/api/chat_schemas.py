@@ -28,6 +28,7 @@ from ttt_e2e.server.api.schemas import (
     Usage,
     contradiction,
 )
+from ttt_e2e.server.engine.records import Source
 from ttt_e2e.server.tool_calls import Tools
 
 
@@ -175,11 +176,16 @@ class ToolCall(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """A generated message. content: null if there are calls, and no text before them."""
+    """A generated message.
+
+    content: null if there are calls, and no text before them. sources: the passages of a notebook that the model was
+    shown, where it was.
+    """
 
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
+    sources: list[Source] | None = None
     tool_calls: list[ToolCall] = []
 
 

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -13,9 +14,10 @@ from fastapi import Request
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.grammar import Grammar, json_rule
 from ttt_e2e.server.api.functions import Schema
+from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, NotebookRequest
 from ttt_e2e.server.api.streams import merge
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import Before, Prompt, TextChunk
+from ttt_e2e.server.engine.records import Before, Prompt, Source, TextChunk
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
@@ -103,26 +105,88 @@ class Generations:
 
         return prompt
 
+    async def ask(
+        self,
+        request: Request,
+        body: NotebookRequest,
+        session: str | None,
+        question: str | None,
+        prompt: Callable[[str], Prompt | Callable[[Before], Prompt]],
+        *,
+        by_default: bool = True,
+    ) -> dict[str, Any]:
+        """The arguments for `start` that concern the prompt, and the sources of the answer.
+
+        Args:
+            request, body, session: Of the client; `session` is the session's id.
+            question: What the notebook is searched for; None if there is nothing to search for.
+            prompt: Makes the prompt of the question, with passages before it or without.
+            by_default: Whether passages are shown if the request leaves that open.
+
+        Raises ApiError if the notebook is wanted and there is none.
+        """
+        owner = request.state.caller.owner
+        keeps = session is not None and self.engine.sessions.slot(owner, session).summary().notebook is not None
+        wanted = by_default and keeps and question is not None if body.notebook is None else body.notebook
+        if body.notebook and not keeps:
+            message = "notebook needs a session that keeps one; create it with notebook: true, or omit notebook."
+            raise ApiError(400, message, "no_notebook", "notebook")
+        if body.notebook and question is None:
+            raise ApiError(
+                400, "notebook needs a question in words; send one, or omit notebook.", "no_text", "notebook"
+            )
+        if not wanted:
+            if body.passages is not None:
+                message = "passages needs a notebook that is searched for the question; omit it."
+                raise ApiError(400, message, "no_notebook", "passages")
+            return {"prompt": prompt(question or "")}
+        assert session is not None and question is not None
+        text, sources = await self.engine.retrieve(owner, session, question, body.passages or DEFAULT_PASSAGES)
+        # A session that learns keeps what was said. The passages it has read before.
+        return {"prompt": prompt(text), "kept": prompt(question), "sources": tuple(sources)}
+
     async def closing(self, values: Mapping[str, Any] | None) -> Prompt:
         """What a session reads after an answer."""
         return await asyncio.to_thread(self.settings.chat.closing, values)
 
     def start(self, request: Request, generations: Iterable[Mapping[str, Any]]) -> Chunks:
-        """The texts of generations, each given as arguments of `Engine.generate`."""
+        """The texts of generations, each given as arguments of `Engine.generate` and `sources`, for its first chunk."""
         owner: str = request.state.caller.owner
         generate = functools.partial(self.engine.generate, owner, limit=self._semaphores[owner])
-        return self._observe(merge([generate(**arguments) for arguments in generations]), log_entry(request))
+        arguments = [dict(one) for one in generations]
+        sources = [one.pop("sources", None) for one in arguments]
+        return self._observe(merge([generate(**one) for one in arguments]), log_entry(request), sources)
 
-    async def _observe(self, chunks: Chunks, entry: LogEntry) -> Chunks:
+    async def _observe(self, chunks: Chunks, entry: LogEntry, sources: list[tuple[Source, ...] | None]) -> Chunks:
         previous: dict[int, tuple[float, int]] = {}  # by text: when its last chunk came, and its tokens so far
         async with aclosing(chunks):
             async for index, chunk in chunks:
                 now = time.perf_counter()
                 if index not in previous:
                     entry.tokens_read += chunk.prompt_tokens
+                    chunk = replace(chunk, sources=sources[index])
                 then, tokens = previous.get(index, (now, 0))
                 if tokens and chunk.completion_tokens > tokens:
                     self.metrics.observe_tokens(chunk.completion_tokens - tokens, now - then)
                 entry.tokens_written += chunk.completion_tokens - tokens
                 previous[index] = now, chunk.completion_tokens
                 yield index, chunk
+
+
+def last_question(messages: list[dict[str, Any]]) -> tuple[str | None, Callable[[str], list[dict[str, Any]]]]:
+    """The last message of a user as text, and the messages with another text in its place. None if there is none."""
+    places = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    if not places:
+        return None, lambda _: messages
+    content = messages[places[-1]]["content"]
+    question = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+    def asking(text: str) -> list[dict[str, Any]]:
+        if text == question:
+            return messages
+        changed = text if isinstance(content, str) else [{"type": "text", "text": text}]
+        return [
+            message | {"content": changed} if place == places[-1] else message for place, message in enumerate(messages)
+        ]
+
+    return question or None, asking

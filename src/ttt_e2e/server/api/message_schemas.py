@@ -200,11 +200,23 @@ class MessagesRequest(SamplingRequest):
         return system + [one for message in self.messages for one in message.for_template()]
 
 
+class Citation(BaseModel):
+    """A passage of the session's notebook that the model was shown; document_index counts the documents cited."""
+
+    type: Literal["char_location"]
+    cited_text: str
+    document_index: int
+    document_title: str | None
+    start_char_index: int
+    end_char_index: int
+
+
 class AnthropicText(BaseModel):
     """A generated text."""
 
     type: Literal["text"]
     text: str
+    citations: list[Citation] | None = None
 
 
 class AnthropicToolUse(BaseModel):

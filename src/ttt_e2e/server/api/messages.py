@@ -1,7 +1,7 @@
 """Anthropic's API: messages, as one response or as a stream."""
 
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.server.api.answers import Answer, ArgumentsPart, CallBegins, TextPart, arguments_value, parse_answer
 from ttt_e2e.server.api.fields import MESSAGES, ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Chunks, Generations
+from ttt_e2e.server.api.generations import Chunks, Generations, last_question
 from ttt_e2e.server.api.message_schemas import AnthropicAnswer, MessagesRequest
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import TextChunk
+from ttt_e2e.server.engine.records import Before, Prompt, TextChunk
 from ttt_e2e.server.errors import AnthropicErrorBody, anthropic_error
 from ttt_e2e.server.tool_calls import CallForm
 
@@ -33,9 +33,14 @@ def routes(generations: Generations) -> APIRouter:
         headers = ignored_header(ignored_fields(body, MESSAGES))
         values, stops = body.chat_template_kwargs, body.stop_sequences or []
         structure = await generations.structure(body.functions(), body.schema_of_answer())
+        question, asking = last_question(body.for_template())
+
+        def prompt(text: str) -> Callable[[Before], Prompt]:
+            return generations.chat_prompt(asking(text), values, "messages", structure.tools)
+
         arguments = {
             "id": body.session,
-            "prompt": generations.chat_prompt(body.for_template(), values, "messages", structure.tools),
+            **await generations.ask(request, body, body.session, question, prompt),
             "max_tokens": body.max_tokens,
             "stop": (*stops, *generations.settings.chat.stop),
             "options": body.sampling_options(),
@@ -56,13 +61,14 @@ def routes(generations: Generations) -> APIRouter:
 
 async def _whole(chunks: Chunks, head: dict[str, Any], stops: Sequence[str], form: CallForm | None) -> dict[str, Any]:
     """The body of a response that is not a stream. form: how calls of functions are written."""
-    text = ""
+    text, citations = "", list[dict[str, Any]]()
     async with aclosing(chunks):
         async for _, last in chunks:
             text += last.text
+            citations += _citations(last)
     answer, content = parse_answer(text, form, []), list[dict[str, Any]]()
     if answer.text or not answer.calls:
-        content.append({"type": "text", "text": answer.text})
+        content.append({"type": "text", "text": answer.text, **({"citations": citations} if citations else {})})
     for call in answer.calls:
         if call.complete:  # the input of others is no value
             content.append(_tool_use(call.id, call.name, arguments_value(call.arguments)))
@@ -74,7 +80,7 @@ async def _events(
     chunks: Chunks, head: dict[str, Any], stops: Sequence[str], form: CallForm | None
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a stream. form: how calls of functions are written."""
-    last, answer = None, Answer(form)
+    last, answer, citations = None, Answer(form), list[dict[str, Any]]()
     block = -1  # the one that is open, or was last
     async with aclosing(chunks):
         async for _, chunk in chunks:
@@ -83,6 +89,7 @@ async def _events(
                 start = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
                 yield {"type": "message_start", "message": start}
                 yield {"type": "ping"}
+                citations = _citations(chunk)
             last = chunk
             for part in (*answer.add(chunk.text), *(answer.end() if chunk.finish_reason else ())):
                 if isinstance(part, CallBegins) or (isinstance(part, TextPart) and block < 0):
@@ -93,6 +100,9 @@ async def _events(
                     if isinstance(part, CallBegins):
                         begun = _tool_use(part.id, part.name, {})
                     yield {"type": "content_block_start", "index": block, "content_block": begun}
+                    for citation in citations if isinstance(part, TextPart) else ():
+                        delta = {"type": "citations_delta", "citation": citation}
+                        yield {"type": "content_block_delta", "index": block, "delta": delta}
                 if isinstance(part, TextPart):
                     delta = {"type": "text_delta", "text": part.text}
                     yield {"type": "content_block_delta", "index": block, "delta": delta}
@@ -111,6 +121,23 @@ async def _events(
 
 def _tool_use(id: str, name: str, input: object) -> dict[str, Any]:
     return {"type": "tool_use", "id": id, "name": name, "input": input}
+
+
+def _citations(chunk: TextChunk) -> list[dict[str, Any]]:
+    """The sources in the first chunk, in Anthropic's form."""
+    sources = chunk.sources or ()
+    documents = list(dict.fromkeys(source.document for source in sources))
+    return [
+        {
+            "type": "char_location",
+            "cited_text": source.text,
+            "document_index": documents.index(source.document),
+            "document_title": source.document,
+            "start_char_index": source.start,
+            "end_char_index": source.stop,
+        }
+        for source in sources
+    ]
 
 
 def _ending(last: TextChunk, stops: Sequence[str], answer: Answer) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """OpenAI's API: models, completions and chat completions, as one response or as a stream."""
 
+import functools
 import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from ttt_e2e.server.api import chat_schemas, schemas
 from ttt_e2e.server.api.answers import Answer, ArgumentsPart, CallBegins, Part, TextPart, parse_answer
 from ttt_e2e.server.api.fields import ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Chunks, Generations, Structure
+from ttt_e2e.server.api.generations import Chunks, Generations, Structure, last_question
 from ttt_e2e.server.api.logprobs import chat_logprobs, completion_logprobs
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
 from ttt_e2e.server.engine.records import Before, LoggedToken, Prompt, TextChunk
@@ -26,7 +27,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
 _MAX_LOGPROBS = 1_000_000  # of one request, those of the likeliest tokens among them; they are held in memory
-_Prompts = Sequence[Prompt | Callable[[Before], Prompt]]  # see `Engine.generate`
+_Prompts = Sequence[Callable[[], Awaitable[dict[str, Any]]]]  # each calls `Generations.ask`
 
 
 async def _respond(
@@ -70,11 +71,12 @@ async def _respond(
         "echo": bool(getattr(body, "echo", False)),
         **structure.arguments,
     }
+    asked = [await prompt() for prompt in prompts]
     chunks = generations.start(
         request,
         [
-            {**shared, "prompt": prompt, "options": replace(options, seed=(options.seed + number) % 2**63)}
-            for prompt in prompts
+            {**shared, **prompt, "options": replace(options, seed=(options.seed + number) % 2**63)}
+            for prompt in asked
             for number in range(tries)
         ],
     )
@@ -98,7 +100,7 @@ async def _whole(
     chunks: Chunks, head: dict[str, Any], body: schemas.GenerationRequest, chat: bool, form: CallForm | None
 ) -> dict[str, Any]:
     """The body of a response that is not a stream. form: how calls of functions are written."""
-    texts, last = defaultdict[int, str](str), dict[int, TextChunk]()
+    texts, last, first = defaultdict[int, str](str), dict[int, TextChunk](), dict[int, TextChunk]()
     tokens = defaultdict[int, list[LoggedToken]](list)
     num_echoed = defaultdict[int, int](int)  # tokens
     async with aclosing(chunks):
@@ -107,6 +109,7 @@ async def _whole(
             tokens[index] += chunk.logprobs or ()
             if not chunk.completion_tokens:
                 num_echoed[index] = len(tokens[index])
+            first.setdefault(index, chunk)
             last[index] = chunk
 
     def mean_logprob(index: int) -> float:
@@ -114,11 +117,11 @@ async def _whole(
         return sum(values) / len(values) if values else -math.inf
 
     n, tries, choices = body.n or 1, body.tries, list[dict[str, Any]]()
-    for first in range(0, len(last), tries):
-        found = range(first, first + tries)
+    for begin in range(0, len(last), tries):
+        found = range(begin, begin + tries)
         for index in sorted(found, key=mean_logprob, reverse=True)[:n] if tries > n else found:
-            answer = parse_answer(texts[index], form, [])
-            content = {"message": _message(answer)} if chat else {"text": texts[index]}
+            answer, sources = parse_answer(texts[index], form, []), _sources(first[index])
+            content = {"message": _message(answer) | sources} if chat else {"text": texts[index], **sources}
             told = None if body.num_logprobs is None else tokens[index]
             choices.append(_choice(len(choices), _reason(answer, last[index]), content, told, chat))
     return {**head, "choices": choices, "usage": _usage(last, tries)}
@@ -134,8 +137,9 @@ async def _events(
     usage = {"usage": None} if include_usage else {}  # in all events but the last
     async with aclosing(chunks):
         async for index, chunk in chunks:
-            if chat and index not in last:
-                start = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+            if index not in last and (chat or chunk.sources is not None):
+                delta = {"role": "assistant", "content": "", "refusal": None, **_sources(chunk)}
+                start = {"delta": delta} if chat else {"text": "", **_sources(chunk)}
                 yield {**head, "choices": [_choice(index, None, start, None, chat)], **usage}
             last[index] = chunk
             if not (chunk.text or chunk.finish_reason):
@@ -185,6 +189,11 @@ def _reason(answer: Answer, chunk: TextChunk) -> str | None:
     return "tool_calls" if answer.called and chunk.finish_reason == "stop" else chunk.finish_reason
 
 
+def _sources(first: TextChunk) -> dict[str, Any]:
+    """What the first chunk of a text says of a notebook."""
+    return {} if first.sources is None else {"sources": [asdict(source) for source in first.sources]}
+
+
 def _choice(
     index: int,
     finish_reason: str | None,
@@ -227,15 +236,32 @@ def routes(generations: Generations) -> APIRouter:
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         """Continue a text; with `session`, what the session has read and then the text."""
         _check_ids(generations, "prompt", body.prompt_ids)
-        return await _respond(generations, request, body, body.prompts, body.session)
+        return await _respond(generations, request, body, prompts(request, body, body.session), body.session)
+
+    def prompts(request: Request, body: schemas.SessionCompletionRequest, session: str | None) -> _Prompts:
+        def prompt(given: str | list[int], text: str) -> Prompt:
+            return text if isinstance(given, str) else given
+
+        ask = functools.partial(generations.ask, request, body, session, by_default=not body.echo)
+        return [
+            functools.partial(
+                ask, given if isinstance(given, str) and given else None, functools.partial(prompt, given)
+            )
+            for given in body.prompts
+        ]
 
     @router.post("/chat/completions", tags=["OpenAI"], response_model=chat_schemas.ChatCompletion, responses=_RESPONSES)
     async def chat_completions(body: chat_schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `session`, one that follows what the session has read."""
         messages, values = [message.for_template() for message in body.messages], body.chat_template_kwargs
         closing = await generations.closing(values) if body.learn else ""
-        prompt = generations.chat_prompt(messages, values, "messages", body.functions())
-        return await _respond(generations, request, body, [prompt], body.session, closing)
+        question, asking = last_question(messages)
+
+        def prompt(text: str) -> Callable[[Before], Prompt]:
+            return generations.chat_prompt(asking(text), values, "messages", body.functions())
+
+        ask = functools.partial(generations.ask, request, body, body.session, question, prompt)
+        return await _respond(generations, request, body, [ask], body.session, closing)
 
     path = "/sessions/{session}/completions"
 
@@ -243,7 +269,7 @@ def routes(generations: Generations) -> APIRouter:
     async def session_completions(session: str, body: schemas.SessionCompletionRequest, request: Request) -> Response:
         """Continue what the session has read and then the prompt, as /v1/completions does."""
         _check_ids(generations, "prompt", body.prompt_ids)
-        return await _respond(generations, request, body, body.prompts, session)
+        return await _respond(generations, request, body, prompts(request, body, session), session)
 
     @router.post("/embeddings", tags=["OpenAI"], status_code=400)
     async def embeddings() -> None:

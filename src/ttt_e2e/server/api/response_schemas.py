@@ -16,6 +16,7 @@ from ttt_e2e.server.api.functions import (
 )
 from ttt_e2e.server.api.items import CallItem, InputItems, MessageItem, Metadata, message_item
 from ttt_e2e.server.api.schemas import MAX_TOKENS, RequestModel, SamplingRequest, Text, contradiction
+from ttt_e2e.server.engine.records import Source
 from ttt_e2e.server.tool_calls import Tools
 
 
@@ -125,7 +126,10 @@ class ResponseUsage(BaseModel):
 
 
 class ResponseObject(BaseModel):
-    """A response. The fields that are not described are those of OpenAI's API and have one value here."""
+    """A response. The fields that are not described are those of OpenAI's API and have one value here.
+
+    sources: the passages of a notebook that the model was shown, where it was.
+    """
 
     id: str
     object: Literal["response"]
@@ -144,6 +148,7 @@ class ResponseObject(BaseModel):
     top_p: float
     metadata: dict[str, str]
     usage: ResponseUsage | None
+    sources: list[Source] | None = None
     background: Literal[False]
     parallel_tool_calls: bool
     reasoning: dict[str, None]

@@ -5,8 +5,9 @@ In a conversation, the conversation's own session reads them too.
 """
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, nullcontext
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -16,7 +17,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.server.api.answers import Answer, ArgumentsPart, Call, CallBegins, Part, TextPart, parse_answer
 from ttt_e2e.server.api.documents import load_document, public_id, session_id, superfluous, to_text
 from ttt_e2e.server.api.fields import RESPONSES, ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Generations, Structure
+from ttt_e2e.server.api.generations import Generations, Structure, last_question
 from ttt_e2e.server.api.items import (
     ItemList,
     Limit,
@@ -35,7 +36,7 @@ from ttt_e2e.server.api.response_schemas import (
 )
 from ttt_e2e.server.api.schemas import DEFAULT_TOKENS
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import TextChunk
+from ttt_e2e.server.engine.records import Before, Prompt, Source, TextChunk
 from ttt_e2e.server.engine.store import new_id
 from ttt_e2e.server.errors import ApiError, describe
 
@@ -106,18 +107,20 @@ class _Response:
         self.created, self.sequence_number = int(time.time()), 0
         self.structure, self.calls = Structure(), list[str]()  # ids of the calls
         self.message_open = self.message_done = False
+        self.sources: tuple[Source, ...] | None = None
+        self.notebook: str | None = None  # the session whose notebook they are from
 
     async def events(self) -> _Events:
         """The events of the response, of which the last one has it as a whole."""
         body, engine = self.body, self.engine
         self.structure = await self.generations.structure(body.functions(), body.schema_of_answer())
-        slot, earlier, document = None, None, dict[str, Any]()
+        slot, found, document = None, None, dict[str, Any]()
         if self.conversation is not None:
             slot, _ = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
-            earlier, self.conversation = slot.record.id, public_id("conversation", slot.record.id)
+            found, self.conversation = slot, public_id("conversation", slot.record.id)
         elif (previous := body.previous_response_id) is not None:
             found, _ = await load_document(engine, self.owner, "response", previous, "previous_response_id")
-            earlier = found.record.id
+        earlier = found.record.id if found else None
         async with slot.write_lock if slot else nullcontext():
             if self.conversation is not None:
                 _, document = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
@@ -133,7 +136,7 @@ class _Response:
                     stored = {"kind": "response", "response": response, "input": self.input}
                     if (oldest := await superfluous(engine, self.owner, earlier)) is not None:
                         await engine.sessions.delete(self.owner, oldest)
-                    await engine.sessions.create(self.owner, session, to_text(stored), self.session)
+                    await engine.sessions.create(self.owner, session, to_text(stored), self.session, notebook=found)
                 if slot:
                     items = [*document["items"], *self.input, *response["output"]]
                     changed = document | {"items": items, "read": len(items)}
@@ -147,23 +150,29 @@ class _Response:
         body, values = self.body, self.body.chat_template_kwargs
         messages, tools = for_template(items), self.structure.tools
         instructions = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+        question, asking = last_question(messages)
+
+        def prompt(text: str) -> Callable[[Before], Prompt]:
+            return self.generations.chat_prompt([*instructions, *asking(text)], values, "input", tools)
+
         arguments = {
             "id": session,
-            "prompt": self.generations.chat_prompt([*instructions, *messages], values, "input", tools),
+            **await self.generations.ask(self.request, body, session, question, prompt),
             "max_tokens": body.max_output_tokens or DEFAULT_TOKENS,
             "stop": self.generations.settings.chat.stop,
             "options": self.options,
             "learn": save is not None,
             "closing": await self.generations.closing(values) if save else "",
-            # Instructions are for this response only.
-            "kept": self.generations.chat_prompt(messages, values, "input", tools) if instructions else None,
             "save": save,
             **self.structure.arguments,
         }
+        if instructions:  # they are for this response only
+            arguments["kept"] = self.generations.chat_prompt(messages, values, "input", tools)
         answer, last = Answer(self.structure.form, self.calls), None
         async with aclosing(self.generations.start(self.request, [arguments])) as chunks:
             async for _, chunk in chunks:
                 if last is None:
+                    self.sources, self.notebook = chunk.sources, session
                     yield self._event("response.created", response=self._response(answer, None))
                     yield self._event("response.in_progress", response=self._response(answer, None))
                     if self.structure.form is None:
@@ -222,9 +231,12 @@ class _Response:
     def _end_message(self, text: str, status: str) -> Iterator[dict[str, Any]]:
         self.message_done = True
         at = {"item_id": self.message, "output_index": 0, "content_index": 0}
+        item = self._message(text, status)
+        for number, annotation in enumerate(item["content"][0]["annotations"]):
+            found = {"annotation": annotation, "annotation_index": number}
+            yield self._event("response.output_text.annotation.added", **at, **found)
         yield self._event("response.output_text.done", **at, text=text, logprobs=[])
-        yield self._event("response.content_part.done", **at, part=output_text(text))
-        item = message_item("assistant", [text], status, self.message)
+        yield self._event("response.content_part.done", **at, part=item["content"][0])
         yield self._event("response.output_item.done", output_index=0, item=item)
 
     def _end_call(self, answer: Answer, number: int) -> Iterator[dict[str, Any]]:
@@ -236,6 +248,17 @@ class _Response:
 
     def _call_item_id(self, number: int) -> str:
         return f"fc_{self.message.removeprefix('msg_')}{number:02}"
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _message(self, text: str, status: str) -> dict[str, Any]:
+        """The message with the text of the answer, which names its sources."""
+        item = message_item("assistant", [text], status, self.message)
+        item["content"][0]["annotations"] = [
+            {"type": "file_citation", "file_id": self.notebook, "filename": source.document, "index": len(text)}
+            for source in self.sources or ()
+        ]
+        return item
 
     def error_event(self, error: Exception) -> dict[str, Any]:
         """The event that ends a stream in which `error` came up."""
@@ -254,8 +277,7 @@ class _Response:
         if last is not None:
             status = "completed" if last.finish_reason == "stop" else "incomplete"
             if answer.text or not answer.calls:
-                said = "completed" if answer.calls else status
-                output.append(message_item("assistant", [answer.text], said, self.message))
+                output.append(self._message(answer.text, "completed" if answer.calls else status))
             output += [call_item(call, id=self._call_item_id(i)) for i, call in enumerate(answer.calls)]
             usage = {
                 "input_tokens": last.prompt_tokens,
@@ -282,6 +304,7 @@ class _Response:
             "top_p": self.options.top_p,
             "metadata": body.metadata or {},
             "usage": usage,
+            "sources": None if self.sources is None else [asdict(source) for source in self.sources],
             "background": False,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "reasoning": {"effort": None, "summary": None},

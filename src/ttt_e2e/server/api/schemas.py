@@ -1,6 +1,6 @@
 """Requests and responses of OpenAI's completions, and what those of chat completions share with them.
 
-The fields `session`, `learn`, `top_k` and `min_p` are not OpenAI's.
+Not OpenAI's are the fields `session`, `learn`, `notebook`, `passages`, `top_k` and `min_p`, and `sources` in answers.
 
 Lists end at their first error: with all the errors of a long list, a request would take a thousand times its size.
 """
@@ -15,8 +15,10 @@ from pydantic_core import PydanticCustomError
 
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.api.logprobs import CompletionLogprobs
+from ttt_e2e.server.engine.records import Source
 
 MAX_TOKENS, DEFAULT_TOKENS = 16_384, 200  # per generated text
+MAX_PASSAGES, DEFAULT_PASSAGES = 20, 3
 MAX_LOGPROBS, _MAX_BIASES = 20, 1024
 _MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS, MAX_MESSAGES, MAX_PARTS = 20, 8, 4, 1000, 1000
 
@@ -51,7 +53,18 @@ def contradiction(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("contradiction", message, {"param": param})
 
 
-class SamplingRequest(RequestModel):
+class NotebookRequest(RequestModel):
+    """What of a session's notebook the model is shown.
+
+    notebook: whether it is shown passages that match the question; by default if the session keeps a notebook.
+    passages: how many at most; default 3.
+    """
+
+    notebook: bool | None = None
+    passages: int | None = Field(None, ge=1, le=MAX_PASSAGES)
+
+
+class SamplingRequest(NotebookRequest):
     """How tokens are drawn. Defaults: temperature 0.8, top_p 0.95, a random seed."""
 
     model: str | None = Field(None, max_length=256)
@@ -164,6 +177,8 @@ class SessionCompletionRequest(GenerationRequest):
         if self.echo and self.learn and self.num_logprobs is not None:
             message = "echo with logprobs tells what a session has not learned yet; omit learn, or one of them."
             raise contradiction("echo", message)
+        if self.echo and self.notebook:
+            raise contradiction("notebook", "notebook puts passages before the prompt; omit it, or omit echo.")
         return self
 
     @property
@@ -210,9 +225,10 @@ class BaseChoice(BaseModel):
 
 
 class CompletionChoice(BaseChoice):
-    """A text generated after one prompt."""
+    """A text generated after one prompt. sources: the passages of a notebook that the model was shown, where it was."""
 
     text: str
+    sources: list[Source] | None = None
     logprobs: CompletionLogprobs | None
 
 

@@ -6,21 +6,23 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
-from ttt_e2e.data.text import text_chunks
+from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, MAX_PASSAGES, RequestModel, Text
 from ttt_e2e.server.api.streams import EVENT_STREAM, StreamResponse, cancel_on_disconnect, event_stream
 from ttt_e2e.server.api.uploads import receive_file, receive_text
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import ReadProgress, SessionSummary
+from ttt_e2e.server.engine.notebooks import MAX_NAME
+from ttt_e2e.server.engine.records import ReadProgress, SessionSummary, Source
 from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 
 EVENT_SECONDS = 0.1  # minimum time between two progress events
 _CHUNK_BYTES = 1 << 18
+_MAX_QUERY = 10_000  # characters
 _BINARY = "application/octet-stream"
 _BINARY_SCHEMA = {"type": "string", "format": "binary"}
 _BINARY_CONTENT = {_BINARY: {"schema": _BINARY_SCHEMA}}
@@ -29,6 +31,30 @@ _TEXT_CONTENT = {
     "text/plain": {"schema": {"type": "string", "minLength": 1}},
     "multipart/form-data": {"schema": {**_FORM_SCHEMA, "additionalProperties": False}},
 }
+
+
+class SessionRequest(RequestModel):
+    """A new session. notebook: whether it keeps the exact text of what it reads, to be searched."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    notebook: bool = False
+
+
+class RecallRequest(RequestModel):
+    """What to search a notebook for. count: how many passages at most."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    query: Text = Field(max_length=_MAX_QUERY)
+    count: int = Field(DEFAULT_PASSAGES, ge=1, le=MAX_PASSAGES)
+
+
+class SourceList(BaseModel):
+    """Passages of a notebook, the best first."""
+
+    object: Literal["list"]
+    data: list[Source]
 
 
 class SessionList(BaseModel):
@@ -51,9 +77,9 @@ def routes(engine: Engine) -> APIRouter:
     router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
     @router.post("", status_code=201)
-    async def create(request: Request) -> SessionSummary:
+    async def create(request: Request, body: SessionRequest | None = None) -> SessionSummary:
         """Create an empty session."""
-        return await engine.sessions.create(_owner(request))
+        return await engine.sessions.create(_owner(request), notebook=body is not None and body.notebook)
 
     @router.get("")
     async def sessions(request: Request) -> SessionList:
@@ -64,7 +90,10 @@ def routes(engine: Engine) -> APIRouter:
         "/import", status_code=201, openapi_extra={"requestBody": {"required": True, "content": _BINARY_CONTENT}}
     )
     async def import_session(request: Request) -> SessionSummary:
-        """Create a session from a session file, as export returns and `ttt-e2e read --save` writes."""
+        """Create a session from a session file, as export returns and `ttt-e2e read --save` writes; or from a tar.
+
+        A tar has a session file, and the notebook beside it.
+        """
         with engine.sessions.temporary_folder() as folder:
             file = folder / "import.session"
             await receive_file(request, file)
@@ -92,28 +121,40 @@ def routes(engine: Engine) -> APIRouter:
         responses={200: {"content": {EVENT_STREAM: {}}}},
         openapi_extra={"requestBody": {"required": True, "content": _TEXT_CONTENT}},
     )
-    async def read(session: str, request: Request) -> Response:
+    async def read(
+        session: str, request: Request, name: Annotated[str | None, Query(max_length=MAX_NAME)] = None
+    ) -> Response:
         """Read a text and learn from it: all of it or, if anything fails, nothing.
+
+        `name` is that of the document in the session's notebook; by default a form gives that of its file. A text with
+        the name of the one before it continues that one.
 
         With `Accept: text/event-stream` the response is a stream of progress events, of which the last one has the
         session.
         """
         await engine.sessions.summary(_owner(request), session)  # before a long text is uploaded in vain
-        file = await receive_text(request)
-        events = _events(engine.read(_owner(request), session, text_chunks(file)), log_entry(request))
+        text = await receive_text(request)
+        name = text.name if name is None else name
+        events = _events(engine.read(_owner(request), session, text, name), log_entry(request))
         if EVENT_STREAM in request.headers.get("accept", ""):
             return await event_stream(request, events)
         return JSONResponse(await cancel_on_disconnect(request.receive, _final(events)))
 
+    @router.post("/{session}/recall")
+    async def recall(session: str, body: RecallRequest, request: Request) -> SourceList:
+        """Find passages of what a session has read that share words with the query, the best first."""
+        found = await engine.recall(_owner(request), session, body.query, body.count)
+        return SourceList(object="list", data=found)
+
     @router.get("/{session}/export", response_class=Response, responses={200: {"content": _BINARY_CONTENT}})
     async def export_session(session: str, request: Request) -> Response:
-        """Download a session as a file, for import or the command line."""
+        """Download a session as a file, for import or the command line; with a notebook as a tar with both."""
         with engine.sessions.temporary_folder() as folder:
             target = folder / "export.session"
-            await engine.sessions.export_session(_owner(request), session, target)
+            name = await engine.sessions.export_session(_owner(request), session, target)
             size, file = target.stat().st_size, target.open("rb")
         # The file has no name any more and is removed when it is closed.
-        headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{session}.session"'}
+        headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{name}"'}
         return StreamResponse(_chunks(file), headers=headers, media_type=_BINARY)
 
     return router

@@ -3,8 +3,9 @@
 import asyncio
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 from typing import IO
@@ -21,8 +22,20 @@ _FORM = "multipart/form-data"
 _MAX_CONTENT_TYPE = 1000  # characters; the parsers take quadratic time
 
 
-async def receive_text(request: Request) -> IO[bytes]:
-    """The valid text in a request, in an unnamed temporary file: the body, or the only file in a form."""
+@dataclass(frozen=True)
+class ReceivedText(Iterable[str]):
+    """A text in an unnamed temporary file, in chunks; it can be taken more than once. name: of the file in a form."""
+
+    file: IO[bytes]
+    name: str
+
+    def __iter__(self) -> Iterator[str]:
+        self.file.seek(0)
+        return text_chunks(self.file, compressed=False)
+
+
+async def receive_text(request: Request) -> ReceivedText:
+    """The valid text in a request: the body, or the only file in a form."""
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type not in (_FORM, "text/plain") or len(content_type) > _MAX_CONTENT_TYPE:
@@ -33,11 +46,10 @@ async def receive_text(request: Request) -> IO[bytes]:
     with _disk_errors():
         file = tempfile.TemporaryFile(prefix="ttt-e2e-", buffering=0)  # noqa: SIM115 - closed when garbage-collected
         file.name = "The text"  # in errors about its content
-        await (_receive_form_file if media_type == _FORM else _receive)(request, file)
-    file.seek(0)
-    await asyncio.to_thread(deque, text_chunks(file, compressed=False), 0)  # raises the errors of the text
-    file.seek(0)
-    return file
+        name = await (_receive_form_file if media_type == _FORM else _receive)(request, file)
+    text = ReceivedText(file, name or "")
+    await asyncio.to_thread(deque, iter(text), 0)  # raises the errors of the text
+    return text
 
 
 async def receive_file(request: Request, target: Path) -> None:
@@ -74,7 +86,7 @@ def _charset(content_type: str) -> str:
         return ""
 
 
-async def _receive_form_file(request: Request, file: IO[bytes]) -> None:
+async def _receive_form_file(request: Request, file: IO[bytes]) -> str | None:
     invalid = ApiError(400, f"Send exactly one file, and no other fields, as {_FORM}.", "no_file", "file")
     try:
         async with request.form(max_files=1, max_fields=0) as form:  # the parser writes to disk as well
@@ -83,6 +95,7 @@ async def _receive_form_file(request: Request, file: IO[bytes]) -> None:
                 raise invalid
             while chunk := await parts[0].read(1 << 20):
                 await asyncio.to_thread(_write, file, chunk)
+            return parts[0].filename
     except ApiError:
         raise  # also that of a body that is too large
     except (HTTPException, ValueError) as error:  # the parser's; ValueError for some charsets

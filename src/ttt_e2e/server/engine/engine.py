@@ -20,14 +20,19 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import Done, Losses, PromptLogprobs, SessionPool, Token
 from ttt_e2e.model.cost import state_bytes
+from ttt_e2e.retrieval.generate import retrieve
+from ttt_e2e.retrieval.notebook import Notebook, passage_size
+from ttt_e2e.retrieval.search_index import with_parts
 from ttt_e2e.server.engine.chats import begin_chat, num_tokens, without_bos
 from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
+from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_sources, document_name
 from ttt_e2e.server.engine.records import (
     Before,
     Prompt,
     PromptTooLongError,
     ReadProgress,
     SessionNotFoundError,
+    Source,
     StoppingError,
     TextChunk,
 )
@@ -44,9 +49,9 @@ _MAX_SUBMITTED = 2  # one submission is read while the next is tokenised
 class Engine:
     """Reads and generates for many clients at the same time, with one model.
 
-    The arguments are those of `SessionPool` and `SessionRegistry`; `template` has a tokenizer. `sessions` is the
-    registry, and `grammars` compiles what `generate` takes. Errors are those of the registry, and StoppingError after
-    `stop`; `read` and `generate` raise them when their iterator is advanced.
+    The arguments are those of `SessionPool` and `SessionRegistry`; `template` has a tokenizer, and `max_notebook_bytes`
+    are of text. `sessions` is the registry, and `grammars` compiles what `generate` takes. Errors are those of the
+    registry, and StoppingError after `stop`; `read` and `generate` raise them when their iterator is advanced.
     """
 
     def __init__(
@@ -58,13 +63,15 @@ class Engine:
         memory_bytes: int = 2 << 30,
         max_sessions: int = 100,
         max_session_tokens: int = 10_000_000,
+        max_notebook_bytes: int = 64 << 20,
     ) -> None:
         assert template.tokenizer is not None
         self._template, self._tokenizer = template, template.tokenizer
         self._token_texts = TokenTexts(template.tokenizer)
         self.grammars = GrammarCompiler(template.tokenizer, template.model.config.vocab_size)
         template.info()  # hashes the model once: all sessions are copies of this one and share the digest
-        self.sessions = SessionRegistry(template, store, memory_bytes, max_sessions, max_session_tokens)
+        limits = Limits(passage_size(template.model.config.sliding_window), max_notebook_bytes)
+        self.sessions = SessionRegistry(template, store, memory_bytes, max_sessions, max_session_tokens, limits)
         self._worker = Worker(template, max_batch)
         self._requests = Usage()
         self._stopping = False
@@ -99,13 +106,35 @@ class Engine:
 
     @property
     def max_file_bytes(self) -> int:
-        """How large a session file can become."""
+        """How large an exported session can become, with its notebook."""
         template = self._template
         states = state_bytes(template.model.config, self.sessions.max_session_tokens, template.dtype.itemsize)
-        return states + 8 * template.chunk_size + MAX_HEADER_BYTES
+        return states + 8 * template.chunk_size + MAX_HEADER_BYTES + self.sessions.limits.disk_bytes
 
-    async def read(self, owner: str, id: str, chunks: Iterable[str]) -> AsyncIterator[ReadProgress]:
+    async def retrieve(self, owner: str, id: str, question: str, count: int = 3) -> tuple[str, list[Source]]:
+        """The question with passages of the session's notebook before it, and these, at most `count`, the best first.
+
+        Together they have at most half as many tokens as the window. Raises NoNotebookError if there is no notebook.
+        """
+
+        def search(notebook: Notebook) -> tuple[str, list[Source]]:
+            text, found = retrieve(self._template, notebook, question, count)
+            return text, as_sources(notebook, found)
+
+        return await self.sessions.recall(owner, id, search)
+
+    async def recall(self, owner: str, id: str, query: str, count: int) -> list[Source]:
+        """At most `count` passages of the session's notebook that match `query`, the best first. Errors as above."""
+
+        def search(notebook: Notebook) -> list[Source]:
+            return as_sources(notebook, notebook.search(with_parts(query), count))
+
+        return await self.sessions.recall(owner, id, search)
+
+    async def read(self, owner: str, id: str, chunks: Iterable[str], name: str = "") -> AsyncIterator[ReadProgress]:
         """Let a session read a text, given in chunks; either all of it becomes part of the session or nothing.
+
+        If it keeps a notebook, the chunks are taken twice: first they are recorded, as a document of this name.
 
         Requests that change the same session run one after another. The chunks are taken in a thread, slightly ahead of
         the reading; an exception raised by their iterator ends the reading. Raises LimitReachedError if the session
@@ -116,31 +145,35 @@ class Engine:
             async with slot.write_lock:
                 session = await self.sessions.session(slot, for_change=True)
                 length, unscored = num_tokens(session), session.pending
-                batches, more, submitted = self._batches(chunks), True, 0
-                scored, loss_sum = 0, 0.0
-                with self._pooled(slot, session) as pooled:
-                    while more or submitted:
-                        if more and submitted < _MAX_SUBMITTED:
-                            ids = await asyncio.to_thread(next, batches, None)
-                            more = ids is not None
-                            if ids is not None:
-                                length += len(ids)
-                                self.sessions.check_length(length)
-                                pooled.submit(SessionPool.submit_read, tokens=ids)
-                                submitted += 1
-                            continue
-                        event = await pooled.next_event()
-                        submitted -= isinstance(event, Done)
-                        if isinstance(event, Losses):
-                            losses = event.losses[unscored:]  # the first ones belong to what was read before
-                            unscored -= len(event.losses) - len(losses)
-                            if len(losses):
-                                scored += len(losses)
-                                loss_sum += float(losses.sum(dtype=np.float64))
-                                yield ReadProgress(scored, loss_sum / scored, float(losses.mean(dtype=np.float64)))
-                    session = await pooled.leave()
-                summary = await self.sessions.replace(slot, session)
-                yield ReadProgress(scored, loss_sum / scored if scored else None, None, summary)
+                text = NotebookText(document_name(name), chunks)
+                async with self.sessions.recorded(slot, text) as notebook:
+                    batches, more, submitted = self._batches(chunks), True, 0
+                    scored, loss_sum, given, size = 0, 0.0, 0, 0
+                    with self._pooled(slot, session) as pooled:
+                        while more or submitted:
+                            if more and submitted < _MAX_SUBMITTED:
+                                ids = await asyncio.to_thread(next, batches, None)
+                                more = ids is not None
+                                if ids is not None:
+                                    length, given = length + len(ids), given + len(ids)
+                                    size += len(self._tokenizer.decode(ids).encode())
+                                    self.sessions.check_length(length)
+                                    pooled.submit(SessionPool.submit_read, tokens=ids)
+                                    submitted += 1
+                                continue
+                            event = await pooled.next_event()
+                            submitted -= isinstance(event, Done)
+                            if isinstance(event, Losses):
+                                losses = event.losses[unscored:]  # the first ones belong to what was read before
+                                unscored -= len(event.losses) - len(losses)
+                                if len(losses):
+                                    scored += len(losses)
+                                    loss_sum += float(losses.sum(dtype=np.float64))
+                                    recent, done = float(losses.mean(dtype=np.float64)), size * scored // given
+                                    yield ReadProgress(scored, loss_sum / scored, recent, bytes=done)
+                        session = await pooled.leave()
+                    summary = await self.sessions.replace(slot, session, notebook=notebook)
+                yield ReadProgress(scored, loss_sum / scored if scored else None, None, summary, size)
 
     async def generate(
         self,
@@ -153,7 +186,7 @@ class Engine:
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
-        kept: Callable[[Before], Prompt] | None = None,
+        kept: Prompt | Callable[[Before], Prompt] | None = None,
         save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None,
         logprobs: int | None = None,
         echo: bool = False,
@@ -173,7 +206,7 @@ class Engine:
                 for a session without a text begin that text, in place of BOS.
             max_tokens, stop, options: Limit of generated tokens, strings before which the text ends, and sampling.
             closing: What the session reads after the generated text, with `learn`.
-            kept: With `learn`, the prompt that becomes part of the session, if it is not `prompt`, a function as well.
+            kept: With `learn`, the prompt that becomes part of the session if it is not `prompt`, and of the same kind.
             save: With `learn`, it is awaited with what the session has become, the whole text and the last TextChunk,
                 in place of replacing the session, which nobody needs to wait for then.
             logprobs: Give every token its log-probability, and this many of the likeliest tokens in its place.
@@ -192,9 +225,12 @@ class Engine:
             async with replaced.write_lock if replaced else nullcontext(), limit or nullcontext():
                 session = await self.sessions.session(slot, for_change=learn) if slot else self._template
                 kept_ids = None
-                if callable(prompt):
-                    if learn and kept:
+                if learn and kept is not None:
+                    if callable(kept):
                         _, kept_ids = await asyncio.to_thread(self._begin_chat, session, kept, tools)
+                    else:
+                        kept_ids = await asyncio.to_thread(self._encode, kept)
+                if callable(prompt):
                     session, ids = await asyncio.to_thread(self._begin_chat, session, prompt, tools)
                 else:
                     ids = await asyncio.to_thread(self._encode, prompt)

@@ -26,8 +26,22 @@ class SessionNotFoundError(UserError):
 class DamagedSessionError(UserError):
     """The file of a session is missing, or does not hold what was written to it; the log has its path."""
 
+    def __init__(self, message: str = "This session's file is damaged") -> None:
+        super().__init__(f"{message}; delete the session, or import a copy of it.")
+
+
+class DamagedNotebookError(DamagedSessionError):
+    """Likewise of a notebook. The session works without it."""
+
     def __init__(self) -> None:
-        super().__init__("This session's file is damaged; delete the session, or import a copy of it.")
+        super().__init__("This session's notebook is damaged; go on without it (notebook: false)")
+
+
+class NoNotebookError(UserError):
+    """The session keeps no notebook."""
+
+    def __init__(self) -> None:
+        super().__init__("This session keeps no notebook; create one with notebook: true, and let it read the text.")
 
 
 class LimitReachedError(UserError):
@@ -51,6 +65,50 @@ class StoppingError(UserError):
 
 
 @dataclass(frozen=True)
+class NotebookRecord:
+    """A notebook: the exact text that a session has read.
+
+    file: its folder in the store. digest: SHA-256 of the database in it. bytes: size of the database. characters,
+    text_bytes: length of the text, and in UTF-8. documents: the names of the last texts in it.
+    """
+
+    file: str
+    digest: str
+    bytes: int
+    characters: int
+    text_bytes: int
+    documents: list[str]
+
+
+@dataclass(frozen=True)
+class NotebookSummary:
+    """A notebook: the exact text that a session has read, which can be searched.
+
+    characters: length of the text. bytes: size on the server's disk. documents: the names of the last 20 texts in it.
+    """
+
+    characters: int
+    bytes: int
+    documents: list[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage of a notebook: characters `start` to `stop` of a document.
+
+    document: its name; null if it has none. length: of the document, in characters. score: how well the passage fits
+    the question; comparable within one search.
+    """
+
+    document: str | None
+    start: int
+    stop: int
+    length: int
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
 class SessionSummary:
     """A session. Where its file is damaged, `error` says so and the numbers are zero.
 
@@ -58,6 +116,7 @@ class SessionSummary:
     that wait for a full mini-batch. text_bytes: size of the text read, in UTF-8; null if the tokenizer does not work
     on bytes. text_digest: SHA-256 of the tokens read. memory_bytes: size of the session's state. learn: whether the
     session learns from what it reads. in_memory: false while the session is on disk only, until it is next used.
+    notebook: null if it keeps none.
     """
 
     id: str
@@ -70,6 +129,7 @@ class SessionSummary:
     learn: bool = False
     in_memory: bool = False
     error: str | None = None
+    notebook: NotebookSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +138,7 @@ class ReadProgress:
 
     tokens: tokens of this text that have a loss so far. loss: their mean loss in nats per token; null while there are
     none. recent_loss: the mean over the tokens since the previous event. session: null until the whole text is read
-    and the session is saved.
+    and the session is saved. bytes: about how much of the text that is.
     """
 
     object: Literal["session.read"] = field(default="session.read", kw_only=True)
@@ -86,6 +146,7 @@ class ReadProgress:
     loss: float | None
     recent_loss: float | None
     session: SessionSummary | None = None
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +168,8 @@ class TextChunk:
     finish_reason: None except in the last chunk: "stop" at a stop string or at a token that ends texts, else "length".
     prompt_tokens: those of the request's prompt alone. completion_tokens: those generated so far. stop: the stop string
     before which the text ended, in the last chunk. logprobs: the tokens whose text is complete with this chunk, where
-    log-probabilities are wanted.
+    log-probabilities are wanted. sources: in the first part, the passages of a notebook that the model was given; None
+    without one.
     """
 
     text: str
@@ -116,3 +178,4 @@ class TextChunk:
     completion_tokens: int
     stop: str | None = None
     logprobs: tuple[LoggedToken, ...] | None = None
+    sources: tuple[Source, ...] | None = None

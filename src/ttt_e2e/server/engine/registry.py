@@ -8,24 +8,31 @@ import asyncio
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.files import file_digest
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import write_new_session_file
+from ttt_e2e.retrieval.index_digest import AlteredNotebookError
+from ttt_e2e.retrieval.notebook import DATABASE, Notebook
+from ttt_e2e.server.engine import notebooks
 from ttt_e2e.server.engine.loading import SessionLoader
 from ttt_e2e.server.engine.records import (
+    DamagedNotebookError,
     DamagedSessionError,
     LimitReachedError,
+    NoNotebookError,
+    NotebookSummary,
     SessionNotFoundError,
     SessionSummary,
     StoppingError,
 )
-from ttt_e2e.server.engine.store import SessionRecord, Store
+from ttt_e2e.server.engine.store import NewNotebook, SessionRecord, Store
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession
 
@@ -39,15 +46,17 @@ class SessionSlot:
     """A session of the registry; only `SessionRegistry` changes it, apart from `pooled` and `write_lock`.
 
     session: None while it is on disk only. fingerprint: of its file, when it was last known to hold what the record
-    says. damaged: it was later found not to. pooled: its copies in the worker's pool, which fail when it is deleted.
-    write_lock: held by a request that is going to replace the session. file_lock: held while its file is read or
-    written.
+    says. damaged: it was later found not to. notebook_fingerprint, notebook_damaged: likewise of its notebook. pooled:
+    its copies in the worker's pool, which fail when it is deleted. write_lock: held by a request that is going to
+    replace the session. file_lock: held while its files are read or written.
     """
 
     record: SessionRecord
     session: Session | None = None
     fingerprint: tuple[int, ...] = ()
     damaged: bool = False
+    notebook_fingerprint: tuple[int, ...] = ()
+    notebook_damaged: bool = False
     deleted: bool = False
     pooled: set[PooledSession] = field(default_factory=set)
     write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -58,8 +67,20 @@ class SessionSlot:
         id, created, info = self.record.id, int(self.record.created), self.record.info
         if self.damaged:
             return SessionSummary(id, created, error=str(DamagedSessionError()))
-        size, in_memory = info.memory_bytes, self.session is not None
-        return SessionSummary(id, created, info.tokens, info.text_bytes, info.text_digest, size, info.learn, in_memory)
+        size, in_memory, kept = info.memory_bytes, self.session is not None, self.record.notebook
+        notebook = None if kept is None else NotebookSummary(kept.characters, kept.bytes, kept.documents)
+        return SessionSummary(
+            id,
+            created,
+            info.tokens,
+            info.text_bytes,
+            info.text_digest,
+            size,
+            info.learn,
+            in_memory,
+            str(DamagedNotebookError()) if self.notebook_damaged else None,
+            notebook,
+        )
 
 
 def _completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
@@ -82,8 +103,8 @@ def _completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Co
 class SessionRegistry:
     """The sessions in a store, with the model, tokenizer, dtype and `learn` of `template`, which has read nothing.
 
-    Beyond `memory_bytes`, sessions used longest ago are kept on disk only. `max_sessions` is per owner. `close` closes
-    the store.
+    Beyond `memory_bytes`, sessions used longest ago are kept on disk only. `max_sessions` is per owner. `limits` are
+    those of notebooks, which are always on disk only. `close` closes the store.
 
     An owner is any string, and a session is visible to its owner only. Methods raise SessionNotFoundError if the owner
     has no such session, DamagedSessionError if its file is, UserError if it is not a session of this model, and
@@ -91,9 +112,15 @@ class SessionRegistry:
     """
 
     def __init__(
-        self, template: Session, store: Store, memory_bytes: int, max_sessions: int, max_session_tokens: int
+        self,
+        template: Session,
+        store: Store,
+        memory_bytes: int,
+        max_sessions: int,
+        max_session_tokens: int,
+        limits: notebooks.Limits,
     ) -> None:
-        self.template, self.store = template, store
+        self.template, self.store, self.limits = template, store, limits
         self._memory_bytes, self._max_sessions, self.max_session_tokens = memory_bytes, max_sessions, max_session_tokens
         self._slots: dict[str, SessionSlot] = {}
         self._in_memory: dict[str, SessionSlot] = {}  # from the least to the most recently used
@@ -132,16 +159,31 @@ class SessionRegistry:
 
     @_completed
     async def create(
-        self, owner: str, session: Session | None = None, document: str | None = None, id: str | None = None
+        self,
+        owner: str,
+        session: Session | None = None,
+        document: str | None = None,
+        id: str | None = None,
+        notebook: bool | NewNotebook | SessionSlot | None = None,
     ) -> SessionSummary:
         """Add a session, an empty one by default. Raises LimitReachedError as `check_room` does.
 
-        document: a text to keep with it. id: from `new_id`, if it is needed earlier.
+        document: a text to keep with it. id: from `new_id`, if it is needed earlier. notebook: whether it keeps one; or
+        a notebook; or another session, whose notebook it shares if that has one.
         """
         session = session or self.template
-        async with self._owner_locks[owner]:
+        shared = notebook if isinstance(notebook, SessionSlot) and notebook.record.notebook else None
+        async with self._owner_locks[owner], shared.file_lock if shared else nullcontext():
             self.check_room(owner)
-            record, fingerprint = await asyncio.to_thread(self._saved, self.store.add, owner, session, document, id)
+            if shared and shared.deleted:
+                raise SessionNotFoundError
+            with self.temporary_folder() if notebook is True else nullcontext() as folder:
+                new = shared.record.notebook if shared else notebook if isinstance(notebook, NewNotebook) else None
+                if folder is not None:
+                    new = await asyncio.to_thread(notebooks.make_notebook, folder / "notebook", self.limits, ())
+                record, fingerprint = await asyncio.to_thread(
+                    self._saved, self.store.add, owner, session, document, id, new
+                )
             slot = SessionSlot(record, session, fingerprint)
             self._slots[record.id] = slot
             self._mark_used(slot)
@@ -163,7 +205,8 @@ class SessionRegistry:
 
     async def fork(self, owner: str, id: str) -> SessionSummary:
         """Add an independent copy of a session. Raises LimitReachedError as `create` does."""
-        return await self.create(owner, await self.session(self.slot(owner, id)))
+        slot = self.slot(owner, id)
+        return await self.create(owner, await self.session(slot), notebook=slot)
 
     @_completed
     async def delete(self, owner: str, id: str) -> None:
@@ -179,18 +222,67 @@ class SessionRegistry:
         for pooled in list(slot.pooled):
             pooled.fail(SessionNotFoundError())
 
-    async def export_session(self, owner: str, id: str, target: Path) -> None:
-        """Write a session to the new file `target`. If this fails, a part of it may remain."""
+    async def export_session(self, owner: str, id: str, target: Path) -> str:
+        """Write a session to the new file `target`, with its notebook in a tar; returns a name for the file.
+
+        If this fails, a part of it may remain.
+        """
+        slot = self.slot(owner, id)
         with self._using_files():
-            session = await self.session(self.slot(owner, id))
-            await asyncio.to_thread(_export, session, target)
+            if slot.record.notebook is None:
+                await asyncio.to_thread(_export, await self.session(slot), target)
+                return f"{id}.session"
+            session = await self.session(slot)
+            async with slot.file_lock:  # under which no later notebook takes the place of this one
+                await asyncio.to_thread(self._checked_notebook, slot)
+                with self.temporary_folder() as folder:
+                    file, notebook = folder / "one.session", self.store.notebook_path(slot.record.notebook)
+                    await asyncio.to_thread(_export, session, file)
+                    await asyncio.to_thread(notebooks.write_archive, target, id, file, notebook)
+                return f"{id}.tar"
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
-        """Add the session in an untrusted file. Raises LimitReachedError if it is too long, or as `create` does."""
-        with self._using_files():
-            session = await asyncio.to_thread(self._loader.load, source, "The file")
+        """Add the session in an untrusted file, which may be a tar with a notebook as well.
+
+        Raises LimitReachedError if session or notebook are too long, or as `create` does.
+        """
+        with self._using_files(), self.temporary_folder() as folder:
+            file, untrusted, notebook = source, None, None
+            if await asyncio.to_thread(notebooks.is_archive, source):
+                file, untrusted = await asyncio.to_thread(notebooks.unpack_archive, source, folder, self.limits)
+            session = await asyncio.to_thread(self._loader.load, file, "The file")
             self.check_length(session.info().tokens)
-            return await self.create(owner, session)
+            if untrusted is not None:
+                made = folder / "made"
+                notebook = await asyncio.to_thread(notebooks.import_notebook, untrusted, made, self.limits)
+            return await self.create(owner, session, notebook=notebook)
+
+    async def recall(self, owner: str, id: str, search: Callable[[Notebook], _T]) -> _T:
+        """What `search` finds in the notebook of a session. Raises NoNotebookError if it keeps none."""
+        slot = self.slot(owner, id)
+        if slot.record.notebook is None:
+            raise NoNotebookError
+        with self._using_files():
+            async with slot.file_lock:  # as above
+                return await asyncio.to_thread(self._searched, slot, search)
+
+    @asynccontextmanager
+    async def recorded(self, slot: SessionSlot, text: notebooks.NotebookText) -> AsyncIterator[NewNotebook | None]:
+        """The notebook of a session with a text added, for `replace`; None if it keeps none. Hold its `write_lock`.
+
+        It exists inside the block. Raises LimitReachedError if it becomes too large.
+        """
+        if slot.record.notebook is None:
+            yield None
+            return
+        with self._using_files(), self.temporary_folder() as folder:
+            making = asyncio.ensure_future(asyncio.to_thread(self._recorded, slot, folder / "notebook", text))
+            try:
+                notebook = await asyncio.shield(making)
+            finally:
+                text.stopped = True
+                await asyncio.wait([making])  # before its folder is removed
+            yield notebook
 
     def slot(self, owner: str, id: str) -> SessionSlot:
         """The slot of a session."""
@@ -232,16 +324,18 @@ class SessionRegistry:
             await asyncio.to_thread(self.store.set_document, slot.record, document)
 
     @_completed
-    async def replace(self, slot: SessionSlot, session: Session, document: str | None = None) -> SessionSummary:
+    async def replace(
+        self, slot: SessionSlot, session: Session, document: str | None = None, notebook: NewNotebook | None = None
+    ) -> SessionSummary:
         """Save the next version of a session; once it is on disk it becomes the current one.
 
-        document: its document; None keeps the one that it has.
+        document, notebook: None keeps what it has.
         """
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
             slot.record, slot.fingerprint = await asyncio.to_thread(
-                self._saved, self.store.replace, slot.record, session, document
+                self._saved, self.store.replace, slot.record, session, document, notebook
             )
             slot.session, slot.damaged = session, False
             self._mark_used(slot)
@@ -269,16 +363,18 @@ class SessionRegistry:
             path = self.store.path(record)
             if not path.is_file() or path.stat().st_size != record.size:
                 self._set_damaged(slot, "it is missing, or its size has changed")
+            if record.notebook and not (self.store.notebook_path(record.notebook) / DATABASE).is_file():
+                self._set_notebook_damaged(slot, "it is missing")
 
     def _saved(self, save: Callable[_P, SessionRecord], *args: _P.args, **kwargs: _P.kwargs) -> Any:
         """The record that `save` returns, and the fingerprint of its file."""
         record = save(*args, **kwargs)
-        return record, self.store.fingerprint(record)
+        return record, self.store.fingerprint(self.store.path(record))
 
     def _checked(self, slot: SessionSlot) -> Session:
         """The session of a slot: that in memory, unless somebody has touched the file. Then it is read and checked."""
         path, name, info = self.store.path(slot.record), f"The session {slot.record.id}", slot.record.info
-        fingerprint = self.store.fingerprint(slot.record)
+        fingerprint = self.store.fingerprint(path)
         if slot.session and fingerprint == slot.fingerprint:
             return slot.session
         try:
@@ -299,6 +395,50 @@ class SessionRegistry:
         if not slot.damaged:
             slot.damaged = True
             _log.error("The file %s is damaged: %s", self.store.path(slot.record), reason)
+
+    def _checked_notebook(self, slot: SessionSlot) -> Path:
+        """The notebook of a session. Raises DamagedNotebookError unless it is the one that was saved."""
+        assert slot.record.notebook is not None
+        folder = self.store.notebook_path(slot.record.notebook)
+        fingerprint = self.store.fingerprint(folder / DATABASE)
+        if fingerprint != slot.notebook_fingerprint or not fingerprint:
+            if not fingerprint or file_digest(folder / DATABASE) != slot.record.notebook.digest:
+                if slot.deleted:
+                    raise SessionNotFoundError
+                self.store.check_in_place()  # or all files are missing
+                self._set_notebook_damaged(slot, "it is missing, or was altered")
+                raise DamagedNotebookError
+            slot.notebook_fingerprint, slot.notebook_damaged = fingerprint, False
+        return folder
+
+    def _searched(self, slot: SessionSlot, search: Callable[[Notebook], _T]) -> _T:
+        with self._notebook_errors(slot), Notebook(self._checked_notebook(slot), create=False) as notebook:
+            return search(notebook)
+
+    def _recorded(self, slot: SessionSlot, target: Path, text: notebooks.NotebookText) -> NewNotebook:
+        assert slot.record.notebook is not None
+        with self._notebook_errors(slot):
+            source = self._checked_notebook(slot), slot.record.notebook
+            return notebooks.make_notebook(target, self.limits, [text], source)
+
+    @contextmanager
+    def _notebook_errors(self, slot: SessionSlot) -> Iterator[None]:
+        """Make a DamagedNotebookError of what `Notebook` says of a damaged one, with its path."""
+        try:
+            yield
+        except AlteredNotebookError as error:
+            self._set_notebook_damaged(slot, str(error))
+            raise DamagedNotebookError from error
+        except UserError as error:
+            if slot.deleted:
+                raise SessionNotFoundError from error
+            raise
+
+    def _set_notebook_damaged(self, slot: SessionSlot, reason: str) -> None:
+        if not slot.notebook_damaged:
+            slot.notebook_damaged = True
+            assert slot.record.notebook is not None
+            _log.error("The notebook %s is damaged: %s", self.store.notebook_path(slot.record.notebook), reason)
 
     def _bytes_in_memory(self) -> int:
         return sum(slot.record.info.memory_bytes for slot in self._in_memory.values())

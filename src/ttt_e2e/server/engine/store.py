@@ -6,7 +6,8 @@ is always complete, after a `kill -9` or a power cut too, and what no record poi
 removed when the store is opened, by names that only this database gives. Any other file is left alone. On a full disk
 even a deletion may have no room in the database: then the file is emptied and renamed, and its record counts no more.
 
-A session may have a document, a text of the API's own. It is replaced in the same transaction, and deleted with it.
+A session may have a document, a text of the API's own. It is replaced in the same transaction, and deleted with it. So
+is its notebook, a folder that never changes once it is here, so that forks share it; the last of them removes it.
 """
 
 import errno
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_format, sync
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import SessionInfo, write_new_session_file
-from ttt_e2e.server.engine.records import DamagedSessionError
+from ttt_e2e.server.engine.records import DamagedSessionError, NotebookRecord
 
 DATABASE = "sessions.db"
 FORMAT, VERSION = "store of sessions", 2  # version 1 had a JSON file per session in place of the database
@@ -43,11 +44,15 @@ _SCHEMA = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
-_DOCUMENTS = (  # not in databases that earlier versions made
+_ADDED = (  # not in databases that earlier versions made
     "CREATE TABLE IF NOT EXISTS documents (session TEXT PRIMARY KEY, content TEXT NOT NULL, digest TEXT NOT NULL)"
     " WITHOUT ROWID",
     "CREATE TRIGGER IF NOT EXISTS documents_of_deleted_sessions AFTER DELETE ON sessions"
     " BEGIN DELETE FROM documents WHERE session = OLD.id; END",
+    "CREATE TABLE IF NOT EXISTS notebooks (session TEXT PRIMARY KEY, file TEXT NOT NULL, record TEXT NOT NULL,"
+    " digest TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TRIGGER IF NOT EXISTS notebooks_of_deleted_sessions AFTER DELETE ON sessions"
+    " BEGIN DELETE FROM notebooks WHERE session = OLD.id; END",
 )
 _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _ID = "sess-[0-9a-f]{32}"
@@ -58,7 +63,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """A session of the store. id: "sess-" and 32 hex digits. created: Unix time. info: as in the header of its file."""
+    """A session of the store.
+
+    id: "sess-" and 32 hex digits. created: Unix time. info: as in the header of its file. notebook: None if it keeps
+    none.
+    """
 
     id: str
     owner: str
@@ -66,6 +75,15 @@ class SessionRecord:
     file: str
     size: int
     info: SessionInfo
+    notebook: NotebookRecord | None = None
+
+
+@dataclass(frozen=True)
+class NewNotebook:
+    """A notebook in a temporary folder of the store; its record has no `file` yet."""
+
+    folder: Path
+    record: NotebookRecord
 
 
 class Store:
@@ -110,38 +128,60 @@ class Store:
     def records(self) -> list[SessionRecord]:
         """All records, the oldest first. Raises UserError if the database was altered."""
         records, deleted = [], {path.stem for path in self.folder.glob(f"*{_DELETED}")}
+        notebooks = {}
+        for *row, digest in self._execute("SELECT * FROM notebooks"):
+            if digest != _digest(row):
+                raise self._damaged("a record was altered")
+            notebooks[row[0]] = NotebookRecord(file=row[1], **json.loads(row[2]))
         for *row, digest in self._execute("SELECT * FROM sessions ORDER BY created, id"):
             if digest != _digest(row):
                 raise self._damaged("a record was altered")
             id, owner, created, file, size, info = row
             if file in deleted:
                 continue
-            records.append(SessionRecord(id, owner, created, file, size, SessionInfo.from_facts(json.loads(info))))
+            facts = SessionInfo.from_facts(json.loads(info))
+            records.append(SessionRecord(id, owner, created, file, size, facts, notebooks.get(id)))
         return records
 
     def path(self, record: SessionRecord) -> Path:
         """The file with the current version of a session."""
         return self.folder / record.file
 
-    def fingerprint(self, record: SessionRecord) -> tuple[int, ...]:
-        """What is different as soon as somebody has altered or replaced a session's file; () if it is missing."""
+    def notebook_path(self, notebook: NotebookRecord) -> Path:
+        """The folder of a notebook."""
+        return self.folder / notebook.file
+
+    def fingerprint(self, file: Path) -> tuple[int, ...]:
+        """What is different as soon as somebody has altered or replaced a file; () if it is missing."""
         try:
-            stat = self.path(record).stat()
+            stat = file.stat()
         except OSError:
             return ()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
-    def add(self, owner: str, session: Session, document: str | None = None, id: str | None = None) -> SessionRecord:
-        """Save a new session. id: its id, if it has one already."""
-        return self._save(id or new_id(), owner, time.time(), session, document)
+    def add(
+        self,
+        owner: str,
+        session: Session,
+        document: str | None = None,
+        id: str | None = None,
+        notebook: NotebookRecord | NewNotebook | None = None,
+    ) -> SessionRecord:
+        """Save a new session. id: its id, if it has one already. notebook: also that of another session, to share."""
+        return self._save(id or new_id(), owner, time.time(), session, document, notebook)
 
-    def replace(self, record: SessionRecord, session: Session, document: str | None = None) -> SessionRecord:
+    def replace(
+        self, record: SessionRecord, session: Session, document: str | None = None, notebook: NewNotebook | None = None
+    ) -> SessionRecord:
         """Save the next version of a session, whole or not at all; returns its record.
 
-        document: its document; None keeps the one that it has.
+        document, notebook: None keeps what it has.
         """
-        new = self._save(record.id, record.owner, record.created, session, document)
+        new = self._save(record.id, record.owner, record.created, session, document, notebook)
         self._discard(record.file)
+        if notebook is None:
+            return replace(new, notebook=record.notebook)
+        self._discard_notebook(record.notebook)
         return new
 
     def document(self, record: SessionRecord) -> str | None:
@@ -175,6 +215,7 @@ class Store:
                     raise
                 self._finish_deletion(record.file)
         self._discard(record.file)
+        self._discard_notebook(record.notebook, record.id)
 
     def _finish_deletion(self, file: str) -> None:
         """Remove the record of a renamed file, and the file; without room for that, opening the store does it."""
@@ -233,7 +274,7 @@ class Store:
         tags = self._execute("SELECT tag FROM store")
         if verdict != "ok" or len(tags) != 1 or not re.fullmatch("[0-9a-f]{8}", str(tags[0][0])):
             raise self._damaged(verdict)
-        for statement in _DOCUMENTS:
+        for statement in _ADDED:
             self._execute(statement)
         self._tag = str(tags[0][0])
         self._temporary = f".tmp-{self._tag}-"
@@ -253,8 +294,9 @@ class Store:
     def _remove_leftovers(self) -> None:
         records = self.records()
         kept = {record.file for record in records}
-        ours = _files(self._tag)
-        incomplete = {record.id for record in records if not self.path(record).exists()}  # an older database, perhaps
+        kept |= {record.notebook.file for record in records if record.notebook}
+        ours, notebooks = _files(self._tag), _files(self._tag, "notebook")
+        incomplete = {record.id for record in records if not self._is_complete(record)}  # an older database, perhaps
         for path in self.folder.iterdir():
             match = ours.fullmatch(path.name)
             if path.suffix == _DELETED and ours.fullmatch(path.stem):
@@ -263,10 +305,23 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
             elif match and path.name not in kept and match[1] not in incomplete:
                 self._discard(path.name)
+            elif (match := notebooks.fullmatch(path.name)) and path.name not in kept and match[1] not in incomplete:
+                shutil.rmtree(path, ignore_errors=True)
             elif path.suffix == ".session" and path.name not in kept:
                 _log.warning("%s has no record, so it belongs to nobody; it is left alone. Import it to use it.", path)
 
-    def _save(self, id: str, owner: str, created: float, session: Session, document: str | None) -> SessionRecord:
+    def _is_complete(self, record: SessionRecord) -> bool:
+        return self.path(record).exists() and (not record.notebook or self.notebook_path(record.notebook).exists())
+
+    def _save(
+        self,
+        id: str,
+        owner: str,
+        created: float,
+        session: Session,
+        document: str | None,
+        notebook: NotebookRecord | NewNotebook | None,
+    ) -> SessionRecord:
         facts, tensors = session.pack()
         info = SessionInfo.from_facts(facts)
         file = f"{id}.{self._tag}-{secrets.token_hex(8)}.session"
@@ -279,16 +334,28 @@ class Store:
                 record = SessionRecord(id, owner, created, file, part.stat().st_size, info)
                 self.check_in_place()
                 part.rename(self.folder / file)
+            moved = None
             try:
+                if isinstance(notebook, NewNotebook):
+                    moved = replace(notebook.record, file=file.replace(".session", ".notebook"))
+                    notebook.folder.rename(self.notebook_path(moved))
+                    notebook = moved
                 sync(self.folder)
                 row = [id, owner, created, file, record.size, json.dumps(info.to_facts())]
                 insert = "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)"
-                if document is None:
-                    self._execute(insert, *row, _digest(row))
+                rows: list[tuple[Any, ...]] = [(insert, *row, _digest(row))]
+                if document is not None:
+                    rows.append(_document_row(id, document))
+                if notebook is not None:
+                    record = replace(record, notebook=notebook)
+                    rows.append(_notebook_row(id, notebook))
+                if len(rows) == 1:
+                    self._execute(*rows[0])
                 else:
-                    self._execute_together((insert, *row, _digest(row)), _document_row(id, document))
+                    self._execute_together(*rows)
             except (OSError, sqlite3.Error):
                 self._discard(file)
+                self._discard_notebook(moved)
                 raise
         return record
 
@@ -299,6 +366,15 @@ class Store:
                 (self.folder / file).unlink(missing_ok=True)
         except (OSError, sqlite3.Error, UserError) as error:
             _log.warning("The unused file %s could not be removed: %s", self.folder / file, error)
+
+    def _discard_notebook(self, notebook: NotebookRecord | None, deleted: str = "") -> None:
+        """Likewise the folder of a notebook, unless other sessions than the one with the id `deleted` share it."""
+        if notebook is not None:
+            try:
+                if not self._execute("SELECT 1 FROM notebooks WHERE file = ? AND session != ?", notebook.file, deleted):
+                    shutil.rmtree(self.notebook_path(notebook))
+            except (OSError, sqlite3.Error, UserError) as error:
+                _log.warning("The unused folder %s could not be removed: %s", self.notebook_path(notebook), error)
 
     def _execute(self, statement: str, *values: object) -> list[Any]:
         """The rows that a statement gives. Outside of `_open`, each is a transaction of its own."""
@@ -336,9 +412,9 @@ class Store:
             raise UserError(f"Cannot {what} in {self.folder}: {_reason(error)}.") from error
 
 
-def _files(tag: str) -> re.Pattern[str]:
-    """The names of session files, of which the id is the first group."""
-    return re.compile(rf"({_ID})\.{tag}-[0-9a-f]{{16}}\.session")
+def _files(tag: str, suffix: str = "session") -> re.Pattern[str]:
+    """The names of session files or notebooks, of which the id is the first group."""
+    return re.compile(rf"({_ID})\.{tag}-[0-9a-f]{{16}}\.{suffix}")
 
 
 def _is_full(error: sqlite3.Error) -> bool:
@@ -352,6 +428,12 @@ def new_id() -> str:
 
 def _document_row(id: str, document: str) -> tuple[str, str, str, str]:
     return "INSERT OR REPLACE INTO documents VALUES (?, ?, ?)", id, document, _digest([id, document])
+
+
+def _notebook_row(id: str, notebook: NotebookRecord) -> tuple[str, ...]:
+    facts = asdict(notebook)
+    row = [id, facts.pop("file"), json.dumps(facts)]
+    return "INSERT OR REPLACE INTO notebooks VALUES (?, ?, ?, ?)", *row, _digest(row)
 
 
 def _digest(row: list[Any]) -> str:
