@@ -27,6 +27,13 @@ class DamagedSessionError(UserError):
         super().__init__("This session's file is damaged; delete the session, or import a copy of it.")
 
 
+class TakenOverError(UserError):
+    """Another replica has taken the session over, and nothing was changed."""
+
+    def __init__(self) -> None:
+        super().__init__("Another replica has taken this session over; nothing of this was saved. Send it again.")
+
+
 class LimitReachedError(UserError):
     """A limit is reached: the number of sessions per owner, or of tokens per session."""
 

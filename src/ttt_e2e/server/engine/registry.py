@@ -8,8 +8,8 @@ import asyncio
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -25,6 +25,7 @@ from ttt_e2e.server.engine.records import (
     SessionSummary,
     StoppingError,
 )
+from ttt_e2e.server.engine.shared_store import SharedStore
 from ttt_e2e.server.engine.store import SessionRecord, Store
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession
@@ -36,7 +37,7 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class SessionSlot:
-    """A session of the registry; only `SessionRegistry` changes it, apart from `pooled` and `write_lock`.
+    """A session of the registry; only `SessionRegistry` changes it, apart from `pooled`.
 
     session: None while it is on disk only. fingerprint: of its file, when it was last known to hold what the record
     says. damaged: it was later found not to. pooled: its copies in the worker's pool, which fail when it is deleted.
@@ -46,7 +47,7 @@ class SessionSlot:
 
     record: SessionRecord
     session: Session | None = None
-    fingerprint: tuple[int, ...] = ()
+    fingerprint: tuple[int | str, ...] = ()
     damaged: bool = False
     deleted: bool = False
     pooled: set[PooledSession] = field(default_factory=set)
@@ -62,7 +63,7 @@ class SessionSlot:
         return SessionSummary(id, created, info.tokens, info.text_bytes, info.text_digest, size, info.learn, in_memory)
 
 
-def _completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+def completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
     """Decorate a change that runs to its end even if the caller is cancelled, and is refused after `close`."""
 
     @functools.wraps(method)
@@ -91,11 +92,12 @@ class SessionRegistry:
     """
 
     def __init__(
-        self, template: Session, store: Store, memory_bytes: int, max_sessions: int, max_session_tokens: int
+        self, template: Session, store: Store | SharedStore, memory_bytes: int, max_sessions: int, max_session_tokens: int
     ) -> None:
-        self.template, self.store = template, store
+        self.template = template
+        self.store: Any = store  # the two are used in the same way, with records of their own
         self._memory_bytes, self._max_sessions, self.max_session_tokens = memory_bytes, max_sessions, max_session_tokens
-        self._slots: dict[str, SessionSlot] = {}
+        self._slots: MutableMapping[str, SessionSlot] = {}
         self._in_memory: dict[str, SessionSlot] = {}  # from the least to the most recently used
         self._owner_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._changes: set[asyncio.Task[Any]] = set()
@@ -125,12 +127,12 @@ class SessionRegistry:
         if tokens > self.max_session_tokens:
             raise LimitReachedError(f"A session holds at most {self.max_session_tokens:,} tokens; use a new one.")
 
-    def check_room(self, owner: str) -> None:
+    async def check_room(self, owner: str) -> None:
         """Raise LimitReachedError if the owner has `max_sessions` already."""
-        if sum(slot.record.owner == owner for slot in self._slots.values()) >= self._max_sessions:
+        if await self._count(owner) >= self._max_sessions:
             raise LimitReachedError(f"The limit of {self._max_sessions} sessions is reached; delete one first.")
 
-    @_completed
+    @completed
     async def create(
         self, owner: str, session: Session | None = None, document: str | None = None, id: str | None = None
     ) -> SessionSummary:
@@ -140,7 +142,7 @@ class SessionRegistry:
         """
         session = session or self.template
         async with self._owner_locks[owner]:
-            self.check_room(owner)
+            await self.check_room(owner)
             record, fingerprint = await asyncio.to_thread(self._saved, self.store.add, owner, session, document, id)
             slot = SessionSlot(record, session, fingerprint)
             self._slots[record.id] = slot
@@ -149,7 +151,7 @@ class SessionRegistry:
 
     async def summary(self, owner: str, id: str) -> SessionSummary:
         """Describe a session; if a new version of it is being saved, that one."""
-        slot = self.slot(owner, id)
+        slot = await self.slot(owner, id)
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
@@ -163,18 +165,18 @@ class SessionRegistry:
 
     async def fork(self, owner: str, id: str) -> SessionSummary:
         """Add an independent copy of a session. Raises LimitReachedError as `create` does."""
-        return await self.create(owner, await self.session(self.slot(owner, id)))
+        return await self.create(owner, await self.session(await self.slot(owner, id)))
 
-    @_completed
+    @completed
     async def delete(self, owner: str, id: str) -> None:
         """Delete a session. Requests that use it fail with SessionNotFoundError."""
-        slot = self.slot(owner, id)
+        slot = await self.slot(owner, id)
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
             await asyncio.to_thread(self.store.delete, slot.record)
             slot.deleted = True
-            del self._slots[id]
+            self._slots.pop(id, None)
             self._in_memory.pop(id, None)
         for pooled in list(slot.pooled):
             pooled.fail(SessionNotFoundError())
@@ -182,7 +184,7 @@ class SessionRegistry:
     async def export_session(self, owner: str, id: str, target: Path) -> None:
         """Write a session to the new file `target`. If this fails, a part of it may remain."""
         with self._using_files():
-            session = await self.session(self.slot(owner, id))
+            session = await self.session(await self.slot(owner, id))
             await asyncio.to_thread(_export, session, target)
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
@@ -192,12 +194,18 @@ class SessionRegistry:
             self.check_length(session.info().tokens)
             return await self.create(owner, session)
 
-    def slot(self, owner: str, id: str) -> SessionSlot:
+    async def slot(self, owner: str, id: str) -> SessionSlot:
         """The slot of a session."""
         slot = self._slots.get(id)
         if slot is None or slot.record.owner != owner:
             raise SessionNotFoundError
         return slot
+
+    @asynccontextmanager
+    async def changing(self, slot: SessionSlot) -> AsyncIterator[None]:
+        """Let nobody else change a session inside the block, in which it is replaced once at most."""
+        async with slot.write_lock:
+            yield
 
     async def session(self, slot: SessionSlot, *, for_change: bool = False) -> Session:
         """The current version of a session, loaded if necessary.
@@ -223,15 +231,15 @@ class SessionRegistry:
                     raise SessionNotFoundError
                 return await asyncio.to_thread(self.store.document, slot.record)
 
-    @_completed
+    @completed
     async def set_document(self, slot: SessionSlot, document: str) -> None:
-        """Save the document of a session; hold its `write_lock` if the former one matters."""
+        """Save the document of a session; be `changing` it if the former one matters."""
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
-            await asyncio.to_thread(self.store.set_document, slot.record, document)
+            slot.record = await asyncio.to_thread(self.store.set_document, slot.record, document)
 
-    @_completed
+    @completed
     async def replace(self, slot: SessionSlot, session: Session, document: str | None = None) -> SessionSummary:
         """Save the next version of a session; once it is on disk it becomes the current one.
 
@@ -263,6 +271,9 @@ class SessionRegistry:
         with self._file_users:
             yield
 
+    async def _count(self, owner: str) -> int:
+        return sum(slot.record.owner == owner for slot in self._slots.values())
+
     def _read_records(self) -> None:
         for record in self.store.records():
             slot = self._slots[record.id] = SessionSlot(record)
@@ -277,14 +288,15 @@ class SessionRegistry:
 
     def _checked(self, slot: SessionSlot) -> Session:
         """The session of a slot: that in memory, unless somebody has touched the file. Then it is read and checked."""
-        path, name, info = self.store.path(slot.record), f"The session {slot.record.id}", slot.record.info
+        name, info = f"The session {slot.record.id}", slot.record.info
         fingerprint = self.store.fingerprint(slot.record)
         if slot.session and fingerprint == slot.fingerprint:
             return slot.session
         try:
-            if self._loader.read_info(path, name) != info:
-                raise UserError(f"{name} was replaced by another.")
-            session = self._loader.load(path, name)
+            with self.store.local_file(slot.record) as path:
+                if self._loader.read_info(path, name) != info:
+                    raise UserError(f"{name} was replaced by another.")
+                session = self._loader.load(path, name)
         except UserError as error:
             self.store.check_in_place()  # or all files are missing
             served = self._loader.info
