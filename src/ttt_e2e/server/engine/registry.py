@@ -92,7 +92,12 @@ class SessionRegistry:
     """
 
     def __init__(
-        self, template: Session, store: Store | SharedStore, memory_bytes: int, max_sessions: int, max_session_tokens: int
+        self,
+        template: Session,
+        store: Store | SharedStore,
+        memory_bytes: int,
+        max_sessions: int,
+        max_session_tokens: int,
     ) -> None:
         self.template = template
         self.store: Any = store  # the two are used in the same way, with records of their own

@@ -1,4 +1,4 @@
-"""The sessions of a shared store: what this replica knows of them is a cache, and it asks the store before every use."""
+"""The sessions of a shared store: what a replica knows of them is a cache; it asks the store before every use."""
 
 import asyncio
 from collections.abc import AsyncIterator

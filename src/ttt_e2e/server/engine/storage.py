@@ -5,6 +5,7 @@ only while that has the version which the caller has seen. S3 decides this itsel
 folder a lock does. Names have slashes, and no part of one begins with a dot.
 """
 
+import asyncio
 import fcntl
 import hashlib
 import secrets
@@ -22,6 +23,7 @@ from ttt_e2e.files import LOCK, atomic_path
 
 _S3_OPTIONS: Mapping[str, Any] = {
     "use_listings_cache": False,  # others write, too
+    "skip_instance_cache": True,  # each with the endpoint and credentials of its time
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 2}},
 }
 _S3_ATTEMPTS = 2  # of a call, each with the attempts of the client library
@@ -77,14 +79,14 @@ class Storage:
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
         """The files with these names, without those that are missing."""
-        if not names:
-            return {}
+        if not self._is_s3:
+            return {name: found.content for name in names if (found := self.read(name)) is not None}
         with self._reaching():
-            found = self._fs.cat([self._path(name) for name in names], on_error="return")
-            for error in found.values():
-                if isinstance(error, Exception) and not isinstance(error, FileNotFoundError):
+            answers = sync(self._fs.loop, self._get_objects, names)
+            for error in answers:
+                if isinstance(error, BaseException) and not isinstance(error, FileNotFoundError):
                     raise error
-        return {self._name(path): content for path, content in found.items() if isinstance(content, bytes)}
+        return {name: one[0] for name, one in zip(names, answers, strict=True) if isinstance(one, tuple)}
 
     def names(self, prefix: str) -> list[str]:
         """The names of all files below `prefix`, a folder, in order."""
@@ -185,6 +187,9 @@ class Storage:
         response = await self._fs._call_s3("get_object", Bucket=bucket, Key=key)
         async with response["Body"] as body:
             return await body.read(), response["ETag"]
+
+    async def _get_objects(self, names: Sequence[str]) -> list[tuple[bytes, str] | BaseException]:
+        return await asyncio.gather(*map(self._get_object, names), return_exceptions=True)
 
     def _swap_locked(self, name: str, content: bytes, version: str | None) -> str:
         root = Path(self._root)
