@@ -22,14 +22,15 @@ _PATIENCE = 600.0
 """Seconds after which a test fails that waits for a process: many, for a machine on which much else is running."""
 
 _PROGRAM = """
-import json, sys
+import contextlib, json, sys
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ttt_e2e.server.ray import RayOptions, app
 folder, port, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False, _temp_dir=folder)
-serve.start(http_options={"host": "127.0.0.1", "port": port})
+with contextlib.suppress(ray.exceptions.GetTimeoutError):  # on a machine on which much else is running
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
 serve.run(app(RayOptions(threads=1, **options)))
 print("ready", flush=True)
 sys.stdin.read()
@@ -87,6 +88,7 @@ def cluster(storage: str, model: Path, log: Path, replicas: int, variables: dict
     options = {"storage": storage, "model": str(model), "replicas": replicas, "rate": 10**6, "max_sessions": 10**6}
     keys = {"TTT_E2E_API_KEYS": f"me {KEY}, you {OTHER_KEY}"}
     ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    ray |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": str(_PATIENCE) for check in ("READY", "HEALTH")}
     port = free_port()
     with log.open("wb") as errors:
         process = subprocess.Popen(
