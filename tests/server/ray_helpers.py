@@ -28,8 +28,15 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ttt_e2e.server.ray import RayOptions, app
 folder, port, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False, _temp_dir=folder)
-with contextlib.suppress(ray.exceptions.GetTimeoutError):  # on a machine on which much else is running
+limits = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 200 << 20}
+for _ in range(10):  # Ray gives up after half a minute, which is short on a machine on which much else is running
+    try:
+        ray.init(**limits, log_to_driver=False, _temp_dir=folder)
+        break
+    except Exception as error:
+        print(error, file=sys.stderr)
+        ray.shutdown()
+with contextlib.suppress(ray.exceptions.GetTimeoutError):
     serve.start(http_options={"host": "127.0.0.1", "port": port})
 serve.run(app(RayOptions(threads=1, **options)))
 print("ready", flush=True)

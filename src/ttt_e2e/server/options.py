@@ -1,9 +1,9 @@
 """The options of the service, however it is started, and the engine and settings that follow from them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inference.load import shipped_model
@@ -16,7 +16,9 @@ from ttt_e2e.server.engine.shared_store import SharedStore
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.keys import Keys
 from ttt_e2e.server.settings import Settings
+from ttt_e2e.units import size
 
+_Size = Annotated[PositiveInt, BeforeValidator(lambda value: size(value) if isinstance(value, str) else value)]
 MAX_FILE_BYTES = 4 << 30  # of an imported session: with full attention sessions grow without bound
 
 
@@ -27,10 +29,10 @@ class Options(BaseModel):
 
     model: Path | None = None
     chat_template: Path | None = None
-    memory: PositiveInt = 2 << 30
+    memory: _Size = 2 << 30
     max_sessions: PositiveInt = 100
     max_session_tokens: PositiveInt = 10_000_000
-    max_body: PositiveInt = 64 << 20
+    max_body: _Size = 64 << 20
     max_batch: PositiveInt = 16
     rate: PositiveInt = 600
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -209,7 +209,7 @@ def _error_event(path: str, error: ApiError) -> bytes:
     if path.startswith("/v1/messages"):
         value, name = anthropic_error(error), "event: error\n"
     elif path.startswith("/v1/responses"):
-        value, name = {"type": "error", "sequence_number": 0, **detail.error.model_dump()}, "event: error\n"
+        value, name = {**detail.error.model_dump(), "type": "error", "sequence_number": 0}, "event: error\n"
     else:
         value, name = detail.model_dump(), ""
     return f"{name}data: {json.dumps(value)}\n\n".encode()
