@@ -29,13 +29,7 @@ from ray.serve.handle import DeploymentHandle
 from ttt_e2e.server.ray import RayOptions, app
 folder, port, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 limits = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 200 << 20}
-for _ in range(10):  # Ray gives up after half a minute, which is short on a machine on which much else is running
-    try:
-        ray.init(**limits, log_to_driver=False, _temp_dir=folder)
-        break
-    except Exception as error:
-        print(error, file=sys.stderr)
-        ray.shutdown()
+ray.init(**limits, log_to_driver=False, _temp_dir=folder)
 with contextlib.suppress(ray.exceptions.GetTimeoutError):
     serve.start(http_options={"host": "127.0.0.1", "port": port})
 serve.run(app(RayOptions(threads=1, **options)))
@@ -95,6 +89,8 @@ def cluster(storage: str, model: Path, log: Path, replicas: int, variables: dict
     options = {"storage": storage, "model": str(model), "replicas": replicas, "rate": 10**6, "max_sessions": 10**6}
     keys = {"TTT_E2E_API_KEYS": f"me {KEY}, you {OTHER_KEY}"}
     ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    # Its times are short for a machine on which much else is running.
+    ray |= {"RAY_raylet_start_wait_time_s": str(round(_PATIENCE))}
     ray |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": str(_PATIENCE) for check in ("READY", "HEALTH")}
     port = free_port()
     with log.open("wb") as errors:

@@ -116,6 +116,20 @@ def test_a_replica_is_killed_and_nothing_is_lost(service: Cluster) -> None:
         assert stranger.json()["error"]["code"] == "session_not_found"
         assert httpx.get(f"{service.address}/v1/models").status_code == 401
 
+        body = {"session": ids[1], "learn": True}
+        messages: Any = [{"role": "user", "content": "?"}]
+        with client.chat.completions.create(
+            model="tiny", messages=messages, stream=True, max_tokens=5000, extra_body=body
+        ) as stream:
+            next(iter(stream))
+        # Its client has left, so the session has not learned from it, and nobody waits for its end.
+        assert read(ids[1], "1 grey geese. ")["session"]["tokens"] > tokens[ids[1]]
+        assert (
+            read(ids[2], "1 grey geese. ")["session"]["tokens"]
+            == client.get(f"/sessions/{ids[1]}", cast_to=object)["tokens"]
+        )
+        tokens |= {id: client.get(f"/sessions/{id}", cast_to=object)["tokens"] for id in ids[1:3]}
+
         killed, _ = service.replicas()
         killed.kill()
         end = time.monotonic() + 300
@@ -137,7 +151,7 @@ def test_a_replica_is_killed_and_nothing_is_lost(service: Cluster) -> None:
         assert [item.type for item in client.conversations.items.list(conversation.id)] == ["message"] * 2
         chat = client.chat.completions.create(
             model="tiny",
-            messages=[{"role": "user", "content": "?"}],
+            messages=messages,
             stream=True,
             max_tokens=3,
             extra_body={"session": ids[0]},

@@ -1,6 +1,7 @@
 """Two engines over the same storage, as two replicas have them: each sees what the other has saved."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
@@ -108,6 +109,44 @@ def test_failed_change_lets_the_session_go(tmp_path: Path) -> None:
         assert two.sessions.store.find("me", id).holder is None
         await read(two, "me", id, text_of(2))
         assert_same(await export(one, "me", id, tmp_path), having_read(text_of(2)))
+
+    with_replicas(tmp_path, work)
+
+
+def test_request_that_is_cancelled_while_it_claims_lets_the_session_go(tmp_path: Path) -> None:
+    async def work(one: Engine, two: Engine) -> None:
+        id, claim, reached = (await one.sessions.create("me")).id, one.sessions.store.claim, threading.Event()
+        release = threading.Event()
+
+        def held(record: Any) -> Any:
+            reached.set()
+            assert release.wait(PATIENCE)
+            return claim(record)
+
+        one.sessions.store.claim = held
+        reading = asyncio.create_task(read(one, "me", id, text_of(1)))
+        await asyncio.to_thread(reached.wait, PATIENCE)
+        reading.cancel()
+        release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert two.sessions.store.find("me", id).holder is None
+
+    with_replicas(tmp_path, work)
+
+
+def test_session_that_could_not_be_released_is_released_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_store, "BEAT_SECONDS", 0.01)
+
+    async def work(one: Engine, two: Engine) -> None:
+        id, store = (await one.sessions.create("me")).id, one.sessions.store
+        store.release(store.claim(store.find("me", id)))
+        with monkeypatch.context() as patch:
+            claimed = store.claim(store.find("me", id))
+            patch.setattr(store.storage, "swap", raise_away)
+            with pytest.raises(StorageError):
+                store.release(claimed)
+        await until(lambda: two.sessions.store.find("me", id).holder is None)
 
     with_replicas(tmp_path, work)
 

@@ -52,36 +52,37 @@ class SharedRegistry(SessionRegistry):
     async def changing(self, slot: SessionSlot) -> AsyncIterator[None]:
         """Hold a session inside the block, in which it is replaced once at most: no other replica changes it."""
         async with super().changing(slot):
-            while not await self._claim(slot):
-                await asyncio.sleep(_POLL_SECONDS)
             try:
+                while not await self._claim(slot):
+                    await asyncio.sleep(_POLL_SECONDS)
                 yield
-            finally:
-                with suppress(StorageError, StoppingError):  # others wait until this replica has ended
+            finally:  # also of a claim whose request was cancelled meanwhile
+                with suppress(StorageError, StoppingError):  # the store, or its end, will release it
                     await self._release(slot)
 
     @completed
     async def _claim(self, slot: SessionSlot) -> bool:
         """Whether this replica holds a session now."""
-        record = await asyncio.to_thread(self.store.find, slot.record.owner, slot.record.id)
-        if record is None:
-            raise SessionNotFoundError
-        if record.holder not in (None, self.store.holder) and not await asyncio.to_thread(
-            self.store.is_gone, record.holder
-        ):
+        async with slot.file_lock:
+            record = await asyncio.to_thread(self.store.find, slot.record.owner, slot.record.id)
+            if record is None:
+                raise SessionNotFoundError
+            others = record.holder not in (None, self.store.holder)
+            if others and not await asyncio.to_thread(self.store.is_gone, record.holder):
+                return False
+            with suppress(ConflictError):
+                _adopt(slot, await asyncio.to_thread(self.store.claim, record))
+                return True
             return False
-        with suppress(ConflictError):
-            _adopt(slot, await asyncio.to_thread(self.store.claim, record))
-            return True
-        return False
 
     @completed
     async def _release(self, slot: SessionSlot) -> None:
         """Let a session go, unless that was done with its new version."""
-        record = _record(slot)
-        if record.holder == self.store.holder and not slot.deleted:
-            with suppress(ConflictError):  # it was taken over, or deleted
-                _adopt(slot, await asyncio.to_thread(self.store.release, record))
+        async with slot.file_lock:
+            record = _record(slot)
+            if record.holder == self.store.holder and not slot.deleted:
+                with suppress(ConflictError):  # it was taken over, or deleted
+                    _adopt(slot, await asyncio.to_thread(self.store.release, record))
 
     async def _count(self, owner: str) -> int:
         return await asyncio.to_thread(self.store.count, owner)

@@ -71,6 +71,7 @@ class SharedStore:
         self._closed = threading.Event()
         self._seen: dict[str, tuple[str, float]] = {}  # of other replicas: their last beat, and when it was first seen
         self._mutex = threading.Lock()
+        self._unreleased: dict[str, SharedRecord] = {}  # by id: held by nobody, though their records say otherwise
 
     # -- what `Store` has, too -----------------------------------------------------------------------------------------
 
@@ -157,9 +158,12 @@ class SharedStore:
         return self._parse(name, found.content, found.version)
 
     def records_of(self, owner: str) -> list[SharedRecord]:
-        """The records of an owner's sessions, the oldest first."""
+        """The records of an owner's sessions, the oldest first, without damaged ones."""
         contents = self.storage.read_all(self._record_names(owner))
-        records = [self._parse(name, content, None) for name, content in contents.items()]
+        records = []
+        for name, content in contents.items():
+            with suppress(DamagedSessionError):  # which is in the log
+                records.append(self._parse(name, content, None))
         return sorted((one for one in records if one is not None), key=lambda one: (one.created, one.id))
 
     def count(self, owner: str) -> int:
@@ -178,8 +182,15 @@ class SharedStore:
         return claimed
 
     def release(self, record: SharedRecord) -> SharedRecord:
-        """Let a session go that was not changed. Raises ConflictError if it has been taken over."""
-        return self._swap(replace(record, holder=None))
+        """Let a session go that was not changed. Raises ConflictError if it has been taken over.
+
+        While the storage is away, the thread that `start_beating` starts tries again.
+        """
+        try:
+            return self._swap(replace(record, holder=None))
+        except StorageError:
+            self._unreleased[record.id] = record
+            raise
 
     def is_gone(self, holder: str) -> bool:
         """Whether a replica has ended, or has not been heard of for `LEASE_SECONDS`, by this machine's clock."""
@@ -204,6 +215,10 @@ class SharedStore:
             while not self._closed.wait(BEAT_SECONDS):
                 with suppress(UserError):  # requests will meet the same error and tell it
                     self.beat()
+                    for id, record in list(self._unreleased.items()):
+                        with suppress(ConflictError):  # it is held anew, by whomever
+                            self._swap(replace(record, holder=None))
+                        del self._unreleased[id]
 
         with suppress(UserError):
             self._check()
