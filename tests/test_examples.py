@@ -131,6 +131,30 @@ def test_trainjob() -> None:
     assert "x" not in models.TrainerV1alpha1TrainJob.from_dict(job | {"x": 1}).to_dict()
 
 
+def test_rayservice() -> None:
+    """KubeRay's own schema is not at hand: Ray checks its part, and the rest is held by names."""
+    schema = pytest.importorskip("ray.serve.schema", reason="the extra ray is not installed")
+    from ttt_e2e.server.ray import RayOptions
+
+    (service,) = read_yaml("kubernetes/rayservice.yaml")
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    assert service["spec"].keys() == {"serveConfigV2", "rayClusterConfig"}
+    config = schema.ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == "ttt_e2e.server.ray:app"
+    options, (replica,) = RayOptions(**application.args), application.deployments
+    assert (replica.name, replica.num_replicas, options.memory) == ("Replica", options.replicas, 8 << 30)
+    head = service["spec"]["rayClusterConfig"]["headGroupSpec"]
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == options.replicas
+    (container,) = workers["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == replica.ray_actor_options.num_gpus
+    assert "RAY_USAGE_STATS_ENABLED" in [one["name"] for one in container["env"]]
+    image = (EXAMPLES / "kubernetes/Dockerfile.ray").read_text()
+    assert f"=={service['spec']['rayClusterConfig']['rayVersion']}" in image and container["image"] in image
+    assert container["image"] == head["template"]["spec"]["containers"][0]["image"]
+
+
 def test_skypilot_task() -> None:
     (task,) = read_yaml("skypilot/train.yaml")
     assert task.keys() == {"name", "resources", "num_nodes", "workdir", "volumes", "setup", "run"}

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class FakeEngine:
         GRAMMARS.compile(grammar)
         return grammar
 
-    def check_room(self, owner: str) -> None:
+    async def check_room(self, owner: str) -> None:
         if sum(one.owner == owner for one in self.all.values()) >= 100:
             raise LimitReachedError("There are 100 sessions; delete one.")
 
@@ -117,7 +117,7 @@ class FakeEngine:
         id: str | None = None,
         notebook: bool | FakeSession | None = None,
     ) -> SessionSummary:
-        self.check_room(owner)
+        await self.check_room(owner)
         made = FakeSession(id or f"sess-{secrets.token_hex(16)}", owner, session.text if session else "")
         made.document = document
         made.notebook = notebook.notebook if isinstance(notebook, FakeSession) else [] if notebook else None
@@ -134,23 +134,31 @@ class FakeEngine:
     async def set_document(self, slot: FakeSession, document: str) -> None:
         slot.document = document
 
-    def slot(self, owner: str, id: str) -> FakeSession:
+    async def slot(self, owner: str, id: str) -> FakeSession:
+        return self._slot(owner, id)
+
+    @asynccontextmanager
+    async def changing(self, slot: FakeSession) -> AsyncIterator[None]:
+        async with slot.write_lock:
+            yield
+
+    def _slot(self, owner: str, id: str) -> FakeSession:
         found = self.all.get(id)
         if found is None or found.owner != owner:
             raise SessionNotFoundError
         return found
 
     async def summary(self, owner: str, id: str) -> SessionSummary:
-        return self.slot(owner, id).summary()
+        return self._slot(owner, id).summary()
 
     async def summaries(self, owner: str) -> list[SessionSummary]:
         return [one.summary() for one in self.all.values() if one.owner == owner]
 
     async def fork(self, owner: str, id: str) -> SessionSummary:
-        return await self.create(owner, self.slot(owner, id), notebook=self.slot(owner, id))
+        return await self.create(owner, self._slot(owner, id), notebook=self._slot(owner, id))
 
     async def delete(self, owner: str, id: str) -> None:
-        self.slot(owner, id)
+        self._slot(owner, id)
         del self.all[id]
 
     @contextmanager
@@ -159,11 +167,11 @@ class FakeEngine:
             yield Path(folder)
 
     async def export_session(self, owner: str, id: str, target: Path) -> str:
-        target.write_bytes(b"session:" + self.slot(owner, id).text.encode())
+        target.write_bytes(b"session:" + self._slot(owner, id).text.encode())
         return f"{id}.session"
 
     async def recall(self, owner: str, id: str, query: str, count: int) -> list[Source]:
-        one = self.slot(owner, id)
+        one = self._slot(owner, id)
         if one.notebook is None:
             raise NoNotebookError
         found = [(name, text) for name, text in one.notebook if set(text.split()) & set(query.split())]
@@ -187,7 +195,7 @@ class FakeEngine:
             await asyncio.sleep(0.001)
 
     async def read(self, owner: str, id: str, chunks: Iterable[str], name: str = "") -> AsyncIterator[ReadProgress]:
-        one = self.slot(owner, id)
+        one = self._slot(owner, id)
         with self._request():
             words = "".join(chunks).split()
             if one.notebook is not None:
@@ -220,7 +228,7 @@ class FakeEngine:
         tools: str = "",
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
-        one = None if id is None else self.slot(owner, id)
+        one = None if id is None else self._slot(owner, id)
         before: Before = "text" if one is not None and one.text else "nothing"
         if callable(prompt):
             prompt = prompt(before)

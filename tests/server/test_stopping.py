@@ -211,10 +211,11 @@ def test_files_are_read_and_written_before_the_store_is_closed(tmp_path: Path, m
         await engine.start()
         sessions = engine.sessions
         id = (await sessions.create("me")).id
+        slot = await sessions.slot("me", id)
         await sessions.export_session("me", id, tmp_path / "exported")
         for module, name, request in (
             (sessions._loader, "load", lambda: sessions.import_session("me", tmp_path / "exported")),
-            (sessions._loader, "load", lambda: sessions.session(sessions.slot("me", id))),
+            (sessions._loader, "load", lambda: sessions.session(slot)),
             (registry, "_export", lambda: sessions.export_session("me", id, tmp_path / "again")),
         ):
             held = Held(getattr(module, name))
@@ -241,6 +242,7 @@ def test_what_needs_the_store_is_refused_once_it_is_closed(tmp_path: Path) -> No
         await engine.start()
         sessions = engine.sessions
         id = (await sessions.create("me")).id
+        slot = await sessions.slot("me", id)
         await sessions.export_session("me", id, tmp_path / "exported")
         await engine.stop()
         for path in (tmp_path / "data").iterdir():  # as the next process does with files that it replaces
@@ -251,7 +253,7 @@ def test_what_needs_the_store_is_refused_once_it_is_closed(tmp_path: Path) -> No
             sessions.delete("me", id),
             sessions.export_session("me", id, tmp_path / "again"),
             sessions.import_session("me", tmp_path / "missing"),
-            sessions.session(sessions.slot("me", id)),
+            sessions.session(slot),
         ):
             with pytest.raises(StoppingError):
                 await request

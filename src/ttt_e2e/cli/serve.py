@@ -32,7 +32,6 @@ DTYPE: dict[str, Any] = {
 """The option --dtype of commands that serve."""
 
 _QUEUED_CONNECTIONS = 128  # by the system, until they are accepted
-_MAX_FILE_BYTES = 4 << 30  # of an imported session: with full attention sessions grow without bound
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,40 +93,19 @@ def run(arguments: argparse.Namespace) -> int:
     check_host(arguments.host, keys)
     listener = listen(arguments.host, arguments.port)
     with listener:
-        from ttt_e2e.inference.load import shipped_model
-        from ttt_e2e.inference.session import Session
-        from ttt_e2e.inference.session_file import DTYPES
         from ttt_e2e.server.app import create_app
-        from ttt_e2e.server.chat import load_chat_format
         from ttt_e2e.server.connections import bounded_protocol, connection_limit
-        from ttt_e2e.server.engine.engine import Engine
         from ttt_e2e.server.engine.store import Store
         from ttt_e2e.server.middleware.logs import configure_logging
+        from ttt_e2e.server.options import Options, open_engine
         from ttt_e2e.server.serving import Server
-        from ttt_e2e.server.settings import Settings
 
         configure_logging()
         protocol = bounded_protocol(connection_limit())
         store = Store(arguments.data)
         model, tokenizer = open_model(arguments)
-        folder = model_folder(arguments.model) or shipped_model()
-        engine = Engine(
-            Session(model, tokenizer, dtype=DTYPES[arguments.dtype]),
-            store,
-            max_batch=arguments.max_batch,
-            memory_bytes=arguments.memory,
-            max_sessions=arguments.max_sessions,
-            max_session_tokens=arguments.max_session_tokens,
-            max_notebook_bytes=arguments.max_notebook,
-        )
-        settings = Settings(
-            model_name="ttt-e2e" if arguments.model is None else arguments.model.resolve().name,
-            keys=keys,
-            chat=load_chat_format(folder, tokenizer, arguments.chat_template),
-            body_bytes=arguments.max_body,
-            file_bytes=min(engine.max_file_bytes, _MAX_FILE_BYTES),
-            requests_per_minute=arguments.rate,
-        )
+        given = {name: getattr(arguments, name) for name in Options.model_fields}
+        engine, settings = open_engine(Options(**given), model_folder(arguments.model), model, tokenizer, store, keys)
         app = create_app(engine, settings)
         server = Server(app, engine, protocol, _QUEUED_CONNECTIONS)
         # From here on a signal ends the service in order, also one that comes before uvicorn listens to them. After

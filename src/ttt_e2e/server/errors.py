@@ -21,9 +21,15 @@ from ttt_e2e.server.engine.records import (
     PromptTooLongError,
     SessionNotFoundError,
     StoppingError,
+    TakenOverError,
 )
+from ttt_e2e.server.engine.storage import StorageError
 
 _INTERNAL_ERROR = "The server failed unexpectedly; its log has the error under this response's x-request-id."
+_STORAGE_ERROR = (
+    "The server cannot reach its storage; tell its operator, and try again later. If this was to change a session, "
+    "look first whether it did: the change was saved as a whole or not at all."
+)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {404: "not_found_error", 413: "request_too_large", **_TYPES}
 _HTTP_MESSAGES = {
@@ -37,6 +43,7 @@ _ENGINE_ERRORS: tuple[tuple[type[UserError], int, str, str | None], ...] = (  # 
     (DamagedSessionError, 500, "session_damaged", "session"),
     (LimitReachedError, 400, "limit_reached", None),
     (PromptTooLongError, 400, "prompt_too_long", "echo"),
+    (TakenOverError, 409, "taken_over", "session"),
     (StoppingError, 503, "stopping", None),
     (Diverged, 422, "diverged", None),
 )
@@ -94,6 +101,8 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
     for kind, status, code, param in _ENGINE_ERRORS:
         if isinstance(error, kind):
             return _body(status, str(error), code, param)
+    if isinstance(error, StorageError):
+        return _body(503, _STORAGE_ERROR, "storage")
     if isinstance(error, UserError) and isinstance(error.__cause__, OSError | sqlite3.Error):
         # Clients cannot do anything about a full disk, and the message names folders of the server.
         return _body(503, "The server cannot use its disk; nothing has changed. Tell its operator.", "disk")

@@ -96,7 +96,7 @@ def routes(engine: Engine) -> APIRouter:
     async def update(conversation_id: str, body: ConversationUpdate, request: Request) -> Conversation:
         """Replace the metadata of a conversation."""
         slot, _ = await load(request, conversation_id)
-        async with slot.write_lock:
+        async with engine.sessions.changing(slot):
             _, document = await load(request, conversation_id)
             document["metadata"] = body.metadata or {}
             await engine.sessions.set_document(slot, to_text(document))
@@ -126,7 +126,7 @@ def routes(engine: Engine) -> APIRouter:
         """Add messages to a conversation, which the model reads with the next response."""
         slot, _ = await load(request, conversation_id)
         new = [message.item() for message in body.items]
-        async with slot.write_lock:
+        async with engine.sessions.changing(slot):
             _, document = await load(request, conversation_id)
             document["items"] += new
             await engine.sessions.set_document(slot, to_text(document))
@@ -144,7 +144,7 @@ def routes(engine: Engine) -> APIRouter:
     async def delete_item(conversation_id: str, item_id: str, request: Request) -> Conversation:
         """Delete a message that the model has not read yet."""
         slot, _ = await load(request, conversation_id)
-        async with slot.write_lock:
+        async with engine.sessions.changing(slot):
             _, document = await load(request, conversation_id)
             index = index_of(document["items"], item_id, "item_id")
             if index < document["read"]:

@@ -41,7 +41,7 @@ async def load_document(
     try:
         if not re.fullmatch(f"({prefix})[0-9a-f]{{32}}", id):
             raise SessionNotFoundError
-        slot = engine.sessions.slot(owner, session_id(id))
+        slot = await engine.sessions.slot(owner, session_id(id))
         text = await engine.sessions.document(slot)
     except SessionNotFoundError as error:
         raise _not_found(kind, param) from error
@@ -60,13 +60,13 @@ async def superfluous(engine: Engine, owner: str, kept: str | None) -> str | Non
     room nor such a response.
     """
     try:
-        engine.sessions.check_room(owner)
+        await engine.sessions.check_room(owner)
         return None
     except LimitReachedError:
         for summary in await engine.sessions.summaries(owner):
             if summary.id != kept:
                 with suppress(SessionNotFoundError, DamagedSessionError):  # deleted meanwhile; or not to be judged
-                    text = await engine.sessions.document(engine.sessions.slot(owner, summary.id))
+                    text = await engine.sessions.document(await engine.sessions.slot(owner, summary.id))
                     if text is not None and json.loads(text)["kind"] == "response":
                         return summary.id
         raise

@@ -126,7 +126,7 @@ class Generations:
         Raises ApiError if the notebook is wanted and there is none.
         """
         owner = request.state.caller.owner
-        keeps = session is not None and self.engine.sessions.slot(owner, session).summary().notebook is not None
+        keeps = session is not None and (await self.engine.sessions.slot(owner, session)).summary().notebook is not None
         wanted = by_default and keeps and question is not None if body.notebook is None else body.notebook
         if body.notebook and not keeps:
             message = "notebook needs a session that keeps one; create it with notebook: true, or omit notebook."

@@ -121,7 +121,7 @@ class _Response:
         elif (previous := body.previous_response_id) is not None:
             found, _ = await load_document(engine, self.owner, "response", previous, "previous_response_id")
         earlier = found.record.id if found else None
-        async with slot.write_lock if slot else nullcontext():
+        async with engine.sessions.changing(slot) if slot else nullcontext():
             if self.conversation is not None:
                 _, document = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
             if body.stored:

@@ -37,6 +37,8 @@ from ttt_e2e.server.engine.records import (
     TextChunk,
 )
 from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
+from ttt_e2e.server.engine.shared_sessions import SharedRegistry
+from ttt_e2e.server.engine.shared_store import SharedStore
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession, Worker
@@ -57,7 +59,7 @@ class Engine:
     def __init__(
         self,
         template: Session,
-        store: Store,
+        store: Store | SharedStore,
         *,
         max_batch: int = 16,
         memory_bytes: int = 2 << 30,
@@ -70,8 +72,9 @@ class Engine:
         self._token_texts = TokenTexts(template.tokenizer)
         self.grammars = GrammarCompiler(template.tokenizer, template.model.config.vocab_size)
         template.info()  # hashes the model once: all sessions are copies of this one and share the digest
+        registry = SharedRegistry if isinstance(store, SharedStore) else SessionRegistry
         limits = Limits(passage_size(template.model.config.sliding_window), max_notebook_bytes)
-        self.sessions = SessionRegistry(template, store, memory_bytes, max_sessions, max_session_tokens, limits)
+        self.sessions = registry(template, store, memory_bytes, max_sessions, max_session_tokens, limits)
         self._worker = Worker(template, max_batch)
         self._requests = Usage()
         self._stopping = False
@@ -140,9 +143,9 @@ class Engine:
         the reading; an exception raised by their iterator ends the reading. Raises LimitReachedError if the session
         would become too long, and Diverged.
         """
-        slot = self.sessions.slot(owner, id)
+        slot = await self.sessions.slot(owner, id)
         with self._request():
-            async with slot.write_lock:
+            async with self.sessions.changing(slot):
                 session = await self.sessions.session(slot, for_change=True)
                 length, unscored = num_tokens(session), session.pending
                 text = NotebookText(document_name(name), chunks)
@@ -218,11 +221,11 @@ class Engine:
         Raises UserError for values out of range, PromptTooLongError if `echo` and `logprobs` would tell too much,
         LimitReachedError if prompt, `max_tokens` and, with `learn`, the session are too long together, and Diverged.
         """
-        slot = None if id is None else self.sessions.slot(owner, id)
+        slot = None if id is None else await self.sessions.slot(owner, id)
         replaced = slot if learn and save is None else None
         check_max_tokens(max_tokens)
         with self._request():
-            async with replaced.write_lock if replaced else nullcontext(), limit or nullcontext():
+            async with self.sessions.changing(replaced) if replaced else nullcontext(), limit or nullcontext():
                 session = await self.sessions.session(slot, for_change=learn) if slot else self._template
                 kept_ids = None
                 if learn and kept is not None:

@@ -44,6 +44,13 @@ class NoNotebookError(UserError):
         super().__init__("This session keeps no notebook; create one with notebook: true, and let it read the text.")
 
 
+class TakenOverError(UserError):
+    """Another replica has taken the session over, and nothing was changed."""
+
+    def __init__(self) -> None:
+        super().__init__("Another replica has taken this session over; nothing of this was saved. Send it again.")
+
+
 class LimitReachedError(UserError):
     """A limit is reached: the number of sessions per owner, or of tokens per session."""
 

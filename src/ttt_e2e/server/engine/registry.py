@@ -8,7 +8,7 @@ import asyncio
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, MutableMapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +27,14 @@ from ttt_e2e.server.engine.records import (
     DamagedSessionError,
     LimitReachedError,
     NoNotebookError,
+    NotebookRecord,
     NotebookSummary,
     SessionNotFoundError,
     SessionSummary,
     StoppingError,
 )
-from ttt_e2e.server.engine.store import NewNotebook, SessionRecord, Store
+from ttt_e2e.server.engine.shared_store import SharedStore
+from ttt_e2e.server.engine.store import NewNotebook, SessionRecord, Store, file_fingerprint
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession
 
@@ -43,7 +45,7 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class SessionSlot:
-    """A session of the registry; only `SessionRegistry` changes it, apart from `pooled` and `write_lock`.
+    """A session of the registry; only `SessionRegistry` changes it, apart from `pooled`.
 
     session: None while it is on disk only. fingerprint: of its file, when it was last known to hold what the record
     says. damaged: it was later found not to. notebook_fingerprint, notebook_damaged: likewise of its notebook. pooled:
@@ -53,7 +55,7 @@ class SessionSlot:
 
     record: SessionRecord
     session: Session | None = None
-    fingerprint: tuple[int, ...] = ()
+    fingerprint: tuple[int | str, ...] = ()
     damaged: bool = False
     notebook_fingerprint: tuple[int, ...] = ()
     notebook_damaged: bool = False
@@ -83,7 +85,7 @@ class SessionSlot:
         )
 
 
-def _completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+def completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
     """Decorate a change that runs to its end even if the caller is cancelled, and is refused after `close`."""
 
     @functools.wraps(method)
@@ -114,15 +116,16 @@ class SessionRegistry:
     def __init__(
         self,
         template: Session,
-        store: Store,
+        store: Store | SharedStore,
         memory_bytes: int,
         max_sessions: int,
         max_session_tokens: int,
         limits: notebooks.Limits,
     ) -> None:
-        self.template, self.store, self.limits = template, store, limits
+        self.template, self.limits = template, limits
+        self.store: Any = store  # the two are used in the same way, with records of their own
         self._memory_bytes, self._max_sessions, self.max_session_tokens = memory_bytes, max_sessions, max_session_tokens
-        self._slots: dict[str, SessionSlot] = {}
+        self._slots: MutableMapping[str, SessionSlot] = {}
         self._in_memory: dict[str, SessionSlot] = {}  # from the least to the most recently used
         self._owner_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._changes: set[asyncio.Task[Any]] = set()
@@ -152,12 +155,12 @@ class SessionRegistry:
         if tokens > self.max_session_tokens:
             raise LimitReachedError(f"A session holds at most {self.max_session_tokens:,} tokens; use a new one.")
 
-    def check_room(self, owner: str) -> None:
+    async def check_room(self, owner: str) -> None:
         """Raise LimitReachedError if the owner has `max_sessions` already."""
-        if sum(slot.record.owner == owner for slot in self._slots.values()) >= self._max_sessions:
+        if await self._count(owner) >= self._max_sessions:
             raise LimitReachedError(f"The limit of {self._max_sessions} sessions is reached; delete one first.")
 
-    @_completed
+    @completed
     async def create(
         self,
         owner: str,
@@ -174,16 +177,10 @@ class SessionRegistry:
         session = session or self.template
         shared = notebook if isinstance(notebook, SessionSlot) and notebook.record.notebook else None
         async with self._owner_locks[owner], shared.file_lock if shared else nullcontext():
-            self.check_room(owner)
+            await self.check_room(owner)
             if shared and shared.deleted:
                 raise SessionNotFoundError
-            with self.temporary_folder() if notebook is True else nullcontext() as folder:
-                new = shared.record.notebook if shared else notebook if isinstance(notebook, NewNotebook) else None
-                if folder is not None:
-                    new = await asyncio.to_thread(notebooks.make_notebook, folder / "notebook", self.limits, ())
-                record, fingerprint = await asyncio.to_thread(
-                    self._saved, self.store.add, owner, session, document, id, new
-                )
+            record, fingerprint = await asyncio.to_thread(self._added, owner, session, document, id, notebook)
             slot = SessionSlot(record, session, fingerprint)
             self._slots[record.id] = slot
             self._mark_used(slot)
@@ -191,7 +188,7 @@ class SessionRegistry:
 
     async def summary(self, owner: str, id: str) -> SessionSummary:
         """Describe a session; if a new version of it is being saved, that one."""
-        slot = self.slot(owner, id)
+        slot = await self.slot(owner, id)
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
@@ -205,19 +202,19 @@ class SessionRegistry:
 
     async def fork(self, owner: str, id: str) -> SessionSummary:
         """Add an independent copy of a session. Raises LimitReachedError as `create` does."""
-        slot = self.slot(owner, id)
+        slot = await self.slot(owner, id)
         return await self.create(owner, await self.session(slot), notebook=slot)
 
-    @_completed
+    @completed
     async def delete(self, owner: str, id: str) -> None:
         """Delete a session. Requests that use it fail with SessionNotFoundError."""
-        slot = self.slot(owner, id)
+        slot = await self.slot(owner, id)
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
             await asyncio.to_thread(self.store.delete, slot.record)
             slot.deleted = True
-            del self._slots[id]
+            self._slots.pop(id, None)
             self._in_memory.pop(id, None)
         for pooled in list(slot.pooled):
             pooled.fail(SessionNotFoundError())
@@ -227,18 +224,15 @@ class SessionRegistry:
 
         If this fails, a part of it may remain.
         """
-        slot = self.slot(owner, id)
+        slot = await self.slot(owner, id)
         with self._using_files():
             if slot.record.notebook is None:
                 await asyncio.to_thread(_export, await self.session(slot), target)
                 return f"{id}.session"
-            session = await self.session(slot)
-            async with slot.file_lock:  # under which no later notebook takes the place of this one
-                await asyncio.to_thread(self._checked_notebook, slot)
-                with self.temporary_folder() as folder:
-                    file, notebook = folder / "one.session", self.store.notebook_path(slot.record.notebook)
-                    await asyncio.to_thread(_export, session, file)
-                    await asyncio.to_thread(notebooks.write_archive, target, id, file, notebook)
+            async with slot.file_lock:
+                if slot.deleted:
+                    raise SessionNotFoundError
+                await asyncio.to_thread(self._export_with_notebook, slot, target)
                 return f"{id}.tar"
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
@@ -259,7 +253,7 @@ class SessionRegistry:
 
     async def recall(self, owner: str, id: str, search: Callable[[Notebook], _T]) -> _T:
         """What `search` finds in the notebook of a session. Raises NoNotebookError if it keeps none."""
-        slot = self.slot(owner, id)
+        slot = await self.slot(owner, id)
         if slot.record.notebook is None:
             raise NoNotebookError
         with self._using_files():
@@ -268,7 +262,7 @@ class SessionRegistry:
 
     @asynccontextmanager
     async def recorded(self, slot: SessionSlot, text: notebooks.NotebookText) -> AsyncIterator[NewNotebook | None]:
-        """The notebook of a session with a text added, for `replace`; None if it keeps none. Hold its `write_lock`.
+        """The notebook of a session with a text added, for `replace`; None if it keeps none. Be `changing` it.
 
         It exists inside the block. Raises LimitReachedError if it becomes too large.
         """
@@ -284,12 +278,18 @@ class SessionRegistry:
                 await asyncio.wait([making])  # before its folder is removed
             yield notebook
 
-    def slot(self, owner: str, id: str) -> SessionSlot:
+    async def slot(self, owner: str, id: str) -> SessionSlot:
         """The slot of a session."""
         slot = self._slots.get(id)
         if slot is None or slot.record.owner != owner:
             raise SessionNotFoundError
         return slot
+
+    @asynccontextmanager
+    async def changing(self, slot: SessionSlot) -> AsyncIterator[None]:
+        """Let nobody else change a session inside the block, in which it is replaced once at most."""
+        async with slot.write_lock:
+            yield
 
     async def session(self, slot: SessionSlot, *, for_change: bool = False) -> Session:
         """The current version of a session, loaded if necessary.
@@ -315,15 +315,15 @@ class SessionRegistry:
                     raise SessionNotFoundError
                 return await asyncio.to_thread(self.store.document, slot.record)
 
-    @_completed
+    @completed
     async def set_document(self, slot: SessionSlot, document: str) -> None:
-        """Save the document of a session; hold its `write_lock` if the former one matters."""
+        """Save the document of a session; be `changing` it if the former one matters."""
         async with slot.file_lock:
             if slot.deleted:
                 raise SessionNotFoundError
-            await asyncio.to_thread(self.store.set_document, slot.record, document)
+            slot.record = await asyncio.to_thread(self.store.set_document, slot.record, document)
 
-    @_completed
+    @completed
     async def replace(
         self, slot: SessionSlot, session: Session, document: str | None = None, notebook: NewNotebook | None = None
     ) -> SessionSummary:
@@ -357,6 +357,9 @@ class SessionRegistry:
         with self._file_users:
             yield
 
+    async def _count(self, owner: str) -> int:
+        return sum(slot.record.owner == owner for slot in self._slots.values())
+
     def _read_records(self) -> None:
         for record in self.store.records():
             slot = self._slots[record.id] = SessionSlot(record)
@@ -366,21 +369,47 @@ class SessionRegistry:
             if record.notebook and not (self.store.notebook_path(record.notebook) / DATABASE).is_file():
                 self._set_notebook_damaged(slot, "it is missing")
 
+    def _added(
+        self,
+        owner: str,
+        session: Session,
+        document: str | None,
+        id: str | None,
+        notebook: bool | NewNotebook | SessionSlot | None,
+    ) -> Any:
+        """As `_saved`, of a new session."""
+        with self._notebook_of_new(notebook) as new:
+            return self._saved(self.store.add, owner, session, document, id, new)
+
+    @contextmanager
+    def _notebook_of_new(
+        self, notebook: bool | NewNotebook | SessionSlot | None
+    ) -> Iterator[NotebookRecord | NewNotebook | None]:
+        """The notebook that a new session gets; see `create`."""
+        if isinstance(notebook, SessionSlot):
+            yield notebook.record.notebook  # which they share from then on
+        elif notebook is True:
+            with self.temporary_folder() as folder:
+                yield notebooks.make_notebook(folder / "notebook", self.limits, ())
+        else:
+            yield notebook or None
+
     def _saved(self, save: Callable[_P, SessionRecord], *args: _P.args, **kwargs: _P.kwargs) -> Any:
         """The record that `save` returns, and the fingerprint of its file."""
         record = save(*args, **kwargs)
-        return record, self.store.fingerprint(self.store.path(record))
+        return record, self.store.fingerprint(record)
 
     def _checked(self, slot: SessionSlot) -> Session:
         """The session of a slot: that in memory, unless somebody has touched the file. Then it is read and checked."""
-        path, name, info = self.store.path(slot.record), f"The session {slot.record.id}", slot.record.info
-        fingerprint = self.store.fingerprint(path)
+        name, info = f"The session {slot.record.id}", slot.record.info
+        fingerprint = self.store.fingerprint(slot.record)
         if slot.session and fingerprint == slot.fingerprint:
             return slot.session
         try:
-            if self._loader.read_info(path, name) != info:
-                raise UserError(f"{name} was replaced by another.")
-            session = self._loader.load(path, name)
+            with self.store.local_file(slot.record) as path:
+                if self._loader.read_info(path, name) != info:
+                    raise UserError(f"{name} was replaced by another.")
+                session = self._loader.load(path, name)
         except UserError as error:
             self.store.check_in_place()  # or all files are missing
             served = self._loader.info
@@ -396,30 +425,46 @@ class SessionRegistry:
             slot.damaged = True
             _log.error("The file %s is damaged: %s", self.store.path(slot.record), reason)
 
-    def _checked_notebook(self, slot: SessionSlot) -> Path:
-        """The notebook of a session. Raises DamagedNotebookError unless it is the one that was saved."""
+    @contextmanager
+    def _checked_notebook(self, slot: SessionSlot) -> Iterator[Path]:
+        """The notebook of a session, for reading inside the block.
+
+        Raises DamagedNotebookError unless it is the one that was saved.
+        """
         assert slot.record.notebook is not None
-        folder = self.store.notebook_path(slot.record.notebook)
-        fingerprint = self.store.fingerprint(folder / DATABASE)
-        if fingerprint != slot.notebook_fingerprint or not fingerprint:
-            if not fingerprint or file_digest(folder / DATABASE) != slot.record.notebook.digest:
-                if slot.deleted:
-                    raise SessionNotFoundError
-                self.store.check_in_place()  # or all files are missing
-                self._set_notebook_damaged(slot, "it is missing, or was altered")
-                raise DamagedNotebookError
-            slot.notebook_fingerprint, slot.notebook_damaged = fingerprint, False
-        return folder
+        with self.store.local_notebook(slot.record.notebook) as folder:
+            found = file_fingerprint(folder / DATABASE)
+            if found != slot.notebook_fingerprint or not found:
+                if not found or file_digest(folder / DATABASE) != slot.record.notebook.digest:
+                    if slot.deleted:
+                        raise SessionNotFoundError
+                    self.store.check_in_place()  # or all files are missing
+                    self._set_notebook_damaged(slot, "it is missing, or was altered")
+                    raise DamagedNotebookError
+                slot.notebook_fingerprint, slot.notebook_damaged = found, False
+            yield folder
 
     def _searched(self, slot: SessionSlot, search: Callable[[Notebook], _T]) -> _T:
-        with self._notebook_errors(slot), Notebook(self._checked_notebook(slot), create=False) as notebook:
+        with (
+            self._notebook_errors(slot),
+            self._checked_notebook(slot) as folder,
+            Notebook(folder, create=False) as notebook,
+        ):
             return search(notebook)
 
     def _recorded(self, slot: SessionSlot, target: Path, text: notebooks.NotebookText) -> NewNotebook:
-        assert slot.record.notebook is not None
-        with self._notebook_errors(slot):
-            source = self._checked_notebook(slot), slot.record.notebook
-            return notebooks.make_notebook(target, self.limits, [text], source)
+        with self._notebook_errors(slot), self._checked_notebook(slot) as folder:
+            assert slot.record.notebook is not None
+            return notebooks.make_notebook(target, self.limits, [text], (folder, slot.record.notebook))
+
+    def _export_with_notebook(self, slot: SessionSlot, target: Path) -> None:
+        while True:
+            session, file = self._checked(slot), slot.record.file
+            with self._checked_notebook(slot) as notebook, self.temporary_folder() as folder:
+                if slot.record.file == file:  # else another replica has replaced both
+                    _export(session, folder / "one.session")
+                    notebooks.write_archive(target, slot.record.id, folder / "one.session", notebook)
+                    return
 
     @contextmanager
     def _notebook_errors(self, slot: SessionSlot) -> Iterator[None]:

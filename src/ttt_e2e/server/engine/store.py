@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ _ADDED = (  # not in databases that earlier versions made
     " BEGIN DELETE FROM notebooks WHERE session = OLD.id; END",
 )
 _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_ID = "sess-[0-9a-f]{32}"
+ID = "sess-[0-9a-f]{32}"
 _DELETED = ".deleted"
 _REMEDY = "move its .session files to another folder, start with an empty one and import them"
 _log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class SessionRecord:
     file: str
     size: int
     info: SessionInfo
-    notebook: NotebookRecord | None = None
+    notebook: NotebookRecord | None
 
 
 @dataclass(frozen=True)
@@ -147,17 +148,23 @@ class Store:
         """The file with the current version of a session."""
         return self.folder / record.file
 
+    @contextmanager
+    def local_file(self, record: SessionRecord) -> Iterator[Path]:
+        """That file, for reading inside the block."""
+        yield self.path(record)
+
+    def fingerprint(self, record: SessionRecord) -> tuple[int, ...]:
+        """What is different as soon as somebody has altered or replaced a session's file; () if it is missing."""
+        return file_fingerprint(self.path(record))
+
     def notebook_path(self, notebook: NotebookRecord) -> Path:
         """The folder of a notebook."""
         return self.folder / notebook.file
 
-    def fingerprint(self, file: Path) -> tuple[int, ...]:
-        """What is different as soon as somebody has altered or replaced a file; () if it is missing."""
-        try:
-            stat = file.stat()
-        except OSError:
-            return ()
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    @contextmanager
+    def local_notebook(self, notebook: NotebookRecord) -> Iterator[Path]:
+        """That folder, for reading inside the block."""
+        yield self.notebook_path(notebook)
 
     def add(
         self,
@@ -193,10 +200,11 @@ class Store:
             raise DamagedSessionError
         return str(rows[0][1]) if rows else None
 
-    def set_document(self, record: SessionRecord, document: str) -> None:
-        """Save the document of a session, which stays as it is."""
+    def set_document(self, record: SessionRecord, document: str) -> SessionRecord:
+        """Save the document of a session, which stays as it is; returns its record."""
         with self._writing("save a document"):
             self._execute(*_document_row(record.id, document))
+        return record
 
     def delete(self, record: SessionRecord) -> None:
         """Delete a session. On a full disk its file makes room for that; see above if this is not enough."""
@@ -283,7 +291,7 @@ class Store:
     def _check_empty(self) -> None:
         """Raise UserError if there are sessions in a folder without a database."""
         names = [path.name for path in self.folder.iterdir()]
-        if any(re.fullmatch(rf"{_ID}\.json", name) for name in names):
+        if any(re.fullmatch(rf"{ID}\.json", name) for name in names):
             raise UserError(
                 f"{self.folder} is a {FORMAT} of format version 1, a JSON file per session, and this ttt-e2e reads "
                 f"version {VERSION}; export the sessions with the ttt-e2e that wrote them, or {_REMEDY}."
@@ -331,7 +339,7 @@ class Store:
                 part.touch(mode=0o600)
                 write_new_session_file(part, facts, tensors)
                 sync(part)
-                record = SessionRecord(id, owner, created, file, part.stat().st_size, info)
+                record = SessionRecord(id, owner, created, file, part.stat().st_size, info, None)
                 self.check_in_place()
                 part.rename(self.folder / file)
             moved = None
@@ -414,16 +422,29 @@ class Store:
 
 def _files(tag: str, suffix: str = "session") -> re.Pattern[str]:
     """The names of session files or notebooks, of which the id is the first group."""
-    return re.compile(rf"({_ID})\.{tag}-[0-9a-f]{{16}}\.{suffix}")
+    return re.compile(rf"({ID})\.{tag}-[0-9a-f]{{16}}\.{suffix}")
+
+
+def file_fingerprint(file: Path) -> tuple[int, ...]:
+    """What is different as soon as somebody has altered or replaced a file; () if it is missing."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return ()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _is_full(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
+affinity: ContextVar[str | None] = ContextVar("affinity", default=None)
+"""What the ids of new sessions end in: 4 hex digits, by which several replicas of a service share sessions out."""
+
+
 def new_id() -> str:
     """An id for a session."""
-    return f"sess-{secrets.token_hex(16)}"
+    return f"sess-{secrets.token_hex(14)}{affinity.get() or secrets.token_hex(2)}"
 
 
 def _document_row(id: str, document: str) -> tuple[str, str, str, str]:

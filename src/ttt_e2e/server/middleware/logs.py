@@ -70,7 +70,9 @@ class RequestLogMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update({"x-request-id": request_id, "x-content-type-options": "nosniff"})
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("x-request-id", request_id)  # that of a replica, which has logged the request
+                headers["x-content-type-options"] = "nosniff"
             await send(message)
 
         disconnected = False

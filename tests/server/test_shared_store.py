@@ -1,0 +1,218 @@
+"""Sessions on shared storage: what replicas find there, who holds a session, and replicas that fail at any moment."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shared_helpers import s3_server
+from test_store import MODEL, TEMPLATE, TEXT, TOKENIZER, session_of
+
+from ttt_e2e.errors import UserError
+from ttt_e2e.inference.session import Session
+from ttt_e2e.inference.session_file import SessionInfo
+from ttt_e2e.server.engine import shared_store
+from ttt_e2e.server.engine.records import DamagedSessionError, SessionNotFoundError, TakenOverError
+from ttt_e2e.server.engine.shared_store import LEASE_SECONDS, SharedRecord, SharedStore
+from ttt_e2e.server.engine.storage import ConflictError, StorageError
+
+AFTER = session_of(TEXT)
+EMPTY, READ = TEMPLATE.info(), AFTER.info()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as url:
+        yield url
+
+
+@pytest.fixture(params=["folder", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "sessions") if request.param == "folder" else request.getfixturevalue("bucket")
+
+
+def load(store: SharedStore, record: SharedRecord) -> SessionInfo:
+    with store.local_file(record) as path:
+        return Session.load(path, MODEL, TOKENIZER).info()
+
+
+def files(store: SharedStore, record: SharedRecord) -> set[str]:
+    return set(store.storage.names(f"sessions/{record.owner}/{record.id}"))
+
+
+def found(store: SharedStore, record: SharedRecord) -> SharedRecord:
+    current = store.find(record.owner, record.id)
+    assert current is not None
+    return current
+
+
+def two_stores(url: str) -> tuple[SharedStore, SharedStore]:
+    one, two = SharedStore(url), SharedStore(str(Path("unused")))
+    two.storage = one.storage  # a client for S3 takes a second to make
+    return one, two
+
+
+def test_what_one_replica_saves_another_finds(url: str) -> None:
+    one, two = two_stores(url)
+    assert one.records_of("me") == [] and one.count("me") == 0 and one.find("me", f"sess-{32 * '0'}") is None
+    plain, record = one.add("me", TEMPLATE), one.add("me", AFTER, "eins – 一")
+    assert two.records_of("me") == [plain, record] and two.records_of("you") == [] and two.count("me") == 2
+    assert found(two, record) == record and two.find("you", record.id) is None
+    assert (load(two, plain), load(two, record)) == (EMPTY, READ)
+    assert (two.document(plain), two.document(record)) == (None, "eins – 一")
+    new = two.replace(record, TEMPLATE)
+    assert one.document(record) == one.document(found(one, record)) == "eins – 一" and load(one, new) == EMPTY
+    with pytest.raises(FileNotFoundError):
+        load(one, record)
+    new = two.replace(new, AFTER, "two")
+    assert one.document(record) == "two" and found(one, record).info == READ
+    plain = one.set_document(found(one, plain), "of another")
+    assert two.document(plain) == "of another" and load(two, plain) == EMPTY
+    assert len(files(one, new)) == len(files(one, plain)) == 3
+    two.delete(record)
+    assert one.find("me", record.id) is None and one.records_of("me") == [plain] and not files(one, record)
+    for change in (lambda: one.replace(new, TEMPLATE), lambda: one.set_document(new, "x")):
+        with pytest.raises(SessionNotFoundError):
+            change()
+    assert not files(one, record)
+
+
+def test_replica_that_was_paused_cannot_overwrite_its_successor(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused, successor = two_stores(url)
+    for store in (paused, successor):
+        store.beat()
+    record = paused.claim(paused.add("me", TEMPLATE, "one"))
+    assert found(successor, record).holder == paused.holder and not successor.is_gone(paused.holder)
+    clock = time.monotonic()
+    monkeypatch.setattr(shared_store.time, "monotonic", lambda: clock)
+    clock += LEASE_SECONDS - 0.1
+    assert not successor.is_gone(paused.holder)
+    paused.beat()
+    clock += 0.2
+    assert not successor.is_gone(paused.holder)  # it was heard of
+    clock += LEASE_SECONDS + 0.1
+    assert successor.is_gone(paused.holder)
+    held = successor.claim(found(successor, record))
+    for change in (lambda: paused.replace(record, AFTER, "x"), lambda: paused.set_document(record, "x")):
+        with pytest.raises(TakenOverError, match="Another replica has taken this session over"):
+            change()
+    with pytest.raises(ConflictError):
+        paused.release(record)
+    saved = successor.replace(held, session_of(TEXT * 2), "two")
+    with pytest.raises(TakenOverError):
+        paused.replace(record, AFTER)
+    current = found(paused, record)
+    assert current == saved and current.holder is None and load(paused, current) == session_of(TEXT * 2).info()
+    assert paused.document(current) == "two" and len(files(paused, record)) == 3
+
+
+def test_replica_that_ends_in_order_holds_nothing(tmp_path: Path) -> None:
+    store, other = SharedStore(str(tmp_path)), SharedStore(str(tmp_path))
+    store.start_beating()
+    store.claim(store.add("me", TEMPLATE))
+    assert not other.is_gone(store.holder)
+    store.close()
+    assert other.is_gone(store.holder)
+
+
+def test_what_a_dead_replica_left_goes_when_its_session_is_taken_over(tmp_path: Path) -> None:
+    dead, store = SharedStore(str(tmp_path)), SharedStore(str(tmp_path))
+    record = dead.claim(dead.add("me", TEMPLATE, "kept"))
+    dead._upload(record, AFTER, "half of a change")
+    assert len(files(store, record)) == 5
+    store.release(store.claim(found(store, record)))
+    assert len(files(store, record)) == 3 and store.document(found(store, record)) == "kept"
+
+
+class Killed(BaseException):
+    """What happens to a process that cannot clean up either."""
+
+
+OPERATIONS: dict[str, tuple[Callable[[SharedStore, SharedRecord], object], SessionInfo | None, str | None]] = {
+    "replace": (lambda store, record: store.replace(record, AFTER, "two"), READ, "two"),
+    "document": (lambda store, record: store.set_document(record, "two"), EMPTY, "two"),
+    "delete": (lambda store, record: store.delete(record), None, None),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("error", "late"), [(Killed(), False), (Killed(), True), (StorageError("It is away."), True)], ids=str
+)
+def test_change_is_made_whole_or_not_at_all(operation: str, error: BaseException, late: bool, tmp_path: Path) -> None:
+    """`error` comes before or after every call of the storage; after `Killed` no further one is made."""
+    change, *after = OPERATIONS[operation]
+    seen = set()
+    for at in range(20):
+        store = SharedStore(str(tmp_path))
+        record = store.claim(store.add("me", TEMPLATE, "one"))
+        count, acknowledged = 0, False
+
+        def faulty(method: Callable[..., Any], at: int = at) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                nonlocal count
+                number, count = count, count + 1
+                if (number > at and isinstance(error, Killed)) or (number == at and not late):
+                    raise error
+                result = method(*arguments)
+                if number == at:
+                    raise error
+                return result
+
+            return call
+
+        for name in ("read", "swap", "new_file", "write", "remove", "names"):
+            setattr(store.storage, name, faulty(getattr(store.storage, name)))
+        with suppress(Killed, UserError):
+            change(store, record)
+            acknowledged = True
+        other = SharedStore(str(tmp_path))
+        current = other.find("me", record.id)
+        state = [None, None] if current is None else [load(other, current), other.document(current)]
+        assert state == after if acknowledged else state in ([EMPTY, "one"], after), at
+        seen.add(str(state))
+        if count <= at:
+            break
+    assert acknowledged and len(seen) == 2
+
+
+def test_altered_files_are_damage_and_others_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = SharedStore(str(tmp_path))
+    one, two = store.add("me", TEMPLATE, "one"), store.add("you", AFTER)
+    document = tmp_path / str(one.document)
+    document.write_text("altered")
+    with pytest.raises(DamagedSessionError):
+        store.document(one)
+    path = tmp_path / f"sessions/me/{one.id}/record.json"
+    whole = path.read_text()
+    for altered in (whole.replace('"me"', '"you"'), whole[:40], "", "[]", "{}"):
+        path.write_text(altered)
+        with pytest.raises(DamagedSessionError):
+            store.find("me", one.id)
+    assert found(store, two) == two and "damaged" in caplog.text
+
+
+def test_ids_and_owners_lead_nowhere_else(tmp_path: Path) -> None:
+    store = SharedStore(str(tmp_path))
+    record = store.add("../a/..", TEMPLATE)
+    assert found(store, record) == record and store.count("../a/..") == 1
+    for id in ("", "..", f"../me/{record.id}", f"{record.id}/", f"{record.id}\n", "sess-x"):
+        assert store.find("../a/..", id) is None
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "sessions", "store.json"}
+
+
+def test_storage_of_another_version_or_that_was_emptied_is_refused(tmp_path: Path) -> None:
+    store = SharedStore(str(tmp_path))
+    record = store.add("me", TEMPLATE)
+    for path in sorted(tmp_path.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    for use in (lambda: store.find("me", record.id), lambda: store.records_of("me")):
+        with pytest.raises(StorageError, match=r"has lost its store\.json"):
+            use()
+    (tmp_path / "store.json").write_text(json.dumps({"format": shared_store.FORMAT, "version": 2}))
+    with pytest.raises(UserError, match=re.escape("format version 2")):
+        SharedStore(str(tmp_path)).add("me", TEMPLATE)
