@@ -10,7 +10,17 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from engine_helpers import TEMPLATE
-from server_helpers import PLAIN_TEXT, FakeEngine, TestClient, client_of, error_of, parse_events, words
+from server_helpers import (
+    PLAIN_TEXT,
+    FakeEngine,
+    FakeSession,
+    TestClient,
+    client_of,
+    error_of,
+    parse_events,
+    served,
+    words,
+)
 
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.store import Store
@@ -161,3 +171,29 @@ def test_a_book_is_uploaded_searched_and_exported(real: TestClient, tmp_path: Pa
     fork = real.post(f"/v1/sessions/{id}/fork").json()
     assert real.delete(f"/v1/sessions/{id}").status_code == 200
     assert real.post(f"/v1/sessions/{fork['id']}/recall", json={"query": "street"}).json()["data"]
+
+
+def test_official_clients_read_the_citations(engine: FakeEngine) -> None:
+    openai, anthropic = pytest.importorskip("openai"), pytest.importorskip("anthropic")
+    id = "sess-" + 32 * "a"
+    engine.all[id] = FakeSession(id, "local", MOBY, notebook=[("moby.txt", MOBY)])
+    ask = [{"role": "user", "content": "Ishmael?"}, {"role": "user", "content": "Call whom?"}]
+    with (
+        served(engine) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as first,
+        anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as second,
+    ):
+        body = {"model": "tiny", "input": ask, "conversation": id, "max_output_tokens": 2}
+        (annotation,) = first.responses.create(**body).output[0].content[0].annotations
+        assert (annotation.type, annotation.file_id, annotation.filename) == ("file_citation", id, "moby.txt")
+        (added,) = [one for one in first.responses.create(**body, stream=True) if "annotation" in one.type]
+        assert added.annotation.filename == "moby.txt"
+        answer = first.chat.completions.create(model="tiny", messages=ask, max_tokens=2, extra_body={"session": id})
+        assert answer.choices[0].message.sources == [SOURCE]
+        body = {"model": "tiny", "messages": ask, "max_tokens": 2, "extra_body": {"session": id}}
+        whole = second.messages.create(**body)
+        with second.messages.stream(**body) as stream:
+            streamed = stream.get_final_message()
+        for message in (whole, streamed):
+            (citation,) = message.content[0].citations
+            assert (citation.type, citation.document_title, citation.cited_text) == ("char_location", "moby.txt", MOBY)
