@@ -10,7 +10,6 @@ from ttt_e2e.retrieval.notebook import Notebook
 from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.retrieval.search_index import with_parts
 
-
 MAX_QUERY = 2000  # characters that are searched for: a search takes time by the number of words
 
 
