@@ -10,6 +10,8 @@ from ttt_e2e.retrieval.notebook import Notebook
 from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.retrieval.search_index import with_parts
 
+MAX_QUERY = 2000  # characters that are searched for: a search takes time by the number of words
+
 
 def generate_with_notebook(
     session: Session,
@@ -50,12 +52,15 @@ def generate_with_notebook(
 def retrieve(
     session: Session, notebook: Notebook, question: str, count: int = 3, max_passage_tokens: int | None = None
 ) -> tuple[str, list[Passage]]:
-    """The question with passages before it that match it, and these passages. Arguments as above."""
+    """The question with passages before it that match it, or the end of a long one, and these passages.
+
+    Arguments as above.
+    """
     if session.tokenizer is None:
         raise UserError("Showing passages to a session needs a tokenizer; make the session with one.")
     if max_passage_tokens is None:
         max_passage_tokens = session.model.config.sliding_window // 2
-    found = notebook.search(with_parts(question), count)
+    found = notebook.search(with_parts(question[-MAX_QUERY:]), count)
     return prompt_with_passages(question, found, session.tokenizer, max_passage_tokens)
 
 

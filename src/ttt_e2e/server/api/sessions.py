@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from ttt_e2e.retrieval.generate import MAX_QUERY
 from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, MAX_PASSAGES, RequestModel, Text
 from ttt_e2e.server.api.streams import EVENT_STREAM, StreamResponse, cancel_on_disconnect, event_stream
 from ttt_e2e.server.api.uploads import receive_file, receive_text
@@ -22,7 +23,6 @@ from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 
 EVENT_SECONDS = 0.1  # minimum time between two progress events
 _CHUNK_BYTES = 1 << 18
-_MAX_QUERY = 10_000  # characters
 _BINARY = "application/octet-stream"
 _BINARY_SCHEMA = {"type": "string", "format": "binary"}
 _BINARY_CONTENT = {_BINARY: {"schema": _BINARY_SCHEMA}}
@@ -46,7 +46,7 @@ class RecallRequest(RequestModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    query: Text = Field(max_length=_MAX_QUERY)
+    query: Text = Field(max_length=MAX_QUERY)
     count: int = Field(DEFAULT_PASSAGES, ge=1, le=MAX_PASSAGES)
 
 

@@ -52,6 +52,7 @@ async function* events(response) {
 }
 
 const count = number => Math.round(number).toLocaleString("en");
+const size = bytes => bytes < 1 << 20 ? count(bytes / 1024) + " KiB" : (bytes / (1 << 20)).toFixed(1) + " MiB";
 
 function element(tag, text = "", name = "") {
   const made = document.createElement(tag);
@@ -76,15 +77,20 @@ function draw(points) {
   at("end").textContent = count(last) + " tokens";
 }
 
-function thinned(points) {
-  if (points.length <= POINTS) return points;
+const joined = (a, b) => ({
+  tokens: b.tokens, weight: a.weight + b.weight, mean: b.mean,
+  loss: (a.loss * a.weight + b.loss * b.weight) / (a.weight + b.weight),
+});
+
+// The curve with another point: all of them stand for about as many tokens, however long the text becomes.
+function extended(points, point) {
+  const last = points[points.length - 1];
+  if (last && last.weight + point.weight <= 2 * point.tokens / POINTS)
+    return [...points.slice(0, -1), joined(last, point)];
+  if (points.length < POINTS) return [...points, point];
   const halved = [];
-  for (let i = 0; i + 1 < points.length; i += 2) {
-    const [a, b] = [points[i], points[i + 1]], weight = a.weight + b.weight;
-    halved.push({tokens: b.tokens, weight, mean: b.mean, loss: (a.loss * a.weight + b.loss * b.weight) / weight});
-  }
-  if (points.length % 2) halved.push(points[points.length - 1]);
-  return halved;
+  for (let i = 0; i + 1 < points.length; i += 2) halved.push(joined(points[i], points[i + 1]));
+  return [...halved, point];
 }
 
 async function tokens(session) {
@@ -116,8 +122,7 @@ async function read(file) {
     for await (const event of events(response)) {
       if (event.recent_loss !== null && event.tokens > before) {
         const weight = event.tokens - before;
-        points.push({tokens: event.tokens, weight, loss: event.recent_loss, mean: event.loss});
-        points = thinned(points);
+        points = extended(points, {tokens: event.tokens, weight, loss: event.recent_loss, mean: event.loss});
         before = event.tokens;
       }
       draw(points);
@@ -164,15 +169,13 @@ const words = text => [...text.matchAll(/[\p{L}\p{N}]+/gu)];
 
 // The answer, with what stands word for word in a passage marked.
 function marked(text, sources) {
-  const found = words(text), passages = sources.map(source => " " + words(source.text).map(w => w[0].toLowerCase()).join(" ") + " ");
+  const plain = found => " " + found.map(word => word[0].toLowerCase()).join(" ") + " ";
+  const found = words(text), passages = sources.map(source => plain(words(source.text)));
   const parts = [];
   let done = 0;
   for (let first = 0; first < found.length;) {
     let last = first;
-    const stands = stop => {
-      const run = " " + found.slice(first, stop).map(w => w[0].toLowerCase()).join(" ") + " ";
-      return passages.some(passage => passage.includes(run));
-    };
+    const stands = stop => passages.some(passage => passage.includes(plain(found.slice(first, stop))));
     while (last < found.length && stands(last + 1)) last++;
     if (last - first >= SAME_WORDS) {
       const stop = found[last - 1].index + found[last - 1][0].length;
@@ -339,8 +342,8 @@ function nameOf(session) {
 function item(session) {
   const row = element("li"), name = element("strong", nameOf(session)), actions = element("div", "", "row");
   const facts = session.error || new Date(1000 * session.created).toLocaleString() + ", " + count(session.tokens) +
-    " tokens read, " + count(session.memory_bytes / 1024) + " KiB of memory" +
-    (session.notebook ? ", " + count(session.notebook.bytes / 1024) + " KiB of notebook" : "") +
+    " tokens read, " + size(session.memory_bytes) + " of memory" +
+    (session.notebook ? ", " + size(session.notebook.bytes) + " of notebook" : "") +
     (session.in_memory ? "" : ", on disk");
   row.setAttribute("aria-current", String(session.id === current));
   actions.append(
