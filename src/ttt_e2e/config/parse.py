@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import operator
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from ttt_e2e.config.ranges import shown
 from ttt_e2e.config.schema import C, RunConfig, replace
 from ttt_e2e.errors import UserError
+
+_type_hints = functools.cache(typing.get_type_hints)  # which evaluates the text of every annotation
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
@@ -83,7 +86,7 @@ def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 def _hints(cls: Any) -> dict[str, Any]:
     """The type of every field; fields whose default is None accept it, too."""
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in dataclasses.fields(cls)}
 
 

@@ -40,15 +40,19 @@ def check(config: Any, section: str = "") -> None:
         value, where = getattr(config, field_.name), section + field_.name
         if typing.get_origin(field_.type) is Literal:
             words = typing.get_args(field_.type)
-            require(value in words, f"{where} must be one of {', '.join(words)}, not {shown(value)}.")
+            if value not in words:
+                raise UserError(f"{where} must be one of {', '.join(words)}, not {shown(value)}.")
         elif field_.type is bool:
-            require(isinstance(value, bool), f"{where} must be true or false, not {shown(value)}.")
+            if not isinstance(value, bool):
+                raise UserError(f"{where} must be true or false, not {shown(value)}.")
         elif field_.name in ranges:
             low, high, none = ranges[field_.name]
             if value is None and (none or field_.default is None):
                 continue
             kinds, what = (int, "whole number") if isinstance(low, int) else ((int, float), "number")
             is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            if is_number and low <= value <= high:
+                continue
             require(is_number, f"{where} must be a {what}, not {shown(value)}.")
             require(value >= low, f"{where} must be at least {as_text(low)}, not {shown(value)}.")
             require(value <= high, f"{where} must be at most {as_text(high)}, not {shown(value)}.")
