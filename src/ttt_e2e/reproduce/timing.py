@@ -1,7 +1,8 @@
 """Time per token of every system: to read a text, to write after it, to train on it.
 
 One sequence, random weights and tokens, nothing compiled. The systems take turns, round after round, and the median
-counts. Matrices are kept in the dtype of the products; those of fast MLPs, and in training all, in float32.
+counts. Matrices are held in the dtype of the products as a session holds them (`model.precision`); in training all are
+float32.
 
 Reading. A model that learns reads mini-batch by mini-batch, as a session does, and computes the losses that it learns
 from. Any other model reads the whole text in one call and computes the logits of its last token, the least that it can
@@ -35,6 +36,7 @@ from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, sta
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.cost import fast_weights, parameters, state_bytes
 from ttt_e2e.model.kv_cache import KVCache
+from ttt_e2e.model.precision import hold_in, product_matrices
 from ttt_e2e.model.transformer import Transformer
 
 SEED = 0
@@ -233,10 +235,9 @@ class RandomReading:
         self.setup, self.context = setup, context
         self.model, self.tokens_1T = make_random(config, context, setup.device)
         self.model.requires_grad_(False)
-        learned = {id(p) for block in self.model.suffix for p in block.fast.parameters()}
-        for parameter in self.model.parameters():
-            if parameter.dim() > 1 and id(parameter) not in learned:
-                parameter.data = parameter.data.to(setup.dtype)
+        weights = dict(self.model.named_parameters())
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        hold_in(setup.dtype, (weights[name] for name in product_matrices(config, shapes)))
         self.learns = bool(self.model.suffix)
         self.segment = segment_tokens(config, setup.device)
         self.whole_fits = self.learns or reading_bytes(config, context, setup, context) <= setup.memory
