@@ -21,17 +21,19 @@ Losses = Mapping[int, Mapping[str, float]]
 """Mean losses by seed and by book."""
 
 
-def write_report(comparison: Comparison, out: Path, problems: Mapping[str, str]) -> None:
+def write_report(comparison: Comparison, out: Path, problems: Mapping[str, str], *, pictures: bool = True) -> None:
     """Write NAME.json, NAME.md, NAME.png and NAME-by-position.png into `out`, from the results that it has so far.
 
-    problems: by job, why it could not be done.
+    problems: by job, why it could not be done. pictures: whether to draw them, which takes longer than the rest.
     """
-    from ttt_e2e.reproduce import plots  # matplotlib is slow to import
-
     name = comparison.name
     report = build_report(comparison, out, problems)
     write_text(out / f"{name}.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     write_text(out / f"{name}.md", tables.comparison_tables(report))
+    if not pictures:
+        return
+    from ttt_e2e.reproduce import plots  # matplotlib is slow to import
+
     if report["comparison"]:
         plots.plot_comparison(report, out / f"{name}.png")
     if report["by_position"]:

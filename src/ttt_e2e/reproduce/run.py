@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 
 from ttt_e2e.data.prepare import prepare
@@ -10,7 +11,7 @@ from ttt_e2e.data.shards import TokenSet
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_folder
 from ttt_e2e.hardware import choose_device
-from ttt_e2e.model.checkpoint import load_transformer, model_digest
+from ttt_e2e.model.checkpoint import load_transformer, model_digest, stored_digest
 from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.reproduce import report, workers
 from ttt_e2e.reproduce.held_out import held_out_books
@@ -19,6 +20,7 @@ from ttt_e2e.reproduce.scales import Scale
 from ttt_e2e.reproduce.systems import choose
 
 LOCK_SECONDS = 60.0
+PICTURE_SECONDS = 60.0  # between two drawings of the pictures while jobs are done
 
 
 def reproduce(
@@ -118,9 +120,14 @@ def reproduce(
         if dry_run:
             return workers.Outcome()
 
+        drawn = time.monotonic()
+
         def on_result(job: Job) -> None:
+            nonlocal drawn
             if job.kind in ("evaluate", "ngram"):
-                report.write_report(whole, out, {})
+                pictures = time.monotonic() - drawn >= PICTURE_SECONDS
+                report.write_report(whole, out, {}, pictures=pictures)
+                drawn = time.monotonic() if pictures else drawn
 
         if num_workers is None:
             num_workers = 1 if device == "cuda" else os.cpu_count() or 1
@@ -143,4 +150,6 @@ def reproduce(
 
 def _start_digest(scale: Scale) -> dict[str, str]:
     """The digest of the model that all systems start from, if there is one."""
-    return {} if scale.start_from is None else {"start_from": model_digest(load_transformer(scale.start_from))}
+    start = scale.start_from
+    # A file that names none is no model of ours, as loading it says.
+    return {} if start is None else {"start_from": stored_digest(start) or model_digest(load_transformer(start))}

@@ -5,6 +5,7 @@ order, in each stage.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from ttt_e2e.config.parse import override
@@ -168,10 +169,13 @@ def from_one_model(scale: Scale) -> tuple[System, ...]:
 # -- how a system is trained -------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def pretraining(
     scale: Scale, system: System, seed: int, lr: float | None = None, tokens: int | None = None
 ) -> RunConfig:
     """The configuration of a system's first stage, or of the second one of a system that starts from another's.
+
+    It is asked for again and again while a report is written, and made once.
 
     Args:
         scale: The numbers of the comparison.
