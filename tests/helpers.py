@@ -1,6 +1,7 @@
 """What several tests share: small models and configurations, made-up tokens, altered files."""
 
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -123,6 +124,8 @@ def start_command(
 
 def start_copy(function: Callable[..., object], *arguments: object) -> BaseProcess:
     """Call `function` in a copy of this process, which a test can kill; unlike a new one it has imported everything."""
+    for late in ("torch._dynamo", "torch.distributed.fsdp"):  # by AdamW and by sharding, and then by every copy anew
+        importlib.import_module(late)
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments, daemon=True)
     process.start()
     return process

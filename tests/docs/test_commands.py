@@ -57,6 +57,7 @@ SHORTER = "hidden_size=32 num_attention_heads=2 intermediate_size=48 sliding_win
 END = {
     "train": "context=128 batch=1 accumulate=1 steps=2 warmup_steps=1 eval_tokens=256",
     "generate": "--max-tokens 8",
+    "evaluate": "--max-tokens 300",
     "reproduce figure1": "--data tokens --dry-run",
     "reproduce latency": "--systems window,ttt-e2e --contexts 256 --seconds 0.01 --threads 1",
     "reproduce needles": "--contexts 256 --tasks 1 --depths 50 --samples 1",
@@ -172,6 +173,8 @@ def shortened(words: list[str]) -> list[str]:
     words = [word for word in words if word != "--compile"]
     if words[0] == "read" and "--save" in words and "--notebook" not in words:
         words.append("--notebook")  # a later command may search it
+    if words[:2] == ["convert", "from-hf"] and "--window" in words:  # beyond which sinks are measured
+        words += ["--window", "64", "--mini-batch", "32"]
     name = " ".join(words[:2]) if words[0] == "reproduce" else words[0]
     if name == "train" and "--from" not in words:
         words[2:2] = SHORTER.split()

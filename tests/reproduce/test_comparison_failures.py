@@ -1,6 +1,7 @@
 """Comparisons in which jobs fail, or that are interrupted or killed, and then continued."""
 
 import dataclasses
+import itertools
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from reproduce_helpers import FEW_RATES, MINUTE, make_comparison, read_report, r
 from ttt_e2e.errors import INTERRUPTED, Divergence, UserError
 from ttt_e2e.files import lock_folder
 from ttt_e2e.reproduce import job
+from ttt_e2e.reproduce import report as report_module
 from ttt_e2e.training import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,9 +31,19 @@ PATIENCE = 600.0  # seconds, for a machine under load
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def test_diverging_learning_rate_is_not_chosen(data: Path, tmp_path: Path) -> None:
+def test_diverging_learning_rate_is_not_chosen(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the reports that are written on the way, only one in a minute has pictures."""
+    ticks, drawn, write_report = itertools.count(0, 40), [], report_module.write_report
+
+    def recorded(*arguments: Any, pictures: bool = True) -> None:
+        drawn.append(pictures)
+        write_report(*arguments, pictures=pictures)
+
+    monkeypatch.setattr(report_module, "write_report", recorded)
+    monkeypatch.setattr("ttt_e2e.reproduce.run.time", SimpleNamespace(monotonic=lambda: next(ticks)))
     scale = dataclasses.replace(MINUTE, sweep_factors=(1.0, 1e30))
     make_comparison(tmp_path, data, scale, systems=["full"], contexts=[8])
+    assert drawn == [False, True, True]
     report = read_report(tmp_path)
     *good, bad = report["systems"]["full"]["sweep"]
     assert all(row["loss"] for row in good) and bad["loss"] is None and "has a loss of" in bad["failed"]

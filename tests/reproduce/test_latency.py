@@ -74,7 +74,7 @@ def test_text_is_read_whole_if_it_is_short_or_there_is_time(monkeypatch: pytest.
 @pytest.mark.parametrize("name", CONFIGS)
 def test_interpolation_has_as_many_operations_as_the_whole_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "seconds_of", count_operations)
-    config, context = CONFIGS[name], 240
+    config, context = CONFIGS[name], 120
     reading = RandomReading(config, context, make_setup())
     size = reading.segment
     after_first = reading.read(reading.start(), size, size)

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed.checkpoint  # so that copies of this process need not import it
-import torch.distributed.fsdp
 from helpers import small_config
 
 from ttt_e2e.cli.main import main

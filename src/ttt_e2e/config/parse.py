@@ -14,6 +14,8 @@ from ttt_e2e.config.ranges import shown
 from ttt_e2e.config.schema import C, RunConfig, replace
 from ttt_e2e.errors import UserError
 
+_type_hints = functools.cache(typing.get_type_hints)  # which evaluates the text of every annotation
+
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     """`config` with assignments such as "model.sliding_window=256" applied.
@@ -86,7 +88,7 @@ def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     """The type of every field; fields whose default is None accept it, too."""
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in dataclasses.fields(cls)}
 
 
