@@ -24,11 +24,13 @@ from ttt_e2e.inference.text_digest import token_bytes
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.transformer import Transformer
 
+F64 = torch.float64
+
 
 @functools.cache
 def read_at_once(learn: bool) -> tuple[Session, np.ndarray]:
     """A session that has read `tokens_of(93)`, and the losses."""
-    session = Session(small_model(), learn=learn)
+    session = Session(small_model(F64), learn=learn, dtype=F64)
     return session, session.read(tokens_of(93))
 
 
@@ -37,11 +39,58 @@ def read_at_once(learn: bool) -> tuple[Session, np.ndarray]:
 @settings(max_examples=15, deadline=None)
 def test_read_state_does_not_depend_on_how_tokens_are_split(learn: bool, cuts: list[int]) -> None:
     whole, expected = read_at_once(learn)
-    split = Session(small_model(), learn=learn)
+    split = Session(whole.model, learn=learn, dtype=F64)
     losses = [split.read(piece) for piece in np.split(tokens_of(93), sorted(cuts))]
-    assert np.array_equal(expected, np.concatenate(losses))
-    assert same_state(whole, split)
-    assert whole.info() == split.info()
+    np.testing.assert_allclose(expected, np.concatenate(losses), rtol=1e-6)  # float32
+    assert_close_states(whole, split)
+    assert whole.info().to_facts() | {"learned_norm": None} == split.info().to_facts() | {"learned_norm": None}
+    assert learn or same_state(whole, split)
+
+
+def assert_close_states(one: Session, other: Session) -> None:
+    """Two sessions have the same state, up to rounding in float64."""
+    (a, _, _), (b, _, _) = one.state(), other.state()
+    assert one.position == other.position and one.pending == other.pending
+    torch.testing.assert_close(a.tensors(), b.tensors(), rtol=1e-9, atol=1e-10)
+
+
+def one_by_one(model: Transformer, ids: np.ndarray) -> tuple[Session, np.ndarray]:
+    """A session that is given a mini-batch at a time, so that the prefix reads nothing ahead; and the losses."""
+    session = Session(model, dtype=F64)
+    return session, np.concatenate([session.read(piece) for piece in np.split(ids, range(6, len(ids), 5))])
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_reading_may_stop_within_what_the_prefix_has_read(stop: int, tmp_path: Path) -> None:
+    """It has read four mini-batches of five tokens at once; the session goes on from any of them, from a file too."""
+    model, ids = small_model(F64, sliding_window=20), tokens_of(64)
+    whole, expected = one_by_one(model, ids)
+    session = Session(model, dtype=F64)
+    reading = session.read_chunks(ids[:40])
+    losses = [next(reading) for _ in range(stop)]
+    reading.close()
+    there, _ = one_by_one(model, ids[: 5 * stop + 1])
+    torch.testing.assert_close(
+        session.state().read_state.tensors(), there.state().read_state.tensors(), rtol=1e-9, atol=1e-10
+    )
+    session.save(tmp_path / "session")
+    session = Session.load(tmp_path / "session", model)
+    losses.append(session.read(ids[40:]))
+    np.testing.assert_allclose(np.concatenate(losses), expected, rtol=1e-6)  # float32
+    assert_close_states(session, whole)
+
+
+def test_a_session_may_be_used_while_it_reads() -> None:
+    model, ids = small_model(F64, sliding_window=20), tokens_of(64)
+    session, losses = Session(model, dtype=F64), []
+    for i, some in enumerate(session.read_chunks(ids[:40])):
+        losses.append(some)
+        if i == 1:  # another text, of which more is pending than was
+            session.reset()
+            losses = [next(session.read_chunks(ids[::-1]))]
+    whole, expected = one_by_one(model, ids[::-1])
+    np.testing.assert_allclose(np.concatenate(losses), expected, rtol=1e-6)
+    assert_close_states(session, whole)
 
 
 def test_text_digest_is_of_every_token_whoever_read_them() -> None:
@@ -75,8 +124,8 @@ def test_read_stream_equals_reading_the_whole_text(model: Transformer, tokenizer
     whole, split = Session(model, tokenizer), Session(model, tokenizer)
     expected = whole.read(TEXT)
     got = np.concatenate(list(split.read_stream(TEXT[i : i + 7] for i in range(0, len(TEXT), 7))))
-    assert np.array_equal(expected, got)
-    assert same_state(whole, split)
+    np.testing.assert_allclose(expected, got, rtol=1e-5)
+    assert whole.info().text_digest == split.info().text_digest and whole.position == split.position
     assert len(expected) + whole.pending == len(tokenizer.encode(TEXT))  # BOS comes first: every token has a loss
 
 
@@ -197,8 +246,8 @@ def test_memory_and_operations_do_not_grow_with_the_text(model: Transformer) -> 
     assert before() is None and operations[0] == operations[1]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in session.state().read_state.tensors()}
     b, window = session.mini_batch_size, model.config.sliding_window
-    # A cache is cut from one that has room for a mini-batch more.
-    assert sum(held.values()) <= session.info().memory_bytes * (window + b) / window
+    # A cache is cut from one that has room for the mini-batches that the prefix read at once.
+    assert sum(held.values()) <= session.info().memory_bytes * (window + window // b * b) / window
     assert session.state().pending.base is None
     pool = SessionPool(session)
     taken = pool.peek(pool.add(session)).state()

@@ -1,8 +1,9 @@
 """One text that a model reads and learns from (or, as a baseline, reads without learning).
 
 A `Session` is fed tokens in chunks of any size and advances by whole mini-batches only; tokens in between are pending.
-So its state depends on the tokens alone and not on how they were split, and never grows beyond the fast weights, the
-window and one mini-batch. A session can be forked, saved, loaded, and asked to generate.
+So its state depends on the tokens alone and, but for rounding, not on how they were split: the prefix reads several
+mini-batches at once where they are there. It never grows beyond the fast weights, twice the window and one mini-batch.
+A session can be forked, saved, loaded, and asked to generate.
 """
 
 import copy
@@ -143,11 +144,11 @@ class Session:
             ids = check_token_ids(tokens, self.model.config.vocab_size)
         self._state = self._state._replace(pending=np.concatenate((self._state.pending, ids)))
         ahead: list[PrefixOutput] = []
-        known_for = None  # the state that `ahead` belongs to: between two mini-batches the session may be used
+        expected = None  # the state that `ahead` continues; whoever is given losses may use the session otherwise
         while len(self._state.pending) > self.chunk_size:
             # The state changes last and at once, or not at all.
             size, (read_state, text, pending) = self.chunk_size, self._state
-            if known_for is not self._state or not ahead:
+            if self._state is not expected or not ahead:
                 ahead = self._read_ahead()
             prefix = ahead.pop(0) if ahead else None
             options = {"learn": self.learn, "dtype": self.dtype, "functions": self._functions, "prefix": prefix}
@@ -156,7 +157,7 @@ class Session:
             last_good = SessionState(read_state, text, pending[:1].copy()) if self.learn else None
             text = text.add(pending[:size], self.mini_batch_size, self.token_sizes)
             self._restore(SessionState(after, text, pending[size:]), last_good)
-            known_for = self._state
+            expected = self._state
             yield losses_1T[0]
         self._state = self._state._replace(pending=self._state.pending.copy())  # a view would keep all the ids
 

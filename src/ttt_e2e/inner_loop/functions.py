@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch, inner_step, inner_step_, mini_batch_loss
+from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch, inner_step, mini_batch_loss
 from ttt_e2e.model.kv_cache import KVCache
 from ttt_e2e.model.mixers.base import CacheView, Positions
 from ttt_e2e.model.transformer import Transformer
@@ -55,8 +55,7 @@ def read_and_learn(
     Returns the next `static`, and what `inner_step` returns.
     """
     x_BbD, static = model.forward_prefix(tokens_Bb, positions, static, dtype, cache_view)
-    step = inner_step_ if cache_view.donated else inner_step
-    return static, *step(model, loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, positions, cache_view), lr)
+    return static, *inner_step(model, loop, MiniBatch(x_BbD, targets_Bb, mask_Bb, positions, cache_view), lr)
 
 
 EAGER = LoopFunctions(forward_prefix, losses, mini_batch_loss, inner_step, read_and_learn, static_cache=False)
