@@ -143,7 +143,7 @@ class CheckpointSaver:
             with dist.one_error():
                 if dist.is_rank0:
                     part = stack.enter_context(atomic_path(folder))
-                    part.mkdir()
+                    (part / SHARDS if dist.world_size > 1 else part).mkdir(parents=True)
             part = dist.gather(part)[0]
             assert part is not None
             job = self._thread.submit(self._write_own_files(part, state, before))
@@ -166,7 +166,6 @@ class CheckpointSaver:
         model = self._parallel.gather()
         name, note = OPTIMIZER, {"format": "pt"}
         if dist.world_size > 1:
-            (part / SHARDS).mkdir(exist_ok=True)
             # As `HuggingFaceStorageWriter` names it, which would hold up training while it copies all to one string.
             name = f"{SHARDS}/shard-{dist.rank + 1:05d}-model-00001-of-00001.safetensors"
             moments, offsets = self._own_shards(moments)
