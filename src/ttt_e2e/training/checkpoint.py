@@ -146,7 +146,7 @@ class CheckpointSaver:
                     (part / SHARDS if dist.world_size > 1 else part).mkdir(parents=True)
             part = dist.gather(part)[0]
             assert part is not None
-            job = self._thread.submit(self._write_own_files(part, state, before))
+            job: Future[Any] = self._thread.submit(self._write_own_files(part, state, before))
             yield job
             files: dict[str, Any] = {}
             with dist.one_error():
@@ -209,8 +209,9 @@ class CheckpointSaver:
         own: dict[str, Tensor] = {}
         offsets: dict[str, Any] = {}
         for item in planner.finish_plan(self._plan).items:
-            assert item.tensor_data is not None
-            own[item.index.fqn] = planner.resolve_data(item)
+            tensor = planner.resolve_data(item)
+            assert item.tensor_data is not None and isinstance(tensor, Tensor)
+            own[item.index.fqn] = tensor
             offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         return own, offsets
 
