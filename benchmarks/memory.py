@@ -47,10 +47,11 @@ SHAPE = dict(
 META = ModelConfig(**SHAPE, intermediate_size=280, suffix_layers=2)
 STANDARD = ModelConfig(**SHAPE, intermediate_size=350)
 VARIANTS = {
-    "standard": (STANDARD, "none"),
-    "meta": (META, "none"),
-    "meta, checkpointing by mini-batch": (META, "mini-batch"),
-    "meta, checkpointing by sqrt": (META, "sqrt"),
+    "standard": (STANDARD, "none", False),
+    "meta": (META, "none", False),
+    "meta, checkpointing by mini-batch": (META, "mini-batch", False),
+    "meta, checkpointing by sqrt": (META, "sqrt", False),
+    "meta, checkpointing by sqrt, prefix recomputed": (META, "sqrt", True),
 }
 MIB = 2**20
 
@@ -74,7 +75,7 @@ class Alive:
 
 def measure(variant: str, context: int, batch: int) -> dict[str, float]:
     """Peak growth in MiB, and the states that were alive. Call once in a fresh process."""
-    config, checkpointing = VARIANTS[variant]
+    config, checkpointing, recompute_prefix = VARIANTS[variant]
     generator = torch.Generator().manual_seed(0)
     model = Transformer(config, generator)
     optimizer = make_optimizer(model, TrainConfig())
@@ -90,7 +91,11 @@ def measure(variant: str, context: int, batch: int) -> dict[str, float]:
     before = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x).split()[1])
     for _ in range(2):
         out = sequence_loss(
-            model, tokens, activation_checkpointing=checkpointing, functions=EAGER._replace(inner_step=inner_step)
+            model,
+            tokens,
+            activation_checkpointing=checkpointing,
+            recompute_prefix=recompute_prefix,
+            functions=EAGER._replace(inner_step=inner_step),
         )
         out.loss.backward()
         del out
@@ -120,7 +125,7 @@ def plot(rows: list[dict[str, Any]], tokens: int, path: Path) -> None:
     left.set_xticks(contexts, [f"{c:,}" for c in contexts], rotation=30)
     left.minorticks_off()
     left.set_title(f"a step of {tokens:,} tokens")
-    kept = [r for r in rows if "checkpointing" in r["variant"]]
+    kept = [r for r in rows if "checkpointing" in r["variant"] and "prefix" not in r["variant"]]
     for name, power, style in (("by mini-batch", 1.0, "--"), ("by sqrt", 0.5, ":")):
         of = [r for r in kept if r["variant"].endswith(name)]
         first = of[0]
@@ -175,7 +180,7 @@ def main() -> None:
             print(f"| {context} | {batch} | {count} | {name} | {peak} | {states} |", flush=True)
     result = {
         "config": {"tokens": args.tokens, "dtype": "float32", "threads": args.threads, **SHAPE},
-        "parameters": {n: sum(p.numel() for p in Transformer(c).parameters()) for n, (c, _) in VARIANTS.items()},
+        "parameters": {n: sum(p.numel() for p in Transformer(c).parameters()) for n, (c, *_) in VARIANTS.items()},
         "machine": machine(),
         "seed": 0,
         "rows": rows,

@@ -153,9 +153,12 @@ def test_a_training_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixt
     assert run(*argv[:-3], f"accumulate={int(found[1]) // 2}", "--gpus", 8) == 1  # one less would not do
     capsys.readouterr()
 
-    huge = (*LITTLE, "context=4194304", "batch=8", "activation_checkpointing=none", "--gpus", 8)
+    huge = (*LITTLE, "context=268435456", "batch=8", "activation_checkpointing=sqrt", "--gpus", 8)
     assert run(*huge) == 1
-    assert re.search(r"one sequence of 4M needs .* with activation_checkpointing=sqrt: choose", capsys.readouterr().err)
+    assert re.search(
+        r"one sequence of 256M needs .* with activation_checkpointing=sqrt and recompute_prefix=true: choose",
+        capsys.readouterr().err,
+    )
 
 
 def test_training_bytes_are_weights_gradients_and_moments() -> None:

@@ -31,7 +31,9 @@ def saved_by_a_step(config: RunConfig, context: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         text = torch.zeros(1, context + 1, dtype=torch.int64)
-        sequence_loss(model, text, dtype=getattr(torch, config.train.dtype), prefix_frozen=config.train.prefix_frozen)
+        train = config.train
+        options: dict[str, Any] = {"dtype": getattr(torch, train.dtype), "prefix_frozen": train.prefix_frozen}
+        sequence_loss(model, text, **options, recompute_prefix=train.recompute_prefix)
     return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -43,6 +45,19 @@ def test_a_long_sequence_saves_what_is_counted(pattern: tuple[str, ...], trainab
     config = RunConfig(small_config(**WIDE, pattern=pattern), train)
     for context in (24, 96):
         assert sum(activation_bytes(config, context)) == pytest.approx(saved_by_a_step(config, context), rel=0.1)
+
+
+def test_recomputed_prefix_saves_the_inputs_of_its_blocks() -> None:
+    model = small_config(**WIDE)
+    stored, recomputed, frozen = (
+        RunConfig(model, TrainConfig(activation_checkpointing="none", batch=1, **part))
+        for part in ({}, {"recompute_prefix": True}, {"trainable": "suffix"})
+    )
+    real = saved_by_a_step(recomputed, 24)
+    assert sum(activation_bytes(recomputed, 24)) == pytest.approx(real, rel=0.1)
+    inputs = 3 * 4 * 24 * model.hidden_size  # of two prefix blocks and of the first suffix block's mixer
+    below = real - saved_by_a_step(frozen, 24)
+    assert inputs <= below < 2 * inputs < (saved_by_a_step(stored, 24) - real) / 2
 
 
 def test_rows_of_a_process_are_counted_and_checkpointing_saves() -> None:

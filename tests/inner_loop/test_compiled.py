@@ -89,7 +89,11 @@ def test_losses_and_outer_gradient(shape: str, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("ttt_e2e.ops.tuning.KEPT_LOGITS", 0)
     model, steps = small_model(F64, num_hidden_layers=2, **SHAPES[shape]), compiled_functions(backend="aot_eager")
     recomputed = "recomputed" in shape
-    options: dict = {"bos": 3, "activation_checkpointing": "sqrt" if recomputed else "none"}
+    options: dict = {
+        "bos": 3,
+        "activation_checkpointing": "sqrt" if recomputed else "none",
+        "recompute_prefix": recomputed,
+    }
     for seed, inner_lr in ((0, None), (1, 1.5)):
         text = tokens(28 if "shorter" in shape else 25, seed=seed)
         expected = gradient(model, text, EAGER, inner_lr=inner_lr, **options)

@@ -88,6 +88,8 @@ def test_recomputation_gives_the_same_gradient(shape: str, length: int) -> None:
         loss, grad = gradient(model, tokens(length), bos=3, activation_checkpointing=recompute)
         assert loss == pytest.approx(plain[0], rel=1e-12)
         torch.testing.assert_close(grad, plain[1], rtol=1e-9, atol=1e-12)
+    loss, grad = gradient(model, tokens(length), bos=3, recompute_prefix=True)
+    assert loss == plain[0] and torch.equal(grad, plain[1])
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.bfloat16])

@@ -32,7 +32,7 @@ from ttt_e2e.model.cluster import (
     scaling_table,
     step_time,
 )
-from ttt_e2e.model.cost import operations, training_bytes
+from ttt_e2e.model.cost import operations, prefix_operations, training_bytes
 from ttt_e2e.model.trainable import set_trainable
 from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.training.distributed import DistributedContext, init_distributed
@@ -52,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
 PARTS: dict[str, dict[str, Any]] = {
     "all": {},
     "several micro-batches": {"accumulate": 2},
+    "prefix recomputed": {"recompute_prefix": True},
     "suffix": {"trainable": "suffix"},
     "lora": {"trainable": "lora"},
 }
@@ -104,7 +105,10 @@ def measure(config: RunConfig, processes: DistributedContext) -> dict[str, int]:
     def loss(network: Transformer) -> torch.Tensor:
         found["whole"] = sum(p.nbytes for p in network.parameters() if not isinstance(p, DTensor))
         text = torch.zeros(1, config.train.context + 1, dtype=torch.int64)
-        return sequence_loss(network, text, prefix_frozen=config.train.prefix_frozen).loss
+        train = config.train
+        return sequence_loss(
+            network, text, prefix_frozen=train.prefix_frozen, recompute_prefix=train.recompute_prefix
+        ).loss
 
     with Exchanges() as exchanges:
         for i in range(config.train.accumulate):
@@ -199,6 +203,9 @@ def test_recomputation_and_dtype_change_the_time() -> None:
     assert none < once and twice - once == pytest.approx(once - none)
     assert computation(accumulate=1) == pytest.approx(once)
     h100 = HARDWARE["h100"]
+    prefix = prefix_operations(run_config("plain", "all").model, 30) / (0.4 * h100.float32)
+    assert computation(recompute_prefix=True) == pytest.approx(once + prefix)
+    assert computation(recompute_prefix=True, trainable="suffix") == computation(trainable="suffix")
     assert computation(dtype="bfloat16") == pytest.approx(once * h100.float32 / h100.bfloat16)
 
 

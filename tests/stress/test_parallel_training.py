@@ -1,19 +1,24 @@
 """Training by several processes: the same as by one over many steps, and as if nothing had happened after kills."""
 
+import errno
 import os
 import random
+import re
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import flipped, run_group, start_group
+from helpers import flipped, run_group, set_back_clock, start_group
 from parallel_cases import CASES, MORE_CASES, differences, disturb, measured, train, train_cases
 from stress_helpers import Figures, rounds
 
 from ttt_e2e.errors import INTERRUPTED
+from ttt_e2e.inner_loop import meta_loss
+from ttt_e2e.training import checkpoint
 from ttt_e2e.training.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.stress
@@ -39,8 +44,13 @@ def test_fifty_steps_are_those_of_one_process(
         figures.add("runs")
 
 
-def test_killed_and_damaged_runs_end_as_undisturbed_ones(model_folder: Path, fresh: Any, figures: Figures) -> None:
-    """Random processes are killed at random moments, and the newest checkpoint is cut or altered between."""
+def test_killed_and_damaged_runs_end_as_undisturbed_ones(
+    model_folder: Path, fresh: Any, figures: Figures, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Random processes are killed at random moments, their disks fill up, or they get a batch with NaN.
+
+    Between, the newest checkpoint is cut or altered. The clock goes backwards in all of them.
+    """
     data, whole, seconds = fresh.template / "tokens", {}, {}
     for name, choices in rounds():
         count = choices.choice((2, 4))
@@ -51,14 +61,25 @@ def test_killed_and_damaged_runs_end_as_undisturbed_ones(model_folder: Path, fre
             seconds[count] = time.monotonic() - started
         out = fresh() / "run"
         for _ in range(choices.randint(1, 3)):
-            processes = start_group(count, lambda: train(data, out, "--resume"))  # noqa: B023
-            time.sleep(choices.uniform(0, seconds[count]))
-            processes[choices.randrange(count)].kill()
+            rank, step = choices.randrange(count), choices.randrange(1, 6)
+            fault, sentence = choices.choice([*[(None, "not answer|not found each other")] * 3, *FAULTS])
+            before = partial(set_back_and_disturb, rank, step, fault)
+            processes = start_group(count, lambda: train(data, out, "--resume", before=before))  # noqa: B023
+            if fault is None:
+                time.sleep(choices.uniform(0, seconds[count]))
+                processes[rank].kill()
             for process in processes:
                 process.join()
-            codes = [process.exitcode for process in processes]
-            assert {*codes} <= {0, 1, -9}, f"{name}: exit codes {codes}"
-            figures.add("kills", -9 in codes)
+            codes, errors = [process.exitcode for process in processes], capfd.readouterr().err
+            where = f"{name}: rank {rank} of {count}, {fault}, exit codes {codes}: {errors}"
+            said = [line for line in errors.splitlines() if line.startswith("ttt-e2e: error: ")]
+            assert {*codes} <= ({0, 1, -9} if fault is None else {0, 1}), where
+            assert all(code == 0 for code in codes if code != -9) or said, where
+            assert len(said) < 2 or fault is None, (
+                where
+            )  # processes that have not found each other speak for themselves
+            assert all(re.search(sentence, line) for line in said), where
+            figures.add("kills" if fault is None else fault.__name__, {*codes} != {0})
             figures.add("damaged checkpoints", damage_newest(out, choices))
         where = f"{name}, {count} processes"
         assert run_group(count, lambda: train(data, out, "--resume")) == [0] * count, where  # noqa: B023
@@ -76,6 +97,33 @@ def test_checkpoint_of_four_processes_is_resumed_by_eight(model_folder: Path, fr
     assert run_group(8, lambda: train(data, out, "--resume")) == [0] * 8
     losses = [[line["loss"] for line in measured(run) if "loss" in line] for run in (out, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 6
+
+
+def full_disk() -> None:
+    """Let no more tensors be written."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint.save_safetensors = full  # type: ignore[assignment]
+
+
+def batch_with_nan() -> None:
+    """Let the next losses be no numbers."""
+    meta_loss.mini_batch_mean = lambda nll_BT, mask_BT, b: nll_BT.mean(1) * float("nan")
+
+
+FAULTS: list[tuple[Callable[[], None], str]] = [
+    (full_disk, r"No space left on the disk while writing .*step-\d+; the previous one is kept\."),
+    (batch_with_nan, r"Step \d+ has a loss of nan .*(last checkpoint is kept: .*step-|no checkpoint yet)"),
+]
+
+
+def set_back_and_disturb(chosen: int, step: int, fault: Callable[[], None] | None, rank: int) -> None:
+    """`disturb` one process, if there is a fault, and set back every process's clock."""
+    set_back_clock()
+    if fault is not None:
+        disturb(chosen, step, fault, rank)
 
 
 def damage_newest(run: Path, choices: random.Random) -> bool:

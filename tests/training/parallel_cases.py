@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed.checkpoint  # so that copies of this process need not import it
+import torch.distributed.checkpoint.staging  # so that copies of this process need not import it
 from helpers import small_config
 
 from ttt_e2e.cli.main import main
@@ -30,7 +30,10 @@ CASES: dict[str, Case] = {
     "tied head": ({}, {}),
     "plain graph, own head": ({"tie_word_embeddings": False}, {"activation_checkpointing": "none"}),
     "low rank, learned rates": ({"fast_rank": 2, "inner_loop__learned_lr": True}, {"inner_lr_lr": 0.02}),
-    "sqrt, micro-batches, sink": ({"attention_sink": True}, {"activation_checkpointing": "sqrt", "accumulate": 2}),
+    "sqrt, prefix recomputed, micro-batches, sink": (
+        {"attention_sink": True},
+        {"activation_checkpointing": "sqrt", "recompute_prefix": True, "accumulate": 2},
+    ),
     "truncated": ({}, {"truncated_bptt_steps": 2}),
     "frozen prefix": ({}, {"trainable": "suffix"}),
     "additions": ({}, {"trainable": "lora", "lora": LoraConfig(r=2)}),
@@ -83,6 +86,7 @@ def train_case(
                 micro_batch,
                 learn=config.train_mode == "meta",
                 activation_checkpointing=config.activation_checkpointing,
+                recompute_prefix=config.recompute_prefix,
                 truncated_bptt_steps=config.truncated_bptt_steps,
                 dtype=torch.float64,
                 prefix_frozen=config.prefix_frozen,

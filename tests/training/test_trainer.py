@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import made_up_tokens, run_group, small_config, start_copy
+from helpers import made_up_tokens, run_group, set_back_clock, small_config, start_copy
 
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.schema import RunConfig, TrainConfig
@@ -237,6 +237,26 @@ def test_signal_finishes_the_step_and_the_resumed_run_is_the_same(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not run(data, tmp_path / "run", resume=True).interrupted
     assert measured(tmp_path / "run") == measured(whole)
+
+
+def test_clock_that_goes_backwards_changes_nothing(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest checkpoint is that of the latest step, whatever the times of the files are."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        set_back_clock(patch.setattr)
+        patch.setattr(trainer, "sequence_loss", trainer.sequence_loss)
+        interrupt(9)  # two micro-batches a step
+        assert run(data, out).step == 5
+    set_back_clock(monkeypatch.setattr)
+    for age, folder in enumerate(list_checkpoints(out)):
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (1e9 * age, 1e9 * age))
+    assert not run(data, out, resume=True).interrupted
+    assert measured(out) == measured(whole)
+    for name in ("checkpoints/step-00000009/optimizer.safetensors", "model/model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_damaged_newest_checkpoint_is_skipped(

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ttt_e2e.cli.common import LEARNING, add_options, learning_options, print_json
@@ -266,8 +267,11 @@ def _advice(config: RunConfig, cluster: "Cluster", sequences: int) -> str:
     from ttt_e2e.model.cost import in_bytes, in_tokens
 
     modes, now = ["none", "mini-batch", "sqrt"], config.train
-    for mode in modes[modes.index(now.activation_checkpointing) :]:
-        one = override(config, ["batch=1", "accumulate=1", f"activation_checkpointing={mode}"])
+    again = [True] if now.recompute_prefix or now.prefix_frozen else [False, True]
+    for mode, recompute in product(modes[modes.index(now.activation_checkpointing) :], again):
+        recomputed = [f"activation_checkpointing={mode}"] * (mode != now.activation_checkpointing)
+        recomputed += ["recompute_prefix=true"] * (recompute and not now.recompute_prefix)
+        one = override(config, ["batch=1", "accumulate=1", *recomputed])
         graph, states = activation_bytes(one, now.context)
         for parts in (n for n in range(1, sequences + 1) if sequences % n == 0):
             rows, batch = sequences // parts, sequences * cluster.gpus
@@ -275,7 +279,7 @@ def _advice(config: RunConfig, cluster: "Cluster", sequences: int) -> str:
             needed = memory(changed, cluster, rows * graph, rows * states).total
             if needed <= cluster.gpu.memory:
                 changes = [f"accumulate={parts}"] * (parts != now.accumulate)
-                changes += [f"activation_checkpointing={mode}"] * (mode != now.activation_checkpointing)
-                return f"with {' and '.join(changes)} it would need at least {in_bytes(needed)}"
-    alone = f"one sequence of {in_tokens(now.context)} needs {in_bytes(needed)} with activation_checkpointing={mode}"
+                return f"with {' and '.join(changes + recomputed)} it would need at least {in_bytes(needed)}"
+    alone = f"one sequence of {in_tokens(now.context)} needs {in_bytes(needed)} with activation_checkpointing=sqrt"
+    alone += " and recompute_prefix=true" if recompute and not now.prefix_frozen else ""
     return f"{alone}: choose a shorter context, GPUs with more memory or a smaller model"

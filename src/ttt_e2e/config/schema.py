@@ -397,6 +397,8 @@ class TrainConfig:
     activation_checkpointing: ActivationCheckpointing = "mini-batch"
     """What is stored of the inner loop for the outer gradient. "none": everything. "mini-batch": only the state between
     mini-batches. "sqrt": only about 2 sqrt(N) of those N states, at the price of a second recomputation."""
+    recompute_prefix: bool = False
+    """Whether what runs before the loop stores no more than every block's input, and is run again for the gradient."""
     truncated_bptt_steps: Annotated[int | None, Range(1, 2**30, none=True)] = None
     """Truncated backpropagation through time: the outer gradient goes through this many mini-batches of a sequence at a
     time, and only these are stored. 1: through no update at all (first-order). None: through all of them."""

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.data.text import short_chunks, text_chunks
@@ -26,6 +25,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.model.mixers.attention import Attention
 from ttt_e2e.model.mixers.base import Positions
 from ttt_e2e.model.transformer import Block, Transformer
+from ttt_e2e.progress import ProgressBar
 
 TEXT = Path(__file__).parent / "calibration.txt"
 """The calibration text that comes with the package: about 12,000 tokens of English and code."""
@@ -99,7 +99,7 @@ def calibrate_sinks(
     positions = model.positions(0, length, torch.float32)
     full = without = with_sink = model.embed(ids_1T[:, :-1], torch.float32)
     sinks: dict[str, Tensor] = {}
-    for i, block in enumerate(tqdm(model.blocks, "calibrating sinks", disable=not progress, leave=False)):
+    for i, block in enumerate(ProgressBar(model.blocks, "calibrating sinks", disable=not progress, leave=False)):
         assert isinstance(block, Block)
         _fill(block, f"blocks.{i}.", read)
         mixer = block.mixer

@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ttt_e2e.config.schema import ModelConfig, replace
 from ttt_e2e.convert.calibration import TEXT, SinkLosses, calibrate_sinks, calibration_ids
@@ -41,6 +40,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER, copy_pretrained_metadata, finite
 from ttt_e2e.model.cost import parameters
 from ttt_e2e.model.transformer import FastMLP, parameter_shapes
+from ttt_e2e.progress import ProgressBar
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BLOCK = 1 << 23  # numbers that are read at once
@@ -169,7 +169,7 @@ def _convert(
     }
     losses = None
     with model_folder(out, config, _DTYPES[dtype], notes, wide) as (part, write_rows, read):
-        for copy in tqdm(copies, "converting", disable=not progress, leave=False):
+        for copy in ProgressBar(copies, "converting", disable=not progress, leave=False):
             for rows in _row_blocks(copy.shape, copy.rows):
                 row = copy.target_row + rows.start - (copy.rows.start or 0)
                 weights = stored[copy.source].read(rows, copy.columns)

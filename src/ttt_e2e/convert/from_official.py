@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import preset
@@ -30,6 +29,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.model.checkpoint import TOKENIZER, finite
 from ttt_e2e.model.cost import parameters
 from ttt_e2e.model.transformer import parameter_shapes
+from ttt_e2e.progress import ProgressBar
 
 WEIGHTS_ITEM = "model_weights"
 _HEAD = "language_model.lm_head.weight"
@@ -186,7 +186,7 @@ def convert_from_official(
     dtype = torch.bfloat16 if all(array.store.dtype.name == "bfloat16" for array in arrays.values()) else torch.float32
     notes = {"from": "a checkpoint of the official implementation", "step": found.name, "preset": preset_name}
     with model_folder(out, config, dtype, notes) as (part, write_rows, _):
-        bar = tqdm(copies, unit="array", disable=not progress)
+        bar = ProgressBar(copies, unit="array", disable=not progress)
         for (source, is_stacked), group in itertools.groupby(bar, lambda copy: (copy.source, copy.layer is not None)):
             for copy, values in zip(group, arrays[source].read(is_stacked), strict=True):
                 weights = finite(values, dtype, source, f"The checkpoint {found}")

@@ -15,13 +15,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ttt_e2e.data.shards import FORMAT_VERSION, ShardWriter, token_dtype
 from ttt_e2e.data.text import Document, documents, slices, source_files, standard_library
 from ttt_e2e.data.tokenizer import Tokenizer, check_vocab_size
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_digest, read_json, remove_stale_parts, with_digest, write_text
+from ttt_e2e.progress import ProgressBar
 
 _SAMPLE_CHARS = 1 << 13  # of text that is drawn into the sample at once
 _MIN_END_CHARS = 1 << 16  # at the end of a document, if that is a tenth of it: some sequences, not a few words
@@ -199,7 +198,7 @@ def _survey(texts: _Texts, config: dict[str, Any], progress: bool) -> tuple[dict
     held_out: list[int] = []
     skipped: list[str] = []
     seen = 0
-    with tqdm(desc="reading", unit="char", unit_scale=True, disable=not progress) as bar:
+    with ProgressBar(desc="reading", unit="char", unit_scale=True, disable=not progress) as bar:
         for index, (is_val, document) in enumerate(texts(skipped)):
             lengths.append(0)
             draws.append(hashlib.sha256(f"{config['seed']}/{document.name}".encode()).digest())
@@ -272,7 +271,7 @@ def _tokenise(
     dtype = token_dtype(tokenizer.vocab_size)
     remaining = enumerate(islice(texts, state["documents"], None), state["documents"])
     sizes = {"total": plan["characters"], "initial": state["characters"]}
-    with tqdm(desc="tokenising", unit="char", unit_scale=True, disable=not progress, **sizes) as bar:
+    with ProgressBar(desc="tokenising", unit="char", unit_scale=True, disable=not progress, **sizes) as bar:
 
         def counted(chunks: Iterator[str]) -> Iterator[str]:
             for chunk in chunks:

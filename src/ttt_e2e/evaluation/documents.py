@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ttt_e2e.data.text import Document
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -22,6 +21,7 @@ from ttt_e2e.inference.divergence import Diverged, find_divergence
 from ttt_e2e.inference.row_batch import chunk_size, read_rows
 from ttt_e2e.inference.streaming import start_reading
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def evaluate_documents(
     learns = model.config.can_learn
     losses: list[list[np.ndarray]] = [[] for _ in texts]  # without learning, and with it if the model can learn
     total = sum(len(text.tokens) - 1 for text in texts) * (1 + learns)
-    with tqdm(total=total, unit="token", unit_scale=True, disable=not progress, desc="evaluating") as bar:
+    with ProgressBar(total=total, unit="token", unit_scale=True, disable=not progress, desc="evaluating") as bar:
         for first in range(0, len(texts), batch):
             rows = by_length[first : first + batch]
             for learn in (False, True) if learns else (False,):
@@ -143,7 +143,9 @@ def _tokenise(tokenizer: Tokenizer, document: Document, max_tokens: int | None) 
     return _Text(document.name, np.concatenate(parts).astype(np.int32), size)
 
 
-def _read(model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtype, bar: tqdm) -> list[np.ndarray]:
+def _read(
+    model: Transformer, texts: list[_Text], learn: bool, dtype: torch.dtype, bar: ProgressBar
+) -> list[np.ndarray]:
     """The losses of every text, float32. `texts` are sorted by length, the longest first."""
     size, vocab_size = chunk_size(model, learn), model.config.vocab_size
     counts = [len(text.tokens) - 1 for text in texts]

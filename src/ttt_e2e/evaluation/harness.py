@@ -23,7 +23,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.hardware import choose_device
@@ -34,6 +33,7 @@ from ttt_e2e.inference.row_batch import MAX_LOGITS
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import DTYPES
 from ttt_e2e.inference.streaming import forward, start_reading
+from ttt_e2e.progress import ProgressBar
 
 # Why this model has no such argument.
 _REFUSED = {
@@ -176,7 +176,7 @@ class HarnessModel(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i][1]), requests[i][1], len(requests[i][2])))
         is_short = [len(one[1]) + len(one[2]) <= self._template.mini_batch_size for one in requests]
         short, long = [i for i in order if is_short[i]], [i for i in order if not is_short[i]]
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as bar:
+        with ProgressBar(total=len(requests), disable=disable_tqdm, desc="scoring") as bar:
             for start in range(0, len(short), self.batch_size):
                 some = short[start : start + self.batch_size]
                 pairs = [(contexts[i], requests[i][2]) for i in some]
@@ -196,7 +196,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, each read from its first token to its last."""
         sums = []
-        for request in tqdm(requests, disable=disable_tqdm, desc="reading"):
+        for request in ProgressBar(requests, disable=disable_tqdm, desc="reading"):
             session = self._template.fork()
             losses = [*session.read_stream([request.args[0]]), session.score_pending()]
             sums.append(-float(np.concatenate(losses).astype(np.float64).sum()))
@@ -207,7 +207,7 @@ class HarnessModel(TemplateLM):
         """The text generated after each context, up to the request's first stop string or number of tokens."""
         texts: list[str] = []
         repeats: Counter[str] = Counter()  # the harness repeats a request to get another text
-        for request in tqdm(requests, disable=disable_tqdm, desc="generating"):
+        for request in ProgressBar(requests, disable=disable_tqdm, desc="generating"):
             (context, options), name = request.args, repr(request.args)
             wanted = dict(normalize_gen_kwargs(options, self.max_gen_toks))
             sampling = {option: wanted[option] for option in ("top_p", "top_k", "min_p") if option in wanted}

@@ -99,6 +99,7 @@ def _saved(model: ModelConfig, train: TrainConfig, context: int) -> int:
                 torch.zeros(1, context + 1, dtype=torch.int64),
                 learn=train.train_mode == "meta",
                 activation_checkpointing=train.activation_checkpointing,
+                recompute_prefix=train.recompute_prefix,
                 truncated_bptt_steps=train.truncated_bptt_steps,
                 dtype=getattr(torch, train.dtype),
                 prefix_frozen=train.prefix_frozen,

@@ -15,7 +15,7 @@ from ttt_e2e.model.transformer import Transformer
 class LoopFunctions(NamedTuple):
     """`EAGER`, or what `compiled_functions` gives."""
 
-    forward_prefix: Callable[[Transformer, Tensor, Positions, torch.dtype], Tensor]
+    forward_prefix: Callable[[Transformer, Tensor, Positions, torch.dtype, bool], Tensor]
     losses: Callable[[Transformer, Tensor, Tensor], Tensor]
     mini_batch_loss: Callable[[Transformer, InnerLoopState, MiniBatch], tuple[Tensor, tuple[KVCache, ...]]]
     inner_step: Callable[[Transformer, InnerLoopState, MiniBatch, Tensor], tuple[InnerLoopState, Tensor, Tensor]]
@@ -23,9 +23,14 @@ class LoopFunctions(NamedTuple):
     static_cache: bool  # caches have all their slots from the start, so that all mini-batches have the same shapes
 
 
-def forward_prefix(model: Transformer, tokens_BT: Tensor, positions: Positions, dtype: torch.dtype) -> Tensor:
-    """The residual stream [B, T, D] below the lowest fast weight, of a text from its start."""
-    return model.forward_prefix(tokens_BT, positions, None, dtype)[0]
+def forward_prefix(
+    model: Transformer, tokens_BT: Tensor, positions: Positions, dtype: torch.dtype, recompute: bool = False
+) -> Tensor:
+    """The residual stream [B, T, D] below the lowest fast weight, of a text from its start.
+
+    recompute: see `Transformer.forward_prefix`.
+    """
+    return model.forward_prefix(tokens_BT, positions, None, dtype, recompute=recompute)[0]
 
 
 def losses(model: Transformer, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:

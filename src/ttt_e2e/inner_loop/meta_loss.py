@@ -36,6 +36,7 @@ def sequence_loss(
     learn: bool = True,
     inner_lr: float | None = None,
     activation_checkpointing: ActivationCheckpointing = "none",
+    recompute_prefix: bool = False,
     truncated_bptt_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
     functions: LoopFunctions = EAGER,
@@ -53,7 +54,8 @@ def sequence_loss(
         bos: targets equal to this id do not count.
         learn: whether the fast weights are updated.
         inner_lr: inner learning rate; None for the model's own.
-        activation_checkpointing: what is stored for the outer gradient; see `TrainConfig`.
+        activation_checkpointing: what is stored of the loop for the outer gradient; see `TrainConfig`.
+        recompute_prefix: of what runs before the loop, only every block's input is stored.
         truncated_bptt_steps: through how many mini-batches the outer gradient goes; None: all. See `TrainConfig`.
         dtype: of the matrix products.
         functions: `EAGER`, or compiled ones.
@@ -77,7 +79,7 @@ def sequence_loss(
     x_BTD = prefix_BTD
     if x_BTD is None:
         with torch.no_grad() if prefix_frozen else nullcontext():
-            x_BTD = functions.forward_prefix(model, inputs_BT, positions, dtype)
+            x_BTD = functions.forward_prefix(model, inputs_BT, positions, dtype, recompute_prefix)
     if not model.suffix:
         nll_BT = functions.losses(model, x_BTD, targets_BT)
     elif not learn:

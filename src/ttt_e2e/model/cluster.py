@@ -197,6 +197,9 @@ def step_time(config: RunConfig, cluster: Cluster) -> StepTime:
     recomputed = again * {"none": 0, "mini-batch": 1, "sqrt": 2}[train.activation_checkpointing]
     computation = rows * train.context * (of.training + recomputed) / rate
     forward = rows * prefix_operations(config.model, train.context) / rate
+    recomputed_prefix = forward if train.recompute_prefix and not train.prefix_frozen else 0.0
+    computation += recomputed_prefix
+    backward = 2 * forward + recomputed_prefix
 
     *prefix, loop = _units(config)
     gather, reduce, summed = _Traffic(), _Traffic(), _Traffic()
@@ -215,8 +218,8 @@ def step_time(config: RunConfig, cluster: Cluster) -> StepTime:
         return max(0.0, traffic.seconds - seconds)
 
     exposed = train.accumulate * (beyond(gather, forward) + in_loop.seconds) + loop_summed.seconds
-    exposed += (train.accumulate - 1) * beyond(gather_again + reduce, 2 * forward)
-    exposed += beyond(gather_again + reduce + summed, 2 * forward)
+    exposed += (train.accumulate - 1) * beyond(gather_again + reduce, backward)
+    exposed += beyond(gather_again + reduce + summed, backward)
     trained = sum(unit.trained_in(n) for unit in (*prefix, loop))
     optimizer = 28 * trained / gpu.memory_bandwidth  # reads 4 numbers, writes 3
     return StepTime(train.accumulate * computation, optimizer, total.seconds, exposed, total.bytes)

@@ -17,11 +17,13 @@ Shapes: B sequences, T tokens, D hidden size, F hidden width of an MLP, V vocabu
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
@@ -388,6 +390,8 @@ class Transformer(nn.Module):
         states: tuple[Any, ...] | None,
         dtype: torch.dtype,
         cache_view: CacheView = ALL_FILLED,
+        *,
+        recompute: bool = False,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Everything below the lowest fast weight: embedding, prefix, and the first suffix block's mixer.
 
@@ -396,19 +400,22 @@ class Transformer(nn.Module):
             positions, cache_view: see `Mixer.forward`.
             states: the mixers' states after the tokens before; None at the start of a text.
             dtype: of the matrix products.
+            recompute: whether a graph keeps no more than every block's input, and the backward pass runs it again.
 
-        Returns the residual stream [B, T, D], and the state of every mixer that ran.
+        Returns the residual stream [B, T, D], and the state of every mixer that ran; no states with `recompute`.
         """
         self.check_products(dtype)
         x_BTD = self.embed(tokens_BT, dtype)
         old: Iterator[Any] = itertools.repeat(None) if states is None else iter(states)
         new = []
-        for block in self.prefix:
-            x_BTD, state, _ = block(x_BTD, positions, next(old), cache_view)
-            new.append(state)
-        if self.suffix:
-            x_BTD, state, _ = self.suffix[0](x_BTD, positions, next(old), cache_view, mlps=False)
-            new.append(state)
+        for i, block in enumerate((*self.prefix, *self.suffix[:1])):
+            given = (positions, next(old), cache_view)
+            run = partial(block, mlps=i < len(self.prefix))
+            if recompute:
+                x_BTD = checkpoint(_without_state, run, x_BTD, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, state, _ = run(x_BTD, *given)
+                new.append(state)
         return x_BTD, tuple(new)
 
     def forward_suffix(
@@ -468,6 +475,11 @@ class Transformer(nn.Module):
         """The learned initial fast weights, the same for every sequence of the batch."""
         starts = (block.fast(None) for block in self.suffix)
         return tuple(self.fast_kind(*(w.expand(batch, -1, -1) for w in start)) for start in starts)
+
+
+def _without_state(run: Callable[..., tuple[Tensor, Any, Any]], *arguments: Any) -> Tensor:
+    """The residual stream alone; what else a block returns would keep what it was computed from."""
+    return run(*arguments)[0]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

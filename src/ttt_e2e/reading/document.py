@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e.data.text import short_chunks
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Diverged, Session
 from ttt_e2e.inference.session_file import Precision, session_facts
+from ttt_e2e.progress import ProgressBar
 from ttt_e2e.reading.ended import EndedReading
 from ttt_e2e.reading.recording import Recording, forget_unread, record_text
 from ttt_e2e.reading.report import ReadingReport, build_report
@@ -112,7 +112,7 @@ def read_document(
             save_unfinished(save, reading)
     started, saved_at = time.perf_counter() - reading.seconds, time.monotonic()
     diverged = None
-    bar = tqdm(
+    bar = ProgressBar(
         total=total_bytes,
         initial=round(reading.bytes),
         unit="B",

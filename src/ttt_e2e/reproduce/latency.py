@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import write_text
 from ttt_e2e.hardware import choose_device, machine
+from ttt_e2e.progress import ProgressBar
 from ttt_e2e.reproduce.scales import find_scale
 from ttt_e2e.reproduce.systems import SYSTEMS, choose, pretraining
 from ttt_e2e.reproduce.tables import time_tables
@@ -79,7 +79,7 @@ def run_latency(
     head = f"# Time per token at scale {scale}\n\nOne sequence, {facts['dtype']}, random weights and tokens. {host}.\n"
     rows: list[LatencyRow] = []
     all_contexts = (*(numbers.latency_contexts if contexts is None else contexts), *long_contexts)
-    for context in tqdm(all_contexts, desc="timing", unit="context", disable=not progress):
+    for context in ProgressBar(all_contexts, desc="timing", unit="context", disable=not progress):
         is_long = context in long_contexts
         some = {name: model for name, model in models.items() if not (is_long and "full" in model.mixers)}
         how = {"seconds": facts["seconds"], "device": chosen, "dtype": facts["dtype"]}

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ttt_e2e.data.text import read_text, standard_library_document
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -36,6 +35,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import model_fingerprint
 from ttt_e2e.model.cost import in_tokens
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.progress import ProgressBar
 from ttt_e2e.reproduce.tables import markdown_table
 
 FORMAT, VERSION = "ttt-e2e needles", 4
@@ -274,7 +274,7 @@ def run_needles(
             example_for(task, tokenizer, min(contexts), depths[0], 0, seed, text)
     questions = list(itertools.product(range(samples), tasks, contexts, map(float, depths)))
     answered = {(r["model"], r["sample"], r["task"], r["context"], r["depth"]) for r in results}
-    with tqdm(total=len(models) * len(questions), disable=not progress, desc="needles", unit="question") as bar:
+    with ProgressBar(total=len(models) * len(questions), disable=not progress, desc="needles", unit="question") as bar:
         for name, folder in models.items():
             model, tokenizer = load_model(folder, chosen)
             answerer = partial(answer_in_session, model, tokenizer)

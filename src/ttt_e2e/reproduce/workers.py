@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.files import check_digest, read_json, write_text
+from ttt_e2e.progress import ProgressBar
 from ttt_e2e.reproduce import job as job_process
 from ttt_e2e.reproduce.plan import JOB, LOG, RESULT, Job
 
@@ -61,7 +62,7 @@ def run(
     waiting = [job for job in jobs if job.folder not in outcome.results]
     running: dict[Job, subprocess.Popen] = {}
     hide_bar = None if progress and waiting else True  # None: shown on a terminal only
-    with tqdm(total=len(jobs), initial=len(outcome.results), unit="job", disable=hide_bar, leave=False) as bar:
+    with ProgressBar(total=len(jobs), initial=len(outcome.results), unit="job", disable=hide_bar, leave=False) as bar:
 
         def record(job: Job, problem: str) -> None:
             """Note a job's result or, if it has none, the problem."""

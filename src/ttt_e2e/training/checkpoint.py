@@ -143,10 +143,10 @@ class CheckpointSaver:
             with dist.one_error():
                 if dist.is_rank0:
                     part = stack.enter_context(atomic_path(folder))
-                    part.mkdir()
+                    (part / SHARDS if dist.world_size > 1 else part).mkdir(parents=True)
             part = dist.gather(part)[0]
             assert part is not None
-            job = self._thread.submit(self._write_own_files(part, state, before))
+            job: Future[Any] = self._thread.submit(self._write_own_files(part, state, before))
             yield job
             files: dict[str, Any] = {}
             with dist.one_error():
@@ -166,7 +166,6 @@ class CheckpointSaver:
         model = self._parallel.gather()
         name, note = OPTIMIZER, {"format": "pt"}
         if dist.world_size > 1:
-            (part / SHARDS).mkdir(exist_ok=True)
             # As `HuggingFaceStorageWriter` names it, which would hold up training while it copies all to one string.
             name = f"{SHARDS}/shard-{dist.rank + 1:05d}-model-00001-of-00001.safetensors"
             moments, offsets = self._own_shards(moments)
@@ -210,8 +209,9 @@ class CheckpointSaver:
         own: dict[str, Tensor] = {}
         offsets: dict[str, Any] = {}
         for item in planner.finish_plan(self._plan).items:
-            assert item.tensor_data is not None
-            own[item.index.fqn] = planner.resolve_data(item)
+            tensor = planner.resolve_data(item)
+            assert item.tensor_data is not None and isinstance(tensor, Tensor)
+            own[item.index.fqn] = tensor
             offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         return own, offsets
 

@@ -20,7 +20,6 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ttt_e2e.config.parse import to_dict
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
@@ -32,6 +31,7 @@ from ttt_e2e.model.checkpoint import weights_digest
 from ttt_e2e.model.cost import in_bytes
 from ttt_e2e.model.trainable import is_below_loop
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.progress import ProgressBar
 from ttt_e2e.signals import GracefulStop
 from ttt_e2e.training.distributed import DistributedContext
 from ttt_e2e.training.parallelize import ParallelModel
@@ -162,7 +162,7 @@ def _fill(
 ) -> bool:
     """Compute the rows from `done` on; returns False if a stop was requested before all were there."""
     count, path, dist = loader.windows, folder / ROWS, parallel.dist
-    bar = tqdm(total=count, initial=done, unit="sequence", disable=not (progress and dist.is_rank0))
+    bar = ProgressBar(total=count, initial=done, unit="sequence", disable=not (progress and dist.is_rank0))
     key, dtype = _key(wanted), getattr(torch, wanted["dtype"])
     positions = parallel.model.positions(0, loader.context, dtype)
     with bar, path.open("r+b") as file, torch.no_grad():

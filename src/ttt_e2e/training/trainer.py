@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ttt_e2e import __version__
 from ttt_e2e.config.parse import flatten, to_dict
@@ -34,6 +33,7 @@ from ttt_e2e.model.checkpoint import CONFIG, TOKENIZER, copy_pretrained_metadata
 from ttt_e2e.model.cost import in_bytes, parameters, training_bytes
 from ttt_e2e.model.trainable import set_trainable, trained_weights
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.progress import ProgressBar
 from ttt_e2e.signals import GracefulStop
 from ttt_e2e.training.checkpoint import (
     CheckpointSaver,
@@ -207,13 +207,16 @@ def train(
                 return TrainResult(None, state.step, None, None, state.tokens, state.seconds, True)
             stack.callback(prefix.close)
         hidden = not (progress and dist.is_rank0)
-        bar = stack.enter_context(tqdm(total=train_config.steps, initial=state.step, unit="step", disable=hidden))
+        bar = stack.enter_context(
+            ProgressBar(total=train_config.steps, initial=state.step, unit="step", disable=hidden)
+        )
         micro_batch_loss = partial(
             parallel,
             sequence_loss,
             bos=tokens.bos,
             learn=train_config.train_mode == "meta",
             activation_checkpointing=train_config.activation_checkpointing,
+            recompute_prefix=train_config.recompute_prefix,
             truncated_bptt_steps=train_config.truncated_bptt_steps,
             dtype=getattr(torch, train_config.dtype),
             functions=parallel.compiled_functions() if compile else EAGER,
