@@ -29,7 +29,12 @@ from server_helpers import client_of
 
 from ttt_e2e.server.engine import shared_store
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import LimitReachedError, SessionNotFoundError, TakenOverError
+from ttt_e2e.server.engine.records import (
+    DamagedNotebookError,
+    LimitReachedError,
+    SessionNotFoundError,
+    TakenOverError,
+)
 from ttt_e2e.server.engine.shared_store import SharedStore
 from ttt_e2e.server.engine.storage import StorageError
 
@@ -70,6 +75,84 @@ def test_session_goes_from_replica_to_replica(memory_bytes: int, tmp_path: Path)
         assert_same(await export(one, "me", id, tmp_path), await export(two, "me", id, tmp_path))
 
     with_replicas(tmp_path, work, memory_bytes=memory_bytes)
+
+
+def test_notebook_goes_with_its_session_from_replica_to_replica(tmp_path: Path) -> None:
+    async def work(one: Engine, two: Engine) -> None:
+        id, whale, sea = (await one.sessions.create("me", notebook=True)).id, "The whale. ", "The sea. "
+        await collect(one.read("me", id, [whale], "moby.txt"))
+        assert (await two.recall("me", id, "whale", 1))[0].document == "moby.txt"
+        fork = (await two.sessions.fork("me", id)).id
+        await collect(two.read("me", id, [sea], "sea.txt"))
+        for engine in (one, two):
+            assert (await engine.recall("me", id, "sea", 1))[0].document == "sea.txt"
+            assert (await engine.recall("me", fork, "whale", 1))[0].text == whale
+            exported = tmp_path / "exported.tar"
+            assert await engine.sessions.export_session("me", id, exported) == f"{id}.tar"
+            made = await engine.sessions.import_session("you", exported)
+            exported.unlink()
+            assert made.notebook and made.notebook.documents == ["moby.txt", "sea.txt"]
+            assert made.text_digest == (await engine.sessions.summary("me", id)).text_digest
+        await one.sessions.delete("me", id)
+        with pytest.raises(SessionNotFoundError):
+            await two.recall("me", id, "sea", 1)
+        assert (await two.recall("me", fork, "whale", 1))[0].text == whale  # it has a copy of its own
+
+    with_replicas(tmp_path, work)
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing"])
+def test_damaged_notebook_is_told_and_the_session_works_without_it(damage: str, tmp_path: Path) -> None:
+    async def work(one: Engine, two: Engine) -> None:
+        id = (await one.sessions.create("me", notebook=True)).id
+        await collect(one.read("me", id, ["The whale. "], "moby.txt"))
+        (file,) = (tmp_path / "shared").rglob("*.notebook")
+        if damage == "altered":
+            file.write_bytes(file.read_bytes().replace(b"whale", b"shale"))
+        else:
+            file.unlink()
+        for refused in (
+            lambda: two.recall("me", id, "whale", 1),
+            lambda: two.sessions.export_session("me", id, tmp_path / "x"),
+            lambda: two.sessions.fork("me", id),
+            lambda: collect(two.read("me", id, ["The sea."])),
+        ):
+            with pytest.raises(DamagedNotebookError):
+                await refused()
+        assert "notebook is damaged" in str((await two.sessions.summary("me", id)).error)
+        assert await generate(two, "me", id, "And", max_tokens=2)
+        await two.sessions.delete("me", id)
+        assert not list((tmp_path / "shared").rglob(id))
+
+    with_replicas(tmp_path, work)
+
+
+def test_notebook_that_another_replica_replaces_meanwhile_is_found(tmp_path: Path) -> None:
+    async def work(one: Engine, two: Engine) -> None:
+        id = (await one.sessions.create("me", notebook=True)).id
+        await collect(one.read("me", id, ["The whale. "], "moby.txt"))
+        store, loop, local_notebook = two.sessions.store, asyncio.get_running_loop(), two.sessions.store.local_notebook
+        called = 0
+
+        def replaced_before(notebook: Any) -> Any:
+            nonlocal called
+            called += 1
+            if called == 1:
+                reading = collect(one.read("me", id, ["The sea. "], "sea.txt"))
+                asyncio.run_coroutine_threadsafe(reading, loop).result(PATIENCE)
+            return local_notebook(notebook)
+
+        store.local_notebook = replaced_before
+        assert [source.document for source in await two.recall("me", id, "sea", 1)] == ["sea.txt"] and called == 2
+        store._copies.clear()
+        called = 0
+        target = tmp_path / "exported.tar"
+        await two.sessions.export_session("me", id, target)
+        made = await one.sessions.import_session("me", target)
+        current = await one.sessions.summary("me", id)
+        assert (made.text_digest, made.notebook) == (current.text_digest, current.notebook)  # of one version
+
+    with_replicas(tmp_path, work)
 
 
 def test_one_replica_waits_for_the_other(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from shared_helpers import s3_server
 from test_store import MODEL, TEMPLATE, TEXT, TOKENIZER, session_of
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.files import file_digest
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import SessionInfo
 from ttt_e2e.server.engine import shared_store
-from ttt_e2e.server.engine.records import DamagedSessionError, SessionNotFoundError, TakenOverError
+from ttt_e2e.server.engine.records import DamagedSessionError, NotebookRecord, SessionNotFoundError, TakenOverError
 from ttt_e2e.server.engine.shared_store import LEASE_SECONDS, SharedRecord, SharedStore
 from ttt_e2e.server.engine.storage import ConflictError, StorageError
+from ttt_e2e.server.engine.store import NewNotebook
 
 AFTER = session_of(TEXT)
 EMPTY, READ = TEMPLATE.info(), AFTER.info()
@@ -50,6 +52,21 @@ def found(store: SharedStore, record: SharedRecord) -> SharedRecord:
     return current
 
 
+def new_notebook(folder: Path, content: str) -> NewNotebook:
+    """The store does not look into notebooks, so any file will do."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "notebook.db"
+    path.write_text(content)
+    return NewNotebook(folder, NotebookRecord("", file_digest(path), path.stat().st_size, 1, 1, ["a.txt"]))
+
+
+def notebook_text(store: SharedStore, record: SharedRecord) -> str | None:
+    if record.notebook is None:
+        return None
+    with store.local_notebook(record.notebook) as folder:
+        return (folder / "notebook.db").read_text()
+
+
 def two_stores(url: str) -> tuple[SharedStore, SharedStore]:
     one, two = SharedStore(url), SharedStore(str(Path("unused")))
     two.storage = one.storage  # a client for S3 takes a second to make
@@ -79,6 +96,48 @@ def test_what_one_replica_saves_another_finds(url: str) -> None:
         with pytest.raises(SessionNotFoundError):
             change()
     assert not files(one, record)
+
+
+def test_notebook_is_saved_replaced_and_removed_with_its_session(url: str, tmp_path: Path) -> None:
+    one, two = two_stores(url)
+    record = one.add("me", TEMPLATE, notebook=new_notebook(tmp_path / "n", "first"))
+    assert record in two.records_of("me") and found(two, record) == record and notebook_text(two, record) == "first"
+    kept = two.replace(record, AFTER)  # without another notebook
+    assert kept.notebook == record.notebook and len(files(one, kept)) == 3
+    new = two.replace(kept, AFTER, notebook=new_notebook(tmp_path / "n", "second"))
+    assert notebook_text(one, found(one, new)) == "second" and len(files(one, new)) == 3
+    with pytest.raises(FileNotFoundError):
+        notebook_text(one, record)
+    with pytest.raises(TakenOverError):
+        one.replace(kept, AFTER, notebook=new_notebook(tmp_path / "n", "late"))
+    assert notebook_text(one, found(one, new)) == "second" and len(files(one, new)) == 3
+    one.delete(new)
+    assert not files(two, new)
+    with pytest.raises(FileNotFoundError):
+        notebook_text(one, new)
+
+
+def test_copies_of_notebooks_are_few_and_stay_while_they_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_store.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shared_store, "_MOST_COPIES", 2)
+    store = SharedStore(str(tmp_path / "shared"))
+    records = [store.add("me", TEMPLATE, notebook=new_notebook(tmp_path / "n", str(i))) for i in range(4)]
+    first = records[0].notebook
+    assert first is not None
+    with store.local_notebook(first) as folder:
+        assert [notebook_text(store, record) for record in records] == ["0", "1", "2", "3"]
+        assert (folder / "notebook.db").read_text() == "0" and len(list(tmp_path.glob("ttt-e2e-*"))) == 3
+    assert len(list(tmp_path.glob("ttt-e2e-*"))) == 2
+    altered = tmp_path / "shared" / first.file
+    altered.write_text("?")
+    with pytest.raises(FileNotFoundError):
+        notebook_text(store, records[0])
+    store.delete(records[3])
+    assert len(list(tmp_path.glob("ttt-e2e-*"))) == 1
+    store.close()
+    assert not list(tmp_path.glob("ttt-e2e-*"))
 
 
 def test_replica_that_was_paused_cannot_overwrite_its_successor(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,21 +180,24 @@ def test_replica_that_ends_in_order_holds_nothing(tmp_path: Path) -> None:
 
 def test_what_a_dead_replica_left_goes_when_its_session_is_taken_over(tmp_path: Path) -> None:
     dead, store = SharedStore(str(tmp_path)), SharedStore(str(tmp_path))
-    record = dead.claim(dead.add("me", TEMPLATE, "kept"))
-    dead._upload(record, AFTER, "half of a change")
-    assert len(files(store, record)) == 5
+    record = dead.claim(dead.add("me", TEMPLATE, "kept", notebook=new_notebook(tmp_path / "n", "kept")))
+    dead._upload(record, AFTER, "half of a change", new_notebook(tmp_path / "n", "half"))
+    assert len(files(store, record)) == 7
     store.release(store.claim(found(store, record)))
-    assert len(files(store, record)) == 3 and store.document(found(store, record)) == "kept"
+    current = found(store, record)
+    assert len(files(store, record)) == 4
+    assert store.document(current) == notebook_text(store, current) == "kept"
 
 
 class Killed(BaseException):
     """What happens to a process that cannot clean up either."""
 
 
-OPERATIONS: dict[str, tuple[Callable[[SharedStore, SharedRecord], object], SessionInfo | None, str | None]] = {
-    "replace": (lambda store, record: store.replace(record, AFTER, "two"), READ, "two"),
-    "document": (lambda store, record: store.set_document(record, "two"), EMPTY, "two"),
-    "delete": (lambda store, record: store.delete(record), None, None),
+Change = Callable[[SharedStore, SharedRecord, NewNotebook], object]
+OPERATIONS: dict[str, tuple[Change, SessionInfo | None, str | None, str | None]] = {
+    "replace": (lambda store, record, new: store.replace(record, AFTER, "two", new), READ, "two", "new"),
+    "document": (lambda store, record, new: store.set_document(record, "two"), EMPTY, "two", "old"),
+    "delete": (lambda store, record, new: store.delete(record), None, None, None),
 }
 
 
@@ -149,7 +211,8 @@ def test_change_is_made_whole_or_not_at_all(operation: str, error: BaseException
     seen = set()
     for at in range(20):
         store = SharedStore(str(tmp_path))
-        record = store.claim(store.add("me", TEMPLATE, "one"))
+        record = store.claim(store.add("me", TEMPLATE, "one", notebook=new_notebook(tmp_path / "n", "old")))
+        new = new_notebook(tmp_path / "n", "new")
         count, acknowledged = 0, False
 
         def faulty(method: Callable[..., Any], at: int = at) -> Callable[..., Any]:
@@ -168,12 +231,14 @@ def test_change_is_made_whole_or_not_at_all(operation: str, error: BaseException
         for name in ("read", "swap", "new_file", "write", "remove", "names"):
             setattr(store.storage, name, faulty(getattr(store.storage, name)))
         with suppress(Killed, UserError):
-            change(store, record)
+            change(store, record, new)
             acknowledged = True
         other = SharedStore(str(tmp_path))
         current = other.find("me", record.id)
-        state = [None, None] if current is None else [load(other, current), other.document(current)]
-        assert state == after if acknowledged else state in ([EMPTY, "one"], after), at
+        state = [None, None, None]
+        if current is not None:
+            state = [load(other, current), other.document(current), notebook_text(other, current)]
+        assert state == after if acknowledged else state in ([EMPTY, "one", "old"], after), at
         seen.add(str(state))
         if count <= at:
             break
