@@ -214,7 +214,8 @@ function show(article, {question, answer, sources, tokens, mode}, ended = true) 
   }
   if (sources && !sources.length) parts.push(element("p", "In the notebook: no passage fits the question.", "from"));
   if (sources && sources.length) {
-    const quoted = text.querySelector("mark") ? " Underlined words of the answer stand in them." : "";
+    const where = sources.length === 1 ? "it" : "them";
+    const quoted = text.querySelector("mark") ? " Underlined words of the answer stand in " + where + "." : "";
     const details = element("details"), items = element("ol");
     const former = article.querySelector("details");
     details.open = former ? former.open : true;
