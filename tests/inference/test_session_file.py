@@ -45,6 +45,20 @@ def test_loaded_session_continues_exactly(
     assert same_state(session, loaded)
 
 
+def test_a_file_says_whether_there_is_a_chat_and_of_which_functions(tmp_path: Path, model: Transformer) -> None:
+    session, path = having_read(Session(model), tokens_of(20)), tmp_path / "a.session"
+    state = session.state()
+    chatting = session.with_state(state._replace(text=state.text._replace(chat=True, tools="0123")))
+    chatting.read(tokens_of(20))
+    chatting.save(path)
+    assert Session.load(path, model).state().text == chatting.state().text
+    assert (chatting.state().text.chat, chatting.state().text.tools) == (True, "0123")
+    facts, tensors = chatting.pack()
+    older = session.fork()
+    older.unpack({name: value for name, value in facts.items() if name != "tools"}, tensors)  # a file of before
+    assert older.state().text == chatting.state().text._replace(tools="")
+
+
 @given(seed=st.integers(0, 1000), scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e8]))
 @settings(max_examples=10, deadline=None)
 def test_float32_is_saved_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, seed: int, scale: float) -> None:
