@@ -7,6 +7,7 @@ from helpers import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_helpers import TEXT, having_read, same_state, tokens_of
+from pool_helpers import assert_same_state
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
@@ -63,6 +64,12 @@ def test_generate_rejects_missing_text_and_invalid_options(model: Transformer, t
         next(Session(model, tokenizer).generate("x", max_tokens=-1))
 
 
+def assert_same_reading(one: Session, other: Session) -> None:
+    """Two sessions have read the same tokens, and have the same state up to rounding in float32."""
+    assert one.info().text_digest == other.info().text_digest and one.pending == other.pending
+    assert_same_state(one.state().read_state, other.state().read_state, 1e-4)
+
+
 @pytest.mark.parametrize("learn", [True, False])
 @pytest.mark.parametrize("read_before", [0, 3, 40])
 def test_learn_from_writing_equals_reading_what_was_generated(
@@ -73,7 +80,7 @@ def test_learn_from_writing_equals_reading_what_was_generated(
     prompt = tokens_of(7, seed=3)
     got = list(session.generate_tokens(prompt, max_tokens=23, temperature=0, learn_from_writing=True))
     plain.read([*prompt, *got])
-    assert same_state(session, plain) and session.info() == plain.info()
+    assert_same_reading(session, plain)
     # Each token was the likeliest by all that had been learned until then, its mini-batch included.
     aside.read(prompt)
     for token in got:
@@ -121,7 +128,7 @@ def test_session_continues_with_exactly_the_text_that_was_yielded(
     given_out = "".join(piece for _, piece in zip(range(taken), pieces, strict=False))
     pieces.close()  # type: ignore[attr-defined]
     if taken:
-        assert same_state(session, having_read(Session(model, _TOKENIZER), "In " + given_out))
+        assert_same_reading(session, having_read(Session(model, _TOKENIZER), "In " + given_out))
     assert not any(s in given_out for s in stop)
 
 

@@ -13,6 +13,7 @@ from helpers import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_helpers import TEXT, having_read, same_state, tokens_of
+from pool_helpers import assert_same_state
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_e2e.data.tokenizer import Tokenizer
@@ -42,16 +43,9 @@ def test_read_state_does_not_depend_on_how_tokens_are_split(learn: bool, cuts: l
     split = Session(whole.model, learn=learn, dtype=F64)
     losses = [split.read(piece) for piece in np.split(tokens_of(93), sorted(cuts))]
     np.testing.assert_allclose(expected, np.concatenate(losses), rtol=1e-6)  # float32
-    assert_close_states(whole, split)
+    assert_same_state(split.state().read_state, whole.state().read_state)
     assert whole.info().to_facts() | {"learned_norm": None} == split.info().to_facts() | {"learned_norm": None}
     assert learn or same_state(whole, split)
-
-
-def assert_close_states(one: Session, other: Session) -> None:
-    """Two sessions have the same state, up to rounding in float64."""
-    (a, _, _), (b, _, _) = one.state(), other.state()
-    assert one.position == other.position and one.pending == other.pending
-    torch.testing.assert_close(a.tensors(), b.tensors(), rtol=1e-9, atol=1e-10)
 
 
 def one_by_one(model: Transformer, ids: np.ndarray) -> tuple[Session, np.ndarray]:
@@ -70,14 +64,12 @@ def test_reading_may_stop_within_what_the_prefix_has_read(stop: int, tmp_path: P
     losses = [next(reading) for _ in range(stop)]
     reading.close()
     there, _ = one_by_one(model, ids[: 5 * stop + 1])
-    torch.testing.assert_close(
-        session.state().read_state.tensors(), there.state().read_state.tensors(), rtol=1e-9, atol=1e-10
-    )
+    assert_same_state(session.state().read_state, there.state().read_state)
     session.save(tmp_path / "session")
     session = Session.load(tmp_path / "session", model)
     losses.append(session.read(ids[40:]))
     np.testing.assert_allclose(np.concatenate(losses), expected, rtol=1e-6)  # float32
-    assert_close_states(session, whole)
+    assert_same_state(session.state().read_state, whole.state().read_state)
 
 
 def test_a_session_may_be_used_while_it_reads() -> None:
@@ -90,7 +82,7 @@ def test_a_session_may_be_used_while_it_reads() -> None:
             losses = [next(session.read_chunks(ids[::-1]))]
     whole, expected = one_by_one(model, ids[::-1])
     np.testing.assert_allclose(np.concatenate(losses), expected, rtol=1e-6)
-    assert_close_states(session, whole)
+    assert_same_state(session.state().read_state, whole.state().read_state)
 
 
 def test_text_digest_is_of_every_token_whoever_read_them() -> None:
