@@ -76,7 +76,6 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str = "the configurat
         raise UserError(f"In {where}: {error}") from error
 
 
-@functools.cache
 def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
     """The type of every setting of a configuration by its full name."""
     found: dict[str, Any] = {}
@@ -85,7 +84,6 @@ def _settings(cls: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-@functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     """The type of every field; fields whose default is None accept it, too."""
     hints = _type_hints(cls)
