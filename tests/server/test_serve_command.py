@@ -82,10 +82,10 @@ def test_options_reach_engine_and_settings(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("ttt_e2e.server.options.Engine", engine)
     monkeypatch.setattr("ttt_e2e.server.app.create_app", app)
     monkeypatch.setattr("ttt_e2e.server.middleware.logs.configure_logging", lambda: None)
-    options = "--memory 3M --max-sessions 7 --max-session-tokens 900 --max-notebook 1M --max-batch 5 --dtype bfloat16 --rate 11"
+    options = "--memory 3M --max-sessions 7 --max-session-tokens 900 --max-notebook 1M --max-batch 5 --rate 11"
     with pytest.raises(Reached):
         data = str(tmp_path / "sessions")
-        command.run(parse(*options.split(), "--max-body", "2K", "--port", "0", "--data", data))
+        command.run(parse(*options.split(), "--dtype", "bfloat16", "--max-body", "2K", "--port", "0", "--data", data))
     settings = given.pop("settings")
     assert given == dict(
         memory_bytes=3 << 20,
