@@ -79,16 +79,21 @@ def test_options_reach_engine_and_settings(tmp_path: Path, monkeypatch: pytest.M
 
     model = small_model(vocab_size=257)
     monkeypatch.setattr("ttt_e2e.cli.serve.open_model", lambda _: (model, Tokenizer.train([""], 257)))
-    monkeypatch.setattr("ttt_e2e.server.engine.engine.Engine", engine)
+    monkeypatch.setattr("ttt_e2e.server.options.Engine", engine)
     monkeypatch.setattr("ttt_e2e.server.app.create_app", app)
     monkeypatch.setattr("ttt_e2e.server.middleware.logs.configure_logging", lambda: None)
-    options = "--memory 3M --max-sessions 7 --max-session-tokens 900 --max-batch 5 --dtype bfloat16 --rate 11"
+    options = "--memory 3M --max-sessions 7 --max-session-tokens 900 --max-notebook 1M --max-batch 5 --rate 11"
     with pytest.raises(Reached):
         data = str(tmp_path / "sessions")
-        command.run(parse(*options.split(), "--max-body", "2K", "--port", "0", "--data", data))
+        command.run(parse(*options.split(), "--dtype", "bfloat16", "--max-body", "2K", "--port", "0", "--data", data))
     settings = given.pop("settings")
     assert given == dict(
-        memory_bytes=3 << 20, max_sessions=7, max_session_tokens=900, max_batch=5, dtype=torch.bfloat16
+        memory_bytes=3 << 20,
+        max_sessions=7,
+        max_session_tokens=900,
+        max_notebook_bytes=1 << 20,
+        max_batch=5,
+        dtype=torch.bfloat16,
     )
     assert (settings.body_bytes, settings.file_bytes, settings.requests_per_minute) == (2048, 5000, 11)
     assert settings.model_name == "ttt-e2e"

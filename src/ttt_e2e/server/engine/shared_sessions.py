@@ -76,9 +76,9 @@ class SharedRegistry(SessionRegistry):
             record = await asyncio.to_thread(self.store.find, slot.record.owner, slot.record.id)
             if record is None:
                 raise SessionNotFoundError
-            holder = record.holder
-            if holder not in (None, self.store.holder) and not await asyncio.to_thread(self.store.is_gone, holder):
-                return False
+            if record.holder is not None and record.holder != self.store.holder:  # noqa: SIM102
+                if not await asyncio.to_thread(self.store.is_gone, record.holder):
+                    return False
             with suppress(ConflictError):
                 _adopt(slot, await asyncio.to_thread(self.store.claim, record))
                 return True
