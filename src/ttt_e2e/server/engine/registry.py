@@ -85,6 +85,10 @@ class SessionSlot:
         )
 
 
+Wanted = bool | NewNotebook | SessionSlot | None
+"""The notebook that a new session is to have; see `SessionRegistry.create`."""
+
+
 def completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
     """Decorate a change that runs to its end even if the caller is cancelled, and is refused after `close`."""
 
@@ -167,7 +171,7 @@ class SessionRegistry:
         session: Session | None = None,
         document: str | None = None,
         id: str | None = None,
-        notebook: bool | NewNotebook | SessionSlot | None = None,
+        notebook: Wanted = None,
     ) -> SessionSummary:
         """Add a session, an empty one by default. Raises LimitReachedError as `check_room` does.
 
@@ -369,22 +373,13 @@ class SessionRegistry:
             if record.notebook and not (self.store.notebook_path(record.notebook) / DATABASE).is_file():
                 self._set_notebook_damaged(slot, "it is missing")
 
-    def _added(
-        self,
-        owner: str,
-        session: Session,
-        document: str | None,
-        id: str | None,
-        notebook: bool | NewNotebook | SessionSlot | None,
-    ) -> Any:
+    def _added(self, owner: str, session: Session, document: str | None, id: str | None, notebook: Wanted) -> Any:
         """As `_saved`, of a new session."""
         with self._notebook_of_new(notebook) as new:
             return self._saved(self.store.add, owner, session, document, id, new)
 
     @contextmanager
-    def _notebook_of_new(
-        self, notebook: bool | NewNotebook | SessionSlot | None
-    ) -> Iterator[NotebookRecord | NewNotebook | None]:
+    def _notebook_of_new(self, notebook: Wanted) -> Iterator[NotebookRecord | NewNotebook | None]:
         """The notebook that a new session gets; see `create`."""
         if isinstance(notebook, SessionSlot):
             yield notebook.record.notebook  # which they share from then on

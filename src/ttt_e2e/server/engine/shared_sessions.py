@@ -15,7 +15,7 @@ from ttt_e2e.server.engine.records import (
     SessionSummary,
     StoppingError,
 )
-from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot, completed
+from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot, Wanted, completed
 from ttt_e2e.server.engine.shared_store import SharedRecord, SharedStore
 from ttt_e2e.server.engine.storage import ConflictError, StorageError
 from ttt_e2e.server.engine.store import NewNotebook
@@ -124,9 +124,7 @@ class SharedRegistry(SessionRegistry):
             yield folder
 
     @contextmanager
-    def _notebook_of_new(
-        self, notebook: bool | NewNotebook | SessionSlot | None
-    ) -> Iterator[NotebookRecord | NewNotebook | None]:
+    def _notebook_of_new(self, notebook: Wanted) -> Iterator[NotebookRecord | NewNotebook | None]:
         if isinstance(notebook, SessionSlot) and notebook.record.notebook:
             with self._checked_notebook(notebook) as folder:  # a copy: files in a session's folder are its own
                 yield NewNotebook(folder, notebook.record.notebook)
