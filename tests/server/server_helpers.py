@@ -296,10 +296,15 @@ def client_of(engine: Any, *, host: str = "localhost", **settings: Any) -> Itera
 
 
 @contextmanager
-def served(engine: Any, *, http: Any = "auto", **settings: Any) -> Iterator[str]:
-    """The address of a server in a thread, for the service over `engine`. http: uvicorn's protocol."""
+def served(engine: Any, *, http: Any = "h11", **settings: Any) -> Iterator[str]:
+    """The address of a server in a thread, for the service over `engine`.
+
+    http: uvicorn's protocol. The loop is asyncio's, as in `serve`, also where uvloop is installed.
+    """
     app = create_app(engine, Settings("tiny", **settings))
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=http, log_config=None, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, http=http, loop="asyncio", log_config=None, timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
