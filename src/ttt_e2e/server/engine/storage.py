@@ -59,7 +59,7 @@ class Storage:
         try:
             self._fs, root = fsspec.core.url_to_fs(self.url, **(_S3_OPTIONS if self._is_s3 else {}))
         except ImportError as error:
-            raise UserError('Sessions on S3 need s3fs; install it with: pip install "ttt-e2e[ray]"') from error
+            raise UserError('Sessions on S3 need s3fs; install it with: pip install "ttt-e2e[s3]"') from error
         self._root: str = root.rstrip("/")
         if self._is_s3:
             self._fs.retries = _S3_ATTEMPTS
