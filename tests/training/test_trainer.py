@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -418,7 +419,8 @@ def test_two_processes_of_torchrun_train_as_one(data: Path, tmp_path: Path) -> N
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, *torchrun, __file__, str(data), str(tmp_path / "two"), *changes]
     done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
-    assert "Resuming after step 2" in done.stdout
+    # The checkpoint of step 1 is complete before that of step 2 is begun, which the signal may have cut off.
+    assert re.search("Resuming after step [12]\\b", done.stdout)
     run(data, tmp_path / "one", *changes)
     for two, one in zip(measured(tmp_path / "two"), measured(tmp_path / "one"), strict=True):
         assert two["step"] == one["step"]
