@@ -255,10 +255,10 @@ def routes(generations: Generations) -> APIRouter:
         """Answer a conversation; with `session`, one that follows what the session has read."""
         messages, values = [message.for_template() for message in body.messages], body.chat_template_kwargs
         closing = await generations.closing(values) if body.learn else ""
-        question, asking = last_question(messages)
+        (question, asking), tools = last_question(messages), body.functions()
 
         def prompt(text: str) -> Callable[[Before], Prompt]:
-            return generations.chat_prompt(asking(text), values, "messages", body.functions())
+            return generations.chat_prompt(asking(text), values, "messages", tools)
 
         ask = functools.partial(generations.ask, request, body, body.session, question, prompt)
         return await _respond(generations, request, body, [ask], body.session, closing)

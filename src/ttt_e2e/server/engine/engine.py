@@ -155,11 +155,11 @@ class Engine:
                     with self._pooled(slot, session) as pooled:
                         while more or submitted:
                             if more and submitted < _MAX_SUBMITTED:
-                                ids = await asyncio.to_thread(next, batches, None)
-                                more = ids is not None
-                                if ids is not None:
-                                    length, given = length + len(ids), given + len(ids)
-                                    size += len(self._tokenizer.decode(ids).encode())
+                                batch = await asyncio.to_thread(next, batches, None)
+                                more = batch is not None
+                                if batch is not None:
+                                    ids, num_bytes = batch
+                                    length, given, size = length + len(ids), given + len(ids), size + num_bytes
                                     self.sessions.check_length(length)
                                     pooled.submit(SessionPool.submit_read, tokens=ids)
                                     submitted += 1
@@ -333,8 +333,9 @@ class Engine:
     def _encode(self, prompt: Prompt) -> np.ndarray:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else np.array(prompt, np.int64)
 
-    def _batches(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        """The tokens of a text, at most a few mini-batches at a time."""
+    def _batches(self, chunks: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """The tokens of a text, at most a few mini-batches at a time, and how many bytes of text they are."""
         size = _BATCHES_PER_SUBMIT * self._template.mini_batch_size
         for ids in self._tokenizer.encode_chunks(short_chunks(chunks)):
-            yield from np.split(ids, range(size, len(ids), size))
+            for batch in np.split(ids, range(size, len(ids), size)):
+                yield batch, len(self._tokenizer.decode(batch).encode())
