@@ -1,6 +1,7 @@
 """Many sessions at once through the service, under load, and with the service killed.
 
     python benchmarks/service.py VAL.parquet --minutes 10            # 64 sessions read and write at once
+    python benchmarks/service.py VAL.parquet --responses --part 600  # 64 streams of /v1/responses at once
     python benchmarks/service.py VAL.parquet --kills 20              # kill -9 at random moments
 
 It starts `ttt-e2e serve` with the shipped model. Every session reads a text of its own, one part per request, and after
@@ -10,6 +11,11 @@ each part a streamed completion is requested. At the end:
 - every session must have read its own text only: its digest is that of a session that read the same parts without the
   service, and its fast weights are the same except for rounding;
 - every session must predict the continuation of its own text better than eight others do, in nats per token.
+
+With `--responses`, every session is a conversation: OpenAI's client sends the parts as questions, and the answers are
+streamed, the most probable token each time. At the end every conversation must hold its own questions and the answers
+that were streamed to its client, and a session that was asked the same alone must answer the same, except where two
+tokens are equally probable but for rounding.
 
 With `--kills`, the service is killed repeatedly. After each start every session must be what its last response said, or
 what follows from the request that was running when the service was killed.
@@ -36,11 +42,13 @@ import httpx
 import numpy as np
 import pyarrow.parquet
 import torch
+from openai import AsyncOpenAI, OpenAI
 from tqdm import tqdm
 
 from ttt_e2e.hardware import machine
 from ttt_e2e.inference.load import load_model
 from ttt_e2e.inference.session import Session
+from ttt_e2e.server.chat import ChatFormat
 
 PLAIN_TEXT = {"content-type": "text/plain; charset=utf-8"}
 _CONTINUATION = 256  # tokens
@@ -55,6 +63,7 @@ class Client:
     id: str = ""
     parts: int = 0
     acknowledged: dict[str, Any] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
     read_seconds: list[float] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)
     between_tokens: list[float] = field(default_factory=list)
@@ -125,6 +134,68 @@ async def complete(client: Client, http: httpx.AsyncClient, write: int) -> None:
             times, last = client.between_tokens, now
 
 
+async def ask_in_a_conversation(
+    client: Client, official: AsyncOpenAI, model: str, part: int, write: int, until: float
+) -> None:
+    """Request streamed responses, and record when their tokens come."""
+    client.id = (await official.conversations.create()).id
+    while time.monotonic() < until:
+        question, answer = client.text[client.parts * part : (client.parts + 1) * part], ""
+        options: dict[str, Any] = {"conversation": client.id, "max_output_tokens": write, "temperature": 0}
+        last, times = time.perf_counter(), client.first_token
+        async for event in await official.responses.create(model=model, input=question, stream=True, **options):
+            if event.type == "response.output_text.delta":
+                answer += event.delta
+                now = time.perf_counter()
+                times.append(now - last)
+                times, last = client.between_tokens, now
+            elif event.type == "error":
+                raise RuntimeError(event.message)
+        if event.response.output_text != answer or event.response.conversation.id != client.id:
+            raise RuntimeError(f"{client.id} was streamed {answer!r}, and the response at its end is {event.response}")
+        client.parts += 1
+        client.answers.append(answer)
+
+
+async def ask_at_once(clients: list[Client], service: Service, part: int, write: int, seconds: float) -> list[Any]:
+    """All clients at once; returns the errors."""
+    async with AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", timeout=600, max_retries=0) as official:
+        model = (await official.models.list()).data[0].id
+        until = time.monotonic() + seconds
+        asked = (ask_in_a_conversation(client, official, model, part, write, until) for client in clients)
+        return [error for error in await asyncio.gather(*asked, return_exceptions=True) if error is not None]
+
+
+def compare_answers(clients: list[Client], service: Service, part: int, write: int) -> dict[str, Any]:
+    """Compare every conversation with what its client knows, and its answers with those of a session alone."""
+    model, tokenizer = load_model()
+    torch.set_num_threads(service.threads)
+    template, chat = Session(model, tokenizer), ChatFormat()
+    own = alike = digests = 0
+    with OpenAI(base_url=f"{service.url}/v1", api_key="none", timeout=600) as official:
+        for client in tqdm(clients, desc="asking alone"):
+            session, said = template.fork(), []
+            for i, answer in enumerate(client.answers):
+                question = client.text[i * part : (i + 1) * part]
+                said += [question, answer]
+                prompt = chat.prompt([{"role": "user", "content": question}], "conversation" if i else "nothing")
+                before = session.fork()
+                made = session.generate(
+                    prompt, max_tokens=write, stop=chat.stop, temperature=0, learn_from_writing=True
+                )
+                same = "".join(made) == answer
+                alike += same
+                if not same:
+                    session = before
+                    session.read(prompt)
+                    session.read(answer)
+            items = official.conversations.items.list(client.id, order="asc", limit=100)
+            own += [part.text for item in items for part in item.content] == said
+            found = httpx.get(f"{service.url}/v1/sessions/sess-{client.id[5:]}").raise_for_status().json()
+            digests += found["text_digest"] == session.info().text_digest
+    return {"own_conversations": own, "same_answers_alone": alike, "digests_equal": digests}
+
+
 def read_alone(client: Client, part: int, template: Session) -> Session:
     """A session that read the same parts without the service."""
     session = template.fork()
@@ -141,7 +212,7 @@ def fast_weights(session: Session) -> torch.Tensor:
 def compare(clients: list[Client], service: Service, part: int, folder: Path) -> dict[str, Any]:
     """Compare every session with one that read the same text without the service."""
     model, tokenizer = load_model()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(service.threads)
     template = Session(model, tokenizer)
     digests, differences, sessions = [], [], []
     start = fast_weights(template)
@@ -184,6 +255,8 @@ async def load(clients: list[Client], service: Service, part: int, write: int, s
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
+    if len(values) < 2:  # the clients have failed
+        return {"count": len(values)}
     cut = statistics.quantiles(values, n=100, method="inclusive")
     return {"p50_ms": 1e3 * cut[49], "p99_ms": 1e3 * cut[98], "count": len(values)}
 
@@ -206,6 +279,25 @@ def under_load(clients: list[Client], service: Service, args: argparse.Namespace
         "server_errors": [line for line in metrics.splitlines() if "requests_total" in line and 'status="5' in line],
     }
     result |= compare(clients, service, args.part, folder)
+    service.end(signal.SIGTERM)
+    return result
+
+
+def with_responses(clients: list[Client], service: Service, args: argparse.Namespace) -> dict[str, Any]:
+    service.start()
+    started = time.perf_counter()
+    errors = asyncio.run(ask_at_once(clients, service, args.part, args.write, 60 * args.minutes))
+    metrics = httpx.get(f"{service.url}/metrics").text
+    result = {
+        "streams": len(clients),
+        "minutes": (time.perf_counter() - started) / 60,
+        "errors": [repr(error) for error in errors],
+        "responses": sum(len(c.answers) for c in clients),
+        "first_token": percentiles([s for c in clients for s in c.first_token]),
+        "between_tokens": percentiles([s for c in clients for s in c.between_tokens]),
+        "server_errors": [line for line in metrics.splitlines() if "requests_total" in line and 'status="5' in line],
+    }
+    result |= compare_answers(clients, service, args.part, args.write)
     service.end(signal.SIGTERM)
     return result
 
@@ -249,6 +341,7 @@ def main() -> None:
     parser.add_argument("books", type=Path, metavar="PARQUET", help="a parquet file with a column text")
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--responses", action="store_true", help="ask in conversations, over /v1/responses")
     parser.add_argument("--kills", type=int, help="kill the service N times instead")
     parser.add_argument("--kill-seconds", type=float, default=5.0, help="longest time between a start and a kill")
     parser.add_argument("--part", type=int, default=1500, help="characters per reading request")
@@ -268,6 +361,8 @@ def main() -> None:
             started = [client for client in clients if client.id]  # the first kill may come before a session exists
             result |= compare(started, service, args.part, Path(folder))
             service.end(signal.SIGTERM)
+        elif args.responses:
+            result = with_responses(clients, service, args)
         else:
             result = under_load(clients, service, args, Path(folder))
     result |= {"seed": args.seed, "part": args.part, "threads": args.threads, "cores": os.cpu_count()}
