@@ -15,10 +15,11 @@ import numpy as np
 from ttt_e2e.data.text import short_chunks
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.grammar import Grammar, GrammarCompiler
+from ttt_e2e.inference.pool_requests import Done, Losses, PromptLogprobs, Token
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
-from ttt_e2e.inference.session_pool import Done, Losses, PromptLogprobs, SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.retrieval.generate import retrieve
 from ttt_e2e.retrieval.notebook import Notebook, passage_size
