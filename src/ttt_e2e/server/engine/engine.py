@@ -37,9 +37,10 @@ from ttt_e2e.server.engine.records import (
     StoppingError,
     TextChunk,
 )
-from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
+from ttt_e2e.server.engine.registry import SessionRegistry
 from ttt_e2e.server.engine.shared_sessions import SharedRegistry
 from ttt_e2e.server.engine.shared_store import SharedStore
+from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession, Worker

@@ -48,8 +48,7 @@ class Store:
     """The sessions in `folder`, which is created if it is missing, readable by its owner only.
 
     One process can open a store at a time. Its methods can be called from any thread. Where they write, they raise
-    UserError if the disk is full or not writable, and then nothing has changed. lost: None until the folder or its
-    database was found to be removed or replaced; then a sentence about it, and every write fails.
+    UserError if the disk is full or not writable, and then nothing has changed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +75,10 @@ class Store:
 
     @property
     def lost(self) -> str | None:
-        """See above."""
+        """None until the folder or its database was found to be removed or replaced; then a sentence about it.
+
+        From then on every write fails.
+        """
         return self._database.lost
 
     def records(self) -> list[SessionRecord]:
