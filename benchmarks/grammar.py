@@ -13,9 +13,10 @@ import torch
 from ttt_e2e.cli.common import model_folder
 from ttt_e2e.inference.grammar import Grammar, GrammarCompiler, Matcher, json_rule
 from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.pool_requests import Token
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.server.tool_calls import HERMES, Function, Tools, answer_grammar
 
 SCHEMA = {

@@ -10,19 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_e2e.config.parse import from_dict, override, to_dict
-from ttt_e2e.config.presets import preset
-from ttt_e2e.config.ranges import Range, ranges_of
-from ttt_e2e.config.schema import (
+from ttt_e2e.config.components import (
     GatedDeltaNetConfig,
     InnerLoopConfig,
     Mamba2Config,
     MemoryConfig,
-    ModelConfig,
     RopeScaling,
-    RunConfig,
-    TrainConfig,
 )
+from ttt_e2e.config.parse import from_dict, override, to_dict
+from ttt_e2e.config.presets import preset
+from ttt_e2e.config.ranges import Range, ranges_of
+from ttt_e2e.config.schema import ModelConfig, RunConfig, TrainConfig
 from ttt_e2e.errors import UserError
 
 SECTIONS: dict[str, type] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ttt_e2e.config import ranges, schema
+from ttt_e2e.config import components, ranges, schema
 from ttt_e2e.config.schema import ModelConfig, TrainConfig
 
 DOCS = Path(__file__).parents[2] / "docs/reference/settings.md"
@@ -60,5 +60,6 @@ def test_docs_list_every_setting(heading: str, cls: type) -> None:
 def test_every_class_of_settings_is_listed() -> None:
     fields = [*dataclasses.fields(ModelConfig), *dataclasses.fields(TrainConfig)]
     nested = {type(f.default) for f in fields if dataclasses.is_dataclass(f.default)}
-    classes = {value for value in vars(schema).values() if isinstance(value, type) and dataclasses.is_dataclass(value)}
+    values = [*vars(components).values(), *vars(schema).values()]
+    classes = {value for value in values if isinstance(value, type) and dataclasses.is_dataclass(value)}
     assert classes - nested == {ModelConfig, TrainConfig, schema.RunConfig}

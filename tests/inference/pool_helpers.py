@@ -9,9 +9,10 @@ from inference_helpers import tokens_of, with_fast_weights
 
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.pool_requests import Done, Event, Losses, Token
 from ttt_e2e.inference.sampling import SamplingOptions, sample
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import Done, Event, Losses, SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.inference.streaming import ReadState, forward, read_mini_batch, start_reading
 from ttt_e2e.model.transformer import Transformer
 

@@ -12,9 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.load import chat_template, end_tokens, load_model
+from ttt_e2e.inference.pool_requests import Token
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.model.checkpoint import PRETRAINED_METADATA, save_model
 
 pytest.importorskip("jinja2", reason="Jinja is not installed")

@@ -25,9 +25,10 @@ from pool_helpers import (
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference import session_pool as pool_module
+from ttt_e2e.inference.pool_requests import Event
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import Event, SessionPool
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.inference.streaming import forward, start_reading
 from ttt_e2e.inference.text_digest import TextDigest
 from ttt_e2e.model.transformer import Transformer

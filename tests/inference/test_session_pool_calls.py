@@ -8,9 +8,10 @@ from inference_helpers import tokens_of
 from pool_helpers import F64, MODELS, assert_same_state, generate_alone, of, pool_at, read_alone, removed, run
 
 from ttt_e2e.inference import session_pool as pool_module
+from ttt_e2e.inference.pool_requests import Losses, Token
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import Losses, SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.inference.streaming import ReadState
 from ttt_e2e.model.transformer import Transformer
 

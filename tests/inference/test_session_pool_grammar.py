@@ -11,9 +11,10 @@ from pool_helpers import F64, run
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.grammar import Grammar, GrammarCompiler, Matcher, json_rule
+from ttt_e2e.inference.pool_requests import Done, Event, Token
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import Done, Event, SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 

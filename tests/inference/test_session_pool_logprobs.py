@@ -7,9 +7,10 @@ from inference_helpers import tokens_of
 from pool_helpers import F64, MODELS, of, read_alone, run
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.pool_requests import Event, PromptLogprobs, Token
 from ttt_e2e.inference.sampling import SamplingOptions, TokenLogprob
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import Event, PromptLogprobs, SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.inference.streaming import forward, start_reading
 from ttt_e2e.model.transformer import Transformer
 

@@ -13,7 +13,8 @@ from ttt_e2e.inner_loop.functions import EAGER
 from ttt_e2e.inner_loop.meta_loss import mini_batch_mean, sequence_loss
 from ttt_e2e.inner_loop.recompute import RecomputedLoop
 from ttt_e2e.inner_loop.step import InnerLoopState, MiniBatch, inner_gradient_reference, inner_step
-from ttt_e2e.model.transformer import MLP, Transformer
+from ttt_e2e.model.block import MLP
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.ops.derivatives import definitions
 from ttt_e2e.ops.elementwise import Vjp
 

@@ -119,7 +119,7 @@ def test_the_outer_gradient_equals_that_of_whole_matrices(shape: str, recompute:
     out = sequence_loss(model, tokens(23), dtype=F64, activation_checkpointing=recompute)
     ours = torch.autograd.grad(out.loss, tuple(model.parameters()))
     with definitions(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ttt_e2e.model.transformer.low_rank_mlp", by_whole_matrices)
+        patch.setattr("ttt_e2e.model.block.low_rank_mlp", by_whole_matrices)
         plain = sequence_loss(model, tokens(23), dtype=F64, functions=EAGER._replace(inner_step=by_reference))
         theirs = torch.autograd.grad(plain.loss, tuple(model.parameters()))
     torch.testing.assert_close(out.nll_BT, plain.nll_BT, rtol=1e-11, atol=1e-11)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_model import plain_losses
 
+from ttt_e2e.config.components import InnerLoopConfig, RopeScaling
 from ttt_e2e.config.ranges import ranges_of
-from ttt_e2e.config.schema import InnerLoopConfig, ModelConfig, RopeScaling
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.streaming import read_mini_batch, start_reading
 from ttt_e2e.inner_loop.meta_loss import sequence_loss

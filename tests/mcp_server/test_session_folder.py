@@ -18,7 +18,8 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_beside
 from ttt_e2e.inference.session import Session
 from ttt_e2e.mcp_server.sessions import SessionFolder
-from ttt_e2e.reading.resume import Reading, save_unfinished
+from ttt_e2e.reading.reading import Reading
+from ttt_e2e.reading.resume import save_unfinished
 from ttt_e2e.retrieval.notebook import Notebook
 
 FIRST, SECOND = text_of(1, 30), "A zebra came.\n" + text_of(2, 30)

@@ -1,4 +1,4 @@
-"""Reading a document beside a twin that does not learn: the report, the summary, the plot, and saving on the way."""
+"""Reading a document beside a baseline that does not learn: report, summary, plot, and saving on the way."""
 
 import os
 import signal

@@ -21,9 +21,9 @@ from engine_helpers import (
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
+from ttt_e2e.server.engine.database import DATABASE
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import DamagedSessionError
-from ttt_e2e.server.engine.store import DATABASE
 
 
 def flipped(path: Path) -> None:

@@ -34,9 +34,10 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import model_fingerprint
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.server.engine.database import SessionRecord
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import SessionSummary
-from ttt_e2e.server.engine.store import SessionRecord, Store
+from ttt_e2e.server.engine.store import Store
 
 
 @pytest.mark.parametrize("learn", [True, False])

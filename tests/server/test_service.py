@@ -37,8 +37,9 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inference.session import Session
 from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.model.transformer import Transformer
+from ttt_e2e.server.engine.database import DATABASE
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.store import DATABASE, Store
+from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.keys import KEYS_VARIABLE
 
 TEXT = "Die Straße war naß – 雨が降った 🌧️. The rain had stopped; the street was still wet.\n" * 8

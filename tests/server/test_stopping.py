@@ -41,7 +41,6 @@ from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.server import serving
 from ttt_e2e.server.app import create_app
 from ttt_e2e.server.connections import BoundedProtocol, bounded_protocol
-from ttt_e2e.server.engine import registry
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import StoppingError
 from ttt_e2e.server.engine.store import Store
@@ -142,7 +141,7 @@ def test_change_that_is_being_saved_is_completed_and_answered(tmp_path: Path, mo
             id = client.post("/v1/sessions").json()["id"]
             reading = threads.submit(client.post, f"/v1/sessions/{id}/read", content=b"Rain", headers=PLAIN_TEXT)
             assert held.reached.wait(PATIENCE)
-            threads.submit(until, lambda: engine.sessions._closed).add_done_callback(lambda _: held.release.set())
+            threads.submit(until, lambda: engine.sessions._files.closed).add_done_callback(lambda _: held.release.set())
         done = reading.result()
     assert done.status_code == 200
     assert tokens_of(tmp_path / "data") == [done.json()["session"]["tokens"]] != [1]
@@ -214,14 +213,14 @@ def test_files_are_read_and_written_before_the_store_is_closed(tmp_path: Path, m
         slot = await sessions.slot("me", id)
         await sessions.export_session("me", id, tmp_path / "exported")
         for module, name, request in (
-            (sessions._loader, "load", lambda: sessions.import_session("me", tmp_path / "exported")),
-            (sessions._loader, "load", lambda: sessions.session(slot)),
-            (registry, "_export", lambda: sessions.export_session("me", id, tmp_path / "again")),
+            (sessions._files._loader, "load", lambda: sessions.import_session("me", tmp_path / "exported")),
+            (sessions._files._loader, "load", lambda: sessions.session(slot)),
+            (sessions._files, "export", lambda: sessions.export_session("me", id, tmp_path / "again")),
         ):
             held = Held(getattr(module, name))
             with monkeypatch.context() as patch:
                 patch.setattr(module, name, held)
-                patch.setattr(sessions, "_closed", False)
+                patch.setattr(sessions._files, "closed", False)
                 going = asyncio.create_task(request())
                 await asyncio.to_thread(held.reached.wait, PATIENCE)
                 closing = asyncio.create_task(sessions.close())

@@ -16,8 +16,9 @@ from helpers import small_model
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
+from ttt_e2e.server.engine.database import DATABASE, SessionDatabase
 from ttt_e2e.server.engine.records import DamagedSessionError
-from ttt_e2e.server.engine.store import DATABASE, Store
+from ttt_e2e.server.engine.store import Store
 
 TOKENIZER = Tokenizer.train([""], 257)
 MODEL = small_model(vocab_size=257).requires_grad_(False)
@@ -216,7 +217,7 @@ def test_altered_databases_are_refused_or_say_the_same(tmp_path: Path) -> None:
 
 
 def limit(store: Store, pages: int) -> None:
-    store._execute(f"PRAGMA max_page_count = {pages}")
+    store._database.execute(f"PRAGMA max_page_count = {pages}")
 
 
 def test_full_disk_changes_nothing_and_sessions_can_be_deleted(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_session_can_be_deleted_when_there_is_no_room_for_the_journal(
 ) -> None:
     store = Store(tmp_path)
     record, other = store.add("me", TEMPLATE), store.add("me", TEMPLATE)
-    original = store._execute
+    original = store._database.execute
 
     def execute(statement: str, *values: object) -> list[Any]:
         if statement.startswith("DELETE") and len(list(tmp_path.glob("*.session"))) == 2:
@@ -249,26 +250,26 @@ def test_session_can_be_deleted_when_there_is_no_room_for_the_journal(
             raise error
         return original(statement, *values)
 
-    monkeypatch.setattr(store, "_execute", execute)
+    monkeypatch.setattr(store._database, "execute", execute)
     store.delete(record)
     assert store.records() == [other] and not store.path(record).exists()
 
 
 def test_session_stays_deleted_on_a_disk_that_stays_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it is left for its owner, no other session is lost, and a later start removes the record."""
-    execute = Store._execute
+    execute = SessionDatabase.execute
 
-    def full(store: Store, statement: str, *values: object) -> list[Any]:
+    def full(database: SessionDatabase, statement: str, *values: object) -> list[Any]:
         if statement.startswith(("DELETE", "INSERT")):
             error = sqlite3.OperationalError("database or disk is full")
             error.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise error
-        return execute(store, statement, *values)
+        return execute(database, statement, *values)
 
     store = Store(tmp_path)
     records = [store.add("me", session_of(TEXT)) for _ in range(3)]
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_execute", full)
+        patch.setattr(SessionDatabase, "execute", full)
         for record in (records[1], records[2]):
             store.delete(record)
         with pytest.raises(UserError, match="full"):
@@ -281,7 +282,7 @@ def test_session_stays_deleted_on_a_disk_that_stays_full(tmp_path: Path, monkeyp
         store.close()
     store = Store(tmp_path)
     assert store.records() == records[:1] == [*store.records()]
-    assert store._execute("SELECT count(*) FROM sessions") == [(1,)]
+    assert store._database.execute("SELECT count(*) FROM sessions") == [(1,)]
     assert {path.name for path in tmp_path.iterdir()} - {records[0].file} == {DATABASE, f"{DATABASE}-journal"}
 
 
@@ -309,8 +310,8 @@ def test_full_disk_while_a_session_is_written_changes_nothing(tmp_path: Path, mo
 
 def test_documents_stay_with_their_sessions_and_go_with_them(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store._execute("DROP TRIGGER documents_of_deleted_sessions")
-    store._execute("DROP TABLE documents")  # as in a database of an earlier version
+    store._database.execute("DROP TRIGGER documents_of_deleted_sessions")
+    store._database.execute("DROP TABLE documents")  # as in a database of an earlier version
     plain = store.add("me", TEMPLATE)
     store.close()
     store = Store(tmp_path)
@@ -325,8 +326,8 @@ def test_documents_stay_with_their_sessions_and_go_with_them(tmp_path: Path) -> 
     assert store.records() == [plain, record]
     assert (store.document(plain), store.document(record)) == ("of another", "two")
     store.delete(record)
-    assert store._execute("SELECT session FROM documents") == [(plain.id,)]
-    store._execute("UPDATE documents SET content = 'altered'")
+    assert store._database.execute("SELECT session FROM documents") == [(plain.id,)]
+    store._database.execute("UPDATE documents SET content = 'altered'")
     with pytest.raises(DamagedSessionError):
         store.document(plain)
 
@@ -335,7 +336,7 @@ def test_a_session_and_its_document_change_together_or_not_at_all(tmp_path: Path
     store = Store(tmp_path)
     record = store.add("me", TEMPLATE, "one")
     names = [path.name for path in tmp_path.glob("*.session")]
-    store._execute("CREATE TRIGGER fails BEFORE INSERT ON documents BEGIN SELECT RAISE(ABORT, 'made up'); END")
+    store._database.execute("CREATE TRIGGER fails BEFORE INSERT ON documents BEGIN SELECT RAISE(ABORT, 'made up'); END")
     for change in (
         lambda: store.replace(record, session_of(TEXT), "two"),
         lambda: store.add("me", TEMPLATE, "two"),

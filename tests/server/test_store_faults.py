@@ -16,7 +16,8 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import SessionInfo
 from ttt_e2e.server.engine import store as module
-from ttt_e2e.server.engine.store import DATABASE, Store
+from ttt_e2e.server.engine.database import DATABASE
+from ttt_e2e.server.engine.store import Store
 
 AFTER = session_of(TEXT)
 
@@ -45,8 +46,8 @@ class Faults:
         return wrapped
 
 
-class Database:
-    """A connection whose statements are operations that can fail."""
+class Connection:
+    """One whose statements are operations that can fail."""
 
     def __init__(self, connection: sqlite3.Connection, faults: Faults) -> None:
         def execute(statement: str, values: tuple[object, ...]) -> SimpleNamespace:
@@ -57,7 +58,7 @@ class Database:
 
 
 def faulty(store: Store, faults: Faults, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(store, "_database", Database(store._database, faults))
+    patch.setattr(store._database, "_connection", Connection(store._database._connection, faults))
     for name in ("sync", "write_new_session_file"):
         patch.setattr(module, name, faults.wrap(getattr(module, name)))
     for name in ("touch", "rename", "unlink"):
@@ -77,16 +78,17 @@ def state(store: Store) -> list[SessionInfo]:
 
 def delete_on_a_full_disk(store: Store) -> None:
     """No record can be removed, whatever room the session's file makes."""
-    database = store._database
+    connection = store._database._connection
 
     def execute(statement: str, values: tuple[object, ...]) -> Any:
         if statement.startswith("DELETE"):
             error = sqlite3.OperationalError("database or disk is full")
             error.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise error
-        return database.execute(statement, values)
+        return connection.execute(statement, values)
 
-    store._database = SimpleNamespace(execute=execute, close=database.close)  # type: ignore[assignment]
+    faulty = SimpleNamespace(execute=execute, close=connection.close)
+    store._database._connection = faulty  # type: ignore[assignment]
     store.delete(store.records()[0])
 
 

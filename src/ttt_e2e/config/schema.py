@@ -1,9 +1,9 @@
 """The settings of a model and of a training run: frozen dataclasses, checked when they are made.
 
 Settings have the names of Hugging Face's `config.json` files wherever these have one. What only one kind of mixer
-needs, the rotary scaling and the inner loop are values of their own inside `ModelConfig`. `config.ranges` says what a
-value may be, `config.presets` has the published models, `config.parse` reads settings from text and JSON, and
-docs/training.md lists the docstrings of all fields (a test holds it to them).
+needs, the rotary scaling and the inner loop are values of their own inside `ModelConfig`, from `config.components`.
+`config.ranges` says what a value may be, `config.presets` has the published models, and `config.parse` reads settings
+from text and JSON. docs/reference/settings.md lists the docstrings of all fields (a test holds it to them).
 """
 
 import dataclasses
@@ -12,12 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from ttt_e2e.config.ranges import Heads, Norm, Range, Rate, Size, Steps, Tokens, Width, check, require, shown
+from ttt_e2e.config.components import (
+    DERIVED,
+    GatedDeltaNetConfig,
+    InnerLoopConfig,
+    Mamba2Config,
+    MemoryConfig,
+    RopeScaling,
+)
+from ttt_e2e.config.ranges import Heads, Norm, Range, Rate, Size, Steps, Tokens, Width, check, require
 from ttt_e2e.errors import UserError
 
 ActivationCheckpointing = Literal["none", "mini-batch", "sqrt"]
 HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
-Kernels = Literal["auto", "torch", "fused"]
 TrainMode = Literal["meta", "pretrain"]
 Trainable = Literal["all", "suffix", "last", "lora"]
 
@@ -26,112 +33,7 @@ MIXERS = (*ATTENTIONS, "mamba2", "gated-deltanet", "ttt-kvb", "titans", "window+
 
 SoftCap = Annotated[float | None, Range(1e-3, 1e6, none=True)]
 
-_DERIVED: Any = None  # the default of fields that `__post_init__` computes from others
-
 C = TypeVar("C")
-
-
-@dataclass(frozen=True)
-class InnerLoopConfig:
-    """How the fast weights learn while the model reads: one step of SGD per mini-batch."""
-
-    lr: Rate = 1.0
-    """Learning rate of the inner steps."""
-    learned_lr: bool = False
-    """Whether `inner_loop.lr` is multiplied, for every fast matrix of every block, by a factor that is trained with the
-    model. All factors start at 1."""
-    max_grad_norm: Norm = 1.0
-    """The inner gradient of a sequence, over all fast weights together, is clipped to this norm."""
-
-    def __post_init__(self) -> None:
-        check(self, "inner_loop.")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary angles are scaled for contexts longer than the one of pretraining; see `model.rope`."""
-
-    rope_type: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
-    """"default" leaves all angles alone and "linear" divides them by `factor`. "llama3" and "yarn" divide those that
-    turn fewer than `low_freq_factor` times in the original context, keep those that turn more than `high_freq_factor`
-    times, and interpolate in between. "longrope" divides each by a factor of its own, one of `pair_factors`."""
-    factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
-    """What angles are divided by."""
-    original_max_position_embeddings: Annotated[int | None, Range(1, 2**30, none=True)] = None
-    """Length of the original context in tokens. Required for "llama3" and "yarn"."""
-    low_freq_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
-    """Lower end of the interpolation, in turns (`beta_slow` of YaRN)."""
-    high_freq_factor: Annotated[float, Range(1e-6, 1e6)] = 4.0
-    """Upper end of the interpolation, in turns (`beta_fast` of YaRN)."""
-    attention_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0
-    """Queries and keys are multiplied by this (YaRN, LongRoPE)."""
-    pair_factors: tuple[float, ...] = (1.0,)
-    """For "longrope": what the angle of each of the `head_dim / 2` pairs is divided by, the fastest pair first. 0: it
-    does not turn."""
-
-    def __post_init__(self) -> None:
-        check(self, "rope_scaling.")
-        if self.rope_type == "default":
-            require(self.factor == 1, "rope_scaling.factor needs a rope_scaling.rope_type: linear, llama3 or yarn.")
-        elif self.rope_type in ("llama3", "yarn"):
-            original, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
-            require(original is not None, f"rope_type {self.rope_type} needs original_max_position_embeddings.")
-            require(low < high, f"low_freq_factor must be below high_freq_factor, not {low}, {high}.")
-        in_range = all(factor == 0 or 1e-6 <= factor <= 1e6 for factor in self.pair_factors)
-        what = "rope_scaling.pair_factors must be 0 or from 1e-06 to 1e+06"
-        require(in_range, f"{what}, not {shown(self.pair_factors)}.")
-        is_used = self.rope_type == "longrope" or self.pair_factors == (1.0,)
-        require(is_used, "rope_scaling.pair_factors are for rope_type longrope alone.")
-
-
-@dataclass(frozen=True)
-class Mamba2Config:
-    """Settings of the Mamba 2 mixer, named as in Hugging Face's `Mamba2Config`."""
-
-    expand: Size = 2
-    """Inner width, as a multiple of `hidden_size`."""
-    state_size: Size = 128
-    """State per channel (N)."""
-    n_groups: Size = 1
-    """Groups of heads that share their B and C."""
-    conv_kernel: Size = 4
-    """Tokens that the short convolution sees."""
-    kernels: Kernels = "auto"
-    """"torch": plain PyTorch. "fused": the kernels of `mamba-ssm`, on CUDA only. "auto": these kernels where they are
-    installed, for 16-bit numbers on a GPU outside compiled code; else PyTorch."""
-
-    def __post_init__(self) -> None:
-        check(self, "mamba2.")
-
-
-@dataclass(frozen=True)
-class GatedDeltaNetConfig:
-    """Settings of the Gated DeltaNet mixer, named as in flash-linear-attention."""
-
-    expand_v: Size = 2
-    """Width of the values, as a multiple of `hidden_size`."""
-    conv_size: Size = 4
-    """Tokens that the short convolutions see."""
-    kernels: Kernels = "auto"
-    """Like `mamba2.kernels`, with the kernels of `flash-linear-attention`."""
-
-    def __post_init__(self) -> None:
-        check(self, "gated_deltanet.")
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """Settings of TTT-KVB and Titans, the mixers that train a memory of their own: an MLP per head."""
-
-    intermediate_size: Size = _DERIVED
-    """Hidden width of a head's MLP. None becomes 4 x `head_dim`."""
-    lr: Rate = 1.0
-    """Largest learning rate of the MLP; the model chooses between 0 and this for every token."""
-    num_persistent_tokens: Annotated[int, Range(0, 2**20)] = 16
-    """Learned keys and values that the attention of Titans always sees."""
-
-    def __post_init__(self) -> None:
-        check(self, "memory.")
 
 
 @dataclass(frozen=True)
@@ -155,9 +57,9 @@ class ModelConfig:
     hidden_act: HiddenAct = "silu"
     """Activation of the gate in all MLPs, static and fast ones; the memories of TTT-KVB and Titans have "silu".
     "gelu_pytorch_tanh" is GELU in its approximation by tanh."""
-    num_key_value_heads: Heads = _DERIVED
+    num_key_value_heads: Heads = DERIVED
     """Number of key and value heads (G). None becomes `num_attention_heads`."""
-    head_dim: Heads = _DERIVED
+    head_dim: Heads = DERIVED
     """Width of an attention head (K). None becomes `hidden_size / num_attention_heads`."""
     pattern: tuple[str, ...] = ("window",)
     """Sequence mixers of the blocks, repeated over the depth: "full", "window", "mamba2", "gated-deltanet", "ttt-kvb",
@@ -210,9 +112,9 @@ class ModelConfig:
     """Whether the suffix blocks have a static MLP beside the fast one."""
     parallel_mlp: bool = False
     """Whether fast and static MLP form one sub-layer, x += post_norm(fast(norm(x)) + mlp(norm(x))), not two in turn."""
-    fast_intermediate_size: Size = _DERIVED
+    fast_intermediate_size: Size = DERIVED
     """Hidden width of the fast MLPs. None becomes `intermediate_size`."""
-    suffix_intermediate_size: Size = _DERIVED
+    suffix_intermediate_size: Size = DERIVED
     """Hidden width of the static MLPs in the suffix. None becomes `intermediate_size`."""
     fast_rank: Annotated[int | None, Range(1, 2**24, none=True)] = None
     """Rank R of what a sequence learns: an addition, up @ down, to every fast matrix, which itself stays fixed. None: a
@@ -363,7 +265,7 @@ class TrainConfig:
     """Learning rate of the first step of the warm-up."""
     lr_end: Rate = 1e-5
     """Learning rate after the last step."""
-    warmup_steps: Steps = _DERIVED
+    warmup_steps: Steps = DERIVED
     """Optimiser steps of the warm-up. None becomes a tenth of `steps`."""
     train_mode: TrainMode = "meta"
     """"meta": the fast weights learn during training, and the outer gradient goes through their updates. "pretrain": a
@@ -381,7 +283,7 @@ class TrainConfig:
     all passes over the data. Documents are then cut into sequences in the same way in every pass."""
     inner_lr_init: Rate = 0.1
     """Inner learning rate at the first step, warmed up linearly to the model's `inner_loop.lr`."""
-    inner_warmup_steps: Steps = _DERIVED
+    inner_warmup_steps: Steps = DERIVED
     """Optimiser steps of the inner learning rate's warm-up. None becomes a tenth of `steps`."""
     inner_lr_lr: Annotated[float | None, Range(0.0, 1e30, none=True)] = None
     """Peak learning rate of the factors of the inner learning rate (`inner_loop.learned_lr`), with the schedule of

@@ -22,9 +22,10 @@ from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.data.text import short_chunks, text_chunks
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.model.block import Block
 from ttt_e2e.model.mixers.attention import Attention
 from ttt_e2e.model.mixers.base import Positions
-from ttt_e2e.model.transformer import Block, Transformer
+from ttt_e2e.model.transformer import Transformer
 from ttt_e2e.progress import ProgressBar
 
 TEXT = Path(__file__).parent / "calibration.txt"

@@ -37,9 +37,10 @@ from ttt_e2e.convert.learning import LearningOptions, SourceModel, config_from_s
 from ttt_e2e.convert.model_folder import model_folder, require_shapes
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
+from ttt_e2e.model.block import FastMLP
 from ttt_e2e.model.checkpoint import TOKENIZER, copy_pretrained_metadata, finite
 from ttt_e2e.model.cost import parameters
-from ttt_e2e.model.transformer import FastMLP, parameter_shapes
+from ttt_e2e.model.transformer import parameter_shapes
 from ttt_e2e.progress import ProgressBar
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ttt_e2e.config.schema import RopeScaling
+from ttt_e2e.config.components import RopeScaling
 from ttt_e2e.convert.learning import Factors, SourceModel
 from ttt_e2e.errors import UserError
 

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ttt_e2e.config.schema import InnerLoopConfig, ModelConfig, RopeScaling
+from ttt_e2e.config.components import InnerLoopConfig, RopeScaling
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 
 FastInit = Literal["new", "split"]

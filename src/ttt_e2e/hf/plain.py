@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from ttt_e2e.config.components import RopeScaling
 from ttt_e2e.config.parse import flatten
-from ttt_e2e.config.schema import ModelConfig, RopeScaling
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.model.transformer import Transformer
 

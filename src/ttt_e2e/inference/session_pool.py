@@ -14,11 +14,9 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 import itertools
-from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,115 +24,24 @@ import torch
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.divergence import Diverged, find_divergence, rolled_back_error
 from ttt_e2e.inference.grammar import Matcher
-from ttt_e2e.inference.row_batch import BatchedState, RowRef, compact, gather, ids_tensor, read_rows, single_row
-from ttt_e2e.inference.sampling import (
-    SamplingOptions,
-    TokenLogprob,
-    adjust_logits,
-    check_max_tokens,
-    sample,
-    token_logprob,
+from ttt_e2e.inference.pool_requests import (
+    Checkpoint,
+    Done,
+    Event,
+    Generation,
+    Losses,
+    PromptLogprobs,
+    Sequence,
+    Slot,
+    Token,
 )
+from ttt_e2e.inference.row_batch import BatchedState, RowRef, compact, gather, ids_tensor, read_rows, single_row
+from ttt_e2e.inference.sampling import SamplingOptions, TokenLogprob, check_max_tokens, token_logprob
 from ttt_e2e.inference.session import Session, SessionState, check_token_ids
 from ttt_e2e.inference.streaming import forward
 from ttt_e2e.inference.text_digest import TextDigest
 
-
-class Losses(NamedTuple):
-    """The session `id` has read a mini-batch; its losses in nats, float32 [b]."""
-
-    id: int
-    losses: np.ndarray
-
-
-class Token(NamedTuple):
-    """The session `id` has generated a token; `logprob` if the request wants it."""
-
-    id: int
-    token: int
-    logprob: TokenLogprob | None = None
-
-
-class PromptLogprobs(NamedTuple):
-    """The next tokens of the prompt of the session `id`, in a request that wants them."""
-
-    id: int
-    logprobs: list[TokenLogprob]
-
-
-class Done(NamedTuple):
-    """The request that was submitted first to the session `id` is done."""
-
-    id: int
-    error: UserError | None = None  # why it failed; the requests that were submitted after it are then dropped
-
-
-Event = Losses | Token | PromptLogprobs | Done
-
 MAX_REPLAY = 64  # mini-batches that are learned in place, which a text that diverges has to read again
-
-
-class Checkpoint(NamedTuple):
-    """A good state of a text, and the tokens that were read since, in mini-batches."""
-
-    row: RowRef
-    text: TextDigest
-    read: tuple[np.ndarray, ...] = ()
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A text that advances: a session's own, or the copy that is generated from. Fields as in `SessionState`."""
-
-    row: RowRef
-    text: TextDigest
-    pending: np.ndarray
-    checkpoint: Checkpoint | None = None
-
-    @property
-    def rows(self) -> list[RowRef]:
-        """The rows that it needs."""
-        return [self.row] if self.checkpoint is None else [self.row, self.checkpoint.row]
-
-
-@dataclass(eq=False)
-class Generation:
-    """A request to generate.
-
-    left: tokens that may still come. sequence: once it has begun, the copy of the session that it generates from.
-    border: if it learns from what it generates, the sequence after the last full mini-batch, with all tokens since then
-    pending; None while that is `sequence` itself. top_logprobs: how many likeliest tokens to tell with each token; None
-    for no log-probabilities. unscored: tokens at the end of the prompt whose log-probabilities are still to be told.
-    counts_V: how often each token was generated, if that matters. matcher: the grammar of the text, if it has one.
-    """
-
-    prompt: np.ndarray
-    left: int
-    options: SamplingOptions
-    learn: bool
-    generator: torch.Generator
-    sequence: Sequence = field(init=False)
-    border: Sequence | None = None
-    top_logprobs: int | None = None
-    unscored: int = 0
-    counts_V: torch.Tensor | None = None
-    matcher: Matcher | None = None
-
-
-@dataclass(eq=False)
-class Slot:
-    """A session of the pool."""
-
-    id: int
-    own: Sequence
-    queue: deque[np.ndarray | Generation] = field(default_factory=deque)  # its requests; a read is its tokens
-    job: np.ndarray | Generation | None = None  # the request in progress
-    waiting_since: int = 0  # the step of its last turn
-
-    @property
-    def sequence(self) -> Sequence:
-        """The sequence that advances."""
-        return self.job.sequence if isinstance(self.job, Generation) else self.own
 
 
 class SessionPool:
@@ -335,7 +242,7 @@ class SessionPool:
             if isinstance(slot.job, Generation) and slot.job.unscored > len(sequence.pending) - len(ids_T):
                 one = ids_tensor(self._model, [ids_T[:-1]])
                 logits_1TV, _ = forward(self._model, gather([sequence.row]).state, one, self.template.dtype)
-                logprobs[slot.id] = self._prompt_logprobs(slot, ids_T, logits_1TV[0])
+                logprobs[slot.id] = slot.job.prompt_logprobs(ids_T, logits_1TV[0])
         try:
             after, losses_BT, norm_B = read_rows(self._model, batch.state, ids, **options)
             new = BatchedState(after, tuple(position + b for position in batch.positions))
@@ -404,7 +311,8 @@ class SessionPool:
 
     def _generate(self, slots: list[Slot], events: list[Event]) -> None:
         """Generate a token for each slot."""
-        tokenizer, sequences = self.template.tokenizer, [slot.sequence for slot in slots]
+        sequences, tokenizer = [slot.sequence for slot in slots], self.template.tokenizer
+        end_ids = () if tokenizer is None else tokenizer.end_ids
         batch = gather([sequence.row for sequence in sequences])
         ids_BT = ids_tensor(self._model, [sequence.pending for sequence in sequences])
         logits_BTV, after = forward(self._model, batch.state, ids_BT, self.template.dtype)
@@ -419,30 +327,17 @@ class SessionPool:
                 self._fail(slot, UserError(f"The model's logits {at} are not finite; nothing is generated."), events)
                 continue
             if job.unscored:
-                events.append(PromptLogprobs(slot.id, self._prompt_logprobs(slot, sequence.pending, logits_BTV[i])))
+                events.append(PromptLogprobs(slot.id, job.prompt_logprobs(sequence.pending, logits_BTV[i])))
                 job.unscored = 0
                 if job.left == 0:
                     self._advance_queue(slot, events)
                     continue
-            logits_V = logits_BV[i]
-            if job.counts_V is not None:
-                logits_V = adjust_logits(logits_V, job.counts_V, job.options)
             try:
-                if job.matcher is not None:
-                    logits_V = job.matcher.mask(logits_V)
-                token = sample(logits_V, job.options, job.generator)
-                ends = tokenizer is not None and token in tokenizer.end_ids
-                if job.matcher is not None and not ends:
-                    job.matcher.add(token)
+                token = job.draw(logits_BV[i], end_ids)
             except UserError as error:
                 self._fail(slot, error, events)
                 continue
-            if job.counts_V is not None:
-                job.counts_V[token] += 1
-            if ends:
-                job.left = 0
-            else:
-                job.left = 0 if job.matcher is not None and job.matcher.complete else job.left - 1
+            if token not in end_ids:
                 top = job.top_logprobs
                 events.append(Token(slot.id, token, None if top is None else token_logprob(logits_BV[i], token, top)))
             generated = np.array([token], np.int64)
@@ -453,20 +348,6 @@ class SessionPool:
                 if self._must_read(job.border):
                     job.sequence, job.border = job.border, None
             self._advance_queue(slot, events)
-
-    def _prompt_logprobs(self, slot: Slot, ids_T: np.ndarray, logits_TV: torch.Tensor) -> list[TokenLogprob]:
-        """The log-probabilities of those prompt tokens among `ids_T`, the first pending ones, that have none yet.
-
-        logits_TV: after each of them; those after the last one may be missing.
-        """
-        job = slot.job
-        assert isinstance(job, Generation) and job.top_logprobs is not None
-        first = len(slot.sequence.pending) - job.unscored
-        logprobs = []
-        for t, token in enumerate(ids_T[first:].tolist(), first):
-            known = token_logprob(logits_TV[t - 1].float().cpu(), token, job.top_logprobs) if t else None
-            logprobs.append(known or TokenLogprob(token, None))
-        return logprobs
 
     # -- memory --------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ Everything else is a constant for g_i: the static weights, the cached keys and v
 residual stream that comes up from the prefix. The outer gradient (`meta_loss`) sees all of it.
 
 `inner_gradient_reference` defines g_i: it asks autograd. `inner_gradient` is its fast twin: the chain of the layers'
-vjps (see `model.transformer`), ordinary arithmetic like the forward pass. So the outer gradient is one plain backward
+vjps (see `model.block`), ordinary arithmetic like the forward pass. So the outer gradient is one plain backward
 pass through both, and while a text is read no graph is built at all.
 
 Shapes: B sequences, b tokens of a mini-batch, D hidden size; fast weights as in `ops.fast_mlp`.

@@ -21,8 +21,9 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import SessionInfo, read_session_file, session_facts
 from ttt_e2e.reading.loss_curve import LossCurve
+from ttt_e2e.reading.reading import Reading
 from ttt_e2e.reading.recording import forget_unread, plan_recording, record_text
-from ttt_e2e.reading.resume import Reading, save_unfinished, unfinished_facts
+from ttt_e2e.reading.resume import save_unfinished, unfinished_facts
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
 from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.server.chat import ChatFormat

@@ -1,10 +1,9 @@
-"""The main job: read a document of any length while learning from it, beside a twin that does not learn.
+"""The main job: read a document of any length while learning from it, beside a baseline that does not learn.
 
 Both read the same tokens with the same weights and the same window; the difference of their losses is what learning
 gained.
 """
 
-import functools
 import itertools
 import signal
 import sys
@@ -19,13 +18,14 @@ import numpy as np
 from ttt_e2e.data.text import short_chunks
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.session import Diverged, Session
+from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import Precision, session_facts
 from ttt_e2e.progress import ProgressBar
 from ttt_e2e.reading.ended import EndedReading
+from ttt_e2e.reading.reading import Reading
 from ttt_e2e.reading.recording import Recording, forget_unread, record_text
 from ttt_e2e.reading.report import ReadingReport, build_report
-from ttt_e2e.reading.resume import Reading, resume_reading, save_unfinished, unfinished_facts
+from ttt_e2e.reading.resume import resume_reading, save_unfinished, unfinished_facts
 from ttt_e2e.signals import GracefulStop
 
 _MINI_BATCHES = 8  # of a chunk: between chunks, Ctrl-C and the clock are looked at
@@ -65,15 +65,15 @@ def read_document(
         save_every: Seconds.
         precision: Of the session saved at the end, as for `Session.save`; before the end nothing is rounded.
         recording: How the text is also recorded in the notebook of `save`; see `plan_recording`.
-        lock: That `lock_session(save)` has given. With it, a reading that was saved, but did not get to the end of the
-            block with the lock, is recognised and not done again; see `ended`.
+        lock: What `lock_session(save)` gives inside its block. With it, a text that an earlier command has read and
+            saved, but that ended before it left its block, is not read again; see `ended`.
         show: Called with the report before the finished session is saved. What it raises is raised after that.
 
     Returns:
         The report, as far as the text was read.
 
     Raises:
-        UserError: If the text cannot be read or has no tokens, or if `save` holds something else: no session, or an
+        UserError: If the text cannot be read or has no tokens, or if `save` holds anything but a session, or an
             unfinished reading of another text or with other options.
     """
     tokenizer = session.tokenizer
@@ -81,12 +81,12 @@ def read_document(
         raise UserError("Reading a text needs a tokenizer; make the session with one.")
     if not save_every >= 0:
         raise UserError(f"Cannot save every {save_every} seconds; give a number of at least 0.")
-    twin = None
+    other = None
     if baseline and session.learn:
-        twin = Session(session.model, tokenizer, learn=False, dtype=session.dtype)
-    reading = Reading(session, twin, name, total_bytes, pending_before=session.pending)
+        other = Session(session.model, tokenizer, learn=False, dtype=session.dtype)
+    reading = Reading(session, other, name, total_bytes, pending_before=session.pending)
     ended = None
-    if save is not None and lock is not None and _is_in(session, save):
+    if save is not None and lock is not None and _was_loaded_from(session, save):
         ended = EndedReading(lock, chunks, [precision, recording is not None])
         if not unfinished_facts(save) and (report := ended.find(session.info().text_digest)):
             if progress:
@@ -95,23 +95,8 @@ def read_document(
                 show(report)
             return report
         chunks = ended.chunks()
-    if recording is not None:
-        reading.notebook_start = recording.start
-        chunks = iter(chunks)
-        first = next(chunks, "")  # a stream that is not text is refused before anything is written
-        chunks = record_text(itertools.chain([first], chunks), recording)
-    token_chunks = _tokenize(tokenizer, chunks, _MINI_BATCHES * session.mini_batch_size)
-    if save is not None:
-        reading.initial_digest = session.info().text_digest
-        if resume_reading(save, token_chunks, reading):
-            if progress:
-                print(f"Continuing after {reading.tokens:,} tokens of {name}, from {save}.", file=sys.stderr)
-        elif recording is None:
-            forget_unread(save)
-        else:  # before anything is recorded, the session file has to say where the text begins in the notebook
-            save_unfinished(save, reading)
+    token_chunks = _open_tokens(reading, chunks, save, recording, progress)
     started, saved_at = time.perf_counter() - reading.seconds, time.monotonic()
-    diverged = None
     bar = ProgressBar(
         total=total_bytes,
         initial=round(reading.bytes),
@@ -124,14 +109,12 @@ def read_document(
     with GracefulStop(signal.SIGINT) as stop, bar:
         if session.compiled:
             bar.set_postfix_str("compiling")
+        diverged = None
         for ids, size in stop.until_requested(token_chunks):
-            diverged = _learn(reading, functools.partial(session.read_chunks, ids))
-            if twin is not None:
-                reading.twin_curve.add(twin.read(ids))
-            reading.add_chunk(ids, size)
+            diverged = reading.read(ids, size)
             reading.seconds = time.perf_counter() - started
             bar.update(round(reading.bytes) - bar.n)
-            bar.set_postfix_str(_describe(reading), refresh=False)
+            bar.set_postfix_str(reading.describe(), refresh=False)
             if diverged:
                 break
             if save is not None and time.monotonic() - saved_at >= save_every:
@@ -143,10 +126,8 @@ def read_document(
         interrupted = stop.requested  # a Ctrl-C from here on is too late to leave anything unread
         if save is not None and interrupted and not diverged and reading.tokens:
             save_unfinished(save, reading)  # pending tokens get their losses when it is continued
-        if not diverged:
-            diverged = _learn(reading, lambda: [session.score_pending()])
-        if twin is not None:
-            reading.twin_curve.add(twin.score_pending())
+        diverged = diverged or reading.score_pending()
+        reading.score_pending_of_baseline()
         reading.seconds = time.perf_counter() - started
         report = build_report(reading, model_name, interrupted=interrupted, diverged=diverged)
         bar.close()
@@ -165,7 +146,35 @@ def read_document(
     return report
 
 
-def _is_in(session: Session, path: Path) -> bool:
+def _open_tokens(
+    reading: Reading, chunks: Iterable[str], save: Path | None, recording: Recording | None, progress: bool
+) -> Iterator[tuple[np.ndarray, float]]:
+    """The tokens of the text that are left to read, at most a few mini-batches at a time, and their bytes.
+
+    If `save` holds an unfinished reading of the text, `reading` continues it. With a `recording`, every chunk is
+    recorded before it is read.
+    """
+    session = reading.session
+    assert session.tokenizer is not None
+    if recording is not None:
+        reading.notebook_start = recording.start
+        chunks = iter(chunks)
+        first = next(chunks, "")  # a stream that is not text is refused before anything is written
+        chunks = record_text(itertools.chain([first], chunks), recording)
+    token_chunks = _tokenize(session.tokenizer, chunks, _MINI_BATCHES * session.mini_batch_size)
+    if save is not None:
+        reading.initial_digest = session.info().text_digest
+        if resume_reading(save, token_chunks, reading):
+            if progress:
+                print(f"Continuing after {reading.tokens:,} tokens of {reading.name}, from {save}.", file=sys.stderr)
+        elif recording is None:
+            forget_unread(save)
+        else:  # before anything is recorded, the session file has to say where the text begins in the notebook
+            save_unfinished(save, reading)
+    return token_chunks
+
+
+def _was_loaded_from(session: Session, path: Path) -> bool:
     """Whether `session` was loaded from the file `path`, as far as the text that they have read can tell."""
     return path.exists() and bool(session_facts(path)["text_digest"] == session.info().text_digest)
 
@@ -177,28 +186,3 @@ def _tokenize(tokenizer: Tokenizer, chunks: Iterable[str], length: int) -> Itera
         for start in range(0, len(tokens), length):
             ids = tokens[start : start + length]
             yield ids, token_bytes * len(ids)
-
-
-def _learn(reading: Reading, losses_of: Callable[[], Iterable[np.ndarray]]) -> str | None:
-    """Add the session's losses of this text and the time that they take; returns how it diverged, if it did."""
-    started = time.perf_counter()
-    try:
-        for losses in losses_of():
-            earlier = min(reading.pending_before, len(losses))
-            reading.pending_before -= earlier
-            reading.curve.add(losses[earlier:])
-    except Diverged as error:
-        return str(error)
-    finally:
-        reading.learning_seconds += time.perf_counter() - started
-    return None
-
-
-def _describe(reading: Reading) -> str:
-    """Speed and losses so far, for the progress bar."""
-    curve, twin_curve = reading.curve, reading.twin_curve
-    if curve.tokens == 0:
-        return "filling the first mini-batch"
-    without = f" ({twin_curve.mean():.3f} without learning)" if twin_curve.tokens else ""
-    speed = curve.tokens / max(reading.learning_seconds, 1e-9)
-    return f"{speed:,.0f} tokens/s, loss {curve.mean():.3f}{without}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.reading.resume import Reading
+from ttt_e2e.reading.reading import Reading
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -41,7 +41,7 @@ class ReadingReport:
     parts: list[SegmentLoss]  # tenths of the text
     curve: list[SegmentLoss]  # at most `loss_curve.BINS` segments
     seconds: float
-    learning_seconds: float  # of the reader that learns, without its twin
+    learning_seconds: float  # of the reader that learns, without the baseline
     tokens_per_second: float  # of the reader that learns
     mini_batch_size: int | None
     sliding_window: int
@@ -56,7 +56,7 @@ def build_report(reading: Reading, model_name: str, *, interrupted: bool, diverg
     Raises UserError if there was nothing to read, and KeyboardInterrupt if the reading was interrupted before it began.
     """
     session = reading.session
-    curves = [reading.curve] if reading.twin is None else [reading.curve, reading.twin_curve]
+    curves = [reading.curve] if reading.baseline is None else [reading.curve, reading.baseline_curve]
     # Readers that stopped at different places are compared as far as the slower one has come.
     tokens, bin_tokens = min(curve.tokens for curve in curves), max(curve.bin_tokens for curve in curves)
     if tokens == 0:

@@ -1,14 +1,12 @@
 """Saving an unfinished reading, so that the same command continues it after any end, `kill -9` included.
 
 The file is a session like any other with more in it, written together: the name of the text and how far it was read,
-the twin without learning, and the loss curves. The mark "unfinished" and a digest of the tokens read tell it from a
-finished session, and from a reading of another or changed text. An unfinished reading of zero tokens is started afresh;
-it exists only because a notebook has to know where the text begins in it (see `recording`).
+the baseline (which files call "twin"), and the loss curves. The mark "unfinished" and a digest of the tokens read tell
+it from a finished session, and from a reading of another or changed text. An unfinished reading of zero tokens is
+started afresh; it exists only because a notebook has to know where the text begins in it (see `recording`).
 """
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +15,19 @@ import torch
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import real_path, remove_stale_parts
-from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import check_session_target, read_session_file, session_facts, write_session_file
 from ttt_e2e.reading.loss_curve import LossCurve
-
-
-@dataclass
-class Reading:
-    """A reading of a text: who reads what, how far it has come and what was measured."""
-
-    session: Session
-    twin: Session | None  # reads the same without learning
-    name: str
-    total_bytes: int | None  # of the text, if known
-    initial_digest: str = ""  # of the text that the session had read before
-    notebook_start: int | None = None  # the notebook's character at which the text begins; None: it is not recorded
-    pending_before: int = 0  # how many of the next losses belong to tokens that were pending in the session before
-    tokens: int = 0
-    bytes: float = 0.0
-    seconds: float = 0.0
-    learning_seconds: float = 0.0  # of the session, without its twin
-    curve: LossCurve = field(default_factory=LossCurve)
-    twin_curve: LossCurve = field(default_factory=LossCurve)  # losses without learning
-    token_hash: Any = field(default_factory=hashlib.sha256)
-
-    def add_chunk(self, ids: np.ndarray, size: float) -> None:
-        """Count `size` bytes of the text, whose token ids [n] are `ids`, as read."""
-        self.tokens += len(ids)
-        self.bytes += size
-        self.token_hash.update(ids.astype("<i8").tobytes())
+from ttt_e2e.reading.reading import Reading
 
 
 def save_unfinished(path: Path, reading: Reading) -> None:
     """Write an unfinished reading to `path`, complete or not at all. Raises UserError as `Session.save` does."""
     facts, tensors = reading.session.pack()
-    curves, twin_facts = {"curve": reading.curve}, None
-    if reading.twin is not None:
-        twin_facts, twin_tensors = reading.twin.pack()
-        tensors |= {f"twin.{key}": tensor for key, tensor in twin_tensors.items()}
-        curves["twin.curve"] = reading.twin_curve
+    curves, baseline_facts = {"curve": reading.curve}, None
+    if reading.baseline is not None:
+        baseline_facts, baseline_tensors = reading.baseline.pack()
+        tensors |= {f"twin.{key}": tensor for key, tensor in baseline_tensors.items()}
+        curves["twin.curve"] = reading.baseline_curve
     tensors |= {key: torch.from_numpy(curve.sums) for key, curve in curves.items()}
     facts["unfinished"] = {
         "name": reading.name,
@@ -69,7 +41,7 @@ def save_unfinished(path: Path, reading: Reading) -> None:
         "learning_seconds": reading.learning_seconds,
         "token_digest": reading.token_hash.hexdigest(),
         "curves": {key: {"bin_tokens": curve.bin_tokens, "tokens": curve.tokens} for key, curve in curves.items()},
-        "twin": twin_facts,
+        "twin": baseline_facts,
     }
     write_session_file(path, facts, tensors)
 
@@ -82,12 +54,17 @@ def unfinished_facts(path: Path) -> dict[str, Any]:
     return session_facts(path).get("unfinished", {}) if path.exists() else {}
 
 
-def resume_reading(path: Path, chunks: Iterator[tuple[np.ndarray, float]], reading: Reading) -> bool:
+def resume_reading(path: Path, token_chunks: Iterator[tuple[np.ndarray, float]], reading: Reading) -> bool:
     """Continue the unfinished reading in `path`, if there is one; returns whether there is.
 
-    Then `reading` becomes what it was when it was saved, and `chunks`, token ids [n] and bytes of the text from its
-    beginning, advances to the same place. Otherwise nothing changes. Raises UserError if the reading is of another
-    text, if it was started with other options, or if the file is damaged.
+    If so, `reading` becomes what it was when it was saved, and `token_chunks` advances to the same place in the text.
+    Otherwise nothing changes. Raises UserError if the reading is of another text, if it was started with other options,
+    or if the file is damaged.
+
+    Args:
+        path: the session file; it need not exist.
+        token_chunks: the text from its beginning, as token ids [n] and the bytes of text that they are.
+        reading: has read nothing yet.
     """
     check_session_target(path)
     real = real_path(path)
@@ -99,7 +76,7 @@ def resume_reading(path: Path, chunks: Iterator[tuple[np.ndarray, float]], readi
     options = {
         "--no-learning": facts["learn"] == reading.session.learn,
         "--dtype": facts["dtype"] == reading.session.info().dtype,
-        "--no-baseline": (saved["twin"] is None) == (reading.twin is None),
+        "--no-baseline": (saved["twin"] is None) == (reading.baseline is None),
         # It began with the same session, or it is itself the session to continue from.
         "--session": reading.initial_digest in (saved["initial_digest"], facts["text_digest"]),
         "--notebook": saved["notebook_start"] == reading.notebook_start,
@@ -109,7 +86,7 @@ def resume_reading(path: Path, chunks: Iterator[tuple[np.ndarray, float]], readi
             f"{path} holds an unfinished reading of {saved['name']} that was started with other options "
             f"({different}); repeat that command to finish it, or save to another file."
         )
-    while reading.tokens < saved["tokens"] and (chunk := next(chunks, None)):
+    while reading.tokens < saved["tokens"] and (chunk := next(token_chunks, None)):
         reading.add_chunk(*chunk)
     if reading.tokens != saved["tokens"] or reading.token_hash.hexdigest() != saved["token_digest"]:
         raise UserError(
@@ -122,10 +99,10 @@ def resume_reading(path: Path, chunks: Iterator[tuple[np.ndarray, float]], readi
         for key, curve in saved["curves"].items()
     }
     reading.curve = curves["curve"]
-    if reading.twin is not None:
-        twin_tensors = {key.removeprefix("twin."): tensor for key, tensor in tensors.items() if key.startswith("twin.")}
-        reading.twin.unpack(saved["twin"], twin_tensors, str(path))
-        reading.twin_curve = curves["twin.curve"]
+    if reading.baseline is not None:
+        own = {key.removeprefix("twin."): tensor for key, tensor in tensors.items() if key.startswith("twin.")}
+        reading.baseline.unpack(saved["twin"], own, str(path))
+        reading.baseline_curve = curves["twin.curve"]
     reading.initial_digest = saved["initial_digest"]
     reading.pending_before = saved["pending_before"]
     reading.bytes = saved["bytes"]

@@ -22,7 +22,7 @@ from ttt_e2e.server.api.items import (
 )
 from ttt_e2e.server.api.schemas import RequestModel
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.registry import SessionSlot
+from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.errors import ApiError
 
 _NewItems = Annotated[list[InputItem], Field(max_length=20, fail_fast=True)]

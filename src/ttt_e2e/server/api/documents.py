@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import DamagedSessionError, LimitReachedError, SessionNotFoundError
-from ttt_e2e.server.engine.registry import SessionSlot
+from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.errors import ApiError
 
 Kind = Literal["response", "conversation"]

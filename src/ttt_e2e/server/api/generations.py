@@ -105,7 +105,7 @@ class Generations:
 
         return prompt
 
-    async def ask(
+    async def prompt_arguments(
         self,
         request: Request,
         body: NotebookRequest,
@@ -115,15 +115,17 @@ class Generations:
         *,
         by_default: bool = True,
     ) -> dict[str, Any]:
-        """The arguments for `start` that concern the prompt, and the sources of the answer.
+        """The arguments for `start` that concern the prompt: with passages from the session's notebook, or without.
 
         Args:
-            request, body, session: Of the client; `session` is the session's id.
+            request, body: Of the client.
+            session: The id of the session that continues, if any.
             question: What the notebook is searched for; None if there is nothing to search for.
-            prompt: Makes the prompt of the question, with passages before it or without.
-            by_default: Whether passages are shown if the request leaves that open.
+            prompt: Makes the prompt from the question, which may have passages before it.
+            by_default: Whether the notebook is searched if the request leaves that open.
 
-        Raises ApiError if the notebook is wanted and there is none.
+        Returns "prompt"; if the notebook was searched, also "kept", the prompt without passages, and "sources", the
+        passages. Raises ApiError if the request wants a notebook, and there is none or no question.
         """
         owner = request.state.caller.owner
         keeps = session is not None and (await self.engine.sessions.slot(owner, session)).summary().notebook is not None
@@ -174,14 +176,17 @@ class Generations:
 
 
 def last_question(messages: list[dict[str, Any]]) -> tuple[str | None, Callable[[str], list[dict[str, Any]]]]:
-    """The last message of a user as text, and the messages with another text in its place. None if there is none."""
+    """The last message of a user as text, and a function that returns the messages with another text in its place.
+
+    The text is None if there is no such message, or if it is empty.
+    """
     places = [place for place, message in enumerate(messages) if message["role"] == "user"]
     if not places:
         return None, lambda _: messages
     content = messages[places[-1]]["content"]
     question = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
-    def asking(text: str) -> list[dict[str, Any]]:
+    def with_question(text: str) -> list[dict[str, Any]]:
         if text == question:
             return messages
         changed = text if isinstance(content, str) else [{"type": "text", "text": text}]
@@ -189,4 +194,4 @@ def last_question(messages: list[dict[str, Any]]) -> tuple[str | None, Callable[
             message | {"content": changed} if place == places[-1] else message for place, message in enumerate(messages)
         ]
 
-    return question or None, asking
+    return question or None, with_question

@@ -33,14 +33,14 @@ def routes(generations: Generations) -> APIRouter:
         headers = ignored_header(ignored_fields(body, MESSAGES))
         values, stops = body.chat_template_kwargs, body.stop_sequences or []
         structure = await generations.structure(body.functions(), body.schema_of_answer())
-        question, asking = last_question(body.for_template())
+        question, with_question = last_question(body.for_template())
 
         def prompt(text: str) -> Callable[[Before], Prompt]:
-            return generations.chat_prompt(asking(text), values, "messages", structure.tools)
+            return generations.chat_prompt(with_question(text), values, "messages", structure.tools)
 
         arguments = {
             "id": body.session,
-            **await generations.ask(request, body, body.session, question, prompt),
+            **await generations.prompt_arguments(request, body, body.session, question, prompt),
             "max_tokens": body.max_tokens,
             "stop": (*stops, *generations.settings.chat.stop),
             "options": body.sampling_options(),

@@ -27,7 +27,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
 _MAX_LOGPROBS = 1_000_000  # of one request, those of the likeliest tokens among them; they are held in memory
-_Prompts = Sequence[Callable[[], Awaitable[dict[str, Any]]]]  # each calls `Generations.ask`
+_Prompts = Sequence[Callable[[], Awaitable[dict[str, Any]]]]  # each calls `Generations.prompt_arguments`
 
 
 async def _respond(
@@ -54,29 +54,32 @@ async def _respond(
     head = {"id": id, "object": kind, "created": int(time.time()), "model": generations.settings.model_name}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     options = body.sampling_options()
-    told = 0 if body.num_logprobs is None and tries > n else body.num_logprobs  # best_of compares them
-    if told is not None and (count := len(prompts) * tries * body.token_limit * (told + 1)) > _MAX_LOGPROBS:
-        field = "best_of" if body.num_logprobs is None else "logprobs"
-        message = (
-            f"{field}: this would take {count:,} log-probabilities, of at most {_MAX_LOGPROBS:,}; reduce max_tokens."
-        )
-        raise ApiError(400, message, "invalid_value", field)
+    num_logprobs = 0 if body.num_logprobs is None and tries > n else body.num_logprobs  # best_of compares them
+    if num_logprobs is not None:
+        count = len(prompts) * tries * body.token_limit * (num_logprobs + 1)
+        if count > _MAX_LOGPROBS:
+            field = "best_of" if body.num_logprobs is None else "logprobs"
+            message = (
+                f"{field}: this would take {count:,} log-probabilities, of at most {_MAX_LOGPROBS:,}; "
+                "reduce max_tokens."
+            )
+            raise ApiError(400, message, "invalid_value", field)
     shared = {
         "id": session,
         "max_tokens": body.token_limit,
         "stop": (*stop, *(generations.settings.chat.stop if chat else ())),
         "learn": bool(body.learn),
         "closing": closing,
-        "logprobs": told,
+        "logprobs": num_logprobs,
         "echo": bool(getattr(body, "echo", False)),
         **structure.arguments,
     }
-    asked = [await prompt() for prompt in prompts]
+    prompt_arguments = [await prompt() for prompt in prompts]
     chunks = generations.start(
         request,
         [
-            {**shared, **prompt, "options": replace(options, seed=(options.seed + number) % 2**63)}
-            for prompt in asked
+            {**shared, **one, "options": replace(options, seed=(options.seed + number) % 2**63)}
+            for one in prompt_arguments
             for number in range(tries)
         ],
     )
@@ -122,8 +125,8 @@ async def _whole(
         for index in sorted(found, key=mean_logprob, reverse=True)[:n] if tries > n else found:
             answer, sources = parse_answer(texts[index], form, []), _sources(first[index])
             content = {"message": _message(answer) | sources} if chat else {"text": texts[index], **sources}
-            told = None if body.num_logprobs is None else tokens[index]
-            choices.append(_choice(len(choices), _reason(answer, last[index]), content, told, chat))
+            logged = None if body.num_logprobs is None else tokens[index]
+            choices.append(_choice(len(choices), _reason(answer, last[index]), content, logged, chat))
     return {**head, "choices": choices, "usage": _usage(last, tries)}
 
 
@@ -239,29 +242,29 @@ def routes(generations: Generations) -> APIRouter:
         return await _respond(generations, request, body, prompts(request, body, body.session), body.session)
 
     def prompts(request: Request, body: schemas.SessionCompletionRequest, session: str | None) -> _Prompts:
-        def prompt(given: str | list[int], text: str) -> Prompt:
-            return text if isinstance(given, str) else given
+        def arguments_of(given: str | list[int]) -> Callable[[], Awaitable[dict[str, Any]]]:
+            question = given if isinstance(given, str) and given else None
 
-        ask = functools.partial(generations.ask, request, body, session, by_default=not body.echo)
-        return [
-            functools.partial(
-                ask, given if isinstance(given, str) and given else None, functools.partial(prompt, given)
-            )
-            for given in body.prompts
-        ]
+            def prompt(text: str) -> Prompt:
+                return text if isinstance(given, str) else given
+
+            given_arguments = (request, body, session, question, prompt)
+            return functools.partial(generations.prompt_arguments, *given_arguments, by_default=not body.echo)
+
+        return [arguments_of(given) for given in body.prompts]
 
     @router.post("/chat/completions", tags=["OpenAI"], response_model=chat_schemas.ChatCompletion, responses=_RESPONSES)
     async def chat_completions(body: chat_schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `session`, one that follows what the session has read."""
         messages, values = [message.for_template() for message in body.messages], body.chat_template_kwargs
         closing = await generations.closing(values) if body.learn else ""
-        (question, asking), tools = last_question(messages), body.functions()
+        (question, with_question), tools = last_question(messages), body.functions()
 
         def prompt(text: str) -> Callable[[Before], Prompt]:
-            return generations.chat_prompt(asking(text), values, "messages", tools)
+            return generations.chat_prompt(with_question(text), values, "messages", tools)
 
-        ask = functools.partial(generations.ask, request, body, body.session, question, prompt)
-        return await _respond(generations, request, body, [ask], body.session, closing)
+        arguments = functools.partial(generations.prompt_arguments, request, body, body.session, question, prompt)
+        return await _respond(generations, request, body, [arguments], body.session, closing)
 
     path = "/sessions/{session}/completions"
 

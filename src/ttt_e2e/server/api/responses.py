@@ -150,14 +150,14 @@ class _Response:
         body, values = self.body, self.body.chat_template_kwargs
         messages, tools = for_template(items), self.structure.tools
         instructions = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
-        question, asking = last_question(messages)
+        question, with_question = last_question(messages)
 
         def prompt(text: str) -> Callable[[Before], Prompt]:
-            return self.generations.chat_prompt([*instructions, *asking(text)], values, "input", tools)
+            return self.generations.chat_prompt([*instructions, *with_question(text)], values, "input", tools)
 
         arguments = {
             "id": session,
-            **await self.generations.ask(self.request, body, session, question, prompt),
+            **await self.generations.prompt_arguments(self.request, body, session, question, prompt),
             "max_tokens": body.max_output_tokens or DEFAULT_TOKENS,
             "stop": self.generations.settings.chat.stop,
             "options": self.options,

@@ -7,10 +7,13 @@ from ttt_e2e.server.engine.records import Before, Prompt
 
 
 def begin_chat(session: Session, prompt: Callable[[Before], Prompt], tools: str = "") -> tuple[Session, Prompt]:
-    """A copy of the session that counts as one with a conversation, and the prompt, which it has not read.
+    """A copy of the session that is marked as holding a conversation, and the prompt, which it has not read yet.
 
-    prompt: gives the prompt of a conversation for what the session holds. Its ids for a session without a text begin
-    that text, in place of BOS. tools: a digest of the functions that the prompt names, if they are new.
+    Args:
+        session: may hold a conversation already.
+        prompt: returns the prompt, given what the session holds. If it returns ids for an empty session, they are the
+            whole text, and replace the session's BOS.
+        tools: a digest of the functions that the prompt names; "" for none.
     """
     state = session.state()
     before: Before = "conversation" if state.text.chat else "text" if num_tokens(session) > 1 else "nothing"

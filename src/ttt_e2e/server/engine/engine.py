@@ -15,10 +15,11 @@ import numpy as np
 from ttt_e2e.data.text import short_chunks
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.grammar import Grammar, GrammarCompiler
+from ttt_e2e.inference.pool_requests import Done, Losses, PromptLogprobs, Token
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
-from ttt_e2e.inference.session_pool import Done, Losses, PromptLogprobs, SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.retrieval.generate import retrieve
 from ttt_e2e.retrieval.notebook import Notebook, passage_size
@@ -36,15 +37,16 @@ from ttt_e2e.server.engine.records import (
     StoppingError,
     TextChunk,
 )
-from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot
+from ttt_e2e.server.engine.registry import SessionRegistry
 from ttt_e2e.server.engine.shared_sessions import SharedRegistry
 from ttt_e2e.server.engine.shared_store import SharedStore
+from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession, Worker
 
 _BATCHES_PER_SUBMIT = 4  # mini-batches of a text that are submitted to the pool at a time
-_MAX_PROMPT_LOGPROBS = 100_000  # that are told of a prompt: of its tokens, and of the likeliest in their places
+_MAX_PROMPT_LOGPROBS = 100_000  # in an answer with the prompt's: of its tokens, and of the likeliest in their places
 _MAX_SUBMITTED = 2  # one submission is read while the next is tokenised
 
 
@@ -199,9 +201,9 @@ class Engine:
     ) -> AsyncIterator[TextChunk]:
         """Generate text after what a session has read and `prompt`.
 
-        The session stays as it is unless `learn` is set: then the model learns from what it writes, and prompt and
-        generated text become part of the session, which is saved before the last TextChunk comes. If that chunk does
-        not come, nothing has changed. Requests with `learn` wait for others that change the session.
+        The session does not change unless `learn` is set: then the model learns from what it writes, and prompt and
+        generated text become part of the session, which is saved before the last TextChunk is yielded. If that chunk is
+        not yielded, nothing has changed. Requests with `learn` wait for others that change the session.
 
         Args:
             owner, id: The session; id None to start from the prompt alone.
@@ -209,11 +211,12 @@ class Engine:
                 for a session without a text begin that text, in place of BOS.
             max_tokens, stop, options: Limit of generated tokens, strings before which the text ends, and sampling.
             closing: What the session reads after the generated text, with `learn`.
-            kept: With `learn`, the prompt that becomes part of the session if it is not `prompt`, and of the same kind.
-            save: With `learn`, it is awaited with what the session has become, the whole text and the last TextChunk,
-                in place of replacing the session, which nobody needs to wait for then.
+            kept: With `learn`, what becomes part of the session in place of `prompt`, such as the prompt without the
+                passages that were put before it; a prompt or a function, as for `prompt`.
+            save: With `learn`, an async function that is called with the new version of the session, the whole text
+                and the last TextChunk. The session itself is then not replaced, and other requests need not wait.
             logprobs: Give every token its log-probability, and this many of the likeliest tokens in its place.
-            echo: Begin the text with the prompt, which is no function then; with `logprobs`, not with `learn`.
+            echo: Begin the text with the prompt, which must not be a function. Not with both `logprobs` and `learn`.
             grammar: What the text must match; it ends once it is complete.
             tools: A digest of the functions that the prompt, a function, names.
             limit: Held while the model generates, but not while waiting for other changes of the session.
@@ -229,16 +232,8 @@ class Engine:
                 session = await self.sessions.session(slot, for_change=learn) if slot else self._template
                 kept_ids = None
                 if learn and kept is not None:
-                    if callable(kept):
-                        _, kept_ids = await asyncio.to_thread(self._begin_chat, session, kept, tools)
-                    else:
-                        kept_ids = await asyncio.to_thread(self._encode, kept)
-                if callable(prompt):
-                    session, ids = await asyncio.to_thread(self._begin_chat, session, prompt, tools)
-                else:
-                    ids = await asyncio.to_thread(self._encode, prompt)
-                    if not isinstance(prompt, str) and len(ids) and ids[0] == self._tokenizer.bos:
-                        session = without_bos(session)  # the ids are those of a whole text
+                    _, kept_ids = await asyncio.to_thread(self._begin, session, kept, tools)
+                session, ids = await asyncio.to_thread(self._begin, session, prompt, tools)
                 closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
                 if echo and logprobs is not None and len(ids) * (logprobs + 1) > _MAX_PROMPT_LOGPROBS:
                     raise PromptTooLongError(len(ids), _MAX_PROMPT_LOGPROBS // (logprobs + 1))
@@ -323,12 +318,17 @@ class Engine:
                 pass
             return await pooled.leave()
 
-    def _begin_chat(
-        self, session: Session, prompt: Callable[[Before], Prompt], tools: str
+    def _begin(
+        self, session: Session, prompt: Prompt | Callable[[Before], Prompt], tools: str
     ) -> tuple[Session, np.ndarray]:
-        """The session as one that holds a conversation, and the ids of the prompt, which it has not read."""
-        chatting, text = begin_chat(session, prompt, tools)
-        return chatting, self._encode(text)
+        """The session in which the prompt begins, and the ids of the prompt, which it has not read."""
+        if callable(prompt):
+            session, prompt = begin_chat(session, prompt, tools)
+            return session, self._encode(prompt)
+        ids = self._encode(prompt)
+        if not isinstance(prompt, str) and len(ids) and ids[0] == self._tokenizer.bos:
+            session = without_bos(session)  # the ids are those of a whole text
+        return session, ids
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else np.array(prompt, np.int64)

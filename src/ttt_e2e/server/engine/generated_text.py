@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.inference.pool_requests import Token
 from ttt_e2e.inference.sampling import TokenLogprob
-from ttt_e2e.inference.session_pool import Token
 from ttt_e2e.inference.text_stream import TextStream
 from ttt_e2e.server.engine.records import LoggedToken, TextChunk
 

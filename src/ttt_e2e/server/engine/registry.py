@@ -6,87 +6,31 @@ even if its client leaves, so that disk and memory always agree. This runs in on
 
 import asyncio
 import functools
-import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, MutableMapping
-from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from ttt_e2e.errors import UserError
-from ttt_e2e.files import file_digest
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_file import write_new_session_file
-from ttt_e2e.retrieval.index_digest import AlteredNotebookError
-from ttt_e2e.retrieval.notebook import DATABASE, Notebook
+from ttt_e2e.retrieval.notebook import Notebook
 from ttt_e2e.server.engine import notebooks
-from ttt_e2e.server.engine.loading import SessionLoader
 from ttt_e2e.server.engine.records import (
-    DamagedNotebookError,
     DamagedSessionError,
     LimitReachedError,
     NoNotebookError,
-    NotebookRecord,
-    NotebookSummary,
     SessionNotFoundError,
     SessionSummary,
     StoppingError,
 )
+from ttt_e2e.server.engine.session_files import SessionFiles
 from ttt_e2e.server.engine.shared_store import SharedStore
-from ttt_e2e.server.engine.store import NewNotebook, SessionRecord, Store, file_fingerprint
+from ttt_e2e.server.engine.slot import SessionSlot, Wanted
+from ttt_e2e.server.engine.store import NewNotebook, Store
 from ttt_e2e.server.engine.usage import Usage
-from ttt_e2e.server.engine.worker import PooledSession
 
-_log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-@dataclass(eq=False)
-class SessionSlot:
-    """A session of the registry; only `SessionRegistry` changes it, apart from `pooled`.
-
-    session: None while it is on disk only. fingerprint: of its file, when it was last known to hold what the record
-    says. damaged: it was later found not to. notebook_fingerprint, notebook_damaged: likewise of its notebook. pooled:
-    its copies in the worker's pool, which fail when it is deleted. write_lock: held by a request that is going to
-    replace the session. file_lock: held while its files are read or written.
-    """
-
-    record: SessionRecord
-    session: Session | None = None
-    fingerprint: tuple[int | str, ...] = ()
-    damaged: bool = False
-    notebook_fingerprint: tuple[int, ...] = ()
-    notebook_damaged: bool = False
-    deleted: bool = False
-    pooled: set[PooledSession] = field(default_factory=set)
-    write_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    file_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def summary(self) -> SessionSummary:
-        """The session as clients see it."""
-        id, created, info = self.record.id, int(self.record.created), self.record.info
-        if self.damaged:
-            return SessionSummary(id, created, error=str(DamagedSessionError()))
-        size, in_memory, kept = info.memory_bytes, self.session is not None, self.record.notebook
-        notebook = None if kept is None else NotebookSummary(kept.characters, kept.bytes, kept.documents)
-        return SessionSummary(
-            id,
-            created,
-            info.tokens,
-            info.text_bytes,
-            info.text_digest,
-            size,
-            info.learn,
-            in_memory,
-            str(DamagedNotebookError()) if self.notebook_damaged else None,
-            notebook,
-        )
-
-
-Wanted = bool | NewNotebook | SessionSlot | None
-"""The notebook that a new session is to have; see `SessionRegistry.create`."""
 
 
 def completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
@@ -95,7 +39,7 @@ def completed(method: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
     @functools.wraps(method)
     async def complete(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         self: Any = args[0]
-        if self._closed:
+        if self._files.closed:
             raise StoppingError
         task = asyncio.create_task(method(*args, **kwargs))
         self._changes.add(task)
@@ -117,6 +61,8 @@ class SessionRegistry:
     StoppingError for what needs the store after `close`.
     """
 
+    _files_type = SessionFiles
+
     def __init__(
         self,
         template: Session,
@@ -128,22 +74,22 @@ class SessionRegistry:
     ) -> None:
         self.template, self.limits = template, limits
         self.store: Any = store  # the two are used in the same way, with records of their own
+        self._files = self._files_type(template, store, limits)
         self._memory_bytes, self._max_sessions, self.max_session_tokens = memory_bytes, max_sessions, max_session_tokens
         self._slots: MutableMapping[str, SessionSlot] = {}
         self._in_memory: dict[str, SessionSlot] = {}  # from the least to the most recently used
         self._owner_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._changes: set[asyncio.Task[Any]] = set()
-        self._closed = False
         self._file_users = Usage()
 
     async def open(self) -> None:
         """Read the store's records. Raises UserError if the model is not fit for use."""
-        self._loader = await asyncio.to_thread(SessionLoader, self.template)
-        await asyncio.to_thread(self._read_records)
+        for slot in await asyncio.to_thread(self._files.open):
+            self._slots[slot.record.id] = slot
 
     async def close(self) -> None:
         """Wait for changes under way and for files in use, and refuse any further ones."""
-        self._closed = True
+        self._files.closed = True
         while self._changes:
             await asyncio.wait(self._changes)
         await self._file_users.wait_until_unused()
@@ -184,7 +130,7 @@ class SessionRegistry:
             await self.check_room(owner)
             if shared and shared.deleted:
                 raise SessionNotFoundError
-            record, fingerprint = await asyncio.to_thread(self._added, owner, session, document, id, notebook)
+            record, fingerprint = await asyncio.to_thread(self._files.add, owner, session, document, id, notebook)
             slot = SessionSlot(record, session, fingerprint)
             self._slots[record.id] = slot
             self._mark_used(slot)
@@ -193,9 +139,7 @@ class SessionRegistry:
     async def summary(self, owner: str, id: str) -> SessionSummary:
         """Describe a session; if a new version of it is being saved, that one."""
         slot = await self.slot(owner, id)
-        async with slot.file_lock:
-            if slot.deleted:
-                raise SessionNotFoundError
+        async with slot.using_files():
             if slot.damaged:
                 raise DamagedSessionError
             return slot.summary()
@@ -213,9 +157,7 @@ class SessionRegistry:
     async def delete(self, owner: str, id: str) -> None:
         """Delete a session. Requests that use it fail with SessionNotFoundError."""
         slot = await self.slot(owner, id)
-        async with slot.file_lock:
-            if slot.deleted:
-                raise SessionNotFoundError
+        async with slot.using_files():
             await asyncio.to_thread(self.store.delete, slot.record)
             slot.deleted = True
             self._slots.pop(id, None)
@@ -231,12 +173,10 @@ class SessionRegistry:
         slot = await self.slot(owner, id)
         with self._using_files():
             if slot.record.notebook is None:
-                await asyncio.to_thread(_export, await self.session(slot), target)
+                await asyncio.to_thread(self._files.export, await self.session(slot), target)
                 return f"{id}.session"
-            async with slot.file_lock:
-                if slot.deleted:
-                    raise SessionNotFoundError
-                await asyncio.to_thread(self._export_with_notebook, slot, target)
+            async with slot.using_files():
+                await asyncio.to_thread(self._files.export_with_notebook, slot, target)
                 return f"{id}.tar"
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
@@ -245,14 +185,11 @@ class SessionRegistry:
         Raises LimitReachedError if session or notebook are too long, or as `create` does.
         """
         with self._using_files(), self.temporary_folder() as folder:
-            file, untrusted, notebook = source, None, None
-            if await asyncio.to_thread(notebooks.is_archive, source):
-                file, untrusted = await asyncio.to_thread(notebooks.unpack_archive, source, folder, self.limits)
-            session = await asyncio.to_thread(self._loader.load, file, "The file")
+            session, untrusted = await asyncio.to_thread(self._files.unpack, source, folder)
             self.check_length(session.info().tokens)
+            notebook = None
             if untrusted is not None:
-                made = folder / "made"
-                notebook = await asyncio.to_thread(notebooks.import_notebook, untrusted, made, self.limits)
+                notebook = await asyncio.to_thread(self._files.import_notebook, untrusted, folder / "made")
             return await self.create(owner, session, notebook=notebook)
 
     async def recall(self, owner: str, id: str, search: Callable[[Notebook], _T]) -> _T:
@@ -261,8 +198,8 @@ class SessionRegistry:
         if slot.record.notebook is None:
             raise NoNotebookError
         with self._using_files():
-            async with slot.file_lock:  # as above
-                return await asyncio.to_thread(self._searched, slot, search)
+            async with slot.file_lock:
+                return await asyncio.to_thread(self._files.search, slot, search)
 
     @asynccontextmanager
     async def recorded(self, slot: SessionSlot, text: notebooks.NotebookText) -> AsyncIterator[NewNotebook | None]:
@@ -274,7 +211,7 @@ class SessionRegistry:
             yield None
             return
         with self._using_files(), self.temporary_folder() as folder:
-            making = asyncio.ensure_future(asyncio.to_thread(self._recorded, slot, folder / "notebook", text))
+            making = asyncio.ensure_future(asyncio.to_thread(self._files.record, slot, folder / "notebook", text))
             try:
                 notebook = await asyncio.shield(making)
             finally:
@@ -303,10 +240,8 @@ class SessionRegistry:
         session = slot.session
         if session is None or for_change:
             with self._using_files():
-                async with slot.file_lock:
-                    if slot.deleted:
-                        raise SessionNotFoundError
-                    slot.session = await asyncio.to_thread(self._checked, slot)
+                async with slot.using_files():
+                    slot.session = await asyncio.to_thread(self._files.load, slot)
                     session = slot.session
         self._mark_used(slot)
         return session
@@ -314,17 +249,13 @@ class SessionRegistry:
     async def document(self, slot: SessionSlot) -> str | None:
         """The document of a session, if it has one."""
         with self._using_files():
-            async with slot.file_lock:
-                if slot.deleted:
-                    raise SessionNotFoundError
+            async with slot.using_files():
                 return await asyncio.to_thread(self.store.document, slot.record)
 
     @completed
     async def set_document(self, slot: SessionSlot, document: str) -> None:
         """Save the document of a session; be `changing` it if the former one matters."""
-        async with slot.file_lock:
-            if slot.deleted:
-                raise SessionNotFoundError
+        async with slot.using_files():
             slot.record = await asyncio.to_thread(self.store.set_document, slot.record, document)
 
     @completed
@@ -335,150 +266,28 @@ class SessionRegistry:
 
         document, notebook: None keeps what it has.
         """
-        async with slot.file_lock:
-            if slot.deleted:
-                raise SessionNotFoundError
+        async with slot.using_files():
             slot.record, slot.fingerprint = await asyncio.to_thread(
-                self._saved, self.store.replace, slot.record, session, document, notebook
+                self._files.replace, slot.record, session, document, notebook
             )
             slot.session, slot.damaged = session, False
             self._mark_used(slot)
             return slot.summary()
 
-    @contextmanager
-    def temporary_folder(self) -> Iterator[Path]:
+    def temporary_folder(self) -> AbstractContextManager[Path]:
         """A folder of the store that exists inside the block; see `Store.temporary_folder`."""
-        if self._closed:
-            raise StoppingError
-        with self.store.temporary_folder() as folder:
-            yield folder
+        return self._files.temporary_folder()
 
     @contextmanager
     def _using_files(self) -> Iterator[None]:
         """Keep the store from being closed inside the block: once it is, another process may remove its files."""
-        if self._closed:
+        if self._files.closed:
             raise StoppingError
         with self._file_users:
             yield
 
     async def _count(self, owner: str) -> int:
         return sum(slot.record.owner == owner for slot in self._slots.values())
-
-    def _read_records(self) -> None:
-        for record in self.store.records():
-            slot = self._slots[record.id] = SessionSlot(record)
-            path = self.store.path(record)
-            if not path.is_file() or path.stat().st_size != record.size:
-                self._set_damaged(slot, "it is missing, or its size has changed")
-            if record.notebook and not (self.store.notebook_path(record.notebook) / DATABASE).is_file():
-                self._set_notebook_damaged(slot, "it is missing")
-
-    def _added(self, owner: str, session: Session, document: str | None, id: str | None, notebook: Wanted) -> Any:
-        """As `_saved`, of a new session."""
-        with self._notebook_of_new(notebook) as new:
-            return self._saved(self.store.add, owner, session, document, id, new)
-
-    @contextmanager
-    def _notebook_of_new(self, notebook: Wanted) -> Iterator[NotebookRecord | NewNotebook | None]:
-        """The notebook that a new session gets; see `create`."""
-        if isinstance(notebook, SessionSlot):
-            yield notebook.record.notebook  # which they share from then on
-        elif notebook is True:
-            with self.temporary_folder() as folder:
-                yield notebooks.make_notebook(folder / "notebook", self.limits, ())
-        else:
-            yield notebook or None
-
-    def _saved(self, save: Callable[_P, SessionRecord], *args: _P.args, **kwargs: _P.kwargs) -> Any:
-        """The record that `save` returns, and the fingerprint of its file."""
-        record = save(*args, **kwargs)
-        return record, self.store.fingerprint(record)
-
-    def _checked(self, slot: SessionSlot) -> Session:
-        """The session of a slot: that in memory, unless somebody has touched the file. Then it is read and checked."""
-        name, info = f"The session {slot.record.id}", slot.record.info
-        fingerprint = self.store.fingerprint(slot.record)
-        if slot.session and fingerprint == slot.fingerprint:
-            return slot.session
-        try:
-            with self.store.local_file(slot.record) as path:
-                if self._loader.read_info(path, name) != info:
-                    raise UserError(f"{name} was replaced by another.")
-                session = self._loader.load(path, name)
-        except UserError as error:
-            self.store.check_in_place()  # or all files are missing
-            served = self._loader.info
-            if (info.model, info.learn, info.dtype) != (served.model, served.learn, served.dtype):
-                raise
-            self._set_damaged(slot, str(error))
-            raise DamagedSessionError from error
-        slot.fingerprint, slot.damaged = fingerprint, False
-        return session
-
-    def _set_damaged(self, slot: SessionSlot, reason: str) -> None:
-        if not slot.damaged:
-            slot.damaged = True
-            _log.error("The file %s is damaged: %s", self.store.path(slot.record), reason)
-
-    @contextmanager
-    def _checked_notebook(self, slot: SessionSlot) -> Iterator[Path]:
-        """The notebook of a session, for reading inside the block.
-
-        Raises DamagedNotebookError unless it is the one that was saved.
-        """
-        assert slot.record.notebook is not None
-        with self.store.local_notebook(slot.record.notebook) as folder:
-            found = file_fingerprint(folder / DATABASE)
-            if found != slot.notebook_fingerprint or not found:
-                if not found or file_digest(folder / DATABASE) != slot.record.notebook.digest:
-                    if slot.deleted:
-                        raise SessionNotFoundError
-                    self.store.check_in_place()  # or all files are missing
-                    self._set_notebook_damaged(slot, "it is missing, or was altered")
-                    raise DamagedNotebookError
-                slot.notebook_fingerprint, slot.notebook_damaged = found, False
-            yield folder
-
-    def _searched(self, slot: SessionSlot, search: Callable[[Notebook], _T]) -> _T:
-        with (
-            self._notebook_errors(slot),
-            self._checked_notebook(slot) as folder,
-            Notebook(folder, create=False) as notebook,
-        ):
-            return search(notebook)
-
-    def _recorded(self, slot: SessionSlot, target: Path, text: notebooks.NotebookText) -> NewNotebook:
-        with self._notebook_errors(slot), self._checked_notebook(slot) as folder:
-            assert slot.record.notebook is not None
-            return notebooks.make_notebook(target, self.limits, [text], (folder, slot.record.notebook))
-
-    def _export_with_notebook(self, slot: SessionSlot, target: Path) -> None:
-        while True:
-            session, file = self._checked(slot), slot.record.file
-            with self._checked_notebook(slot) as notebook, self.temporary_folder() as folder:
-                if slot.record.file == file:  # else another replica has replaced both
-                    _export(session, folder / "one.session")
-                    notebooks.write_archive(target, slot.record.id, folder / "one.session", notebook)
-                    return
-
-    @contextmanager
-    def _notebook_errors(self, slot: SessionSlot) -> Iterator[None]:
-        """Make a DamagedNotebookError of what `Notebook` says of a damaged one, with its path."""
-        try:
-            yield
-        except AlteredNotebookError as error:
-            self._set_notebook_damaged(slot, str(error))
-            raise DamagedNotebookError from error
-        except UserError as error:
-            if slot.deleted:
-                raise SessionNotFoundError from error
-            raise
-
-    def _set_notebook_damaged(self, slot: SessionSlot, reason: str) -> None:
-        if not slot.notebook_damaged:
-            slot.notebook_damaged = True
-            assert slot.record.notebook is not None
-            _log.error("The notebook %s is damaged: %s", self.store.notebook_path(slot.record.notebook), reason)
 
     def _bytes_in_memory(self) -> int:
         return sum(slot.record.info.memory_bytes for slot in self._in_memory.values())
@@ -491,8 +300,3 @@ class SessionRegistry:
         self._in_memory[slot.record.id] = slot
         while self._in_memory and self._bytes_in_memory() > self._memory_bytes:
             self._in_memory.pop(next(iter(self._in_memory))).session = None
-
-
-def _export(session: Session, target: Path) -> None:
-    # Not `Session.save`, which would create a folder that was removed under the service.
-    write_new_session_file(target, *session.pack())

@@ -15,12 +15,69 @@ from ttt_e2e.server.engine.records import (
     SessionSummary,
     StoppingError,
 )
-from ttt_e2e.server.engine.registry import SessionRegistry, SessionSlot, Wanted, completed
+from ttt_e2e.server.engine.registry import SessionRegistry, completed
+from ttt_e2e.server.engine.session_files import SessionFiles
 from ttt_e2e.server.engine.shared_store import SharedRecord, SharedStore
+from ttt_e2e.server.engine.slot import SessionSlot, Wanted
 from ttt_e2e.server.engine.storage import ConflictError, StorageError
 from ttt_e2e.server.engine.store import NewNotebook
 
 _POLL_SECONDS = 0.2  # while another replica changes a session
+
+
+class SharedSessionFiles(SessionFiles):
+    """`SessionFiles` over a `SharedStore`: another replica may replace a session while its files are read."""
+
+    _store: SharedStore
+
+    def _find_sessions(self) -> list[SessionSlot]:
+        """None: only those in use have slots. Other replicas are told of this one."""
+        self._store.start_beating()
+        return []
+
+    def load(self, slot: SessionSlot) -> Session:
+        """The session of a slot; if another replica replaces it meanwhile, its next version."""
+        while True:
+            record = _record(slot)
+            try:
+                return super().load(slot)
+            except FileNotFoundError as error:
+                if not self._was_replaced(slot, record):
+                    self._set_damaged(slot, "it is missing")
+                    raise DamagedSessionError from error
+
+    @contextmanager
+    def _checked_notebook(self, slot: SessionSlot) -> Iterator[Path]:
+        with ExitStack() as stack:
+            while True:
+                record = _record(slot)
+                try:
+                    folder = stack.enter_context(super()._checked_notebook(slot))
+                    break
+                except FileNotFoundError as error:
+                    if not self._was_replaced(slot, record):
+                        self._set_notebook_damaged(slot, "it is missing, or was altered")
+                        raise DamagedNotebookError from error
+            yield folder
+
+    @contextmanager
+    def _notebook_of_new(self, notebook: Wanted) -> Iterator[NotebookRecord | NewNotebook | None]:
+        if isinstance(notebook, SessionSlot) and notebook.record.notebook:
+            with self._checked_notebook(notebook) as folder:  # a copy: files in a session's folder are its own
+                yield NewNotebook(folder, notebook.record.notebook)
+        else:
+            with super()._notebook_of_new(notebook) as new:
+                yield new
+
+    def _was_replaced(self, slot: SessionSlot, record: SharedRecord) -> bool:
+        """Whether another replica has replaced this version of a session; the slot has its successor then."""
+        found = self._store.find(record.owner, record.id)
+        if found is None:
+            raise SessionNotFoundError
+        if found.file == record.file:
+            return False
+        _adopt(slot, found)
+        return True
 
 
 class SharedRegistry(SessionRegistry):
@@ -30,6 +87,7 @@ class SharedRegistry(SessionRegistry):
     """
 
     store: SharedStore
+    _files_type = SharedSessionFiles
 
     async def open(self) -> None:
         """Prepare the model, and tell other replicas of this one."""
@@ -95,52 +153,6 @@ class SharedRegistry(SessionRegistry):
 
     async def _count(self, owner: str) -> int:
         return await asyncio.to_thread(self.store.count, owner)
-
-    def _read_records(self) -> None:
-        self.store.start_beating()
-
-    def _checked(self, slot: SessionSlot) -> Session:
-        while True:
-            record = _record(slot)
-            try:
-                return super()._checked(slot)
-            except FileNotFoundError as error:
-                if not self._was_replaced(slot, record):
-                    self._set_damaged(slot, "it is missing")
-                    raise DamagedSessionError from error
-
-    @contextmanager
-    def _checked_notebook(self, slot: SessionSlot) -> Iterator[Path]:
-        with ExitStack() as stack:
-            while True:
-                record = _record(slot)
-                try:
-                    folder = stack.enter_context(super()._checked_notebook(slot))
-                    break
-                except FileNotFoundError as error:
-                    if not self._was_replaced(slot, record):
-                        self._set_notebook_damaged(slot, "it is missing, or was altered")
-                        raise DamagedNotebookError from error
-            yield folder
-
-    @contextmanager
-    def _notebook_of_new(self, notebook: Wanted) -> Iterator[NotebookRecord | NewNotebook | None]:
-        if isinstance(notebook, SessionSlot) and notebook.record.notebook:
-            with self._checked_notebook(notebook) as folder:  # a copy: files in a session's folder are its own
-                yield NewNotebook(folder, notebook.record.notebook)
-        else:
-            with super()._notebook_of_new(notebook) as new:
-                yield new
-
-    def _was_replaced(self, slot: SessionSlot, record: SharedRecord) -> bool:
-        """Whether another replica has replaced this version of a session; the slot has its successor then."""
-        found = self.store.find(record.owner, record.id)
-        if found is None:
-            raise SessionNotFoundError
-        if found.file == record.file:
-            return False
-        _adopt(slot, found)
-        return True
 
 
 def _record(slot: SessionSlot) -> SharedRecord:

@@ -34,9 +34,10 @@ from ttt_e2e.files import check_digest, check_format, file_digest, with_digest
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import SessionInfo, write_new_session_file
 from ttt_e2e.retrieval import notebook as notebooks
+from ttt_e2e.server.engine.database import SessionRecord
 from ttt_e2e.server.engine.records import DamagedSessionError, NotebookRecord, SessionNotFoundError, TakenOverError
 from ttt_e2e.server.engine.storage import ConflictError, Storage, StorageError
-from ttt_e2e.server.engine.store import ID, NewNotebook, SessionRecord, new_id
+from ttt_e2e.server.engine.store import ID, NewNotebook, new_id
 
 BEAT_SECONDS, LEASE_SECONDS = 2.0, 10.0
 FORMAT, VERSION = "shared store of sessions", 1

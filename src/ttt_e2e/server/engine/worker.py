@@ -11,8 +11,9 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from ttt_e2e.inference.pool_requests import Done, Event, Losses, Token
 from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.session_pool import Done, Event, Losses, SessionPool, Token
+from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.server.engine.records import StoppingError
 
 _MAX_FAILED_STEPS = 3  # in a row: one may be too large for memory, but then the device is lost
