@@ -1,5 +1,6 @@
 """`ttt-e2e mcp`: over standard input and output, and over HTTP, with the official client."""
 
+import asyncio
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import anyio
 import pytest
@@ -115,6 +117,20 @@ def test_it_serves_over_http_until_a_signal(options: list[str], here: Path) -> N
 
         anyio.run(main)
     assert session_facts(here / "kept/default.session")["text_bytes"] == 300
+
+
+@pytest.mark.parametrize("command", ["mcp --http 0 --sessions kept", "serve --port 0 --data kept"])
+def test_the_event_loop_is_that_of_every_machine(
+    command: str, here: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not uvloop's, which uvicorn takes where it is installed: then it would serve in another way there."""
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    used: list[object] = []
+    monkeypatch.setitem(sys.modules, "uvloop", ModuleType("uvloop"))
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: used.append(self.config.get_loop_factory()))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert run(*command.split(), "--model", model_dir / "model", "--threads", 1) == 0
+    assert used == [asyncio.SelectorEventLoop]
 
 
 def test_ctrl_c_ends_it_at_once(options: list[str], here: Path) -> None:

@@ -100,6 +100,24 @@ def test_generate_shows_passages_to_the_model(here: Path, capsys: pytest.Capture
     assert (here / "s").read_bytes() == kept
 
 
+def test_passages_name_the_file_that_they_come_from(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read("lake.txt", "--save", "s", "--notebook") == 0
+    assert read("next.txt", "--session", "s", "--save", "s", "--notebook") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The walrus has no name. " * 12)))
+        assert read("-", "--session", "s", "--save", "s", "--notebook") == 0
+    capsys.readouterr()
+    headings = {"otter": "lake.txt, characters ", "badger": "next.txt, characters 0 to ", "walrus": "characters "}
+    for word, heading in headings.items():
+        assert run("notebook", "search", "s", word, "--count", 1) == 0
+        assert capsys.readouterr().out.startswith(heading)
+    assert run("notebook", "search", "s", "badger", "--count", 1, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["document"], found["document_start"], found["start"]) == ("next.txt", len(TEXT), len(TEXT))
+    assert run("generate", "--session", "s", "On day 12 the", "--notebook", "--max-tokens", 3) == 0
+    assert "\nlake.txt, characters " in capsys.readouterr().err
+
+
 def test_generate_learns_from_passages_only_if_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read("lake.txt", "--save", "s", "--notebook") == 0
     capsys.readouterr()

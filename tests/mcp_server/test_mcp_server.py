@@ -76,7 +76,16 @@ def test_all_tools_and_resources(tmp_path: Path, mode: str) -> None:
         asked = await result(client, "ask", prompt="The rain", session="book", max_tokens=9, temperature=0)
         assert asked == "".join(alone.generate("The rain", max_tokens=9, temperature=0))
         found = await result(client, "recall", query=SECOND.split()[0], session="book", count=50)
-        assert found and all((FIRST + SECOND)[one["start"] : one["stop"]] == one["text"] for one in found)
+        texts = {None: FIRST, "second.txt": SECOND}
+        assert {one["document"] for one in found} == set(texts)
+        assert all(texts[one["document"]][one["start"] : one["stop"]] == one["text"] for one in found)
+        named = {"name": "a title\n", "session": "titled"}
+        for text in (FIRST, SECOND):
+            await result(client, "read", text=text, **named)
+        found = await result(client, "recall", query=SECOND.split()[0], session="titled", count=50)
+        assert all(one["document"] == r"a title\n" for one in found)  # in one line
+        assert max(one["stop"] for one in found) == len(FIRST + SECOND)  # the second continues the first
+        await result(client, "forget", session="titled")
         forked = await result(client, "fork", session="book", new_session="a copy")
         assert (forked["name"], forked["tokens"]) == ("a copy", second["session"]["tokens"])
         listed = json.loads((await client.read_resource("ttt-e2e://sessions")).contents[0].text)  # type: ignore
@@ -107,7 +116,7 @@ def test_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ("read", {"text": "a", "session": "../a"}, "not a name"),
             ("read", {"text": "half a \ud800 pair"}, "surrogate"),
             ("read", {"text": 5}, "text: "),
-            ("read", {"txt": "a"}, "no argument 'txt'; it has: path, session, text"),
+            ("read", {"txt": "a"}, "no argument 'txt'; it has: name, path, session, text"),
             ("ask", {}, "prompt: "),
             ("ask", {"prompt": "a"}, "no session 'default'"),
             ("ask", {"prompt": "a", "max_tokens": 0}, "max_tokens: "),

@@ -92,6 +92,20 @@ def test_sessions_read_answer_and_find_after_a_restart(tmp_path: Path) -> None:
     assert_holds(tmp_path, "book", FIRST, SECOND, NEW)
 
 
+def test_passages_name_their_documents(tmp_path: Path) -> None:
+    sessions = folder(tmp_path)
+    sessions.read("book", [NEW], document="walrus.txt")
+    sessions.read("book", [NEW], document="walrus.txt")  # another file
+    sessions.fork("book", "copy")
+    sessions.read("copy", [NEW], document="walrus.txt", continues=True)
+    sessions.read("copy", [SECOND])
+    with Notebook(tmp_path / "sessions/copy.session.notebook", create=False) as notebook:
+        documents = notebook.documents()
+    assert documents == [(0, "walrus.txt"), (len(NEW), "walrus.txt"), (3 * len(NEW), "")]
+    assert {one.document for one in sessions.recall("copy", "walrus", 9)} == {"walrus.txt"}
+    assert sessions.recall("copy", "zebra", 1)[0].place_in_document[0] == 0
+
+
 def test_a_question_goes_through_the_chat_template(tmp_path: Path) -> None:
     chat, tokenizer = FAMILIES["chatml"].chat(), Tokenizer(FAMILIES["chatml"].backend())
     model = small_model(F64, vocab_size=tokenizer.vocab_size).requires_grad_(False)

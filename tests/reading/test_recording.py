@@ -45,7 +45,7 @@ def read(
     """Read as `ttt-e2e read` does, in small chunks, saving after every one; returns what it tells the user."""
     reader = Session(MODEL, TOKENIZER) if session is None else Session.load(session, MODEL, TOKENIZER)
     chunks = iter([text[i : i + 60] for i in range(0, len(text), 60)])
-    recording = plan_recording(save, session, WINDOW) if record else None
+    recording = plan_recording(save, session, WINDOW, "ships.txt") if record else None
     settings = {"progress": False, "baseline": False, "save": save, "save_every": 0.0, **options}
     read_document(reader, chunks, recording=recording, **settings)
     return recording.remarks if recording else ()
@@ -111,6 +111,11 @@ def notebook_text(save: Path) -> str:
         return ""
     with Notebook(notebook_folder(save)) as notebook:
         return "".join(notebook.text())
+
+
+def documents(folder: Path) -> list[tuple[int, str]]:
+    with Notebook(folder, create=False) as notebook:
+        return notebook.documents()
 
 
 def make_notebook(folder: Path, text: str) -> Path:
@@ -206,6 +211,7 @@ def restarted(request: pytest.FixtureRequest, tmp_path: Path) -> Restarted:
         assert save.read_bytes() == (whole / "s").read_bytes()
         assert notebook_text(save) == text
         assert passages(notebook_folder(save)) == passages(notebook_folder(whole / "s"))
+        assert documents(notebook_folder(save)) == documents(notebook_folder(whole / "s")) != []
         assert not [path.name for path in place.iterdir() if path.name.startswith(".")]
         return killed
 
@@ -278,6 +284,7 @@ def test_a_text_that_is_read_again_is_a_new_text(tmp_path: Path) -> None:
     read(save)
     read(save, session=save)
     assert notebook_text(save) == TEXT + TEXT
+    assert documents(notebook_folder(save)) == [(0, "ships.txt"), (len(TEXT), "ships.txt")]
     read(save)  # a new session
     assert notebook_text(save) == TEXT
     assert passages(notebook_folder(save)) == passages(make_notebook(tmp_path / "expected", TEXT))

@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.retrieval.documents import document_name
 from ttt_e2e.retrieval.notebook import Notebook
 from ttt_e2e.retrieval.passages import format_passages
 
 WHALE, CAPTAIN = "The whale was white. " * 9, "Nobody knew where the captain came from. " * 5
 
 
-def recorded(folder: Path, *texts: tuple[str, str]) -> Notebook:
+def recorded(folder: Path, *texts: tuple[str, str], continues: bool = True) -> Notebook:
     notebook = Notebook(folder, size=40)
     for text, name in texts:
-        assert "".join(notebook.record([text], name=name)) == text
+        assert "".join(notebook.record([text], name=name, continues=continues)) == text
     return notebook
 
 
@@ -39,6 +40,35 @@ def test_passages_name_their_documents_and_stay_inside_them(tmp_path: Path) -> N
         assert passages(again) == found
         shown = format_passages(again.search("captain", 1))
     assert shown.startswith("ahab.txt, characters 0 to ")
+
+
+def test_two_texts_of_one_name_are_two_documents_unless_one_continues_the_other(tmp_path: Path) -> None:
+    texts = (WHALE, "README.md"), (CAPTAIN, "README.md"), ("No name. ", ""), ("Nor this. ", "")
+    with recorded(tmp_path / "a", *texts, continues=False) as notebook:
+        last = len(WHALE + CAPTAIN)
+        assert notebook.documents() == [(0, "README.md"), (len(WHALE), "README.md"), (last, "")]
+        assert notebook.search("captain", 1)[0].place_in_document[0] == 0
+
+
+def test_a_text_without_characters_leaves_no_document(tmp_path: Path) -> None:
+    with recorded(tmp_path / "a", (WHALE, "moby.txt"), ("", ""), ("", "empty.txt")) as notebook:
+        assert notebook.documents() == [(0, "moby.txt")]
+
+
+def test_names_are_added_to_a_notebook_that_has_none(tmp_path: Path) -> None:
+    """As an earlier version wrote it, also where that has left a reading unfinished: this has no name then."""
+    with recorded(tmp_path / "a", (WHALE, "")) as notebook:
+        assert "".join(notebook.record([WHALE, CAPTAIN], start=0, name="new.txt")) == WHALE + CAPTAIN
+        assert notebook.documents() == []
+        list(notebook.record([WHALE], name="new.txt"))
+        assert notebook.documents() == [(len(WHALE + CAPTAIN), "new.txt")]
+        notebook.cut(len(WHALE) + 3)
+        assert "".join(notebook.text()) == WHALE + CAPTAIN[:3]
+
+
+def test_a_name_is_one_short_line() -> None:
+    assert document_name(" a\nb\x1b[1m.txt ") == r"a\nb\x1b[1m.txt"
+    assert document_name("\ud800" * 100) == r"\ud800" * 33 + r"\u"
 
 
 def test_a_text_that_is_cut_off_leaves_no_document(tmp_path: Path) -> None:

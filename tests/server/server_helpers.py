@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.app import create_app
+from ttt_e2e.server.connections import uvicorn_config
 from ttt_e2e.server.engine.records import (
     Before,
     LimitReachedError,
@@ -299,13 +300,11 @@ def client_of(engine: Any, *, host: str = "localhost", **settings: Any) -> Itera
 def served(engine: Any, *, http: Any = "h11", **settings: Any) -> Iterator[str]:
     """The address of a server in a thread, for the service over `engine`.
 
-    http: uvicorn's protocol. The loop is asyncio's, as in `serve`, also where uvloop is installed.
+    http: uvicorn's protocol.
     """
     app = create_app(engine, Settings("tiny", **settings))
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, http=http, loop="asyncio", log_config=None, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    options = {"host": "127.0.0.1", "port": 0, "http": http, "log_config": None, "timeout_graceful_shutdown": 5}
+    server = uvicorn.Server(uvicorn_config(app, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

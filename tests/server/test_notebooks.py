@@ -17,6 +17,7 @@ from engine_helpers import STORY, collect, generate, text_of, with_engine
 from ttt_e2e.errors import UserError
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
 from ttt_e2e.server.engine.engine import Engine
+from ttt_e2e.server.engine.notebooks import Limits, as_sources, import_notebook
 from ttt_e2e.server.engine.records import (
     DamagedNotebookError,
     LimitReachedError,
@@ -150,6 +151,20 @@ def test_a_damaged_notebook_is_told_and_the_session_works_without_it(tmp_path: P
         assert await engine.recall("me", other, text_of(2), 1)
 
     with_engine(tmp_path, work)
+
+
+def test_an_imported_notebook_keeps_documents_of_one_name_apart(tmp_path: Path) -> None:
+    """As `ttt-e2e read` records two files of the same name from two folders."""
+    with Notebook(tmp_path / "n") as notebook:
+        for text, name in ((text_of(1), ""), (WHALE, "README.md"), (WHALE, "README.md")):
+            list(notebook.record([text], name=name))
+        documents = notebook.documents()
+    made = import_notebook(tmp_path / "n", tmp_path / "made", Limits(400, 1 << 20))
+    assert made.record.documents == ["README.md", "README.md"]
+    with Notebook(tmp_path / "made", create=False) as notebook:
+        assert notebook.documents() == documents and len(documents) == 2
+        first, second = as_sources(notebook, notebook.search("whale", 2))
+    assert (first.start, first.stop) == (second.start, second.stop) == (0, len(WHALE))
 
 
 def test_export_and_import_carry_the_notebook(tmp_path: Path) -> None:

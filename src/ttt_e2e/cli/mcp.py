@@ -88,12 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         server.run("stdio")
         return 0
     with listener:
-        config = uvicorn.Config(
-            server.http_app(arguments.http[0]),
-            ws="none",
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=_GOODBYE_SECONDS,
+        from ttt_e2e.server.connections import uvicorn_config
+
+        config = uvicorn_config(
+            server.http_app(arguments.http[0]), log_level="warning", timeout_graceful_shutdown=_GOODBYE_SECONDS
         )
 
         class HttpServer(uvicorn.Server):

@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search = actions.add_parser(
         "search",
         help="find passages by their words",
-        description="""Print the passages that match the words best (BM25), the best first, each with its position in
-the recorded text, in characters. Case and accents do not matter; Chinese, Japanese, Korean, Thai, Lao, Khmer
-and Burmese words are found inside a sentence. A text can be searched while it is being recorded.""",
+        description="""Print the passages that match the words best (BM25), the best first, each with the file that it
+is from and its position there, in characters. Case and accents do not matter; Chinese, Japanese, Korean, Thai,
+Lao, Khmer and Burmese words are found inside a sentence. A text can be searched while it is being recorded.""",
         epilog="""examples:
   ttt-e2e notebook search book.session the white whale
   ttt-e2e notebook search book.session.notebook captain --count 10 --json""",

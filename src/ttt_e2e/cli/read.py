@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="save every SECONDS while reading (default: 30)",
     )
     add_options(parser, "precision")
-    add("--notebook", action="store_true", help="with --save: also record the exact text, in SESSION.notebook")
+    add("--notebook", action="store_true", help="with --save: also record the text and its name, in SESSION.notebook")
     add("--plot", type=Path, metavar="PATH", help="file of the plot (default: NAME.reading.png)")
     add("--no-plot", action="store_true", help="draw no plot")
     add("--no-baseline", action="store_true", help="skip the second reading, without learning; faster")
@@ -84,7 +84,8 @@ def _read(
         note("Nothing is compiled: only a model that learns while it reads is.")
     recording = None
     if arguments.notebook:
-        recording = plan_recording(arguments.save, arguments.session, session.model.config.sliding_window)
+        window, document = session.model.config.sliding_window, "" if size is None else name
+        recording = plan_recording(arguments.save, arguments.session, window, document)
         for remark in recording.remarks:
             note(remark)
     elif arguments.save:
@@ -135,7 +136,10 @@ def _read(
 
 
 def _open_text(file: str | None) -> tuple[str, Iterator[str], int | None]:
-    """Name, chunks and size in bytes of the text. A regular file is checked from end to end before it is read."""
+    """Name, chunks and size in bytes of the text, None for standard input and other streams.
+
+    A regular file is checked from end to end before it is read.
+    """
     from ttt_e2e.data.text import printable, standard_library_document, text_chunks
 
     if file is None:

@@ -45,9 +45,13 @@ _SessionName = Annotated[str, Field(description="Name of the session.")]
 
 @dataclass(frozen=True)
 class FoundPassage:
-    """A passage of what a session has read: characters `start` to `stop`; score: how well it matches the query."""
+    """A passage of what a session has read: characters `start` to `stop` of the text with the name `document`.
+
+    Texts without a name (null) follow each other as one. score: how well the passage matches the query.
+    """
 
     text: str
+    document: str | None
     start: int
     stop: int
     score: float
@@ -126,12 +130,15 @@ class SessionServer(MCPServer[Any]):
         context: Context,
         text: Annotated[str, Field(description="The text to read.")] = "",
         path: Annotated[str, Field(description="In place of a text: a file that this server may read.")] = "",
+        name: Annotated[
+            str, Field(description="Name of the text, which `recall` gives; default: that of the file.")
+        ] = "",
         session: _SessionName = "default",
     ) -> ReadingResult:
         """Read a text of any length and learn from it: all of it or, if anything fails, nothing.
 
         The session is made if there is none of this name; otherwise the text is read after what it has read before.
-        Give either `text` or `path`.
+        Give either `text` or `path`. A `text` with the `name` of the one before it continues that one.
         """
         if bool(text) == bool(path):
             raise UserError("Give either a text or the path of a file.")
@@ -140,8 +147,9 @@ class SessionServer(MCPServer[Any]):
             file = self._files.find(path) if path else None
             # A file is checked from end to end before anything is read.
             total = sum(map(_size, text_chunks(file) if file else [text]))
-            report = self._progress(context, total)
-            return self._sessions.read(session, text_chunks(file) if file else [text], report)
+            report, chunks = self._progress(context, total), text_chunks(file) if file else [text]
+            document = name or (file.name if file else "")
+            return self._sessions.read(session, chunks, report, document=document, continues=file is None)
 
         async with self._locks[session]:
             return await to_thread.run_sync(work)
@@ -171,7 +179,7 @@ class SessionServer(MCPServer[Any]):
     ) -> list[FoundPassage]:
         """Find exact passages of what a session has read that share words with a query, the best first."""
         found = await to_thread.run_sync(self._sessions.recall, session, query, count)
-        return [FoundPassage(one.text, one.start, one.stop, one.score) for one in found]
+        return [FoundPassage(one.text, one.document or None, *one.place_in_document, one.score) for one in found]
 
     async def _fork(
         self,

@@ -99,12 +99,21 @@ class SessionFolder:
         self._existing(name)
         return self._summary(name)
 
-    def read(self, name: str, chunks: Iterable[str], report: Callable[[int], object] = no_report) -> ReadingResult:
+    def read(
+        self,
+        name: str,
+        chunks: Iterable[str],
+        report: Callable[[int], object] = no_report,
+        *,
+        document: str = "",
+        continues: bool = False,
+    ) -> ReadingResult:
         """Let a session read a text and record it in its notebook; a new one if there is none of this name.
 
         report: called after every mini-batch and at the end, with the bytes of the text that were read by then. What it
-        raises ends the reading and leaves the session as it was, like any other error. Raises UserError for a text
-        without tokens, and if learning diverges.
+        raises ends the reading and leaves the session as it was, like any other error. document: the name of the text.
+        continues: the text before it, if it has this name too, is continued. Raises UserError for a text without
+        tokens, and if learning diverges.
         """
         path, notebook = self._path(name), notebook_folder(self._path(name))
         text = _CountedText(chunks)
@@ -113,7 +122,8 @@ class SessionFolder:
             has_notebook = notebook.exists()
             before = self._load(name, for_change=True) if path.exists() else None
             session = (before or self._template).fork()
-            recording = plan_recording(path, path if before else None, session.model.config.sliding_window)
+            window = session.model.config.sliding_window
+            recording = plan_recording(path, path if before else None, window, document, continues=continues)
             curve, unscored = LossCurve(), session.pending  # the first losses belong to what was read before
             try:
                 # Before anything is recorded, the session file has to say where the text begins in the notebook.

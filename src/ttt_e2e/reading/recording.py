@@ -16,34 +16,40 @@ from typing import NamedTuple
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.reading.resume import unfinished_facts
+from ttt_e2e.retrieval.documents import document_name
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
 
 
 class Recording(NamedTuple):
-    """How a text will be recorded: in the notebook `folder`, from its character `start` on."""
+    """How a text will be recorded: in the notebook `folder`, from its character `start` on, as `document`."""
 
     folder: Path
     start: int
     size: int  # characters of a passage, as for `Notebook`
+    document: str  # its name, as `document_name` gives it; "" if it has none
+    continues: bool  # the document before it, if it has the same name
     resumed: bool = False  # an unfinished reading continues
     replaced: bool = False  # the notebook is first replaced by a copy of `source`, or by an empty one
     source: Path | None = None
     remarks: tuple[str, ...] = ()  # sentences for people
 
 
-def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
+def plan_recording(
+    save: Path, session: Path | None, window: int, document: str = "", *, continues: bool = False
+) -> Recording:
     """Plan how a text is recorded that is read with the session file `session` (None: a new one) and saved to `save`.
 
     If `save` is `session`, the text is appended to its notebook. Otherwise the notebook of `save` starts as a copy of
     that of `session`, or empty without a session. Nothing is written here, except to finish what a killed process left
-    undone. window: of the model, in tokens. Raises UserError if a notebook that is needed is in use or damaged, if
+    undone. window: of the model, in tokens. document: the name of the text, if it has one. continues: the document
+    before it, if it has this name, is continued. Raises UserError if a notebook that is needed is in use or damaged, if
     something else has its name, and if the one to be replaced belongs to no session.
     """
-    folder, size = notebook_folder(save), passage_size(window)
+    folder, size, name = notebook_folder(save), passage_size(window), document_name(document)
     unfinished = unfinished_facts(save)
     if unfinished.get("tokens"):
         # If it was not recorded so far, `read_document` says that the options differ.
-        return Recording(folder, unfinished["notebook_start"] or 0, size, resumed=True)
+        return Recording(folder, unfinished["notebook_start"] or 0, size, name, continues, resumed=True)
     source, start, in_place, remarks = None, 0, False, []
     if session is not None:
         source = notebook_folder(session)
@@ -67,7 +73,7 @@ def plan_recording(save: Path, session: Path | None, window: int) -> Recording:
             )
         if not is_empty:
             remarks.append(f"The notebook {folder} is replaced, like the session {save}.")
-    return Recording(folder, start, size, replaced=not in_place, source=source, remarks=tuple(remarks))
+    return Recording(folder, start, size, name, continues, replaced=not in_place, source=source, remarks=tuple(remarks))
 
 
 def record_text(chunks: Iterable[str], recording: Recording) -> Iterator[str]:
@@ -81,7 +87,9 @@ def record_text(chunks: Iterable[str], recording: Recording) -> Iterator[str]:
             notebook.replace(recording.source, recording.size)
         if not recording.resumed:
             notebook.cut(recording.start)
-        yield from notebook.record(chunks, start=recording.start)
+        yield from notebook.record(
+            chunks, start=recording.start, name=recording.document, continues=recording.continues
+        )
 
 
 def forget_unread(session: Path) -> None:

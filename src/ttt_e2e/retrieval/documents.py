@@ -5,17 +5,25 @@ Each function is given the database of a notebook, inside a transaction.
 
 import sqlite3
 
+from ttt_e2e.data.text import printable
 from ttt_e2e.retrieval import index_digest
 
+MAX_NAME = 200  # characters
 TABLE = "CREATE TABLE documents (start INTEGER PRIMARY KEY, name TEXT, digest TEXT)"
 
 
-def begin(db: sqlite3.Connection, start: int, name: str) -> None:
-    """Let a document begin at the character `start`, the end of the text, unless it continues the one before it.
+def document_name(name: str) -> str:
+    """The name of a document as it is kept: in one line, and not too long."""
+    return printable(name)[:MAX_NAME].strip()
 
-    name: "" for a text that has none.
+
+def begin(db: sqlite3.Connection, start: int, name: str, *, continues: bool) -> None:
+    """Let a document begin at the character `start`, the end of the text.
+
+    name: as `document_name` gives it; "" for a text that has none, which continues one before it that has none either.
+    continues: a text with the name of the one before it continues that one, too.
     """
-    if name == at(db, start)[0]:
+    if name == at(db, start)[0] and (continues or not name):
         return
     db.execute(TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
     db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?)", (start, name, index_digest.of_row((start, name))))

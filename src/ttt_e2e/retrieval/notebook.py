@@ -41,7 +41,6 @@ from ttt_e2e.retrieval.search_index import (
 
 FORMAT, VERSION = "notebook", 2
 SIZE = 400
-
 _MIN_SIZE, _MAX_SIZE = 20, 4000
 DATABASE = "notebook.db"
 _APPLICATION_ID = 0x7474_6E62  # "ttnb"; in the file's header, like the version
@@ -172,24 +171,27 @@ class Notebook:
                     number, last = number + 1, Excerpt("", last.stop, last.stop_byte)
                 self._replace_from(db, number, last._replace(text=last.text + block))
 
-    def record(self, chunks: Iterable[str], start: int | None = None, name: str = "") -> Iterator[str]:
+    def record(
+        self, chunks: Iterable[str], start: int | None = None, name: str = "", *, continues: bool = False
+    ) -> Iterator[str]:
         """Yield the chunks of a text, each after it was added: `session.read_stream(notebook.record(chunks))`.
 
-        start: the character of the notebook at which this text begins (default: the end of the notebook). Text that the
-        notebook already has from there on, of an earlier reading that did not reach its end, is not added twice.
-        name: of the document, whose passages have it; a text with the name of the one before it continues that one.
-        A complete text also survives a power cut. Raises UserError if the notebook has another text there, and as `add`
-        does.
+        start: the character of the notebook at which this text begins (default: its end). Text that it already has from
+        there on, of an earlier reading that did not reach its end, is not added twice. name: of the document, as
+        `documents.document_name` gives it, or "". continues: the document before, if it has this name, is continued.
+        A complete text also survives a power cut. Raises UserError for another text there, and as `add` does.
         """
         self.lock()
         start = self.characters if start is None else start
         known = self.characters - start
         if start < 0 or known < 0:
             raise UserError(f"The notebook {self.folder} has {self.characters} characters; no text begins at {start}.")
-        with self._transaction("write to") as db:
-            documents.begin(db, start, name)
-        recorded, held = self.text(start), ""
+        recorded, held, begins = self.text(start), "", not known
         for block in short_chunks(chunks):
+            if begins:
+                with self._transaction("write to") as db:
+                    documents.begin(db, start, name, continues=continues)
+            begins = False
             while len(held) < min(len(block), known):
                 held += next(recorded)
             same, held = held[: len(block)], held[len(block) :]

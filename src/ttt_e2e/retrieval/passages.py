@@ -29,6 +29,11 @@ class Passage(NamedTuple):
     document: str = ""
     document_start: int = 0
 
+    @property
+    def place_in_document(self) -> tuple[int, int]:
+        """The first character of the passage in its document, and the one after the last."""
+        return self.start - self.document_start, self.stop - self.document_start
+
 
 class Excerpt(NamedTuple):
     """Part of a longer text, in which it begins at character `start` and byte `start_byte` of its UTF-8."""
@@ -70,12 +75,14 @@ class Excerpt(NamedTuple):
 
 
 def format_passages(passages: Iterable[Passage]) -> str:
-    """Passages for people: each with its score and its position in the document, on lines of its own."""
-    return "\n\n".join(
-        f"{p.document + ', ' if p.document else ''}characters {p.start - p.document_start:,} to "
-        f"{p.stop - p.document_start:,} (score {p.score:.3g})\n{p.text.strip()}"
-        for p in passages
-    )
+    """Passages for people: each with its document, its position in it and its score, on lines of its own."""
+    return "\n\n".join(f"{_heading(passage)}\n{passage.text.strip()}" for passage in passages)
+
+
+def _heading(passage: Passage) -> str:
+    start, stop = passage.place_in_document
+    document = f"{passage.document}, " if passage.document else ""
+    return f"{document}characters {start:,} to {stop:,} (score {passage.score:.3g})"
 
 
 def _boundary(text: str, first: int, last: int, default: int) -> int:

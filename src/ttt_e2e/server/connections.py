@@ -5,6 +5,7 @@ import logging
 import resource
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ttt_e2e.errors import UserError
@@ -33,6 +34,16 @@ def connection_limit() -> int:
     if limit < 8:
         raise UserError(f"A process may open {allowed} files here, too few to serve; raise that with `ulimit -n 1024`.")
     return limit
+
+
+def uvicorn_config(app: Any, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves the ASGI application `app`, by HTTP alone; options: of uvicorn, besides.
+
+    Event loop and parser are those that every machine has: uvicorn would choose others where they are installed, such
+    as uvloop, and the service would behave in another way there.
+    """
+    options = {"http": "h11", **options}
+    return uvicorn.Config(app, ws="none", loop="asyncio", server_header=False, **options)
 
 
 class BoundedProtocol(H11Protocol):

@@ -6,7 +6,7 @@ import socket
 
 import uvicorn
 
-from ttt_e2e.server.connections import ACCEPTED_AT_ONCE, BoundedProtocol
+from ttt_e2e.server.connections import ACCEPTED_AT_ONCE, BoundedProtocol, uvicorn_config
 from ttt_e2e.server.engine.engine import Engine
 
 CLIENT_SECONDS = 5.0  # for clients to send the rest of a request, or to take the rest of a response, at the end
@@ -24,16 +24,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: object, engine: Engine, protocol: type[BoundedProtocol], queue: int) -> None:
         super().__init__(
-            uvicorn.Config(
-                app,  # type: ignore[arg-type]
-                http=protocol,
-                ws="none",
-                loop="asyncio",
-                backlog=ACCEPTED_AT_ONCE,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-            )
+            uvicorn_config(app, http=protocol, backlog=ACCEPTED_AT_ONCE, log_config=None, access_log=False)
         )
         self._engine, self._protocol, self._queue = engine, protocol, queue
 

@@ -12,12 +12,12 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from ttt_e2e.retrieval.documents import MAX_NAME
 from ttt_e2e.retrieval.generate import MAX_QUERY
 from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, MAX_PASSAGES, RequestModel, Text
 from ttt_e2e.server.api.streams import EVENT_STREAM, StreamResponse, cancel_on_disconnect, event_stream
 from ttt_e2e.server.api.uploads import receive_file, receive_text
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.notebooks import MAX_NAME
 from ttt_e2e.server.engine.records import ReadProgress, SessionSummary, Source
 from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 

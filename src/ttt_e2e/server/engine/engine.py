@@ -21,12 +21,13 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.model.cost import state_bytes
+from ttt_e2e.retrieval.documents import document_name
 from ttt_e2e.retrieval.generate import retrieve
 from ttt_e2e.retrieval.notebook import Notebook, passage_size
 from ttt_e2e.retrieval.search_index import with_parts
 from ttt_e2e.server.engine.chats import begin_chat, num_tokens, without_bos
 from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
-from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_sources, document_name
+from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_sources
 from ttt_e2e.server.engine.records import (
     Before,
     Prompt,
@@ -150,7 +151,7 @@ class Engine:
             async with self.sessions.changing(slot):
                 session = await self.sessions.session(slot, for_change=True)
                 length, unscored = num_tokens(session), session.pending
-                text = NotebookText(document_name(name), chunks)
+                text = NotebookText(document_name(name), chunks, continues=True)
                 async with self.sessions.recorded(slot, text) as notebook:
                     batches, more, submitted = self._batches(chunks), True, 0
                     scored, loss_sum, given, size = 0, 0.0, 0, 0

@@ -14,9 +14,10 @@ from pathlib import Path
 from tarfile import BLOCKSIZE, NUL, REGTYPE, HeaderError, TarInfo
 from typing import IO
 
-from ttt_e2e.data.text import printable, slices
+from ttt_e2e.data.text import slices
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import file_digest, sync
+from ttt_e2e.retrieval.documents import document_name
 from ttt_e2e.retrieval.index_digest import AlteredNotebookError
 from ttt_e2e.retrieval.notebook import DATABASE, Notebook
 from ttt_e2e.retrieval.passages import Passage
@@ -24,7 +25,6 @@ from ttt_e2e.server.engine.records import LimitReachedError, NotebookRecord, Sou
 from ttt_e2e.server.engine.store import NewNotebook
 
 MAX_DOCUMENTS = 1000
-MAX_NAME = 200  # characters
 _TOLD_DOCUMENTS = 20
 _DISK_BYTES = 8  # at most, for a byte of text: passages overlap, and are indexed
 _BLOCK = 1 << 16  # characters
@@ -47,10 +47,14 @@ class Limits:
 
 @dataclass
 class NotebookText:
-    """A text for a notebook. stopped: set from another thread, it ends the recording."""
+    """A text for a notebook.
+
+    name, continues: as for `Notebook.record`. stopped: set from another thread, it ends the recording.
+    """
 
     name: str
     chunks: Iterable[str]
+    continues: bool = False
     stopped: bool = field(default=False, init=False)
 
 
@@ -61,7 +65,7 @@ def make_notebook(
 
     Raises LimitReachedError if it becomes too large, and UserError as `Notebook.record` does.
     """
-    text_bytes, names = (source[1].text_bytes, source[1].documents) if source else (0, [])
+    text_bytes = source[1].text_bytes if source else 0
     try:
         folder.mkdir(mode=0o700)
         if source is not None:
@@ -70,16 +74,15 @@ def make_notebook(
         raise UserError(f"Cannot write a notebook: {error.strerror}.") from error
     with Notebook(folder, size=limits.passage_size) as notebook:
         for text in texts:
-            for block in notebook.record(_until_stopped(text), name=text.name):
+            for block in notebook.record(_until_stopped(text), name=text.name, continues=text.continues):
                 text_bytes += len(block.encode())
                 if text_bytes > limits.text_bytes:
                     message = f"A notebook holds at most {limits.text_bytes:,} bytes of text; use a new session."
                     raise LimitReachedError(message)
-            if text.name and text.name not in names[-1:]:
-                names = [*names, text.name][-_TOLD_DOCUMENTS:]
             if len(notebook.documents()) > MAX_DOCUMENTS:
                 raise LimitReachedError(f"A notebook holds at most {MAX_DOCUMENTS:,} documents; use a new session.")
         characters = notebook.characters
+        names = [name for _, name in notebook.documents() if name][-_TOLD_DOCUMENTS:]
     try:
         sync(folder)  # its file was synced by the notebook
         database = folder / DATABASE
@@ -97,19 +100,13 @@ def _until_stopped(text: NotebookText) -> Iterator[str]:
             yield block
 
 
-def document_name(name: str) -> str:
-    """The name of a document as it is kept: in one line, and not too long."""
-    return printable(name)[:MAX_NAME].strip()
-
-
 def as_sources(notebook: Notebook, passages: Iterable[Passage]) -> list[Source]:
     """Passages as clients see them."""
     ends = [*(start for start, _ in notebook.documents()), notebook.characters]
     return [
         Source(
             one.document or None,
-            one.start - one.document_start,
-            one.stop - one.document_start,
+            *one.place_in_document,
             next(end for end in ends if end > one.document_start) - one.document_start,
             one.text,
             one.score,
