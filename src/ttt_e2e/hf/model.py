@@ -6,6 +6,7 @@ far. With labels it gives the loss that training minimises, differentiable throu
 Shapes: B texts, T tokens, V vocabulary.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = ["model"]  # noqa: RUF012 - as the library declares it
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
+    _fsdp_plan = {"model.lookup": "keep_full_weight"}  # noqa: RUF012 - without one the library does not shard at all
 
     def __init__(self, config: TTTE2EConfig) -> None:
         super().__init__(config)
@@ -61,6 +63,24 @@ class TTTE2EForCausalLM(PreTrainedModel, GenerationMixin):
             if self.compute_dtype in (torch.float16, torch.bfloat16):
                 return super()._apply(lambda weight: weight.to(fn(weight).device), recurse)
         return super()._apply(fn, recurse)
+
+    def _resolve_parallel_plans(self, distributed_config: Any) -> Any:
+        """What the library shards by itself: every block below the mini-batch loop, and all the rest as one group.
+
+        The loop uses the rest again and again, inside the backward pass too, so it stays gathered for a whole step.
+        Raises UserError for what would shard or round it otherwise.
+        """
+        if distributed_config.fsdp_plan or distributed_config.fsdp_mixed_precision:
+            raise UserError(
+                "The model knows how it is sharded, and its weights stay float32; leave fsdp_plan and "
+                "fsdp_mixed_precision out of the DistributedConfig; for bfloat16 set bf16=True in TrainingArguments."
+            )
+        # A block returns its mixer's state as well, slices of what it computed. Nothing is ever written into them.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        library: Any = super()
+        tp_plan, ep_plan, _ = library._resolve_parallel_plans(distributed_config)
+        prefix = [f"model.blocks.{layer}" for layer in range(len(self.model.prefix))]
+        return tp_plan, ep_plan, dict.fromkeys(prefix, "free_full_weight")
 
     # -- the embedding and the head as modules -------------------------------------------------------------------------
 
