@@ -23,6 +23,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import session_facts
 from ttt_e2e.reading.document import read_document
 from ttt_e2e.reading.recording import plan_recording, record_text
+from ttt_e2e.retrieval.database import NotebookDatabase
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder, passage_size
 
 TEXT = "".join(f"The {i}th ship of {i * 7 % 13} sailed to Łódź — 船. The sea was calm.\n" for i in range(7))
@@ -70,10 +71,12 @@ def read_killed(at: int, *arguments: Any, **options: Any) -> bool:
         moment()
         return result
 
-    transaction = Notebook._transaction
+    transaction = NotebookDatabase.transaction
 
     @contextmanager
-    def in_transaction(self: Notebook, action: str, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+    def in_transaction(
+        self: NotebookDatabase, action: str, begin: str = "BEGIN IMMEDIATE"
+    ) -> Iterator[sqlite3.Connection]:
         if begin == "BEGIN":
             with transaction(self, action, begin) as database:
                 yield database
@@ -91,12 +94,13 @@ def read_killed(at: int, *arguments: Any, **options: Any) -> bool:
         return read_chunks(self, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Notebook, "_transaction", in_transaction)
+        patch.setattr(NotebookDatabase, "transaction", in_transaction)
         patch.setattr(Session, "read_chunks", kill_before_reading)
         patch.setattr(files, "_remove", lambda path: None if is_killed else remove(path))
         patch.setattr(files, "_sync_tree", partial(around, files._sync_tree))
         patch.setattr(session_files, "save_safetensors", partial(around, session_files.save_safetensors))
-        for owner, name in ((Notebook, "cut"), (Notebook, "replace"), (Notebook, "_create"), (Path, "rename")):
+        changes = (Notebook, "cut"), (Notebook, "replace"), (NotebookDatabase, "_create"), (Path, "rename")
+        for owner, name in changes:
             function = getattr(owner, name)
             patch.setattr(owner, name, lambda *values, f=function, **named: around(f, *values, **named))
         try:
@@ -160,8 +164,8 @@ def test_a_cut_that_fails_changes_nothing(tmp_path: Path) -> None:
     with Notebook(tmp_path / "n", size=SIZE) as notebook:
         notebook.add(TEXT * 20)
         found = notebook.search("ship", 1000)
-        notebook._connection.execute("PRAGMA max_page_count = 1")  # type: ignore[union-attr]  # as small as it can be
-        notebook._connection.execute(  # type: ignore[union-attr]
+        notebook._database.connection.execute("PRAGMA max_page_count = 1")  # as small as it can be
+        notebook._database.connection.execute(
             "CREATE TEMP TRIGGER full AFTER DELETE ON passages BEGIN SELECT RAISE(FAIL, 'no more'); END"
         )
         with pytest.raises(UserError):

@@ -89,12 +89,12 @@ def test_a_text_that_is_cut_off_leaves_no_document(tmp_path: Path) -> None:
 
 def test_a_notebook_without_names_is_that_of_earlier_versions(tmp_path: Path) -> None:
     with recorded(tmp_path / "a", (WHALE, ""), (CAPTAIN, "")) as notebook:
-        tables = notebook._open_connection().execute("SELECT name FROM sqlite_master").fetchall()
+        tables = notebook._database.connection.execute("SELECT name FROM sqlite_master").fetchall()
         assert ("documents",) not in tables and notebook.documents() == []
 
 
 def test_an_altered_name_is_noticed(tmp_path: Path) -> None:
     with recorded(tmp_path / "a", (WHALE, "moby.txt")) as notebook:
-        notebook._open_connection().execute("UPDATE documents SET name = 'mopy.txt'")
+        notebook._database.connection.execute("UPDATE documents SET name = 'mopy.txt'")
     with pytest.raises(UserError, match="altered or damaged"):
         Notebook(tmp_path / "a", create=False)

@@ -51,7 +51,7 @@ def test_text_begins_at_any_character(tmp_path_factory: pytest.TempPathFactory, 
 def test_long_texts_are_added_in_small_transactions(tmp_path: Path) -> None:
     with Notebook(tmp_path / "n") as notebook:
         statements: list[str] = []
-        notebook._connection.set_trace_callback(statements.append)  # type: ignore[union-attr]
+        notebook._database.connection.set_trace_callback(statements.append)
         notebook.add("A sentence like any other. " * 10_000)
         assert notebook.characters == 270_000
         assert statements.count("BEGIN IMMEDIATE") == -(-270_000 // 65_536)
@@ -213,11 +213,11 @@ def test_no_flipped_bit_ends_in_anything_but_a_sentence(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_what_was_added(tmp_path: Path) -> None:
     with Notebook(tmp_path / "n", size=SIZE) as notebook:
         notebook.add(TEXT[:1000])
-        notebook._connection.execute("PRAGMA max_page_count = 1")  # type: ignore[union-attr]  # as small as it can be
+        notebook._database.connection.execute("PRAGMA max_page_count = 1")  # as small as it can be
         with pytest.raises(UserError, match=r"Cannot write to the notebook.*full.*is kept"):
             notebook.add(TEXT[1000:])
         assert notebook.characters == 1000
-        notebook._connection.execute("PRAGMA max_page_count = 100000")  # type: ignore[union-attr]
+        notebook._database.connection.execute("PRAGMA max_page_count = 100000")
         notebook.add(TEXT[1000:])
     assert contents(tmp_path / "n") == contents(make_notebook(tmp_path / "whole"))
 
@@ -260,8 +260,8 @@ def test_a_transaction_that_stops_halfway_is_undone(tmp_path_factory: pytest.Tem
             if inserts == halt:
                 raise KeyboardInterrupt
 
-        notebook._connection.create_function("inserted", 1, inserted)  # type: ignore[union-attr]
-        notebook._connection.execute(  # type: ignore[union-attr]
+        notebook._database.connection.create_function("inserted", 1, inserted)
+        notebook._database.connection.execute(
             "CREATE TEMP TRIGGER halt AFTER INSERT ON passages BEGIN SELECT inserted(new.text); END"
         )
         while inserts < halt:

@@ -172,7 +172,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Notebook:
 def test_searching_adds_to_the_index_and_does_not_make_it_anew(tmp_path: Path) -> None:
     with Notebook(tmp_path / "n", size=SIZE) as notebook:
         statements: list[str] = []
-        notebook._connection.set_trace_callback(statements.append)  # type: ignore[union-attr]
+        notebook._database.connection.set_trace_callback(statements.append)
         indexed = []
         for text in (TEXT, "", "One more sentence. ", ""):
             notebook.add(text)

@@ -17,9 +17,10 @@ from typing import IO
 from ttt_e2e.data.text import slices
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import file_digest, sync
+from ttt_e2e.retrieval.database import DATABASE
 from ttt_e2e.retrieval.documents import document_name
 from ttt_e2e.retrieval.index_digest import AlteredNotebookError
-from ttt_e2e.retrieval.notebook import DATABASE, Notebook
+from ttt_e2e.retrieval.notebook import Notebook
 from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.server.engine.records import LimitReachedError, NotebookRecord, Source
 from ttt_e2e.server.engine.store import NewNotebook

@@ -13,8 +13,9 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import file_digest
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import write_new_session_file
+from ttt_e2e.retrieval.database import DATABASE
 from ttt_e2e.retrieval.index_digest import AlteredNotebookError
-from ttt_e2e.retrieval.notebook import DATABASE, Notebook
+from ttt_e2e.retrieval.notebook import Notebook
 from ttt_e2e.server.engine import notebooks
 from ttt_e2e.server.engine.database import SessionRecord
 from ttt_e2e.server.engine.loading import SessionLoader

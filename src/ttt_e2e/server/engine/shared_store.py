@@ -33,7 +33,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.files import check_digest, check_format, file_digest, with_digest
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import SessionInfo, write_new_session_file
-from ttt_e2e.retrieval import notebook as notebooks
+from ttt_e2e.retrieval.database import DATABASE
 from ttt_e2e.server.engine.database import SessionRecord
 from ttt_e2e.server.engine.records import DamagedSessionError, NotebookRecord, SessionNotFoundError, TakenOverError
 from ttt_e2e.server.engine.storage import ConflictError, Storage, StorageError
@@ -349,14 +349,14 @@ class SharedStore:
     def _upload_notebook(self, record: SharedRecord, notebook: NewNotebook) -> NotebookRecord:
         name = f"{_folder(record.owner, record.id)}/{secrets.token_hex(8)}.notebook"
         with self.storage.new_file(name) as path:
-            shutil.copyfile(notebook.folder / notebooks.DATABASE, path)
+            shutil.copyfile(notebook.folder / DATABASE, path)
         return replace(notebook.record, file=name)
 
     def _copy(self, notebook: NotebookRecord) -> "_NotebookCopy":
         copy = _NotebookCopy()
         with self.storage.local_copy(notebook.file) as path:
-            shutil.copyfile(path, copy.folder / notebooks.DATABASE)
-        if file_digest(copy.folder / notebooks.DATABASE) != notebook.digest:
+            shutil.copyfile(path, copy.folder / DATABASE)
+        if file_digest(copy.folder / DATABASE) != notebook.digest:
             raise FileNotFoundError(notebook.file)
         return copy
 
