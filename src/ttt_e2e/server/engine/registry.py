@@ -255,9 +255,8 @@ class SessionRegistry:
                 notebook = await asyncio.to_thread(notebooks.import_notebook, untrusted, made, self.limits)
             return await self.create(owner, session, notebook=notebook)
 
-    async def recall(self, owner: str, id: str, search: Callable[[Notebook], _T]) -> _T:
+    async def recall(self, slot: SessionSlot, search: Callable[[Notebook], _T]) -> _T:
         """What `search` finds in the notebook of a session. Raises NoNotebookError if it keeps none."""
-        slot = await self.slot(owner, id)
         if slot.record.notebook is None:
             raise NoNotebookError
         with self._using_files():
