@@ -1,7 +1,8 @@
 """The launchers in examples/, without their programs: what they start parses, and Slurm's script requeues as it says.
 
-TrainJobs are checked with the models that Kubeflow publishes. SkyPilot cannot be installed beside what the tests need,
-so that of its file only the names are checked; they were compared with the schema of SkyPilot 0.14.1.
+TrainJobs, and pods of either kind, are checked with the models that Kubeflow publishes. What KubeRay adds is held by
+names, which were compared with its CRD; so is SkyPilot's file, which SkyPilot 0.14.1 parsed: it cannot be installed
+beside what the tests need.
 """
 
 import os
@@ -132,13 +133,14 @@ def test_trainjob() -> None:
 
 
 def test_rayservice() -> None:
-    """KubeRay's own schema is not at hand: Ray checks its part, and the rest is held by names."""
+    """Ray checks its part of the file."""
     schema = pytest.importorskip("ray.serve.schema", reason="the extra ray is not installed")
     from ttt_e2e.server.ray import RayOptions
 
     (service,) = read_yaml("kubernetes/rayservice.yaml")
     assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
     assert service["spec"].keys() == {"serveConfigV2", "rayClusterConfig"}
+    assert service["spec"]["rayClusterConfig"].keys() == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
     config = schema.ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = config.applications
     assert application.import_path == "ttt_e2e.server.ray:app"
@@ -146,6 +148,10 @@ def test_rayservice() -> None:
     assert (replica.name, replica.num_replicas, options.memory) == ("Replica", options.replicas, 8 << 30)
     head = service["spec"]["rayClusterConfig"]["headGroupSpec"]
     (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert head.keys() == {"rayStartParams", "template"}
+    counts = {"replicas", "minReplicas", "maxReplicas"}
+    assert workers.keys() == {"groupName", "rayStartParams", "template", *counts}
+    assert {type(value) for group in (head, workers) for value in group["rayStartParams"].values()} == {str}
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == options.replicas
     (container,) = workers["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == replica.ray_actor_options.num_gpus
@@ -153,6 +159,28 @@ def test_rayservice() -> None:
     image = (EXAMPLES / "kubernetes/Dockerfile.ray").read_text()
     assert f"=={service['spec']['rayClusterConfig']['rayVersion']}" in image and container["image"] in image
     assert container["image"] == head["template"]["spec"]["containers"][0]["image"]
+
+
+def holds(whole: Any, part: Any) -> bool:
+    """Whether `part` is in `whole`, which may have defaults beside it."""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(holds(whole.get(name), value) for name, value in part.items())
+    if isinstance(part, list):
+        return isinstance(whole, list) and len(whole) == len(part) and all(map(holds, whole, part))
+    return bool(whole == part)
+
+
+def test_pods_of_the_rayservice() -> None:
+    """The models drop a field that pods do not have."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    (service,) = read_yaml("kubernetes/rayservice.yaml")
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert holds(models.IoK8sApiCoreV1PodSpec.from_dict(pod).to_dict(), pod)
+        (container,) = pod["containers"]
+        for wrong in (pod | {"x": 1}, pod | {"containers": [container | {"x": 1}]}):
+            assert not holds(models.IoK8sApiCoreV1PodSpec.from_dict(wrong).to_dict(), wrong)
 
 
 def test_skypilot_task() -> None:

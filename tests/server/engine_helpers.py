@@ -72,7 +72,8 @@ async def read(engine: Engine, owner: str, id: str, text: str) -> ReadProgress:
 async def generate(engine: Engine, owner: str, id: str | None, prompt: str, **more: Any) -> tuple[str, str | None]:
     """The generated text, and why it ended."""
     more.setdefault("options", SamplingOptions())
-    chunks = await collect(engine.generate(owner, id, prompt, **more))
+    slot = None if id is None else await engine.sessions.slot(owner, id)
+    chunks = await collect(engine.generate(slot, prompt, **more))
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
 

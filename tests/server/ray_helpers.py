@@ -28,7 +28,7 @@ import contextlib, json, sys
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ttt_e2e.server.ray import RayOptions, app
+from ttt_e2e.server.ray import app
 port, options = int(sys.argv[1]), json.loads(sys.argv[2])
 for _ in range(5):
     with contextlib.suppress(ConnectionError):  # it is still starting
@@ -39,7 +39,7 @@ else:
     sys.exit()
 with contextlib.suppress(ray.exceptions.GetTimeoutError):
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-serve.run(app(RayOptions(threads=1, **options)))
+serve.run(app({"threads": 1, **options}))
 print("ready", flush=True)
 sys.stdin.read()
 serve.shutdown()

@@ -178,8 +178,8 @@ class FakeEngine:
         found = [(name, text) for name, text in one.notebook if set(text.split()) & set(query.split())]
         return [Source(name or None, 0, len(text), len(text), text, 1.5) for name, text in found[:count]]
 
-    async def retrieve(self, owner: str, id: str, question: str, count: int = 3) -> tuple[str, list[Source]]:
-        found = await self.recall(owner, id, question, count)
+    async def retrieve(self, slot: FakeSession, question: str, count: int = 3) -> tuple[str, list[Source]]:
+        found = await self.recall(slot.owner, slot.id, question, count)
         return "".join(f"[{one.text}]" for one in found) + question, found
 
     async def import_session(self, owner: str, source: Path) -> SessionSummary:
@@ -212,8 +212,7 @@ class FakeEngine:
 
     async def generate(
         self,
-        owner: str,
-        id: str | None,
+        slot: FakeSession | None,
         prompt: Prompt | Callable[[Before], Prompt],
         *,
         max_tokens: int = 200,
@@ -229,8 +228,7 @@ class FakeEngine:
         tools: str = "",
         limit: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[TextChunk]:
-        one = None if id is None else self._slot(owner, id)
-        before: Before = "text" if one is not None and one.text else "nothing"
+        before: Before = "text" if slot is not None and slot.text else "nothing"
         if callable(prompt):
             prompt = prompt(before)
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
@@ -255,11 +253,11 @@ class FakeEngine:
                 last = TextChunk("", "stop" if ending else "length", read, count, ending)
                 if learn:
                     read_text = words if kept is None else str(kept(before) if callable(kept) else kept)
-                    learned = (one.text if one else "") + read_text + text + "".join(str(part) for part in closing)
+                    learned = (slot.text if slot else "") + read_text + text + "".join(str(part) for part in closing)
                     if save is not None:
-                        await save(FakeSession("", owner, learned), text, last)
-                    elif one is not None:
-                        one.text = learned
+                        await save(FakeSession("", "", learned), text, last)
+                    elif slot is not None:
+                        slot.text = learned
                 yield last
 
     @contextmanager

@@ -45,9 +45,8 @@ def whole(name: str, turns: int) -> list[int]:
 async def say(engine: Engine, chat: ChatFormat, id: str, text: str, learn: bool = True) -> int:
     """Let the session answer with nothing; returns the number of tokens of the prompt."""
     prompt = functools.partial(chat.prompt, [{"role": "user", "content": text}])
-    chunks = engine.generate(
-        "me", id, prompt, max_tokens=0, learn=learn, closing=chat.closing(), options=SamplingOptions()
-    )
+    slot = await engine.sessions.slot("me", id)
+    chunks = engine.generate(slot, prompt, max_tokens=0, learn=learn, closing=chat.closing(), options=SamplingOptions())
     return [chunk.prompt_tokens async for chunk in chunks][-1]
 
 

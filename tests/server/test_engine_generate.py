@@ -63,13 +63,13 @@ def test_chunks_count_tokens_and_give_the_finish_reason(tmp_path: Path) -> None:
     prompt, hot = "Rain and rain", SamplingOptions(temperature=9.0, top_p=1.0)
 
     async def work(engine: Engine) -> None:
-        chunks = await collect(engine.generate("me", None, prompt, max_tokens=12, options=SamplingOptions()))
+        chunks = await collect(engine.generate(None, prompt, max_tokens=12, options=SamplingOptions()))
         assert {chunk.prompt_tokens for chunk in chunks} == {len(TOKENIZER.encode(prompt))}
         counts = [chunk.completion_tokens for chunk in chunks]
         assert counts == sorted(counts) and counts[-1] == 12 and chunks[-1].finish_reason == "length"
         assert "".join(chunk.text for chunk in chunks) == "".join(TEMPLATE.fork().generate(prompt, max_tokens=12))
         assert await generate(engine, "me", None, prompt, max_tokens=0) == ("", "length")
-        *_, last = await collect(engine.generate("me", None, prompt, max_tokens=5000, options=hot))
+        *_, last = await collect(engine.generate(None, prompt, max_tokens=5000, options=hot))
         assert last.finish_reason == "stop" and last.completion_tokens < 5000  # a token that ends texts was drawn
         assert await engine.sessions.summaries("me") == []
         stats = engine.stats()
@@ -101,7 +101,9 @@ def test_incomplete_generation_changes_nothing(tmp_path: Path, monkeypatch: pyte
     async def work(engine: Engine) -> None:
         id = (await engine.sessions.create("me")).id
         before = (await read(engine, "me", id, text_of(1))).session
-        generation = engine.generate("me", id, text_of(2), max_tokens=4000, options=SamplingOptions(), learn=True)
+        generation = engine.generate(
+            await engine.sessions.slot("me", id), text_of(2), max_tokens=4000, options=SamplingOptions(), learn=True
+        )
         for _ in range(20):
             await anext(generation)
         await generation.aclose()  # type: ignore[attr-defined]

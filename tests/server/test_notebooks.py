@@ -109,7 +109,7 @@ def test_passages_come_before_the_question_and_are_not_learned(tmp_path: Path) -
 
     async def work(engine: Engine) -> None:
         id = await reader(engine, (STORY * 3, "story.txt"))
-        text, sources = await engine.retrieve("me", id, "rain")
+        text, sources = await engine.retrieve(await engine.sessions.slot("me", id), "rain")
         fork = (await engine.sessions.fork("me", id)).id
         options = {"max_tokens": 4, "learn": True}
         assert sources == [] or (text.endswith("rain") and sources[0].text in text)
@@ -136,9 +136,10 @@ def test_a_damaged_notebook_is_told_and_the_session_works_without_it(tmp_path: P
             paths[0].unlink()
         else:
             paths[0].write_bytes(paths[1].read_bytes())  # a valid one, of another user perhaps
+        slot = await engine.sessions.slot("me", id)
         for refused in (
             lambda: whales(engine, id),
-            lambda: engine.retrieve("me", id, "whale"),
+            lambda: engine.retrieve(slot, "whale"),
             lambda: engine.sessions.export_session("me", id, tmp_path.parent / "x"),
             lambda: collect(engine.read("me", id, [WHALE])),
         ):

@@ -300,6 +300,26 @@ def test_responses_and_conversations_continue_on_the_other_replica(tmp_path: Pat
         assert gone.json()["error"]["code"] == "response_not_found"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "lookups"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "?"}], "n": 2}, 1),
+        ("/v1/completions", {"prompt": ["a", "b"], "notebook": False}, 1),
+        ("/v1/completions", {"prompt": "a", "learn": True}, 2),  # and again once it holds the session
+        ("/v1/messages", {"messages": [{"role": "user", "content": "?"}]}, 1),
+    ],
+)
+def test_a_request_looks_its_session_up_once(
+    path: str, body: dict[str, Any], lookups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with client_of(Engine(TEMPLATE.fork(), SharedStore(str(tmp_path / "shared")))) as client:
+        id, found = client.post("/v1/sessions", json={"notebook": True}).json()["id"], list[str]()
+        find = SharedStore.find
+        monkeypatch.setattr(SharedStore, "find", lambda *words: found.append(words[2]) or find(*words))
+        assert client.post(path, json={**body, "session": id, "max_tokens": 2}).status_code == 200
+    assert found == [id] * lookups
+
+
 def test_storage_that_is_away_is_one_sentence_until_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "mount"
     folder.write_text("nothing is mounted")

@@ -190,7 +190,7 @@ def test_engine_is_told_to_stop_sooner(tmp_path: Path, endless: int) -> None:
     async def main() -> None:
         engine = Engine(TEMPLATE.fork(), Store(tmp_path / "data"))
         await engine.start()
-        generation = engine.generate("me", None, "Rain", max_tokens=endless, options=SamplingOptions())
+        generation = engine.generate(None, "Rain", max_tokens=endless, options=SamplingOptions())
         await anext(generation)
         stopping = asyncio.create_task(engine.stop(PATIENCE))
         await asyncio.sleep(0)

@@ -1,7 +1,8 @@
 """The options of the service, however it is started, and the engine and settings that follow from them."""
 
+from argparse import ArgumentTypeError
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 
@@ -18,7 +19,15 @@ from ttt_e2e.server.keys import Keys
 from ttt_e2e.server.settings import Settings
 from ttt_e2e.units import size
 
-_Size = Annotated[PositiveInt, BeforeValidator(lambda value: size(value) if isinstance(value, str) else value)]
+
+def _bytes(value: Any) -> Any:
+    try:
+        return size(value) if isinstance(value, str) else value
+    except ArgumentTypeError as error:
+        raise ValueError(str(error)) from error
+
+
+_Size = Annotated[PositiveInt, BeforeValidator(_bytes)]
 MAX_FILE_BYTES = 4 << 30  # of an imported session: with full attention sessions grow without bound
 
 

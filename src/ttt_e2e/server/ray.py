@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from click import ClickException
+from pydantic import PositiveInt, ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -30,8 +31,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.hardware import choose_device
-from ttt_e2e.inference.load import load_model
+from ttt_e2e.inference.load import load_model, shipped_model
 from ttt_e2e.inference.session_file import DTYPES
+from ttt_e2e.model.checkpoint import load_config
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect
 from ttt_e2e.server.app import create_app
 from ttt_e2e.server.engine.shared_store import SharedStore
@@ -45,6 +47,7 @@ from ttt_e2e.server.options import MAX_FILE_BYTES, Options, open_engine
 from ttt_e2e.server.settings import Settings
 
 _ROUTER = {"request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"}
+_LOGGING = {"enable_access_log": False}  # there is a line for every request already, which says more
 _MAX_ONGOING = 1000  # requests of a replica: the engine has limits of its own, and lets others wait
 _PASSED_ON = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client")
 _ABOUT = ("session", "previous_response_id", "conversation")  # fields of a body that name a session
@@ -69,21 +72,57 @@ class RayOptions(Options):
     threads: PositiveInt | None = None
 
 
-def app(options: RayOptions) -> serve.Application:
-    """The application; `serve run` and configuration files name this function. Raises UserError."""
+def app(arguments: dict[str, Any]) -> serve.Application:
+    """The application with these options, by name; `serve run` and configuration files name this function.
+
+    Raises ClickException for what a user can mend: `serve run` prints that as one sentence, anything else as a trace.
+    """
+    try:
+        return _build(_options(arguments))
+    except UserError as error:
+        raise ClickException(str(error)) from error
+
+
+def _options(arguments: dict[str, Any]) -> RayOptions:
+    if unknown := arguments.keys() - RayOptions.model_fields.keys():
+        raise UserError(f"There is no option {min(unknown)}; there are {', '.join(sorted(RayOptions.model_fields))}.")
+    if "storage" not in arguments:
+        raise UserError("The replicas share their sessions; give storage=FOLDER, or storage=s3://BUCKET/PREFIX.")
+    try:
+        options = RayOptions(**arguments)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name, reason = wrong["loc"][0], wrong["msg"].removeprefix("Value error, ")
+        raise UserError(f"{name}={arguments[str(name)]}: {reason[0].lower()}{reason[1:]}.") from error
+    if options.model is not None:
+        options.model = options.model.absolute()  # replicas may have another working directory
+    if "://" not in options.storage:
+        options.storage = str(Path(options.storage).absolute())
+    return options
+
+
+def _build(options: RayOptions) -> serve.Application:
     keys = load_keys(options.keys, os.environ)
     if not keys:
         raise UserError("With Ray, other machines can reach the service, so it needs API keys; give keys=FILE.")
-    SharedStore(options.storage)  # for its errors
+    SharedStore(
+        options.storage
+    )  # for its errors, like the model: where replicas raise them, Ray tries again for minutes
+    load_config(options.model or shipped_model())
     deployment: Any = serve.deployment
     replicas = deployment(
         Replica,
         num_replicas=options.replicas,
         max_ongoing_requests=_MAX_ONGOING,
         request_router_config=_ROUTER,
+        logging_config=_LOGGING,
     ).bind(options, keys)
-    # It waits for replicas most of the time.
-    ingress = deployment(serve.ingress()(Ingress), ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_MAX_ONGOING)
+    ingress = deployment(
+        serve.ingress()(Ingress),
+        ray_actor_options={"num_cpus": 0},  # it waits for replicas most of the time
+        max_ongoing_requests=_MAX_ONGOING,
+        logging_config=_LOGGING,
+    )
     return ingress.bind(replicas, options, keys)
 
 

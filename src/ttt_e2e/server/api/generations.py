@@ -18,6 +18,7 @@ from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, NotebookRequest
 from ttt_e2e.server.api.streams import merge
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import Before, Prompt, Source, TextChunk
+from ttt_e2e.server.engine.registry import SessionSlot
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
@@ -105,21 +106,24 @@ class Generations:
 
         return prompt
 
+    async def slot(self, request: Request, session: str | None) -> SessionSlot | None:
+        """The session with this id, which a request looks up once. Raises SessionNotFoundError."""
+        return None if session is None else await self.engine.sessions.slot(request.state.caller.owner, session)
+
     async def prompt_arguments(
         self,
-        request: Request,
+        slot: SessionSlot | None,
         body: NotebookRequest,
-        session: str | None,
         question: str | None,
         prompt: Callable[[str], Prompt | Callable[[Before], Prompt]],
         *,
         by_default: bool = True,
     ) -> dict[str, Any]:
-        """The arguments for `start` that concern the prompt: with passages from the session's notebook, or without.
+        """The arguments for `start` that concern session and prompt, with passages from its notebook, or without.
 
         Args:
-            request, body: Of the client.
-            session: The id of the session that continues, if any.
+            slot: The session that continues, if any.
+            body: Of the client.
             question: What the notebook is searched for; None if there is nothing to search for.
             prompt: Makes the prompt from the question, which may have passages before it.
             by_default: Whether the notebook is searched if the request leaves that open.
@@ -127,8 +131,7 @@ class Generations:
         Returns "prompt"; if the notebook was searched, also "kept", the prompt without passages, and "sources", the
         passages. Raises ApiError if the request wants a notebook, and there is none or no question.
         """
-        owner = request.state.caller.owner
-        keeps = session is not None and (await self.engine.sessions.slot(owner, session)).summary().notebook is not None
+        keeps = slot is not None and slot.summary().notebook is not None
         wanted = by_default and keeps and question is not None if body.notebook is None else body.notebook
         if body.notebook and not keeps:
             message = "notebook needs a session that keeps one; create it with notebook: true, or omit notebook."
@@ -141,11 +144,11 @@ class Generations:
             if body.passages is not None:
                 message = "passages needs a notebook that is searched for the question; omit it."
                 raise ApiError(400, message, "no_notebook", "passages")
-            return {"prompt": prompt(question or "")}
-        assert session is not None and question is not None
-        text, sources = await self.engine.retrieve(owner, session, question, body.passages or DEFAULT_PASSAGES)
+            return {"slot": slot, "prompt": prompt(question or "")}
+        assert slot is not None and question is not None
+        text, sources = await self.engine.retrieve(slot, question, body.passages or DEFAULT_PASSAGES)
         # A session that learns keeps what was said. The passages it has read before.
-        return {"prompt": prompt(text), "kept": prompt(question), "sources": tuple(sources)}
+        return {"slot": slot, "prompt": prompt(text), "kept": prompt(question), "sources": tuple(sources)}
 
     async def closing(self, values: Mapping[str, Any] | None) -> Prompt:
         """What a session reads after an answer."""
@@ -154,7 +157,7 @@ class Generations:
     def start(self, request: Request, generations: Iterable[Mapping[str, Any]]) -> Chunks:
         """The texts of generations, each given as arguments of `Engine.generate` and `sources`, for its first chunk."""
         owner: str = request.state.caller.owner
-        generate = functools.partial(self.engine.generate, owner, limit=self._semaphores[owner])
+        generate = functools.partial(self.engine.generate, limit=self._semaphores[owner])
         arguments = [dict(one) for one in generations]
         sources = [one.pop("sources", None) for one in arguments]
         return self._observe(merge([generate(**one) for one in arguments]), log_entry(request), sources)

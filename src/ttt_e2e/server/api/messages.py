@@ -34,13 +34,13 @@ def routes(generations: Generations) -> APIRouter:
         values, stops = body.chat_template_kwargs, body.stop_sequences or []
         structure = await generations.structure(body.functions(), body.schema_of_answer())
         question, with_question = last_question(body.for_template())
+        slot = await generations.slot(request, body.session)
 
         def prompt(text: str) -> Callable[[Before], Prompt]:
             return generations.chat_prompt(with_question(text), values, "messages", structure.tools)
 
         arguments = {
-            "id": body.session,
-            **await generations.prompt_arguments(request, body, body.session, question, prompt),
+            **await generations.prompt_arguments(slot, body, question, prompt),
             "max_tokens": body.max_tokens,
             "stop": (*stops, *generations.settings.chat.stop),
             "options": body.sampling_options(),

@@ -20,6 +20,7 @@ from ttt_e2e.server.api.generations import Chunks, Generations, Structure, last_
 from ttt_e2e.server.api.logprobs import chat_logprobs, completion_logprobs
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
 from ttt_e2e.server.engine.records import Before, LoggedToken, Prompt, TextChunk
+from ttt_e2e.server.engine.registry import SessionSlot
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.tool_calls import CallForm
 
@@ -27,7 +28,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
 _MAX_LOGPROBS = 1_000_000  # of one request, those of the likeliest tokens among them; they are held in memory
-_Prompts = Sequence[Callable[[], Awaitable[dict[str, Any]]]]  # each calls `Generations.prompt_arguments`
+_Prompts = Sequence[Callable[[SessionSlot | None], Awaitable[dict[str, Any]]]]  # `Generations.prompt_arguments` of each
 
 
 async def _respond(
@@ -65,7 +66,6 @@ async def _respond(
             )
             raise ApiError(400, message, "invalid_value", field)
     shared = {
-        "id": session,
         "max_tokens": body.token_limit,
         "stop": (*stop, *(generations.settings.chat.stop if chat else ())),
         "learn": bool(body.learn),
@@ -74,7 +74,8 @@ async def _respond(
         "echo": bool(getattr(body, "echo", False)),
         **structure.arguments,
     }
-    prompt_arguments = [await prompt() for prompt in prompts]
+    slot = await generations.slot(request, session)
+    prompt_arguments = [await prompt(slot) for prompt in prompts]
     chunks = generations.start(
         request,
         [
@@ -239,19 +240,21 @@ def routes(generations: Generations) -> APIRouter:
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         """Continue a text; with `session`, what the session has read and then the text."""
         _check_ids(generations, "prompt", body.prompt_ids)
-        return await _respond(generations, request, body, prompts(request, body, body.session), body.session)
+        return await _respond(generations, request, body, prompts(body), body.session)
 
-    def prompts(request: Request, body: schemas.SessionCompletionRequest, session: str | None) -> _Prompts:
-        def arguments_of(given: str | list[int]) -> Callable[[], Awaitable[dict[str, Any]]]:
-            question = given if isinstance(given, str) and given else None
+    def prompts(body: schemas.SessionCompletionRequest) -> _Prompts:
+        def prompt(given: str | list[int], text: str) -> Prompt:
+            return text if isinstance(given, str) else given
 
-            def prompt(text: str) -> Prompt:
-                return text if isinstance(given, str) else given
-
-            given_arguments = (request, body, session, question, prompt)
-            return functools.partial(generations.prompt_arguments, *given_arguments, by_default=not body.echo)
-
-        return [arguments_of(given) for given in body.prompts]
+        arguments = functools.partial(generations.prompt_arguments, body=body, by_default=not body.echo)
+        return [
+            functools.partial(
+                arguments,
+                question=given if isinstance(given, str) and given else None,
+                prompt=functools.partial(prompt, given),
+            )
+            for given in body.prompts
+        ]
 
     @router.post("/chat/completions", tags=["OpenAI"], response_model=chat_schemas.ChatCompletion, responses=_RESPONSES)
     async def chat_completions(body: chat_schemas.ChatCompletionRequest, request: Request) -> Response:
@@ -263,7 +266,7 @@ def routes(generations: Generations) -> APIRouter:
         def prompt(text: str) -> Callable[[Before], Prompt]:
             return generations.chat_prompt(with_question(text), values, "messages", tools)
 
-        arguments = functools.partial(generations.prompt_arguments, request, body, body.session, question, prompt)
+        arguments = functools.partial(generations.prompt_arguments, body=body, question=question, prompt=prompt)
         return await _respond(generations, request, body, [arguments], body.session, closing)
 
     path = "/sessions/{session}/completions"
@@ -272,7 +275,7 @@ def routes(generations: Generations) -> APIRouter:
     async def session_completions(session: str, body: schemas.SessionCompletionRequest, request: Request) -> Response:
         """Continue what the session has read and then the prompt, as /v1/completions does."""
         _check_ids(generations, "prompt", body.prompt_ids)
-        return await _respond(generations, request, body, prompts(request, body, session), session)
+        return await _respond(generations, request, body, prompts(body), session)
 
     @router.post("/embeddings", tags=["OpenAI"], status_code=400)
     async def embeddings() -> None:

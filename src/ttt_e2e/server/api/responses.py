@@ -37,6 +37,7 @@ from ttt_e2e.server.api.response_schemas import (
 from ttt_e2e.server.api.schemas import DEFAULT_TOKENS
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
 from ttt_e2e.server.engine.records import Before, Prompt, Source, TextChunk
+from ttt_e2e.server.engine.registry import SessionSlot
 from ttt_e2e.server.engine.store import new_id
 from ttt_e2e.server.errors import ApiError, describe
 
@@ -142,11 +143,11 @@ class _Response:
                     changed = document | {"items": items, "read": len(items)}
                     await engine.sessions.replace(slot, session, to_text(changed))
 
-            async with aclosing(self._generate(earlier, unread, save if body.stored or slot else None)) as events:
+            async with aclosing(self._generate(found, unread, save if body.stored or slot else None)) as events:
                 async for event in events:
                     yield event
 
-    async def _generate(self, session: str | None, items: list[dict[str, Any]], save: Any) -> _Events:
+    async def _generate(self, slot: SessionSlot | None, items: list[dict[str, Any]], save: Any) -> _Events:
         body, values = self.body, self.body.chat_template_kwargs
         messages, tools = for_template(items), self.structure.tools
         instructions = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
@@ -156,8 +157,7 @@ class _Response:
             return self.generations.chat_prompt([*instructions, *with_question(text)], values, "input", tools)
 
         arguments = {
-            "id": session,
-            **await self.generations.prompt_arguments(self.request, body, session, question, prompt),
+            **await self.generations.prompt_arguments(slot, body, question, prompt),
             "max_tokens": body.max_output_tokens or DEFAULT_TOKENS,
             "stop": self.generations.settings.chat.stop,
             "options": self.options,
@@ -172,7 +172,7 @@ class _Response:
         async with aclosing(self.generations.start(self.request, [arguments])) as chunks:
             async for _, chunk in chunks:
                 if last is None:
-                    self.sources, self.notebook = chunk.sources, session
+                    self.sources, self.notebook = chunk.sources, slot.record.id if slot else None
                     yield self._event("response.created", response=self._response(answer, None))
                     yield self._event("response.in_progress", response=self._response(answer, None))
                     if self.structure.form is None:

@@ -117,7 +117,7 @@ class Engine:
         states = state_bytes(template.model.config, self.sessions.max_session_tokens, template.dtype.itemsize)
         return states + 8 * template.chunk_size + MAX_HEADER_BYTES + self.sessions.limits.disk_bytes
 
-    async def retrieve(self, owner: str, id: str, question: str, count: int = 3) -> tuple[str, list[Source]]:
+    async def retrieve(self, slot: SessionSlot, question: str, count: int = 3) -> tuple[str, list[Source]]:
         """The question with passages of the session's notebook before it, and these, at most `count`, the best first.
 
         Together they have at most half as many tokens as the window. Raises NoNotebookError if there is no notebook.
@@ -127,7 +127,7 @@ class Engine:
             text, found = retrieve(self._template, notebook, question, count)
             return text, as_sources(notebook, found)
 
-        return await self.sessions.recall(owner, id, search)
+        return await self.sessions.recall(slot, search)
 
     async def recall(self, owner: str, id: str, query: str, count: int) -> list[Source]:
         """At most `count` passages of the session's notebook that match `query`, the best first. Errors as above."""
@@ -135,7 +135,7 @@ class Engine:
         def search(notebook: Notebook) -> list[Source]:
             return as_sources(notebook, notebook.search(with_parts(query), count))
 
-        return await self.sessions.recall(owner, id, search)
+        return await self.sessions.recall(await self.sessions.slot(owner, id), search)
 
     async def read(self, owner: str, id: str, chunks: Iterable[str], name: str = "") -> AsyncIterator[ReadProgress]:
         """Let a session read a text, given in chunks; either all of it becomes part of the session or nothing.
@@ -183,8 +183,7 @@ class Engine:
 
     async def generate(
         self,
-        owner: str,
-        id: str | None,
+        slot: SessionSlot | None,
         prompt: Prompt | Callable[[Before], Prompt],
         *,
         max_tokens: int = 200,
@@ -207,7 +206,7 @@ class Engine:
         not yielded, nothing has changed. Requests with `learn` wait for others that change the session.
 
         Args:
-            owner, id: The session; id None to start from the prompt alone.
+            slot: The session; None to start from the prompt alone.
             prompt: A prompt, or a function that returns that of a conversation, given what the session holds. Its ids
                 for a session without a text begin that text, in place of BOS.
             max_tokens, stop, options: Limit of generated tokens, strings before which the text ends, and sampling.
@@ -225,7 +224,6 @@ class Engine:
         Raises UserError for values out of range, PromptTooLongError if `echo` and `logprobs` would tell too much,
         LimitReachedError if prompt, `max_tokens` and, with `learn`, the session are too long together, and Diverged.
         """
-        slot = None if id is None else await self.sessions.slot(owner, id)
         replaced = slot if learn and save is None else None
         check_max_tokens(max_tokens)
         with self._request():

@@ -192,9 +192,8 @@ class SessionRegistry:
                 notebook = await asyncio.to_thread(self._files.import_notebook, untrusted, folder / "made")
             return await self.create(owner, session, notebook=notebook)
 
-    async def recall(self, owner: str, id: str, search: Callable[[Notebook], _T]) -> _T:
+    async def recall(self, slot: SessionSlot, search: Callable[[Notebook], _T]) -> _T:
         """What `search` finds in the notebook of a session. Raises NoNotebookError if it keeps none."""
-        slot = await self.slot(owner, id)
         if slot.record.notebook is None:
             raise NoNotebookError
         with self._using_files():
