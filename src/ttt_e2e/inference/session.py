@@ -37,9 +37,9 @@ from ttt_e2e.ops import tuning
 class SessionState(NamedTuple):
     """All that reading has changed in a session: a value."""
 
-    read_state: ReadState  # what the tokens left behind that were read, in whole mini-batches
-    text: TextDigest  # their digest, size and kind
-    pending: np.ndarray  # token ids after them, int64 [n]: the next prediction's input, and those still to be scored
+    read_state: ReadState  # of the model, after all whole mini-batches
+    text: TextDigest  # digest, size and kind of the text in them
+    pending: np.ndarray  # ids of the tokens after them, int64 [n]; all but the first still have to be scored
 
 
 class Session:
@@ -137,14 +137,17 @@ class Session:
             yield from self.read_chunks(tokens)
 
     def read_chunks(self, tokens: str | np.ndarray | Iterable[int]) -> Iterator[np.ndarray]:
-        """`read`, `chunk_size` tokens each time the iterator is advanced; yields their losses."""
+        """`read` step by step: the iterator reads `chunk_size` tokens at a time, and yields their losses, float32 [n].
+
+        Tokens that do not fill the last mini-batch are pending. The session is consistent between two steps.
+        """
         if isinstance(tokens, str):
             ids = self._require_tokenizer().encode(tokens)
         else:
             ids = check_token_ids(tokens, self.model.config.vocab_size)
         self._state = self._state._replace(pending=np.concatenate((self._state.pending, ids)))
         ahead: list[PrefixOutput] = []
-        expected = None  # the state that `ahead` continues; whoever is given losses may use the session otherwise
+        expected = None  # the state that `ahead` belongs to; between two steps the caller may change the session
         while len(self._state.pending) > self.chunk_size:
             # The state changes last and at once, or not at all.
             size, (read_state, text, pending) = self.chunk_size, self._state
@@ -162,7 +165,7 @@ class Session:
         self._state = self._state._replace(pending=self._state.pending.copy())  # a view would keep all the ids
 
     def _read_ahead(self) -> list[PrefixOutput]:
-        """What the prefix makes of the next mini-batches, computed at once; nothing where each is read by itself."""
+        """The outputs of the prefix for the next mini-batches, computed in one call; none if it brings no advantage."""
         if not self.learn or self.compiled:
             return []
         ids = self._state.pending[:-1][: tuning.PREFIX_TOKENS]

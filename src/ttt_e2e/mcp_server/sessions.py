@@ -124,17 +124,16 @@ class SessionFolder:
             session = (before or self._template).fork()
             window = session.model.config.sliding_window
             recording = plan_recording(path, path if before else None, window, document, continues=continues)
-            curve, unscored = LossCurve(), session.pending  # the first losses belong to what was read before
+            curve = LossCurve(skip=session.pending)
             try:
                 # Before anything is recorded, the session file has to say where the text begins in the notebook.
                 save_unfinished(path, Reading(session, None, name, None, notebook_start=recording.start))
                 with closing(record_text(chain([first], text), recording)) as recorded:  # type: ignore[type-var]
                     for losses in session.read_stream(recorded):
-                        curve.add(losses[unscored:])
-                        unscored -= min(unscored, len(losses))
+                        curve.add(losses)
                         report(text.bytes_read)
                 report(text.bytes_read)
-                curve.add(session.score_pending()[unscored:])
+                curve.add(session.score_pending())
                 session.check()
                 if not curve.tokens:
                     raise UserError("The text has no tokens; give another one.")

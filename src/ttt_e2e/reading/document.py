@@ -22,6 +22,7 @@ from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import Precision, session_facts
 from ttt_e2e.progress import ProgressBar
 from ttt_e2e.reading.ended import EndedReading
+from ttt_e2e.reading.loss_curve import LossCurve
 from ttt_e2e.reading.reading import Reading
 from ttt_e2e.reading.recording import Recording, forget_unread, record_text
 from ttt_e2e.reading.report import ReadingReport, build_report
@@ -84,7 +85,7 @@ def read_document(
     other = None
     if baseline and session.learn:
         other = Session(session.model, tokenizer, learn=False, dtype=session.dtype)
-    reading = Reading(session, other, name, total_bytes, pending_before=session.pending)
+    reading = Reading(session, other, name, total_bytes, curve=LossCurve(skip=session.pending))
     ended = None
     if save is not None and lock is not None and _was_loaded_from(session, save):
         ended = EndedReading(lock, chunks, [precision, recording is not None])

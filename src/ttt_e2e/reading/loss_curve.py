@@ -14,9 +14,13 @@ class LossCurve:
     sums: np.ndarray = field(default_factory=lambda: np.zeros(BINS))  # an even number
     bin_tokens: int = 1
     tokens: int = 0
+    skip: int = 0  # how many of the next losses belong to tokens before the text, which were pending in the session
 
     def add(self, losses: np.ndarray) -> None:
-        """Append losses [n], one per token."""
+        """Append losses [n], one per token, without those to skip."""
+        skipped = min(self.skip, len(losses))
+        self.skip -= skipped
+        losses = losses[skipped:]
         stop = self.tokens + len(losses)
         while stop > self.bin_tokens * len(self.sums):
             pairs = self.sums.reshape(-1, 2).sum(1)

@@ -22,7 +22,6 @@ class Reading:
     total_bytes: int | None  # of the text, if known
     initial_digest: str = ""  # of the text that the session had read before
     notebook_start: int | None = None  # the notebook's character at which the text begins; None: it is not recorded
-    pending_before: int = 0  # how many of the next losses belong to tokens that were pending in the session before
     tokens: int = 0
     bytes: float = 0.0
     seconds: float = 0.0
@@ -67,9 +66,7 @@ class Reading:
         started = time.perf_counter()
         try:
             for losses in losses_of():
-                earlier = min(self.pending_before, len(losses))
-                self.pending_before -= earlier
-                self.curve.add(losses[earlier:])
+                self.curve.add(losses)
         except Diverged as error:
             return str(error)
         finally:

@@ -34,7 +34,7 @@ def save_unfinished(path: Path, reading: Reading) -> None:
         "size": reading.total_bytes,
         "initial_digest": reading.initial_digest,
         "notebook_start": reading.notebook_start,
-        "pending_before": reading.pending_before,
+        "pending_before": reading.curve.skip,
         "tokens": reading.tokens,
         "bytes": reading.bytes,
         "seconds": reading.seconds,
@@ -99,12 +99,12 @@ def resume_reading(path: Path, token_chunks: Iterator[tuple[np.ndarray, float]],
         for key, curve in saved["curves"].items()
     }
     reading.curve = curves["curve"]
+    reading.curve.skip = saved["pending_before"]
     if reading.baseline is not None:
         own = {key.removeprefix("twin."): tensor for key, tensor in tensors.items() if key.startswith("twin.")}
         reading.baseline.unpack(saved["twin"], own, str(path))
         reading.baseline_curve = curves["twin.curve"]
     reading.initial_digest = saved["initial_digest"]
-    reading.pending_before = saved["pending_before"]
     reading.bytes = saved["bytes"]
     reading.seconds = saved["seconds"]
     reading.learning_seconds = saved["learning_seconds"]

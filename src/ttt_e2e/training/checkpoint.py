@@ -121,9 +121,10 @@ class CheckpointSaver:
         self.advance()
 
     def advance(self) -> None:
-        """Go on with a checkpoint, if there is one; waits for what is being written, so call it when nobody `is_busy`.
+        """Take the next step of writing a checkpoint, if one has begun.
 
-        Raises UserError in one process, and SystemExit in all others, if the checkpoint cannot be written.
+        It waits for the files that are being written, so call it when no process `is_busy`. Raises UserError in one
+        process, and SystemExit in all others, if the checkpoint cannot be written.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
@@ -136,7 +137,7 @@ class CheckpointSaver:
             self.advance()
 
     def _save(self, state: TrainerState, before: Callable[[], object]) -> Generator[Future[Any]]:
-        """Write a checkpoint; yields what the thread does, and goes on when all processes have finished that."""
+        """Write a checkpoint in steps. Each yields the thread's job; the next begins when all processes did theirs."""
         folder, dist = self._run / "checkpoints" / f"step-{state.step:08d}", self._parallel.dist
         with ExitStack() as stack:
             part = None

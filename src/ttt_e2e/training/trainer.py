@@ -108,9 +108,9 @@ def train(
         compile: compile the steps. Results are equal up to rounding, and a run may be resumed with another choice.
 
     Raises:
-        UserError: for whatever does not fit together, and for a full disk.
-        Divergence: for a loss that is not finite; the last checkpoint is kept.
-        SystemExit: in all processes but one, if several end with one of these.
+        UserError: if model, data, `out` and the number of processes do not fit together, or if the disk is full.
+        Divergence: if a loss or a gradient is not finite; the last checkpoint is kept.
+        SystemExit: with several processes, one raises one of these errors, and all others this.
     """
     data, out = Path(data), Path(out)
     train_config = config.train
@@ -121,16 +121,7 @@ def train(
     stop_signals = GracefulStop(signal.SIGINT, signal.SIGTERM, merge_seconds=2.0)
     with init_distributed(device, train_config.timeout_seconds) as dist, stop_signals, ExitStack() as stack:
         run = _open_run(config, data, out, resume, start_from, cache, tokenizer, dist, stack)
-        dist.check_equal(
-            {
-                "ttt-e2e": __version__,
-                "torch": torch.__version__,
-                **flatten(config),
-                "the data": run.tokens.digest,
-                "the model to start from": run.record["start_digest"],
-                "compile": compile,
-            }
-        )
+        _check_processes(config, run, compile, dist)
         dist.log(f"Run {out}, on {dist.device}: {json.dumps(to_dict(config), indent=2)}")
 
         model, loader, state = _build_model(config, out, run, resume, dist)
@@ -179,27 +170,15 @@ def train(
             speed = step_tokens / (now - step_started)
             state = TrainerState(step + 1, state.tokens + step_tokens, seconds_before + now - started, loader.state())
             is_last = state.step == train_config.steps
-            lines: list[dict[str, Any]] = []
+            lines = []
             if is_last or _is_due(state.step, train_config.log_every):
-                lines.append(
-                    {
-                        "step": state.step,
-                        "loss": loss,
-                        "lr": result.lr,
-                        **({"inner_lr": result.inner_lr} if model.suffix else {}),
-                        "grad_norm": result.grad_norm,
-                        "tokens": state.tokens,
-                        "tokens_per_second": round(speed, 1),
-                        "seconds": round(state.seconds, 3),
-                    }
-                )
+                lines.append(_metrics_line(result, state, speed, has_suffix=bool(model.suffix)))
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
             if run.validation and (is_last or _is_due(state.step, train_config.eval_every)):
                 # Never compiled: without gradients and with lengths of its own, each batch would be compiled anew.
                 evaluation = evaluate_sequences(parallel, run.validation, run.tokens.bos, train_config)
-                gain = f", learning while reading gains {evaluation['gain']:+.4f}" if "gain" in evaluation else ""
-                dist.log(f"Step {state.step}: validation loss {evaluation['loss']:.4f}{gain}")
+                dist.log(f"Step {state.step}: {_describe_evaluation(evaluation)}")
                 lines.append({"step": state.step, "eval": evaluation})
             with dist.one_error():
                 if metrics:
@@ -216,12 +195,7 @@ def train(
         if interrupted:
             dist.log(f"Stopped after step {state.step}; continue with the same command and --resume.")
         else:
-            finished = parallel.gather()
-            with dist.one_error():
-                if finished is not None:
-                    notes = {"step": state.step, "tokens": state.tokens}
-                    save_model(finished, out / MODEL, out / TOKENIZER, notes=notes)
-            dist.log(f"Finished after step {state.step}; the model is in {out / MODEL}.")
+            _save_finished(parallel, out, state)
         model_folder = None if interrupted else out / MODEL
         return TrainResult(model_folder, state.step, loss, evaluation, state.tokens, state.seconds, interrupted)
 
@@ -284,6 +258,20 @@ def _check_fit(config: RunConfig, dist: DistributedContext) -> None:
             f"Training this model takes at least {in_bytes(needed)} of memory, and the {dist.device} has "
             f"{in_bytes(available)}; choose a smaller model."
         )
+
+
+def _check_processes(config: RunConfig, run: _Run, compile: bool, dist: DistributedContext) -> None:
+    """Raise UserError unless all processes were started with the same versions, settings and files."""
+    dist.check_equal(
+        {
+            "ttt-e2e": __version__,
+            "torch": torch.__version__,
+            **flatten(config),
+            "the data": run.tokens.digest,
+            "the model to start from": run.record["start_digest"],
+            "compile": compile,
+        }
+    )
 
 
 def _build_model(
@@ -415,6 +403,36 @@ def _divergence(config: RunConfig, out: Path, step: int, result: _StepResult) ->
         f"run with a lower train.lr (it is {config.train.lr}), a longer train.warmup_steps "
         f"(it is {config.train.warmup_steps}) or a lower model.inner_loop.lr (it is {config.model.inner_loop.lr})."
     )
+
+
+def _metrics_line(
+    result: _StepResult, state: TrainerState, tokens_per_second: float, has_suffix: bool
+) -> dict[str, Any]:
+    """What metrics.jsonl says of a step. state: after it. has_suffix: whether the model has one."""
+    return {
+        "step": state.step,
+        "loss": result.loss,
+        "lr": result.lr,
+        **({"inner_lr": result.inner_lr} if has_suffix else {}),
+        "grad_norm": result.grad_norm,
+        "tokens": state.tokens,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "seconds": round(state.seconds, 3),
+    }
+
+
+def _describe_evaluation(evaluation: dict[str, Any]) -> str:
+    gain = f", learning while reading gains {evaluation['gain']:+.4f}" if "gain" in evaluation else ""
+    return f"validation loss {evaluation['loss']:.4f}{gain}"
+
+
+def _save_finished(parallel: ParallelModel, out: Path, state: TrainerState) -> None:
+    """Write the finished model to the run's folder."""
+    dist, model = parallel.dist, parallel.gather()
+    with dist.one_error():
+        if model is not None:
+            save_model(model, out / MODEL, out / TOKENIZER, notes={"step": state.step, "tokens": state.tokens})
+    dist.log(f"Finished after step {state.step}; the model is in {out / MODEL}.")
 
 
 def _is_due(step: int, every: int) -> bool:

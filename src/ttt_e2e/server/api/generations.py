@@ -17,8 +17,8 @@ from ttt_e2e.server.api.functions import Schema
 from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, NotebookRequest
 from ttt_e2e.server.api.streams import merge
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import Before, Prompt, Source, TextChunk
-from ttt_e2e.server.engine.registry import SessionSlot
+from ttt_e2e.server.engine.records import Before, ChatPrompt, Prompt, Source, TextChunk
+from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.middleware.logs import LogEntry, log_entry
 from ttt_e2e.server.middleware.metrics import ServiceMetrics
@@ -91,7 +91,7 @@ class Generations:
         values: Mapping[str, Any] | None,
         field: str,
         tools: Tools | None = None,
-    ) -> Callable[[Before], Prompt]:
+    ) -> ChatPrompt:
         """The prompt for an answer to `messages`, which may call `tools`.
 
         values: variables of the template. field: that of the request.
@@ -115,7 +115,7 @@ class Generations:
         slot: SessionSlot | None,
         body: NotebookRequest,
         question: str | None,
-        prompt: Callable[[str], Prompt | Callable[[Before], Prompt]],
+        prompt: Callable[[str], Prompt | ChatPrompt],
         *,
         by_default: bool = True,
     ) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Anthropic's API: messages, as one response or as a stream."""
 
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -13,7 +13,7 @@ from ttt_e2e.server.api.fields import MESSAGES, ignored_fields, ignored_header
 from ttt_e2e.server.api.generations import Chunks, Generations, last_question
 from ttt_e2e.server.api.message_schemas import AnthropicAnswer, MessagesRequest
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import Before, Prompt, TextChunk
+from ttt_e2e.server.engine.records import ChatPrompt, TextChunk
 from ttt_e2e.server.errors import AnthropicErrorBody, anthropic_error
 from ttt_e2e.server.tool_calls import CallForm
 
@@ -36,7 +36,7 @@ def routes(generations: Generations) -> APIRouter:
         question, with_question = last_question(body.for_template())
         slot = await generations.slot(request, body.session)
 
-        def prompt(text: str) -> Callable[[Before], Prompt]:
+        def prompt(text: str) -> ChatPrompt:
             return generations.chat_prompt(with_question(text), values, "messages", structure.tools)
 
         arguments = {

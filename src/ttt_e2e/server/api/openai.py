@@ -19,8 +19,8 @@ from ttt_e2e.server.api.fields import ignored_fields, ignored_header
 from ttt_e2e.server.api.generations import Chunks, Generations, Structure, last_question
 from ttt_e2e.server.api.logprobs import chat_logprobs, completion_logprobs
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import Before, LoggedToken, Prompt, TextChunk
-from ttt_e2e.server.engine.registry import SessionSlot
+from ttt_e2e.server.engine.records import ChatPrompt, LoggedToken, Prompt, TextChunk
+from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.tool_calls import CallForm
 
@@ -263,7 +263,7 @@ def routes(generations: Generations) -> APIRouter:
         closing = await generations.closing(values) if body.learn else ""
         (question, with_question), tools = last_question(messages), body.functions()
 
-        def prompt(text: str) -> Callable[[Before], Prompt]:
+        def prompt(text: str) -> ChatPrompt:
             return generations.chat_prompt(with_question(text), values, "messages", tools)
 
         arguments = functools.partial(generations.prompt_arguments, body=body, question=question, prompt=prompt)

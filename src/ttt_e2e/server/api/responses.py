@@ -5,7 +5,7 @@ In a conversation, the conversation's own session reads them too.
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, nullcontext
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -36,8 +36,8 @@ from ttt_e2e.server.api.response_schemas import (
 )
 from ttt_e2e.server.api.schemas import DEFAULT_TOKENS
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import Before, Prompt, Source, TextChunk
-from ttt_e2e.server.engine.registry import SessionSlot
+from ttt_e2e.server.engine.records import ChatPrompt, Source, TextChunk
+from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.engine.store import new_id
 from ttt_e2e.server.errors import ApiError, describe
 
@@ -153,7 +153,7 @@ class _Response:
         instructions = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
         question, with_question = last_question(messages)
 
-        def prompt(text: str) -> Callable[[Before], Prompt]:
+        def prompt(text: str) -> ChatPrompt:
             return self.generations.chat_prompt([*instructions, *with_question(text)], values, "input", tools)
 
         arguments = {

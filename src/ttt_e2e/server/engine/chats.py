@@ -1,12 +1,10 @@
 """How a text begins in a session: a conversation, or the ids of a whole text."""
 
-from collections.abc import Callable
-
 from ttt_e2e.inference.session import Session
-from ttt_e2e.server.engine.records import Before, Prompt
+from ttt_e2e.server.engine.records import Before, ChatPrompt, Prompt
 
 
-def begin_chat(session: Session, prompt: Callable[[Before], Prompt], tools: str = "") -> tuple[Session, Prompt]:
+def begin_chat(session: Session, prompt: ChatPrompt, tools: str = "") -> tuple[Session, Prompt]:
     """A copy of the session that is marked as holding a conversation, and the prompt, which it has not read yet.
 
     Args:

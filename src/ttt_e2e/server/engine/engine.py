@@ -29,7 +29,7 @@ from ttt_e2e.server.engine.chats import begin_chat, num_tokens, without_bos
 from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
 from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_sources
 from ttt_e2e.server.engine.records import (
-    Before,
+    ChatPrompt,
     Prompt,
     PromptTooLongError,
     ReadProgress,
@@ -184,14 +184,14 @@ class Engine:
     async def generate(
         self,
         slot: SessionSlot | None,
-        prompt: Prompt | Callable[[Before], Prompt],
+        prompt: Prompt | ChatPrompt,
         *,
         max_tokens: int = 200,
         stop: Sequence[str] = (),
         options: SamplingOptions,
         learn: bool = False,
         closing: Prompt = "",
-        kept: Prompt | Callable[[Before], Prompt] | None = None,
+        kept: Prompt | ChatPrompt | None = None,
         save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None,
         logprobs: int | None = None,
         echo: bool = False,
@@ -317,9 +317,7 @@ class Engine:
                 pass
             return await pooled.leave()
 
-    def _begin(
-        self, session: Session, prompt: Prompt | Callable[[Before], Prompt], tools: str
-    ) -> tuple[Session, np.ndarray]:
+    def _begin(self, session: Session, prompt: Prompt | ChatPrompt, tools: str) -> tuple[Session, np.ndarray]:
         """The session in which the prompt begins, and the ids of the prompt, which it has not read."""
         if callable(prompt):
             session, prompt = begin_chat(session, prompt, tools)

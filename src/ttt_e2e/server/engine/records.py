@@ -1,6 +1,6 @@
 """What the engine takes and returns, and the errors it raises. The HTTP API sends summaries and progress unchanged."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,9 @@ Before = Literal["nothing", "text", "conversation", "other tools"]
 
 "other tools": a conversation in which the functions that may be called now have not been named.
 """
+
+ChatPrompt = Callable[[Before], Prompt]
+"""Makes the prompt of a conversation, given what the session holds before it."""
 
 
 class SessionNotFoundError(UserError):

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ttt_e2e.server.errors import ApiError, error_response
-from ttt_e2e.server.keys import is_loopback
+from ttt_e2e.server.keys import Caller, is_loopback
 from ttt_e2e.server.settings import Settings
 
 _PUBLIC_PATHS = ("/", "/health", "/openapi.json")  # these need no key
@@ -80,23 +80,35 @@ class AccessMiddleware:
         headers, path = Headers(scope=scope), scope["path"]
         self._check_site(headers)
         if path not in _PUBLIC_PATHS:
-            authorization = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"
-            caller = self.settings.keys.caller(authorization)
-            if caller is None:
-                error = "The API key is missing or wrong; send Authorization: Bearer KEY, or X-Api-Key: KEY."
-                raise ApiError(401, error, "invalid_api_key", headers={"www-authenticate": "Bearer"})
-            scope["state"]["caller"] = caller
-            scope["state"]["log_entry"].key = caller.name
-            rate, max_open = self.settings.requests_per_minute, self.settings.open_requests
+            caller = self._authenticate(scope, headers)
             if path.startswith("/v1/"):
-                wait = math.ceil(self.buckets.setdefault(caller.owner, TokenBucket(rate)).take())
-                if wait:
-                    error = f"More than {rate} requests per minute; try again in {wait} s."
-                    raise ApiError(429, error, "rate_limit_exceeded", headers={"retry-after": str(wait)})
-                if self.open_requests[caller.owner] >= max_open:
-                    error = f"This key has {max_open} requests open; wait until one of them is answered."
-                    raise ApiError(429, error, "too_many_requests", headers={"retry-after": "1"})
-        # How many bytes a body sent to this path may have, and what to do if it has more.
+                self._check_rate(caller.owner)
+        return self._limit_body(headers, path, receive)
+
+    def _authenticate(self, scope: Scope, headers: Headers) -> Caller:
+        """Find out who sends the request, and note it. Raises ApiError without a valid key."""
+        authorization = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"
+        caller = self.settings.keys.caller(authorization)
+        if caller is None:
+            error = "The API key is missing or wrong; send Authorization: Bearer KEY, or X-Api-Key: KEY."
+            raise ApiError(401, error, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+        scope["state"]["caller"] = caller
+        scope["state"]["log_entry"].key = caller.name
+        return caller
+
+    def _check_rate(self, owner: str) -> None:
+        """Count a request. Raises ApiError if there are too many, in this minute or at the same time."""
+        rate, max_open = self.settings.requests_per_minute, self.settings.open_requests
+        wait = math.ceil(self.buckets.setdefault(owner, TokenBucket(rate)).take())
+        if wait:
+            error = f"More than {rate} requests per minute; try again in {wait} s."
+            raise ApiError(429, error, "rate_limit_exceeded", headers={"retry-after": str(wait)})
+        if self.open_requests[owner] >= max_open:
+            error = f"This key has {max_open} requests open; wait until one of them is answered."
+            raise ApiError(429, error, "too_many_requests", headers={"retry-after": "1"})
+
+    def _limit_body(self, headers: Headers, path: str, receive: Receive) -> Receive:
+        """A `receive` that raises ApiError when the body gets too large; it is raised at once if the headers say so."""
         max_bytes, remedy = min(_MAX_JSON_BYTES, self.settings.body_bytes), "send a long text to /v1/sessions/ID/read"
         if path == "/v1/sessions/import":
             max_bytes = max(self.settings.file_bytes, self.settings.body_bytes)
