@@ -324,6 +324,15 @@ class Engine:
                 pass
             return await pooled.leave()
 
+    async def count_prompt(
+        self, owner: str, id: str | None, prompt: Callable[[Before], Prompt], tools: str = ""
+    ) -> int:
+        """How many tokens of the prompt of a conversation `generate` would read; arguments as there."""
+        slot = None if id is None else await self.sessions.slot(owner, id)
+        with self._request():
+            session = await self.sessions.session(slot) if slot else self._template
+            return len((await asyncio.to_thread(self._begin_chat, session, prompt, tools))[1])
+
     def _begin_chat(
         self, session: Session, prompt: Callable[[Before], Prompt], tools: str
     ) -> tuple[Session, np.ndarray]:
