@@ -1,12 +1,14 @@
 """Models for programs that know nothing of this package, and what a session has learned as an adapter for them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hf_helpers import Pretrained, convert, tokens, with_tokenizer
+from safetensors.torch import load_file
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="the transformers library is not installed")
@@ -100,6 +102,36 @@ def test_smaller_ranks_lose_more(pretrained: Pretrained, tmp_path: Path) -> None
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.05 and errors[-1] == errors[-2] < 1e-4
     settings = json.loads((tmp_path / "r99" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["layers_to_transform"]) == (12, 12, [3])
+
+
+@pytest.mark.parametrize(("name", "fast_rank"), [("llama", None), ("qwen3, wide heads, tied", 3)])
+def test_adapter_is_one_that_vllm_and_sglang_read(
+    pretrained: Pretrained, name: str, fast_rank: int | None, tmp_path: Path
+) -> None:
+    """Their rules, from the sources of vLLM 0.32.0 and SGLang 0.5.23.
+
+    vLLM (lora/peft_helper.py, lora/lora_model.py, lora/utils.py) takes names from the tensors, which must be LoRA's A
+    and B of a module that it can adapt, and refuses biases, whole modules and DoRA, and a rank above --max-lora-rank,
+    which is 1, 8, 16, 32, 64, 128, 256, 320 or 512. SGLang (srt/lora/lora.py, lora_config.py, lora_manager.py,
+    mem_pool.py) needs a list of target modules, scales all matrices by lora_alpha / r, whatever a pattern says, fills
+    buffers of r rows, so that no matrix may have fewer, and joins each layer's gate_proj with its up_proj.
+    """
+    session = read_something(convert(pretrained(name)[1], tmp_path, fast_rank=fast_rank, inner_lr=0.3, suffix=0.5))
+    rank = export_lora(session, tmp_path / "adapter", "base", 8).rank
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    names = {"gate_proj", "up_proj", "down_proj"}
+    assert settings["peft_type"] == "LORA" and settings["bias"] == "none"
+    assert isinstance(settings["target_modules"], list) and set(settings["target_modules"]) == names
+    assert settings["r"] == settings["lora_alpha"] == rank == 8
+    changing = {"rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora", "init_lora_weights"}
+    assert not changing & settings.keys()
+    tensors, found = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), set()
+    for key, tensor in tensors.items():
+        parts = re.fullmatch(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.(\w+)\.lora_([AB])\.weight", key)
+        assert parts and tensor.dim() == 2 and tensor.shape["AB".index(parts[3])] == rank, key
+        found.add(parts.groups())
+    layers = map(str, settings["layers_to_transform"])
+    assert found == {(layer, name, one) for layer in layers for name in names for one in "AB"}
 
 
 def test_adapters_that_cannot_be(pretrained: Pretrained, tmp_path: Path) -> None:

@@ -260,6 +260,12 @@ class FakeEngine:
                         slot.text = learned
                 yield last
 
+    async def count_prompt(
+        self, owner: str, id: str | None, prompt: Callable[[Before], Prompt], tools: str = ""
+    ) -> int:
+        before: Before = "text" if id is not None and self._slot(owner, id).text else "nothing"
+        return len("".join(str(part) for part in prompt(before)).split())
+
     @contextmanager
     def _request(self) -> Iterator[None]:
         self.running += 1

@@ -80,6 +80,16 @@ class Answer(BaseModel):
     yes: bool
 
 
+def tool_calls(chunks: Any) -> list[Any]:
+    """Of a stream of a chat."""
+    return [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()]
+
+
+def types(events: Any) -> list[str]:
+    """Of the events or the items of a response, or of the blocks of a message."""
+    return [one.type for one in events]
+
+
 def parsed(client: Client) -> Any:
     done = client.chat.completions.parse(**M, messages=HELLO, response_format=Answer)
     return isinstance(done.choices[0].message.parsed, Answer)
@@ -113,9 +123,11 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     "`models.list`, `retrieve`": lambda c: c.models.retrieve(next(iter(c.models.list())).id),
     "`completions.create`": text,
     "`completions.create(stream=True)`": lambda c: [*text(c, stream=True, stream_options={"include_usage": True})],
-    "`completions.create(prompt=...)`, several texts": lambda c: text(c, prompt=["One", "Two"], n=2),
-    "`completions.create(prompt=...)`, token ids": lambda c: text(c, prompt=[IDS, IDS]),
-    "`completions.create(echo=, logprobs=)`": lambda c: text(c, echo=True, logprobs=5, max_tokens=0),
+    "`completions.create(prompt=...)`, several texts": lambda c: len(text(c, prompt=["One", "Two"], n=2).choices) == 4,
+    "`completions.create(prompt=...)`, token ids": lambda c: len(text(c, prompt=[IDS, IDS]).choices) == 2,
+    "`completions.create(echo=, logprobs=)`": lambda c: (
+        "".join(text(c, echo=True, logprobs=5, max_tokens=0).choices[0].logprobs.tokens) == "The rain"
+    ),
     "`completions.create(n=, best_of=)`": lambda c: text(c, n=1, best_of=3),
     "`completions.create(logit_bias=)`, penalties": lambda c: text(
         c, logit_bias={"5": -100}, frequency_penalty=1, presence_penalty=1
@@ -125,16 +137,24 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     ),
     "`completions.create(suffix=)`": lambda c: text(c, suffix="x"),
     "`chat.completions.create`": chat,
-    "`chat.completions.create(stream=True)`": lambda c: [*chat(c, stream=True, n=2)],
-    "`chat.completions.create(logprobs=, top_logprobs=)`": lambda c: chat(c, logprobs=True, top_logprobs=5),
+    "`chat.completions.create(stream=True)`": lambda c: (
+        {choice.index for chunk in chat(c, stream=True, n=2) for choice in chunk.choices} == {0, 1}
+    ),
+    "`chat.completions.create(logprobs=, top_logprobs=)`": lambda c: (
+        len(chat(c, logprobs=True, top_logprobs=5).choices[0].logprobs.content[0].top_logprobs) == 5
+    ),
     "`chat.completions.create(logit_bias=)`, penalties": lambda c: chat(
         c, logit_bias={"5": -100}, frequency_penalty=1, presence_penalty=1
     ),
-    "`chat.completions.create(response_format=)`, any JSON": lambda c: chat(c, response_format={"type": "json_object"}),
+    "`chat.completions.create(response_format=)`, any JSON": lambda c: (
+        chat(c, response_format={"type": "json_object"}).choices[0].message.content.startswith("{")
+    ),
     "`chat.completions.parse(response_format=)`, a model of pydantic": parsed,
     "`chat.completions.create(tools=)`": lambda c: chat(c, tools=TOOLS, parallel_tool_calls=False),
     "`chat.completions.create(tools=, tool_choice=)`": called,
-    "`chat.completions.create(tools=, stream=True)`": lambda c: [*chat(c, tools=TOOLS, stream=True)],
+    "`chat.completions.create(tools=, stream=True)`": lambda c: tool_calls(
+        chat(c, tools=TOOLS, tool_choice="required", stream=True, max_completion_tokens=99)
+    ),
     "`chat.completions.create`, a message of the role `tool`": lambda c: chat(c, tools=TOOLS, messages=CALLED),
     "`chat.completions.create(tools=)`, not a function": lambda c: chat(
         c, tools=[{"type": "custom", "custom": {"name": "f"}}]
@@ -145,23 +165,37 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     ),
     "`chat.completions.create(modalities=)`, audio": lambda c: chat(c, modalities=["text", "audio"]),
     "`responses.create`": lambda c: respond(c, metadata={"a": "b"}, temperature=0.5, top_p=0.9),
-    "`responses.create(stream=True)`": lambda c: [*respond(c, stream=True)],
+    "`responses.create(stream=True)`": lambda c: (
+        types(respond(c, stream=True))[-1] == "response.incomplete"  # after the two tokens that it may have
+    ),
     "`responses.create(instructions=)`, messages": lambda c: respond(c, instructions="Be kind.", input=HELLO),
-    "`responses.create(previous_response_id=)`": lambda c: respond(c, previous_response_id=respond(c).id),
+    "`responses.create(previous_response_id=)`": lambda c: (
+        respond(c, previous_response_id=respond(c).id).previous_response_id
+    ),
     "`responses.create(conversation=)`": in_a_conversation,
     "`responses.create(store=False)`": lambda c: respond(c, store=False),
     "`responses.retrieve`, `delete`, `input_items.list`": stored,
-    "`responses.create(text=)`, a JSON schema": lambda c: respond(c, text={"format": SCHEMA}),
+    "`responses.create(text=)`, a JSON schema": lambda c: respond(c, text={"format": SCHEMA}).output_text.startswith(
+        "{"
+    ),
     "`responses.parse(text_format=)`, a model of pydantic": lambda c: (
         c.responses.parse(**M, input="Hello", text_format=Answer).output_parsed
     ),
-    "`responses.create(tools=)`": lambda c: respond(c, tools=[TOOL]),
-    "`responses.create(tools=, stream=True)`": lambda c: [*respond(c, tools=[TOOL], stream=True)],
+    "`responses.create(tools=)`": lambda c: (
+        "function_call" in types(respond(c, tools=[TOOL], tool_choice="required", max_output_tokens=99).output)
+    ),
+    "`responses.create(tools=, stream=True)`": lambda c: (
+        "response.function_call_arguments.done"
+        in types(respond(c, tools=[TOOL], tool_choice="required", max_output_tokens=99, stream=True))
+    ),
     "`responses.create`, a `function_call_output`": result,
     "`responses.create(tools=)`, a tool of OpenAI's": lambda c: respond(c, tools=[{"type": "web_search"}]),
     "`responses.create(reasoning=)`": lambda c: respond(c, reasoning={"effort": "low"}),
     "`responses.create(background=True)`": lambda c: respond(c, background=True),
     "`responses.create(include=)`": lambda c: respond(c, include=["message.output_text.logprobs"]),
+    "`responses.create(include=)`, encrypted reasoning": lambda c: respond(
+        c, store=False, include=["reasoning.encrypted_content"]
+    ),
     "`responses.create`, an image": lambda c: respond(
         c, input=[{"role": "user", "content": [{"type": "input_image", "image_url": IMAGE}]}]
     ),
@@ -173,26 +207,35 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
 }
 ANTHROPIC: dict[str, Callable[[Client], Any]] = {
     "`messages.create`": lambda c: message(c, system="Be kind.", stop_sequences=["x"]),
-    "`messages.create(stream=True)`": lambda c: [*message(c, stream=True)],
+    "`messages.create(stream=True)`": lambda c: types(message(c, stream=True))[-1] == "message_stop",
     "`messages.stream`": put_together,
     "`messages.create`, `temperature`, `top_p`, `top_k`": lambda c: message(
         c, extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 5}
     ),
-    "`messages.create(tools=)`": lambda c: message(c, tools=CLAUDES),
-    "`messages.create(tools=, stream=True)`": lambda c: [*message(c, tools=CLAUDES, stream=True)],
+    "`messages.create(tools=)`": lambda c: (
+        "tool_use" in types(message(c, tools=CLAUDES, tool_choice={"type": "any"}, max_tokens=99).content)
+    ),
+    "`messages.create(tools=, stream=True)`": lambda c: (
+        "input_json_delta"
+        in types(
+            event.delta
+            for event in message(c, tools=CLAUDES, tool_choice={"type": "any"}, max_tokens=99, stream=True)
+            if event.type == "content_block_delta"
+        )
+    ),
     "`messages.create`, a `tool_result`": used,
     "`messages.create(tools=)`, a tool of Anthropic's": lambda c: message(
         c, tools=[{"type": "bash_20250124", "name": "bash"}]
     ),
     "`messages.create(thinking=)`": lambda c: message(c, thinking={"type": "adaptive"}),
-    "`messages.create(output_config=)`, a JSON schema": lambda c: message(
-        c, output_config={"format": {"type": "json_schema", "schema": NOTHING}}
+    "`messages.create(output_config=)`, a JSON schema": lambda c: (
+        message(c, output_config={"format": {"type": "json_schema", "schema": NOTHING}}).content[0].text.startswith("{")
     ),
     "`messages.create(output_config=)`, an effort": lambda c: message(c, output_config={"effort": "low"}),
     "`messages.create`, an image": lambda c: message(
         c, messages=[{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": IMAGE}}]}]
     ),
-    "`messages.count_tokens`": lambda c: c.messages.count_tokens(**M, messages=HELLO),
+    "`messages.count_tokens`": lambda c: c.messages.count_tokens(**M, messages=HELLO, tools=CLAUDES).input_tokens,
 }
 
 

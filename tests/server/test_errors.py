@@ -33,6 +33,22 @@ def test_every_error_has_openais_form(client: TestClient, method: str, path: str
 
 
 @pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/api/v1/responses", "/v1/responses"),
+        ("/nothing", "/openapi.json"),
+    ],
+)
+def test_the_path_that_was_meant_is_named(client: TestClient, path: str, meant: str) -> None:
+    """A client's base URL with /v1 where it has none, or without it, is the commonest mistake in setting it up."""
+    message = error_of(client.post(path, json={}), 404)["message"]
+    assert f" {meant}" in message and ("base URL" in message) == meant.startswith("/v1")
+
+
+@pytest.mark.parametrize(
     "body",
     [
         "",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
@@ -50,6 +51,32 @@ def test_official_messages(official: Any) -> None:
     assert again.content[0].text == expected
     talk = [*HELLO, {"role": "assistant", "content": answer.content}, {"role": "user", "content": "And?"}]
     assert official.messages.create(**SHORT | {"messages": talk}).usage.input_tokens > len(prompt)
+
+
+def test_tokens_are_counted_as_for_an_answer(official: Any, address: str) -> None:
+    with httpx.Client(base_url=address, headers={"x-api-key": KEY}) as http:
+        id = http.post("/v1/sessions").json()["id"]
+        http.post(f"/v1/sessions/{id}/read", content="It rained.", headers={"content-type": "text/plain"})
+    for extra in ({}, {"session": id}):
+        said = {"model": "tiny", "messages": HELLO, "system": "Be kind.", "extra_body": GREEDY | extra}
+        count = official.messages.count_tokens(**said).input_tokens
+        assert count == official.messages.create(max_tokens=1, **said).usage.input_tokens
+    with pytest.raises(anthropic.NotFoundError, match="no such model"):
+        official.messages.count_tokens(model="other", messages=HELLO)
+    with pytest.raises(anthropic.BadRequestError, match=r"messages.*at least 1 item"):
+        official.messages.count_tokens(model="tiny", messages=[])
+
+
+def test_passages_of_a_notebook_are_counted(client: TestClient) -> None:
+    id = client.post("/v1/sessions", json={"notebook": True}).json()["id"]
+    client.post(f"/v1/sessions/{id}/read", content="rain is wet", headers={"content-type": "text/plain"})
+    counts = []
+    for notebook in (True, False):
+        body = {"messages": HELLO, "session": id, "notebook": notebook}
+        counts.append(client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"])
+        answer = client.post("/v1/messages", json=body | {"max_tokens": 1}).json()
+        assert counts[-1] == answer["usage"]["input_tokens"]
+    assert counts[0] > counts[1]
 
 
 def test_events_come_in_anthropics_order(official: Any) -> None:
@@ -129,7 +156,7 @@ def test_official_errors(official: Any) -> None:
             assert set(caught.value.body) == {"type", "error"} and caught.value.type == kind
             assert caught.value.body["error"]["message"].startswith(start)
     with pytest.raises(anthropic.NotFoundError) as caught:
-        official.messages.count_tokens(model="tiny", messages=HELLO)
+        official.messages.batches.list()
     assert caught.value.type == "not_found_error"
 
 

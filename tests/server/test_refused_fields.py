@@ -169,6 +169,14 @@ def test_combinations(client: TestClient) -> None:
         assert client.request(method, at).status_code in (404, 405)
 
 
+def test_kinds_of_items_are_named(client: TestClient) -> None:
+    """A history of another server's answers may hold others."""
+    for kind in ("reasoning", "web_search_call", ""):
+        body = {"model": "tiny", "input": [*HELLO, {"type": kind}]}
+        message = client.post(RESPONSES, json=body).json()["error"]["message"]
+        assert message == "input.1: an item is a message, a function_call or a function_call_output; omit others."
+
+
 def test_a_conversation_has_limited_items(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttt_e2e.server.api.documents._MAX_CHARACTERS", 1000)
     path = f"{CONVERSATIONS}/{client.post(CONVERSATIONS, json={}).json()['id']}"

@@ -37,6 +37,7 @@ _HTTP_MESSAGES = {
     404: "There is nothing at this path; /openapi.json lists all paths.",
     405: "This path does not support this method; /openapi.json lists those that it supports.",
 }
+_ENDPOINTS = ("/chat/completions", "/completions", "/responses", "/messages", "/models")  # in /v1
 _ENGINE_ERRORS: tuple[tuple[type[UserError], int, str, str | None], ...] = (  # with status, code and param
     (SessionNotFoundError, 404, "session_not_found", "session"),
     (NoNotebookError, 400, "no_notebook", "session"),
@@ -119,6 +120,9 @@ def is_expected(error: Exception) -> bool:
 def error_response(error: Exception, path: str) -> JSONResponse:
     """The response that tells a client of `error`, in the form of the API at `path`."""
     status, body = describe(error)
+    meant = next((end for end in _ENDPOINTS if path.rstrip("/").endswith(end)), None)
+    if status == 404 and meant and not isinstance(error, ApiError):  # most often the client's base URL is wrong
+        body.error.message = f"There is nothing at this path, but at /v1{meant}; correct the client's base URL or path."
     headers = error.headers if isinstance(error, HTTPException) else None
     if isinstance(error, StoppingError):
         headers = {"retry-after": str(_RESTART_SECONDS)}

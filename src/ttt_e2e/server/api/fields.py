@@ -111,7 +111,7 @@ RESPONSES: Neutral = {
     "background_options": (),
     "context_management": ([],),
     "image": (),
-    "include": ([],),
+    "include": ([], ["reasoning.encrypted_content"]),  # of reasoning, which no answer has
     "max_tool_calls": _ANY,
     "moderation": (),
     "prompt": (),

@@ -84,8 +84,10 @@ class InputCallOutput(RequestModel):
         return {"id": f"fco_{secrets.token_hex(16)}", **about}
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if isinstance(kind, str) and kind not in ("message", "function_call", "function_call_output"):
+        return None
     return kind if kind in ("function_call", "function_call_output") else "message"
 
 
@@ -93,7 +95,11 @@ InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputCall, Tag("function_call")]
     | Annotated[InputCallOutput, Tag("function_call_output")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="item_type",
+        custom_error_message="an item is a message, a function_call or a function_call_output; omit others",
+    ),
 ]
 InputItems = Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 

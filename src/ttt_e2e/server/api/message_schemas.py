@@ -200,6 +200,18 @@ class MessagesRequest(SamplingRequest):
         return system + [one for message in self.messages for one in message.for_template()]
 
 
+class CountTokensRequest(MessagesRequest):
+    """Messages as for an answer, which is not generated."""
+
+    max_tokens: int = Field(default=1, ge=1, le=MAX_TOKENS)
+
+
+class AnthropicTokenCount(BaseModel):
+    """input_tokens: as in the usage of an answer."""
+
+    input_tokens: int
+
+
 class Citation(BaseModel):
     """A passage of the session's notebook that the model was shown; document_index counts the documents cited."""
 

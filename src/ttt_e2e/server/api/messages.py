@@ -10,8 +10,13 @@ from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.server.api.answers import Answer, ArgumentsPart, CallBegins, TextPart, arguments_value, parse_answer
 from ttt_e2e.server.api.fields import MESSAGES, ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Chunks, Generations, last_question
-from ttt_e2e.server.api.message_schemas import AnthropicAnswer, MessagesRequest
+from ttt_e2e.server.api.generations import Chunks, Generations, Structure, last_question
+from ttt_e2e.server.api.message_schemas import (
+    AnthropicAnswer,
+    AnthropicTokenCount,
+    CountTokensRequest,
+    MessagesRequest,
+)
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
 from ttt_e2e.server.engine.records import ChatPrompt, TextChunk
 from ttt_e2e.server.errors import AnthropicErrorBody, anthropic_error
@@ -19,28 +24,43 @@ from ttt_e2e.server.tool_calls import CallForm
 
 
 def routes(generations: Generations) -> APIRouter:
-    """The endpoint /v1/messages."""
+    """The endpoints /v1/messages and /v1/messages/count_tokens."""
     router = APIRouter(prefix="/v1/messages", tags=["Anthropic"])
-    responses: dict[int | str, dict[str, Any]] = {
+    errors: dict[int | str, dict[str, Any]] = {"default": {"model": AnthropicErrorBody, "description": "An error"}}
+    answers = {
         200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}},
-        "default": {"model": AnthropicErrorBody, "description": "An error"},
+        **errors,
     }
 
-    @router.post("", response_model=AnthropicAnswer, responses=responses)
-    async def messages(body: MessagesRequest, request: Request) -> Response:
-        """Answer a conversation, as Anthropic's API does."""
+    async def asked(body: MessagesRequest, request: Request) -> tuple[Structure, dict[str, Any]]:
+        """What the answer may be, and the arguments of `Generations.start` that concern the prompt."""
         generations.check_model(body.model)
-        headers = ignored_header(ignored_fields(body, MESSAGES))
-        values, stops = body.chat_template_kwargs, body.stop_sequences or []
         structure = await generations.structure(body.functions(), body.schema_of_answer())
         question, with_question = last_question(body.for_template())
         slot = await generations.slot(request, body.session)
 
         def prompt(text: str) -> ChatPrompt:
-            return generations.chat_prompt(with_question(text), values, "messages", structure.tools)
+            return generations.chat_prompt(with_question(text), body.chat_template_kwargs, "messages", structure.tools)
 
+        return structure, await generations.prompt_arguments(slot, body, question, prompt)
+
+    @router.post("/count_tokens", response_model=AnthropicTokenCount, responses=errors)
+    async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
+        """Count the tokens of a conversation, as Anthropic's API does; nothing is generated."""
+        headers = ignored_header(ignored_fields(body, MESSAGES))
+        structure, arguments = await asked(body, request)
+        slot, prompt = arguments["slot"], arguments["prompt"]
+        count = await generations.engine.count_prompt(slot, prompt, structure.arguments["tools"])
+        return JSONResponse({"input_tokens": count}, headers=headers)
+
+    @router.post("", response_model=AnthropicAnswer, responses=answers)
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        """Answer a conversation, as Anthropic's API does."""
+        headers = ignored_header(ignored_fields(body, MESSAGES))
+        values, stops = body.chat_template_kwargs, body.stop_sequences or []
+        structure, about_prompt = await asked(body, request)
         arguments = {
-            **await generations.prompt_arguments(slot, body, question, prompt),
+            **about_prompt,
             "max_tokens": body.max_tokens,
             "stop": (*stops, *generations.settings.chat.stop),
             "options": body.sampling_options(),

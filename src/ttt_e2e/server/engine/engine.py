@@ -317,6 +317,12 @@ class Engine:
                 pass
             return await pooled.leave()
 
+    async def count_prompt(self, slot: SessionSlot | None, prompt: Prompt | ChatPrompt, tools: str = "") -> int:
+        """How many tokens of the prompt `generate` would read; arguments as there."""
+        with self._request():
+            session = await self.sessions.session(slot) if slot else self._template
+            return len((await asyncio.to_thread(self._begin, session, prompt, tools))[1])
+
     def _begin(self, session: Session, prompt: Prompt | ChatPrompt, tools: str) -> tuple[Session, np.ndarray]:
         """The session in which the prompt begins, and the ids of the prompt, which it has not read."""
         if callable(prompt):
