@@ -260,10 +260,8 @@ class FakeEngine:
                         slot.text = learned
                 yield last
 
-    async def count_prompt(
-        self, owner: str, id: str | None, prompt: Callable[[Before], Prompt], tools: str = ""
-    ) -> int:
-        before: Before = "text" if id is not None and self._slot(owner, id).text else "nothing"
+    async def count_prompt(self, slot: FakeSession | None, prompt: Callable[[Before], Prompt], tools: str = "") -> int:
+        before: Before = "text" if slot is not None and slot.text else "nothing"
         return len("".join(str(part) for part in prompt(before)).split())
 
     @contextmanager

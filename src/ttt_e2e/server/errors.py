@@ -121,7 +121,7 @@ def error_response(error: Exception, path: str) -> JSONResponse:
     """The response that tells a client of `error`, in the form of the API at `path`."""
     status, body = describe(error)
     meant = next((end for end in _ENDPOINTS if path.rstrip("/").endswith(end)), None)
-    if status == 404 and meant and not isinstance(error, ApiError):  # most often the client's base URL is wrong
+    if status == 404 and meant and type(error) is HTTPException:  # most often the client's base URL is wrong
         body.error.message = f"There is nothing at this path, but at /v1{meant}; correct the client's base URL or path."
     headers = error.headers if isinstance(error, HTTPException) else None
     if isinstance(error, StoppingError):
