@@ -105,9 +105,8 @@ def _build(options: RayOptions) -> serve.Application:
     keys = load_keys(options.keys, os.environ)
     if not keys:
         raise UserError("With Ray, other machines can reach the service, so it needs API keys; give keys=FILE.")
-    SharedStore(
-        options.storage
-    )  # for its errors, like the model: where replicas raise them, Ray tries again for minutes
+    # Replicas would raise the errors of these two as well, but then Ray tries again for minutes.
+    SharedStore(options.storage)
     load_config(options.model or shipped_model())
     deployment: Any = serve.deployment
     replicas = deployment(
