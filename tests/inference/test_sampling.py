@@ -161,7 +161,7 @@ def test_penalties_and_biases_are_those_of_the_formula(
     ]
     given_V = torch.tensor(logits, dtype=torch.float64)
     adjusted_V = adjust_logits(given_V, torch.tensor(counts), options)
-    torch.testing.assert_close(adjusted_V, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(adjusted_V, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     assert given_V.tolist() == logits  # as they were
     assert options.adjusts_logits == bool(frequency or presence or bias)
 

@@ -161,7 +161,7 @@ def test_page_asks_for_a_key(browser: Any, engine: FakeEngine) -> None:
 
 
 def test_answers_show_passages_and_outlive_a_reload(browser: Any, engine: FakeEngine) -> None:
-    async def known(owner: str, id: str, question: str, count: int = 3) -> tuple[str, list[Source]]:
+    async def known(slot: FakeSession, question: str, count: int = 3) -> tuple[str, list[Source]]:
         return f"[passages]{question}", [Source("moby.txt", 500, 540, 1000, "and then W2ä, w3ä -- w4ä <b>", 2.0)]
 
     engine.retrieve = known  # type: ignore[method-assign]

@@ -74,7 +74,9 @@ def adjust_logits(logits_V: Tensor, counts_V: Tensor, options: SamplingOptions) 
 
     These are the formulas of OpenAI's API (its reference, "frequency and presence penalties").
     """
-    logits_V = logits_V.double() - options.frequency_penalty * counts_V - options.presence_penalty * (counts_V > 0)
+    counts_V = counts_V.double()  # a Python number times whole ones, or times truth values, would be float32
+    generated_V = (counts_V > 0).double()
+    logits_V = logits_V.double() - options.frequency_penalty * counts_V - options.presence_penalty * generated_V
     logits_V[list(options.logit_bias)] += logits_V.new_tensor(list(options.logit_bias.values()))
     return logits_V
 
