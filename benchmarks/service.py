@@ -143,14 +143,16 @@ async def ask_in_a_conversation(
         question, answer = client.text[client.parts * part : (client.parts + 1) * part], ""
         options: dict[str, Any] = {"conversation": client.id, "max_output_tokens": write, "temperature": 0}
         last, times = time.perf_counter(), client.first_token
-        async for event in await official.responses.create(model=model, input=question, stream=True, **options):
-            if event.type == "response.output_text.delta":
-                answer += event.delta
-                now = time.perf_counter()
-                times.append(now - last)
-                times, last = client.between_tokens, now
-            elif event.type == "error":
-                raise RuntimeError(event.message)
+        stream = await official.responses.create(model=model, input=question, stream=True, **options)
+        async with stream:
+            async for event in stream:
+                if event.type == "response.output_text.delta":
+                    answer += event.delta
+                    now = time.perf_counter()
+                    times.append(now - last)
+                    times, last = client.between_tokens, now
+                elif event.type == "error":
+                    raise RuntimeError(event.message)
         if event.response.output_text != answer or event.response.conversation.id != client.id:
             raise RuntimeError(f"{client.id} was streamed {answer!r}, and the response at its end is {event.response}")
         client.parts += 1

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,18 @@ def test_responses_and_conversations_survive_a_restart(tmp_path: Path) -> None:
         again = client.post("/v1/responses", json=body).json()
         prompt = TOKENIZER.encode("\nUser: And then?\nAssistant:")
         assert again["usage"]["input_tokens"] == len(prompt)
+
+
+def test_responses_at_the_limit_take_no_room_from_each_other(tmp_path: Path) -> None:
+    engine = Engine(TEMPLATE.fork(), Store(tmp_path), max_sessions=3)
+    with (
+        served(engine) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as official,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        made = list(pool.map(lambda number: official.responses.create(input=f"{number}", **SHORT).id, range(32)))
+        kept = {one["id"] for one in official.get("/sessions", cast_to=object)["data"]}
+    assert len(kept) == 3 and kept < {f"sess-{id[5:]}" for id in made}
 
 
 def test_a_response_takes_the_place_of_the_oldest_one_at_the_limit(tmp_path: Path) -> None:

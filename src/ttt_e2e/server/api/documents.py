@@ -10,6 +10,7 @@ import re
 from contextlib import suppress
 from typing import Any, Literal
 
+from ttt_e2e.inference.session import Session
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import DamagedSessionError, LimitReachedError, SessionNotFoundError
 from ttt_e2e.server.engine.slot import SessionSlot
@@ -70,6 +71,24 @@ async def superfluous(engine: Engine, owner: str, kept: str | None) -> str | Non
                     if text is not None and json.loads(text)["kind"] == "response":
                         return summary.id
         raise
+
+
+async def store_response(
+    engine: Engine, owner: str, session: Session, document: str, id: str, previous: SessionSlot | None
+) -> None:
+    """Add the session of a response, in place of the owner's oldest response if there is no room for another session.
+
+    Other requests do the same meanwhile, and may take the room that was made. previous: what the response follows; it
+    is kept, and its notebook shared. Raises LimitReachedError as `superfluous` does.
+    """
+    while True:
+        oldest = await superfluous(engine, owner, previous.record.id if previous else None)
+        if oldest is not None:
+            with suppress(SessionNotFoundError):  # another request has deleted it
+                await engine.sessions.delete(owner, oldest)
+        with suppress(LimitReachedError):  # another request has taken the room
+            await engine.sessions.create(owner, session, document, id, notebook=previous)
+            return
 
 
 def to_text(document: dict[str, Any]) -> str:

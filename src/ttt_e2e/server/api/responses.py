@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.api.answers import Answer, ArgumentsPart, Call, CallBegins, Part, TextPart, parse_answer
-from ttt_e2e.server.api.documents import load_document, public_id, session_id, superfluous, to_text
+from ttt_e2e.server.api.documents import load_document, public_id, session_id, store_response, superfluous, to_text
 from ttt_e2e.server.api.fields import RESPONSES, ignored_fields, ignored_header
 from ttt_e2e.server.api.generations import Generations, Structure, last_question
 from ttt_e2e.server.api.items import (
@@ -135,9 +135,7 @@ class _Response:
                 response = self._response(self._parse(text), last)
                 if body.stored:
                     stored = {"kind": "response", "response": response, "input": self.input}
-                    if (oldest := await superfluous(engine, self.owner, earlier)) is not None:
-                        await engine.sessions.delete(self.owner, oldest)
-                    await engine.sessions.create(self.owner, session, to_text(stored), self.session, notebook=found)
+                    await store_response(engine, self.owner, session, to_text(stored), self.session, found)
                 if slot:
                     items = [*document["items"], *self.input, *response["output"]]
                     changed = document | {"items": items, "read": len(items)}
