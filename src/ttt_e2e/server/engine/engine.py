@@ -7,7 +7,7 @@ takes its current version and waits for nobody.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from ttt_e2e.data.text import short_chunks
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.grammar import Grammar, GrammarCompiler
-from ttt_e2e.inference.pool_requests import Done, Losses, PromptLogprobs, Token
+from ttt_e2e.inference.pool_requests import Done, PromptLogprobs, Token
 from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
@@ -43,12 +43,12 @@ from ttt_e2e.server.engine.shared_sessions import SharedRegistry
 from ttt_e2e.server.engine.shared_store import SharedStore
 from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.engine.store import Store
+from ttt_e2e.server.engine.text_reading import TextReading
 from ttt_e2e.server.engine.usage import Usage
 from ttt_e2e.server.engine.worker import PooledSession, Worker
 
 _BATCHES_PER_SUBMIT = 4  # mini-batches of a text that are submitted to the pool at a time
 _MAX_PROMPT_LOGPROBS = 100_000  # in an answer with the prompt's: of its tokens, and of the likeliest in their places
-_MAX_SUBMITTED = 2  # one submission is read while the next is tokenised
 
 
 class Engine:
@@ -147,39 +147,17 @@ class Engine:
         would become too long, and Diverged.
         """
         slot = await self.sessions.slot(owner, id)
-        with self._request():
-            async with self.sessions.changing(slot):
-                session = await self.sessions.session(slot, for_change=True)
-                length, unscored = num_tokens(session), session.pending
-                text = NotebookText(document_name(name), chunks, continues=True)
-                async with self.sessions.recorded(slot, text) as notebook:
-                    batches, more, submitted = self._batches(chunks), True, 0
-                    scored, loss_sum, given, size = 0, 0.0, 0, 0
-                    with self._pooled(slot, session) as pooled:
-                        while more or submitted:
-                            if more and submitted < _MAX_SUBMITTED:
-                                batch = await asyncio.to_thread(next, batches, None)
-                                more = batch is not None
-                                if batch is not None:
-                                    ids, num_bytes = batch
-                                    length, given, size = length + len(ids), given + len(ids), size + num_bytes
-                                    self.sessions.check_length(length)
-                                    pooled.submit(SessionPool.submit_read, tokens=ids)
-                                    submitted += 1
-                                continue
-                            event = await pooled.next_event()
-                            submitted -= isinstance(event, Done)
-                            if isinstance(event, Losses):
-                                losses = event.losses[unscored:]  # the first ones belong to what was read before
-                                unscored -= len(event.losses) - len(losses)
-                                if len(losses):
-                                    scored += len(losses)
-                                    loss_sum += float(losses.sum(dtype=np.float64))
-                                    recent, done = float(losses.mean(dtype=np.float64)), size * scored // given
-                                    yield ReadProgress(scored, loss_sum / scored, recent, bytes=done)
-                        session = await pooled.leave()
-                    summary = await self.sessions.replace(slot, session, notebook=notebook)
-                yield ReadProgress(scored, loss_sum / scored if scored else None, None, summary, size)
+        async with self._request(), self.sessions.changing(slot):
+            session = await self.sessions.session(slot, for_change=True)
+            text = NotebookText(document_name(name), chunks, continues=True)
+            async with self.sessions.recorded(slot, text) as notebook:
+                with self._pooled(slot, session) as pooled:
+                    reading = TextReading(pooled, self._batches(session, chunks), session.pending)
+                    while progress := await reading.advance():
+                        yield progress
+                    session = await pooled.leave()
+                summary = await self.sessions.replace(slot, session, notebook=notebook)
+            yield reading.finished(summary)
 
     async def generate(
         self,
@@ -226,60 +204,60 @@ class Engine:
         """
         replaced = slot if learn and save is None else None
         check_max_tokens(max_tokens)
-        with self._request():
-            async with self.sessions.changing(replaced) if replaced else nullcontext(), limit or nullcontext():
-                session = await self.sessions.session(slot, for_change=learn) if slot else self._template
-                kept_ids = None
-                if learn and kept is not None:
-                    _, kept_ids = await asyncio.to_thread(self._begin, session, kept, tools)
-                session, ids = await asyncio.to_thread(self._begin, session, prompt, tools)
-                closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
-                if echo and logprobs is not None and len(ids) * (logprobs + 1) > _MAX_PROMPT_LOGPROBS:
-                    raise PromptTooLongError(len(ids), _MAX_PROMPT_LOGPROBS // (logprobs + 1))
-                length = (num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
-                self.sessions.check_length(length)
-                context = np.concatenate((session.state().pending, ids))
-                texts = None if logprobs is None else self._token_texts
-                written = GeneratedText(self._tokenizer, stop, context, num_prompt_tokens, texts)
-                echoed = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-                if learn and kept_ids is None:
-                    session, ids = await self._after_reading(slot, session, ids), ids[:0]
-                reason: Literal["stop", "length"] | None = None
-                with self._pooled(slot, session) as pooled:
-                    request = {"prompt": ids, "max_tokens": max_tokens, "options": options}
-                    request |= {"learn_from_writing": learn and kept_ids is None}
-                    matcher = grammar.matcher() if grammar else None
-                    request |= {"top_logprobs": logprobs, "score_prompt": echo, "matcher": matcher}
-                    pooled.submit(SessionPool.submit_generate, **request)
-                    while reason is None:
-                        event = await pooled.next_event()
-                        if isinstance(event, PromptLogprobs):
-                            written.add_prompt(event.logprobs)
-                            continue
-                        if echo:
-                            yield written.echo(echoed)
-                            echo = False
-                        if isinstance(event, Done):
-                            complete = written.num_tokens < max_tokens or (matcher is not None and matcher.complete)
-                            reason = "stop" if complete else "length"
-                        elif isinstance(event, Token):
-                            chunk = written.add(event)
-                            reason = "stop" if written.stopped else None
-                            if chunk:
-                                yield chunk
-                last = written.end(reason)
-                if learn:
-                    unread = () if kept_ids is None else kept_ids
-                    learned = np.array([*unread, *written.learned_tokens(), *closing_ids], np.int64)
-                    session = await self._after_reading(slot, session, learned)
-                    if save:
-                        await save(session, written.whole, last)
-                    elif replaced:
-                        await self.sessions.replace(replaced, session)
-                yield last
+        changing = self.sessions.changing(replaced) if replaced else nullcontext()
+        async with self._request(), changing, limit or nullcontext():
+            session = await self.sessions.session(slot, for_change=learn) if slot else self._template
+            kept_ids = None
+            if learn and kept is not None:
+                _, kept_ids = await asyncio.to_thread(self._begin, session, kept, tools)
+            session, ids = await asyncio.to_thread(self._begin, session, prompt, tools)
+            closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
+            if echo and logprobs is not None and len(ids) * (logprobs + 1) > _MAX_PROMPT_LOGPROBS:
+                raise PromptTooLongError(len(ids), _MAX_PROMPT_LOGPROBS // (logprobs + 1))
+            length = (num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
+            self.sessions.check_length(length)
+            context = np.concatenate((session.state().pending, ids))
+            texts = None if logprobs is None else self._token_texts
+            written = GeneratedText(self._tokenizer, stop, context, num_prompt_tokens, texts)
+            echoed = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+            if learn and kept_ids is None:
+                session, ids = await self._after_reading(slot, session, ids), ids[:0]
+            reason: Literal["stop", "length"] | None = None
+            with self._pooled(slot, session) as pooled:
+                request = {"prompt": ids, "max_tokens": max_tokens, "options": options}
+                request |= {"learn_from_writing": learn and kept_ids is None}
+                matcher = grammar.matcher() if grammar else None
+                request |= {"top_logprobs": logprobs, "score_prompt": echo, "matcher": matcher}
+                pooled.submit(SessionPool.submit_generate, **request)
+                while reason is None:
+                    event = await pooled.next_event()
+                    if isinstance(event, PromptLogprobs):
+                        written.add_prompt(event.logprobs)
+                        continue
+                    if echo:
+                        yield written.echo(echoed)
+                        echo = False
+                    if isinstance(event, Done):
+                        complete = written.num_tokens < max_tokens or (matcher is not None and matcher.complete)
+                        reason = "stop" if complete else "length"
+                    elif isinstance(event, Token):
+                        chunk = written.add(event)
+                        reason = "stop" if written.stopped else None
+                        if chunk:
+                            yield chunk
+            last = written.end(reason)
+            if learn:
+                unread = () if kept_ids is None else kept_ids
+                learned = np.array([*unread, *written.learned_tokens(), *closing_ids], np.int64)
+                session = await self._after_reading(slot, session, learned)
+                if save:
+                    await save(session, written.whole, last)
+                elif replaced:
+                    await self.sessions.replace(replaced, session)
+            yield last
 
-    @contextmanager
-    def _request(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _request(self) -> AsyncIterator[None]:
         """Count a request as running inside the block."""
         if self._stopping:
             raise StoppingError
@@ -319,7 +297,7 @@ class Engine:
 
     async def count_prompt(self, slot: SessionSlot | None, prompt: Prompt | ChatPrompt, tools: str = "") -> int:
         """How many tokens of the prompt `generate` would read; arguments as there."""
-        with self._request():
+        async with self._request():
             session = await self.sessions.session(slot) if slot else self._template
             return len((await asyncio.to_thread(self._begin, session, prompt, tools))[1])
 
@@ -336,9 +314,14 @@ class Engine:
     def _encode(self, prompt: Prompt) -> np.ndarray:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else np.array(prompt, np.int64)
 
-    def _batches(self, chunks: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
-        """The tokens of a text, at most a few mini-batches at a time, and how many bytes of text they are."""
-        size = _BATCHES_PER_SUBMIT * self._template.mini_batch_size
+    def _batches(self, session: Session, chunks: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """The tokens of a text, at most a few mini-batches at a time, and how many bytes of text they are.
+
+        Raises LimitReachedError once the session would become too long.
+        """
+        length, size = num_tokens(session), _BATCHES_PER_SUBMIT * self._template.mini_batch_size
         for ids in self._tokenizer.encode_chunks(short_chunks(chunks)):
             for batch in np.split(ids, range(size, len(ids), size)):
+                length += len(batch)
+                self.sessions.check_length(length)
                 yield batch, len(self._tokenizer.decode(batch).encode())
