@@ -17,10 +17,9 @@ from helpers import small_model
 from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inference import session_pool
 from ttt_e2e.inference.grammar import GrammarCompiler
-from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import ReadProgress
+from ttt_e2e.server.engine.records import GenerateRequest, ReadProgress
 from ttt_e2e.server.engine.store import Store
 
 F64 = torch.float64
@@ -69,11 +68,12 @@ async def read(engine: Engine, owner: str, id: str, text: str) -> ReadProgress:
     return (await collect(engine.read(owner, id, [text])))[-1]
 
 
-async def generate(engine: Engine, owner: str, id: str | None, prompt: str, **more: Any) -> tuple[str, str | None]:
-    """The generated text, and why it ended."""
-    more.setdefault("options", SamplingOptions())
+async def generate(
+    engine: Engine, owner: str, id: str | None, prompt: str, limit: asyncio.Semaphore | None = None, **more: Any
+) -> tuple[str, str | None]:
+    """The generated text, and why it ended. more: as in `GenerateRequest`."""
     slot = None if id is None else await engine.sessions.slot(owner, id)
-    chunks = await collect(engine.generate(slot, prompt, **more))
+    chunks = await collect(engine.generate(slot, GenerateRequest(prompt, **more), limit))
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
 

@@ -11,9 +11,9 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,11 +26,11 @@ with warnings.catch_warnings():
     from starlette.testclient import TestClient
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.app import create_app
 from ttt_e2e.server.connections import uvicorn_config
 from ttt_e2e.server.engine.records import (
     Before,
+    GenerateRequest,
     LimitReachedError,
     LoggedToken,
     NoNotebookError,
@@ -87,7 +87,7 @@ class FakeEngine:
         self.failure, self.fail_from, self.hold_from = failure, fail_from, hold_from
         self.all: dict[str, FakeSession] = {}
         self.running = self.most_running = self.read_tokens = self.written_tokens = 0
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[GenerateRequest] = []  # with their prompts as text
         self.started = self.stopped = False
         self.ready = True
         self.vocab_size = 1000
@@ -211,51 +211,39 @@ class FakeEngine:
             yield ReadProgress(len(words), (2.0 * done + 1.0 * last) / len(words), 1.0, one.summary())
 
     async def generate(
-        self,
-        slot: FakeSession | None,
-        prompt: Prompt | Callable[[Before], Prompt],
-        *,
-        max_tokens: int = 200,
-        stop: Sequence[str] = (),
-        options: SamplingOptions,
-        learn: bool = False,
-        closing: Prompt = "",
-        kept: Prompt | Callable[[Before], Prompt] | None = None,
-        save: Callable[[FakeSession, str, TextChunk], Awaitable[object]] | None = None,
-        logprobs: int | None = None,
-        echo: bool = False,
-        grammar: Any = None,
-        tools: str = "",
-        limit: asyncio.Semaphore | None = None,
+        self, slot: FakeSession | None, request: GenerateRequest, limit: asyncio.Semaphore | None = None
     ) -> AsyncIterator[TextChunk]:
         before: Before = "text" if slot is not None and slot.text else "nothing"
-        if callable(prompt):
-            prompt = prompt(before)
+        prompt = request.prompt(before) if callable(request.prompt) else request.prompt
         words = prompt if isinstance(prompt, str) else "".join(str(part) for part in prompt)
-        call = dict(prompt=words, max_tokens=max_tokens, stop=tuple(stop), options=options, learn=learn)
-        self.calls.append(call | {"grammar": grammar})
-        read, text = len(words.split()), ""
-        logged = None if logprobs is None else (LoggedToken("w", -1.0, (("w", -1.0), ("v", -2.0))[:logprobs]),)
+        self.calls.append(replace(request, prompt=words, kept=None, save=None))
+        read, text, sources, stop = len(words.split()), "", request.sources, request.stop
+        logged = None
+        if request.logprobs is not None:
+            logged = (LoggedToken("w", -1.0, (("w", -1.0), ("v", -2.0))[: request.logprobs]),)
         async with limit or nullcontext():
             with self._request():
                 count = 0
-                if echo:
-                    yield TextChunk(words, None, read, 0, None, logged)
-                for count in range(1, max_tokens + 1):
+                if request.echo:
+                    yield TextChunk(words, None, read, 0, None, logged, sources)
+                    sources = None
+                for count in range(1, request.max_tokens + 1):
                     await self._step(count)
                     word = f" w{count}ä"
                     text += word
                     self.written_tokens += 1
-                    yield TextChunk(word, None, read, count, None, logged)
+                    yield TextChunk(word, None, read, count, None, logged, sources)
+                    sources = None
                     if any(end in text for end in stop):
                         break
                 ending = next((end for end in stop if end in text), None)
-                last = TextChunk("", "stop" if ending else "length", read, count, ending)
-                if learn:
-                    read_text = words if kept is None else str(kept(before) if callable(kept) else kept)
-                    learned = (slot.text if slot else "") + read_text + text + "".join(str(part) for part in closing)
-                    if save is not None:
-                        await save(FakeSession("", "", learned), text, last)
+                last = TextChunk("", "stop" if ending else "length", read, count, ending, None, sources)
+                if request.learn:
+                    kept = words if request.kept is None else request.kept
+                    learned = (slot.text if slot else "") + str(kept(before) if callable(kept) else kept)
+                    learned += text + "".join(str(part) for part in request.closing)
+                    if request.save is not None:
+                        await request.save(FakeSession("", "", learned), text, last)  # type: ignore[arg-type]
                     elif slot is not None:
                         slot.text = learned
                 yield last

@@ -18,10 +18,10 @@ from engine_helpers import generate, read, with_engine
 from server_helpers import FakeEngine, client_of
 
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.chat import ChatFormat
 from ttt_e2e.server.engine.engine import Engine
+from ttt_e2e.server.engine.records import GenerateRequest
 
 TURNS = ("Hello there", "And 7?", "日本?")
 TEXT = "The rain in Spain.\n"
@@ -46,8 +46,8 @@ async def say(engine: Engine, chat: ChatFormat, id: str, text: str, learn: bool 
     """Let the session answer with nothing; returns the number of tokens of the prompt."""
     prompt = functools.partial(chat.prompt, [{"role": "user", "content": text}])
     slot = await engine.sessions.slot("me", id)
-    chunks = engine.generate(slot, prompt, max_tokens=0, learn=learn, closing=chat.closing(), options=SamplingOptions())
-    return [chunk.prompt_tokens async for chunk in chunks][-1]
+    request = GenerateRequest(prompt, max_tokens=0, learn=learn, closing=chat.closing())
+    return [chunk.prompt_tokens async for chunk in engine.generate(slot, request)][-1]
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "llama3", "mistral"])
@@ -114,5 +114,5 @@ def test_values_of_the_template_come_with_the_request() -> None:
         assert client.post("/v1/chat/completions", json=body).status_code == 200
         refused = client.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"tools": [1]}})
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **values)
-    assert engine.calls[0]["prompt"] == "".join(map(str, expected))
+    assert engine.calls[0].prompt == "".join(map(str, expected))
     assert refused.status_code == 400 and "messages.0" in refused.json()["error"]["message"]

@@ -28,6 +28,7 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.engine.engine import Engine
+from ttt_e2e.server.engine.records import GenerateRequest, Source
 
 
 @pytest.mark.parametrize("learn", [True, False])
@@ -44,9 +45,9 @@ def test_generate_equals_session_generate(tmp_path: Path, learn: bool, stop: str
         whole, _ = generated_alone(seed, ())
         stops = (whole[8:11] or "x",) if isinstance(stop, str) else stop
         expected, session = generated_alone(seed, stops)
-        options = SamplingOptions(seed=seed)
+        sampling = SamplingOptions(seed=seed)
         text, reason = await generate(
-            engine, "me", id, text_of(9, 3), max_tokens=33, stop=stops, options=options, learn=learn
+            engine, "me", id, text_of(9, 3), max_tokens=33, stop=stops, sampling=sampling, learn=learn
         )
         assert text == expected and reason in ("stop", "length")
         assert reason == "stop" or text == whole
@@ -63,17 +64,22 @@ def test_chunks_count_tokens_and_give_the_finish_reason(tmp_path: Path) -> None:
     prompt, hot = "Rain and rain", SamplingOptions(temperature=9.0, top_p=1.0)
 
     async def work(engine: Engine) -> None:
-        chunks = await collect(engine.generate(None, prompt, max_tokens=12, options=SamplingOptions()))
+        chunks = await collect(engine.generate(None, GenerateRequest(prompt, max_tokens=12)))
         assert {chunk.prompt_tokens for chunk in chunks} == {len(TOKENIZER.encode(prompt))}
         counts = [chunk.completion_tokens for chunk in chunks]
         assert counts == sorted(counts) and counts[-1] == 12 and chunks[-1].finish_reason == "length"
         assert "".join(chunk.text for chunk in chunks) == "".join(TEMPLATE.fork().generate(prompt, max_tokens=12))
+        sources = (Source("moby.txt", 0, 5, 9, "whale", 1.0),)
+        for echo in (False, True):
+            request = GenerateRequest(prompt, sources=sources, max_tokens=3, echo=echo)
+            first, *others = await collect(engine.generate(None, request))
+            assert first.sources == sources and [chunk.sources for chunk in others] == [None] * len(others)
         assert await generate(engine, "me", None, prompt, max_tokens=0) == ("", "length")
-        *_, last = await collect(engine.generate(None, prompt, max_tokens=5000, options=hot))
+        *_, last = await collect(engine.generate(None, GenerateRequest(prompt, max_tokens=5000, sampling=hot)))
         assert last.finish_reason == "stop" and last.completion_tokens < 5000  # a token that ends texts was drawn
         assert await engine.sessions.summaries("me") == []
         stats = engine.stats()
-        assert stats["tokens_written"] == 12 + last.completion_tokens and stats["tokens_read"] == 0
+        assert stats["tokens_written"] == 12 + 2 * 3 + last.completion_tokens and stats["tokens_read"] == 0
         for invalid in ({"max_tokens": -1}, {"stop": [""]}):
             with pytest.raises(UserError):
                 await generate(engine, "me", None, prompt, **invalid)
@@ -101,9 +107,8 @@ def test_incomplete_generation_changes_nothing(tmp_path: Path, monkeypatch: pyte
     async def work(engine: Engine) -> None:
         id = (await engine.sessions.create("me")).id
         before = (await read(engine, "me", id, text_of(1))).session
-        generation = engine.generate(
-            await engine.sessions.slot("me", id), text_of(2), max_tokens=4000, options=SamplingOptions(), learn=True
-        )
+        request = GenerateRequest(text_of(2), max_tokens=4000, learn=True)
+        generation = engine.generate(await engine.sessions.slot("me", id), request)
         for _ in range(20):
             await anext(generation)
         await generation.aclose()  # type: ignore[attr-defined]

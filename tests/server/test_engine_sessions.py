@@ -20,9 +20,14 @@ from engine_helpers import (
 from engine_helpers import endless as endless
 
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import LimitReachedError, SessionNotFoundError, SessionSummary, StoppingError
+from ttt_e2e.server.engine.records import (
+    GenerateRequest,
+    LimitReachedError,
+    SessionNotFoundError,
+    SessionSummary,
+    StoppingError,
+)
 from ttt_e2e.server.engine.store import Store
 
 # -- owners, limits, memory --------------------------------------------------------------------------------------------
@@ -162,7 +167,7 @@ def test_deletion_ends_the_requests_of_a_session(tmp_path: Path, endless: int) -
         await asyncio.to_thread(held.reached.wait)
         queued = asyncio.create_task(read(engine, "me", summary.id, text_of(3)))
         slot = await engine.sessions.slot("me", summary.id)
-        generation = engine.generate(slot, "Rain", max_tokens=endless, options=SamplingOptions())
+        generation = engine.generate(slot, GenerateRequest("Rain", max_tokens=endless))
         await anext(generation)
         await engine.sessions.delete("me", summary.id)
         held.release.set()
@@ -212,7 +217,7 @@ def test_stop_ends_requests_that_take_too_long(tmp_path: Path, endless: int) -> 
         await asyncio.to_thread(held.reached.wait)
         queued = asyncio.create_task(read(engine, "me", id, text_of(3)))
         slot = await engine.sessions.slot("me", id)
-        generation = engine.generate(slot, "Rain", max_tokens=endless, options=SamplingOptions())
+        generation = engine.generate(slot, GenerateRequest("Rain", max_tokens=endless))
         await anext(generation)
         await engine.stop(0.01)
         Store(tmp_path / "data").close()  # another process can open it now

@@ -150,7 +150,7 @@ def test_values_that_mean_the_default(client: TestClient, engine: FakeEngine) ->
     client.post(COMPLETIONS, json={**BODIES[COMPLETIONS], "top_k": -1, "seed": -1, "n": 2, "best_of": 2})
     client.post(COMPLETIONS, json={**BODIES[COMPLETIONS], "seed": -1})
     client.post(COMPLETIONS, json={**BODIES[COMPLETIONS], "seed": -5})
-    first, second, other, negative = (call["options"] for call in engine.calls)
+    first, second, other, negative = (call.sampling for call in engine.calls)
     assert first.top_k == 0 and len({first.seed, other.seed}) == 2 and second.seed == (first.seed + 1) % 2**63
     assert negative.seed == 2**63 - 5
 
@@ -166,7 +166,7 @@ def test_ignored_fields_of_messages_are_named_once(client: TestClient, engine: F
         *("messages.name", "messages.content.cache_control"),
         *("messages.annotations", "messages.reasoning_content"),
     ]
-    assert engine.calls[0]["prompt"] == "User: Hello\nAssistant: Hi\nUser: Hello\nAssistant:"
+    assert engine.calls[0].prompt == "User: Hello\nAssistant: Hi\nUser: Hello\nAssistant:"
 
 
 @pytest.mark.parametrize(

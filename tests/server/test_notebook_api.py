@@ -44,10 +44,10 @@ def test_chat_and_completions_have_sources(client: TestClient, engine: FakeEngin
     body = {"session": session, "max_tokens": 2}
     message = client.post("/v1/chat/completions", json=ASK | body).json()["choices"][0]["message"]
     assert message == {"role": "assistant", "content": words(2), "refusal": None, "sources": [SOURCE]}
-    assert engine.calls[-1]["prompt"] == f"\nSystem: Be brief.\nUser: {SHOWN}\nAssistant:"
+    assert engine.calls[-1].prompt == f"\nSystem: Be brief.\nUser: {SHOWN}\nAssistant:"
     parts = [{"type": "text", "text": "Ishmael."}, {"type": "text", "text": "Who?"}]
     client.post("/v1/chat/completions", json=body | {"messages": [{"role": "user", "content": parts}]})
-    assert engine.calls[-1]["prompt"] == f"\nUser: [{MOBY}]Ishmael.\nWho?\nAssistant:"
+    assert engine.calls[-1].prompt == f"\nUser: [{MOBY}]Ishmael.\nWho?\nAssistant:"
     stream = client.post("/v1/chat/completions", json=ASK | body | {"stream": True, "n": 2})
     choices = [event["choices"][0] for event in parse_events(stream.text)[:-1]]
     starts = [choice for choice in choices if "sources" in choice["delta"]]
@@ -59,7 +59,7 @@ def test_chat_and_completions_have_sources(client: TestClient, engine: FakeEngin
         more = {} if "sessions" in path else {"session": session}
         choices = client.post(path, json=prompts | more).json()["choices"]
         assert [choice["sources"] for choice in choices] == [[SOURCE], []]
-        assert sorted(call["prompt"] for call in engine.calls[-2:]) == sorted([SHOWN, "nobody"])
+        assert sorted(call.prompt for call in engine.calls[-2:]) == sorted([SHOWN, "nobody"])
         streamed = client.post(path, json={"prompt": "Ishmael.", "stream": True, "max_tokens": 2} | more)
         events = parse_events(streamed.text)
         assert events[0]["choices"][0]["sources"] == [SOURCE] and "sources" not in events[-2]["choices"][0]
@@ -68,7 +68,7 @@ def test_chat_and_completions_have_sources(client: TestClient, engine: FakeEngin
 def test_a_session_that_learns_keeps_the_question_alone(client: TestClient, engine: FakeEngine, session: str) -> None:
     body = {"session": session, "learn": True, "max_tokens": 1}
     client.post("/v1/completions", json=body | {"prompt": " Ishmael."})
-    assert engine.calls[-1]["prompt"] == f"[{MOBY}] Ishmael."
+    assert engine.calls[-1].prompt == f"[{MOBY}] Ishmael."
     assert engine.all[session].text == "Call me Ishmael. Ishmael. w1ä"
 
 
@@ -85,7 +85,7 @@ def test_responses_cite_files(client: TestClient, engine: FakeEngine, session: s
         assert kinds.index("response.output_text.annotation.added") < kinds.index("response.output_text.done")
         response = json.loads(events[-1].partition("data: ")[2])["response"]
     assert response["sources"] == [SOURCE] and response["output"][0]["content"][0]["annotations"] == [citation]
-    assert SHOWN in engine.calls[-1]["prompt"] and "brief" in engine.calls[-1]["prompt"]
+    assert SHOWN in engine.calls[-1].prompt and "brief" in engine.calls[-1].prompt
     assert MOBY not in engine.all[session].text.removeprefix(MOBY) and "brief" not in engine.all[session].text
     # The stored response shares the notebook, so that the next one has it too.
     follow = {"input": "Ishmael?", "previous_response_id": response["id"], "max_output_tokens": 2}

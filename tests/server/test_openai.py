@@ -133,11 +133,11 @@ def test_official_sessions(shared: FakeEngine, official: Any) -> None:
     at = {"session": made["id"], "learn": True, "top_k": 5, "min_p": 0.1}
     official.completions.create(model="tiny", prompt="Once", max_tokens=2, extra_body=at)
     call = shared.calls[-1]
-    assert call["learn"] and (call["options"].top_k, call["options"].min_p) == (5, 0.1)
+    assert call.learn and (call.sampling.top_k, call.sampling.min_p) == (5, 0.1)
     assert shared.all[made["id"]].text == "Once" + words(2)
     official.chat.completions.create(model="tiny", messages=HELLO, extra_body={"session": made["id"]})
-    assert shared.calls[-1]["prompt"] == "\nUser: Hello\nAssistant:"
-    assert not shared.calls[-1]["learn"]
+    assert shared.calls[-1].prompt == "\nUser: Hello\nAssistant:"
+    assert not shared.calls[-1].learn
 
 
 # -- keep-alive --------------------------------------------------------------------------------------------------------
@@ -192,26 +192,26 @@ def test_fields_reach_the_engine(client: TestClient, engine: FakeEngine) -> None
     body = {"prompt": "x", "max_tokens": 3, "n": 2, "stop": "end", "logit_bias": {"7": -2}, **fields}
     assert client.post("/v1/completions", json=body).status_code == 200
     for number, call in enumerate(engine.calls):
-        assert call["max_tokens"] == 3 and call["stop"] == ("end",)
-        assert vars(call["options"]) == {**fields, "seed": 5 + number, "logit_bias": {7: -2.0}}
+        assert call.max_tokens == 3 and call.stop == ("end",)
+        assert vars(call.sampling) == {**fields, "seed": 5 + number, "logit_bias": {7: -2.0}}
     engine.calls.clear()
     client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
     client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "temperature": None})
-    first, second = (call["options"] for call in engine.calls)
+    first, second = (call.sampling for call in engine.calls)
     assert (first.temperature, first.top_p) == (0.8, 0.95)
     assert first.seed != second.seed
     client.post("/v1/completions", json={"prompt": None})
-    assert engine.calls[-1]["prompt"] == ""
+    assert engine.calls[-1].prompt == ""
     refused = {"role": "assistant", "content": None, "refusal": "No."}  # as OpenAI's response has it
     client.post("/v1/chat/completions", json={"messages": [*HELLO, refused, *HELLO], "max_tokens": 1})
-    assert engine.calls[-1]["prompt"] == "User: Hello\nAssistant: No.\nUser: Hello\nAssistant:"
+    assert engine.calls[-1].prompt == "User: Hello\nAssistant: No.\nUser: Hello\nAssistant:"
     parts = [{"type": "text", "text": text} for text in ("One", "two", "")]
     client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}], "max_tokens": 1})
-    assert engine.calls[-1]["prompt"] == "User: One\ntwo\n\nAssistant:"  # as vLLM joins them
+    assert engine.calls[-1].prompt == "User: One\ntwo\n\nAssistant:"  # as vLLM joins them
     for message in ({"role": "user", "content": None}, {"role": "assistant"}):
         assert client.post("/v1/chat/completions", json={"messages": [message]}).status_code == 400
     client.post("/v1/completions", json={})
-    assert engine.calls[-1]["max_tokens"] == 200 and engine.calls[-1]["prompt"] == ""
+    assert engine.calls[-1].max_tokens == 200 and engine.calls[-1].prompt == ""
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_answers_show_passages_and_outlive_a_reload(browser: Any, engine: FakeEn
             bar = page.locator(".place i").evaluate("one => [one.style.left, one.style.width]")
             assert bar == ["50%", "4%"]
             page.reload()
-        assert engine.calls[-1]["prompt"].startswith("\nUser: [passages]Who?")
+        assert engine.calls[-1].prompt.startswith("\nUser: [passages]Who?")
 
         page.uncheck("#notebook")
         page.click("#send")  # without a question: nothing is sent
@@ -196,7 +196,7 @@ def test_answers_show_passages_and_outlive_a_reload(browser: Any, engine: FakeEn
         assert "notebook" not in text_of(page, "article >> nth=0") and "From memory" in text_of(
             page, "article >> nth=0"
         )
-        assert engine.calls[-1]["prompt"].startswith("\nUser: Who?")
+        assert engine.calls[-1].prompt.startswith("\nUser: Who?")
         assert len(engine.calls) == 2 and watched.complaints == []
 
 

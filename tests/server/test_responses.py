@@ -166,7 +166,7 @@ def test_instructions_are_for_one_response(anna: Any) -> None:
     assert session_of(anna, first.id)["tokens"] == 1 + len(plain) + 6  # with BOS
     with client_of(engine := FakeEngine()) as client:
         made = client.post("/v1/responses", json={"input": "a", "instructions": "b", "max_output_tokens": 1}).json()
-        assert engine.calls[0]["prompt"] == "System: b\nUser: a\nAssistant:"
+        assert engine.calls[0].prompt == "System: b\nUser: a\nAssistant:"
         assert engine.all["sess-" + made["id"][5:]].text == "User: a\nAssistant: w1ä"
 
 

@@ -36,13 +36,12 @@ from server_helpers import (
     until,
 )
 
-from ttt_e2e.inference.sampling import SamplingOptions
 from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.server import serving
 from ttt_e2e.server.app import create_app
 from ttt_e2e.server.connections import BoundedProtocol, bounded_protocol
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import StoppingError
+from ttt_e2e.server.engine.records import GenerateRequest, StoppingError
 from ttt_e2e.server.engine.store import Store
 from ttt_e2e.server.keys import KEYS_VARIABLE
 from ttt_e2e.server.serving import Server
@@ -190,7 +189,7 @@ def test_engine_is_told_to_stop_sooner(tmp_path: Path, endless: int) -> None:
     async def main() -> None:
         engine = Engine(TEMPLATE.fork(), Store(tmp_path / "data"))
         await engine.start()
-        generation = engine.generate(None, "Rain", max_tokens=endless, options=SamplingOptions())
+        generation = engine.generate(None, GenerateRequest("Rain", max_tokens=endless))
         await anext(generation)
         stopping = asyncio.create_task(engine.stop(PATIENCE))
         await asyncio.sleep(0)

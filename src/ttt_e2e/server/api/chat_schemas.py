@@ -22,7 +22,7 @@ from ttt_e2e.server.api.schemas import (
     MAX_PARTS,
     BaseChoice,
     BaseCompletion,
-    GenerationRequest,
+    BaseCompletionRequest,
     RequestModel,
     Text,
     Usage,
@@ -119,7 +119,7 @@ class JsonSchemaFormat(RequestModel):
 _ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(BaseCompletionRequest):
     """Answer `messages`. With a session they follow what it has read, so only new messages need to be sent."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)

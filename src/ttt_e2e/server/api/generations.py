@@ -1,12 +1,10 @@
 """What all endpoints that generate share: the model's name, chat prompts, limits per key, and counts."""
 
 import asyncio
-import functools
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -17,7 +15,7 @@ from ttt_e2e.server.api.functions import Schema
 from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, NotebookRequest
 from ttt_e2e.server.api.streams import merge
 from ttt_e2e.server.engine.engine import Engine
-from ttt_e2e.server.engine.records import Before, ChatPrompt, Prompt, Source, TextChunk
+from ttt_e2e.server.engine.records import Before, ChatPrompt, GenerateRequest, Prompt, Source, TextChunk
 from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.middleware.logs import LogEntry, log_entry
@@ -37,9 +35,17 @@ class Structure(NamedTuple):
     form: CallForm | None = None
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of `Engine.generate`."""
-        return {"grammar": self.grammar, "tools": "" if self.tools is None else self.tools.digest}
+    def digest(self) -> str:
+        """A digest of the functions; "" for none."""
+        return "" if self.tools is None else self.tools.digest
+
+
+class PromptWithSources(NamedTuple):
+    """A prompt and the passages of a notebook in it; the first fields of `GenerateRequest`."""
+
+    prompt: Prompt | ChatPrompt
+    kept: Prompt | ChatPrompt | None = None  # what a session learns in its place
+    sources: tuple[Source, ...] | None = None
 
 
 class Generations:
@@ -110,7 +116,7 @@ class Generations:
         """The session with this id, which a request looks up once. Raises SessionNotFoundError."""
         return None if session is None else await self.engine.sessions.slot(request.state.caller.owner, session)
 
-    async def prompt_arguments(
+    async def prompt_with_sources(
         self,
         slot: SessionSlot | None,
         body: NotebookRequest,
@@ -118,8 +124,8 @@ class Generations:
         prompt: Callable[[str], Prompt | ChatPrompt],
         *,
         by_default: bool = True,
-    ) -> dict[str, Any]:
-        """The arguments for `start` that concern session and prompt, with passages from its notebook, or without.
+    ) -> PromptWithSources:
+        """A prompt, with passages from the session's notebook if that is searched.
 
         Args:
             slot: The session that continues, if any.
@@ -128,8 +134,7 @@ class Generations:
             prompt: Makes the prompt from the question, which may have passages before it.
             by_default: Whether the notebook is searched if the request leaves that open.
 
-        Returns "prompt"; if the notebook was searched, also "kept", the prompt without passages, and "sources", the
-        passages. Raises ApiError if the request wants a notebook, and there is none or no question.
+        Raises ApiError if the request wants a notebook, and there is none or no question.
         """
         keeps = slot is not None and slot.summary().notebook is not None
         wanted = by_default and keeps and question is not None if body.notebook is None else body.notebook
@@ -144,32 +149,29 @@ class Generations:
             if body.passages is not None:
                 message = "passages needs a notebook that is searched for the question; omit it."
                 raise ApiError(400, message, "no_notebook", "passages")
-            return {"slot": slot, "prompt": prompt(question or "")}
+            return PromptWithSources(prompt(question or ""))
         assert slot is not None and question is not None
         text, sources = await self.engine.retrieve(slot, question, body.passages or DEFAULT_PASSAGES)
         # A session that learns keeps what was said. The passages it has read before.
-        return {"slot": slot, "prompt": prompt(text), "kept": prompt(question), "sources": tuple(sources)}
+        return PromptWithSources(prompt(text), prompt(question), tuple(sources))
 
     async def closing(self, values: Mapping[str, Any] | None) -> Prompt:
         """What a session reads after an answer."""
         return await asyncio.to_thread(self.settings.chat.closing, values)
 
-    def start(self, request: Request, generations: Iterable[Mapping[str, Any]]) -> Chunks:
-        """The texts of generations, each given as arguments of `Engine.generate` and `sources`, for its first chunk."""
-        owner: str = request.state.caller.owner
-        generate = functools.partial(self.engine.generate, limit=self._semaphores[owner])
-        arguments = [dict(one) for one in generations]
-        sources = [one.pop("sources", None) for one in arguments]
-        return self._observe(merge([generate(**one) for one in arguments]), log_entry(request), sources)
+    def start(self, request: Request, slot: SessionSlot | None, generations: Iterable[GenerateRequest]) -> Chunks:
+        """Generate texts after what a session has read."""
+        limit = self._semaphores[request.state.caller.owner]
+        texts = [self.engine.generate(slot, generation, limit) for generation in generations]
+        return self._observe(merge(texts), log_entry(request))
 
-    async def _observe(self, chunks: Chunks, entry: LogEntry, sources: list[tuple[Source, ...] | None]) -> Chunks:
+    async def _observe(self, chunks: Chunks, entry: LogEntry) -> Chunks:
         previous: dict[int, tuple[float, int]] = {}  # by text: when its last chunk came, and its tokens so far
         async with aclosing(chunks):
             async for index, chunk in chunks:
                 now = time.perf_counter()
                 if index not in previous:
                     entry.tokens_read += chunk.prompt_tokens
-                    chunk = replace(chunk, sources=sources[index])
                 then, tokens = previous.get(index, (now, 0))
                 if tokens and chunk.completion_tokens > tokens:
                     self.metrics.observe_tokens(chunk.completion_tokens - tokens, now - then)

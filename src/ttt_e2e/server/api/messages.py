@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.server.api.answers import Answer, ArgumentsPart, CallBegins, TextPart, arguments_value, parse_answer
 from ttt_e2e.server.api.fields import MESSAGES, ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Chunks, Generations, Structure, last_question
+from ttt_e2e.server.api.generations import Chunks, Generations, PromptWithSources, Structure, last_question
 from ttt_e2e.server.api.message_schemas import (
     AnthropicAnswer,
     AnthropicTokenCount,
@@ -18,7 +18,8 @@ from ttt_e2e.server.api.message_schemas import (
     MessagesRequest,
 )
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import ChatPrompt, TextChunk
+from ttt_e2e.server.engine.records import ChatPrompt, GenerateRequest, TextChunk
+from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.errors import AnthropicErrorBody, anthropic_error
 from ttt_e2e.server.tool_calls import CallForm
 
@@ -32,8 +33,8 @@ def routes(generations: Generations) -> APIRouter:
         **errors,
     }
 
-    async def asked(body: MessagesRequest, request: Request) -> tuple[Structure, dict[str, Any]]:
-        """What the answer may be, and the arguments of `Generations.start` that concern the prompt."""
+    async def asked(body: MessagesRequest, request: Request) -> tuple[Structure, SessionSlot | None, PromptWithSources]:
+        """What the answer may be, the session that it follows, and the prompt."""
         generations.check_model(body.model)
         structure = await generations.structure(body.functions(), body.schema_of_answer())
         question, with_question = last_question(body.for_template())
@@ -42,15 +43,14 @@ def routes(generations: Generations) -> APIRouter:
         def prompt(text: str) -> ChatPrompt:
             return generations.chat_prompt(with_question(text), body.chat_template_kwargs, "messages", structure.tools)
 
-        return structure, await generations.prompt_arguments(slot, body, question, prompt)
+        return structure, slot, await generations.prompt_with_sources(slot, body, question, prompt)
 
     @router.post("/count_tokens", response_model=AnthropicTokenCount, responses=errors)
     async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
         """Count the tokens of a conversation, as Anthropic's API does; nothing is generated."""
         headers = ignored_header(ignored_fields(body, MESSAGES))
-        structure, arguments = await asked(body, request)
-        slot, prompt = arguments["slot"], arguments["prompt"]
-        count = await generations.engine.count_prompt(slot, prompt, structure.arguments["tools"])
+        structure, slot, prompt = await asked(body, request)
+        count = await generations.engine.count_prompt(slot, prompt.prompt, structure.digest)
         return JSONResponse({"input_tokens": count}, headers=headers)
 
     @router.post("", response_model=AnthropicAnswer, responses=answers)
@@ -58,19 +58,20 @@ def routes(generations: Generations) -> APIRouter:
         """Answer a conversation, as Anthropic's API does."""
         headers = ignored_header(ignored_fields(body, MESSAGES))
         values, stops = body.chat_template_kwargs, body.stop_sequences or []
-        structure, about_prompt = await asked(body, request)
-        arguments = {
-            **about_prompt,
-            "max_tokens": body.max_tokens,
-            "stop": (*stops, *generations.settings.chat.stop),
-            "options": body.sampling_options(),
-            "learn": bool(body.learn),
-            "closing": await generations.closing(values) if body.learn else "",
-            **structure.arguments,
-        }
+        structure, slot, prompt = await asked(body, request)
+        wanted = GenerateRequest(
+            *prompt,
+            max_tokens=body.max_tokens,
+            stop=(*stops, *generations.settings.chat.stop),
+            sampling=body.sampling_options(),
+            learn=bool(body.learn),
+            closing=await generations.closing(values) if body.learn else "",
+            grammar=structure.grammar,
+            tools=structure.digest,
+        )
         head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
         head["model"] = generations.settings.model_name
-        chunks = generations.start(request, [arguments])
+        chunks = generations.start(request, slot, [wanted])
         if body.stream:
             return await event_stream(request, _events(chunks, head, stops, structure.form), headers, anthropic_error)
         whole = await cancel_on_disconnect(request.receive, _whole(chunks, head, stops, structure.form))

@@ -16,10 +16,10 @@ from fastapi.responses import JSONResponse, Response
 from ttt_e2e.server.api import chat_schemas, schemas
 from ttt_e2e.server.api.answers import Answer, ArgumentsPart, CallBegins, Part, TextPart, parse_answer
 from ttt_e2e.server.api.fields import ignored_fields, ignored_header
-from ttt_e2e.server.api.generations import Chunks, Generations, Structure, last_question
+from ttt_e2e.server.api.generations import Chunks, Generations, PromptWithSources, Structure, last_question
 from ttt_e2e.server.api.logprobs import chat_logprobs, completion_logprobs
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import ChatPrompt, LoggedToken, Prompt, TextChunk
+from ttt_e2e.server.engine.records import ChatPrompt, GenerateRequest, LoggedToken, Prompt, TextChunk
 from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.tool_calls import CallForm
@@ -28,13 +28,13 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "JSON, or server-sent events with `stream`", "content": {EVENT_STREAM: {}}}
 }
 _MAX_LOGPROBS = 1_000_000  # of one request, those of the likeliest tokens among them; they are held in memory
-_Prompts = Sequence[Callable[[SessionSlot | None], Awaitable[dict[str, Any]]]]  # `Generations.prompt_arguments` of each
+_Prompts = Sequence[Callable[[SessionSlot | None], Awaitable[PromptWithSources]]]
 
 
 async def _respond(
     generations: Generations,
     request: Request,
-    body: schemas.GenerationRequest,
+    body: schemas.BaseCompletionRequest,
     prompts: _Prompts,
     session: str | None,
     closing: Prompt = "",
@@ -65,25 +65,24 @@ async def _respond(
                 "reduce max_tokens."
             )
             raise ApiError(400, message, "invalid_value", field)
-    shared = {
-        "max_tokens": body.token_limit,
-        "stop": (*stop, *(generations.settings.chat.stop if chat else ())),
-        "learn": bool(body.learn),
-        "closing": closing,
-        "logprobs": num_logprobs,
-        "echo": bool(getattr(body, "echo", False)),
-        **structure.arguments,
-    }
     slot = await generations.slot(request, session)
-    prompt_arguments = [await prompt(slot) for prompt in prompts]
-    chunks = generations.start(
-        request,
-        [
-            {**shared, **one, "options": replace(options, seed=(options.seed + number) % 2**63)}
-            for one in prompt_arguments
-            for number in range(tries)
-        ],
-    )
+    wanted = [
+        GenerateRequest(
+            *one,
+            max_tokens=body.token_limit,
+            stop=(*stop, *(generations.settings.chat.stop if chat else ())),
+            sampling=replace(options, seed=(options.seed + number) % 2**63),
+            learn=bool(body.learn),
+            closing=closing,
+            logprobs=num_logprobs,
+            echo=bool(getattr(body, "echo", False)),
+            grammar=structure.grammar,
+            tools=structure.digest,
+        )
+        for one in [await prompt(slot) for prompt in prompts]
+        for number in range(tries)
+    ]
+    chunks = generations.start(request, slot, wanted)
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(chunks, head, n, chat, structure.form, include_usage)
@@ -101,7 +100,7 @@ def _check_ids(generations: Generations, field: str, ids: Iterable[int]) -> None
 
 
 async def _whole(
-    chunks: Chunks, head: dict[str, Any], body: schemas.GenerationRequest, chat: bool, form: CallForm | None
+    chunks: Chunks, head: dict[str, Any], body: schemas.BaseCompletionRequest, chat: bool, form: CallForm | None
 ) -> dict[str, Any]:
     """The body of a response that is not a stream. form: how calls of functions are written."""
     texts, last, first = defaultdict[int, str](str), dict[int, TextChunk](), dict[int, TextChunk]()
@@ -246,10 +245,10 @@ def routes(generations: Generations) -> APIRouter:
         def prompt(given: str | list[int], text: str) -> Prompt:
             return text if isinstance(given, str) else given
 
-        arguments = functools.partial(generations.prompt_arguments, body=body, by_default=not body.echo)
+        with_sources = functools.partial(generations.prompt_with_sources, body=body, by_default=not body.echo)
         return [
             functools.partial(
-                arguments,
+                with_sources,
                 question=given if isinstance(given, str) and given else None,
                 prompt=functools.partial(prompt, given),
             )
@@ -266,8 +265,8 @@ def routes(generations: Generations) -> APIRouter:
         def prompt(text: str) -> ChatPrompt:
             return generations.chat_prompt(with_question(text), values, "messages", tools)
 
-        arguments = functools.partial(generations.prompt_arguments, body=body, question=question, prompt=prompt)
-        return await _respond(generations, request, body, [arguments], body.session, closing)
+        whole = functools.partial(generations.prompt_with_sources, body=body, question=question, prompt=prompt)
+        return await _respond(generations, request, body, [whole], body.session, closing)
 
     path = "/sessions/{session}/completions"
 

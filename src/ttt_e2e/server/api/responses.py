@@ -36,7 +36,7 @@ from ttt_e2e.server.api.response_schemas import (
 )
 from ttt_e2e.server.api.schemas import DEFAULT_TOKENS
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
-from ttt_e2e.server.engine.records import ChatPrompt, Source, TextChunk
+from ttt_e2e.server.engine.records import ChatPrompt, GenerateRequest, Source, TextChunk
 from ttt_e2e.server.engine.slot import SessionSlot
 from ttt_e2e.server.engine.store import new_id
 from ttt_e2e.server.errors import ApiError, describe
@@ -154,20 +154,22 @@ class _Response:
         def prompt(text: str) -> ChatPrompt:
             return self.generations.chat_prompt([*instructions, *with_question(text)], values, "input", tools)
 
-        arguments = {
-            **await self.generations.prompt_arguments(slot, body, question, prompt),
-            "max_tokens": body.max_output_tokens or DEFAULT_TOKENS,
-            "stop": self.generations.settings.chat.stop,
-            "options": self.options,
-            "learn": save is not None,
-            "closing": await self.generations.closing(values) if save else "",
-            "save": save,
-            **self.structure.arguments,
-        }
+        shown = await self.generations.prompt_with_sources(slot, body, question, prompt)
         if instructions:  # they are for this response only
-            arguments["kept"] = self.generations.chat_prompt(messages, values, "input", tools)
+            shown = shown._replace(kept=self.generations.chat_prompt(messages, values, "input", tools))
+        wanted = GenerateRequest(
+            *shown,
+            max_tokens=body.max_output_tokens or DEFAULT_TOKENS,
+            stop=self.generations.settings.chat.stop,
+            sampling=self.options,
+            learn=save is not None,
+            closing=await self.generations.closing(values) if save else "",
+            save=save,
+            grammar=self.structure.grammar,
+            tools=self.structure.digest,
+        )
         answer, last = Answer(self.structure.form, self.calls), None
-        async with aclosing(self.generations.start(self.request, [arguments])) as chunks:
+        async with aclosing(self.generations.start(self.request, slot, [wanted])) as chunks:
             async for _, chunk in chunks:
                 if last is None:
                     self.sources, self.notebook = chunk.sources, slot.record.id if slot else None

@@ -90,7 +90,7 @@ class StreamOptions(RequestModel):
     include_usage: bool = False
 
 
-class GenerationRequest(SamplingRequest):
+class BaseCompletionRequest(SamplingRequest):
     """How to generate; at most 200 tokens by default.
 
     learn: make prompt and generated text part of the session.
@@ -107,7 +107,7 @@ class GenerationRequest(SamplingRequest):
     learn: bool | None = None
 
     @model_validator(mode="after")
-    def _check_combinations(self) -> "GenerationRequest":
+    def _check_combinations(self) -> "BaseCompletionRequest":
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             message = "max_tokens and max_completion_tokens mean the same; omit one of them."
             raise contradiction("max_completion_tokens", message)
@@ -147,7 +147,7 @@ class GenerationRequest(SamplingRequest):
         )
 
 
-class SessionCompletionRequest(GenerationRequest):
+class SessionCompletionRequest(BaseCompletionRequest):
     """Continue `prompt`, texts or token ids, which follows what the session has read.
 
     logprobs: tell the log-probability of every token, and of this many of the likeliest tokens in its place. echo:

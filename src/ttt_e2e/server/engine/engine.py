@@ -6,17 +6,16 @@ takes its current version and waits for nobody.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from typing import Literal
 
 import numpy as np
 
 from ttt_e2e.data.text import short_chunks
 from ttt_e2e.inference.divergence import Diverged
-from ttt_e2e.inference.grammar import Grammar, GrammarCompiler
-from ttt_e2e.inference.pool_requests import Done, PromptLogprobs, Token
-from ttt_e2e.inference.sampling import SamplingOptions, check_max_tokens
+from ttt_e2e.inference.grammar import GrammarCompiler
+from ttt_e2e.inference.pool_requests import Done, Event
+from ttt_e2e.inference.sampling import check_max_tokens
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import SessionPool
@@ -30,6 +29,7 @@ from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
 from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_sources
 from ttt_e2e.server.engine.records import (
     ChatPrompt,
+    GenerateRequest,
     Prompt,
     PromptTooLongError,
     ReadProgress,
@@ -160,24 +160,9 @@ class Engine:
             yield reading.finished(summary)
 
     async def generate(
-        self,
-        slot: SessionSlot | None,
-        prompt: Prompt | ChatPrompt,
-        *,
-        max_tokens: int = 200,
-        stop: Sequence[str] = (),
-        options: SamplingOptions,
-        learn: bool = False,
-        closing: Prompt = "",
-        kept: Prompt | ChatPrompt | None = None,
-        save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None,
-        logprobs: int | None = None,
-        echo: bool = False,
-        grammar: Grammar | None = None,
-        tools: str = "",
-        limit: asyncio.Semaphore | None = None,
+        self, slot: SessionSlot | None, request: GenerateRequest, limit: asyncio.Semaphore | None = None
     ) -> AsyncIterator[TextChunk]:
-        """Generate text after what a session has read and `prompt`.
+        """Generate text after what a session has read and the prompt.
 
         The session does not change unless `learn` is set: then the model learns from what it writes, and prompt and
         generated text become part of the session, which is saved before the last TextChunk is yielded. If that chunk is
@@ -185,76 +170,63 @@ class Engine:
 
         Args:
             slot: The session; None to start from the prompt alone.
-            prompt: A prompt, or a function that returns that of a conversation, given what the session holds. Its ids
-                for a session without a text begin that text, in place of BOS.
-            max_tokens, stop, options: Limit of generated tokens, strings before which the text ends, and sampling.
-            closing: What the session reads after the generated text, with `learn`.
-            kept: With `learn`, what becomes part of the session in place of `prompt`, such as the prompt without the
-                passages that were put before it; a prompt or a function, as for `prompt`.
-            save: With `learn`, an async function that is called with the new version of the session, the whole text
-                and the last TextChunk. The session itself is then not replaced, and other requests need not wait.
-            logprobs: Give every token its log-probability, and this many of the likeliest tokens in its place.
-            echo: Begin the text with the prompt, which must not be a function. Not with both `logprobs` and `learn`.
-            grammar: What the text must match; it ends once it is complete.
-            tools: A digest of the functions that the prompt, a function, names.
+            request: What to generate.
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
         Raises UserError for values out of range, PromptTooLongError if `echo` and `logprobs` would tell too much,
         LimitReachedError if prompt, `max_tokens` and, with `learn`, the session are too long together, and Diverged.
         """
-        replaced = slot if learn and save is None else None
-        check_max_tokens(max_tokens)
+        check_max_tokens(request.max_tokens)
+        learn = request.learn
+        replaced = slot if learn and request.save is None else None
         changing = self.sessions.changing(replaced) if replaced else nullcontext()
         async with self._request(), changing, limit or nullcontext():
             session = await self.sessions.session(slot, for_change=learn) if slot else self._template
-            kept_ids = None
-            if learn and kept is not None:
-                _, kept_ids = await asyncio.to_thread(self._begin, session, kept, tools)
-            session, ids = await asyncio.to_thread(self._begin, session, prompt, tools)
-            closing_ids, num_prompt_tokens = self._encode(closing), len(ids)
-            if echo and logprobs is not None and len(ids) * (logprobs + 1) > _MAX_PROMPT_LOGPROBS:
-                raise PromptTooLongError(len(ids), _MAX_PROMPT_LOGPROBS // (logprobs + 1))
-            length = (num_tokens(session) if learn else 0) + len(ids) + max_tokens + len(closing_ids)
-            self.sessions.check_length(length)
-            context = np.concatenate((session.state().pending, ids))
-            texts = None if logprobs is None else self._token_texts
-            written = GeneratedText(self._tokenizer, stop, context, num_prompt_tokens, texts)
-            echoed = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-            if learn and kept_ids is None:
+            unread = np.array([], np.int64)  # what the session is to read before the generated text
+            if learn and request.kept is not None:
+                _, unread = await asyncio.to_thread(self._begin, session, request.kept, request.tools)
+            session, ids = await asyncio.to_thread(self._begin, session, request.prompt, request.tools)
+            closing = self._encode(request.closing)
+            self._check_lengths(session, request, len(ids), len(closing))
+
+            written = GeneratedText(request, session.state().pending, ids, self._tokenizer, self._token_texts)
+            learn_from_writing = learn and request.kept is None
+            if learn_from_writing:
                 session, ids = await self._after_reading(slot, session, ids), ids[:0]
-            reason: Literal["stop", "length"] | None = None
+            matcher = request.grammar.matcher() if request.grammar else None
             with self._pooled(slot, session) as pooled:
-                request = {"prompt": ids, "max_tokens": max_tokens, "options": options}
-                request |= {"learn_from_writing": learn and kept_ids is None}
-                matcher = grammar.matcher() if grammar else None
-                request |= {"top_logprobs": logprobs, "score_prompt": echo, "matcher": matcher}
-                pooled.submit(SessionPool.submit_generate, **request)
-                while reason is None:
+                pooled.submit(
+                    SessionPool.submit_generate,
+                    prompt=ids,
+                    max_tokens=request.max_tokens,
+                    options=request.sampling,
+                    learn_from_writing=learn_from_writing,
+                    top_logprobs=request.logprobs,
+                    score_prompt=request.echo,
+                    matcher=matcher,
+                )
+                event: Event | None = None
+                while not (written.stopped or isinstance(event, Done)):
                     event = await pooled.next_event()
-                    if isinstance(event, PromptLogprobs):
-                        written.add_prompt(event.logprobs)
-                        continue
-                    if echo:
-                        yield written.echo(echoed)
-                        echo = False
-                    if isinstance(event, Done):
-                        complete = written.num_tokens < max_tokens or (matcher is not None and matcher.complete)
-                        reason = "stop" if complete else "length"
-                    elif isinstance(event, Token):
-                        chunk = written.add(event)
-                        reason = "stop" if written.stopped else None
-                        if chunk:
-                            yield chunk
-            last = written.end(reason)
+                    for chunk in written.add(event):
+                        yield chunk
+            complete = written.stopped or written.num_tokens < request.max_tokens or (matcher and matcher.complete)
+            last = written.end("stop" if complete else "length")
+
             if learn:
-                unread = () if kept_ids is None else kept_ids
-                learned = np.array([*unread, *written.learned_tokens(), *closing_ids], np.int64)
+                learned = np.array([*unread, *written.learned_tokens(), *closing], np.int64)
                 session = await self._after_reading(slot, session, learned)
-                if save:
-                    await save(session, written.whole, last)
+                if request.save:
+                    await request.save(session, written.whole, last)
                 elif replaced:
                     await self.sessions.replace(replaced, session)
             yield last
+
+    async def count_prompt(self, slot: SessionSlot | None, prompt: Prompt | ChatPrompt, tools: str = "") -> int:
+        """How many tokens of the prompt `generate` would read; arguments as in `GenerateRequest`."""
+        async with self._request():
+            session = await self.sessions.session(slot) if slot else self._template
+            return len((await asyncio.to_thread(self._begin, session, prompt, tools))[1])
 
     @asynccontextmanager
     async def _request(self) -> AsyncIterator[None]:
@@ -295,12 +267,6 @@ class Engine:
                 pass
             return await pooled.leave()
 
-    async def count_prompt(self, slot: SessionSlot | None, prompt: Prompt | ChatPrompt, tools: str = "") -> int:
-        """How many tokens of the prompt `generate` would read; arguments as there."""
-        async with self._request():
-            session = await self.sessions.session(slot) if slot else self._template
-            return len((await asyncio.to_thread(self._begin, session, prompt, tools))[1])
-
     def _begin(self, session: Session, prompt: Prompt | ChatPrompt, tools: str) -> tuple[Session, np.ndarray]:
         """The session in which the prompt begins, and the ids of the prompt, which it has not read."""
         if callable(prompt):
@@ -310,6 +276,15 @@ class Engine:
         if not isinstance(prompt, str) and len(ids) and ids[0] == self._tokenizer.bos:
             session = without_bos(session)  # the ids are those of a whole text
         return session, ids
+
+    def _check_lengths(self, session: Session, request: GenerateRequest, num_prompt: int, num_closing: int) -> None:
+        """Raise PromptTooLongError or LimitReachedError as `generate` does; prompt and closing have so many tokens."""
+        if request.echo and request.logprobs is not None:
+            most = _MAX_PROMPT_LOGPROBS // (request.logprobs + 1)
+            if num_prompt > most:
+                raise PromptTooLongError(num_prompt, most)
+        length = num_tokens(session) if request.learn else 0
+        self.sessions.check_length(length + num_prompt + request.max_tokens + num_closing)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else np.array(prompt, np.int64)

@@ -1,16 +1,16 @@
 """A generated text while its tokens come: what of it is given out when, with log-probabilities, and what is learned."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Literal
 
 import numpy as np
 
 from ttt_e2e.data.tokenizer import Tokenizer
-from ttt_e2e.inference.pool_requests import Token
+from ttt_e2e.inference.pool_requests import Event, PromptLogprobs, Token
 from ttt_e2e.inference.sampling import TokenLogprob
 from ttt_e2e.inference.text_stream import TextStream
-from ttt_e2e.server.engine.records import LoggedToken, TextChunk
+from ttt_e2e.server.engine.records import GenerateRequest, LoggedToken, TextChunk
 
 _ANCHOR = "a"  # some tokenizers drop the space of the first token
 
@@ -37,24 +37,28 @@ class TokenTexts:
 
 
 class GeneratedText:
-    """The chunks of a text whose tokens are added.
+    """The chunks of a text that is generated, of which the first has the sources.
 
     Args:
-        tokenizer, stop, context: as for `TextStream`.
-        prompt_tokens: for the chunks.
-        token_texts: None for no log-probabilities.
+        request: what it is generated for.
+        before, ids: the tokens that come before the prompt, of which the last few are enough, and those of the prompt.
+        tokenizer, token_texts: of the model.
     """
 
     def __init__(
         self,
+        request: GenerateRequest,
+        before: np.ndarray,
+        ids: np.ndarray,
         tokenizer: Tokenizer,
-        stop: Sequence[str],
-        context: np.ndarray,
-        prompt_tokens: int,
-        token_texts: TokenTexts | None,
+        token_texts: TokenTexts,
     ) -> None:
-        self._stream = TextStream(tokenizer, stop, context)
-        self._prompt_tokens, self._token_texts = prompt_tokens, token_texts
+        self._stream = TextStream(tokenizer, request.stop, np.concatenate((before, ids)))
+        self._prompt_tokens, self._sources = len(ids), request.sources
+        self._token_texts = None if request.logprobs is None else token_texts
+        self._echo: str | None = None  # the prompt, until it is given out
+        if request.echo:
+            self._echo = request.prompt if isinstance(request.prompt, str) else tokenizer.decode(ids)
         self._tokens: list[int] = []
         self._complete = 0  # how many of the tokens have been given out as text entirely
         self._logprobs: list[TokenLogprob] = []  # of tokens in the order of the text; those given out are removed
@@ -70,24 +74,27 @@ class GeneratedText:
         """Whether a stop string has ended the text."""
         return self._stream.stopped_by is not None
 
-    def add_prompt(self, logprobs: Sequence[TokenLogprob]) -> None:
-        """Add log-probabilities of the prompt, which is given out by `echo`."""
-        self._logprobs += logprobs
+    def add(self, event: Event) -> Iterator[TextChunk]:
+        """Add what an event tells; yields the text that cannot change any more, if there is any.
 
-    def echo(self, prompt: str) -> TextChunk:
-        """The prompt as a chunk."""
-        return self._chunk(prompt, None, len(self._logprobs))
-
-    def add(self, event: Token) -> TextChunk | None:
-        """Add a token; returns the chunk of the text that cannot change any more, if there is any."""
-        self._tokens.append(event.token)
-        if event.logprob:
-            self._logprobs.append(event.logprob)
-        text = self._stream.add(event.token)
-        if not self._stream.has_pending:
-            self._complete = len(self._tokens)
-        self.whole += text
-        return self._chunk(text, None, self._num_logged(self._complete)) if text else None
+        The prompt, if it is to be given out, comes once all its log-probabilities have been added.
+        """
+        if isinstance(event, PromptLogprobs):
+            self._logprobs += event.logprobs
+            return
+        if self._echo is not None:
+            yield self._chunk(self._echo, None, len(self._logprobs))
+            self._echo = None
+        if isinstance(event, Token):
+            self._tokens.append(event.token)
+            if event.logprob:
+                self._logprobs.append(event.logprob)
+            text = self._stream.add(event.token)
+            if not self._stream.has_pending:
+                self._complete = len(self._tokens)
+            self.whole += text
+            if text:
+                yield self._chunk(text, None, self._num_logged(self._complete))
 
     def end(self, reason: Literal["stop", "length"]) -> TextChunk:
         """The last chunk. Log-probabilities of tokens that a stop string has cut are left out."""
@@ -108,9 +115,11 @@ class GeneratedText:
         """How many log-probabilities there are up to the first `tokens` tokens."""
         return max(0, len(self._logprobs) - (len(self._tokens) - tokens))
 
-    def _chunk(self, text: str, reason: Literal["stop", "length"] | None, logged: int) -> TextChunk:
+    def _chunk(self, text: str, reason: Literal["stop", "length"] | None, num_logged: int) -> TextChunk:
         tokens, stop = len(self._tokens), self._stream.stopped_by if reason else None
-        if self._token_texts is None:
-            return TextChunk(text, reason, self._prompt_tokens, tokens, stop)
-        told, self._logprobs = self._logprobs[:logged], self._logprobs[logged:]
-        return TextChunk(text, reason, self._prompt_tokens, tokens, stop, self._token_texts.describe(told))
+        sources, self._sources = self._sources, None
+        logprobs = None
+        if self._token_texts is not None:
+            told, self._logprobs = self._logprobs[:num_logged], self._logprobs[num_logged:]
+            logprobs = self._token_texts.describe(told)
+        return TextChunk(text, reason, self._prompt_tokens, tokens, stop, logprobs, sources)

@@ -1,10 +1,13 @@
 """What the engine takes and returns, and the errors it raises. The HTTP API sends summaries and progress unchanged."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.grammar import Grammar
+from ttt_e2e.inference.sampling import SamplingOptions
+from ttt_e2e.inference.session import Session
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -189,3 +192,49 @@ class TextChunk:
     stop: str | None = None
     logprobs: tuple[LoggedToken, ...] | None = None
     sources: tuple[Source, ...] | None = None
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A text that `Engine.generate` is to generate after what a session has read."""
+
+    prompt: Prompt | ChatPrompt
+    """Its ids for a session without a text begin that text, in place of BOS."""
+
+    kept: Prompt | ChatPrompt | None = None
+    """With `learn`, what becomes part of the session in place of `prompt`, such as the prompt without the passages that
+    were put before it."""
+
+    sources: tuple[Source, ...] | None = None
+    """These passages, for the first chunk."""
+
+    max_tokens: int = 200
+    """Limit of generated tokens."""
+
+    stop: Sequence[str] = ()
+    """Strings before which the text ends."""
+
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """How tokens are drawn."""
+
+    learn: bool = False
+    """Whether prompt and text become part of the session."""
+
+    closing: Prompt = ""
+    """What the session reads after the text, with `learn`."""
+
+    save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None
+    """With `learn`, an async function that is called with the new version of the session, the whole text and the last
+    chunk. The session itself is then not replaced, and other requests need not wait."""
+
+    logprobs: int | None = None
+    """Give every token its log-probability, and this many of the likeliest tokens in its place."""
+
+    echo: bool = False
+    """Begin the text with the prompt, which must not be a function. Not with both `logprobs` and `learn`."""
+
+    grammar: Grammar | None = None
+    """What the text must match; it ends once it is complete."""
+
+    tools: str = ""
+    """A digest of the functions that the prompt, a function, names."""
