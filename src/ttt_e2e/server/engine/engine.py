@@ -162,7 +162,7 @@ class Engine:
     async def generate(
         self, slot: SessionSlot | None, request: GenerateRequest, limit: asyncio.Semaphore | None = None
     ) -> AsyncIterator[TextChunk]:
-        """Generate text after what a session has read and the prompt.
+        """Generate text after what a session has read, and then the prompt.
 
         The session does not change unless `learn` is set: then the model learns from what it writes, and prompt and
         generated text become part of the session, which is saved before the last TextChunk is yielded. If that chunk is
@@ -189,7 +189,7 @@ class Engine:
             closing = self._encode(request.closing)
             self._check_lengths(session, request, len(ids), len(closing))
 
-            written = GeneratedText(request, session.state().pending, ids, self._tokenizer, self._token_texts)
+            written = GeneratedText(request, session.state().pending, ids, self._token_texts)
             learn_from_writing = learn and request.kept is None
             if learn_from_writing:
                 session, ids = await self._after_reading(slot, session, ids), ids[:0]
@@ -279,10 +279,9 @@ class Engine:
 
     def _check_lengths(self, session: Session, request: GenerateRequest, num_prompt: int, num_closing: int) -> None:
         """Raise PromptTooLongError or LimitReachedError as `generate` does; prompt and closing have so many tokens."""
-        if request.echo and request.logprobs is not None:
-            most = _MAX_PROMPT_LOGPROBS // (request.logprobs + 1)
-            if num_prompt > most:
-                raise PromptTooLongError(num_prompt, most)
+        most = _MAX_PROMPT_LOGPROBS // (1 + (request.logprobs or 0))
+        if request.echo and request.logprobs is not None and num_prompt > most:
+            raise PromptTooLongError(num_prompt, most)
         length = num_tokens(session) if request.learn else 0
         self.sessions.check_length(length + num_prompt + request.max_tokens + num_closing)
 

@@ -19,13 +19,13 @@ class TokenTexts:
     """What single tokens are as text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._anchor = tokenizer, tokenizer.encode(_ANCHOR).tolist()
+        self.tokenizer, self._anchor = tokenizer, tokenizer.encode(_ANCHOR).tolist()
         self._texts = {id: text for text, id in tokenizer.special.items()}
 
     def text(self, token: int) -> str:
         """The text of a token; of a part of a character U+FFFD, and of a special token its name."""
         if token not in self._texts:
-            self._texts[token] = self._tokenizer.decode([*self._anchor, token]).removeprefix(_ANCHOR)
+            self._texts[token] = self.tokenizer.decode([*self._anchor, token]).removeprefix(_ANCHOR)
         return self._texts[token]
 
     def describe(self, logprobs: Sequence[TokenLogprob]) -> tuple[LoggedToken, ...]:
@@ -42,17 +42,11 @@ class GeneratedText:
     Args:
         request: what it is generated for.
         before, ids: the tokens that come before the prompt, of which the last few are enough, and those of the prompt.
-        tokenizer, token_texts: of the model.
+        token_texts: of the model's tokens.
     """
 
-    def __init__(
-        self,
-        request: GenerateRequest,
-        before: np.ndarray,
-        ids: np.ndarray,
-        tokenizer: Tokenizer,
-        token_texts: TokenTexts,
-    ) -> None:
+    def __init__(self, request: GenerateRequest, before: np.ndarray, ids: np.ndarray, token_texts: TokenTexts) -> None:
+        tokenizer = token_texts.tokenizer
         self._stream = TextStream(tokenizer, request.stop, np.concatenate((before, ids)))
         self._prompt_tokens, self._sources = len(ids), request.sources
         self._token_texts = None if request.logprobs is None else token_texts
@@ -94,7 +88,7 @@ class GeneratedText:
                 self._complete = len(self._tokens)
             self.whole += text
             if text:
-                yield self._chunk(text, None, self._num_logged(self._complete))
+                yield self._chunk(text, None, self._logged(self._complete))
 
     def end(self, reason: Literal["stop", "length"]) -> TextChunk:
         """The last chunk. Log-probabilities of tokens that a stop string has cut are left out."""
@@ -104,22 +98,21 @@ class GeneratedText:
             kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         rest = self._stream.flush()
         self.whole += rest
-        return self._chunk(rest, reason, self._num_logged(kept))
+        return self._chunk(rest, reason, self._logged(kept))
 
     def learned_tokens(self) -> list[int]:
         """The tokens of the text that was given out; one that was cut is encoded anew."""
         partly = self._stream.emitted_tokens() if self._complete < len(self._tokens) else []
         return [*self._tokens[: self._complete], *partly]
 
-    def _num_logged(self, tokens: int) -> int:
+    def _logged(self, tokens: int) -> int:
         """How many log-probabilities there are up to the first `tokens` tokens."""
         return max(0, len(self._logprobs) - (len(self._tokens) - tokens))
 
-    def _chunk(self, text: str, reason: Literal["stop", "length"] | None, num_logged: int) -> TextChunk:
+    def _chunk(self, text: str, reason: Literal["stop", "length"] | None, logged: int) -> TextChunk:
         tokens, stop = len(self._tokens), self._stream.stopped_by if reason else None
         sources, self._sources = self._sources, None
-        logprobs = None
-        if self._token_texts is not None:
-            told, self._logprobs = self._logprobs[:num_logged], self._logprobs[num_logged:]
-            logprobs = self._token_texts.describe(told)
-        return TextChunk(text, reason, self._prompt_tokens, tokens, stop, logprobs, sources)
+        if self._token_texts is None:
+            return TextChunk(text, reason, self._prompt_tokens, tokens, stop, None, sources)
+        told, self._logprobs = self._logprobs[:logged], self._logprobs[logged:]
+        return TextChunk(text, reason, self._prompt_tokens, tokens, stop, self._token_texts.describe(told), sources)

@@ -198,43 +198,18 @@ class TextChunk:
 class GenerateRequest:
     """A text that `Engine.generate` is to generate after what a session has read."""
 
-    prompt: Prompt | ChatPrompt
-    """Its ids for a session without a text begin that text, in place of BOS."""
-
-    kept: Prompt | ChatPrompt | None = None
-    """With `learn`, what becomes part of the session in place of `prompt`, such as the prompt without the passages that
-    were put before it."""
-
-    sources: tuple[Source, ...] | None = None
-    """These passages, for the first chunk."""
-
-    max_tokens: int = 200
-    """Limit of generated tokens."""
-
-    stop: Sequence[str] = ()
-    """Strings before which the text ends."""
-
+    prompt: Prompt | ChatPrompt  # its ids begin the text of an empty session, in place of BOS
+    kept: Prompt | ChatPrompt | None = None  # what is learned in place of `prompt`, which has passages, say
+    sources: tuple[Source, ...] | None = None  # the passages in the prompt, for the first chunk
+    max_tokens: int = 200  # limit of generated tokens
+    stop: Sequence[str] = ()  # strings before which the text ends
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """How tokens are drawn."""
-
-    learn: bool = False
-    """Whether prompt and text become part of the session."""
-
-    closing: Prompt = ""
-    """What the session reads after the text, with `learn`."""
-
+    learn: bool = False  # make prompt and text part of the session
+    closing: Prompt = ""  # what the session reads after the text, with `learn`
+    # With `learn`, called with the new version of the session, the whole text and the last chunk. The session itself is
+    # then not replaced, and other requests need not wait.
     save: Callable[[Session, str, TextChunk], Awaitable[object]] | None = None
-    """With `learn`, an async function that is called with the new version of the session, the whole text and the last
-    chunk. The session itself is then not replaced, and other requests need not wait."""
-
-    logprobs: int | None = None
-    """Give every token its log-probability, and this many of the likeliest tokens in its place."""
-
-    echo: bool = False
-    """Begin the text with the prompt, which must not be a function. Not with both `logprobs` and `learn`."""
-
-    grammar: Grammar | None = None
-    """What the text must match; it ends once it is complete."""
-
-    tools: str = ""
-    """A digest of the functions that the prompt, a function, names."""
+    logprobs: int | None = None  # tell them of every token, and of this many of the likeliest in its place
+    echo: bool = False  # begin with the prompt, which must not be a function; not with `logprobs` and `learn`
+    grammar: Grammar | None = None  # what the text must match; it ends once it is complete
+    tools: str = ""  # a digest of the functions that the prompt, a function, names

@@ -18,9 +18,8 @@ class TextReading:
 
     Args:
         pooled: the session.
-        batches: the tokens of the text, some at a time, and how many bytes of text they are; taken in a thread.
-        unscored: how many tokens the session had pending before; their losses come first, and are not those of the
-            text.
+        batches: the tokens of the text, some at a time, and how many bytes of it they are; taken in a thread.
+        unscored: how many tokens the session had pending; their losses come first, and are not those of the text.
     """
 
     def __init__(self, pooled: PooledSession, batches: Iterator[tuple[np.ndarray, int]], unscored: int) -> None:
