@@ -195,7 +195,7 @@ def _predict(model: Transformer, rows: list[_Row], dtype: torch.dtype) -> None:
     """Read every text to its end without learning, and keep the logits that are wanted there."""
     ends = [(row.text.end, row.new) if row.text.end else (row.text.border, row.text.pending) for row in rows]
     given = [(row, start, ids) for row, (start, ids) in zip(rows, ends, strict=True) if len(ids)]
-    for some in _groups(given, lambda one: (len(one[2]), one[1].batch.kind_and_slots[0])):
+    for some in _groups(given, lambda one: (len(one[2]), one[1].batch.kind_and_cache_lengths[0])):
         group, starts, ids = zip(*some, strict=True)
         after = _read(model, gather(starts), ids, {row: row.wanted for row in group}, dtype)
         for i, row in enumerate(group):

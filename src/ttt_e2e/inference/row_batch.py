@@ -46,8 +46,8 @@ class BatchedState:
         return tuple(tuple(t.shape[1:]) for t in self.state.tensors())
 
     @cached_property
-    def kind_and_slots(self) -> tuple[Hashable, tuple[int, ...]]:
-        """The mixers' states: the shapes of all but caches, and the number of slots of each cache.
+    def kind_and_cache_lengths(self) -> tuple[Hashable, tuple[int, ...]]:
+        """The mixers' states: the shapes of all but caches, and the length of each cache, in slots.
 
         Rows of one kind can be read in one call if nothing is learned.
         """

@@ -4,7 +4,7 @@ Each gives what it would give alone, up to rounding: sums run in another order. 
 
 Rows share a call if they take the same number of tokens and their states have the same shapes, wherever they are in
 their texts: all with a full window do, and all whose mixers are recurrent. To generate, where nothing is learned, the
-caches of a shorter text get empty slots in front.
+caches of a shorter text are padded in front.
 
 When rows learn, the state after a mini-batch takes the memory of the one before it: moving what 16 texts have learned
 would take longer than learning it. Now and then they are copied nevertheless, and the copy is the checkpoint that a
@@ -217,8 +217,8 @@ class SessionPool:
         for (tokens, state), some in states.items():
             some.sort(key=lambda slot: slot.sequence.row.row_index)
             # Caches in a call differ by less than a factor of two: a short text does not bear the cost of a long one.
-            kind, slots_of_caches = state.kind_and_slots
-            lengths = tuple(count.bit_length() for count in slots_of_caches)
+            kind, cache_lengths = state.kind_and_cache_lengths
+            lengths = tuple(length.bit_length() for length in cache_lengths)
             alike = state.shapes if tokens > self._mini_batch_size else (kind, lengths)
             open_batches = batches.setdefault((tokens, alike), [])
             room = next((batch for batch in open_batches if len(batch) + len(some) <= self.max_batch), None)
