@@ -11,7 +11,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from engine_helpers import TEMPLATE, TOKENIZER
 from pydantic import BaseModel
-from server_helpers import served
+from server_helpers import PATIENCE, served
 from tool_families import SHORT_CHAT
 
 from ttt_e2e.server.engine.engine import Engine
@@ -31,6 +31,9 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": NOTHING}}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLED = [*HELLO, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "1", "content": "5"}]
 CLAUDES = [{"name": "f", "input_schema": NOTHING}]
+HOT: dict[str, Any] = {"temperature": 2, "top_p": 1, "seed": 1}  # soon draws the end of the text
+THOUGHT = [{"type": "thinking", "thinking": "Hm", "signature": "x"}, {"type": "redacted_thinking", "data": "x"}]
+REASONED = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm"}], "content": []}
 IMAGE = "data:image/png;base64,AAAA"
 Client = Any
 
@@ -114,6 +117,20 @@ def used(client: Client) -> Any:
     return first.stop_reason == "tool_use" and message(client, tools=CLAUDES, messages=[*HELLO, *said])
 
 
+def reasoned(client: Client) -> Any:
+    said = [*HELLO, {"role": "assistant", "content": "Yes"}, *HELLO]
+    first, second = (respond(client, input=[*HELLO, *more, *said[1:]]) for more in ((REASONED,), ()))
+    kept = client.responses.input_items.list(first.id).data
+    return first.usage.input_tokens == second.usage.input_tokens and len(kept) == 3
+
+
+def thought(client: Client) -> Any:
+    block = {"type": "text", "text": "Yes"}
+    answers = ({"role": "assistant", "content": content} for content in ([*THOUGHT, block], [block]))
+    first, second = (message(client, messages=[*HELLO, answer, *HELLO]) for answer in answers)
+    return first.usage.input_tokens == second.usage.input_tokens
+
+
 def put_together(client: Client) -> Any:
     with client.messages.stream(**M, messages=HELLO, max_tokens=2) as stream:
         return stream.get_final_message()
@@ -137,6 +154,9 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     ),
     "`completions.create(suffix=)`": lambda c: text(c, suffix="x"),
     "`chat.completions.create`": chat,
+    "`chat.completions.create(max_completion_tokens=64000)`": lambda c: (
+        chat(c, max_completion_tokens=64000, **HOT).choices[0].finish_reason == "stop"
+    ),
     "`chat.completions.create(stream=True)`": lambda c: (
         {choice.index for chunk in chat(c, stream=True, n=2) for choice in chunk.choices} == {0, 1}
     ),
@@ -165,6 +185,9 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     ),
     "`chat.completions.create(modalities=)`, audio": lambda c: chat(c, modalities=["text", "audio"]),
     "`responses.create`": lambda c: respond(c, metadata={"a": "b"}, temperature=0.5, top_p=0.9),
+    "`responses.create(max_output_tokens=64000)`": lambda c: (
+        respond(c, max_output_tokens=64000, extra_body=HOT).status == "completed"
+    ),
     "`responses.create(stream=True)`": lambda c: (
         types(respond(c, stream=True))[-1] == "response.incomplete"  # after the two tokens that it may have
     ),
@@ -189,6 +212,7 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
         in types(respond(c, tools=[TOOL], tool_choice="required", max_output_tokens=99, stream=True))
     ),
     "`responses.create`, a `function_call_output`": result,
+    "`responses.create`, `reasoning` of an earlier answer": reasoned,
     "`responses.create(tools=)`, a tool of OpenAI's": lambda c: respond(c, tools=[{"type": "web_search"}]),
     "`responses.create(reasoning=)`": lambda c: respond(c, reasoning={"effort": "low"}),
     "`responses.create(background=True)`": lambda c: respond(c, background=True),
@@ -209,6 +233,12 @@ ANTHROPIC: dict[str, Callable[[Client], Any]] = {
     "`messages.create`": lambda c: message(c, system="Be kind.", stop_sequences=["x"]),
     "`messages.create(stream=True)`": lambda c: types(message(c, stream=True))[-1] == "message_stop",
     "`messages.stream`": put_together,
+    "`messages.create(max_tokens=64000, stream=True)`": lambda c: (
+        [*message(c, max_tokens=64000, stream=True, extra_body=HOT)][-2].delta.stop_reason == "end_turn"
+    ),
+    "`messages.create(max_tokens=64000, timeout=)`": lambda c: (
+        message(c, max_tokens=64000, timeout=PATIENCE, stop_sequences=["e"]).stop_reason != "max_tokens"
+    ),
     "`messages.create`, `temperature`, `top_p`, `top_k`": lambda c: message(
         c, extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 5}
     ),
@@ -224,6 +254,7 @@ ANTHROPIC: dict[str, Callable[[Client], Any]] = {
         )
     ),
     "`messages.create`, a `tool_result`": used,
+    "`messages.create`, `thinking` of an earlier answer": thought,
     "`messages.create(tools=)`, a tool of Anthropic's": lambda c: message(
         c, tools=[{"type": "bash_20250124", "name": "bash"}]
     ),

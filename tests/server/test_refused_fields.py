@@ -33,7 +33,7 @@ REFUSED: list[tuple[str, str, list[Any]]] = [
     (RESPONSES, "conversation", [5, "", "conv_0", "resp_" + 32 * "0", {}, {"id": 5}, {"id": "x", "y": 1}]),
     (RESPONSES, "store", ["yes", 1]),
     (RESPONSES, "stream", ["yes", 1]),
-    (RESPONSES, "max_output_tokens", [0, 16385, "5", 1.5]),
+    (RESPONSES, "max_output_tokens", [0, 131073, "5", 1.5]),
     (RESPONSES, "temperature", [-0.1, 2.1, "1"]),
     (RESPONSES, "top_p", [0, 1.1]),
     (RESPONSES, "metadata", [5, {"a": 5}, {"a" * 65: ""}, {"a": "b" * 513}, {str(i): "" for i in range(17)}]),
@@ -60,14 +60,15 @@ REFUSED: list[tuple[str, str, list[Any]]] = [
     (
         CONVERSATIONS,
         "items",
-        [5, [5], [HELLO[0]] * 21, [{"role": "user", "content": [IMAGE]}], [{"type": "reasoning"}]],
+        [5, [5], [HELLO[0]] * 21, [{"role": "user", "content": [IMAGE]}], [{"type": "compaction"}]],
     ),
     (CONVERSATIONS, "metadata", [5, {"a": 5}]),
     (CONVERSATIONS, "surprise", [1, None]),
     (MESSAGES, "messages", [5, [], [5], [{"role": "tool", "content": "x"}], [{"role": "user"}], [*HELLO, *HELLO, {}]]),
     (MESSAGES, "messages", [[*HELLO, {"role": "assistant", "content": "Hi"}]]),
     (MESSAGES, "messages", [[{"role": "user", "content": [{"type": "image", "source": {}}]}]]),
-    (MESSAGES, "max_tokens", [None, 0, 16385, "5", 1.5]),
+    (MESSAGES, "messages", [[{"role": "user", "content": [{"type": "thinking", "thinking": "Hm", "signature": "x"}]}]]),
+    (MESSAGES, "max_tokens", [None, 0, 131073, "5", 1.5]),
     (MESSAGES, "system", [5, [{"type": "document"}]]),
     (MESSAGES, "stop_sequences", ["x", [""], [5], ["x"] * 17]),
     (MESSAGES, "temperature", [-0.1, 2.1, "1"]),
@@ -171,10 +172,13 @@ def test_combinations(client: TestClient) -> None:
 
 def test_kinds_of_items_are_named(client: TestClient) -> None:
     """A history of another server's answers may hold others."""
-    for kind in ("reasoning", "web_search_call", ""):
+    for kind in ("compaction", "web_search_call", ""):
         body = {"model": "tiny", "input": [*HELLO, {"type": kind}]}
         message = client.post(RESPONSES, json=body).json()["error"]["message"]
-        assert message == "input.1: an item is a message, a function_call or a function_call_output; omit others."
+        assert (
+            message
+            == "input.1: an item is a message, a function_call, a function_call_output or reasoning; omit others."
+        )
 
 
 def test_a_conversation_has_limited_items(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,17 @@ def test_a_conversation_is_a_session_that_reads_its_items_and_responses(anna: An
         anna.conversations.items.delete(found[0].id, conversation_id=conversation.id)
 
 
+def test_reasoning_of_another_model_is_left_out(client: TestClient) -> None:
+    reasoning = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"}
+    items = [reasoning, {"role": "user", "content": HELLO}]
+    id = client.post("/v1/conversations", json={"items": items}).json()["id"]
+    added = client.post(f"/v1/conversations/{id}/items", json={"items": items}).json()["data"]
+    assert [item["type"] for item in added] == ["message"]
+    assert len(client.get(f"/v1/conversations/{id}/items").json()["data"]) == 2
+    error = error_of(client.post("/v1/responses", json={"input": [reasoning]}), 400)
+    assert error["param"] == "input" and "nothing to answer" in error["message"]
+
+
 def test_official_conversations(anna: Any) -> None:
     items = [{"role": role, "content": "x"} for role in ("user", "assistant", "developer")]
     conversation = anna.conversations.create(items=items, metadata={"a": "b"})

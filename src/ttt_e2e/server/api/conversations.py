@@ -18,6 +18,7 @@ from ttt_e2e.server.api.items import (
     Metadata,
     Order,
     index_of,
+    new_items,
     page,
 )
 from ttt_e2e.server.api.schemas import RequestModel
@@ -81,7 +82,7 @@ def routes(engine: Engine) -> APIRouter:
     async def create(request: Request, body: ConversationRequest | None = None) -> Conversation:
         """Create a conversation, which is a session."""
         body = body or ConversationRequest()
-        items = [message.item() for message in body.items or ()]
+        items = new_items(body.items or ())
         document = {"kind": "conversation", "metadata": body.metadata or {}, "items": items, "read": 0}
         made = await engine.sessions.create(request.state.caller.owner, document=to_text(document))
         return _conversation(public_id("conversation", made.id), made.created, document)
@@ -125,7 +126,7 @@ def routes(engine: Engine) -> APIRouter:
     async def add_items(conversation_id: str, body: NewItems, request: Request) -> ItemList:
         """Add messages to a conversation, which the model reads with the next response."""
         slot, _ = await load(request, conversation_id)
-        new = [message.item() for message in body.items]
+        new = new_items(body.items)
         async with engine.sessions.changing(slot):
             _, document = await load(request, conversation_id)
             document["items"] += new

@@ -84,24 +84,39 @@ class InputCallOutput(RequestModel):
         return {"id": f"fco_{secrets.token_hex(16)}", **about}
 
 
+class InputReasoning(RequestModel):
+    """What another model thought before it answered. It is left out, with all its fields."""
+
+    type: Literal["reasoning"]
+
+
+_KINDS = ("function_call", "function_call_output", "reasoning")  # a message need not say that it is one
+
+
 def _kind(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if isinstance(kind, str) and kind not in ("message", "function_call", "function_call_output"):
+    if isinstance(kind, str) and kind not in ("message", *_KINDS):
         return None
-    return kind if kind in ("function_call", "function_call_output") else "message"
+    return kind if kind in _KINDS else "message"
 
 
 InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputCall, Tag("function_call")]
-    | Annotated[InputCallOutput, Tag("function_call_output")],
+    | Annotated[InputCallOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
     Discriminator(
         _kind,
         custom_error_type="item_type",
-        custom_error_message="an item is a message, a function_call or a function_call_output; omit others",
+        custom_error_message="an item is a message, a function_call, a function_call_output or reasoning; omit others",
     ),
 ]
 InputItems = Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+def new_items(given: Sequence[InputItem]) -> list[dict[str, Any]]:
+    """The items of a request with ids of their own, without reasoning."""
+    return [one.item() for one in given if not isinstance(one, InputReasoning)]
 
 
 class ItemPart(BaseModel):

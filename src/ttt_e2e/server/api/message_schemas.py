@@ -67,7 +67,13 @@ class ToolResultBlock(RequestModel):
     cache_control: dict[str, Any] | None = None
 
 
-_Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+class ThinkingBlock(RequestModel):
+    """What another model thought before it answered, in an assistant's message. It is left out, with all its fields."""
+
+    type: Literal["thinking", "redacted_thinking"]
+
+
+_Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock, Field(discriminator="type")]
 
 
 class AnthropicMessage(RequestModel):
@@ -81,8 +87,8 @@ class AnthropicMessage(RequestModel):
     @model_validator(mode="after")
     def _check_blocks(self) -> "AnthropicMessage":
         for block in self.content if isinstance(self.content, list) else ():
-            if isinstance(block, ToolUseBlock) and self.role != "assistant":
-                raise ValueError("tool_use is in an assistant's message only.")
+            if isinstance(block, ToolUseBlock | ThinkingBlock) and self.role != "assistant":
+                raise ValueError(f"{block.type} is in an assistant's message only.")
             if isinstance(block, ToolResultBlock) and self.role != "user":
                 raise ValueError("tool_result is in a user's message only.")
         return self
@@ -94,6 +100,8 @@ class AnthropicMessage(RequestModel):
             if isinstance(block, ToolResultBlock):
                 content = "\n".join(_texts(block.content or ""))
                 messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+                continue
+            if isinstance(block, ThinkingBlock):
                 continue
             if not messages or messages[-1]["role"] != self.role:
                 messages.append({"role": self.role, "content": []})

@@ -14,7 +14,7 @@ from ttt_e2e.server.api.functions import (
     TextFormat,
     make_tools,
 )
-from ttt_e2e.server.api.items import CallItem, InputItems, MessageItem, Metadata, message_item
+from ttt_e2e.server.api.items import CallItem, InputItems, MessageItem, Metadata, message_item, new_items
 from ttt_e2e.server.api.schemas import MAX_TOKENS, RequestModel, SamplingRequest, Text, contradiction
 from ttt_e2e.server.engine.records import Source
 from ttt_e2e.server.tool_calls import Tools
@@ -106,7 +106,7 @@ class ResponseRequest(SamplingRequest):
         """The input as items."""
         if isinstance(self.input, str):
             return [message_item("user", [self.input])]
-        return [item.item() for item in self.input or ()]
+        return new_items(self.input or ())
 
 
 class IncompleteDetails(BaseModel):
