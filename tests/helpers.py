@@ -1,6 +1,7 @@
 """What several tests share: small models and configurations, made-up tokens, altered files."""
 
 import dataclasses
+import gc
 import importlib
 import itertools
 import json
@@ -135,7 +136,12 @@ def start_copy(function: Callable[..., object], *arguments: object) -> BaseProce
     """Call `function` in a copy of this process, which a test can kill; unlike a new one it has imported everything."""
     for late in ("torch._dynamo", "torch.distributed.fsdp"):  # by AdamW and by sharding, and then by every copy anew
         importlib.import_module(late)
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments, daemon=True)
+
+    def copy() -> None:
+        gc.freeze()  # otherwise every full collection goes through all that was imported, and copies its memory
+        function(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=copy, daemon=True)
     process.start()
     return process
 
