@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ settings.load_profile("ours")
 
 # A shell without job control ignores it for background processes, and Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Hundreds of thousands of objects that stay were imported: to go through them as often as usual is 5 % of the time.
+gc.set_threshold(50_000, 20, 20)
 
 # Small tensors: threads would only wait for each other.
 torch.set_num_threads(1)
