@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ttt_e2e.cli.common import model_folder
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.inference.grammar import Grammar, GrammarCompiler, Matcher, json_rule
 from ttt_e2e.inference.load import load_model
 from ttt_e2e.inference.pool_requests import Token
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load_model(model_folder(arguments.model))
+    model, tokenizer = load_model(find_model(arguments.model))
     session, compiler = Session(model, tokenizer), GrammarCompiler(tokenizer, model.config.vocab_size)
     function = Function("weather", None, {"type": "object", "properties": {"city": {"type": "string"}}}, "")
     for name, text in (

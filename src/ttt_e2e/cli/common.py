@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ttt_e2e.convert.learning import LearningOptions
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.errors import UserError
 from ttt_e2e.units import amount, part, whole
 
@@ -82,9 +83,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         action="store_true", help="let training learn the inner learning rate of every fast matrix (default: one rate)"
     ),
 }
-SMOLLM2 = "smollm2"
-"""The name of a model, wherever a model folder can be given; see `convert.smollm2`."""
-
 LEARNING = ("window", "suffix", "mini-batch", "inner-lr", "fast", "fast-share", "fast-rank", "learned-lr")
 
 
@@ -109,15 +107,6 @@ def learning_options(arguments: argparse.Namespace) -> LearningOptions:
     )
 
 
-def model_folder(path: Path | None, progress: bool = False) -> Path | None:
-    """The model folder that --model means: a path, or the name of a model that an installed package has."""
-    if str(path) != SMOLLM2 or Path(SMOLLM2).exists():
-        return path
-    from ttt_e2e.convert.smollm2 import smollm2_folder
-
-    return smollm2_folder(progress)
-
-
 def open_model(arguments: argparse.Namespace, dtype: str | None = None) -> "tuple[Transformer, Tokenizer]":
     """The model that --model names, on --device, and its tokenizer; for products in `dtype`, by default --dtype."""
     import torch
@@ -128,7 +117,7 @@ def open_model(arguments: argparse.Namespace, dtype: str | None = None) -> "tupl
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    folder = model_folder(arguments.model, progress=not getattr(arguments, "quiet", False))
+    folder = find_model(arguments.model, progress=not getattr(arguments, "quiet", False))
     return load_model(folder, choose_device(arguments.device), DTYPES[dtype or arguments.dtype or "float32"])
 
 

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ttt_e2e.cli.common import LEARNING, add_options, learning_options, model_folder
+from ttt_e2e.cli.common import LEARNING, add_options, learning_options
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import expand_user, lock_beside
 from ttt_e2e.units import natural
@@ -175,6 +176,6 @@ def _convert(arguments: argparse.Namespace) -> None:
             from ttt_e2e.hf.export import convert_to_hf
         except ImportError as error:
             raise UserError('Writing for transformers needs that library: pip install "ttt-e2e[hf]".') from error
-        folder = model_folder(source) or source
+        folder = find_model(source) or source
         count = convert_to_hf(folder, out, plain=arguments.plain)
         print(f"{out}: {count:,} parameters, for transformers")

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ttt_e2e.cli.common import add_options, model_folder, open_session
+from ttt_e2e.cli.common import add_options, open_session
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_beside, read_json
 from ttt_e2e.units import whole
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     base = arguments.base
     if base is None:
-        notes = read_json((model_folder(arguments.model) or shipped_model()) / "config.json").get("notes", {})
+        notes = read_json((find_model(arguments.model) or shipped_model()) / "config.json").get("notes", {})
         base = notes.get("source")
         if notes.get("source_family") not in _SAME or Path(str(base)).is_file():
             raise UserError(

@@ -5,8 +5,9 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_e2e.cli.common import add_options, model_folder, print_json
+from ttt_e2e.cli.common import add_options, print_json
 from ttt_e2e.config.parse import flatten
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.files import read_json
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ttt_e2e.inference.session_file import session_facts
     from ttt_e2e.model.checkpoint import load_transformer, model_digest
 
-    path = model_folder(arguments.path) or shipped_model()
+    path = find_model(arguments.path) or shipped_model()
     if path.is_file():
         facts = {"kind": "session", "path": str(path), "bytes": path.stat().st_size, **session_facts(path)}
         if "unfinished" in facts:

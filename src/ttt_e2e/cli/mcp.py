@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from ttt_e2e.cli.common import add_options, model_folder, open_model
+from ttt_e2e.cli.common import add_options, open_model
 from ttt_e2e.cli.serve import DTYPE, listen, url_of
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.files import user_data
 
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         files = AllowedFiles(arguments.files)
         listener = listen(*arguments.http) if arguments.http else None
         model, tokenizer = open_model(arguments)
-        chat = load_chat_format(model_folder(arguments.model) or shipped_model(), tokenizer)
+        chat = load_chat_format(find_model(arguments.model) or shipped_model(), tokenizer)
         sessions = SessionFolder(
             arguments.sessions or user_data() / "sessions",
             Session(model, tokenizer, dtype=DTYPES[arguments.dtype]),

@@ -7,8 +7,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_e2e.cli.common import SMOLLM2, add_options, model_folder, print_json
+from ttt_e2e.cli.common import add_options, print_json
 from ttt_e2e.config.presets import preset
+from ttt_e2e.convert.named import SMOLLM2, find_model
 from ttt_e2e.files import lock_beside
 from ttt_e2e.units import natural, share, whole
 
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     tokenizer = arguments.tokenizer
     if tokenizer == SMOLLM2:
-        tokenizer = str(model_folder(Path(tokenizer), progress=not arguments.quiet))
+        tokenizer = str(find_model(Path(tokenizer), progress=not arguments.quiet))
     with lock_beside(arguments.out, f"{arguments.out} is being prepared by another process; wait until it has ended."):
         prepared = prepare(
             arguments.sources or None,

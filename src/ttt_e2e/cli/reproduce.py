@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.cli.common import add_options, model_folder
+from ttt_e2e.cli.common import add_options
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.units import count, natural, number, tokens, whole
 
@@ -132,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ttt_e2e.reproduce.scales import find_scale, pretrained_scale
 
     if arguments.action == "pretrained":
-        start_from = model_folder(arguments.start_from, progress)
+        start_from = find_model(arguments.start_from, progress)
         assert start_from is not None, "--from is required"
         scale = pretrained_scale(start_from, arguments.tokens)
     else:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.cli.common import add_options, model_folder, open_model
+from ttt_e2e.cli.common import add_options, open_model
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.errors import UserError
 from ttt_e2e.units import count, size, whole
 
@@ -105,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         store = Store(arguments.data)
         model, tokenizer = open_model(arguments)
         given = {name: getattr(arguments, name) for name in Options.model_fields}
-        engine, settings = open_engine(Options(**given), model_folder(arguments.model), model, tokenizer, store, keys)
+        engine, settings = open_engine(Options(**given), find_model(arguments.model), model, tokenizer, store, keys)
         app = create_app(engine, settings)
         server = Server(app, engine, protocol, _QUEUED_CONNECTIONS)
         # From here on a signal ends the service in order, also one that comes before uvicorn listens to them. After

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from ttt_e2e.cli.common import add_options, model_folder
+from ttt_e2e.cli.common import add_options
 from ttt_e2e.config.parse import override
 from ttt_e2e.config.presets import extend_model, extend_training, preset
 from ttt_e2e.config.schema import RunConfig
+from ttt_e2e.convert.named import find_model
 from ttt_e2e.errors import INTERRUPTED, UserError
 from ttt_e2e.units import count
 
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = preset(arguments.preset)
     if arguments.extend is not None and arguments.start_from is None:
         raise UserError("--extend trains a model further; name the model with --from.")
-    start_from = model_folder(arguments.start_from, progress=not arguments.quiet)
+    start_from = find_model(arguments.start_from, progress=not arguments.quiet)
     if start_from is not None:
         from ttt_e2e.model.checkpoint import load_config
 

@@ -29,6 +29,8 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ttt_e2e.convert.named import find_model, is_name
+from ttt_e2e.data.text import read_text
 from ttt_e2e.errors import UserError
 from ttt_e2e.hardware import choose_device
 from ttt_e2e.inference.load import load_model, shipped_model
@@ -94,8 +96,11 @@ def _options(arguments: dict[str, Any]) -> RayOptions:
         wrong = error.errors()[0]
         name, reason = wrong["loc"][0], wrong["msg"].removeprefix("Value error, ")
         raise UserError(f"{name}={arguments[str(name)]}: {reason[0].lower()}{reason[1:]}.") from error
-    if options.model is not None:
-        options.model = options.model.absolute()  # replicas may have another working directory
+    # Replicas may have another working directory.
+    if options.model is not None and not is_name(options.model):
+        options.model = options.model.absolute()
+    if options.chat_template is not None:
+        options.chat_template = options.chat_template.absolute()
     if "://" not in options.storage:
         options.storage = str(Path(options.storage).absolute())
     return options
@@ -105,9 +110,11 @@ def _build(options: RayOptions) -> serve.Application:
     keys = load_keys(options.keys, os.environ)
     if not keys:
         raise UserError("With Ray, other machines can reach the service, so it needs API keys; give keys=FILE.")
-    # Replicas would raise the errors of these two as well, but then Ray tries again for minutes.
+    # Replicas would raise the errors of these as well, but then Ray tries again for minutes.
     SharedStore(options.storage)
-    load_config(options.model or shipped_model())
+    load_config(find_model(options.model) or shipped_model())
+    if options.chat_template is not None:
+        read_text(options.chat_template)
     deployment: Any = serve.deployment
     replicas = deployment(
         Replica,
@@ -132,9 +139,10 @@ class Replica:
         configure_logging()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        model, tokenizer = load_model(options.model, choose_device(options.device), DTYPES[options.dtype])
+        folder = find_model(options.model)
+        model, tokenizer = load_model(folder, choose_device(options.device), DTYPES[options.dtype])
         store = SharedStore(options.storage)
-        self._engine, settings = open_engine(options, options.model, model, tokenizer, store, keys)
+        self._engine, settings = open_engine(options, folder, model, tokenizer, store, keys)
         self._app: ASGIApp = create_app(self._engine, settings)
         await self._engine.start()
 
