@@ -7,30 +7,37 @@ from typing import Any
 
 import anyio
 import pytest
-from engine_helpers import TEMPLATE, TOKENIZER, text_of
+from engine_helpers import F64, TEMPLATE, TOKENIZER, text_of
+from helpers import small_model
 from mcp import Client, MCPError
 from starlette.testclient import TestClient
 
 from ttt_e2e.errors import UserError
+from ttt_e2e.inference.session import Session
 from ttt_e2e.mcp_server.allowed_files import AllowedFiles
 from ttt_e2e.mcp_server.server import SessionServer
 from ttt_e2e.mcp_server.sessions import SessionFolder
 
 FIRST, SECOND = text_of(1), text_of(2)
+FACT = "The harbour master keeps the spare key in a blue teapot.\n"
 MODES = ("auto", "legacy")  # the protocol without a handshake, and the one before
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def server_of(path: Path, files: Sequence[Path] = ()) -> SessionServer:
-    return SessionServer(SessionFolder(path / "sessions", TEMPLATE.fork()), AllowedFiles(files))
+def server_of(path: Path, files: Sequence[Path] = (), template: Session = TEMPLATE) -> SessionServer:
+    return SessionServer(SessionFolder(path / "sessions", template.fork()), AllowedFiles(files))
 
 
 def with_client(
-    path: Path, work: Callable[[Client], Awaitable[None]], mode: str = "auto", files: Sequence[Path] = ()
+    path: Path,
+    work: Callable[[Client], Awaitable[None]],
+    mode: str = "auto",
+    files: Sequence[Path] = (),
+    template: Session = TEMPLATE,
 ) -> None:
     async def main() -> None:
-        async with Client(server_of(path, files), mode=mode) as client:
+        async with Client(server_of(path, files, template), mode=mode) as client:
             with anyio.fail_after(300):
                 await work(client)
 
@@ -74,7 +81,8 @@ def test_all_tools_and_resources(tmp_path: Path, mode: str) -> None:
             alone.read(text)
         assert second["session"]["tokens"] == alone.info().tokens
         asked = await result(client, "ask", prompt="The rain", session="book", max_tokens=9, temperature=0)
-        assert asked == "".join(alone.generate("The rain", max_tokens=9, temperature=0))
+        assert asked["text"] == "".join(alone.generate("The rain", max_tokens=9, temperature=0))
+        assert asked["sources"] == []  # none fits into half of this window
         found = await result(client, "recall", query=SECOND.split()[0], session="book", count=50)
         texts = {None: FIRST, "second.txt": SECOND}
         assert {one["document"] for one in found} == set(texts)
@@ -107,6 +115,37 @@ def test_all_tools_and_resources(tmp_path: Path, mode: str) -> None:
     with_client(tmp_path, after_a_restart, mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_answer_names_the_passages_that_the_model_was_shown(tmp_path: Path, mode: str) -> None:
+    model = small_model(F64, vocab_size=TOKENIZER.vocab_size, sliding_window=400).requires_grad_(False)
+    alone, question = Session(model, TOKENIZER, dtype=F64), "Where is the spare key?"
+
+    def generated(prompt: str) -> str:
+        return "".join(alone.generate(prompt, max_tokens=9, temperature=0))
+
+    async def work(client: Client) -> None:
+        for name, text in (("first.txt", FIRST), ("keys.txt", FACT), ("second.txt", SECOND)):
+            await result(client, "read", text=text, name=name)
+            alone.read(text)
+        ask = {"prompt": question, "max_tokens": 9, "temperature": 0}
+        asked = await result(client, "ask", **ask)
+        found = await result(client, "recall", query=question)
+        assert asked["sources"] == found[:2]  # the third has no room in half of this window
+        source = found[0]
+        assert (source["document"], source["text"]) == ("keys.txt", FACT)
+        shown = await result(client, "ask", passages=1, **ask)
+        place = f"[{len(FIRST)}-{len(FIRST + FACT)}]"
+        assert shown == {"text": generated(f"\n\n{place}\n{FACT.strip()}\n\n{question}"), "sources": [source]}
+        assert await result(client, "ask", passages=0, **ask) == {"text": generated(question), "sources": None}
+        nothing = await result(client, "ask", **ask | {"prompt": "zebra"})
+        assert nothing == {"text": generated("zebra"), "sources": []}
+        alone.save(tmp_path / "sessions/plain.session")
+        plain = await result(client, "ask", session="plain", **ask)
+        assert plain == {"text": generated(question), "sources": None}
+
+    with_client(tmp_path, work, mode, template=alone.fork())
+
+
 def test_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(client: Client) -> None:
         cases: list[tuple[str, dict[str, Any], str]] = [
@@ -120,6 +159,7 @@ def test_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ("ask", {}, "prompt: "),
             ("ask", {"prompt": "a"}, "no session 'default'"),
             ("ask", {"prompt": "a", "max_tokens": 0}, "max_tokens: "),
+            ("ask", {"prompt": "a", "passages": 21}, "passages: "),
             ("ask", {"prompt": "a", "temperature": -1}, "temperature: "),
             ("recall", {"query": "a", "count": 51}, "count: "),
             ("recall", {"query": "a", "session": "gone"}, "no session 'gone'"),

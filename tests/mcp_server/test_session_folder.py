@@ -57,6 +57,10 @@ def names(path: Path) -> list[str]:
     return [one.name for one in folder(path).summaries()]
 
 
+def answer(sessions: SessionFolder, name: str, prompt: str, **options: int) -> str:
+    return "".join(sessions.ask(name, prompt, temperature=0, **options)[0])
+
+
 def fail_at(call: int, error: BaseException) -> Callable[[int], None]:
     """A report that raises when it is called for this time."""
     calls = iter(range(1, 1000))
@@ -85,8 +89,8 @@ def test_sessions_read_answer_and_find_after_a_restart(tmp_path: Path) -> None:
     assert second.loss == pytest.approx(more[-second.tokens :].mean(), rel=1e-6)
     assert_holds(tmp_path, "book", FIRST, SECOND)
     sessions = folder(tmp_path)
-    asked = "".join(sessions.ask("book", "The rain", max_tokens=9, temperature=0))
-    assert asked == "".join(alone.generate("The rain", max_tokens=9, temperature=0))
+    expected = "".join(alone.generate("The rain", max_tokens=9, temperature=0))
+    assert answer(sessions, "book", "The rain", max_tokens=9) == expected
     sessions.read("book", [NEW])
     assert "walrus" in sessions.recall("book", "the walrus", 1)[0].text
     assert_holds(tmp_path, "book", FIRST, SECOND, NEW)
@@ -108,17 +112,21 @@ def test_passages_name_their_documents(tmp_path: Path) -> None:
 
 def test_a_question_goes_through_the_chat_template(tmp_path: Path) -> None:
     chat, tokenizer = FAMILIES["chatml"].chat(), Tokenizer(FAMILIES["chatml"].backend())
-    model = small_model(F64, vocab_size=tokenizer.vocab_size).requires_grad_(False)
+    model = small_model(F64, vocab_size=tokenizer.vocab_size, sliding_window=200).requires_grad_(False)
     sessions = SessionFolder(tmp_path, Session(model, tokenizer, dtype=F64), chat)
     sessions.read("book", ["The rain in Spain."])
     alone = Session(model, tokenizer, dtype=F64)
     alone.read("The rain in Spain.")
-    ids = chat.prompt([{"role": "user", "content": "Who?"}], "text")
-    assert isinstance(ids, list)
-    expected = list(alone.fork().generate_tokens(ids, max_tokens=6, temperature=0))
-    assert "".join(sessions.ask("book", "Who?", max_tokens=6, temperature=0)) == tokenizer.decode(expected).rstrip(
-        "\ufffd"
-    )
+
+    def expected(question: str) -> str:
+        ids = chat.prompt([{"role": "user", "content": question}], "text")
+        assert isinstance(ids, list)
+        return tokenizer.decode(list(alone.fork().generate_tokens(ids, max_tokens=6, temperature=0))).rstrip("\ufffd")
+
+    assert answer(sessions, "book", "Who?", max_tokens=6) == expected("Who?")
+    with_passage = expected("\n\n[0-18]\nThe rain in Spain.\n\nRain?")
+    assert answer(sessions, "book", "Rain?", max_tokens=6) == with_passage
+    assert answer(sessions, "book", "Rain?", max_tokens=6, passages=0) == expected("Rain?") != with_passage
 
 
 def test_a_fork_is_independent(tmp_path: Path) -> None:
@@ -206,7 +214,7 @@ def test_a_session_that_another_process_changes_is_refused(tmp_path: Path) -> No
         ):
             with pytest.raises(UserError, match="'book' is being changed by another process"):
                 change()
-        assert "".join(sessions.ask("book", "The", max_tokens=3, temperature=0))
+        assert answer(sessions, "book", "The", max_tokens=3)
         assert sessions.recall("book", "rain")
     assert names(tmp_path) == ["book"]
     assert_holds(tmp_path, "book", FIRST)
@@ -228,6 +236,16 @@ def test_bad_names_and_sessions_have_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prompt is empty"):
         sessions.ask("taken", "")
     assert names(tmp_path) == ["Büch 1.2_a-b", "taken"]
+
+
+def test_a_damaged_notebook_is_not_shown(tmp_path: Path) -> None:
+    sessions = folder(tmp_path)
+    sessions.read("book", [FIRST])
+    file = tmp_path / "sessions/book.session.notebook/notebook.db"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match="altered or damaged"):
+        sessions.ask("book", "The rain")
+    assert answer(sessions, "book", "The rain", max_tokens=3, passages=0)
 
 
 def test_sessions_that_cannot_be_used_are_listed_with_the_reason(tmp_path: Path) -> None:

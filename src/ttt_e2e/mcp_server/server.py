@@ -30,12 +30,14 @@ from ttt_e2e.data.text import text_chunks
 from ttt_e2e.errors import UserError
 from ttt_e2e.mcp_server.allowed_files import AllowedFiles
 from ttt_e2e.mcp_server.sessions import ReadingResult, SessionFolder, SessionSummary
+from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, MAX_PASSAGES
+from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.server.engine.records import StoppingError
 
 _INSTRUCTIONS = """A language model that learns from what it reads. A session is its memory of texts: `read` adds a
-text, `ask` generates from what was learned, `recall` finds exact passages of what was read, `fork` copies a session and
-`forget` removes it. Sessions have names and outlive this connection. What the model writes may be wrong; check it with
-`recall`."""
+text, `ask` generates from what was learned and from exact passages of what was read, `recall` finds such passages,
+`fork` copies a session and `forget` removes it. Sessions have names and outlive this connection. What the model writes
+may be wrong; check it against the sources of the answer."""
 _LIST = "ttt-e2e://sessions"
 _JSON = "application/json"
 _PROGRESS_SECONDS = 0.5  # between two notifications
@@ -57,6 +59,18 @@ class FoundPassage:
     score: float
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the model has generated.
+
+    sources: passages of the session's notebook that the model was shown, the best first, whether or not the text agrees
+    with them; null if the notebook was not searched.
+    """
+
+    text: str
+    sources: list[FoundPassage] | None
+
+
 class SessionServer(MCPServer[Any]):
     """The server of `sessions`, which may read `files` besides texts that clients send."""
 
@@ -74,7 +88,7 @@ class SessionServer(MCPServer[Any]):
         removes = ToolAnnotations(read_only_hint=False, destructive_hint=True, open_world_hint=False)
         tools = [
             _tool("read", self._read, adds),
-            _tool("ask", self._ask, uses, f"{question} The session does not change."),
+            _tool("ask", self._ask, uses, f"{question} The answer names its sources. The session does not change."),
             _tool("recall", self._recall, uses),
             _tool("fork", self._fork, adds),
             _tool("forget", self._forget, removes),
@@ -159,15 +173,27 @@ class SessionServer(MCPServer[Any]):
         context: Context,
         prompt: Annotated[str, Field(description="A question, or the beginning of a text.")],
         session: _SessionName = "default",
+        passages: Annotated[
+            int,
+            Field(
+                ge=0,
+                le=MAX_PASSAGES,
+                description="Show the model at most so many passages of the session's notebook that match the prompt, "
+                "if the session keeps one; 0: none, so that it answers from what it has learned alone.",
+            ),
+        ] = DEFAULT_PASSAGES,
         max_tokens: Annotated[int, Field(ge=1, description="Generate at most so many tokens.")] = 200,
         temperature: Annotated[float, Field(ge=0, description="0 always takes the likeliest token.")] = 0.8,
-    ) -> str:
-        def work() -> str:
-            report, chunks = self._progress(context, max_tokens), []
-            for chunk in self._sessions.ask(session, prompt, max_tokens=max_tokens, temperature=temperature):
-                chunks.append(chunk)
-                report(len(chunks))
-            return "".join(chunks)
+    ) -> Answer:
+        def work() -> Answer:
+            report, texts = self._progress(context, max_tokens), []
+            chunks, found = self._sessions.ask(
+                session, prompt, passages=passages, max_tokens=max_tokens, temperature=temperature
+            )
+            for text in chunks:
+                texts.append(text)
+                report(len(texts))
+            return Answer("".join(texts), None if found is None else [_for_client(one) for one in found])
 
         return await to_thread.run_sync(work)
 
@@ -179,7 +205,7 @@ class SessionServer(MCPServer[Any]):
     ) -> list[FoundPassage]:
         """Find exact passages of what a session has read that share words with a query, the best first."""
         found = await to_thread.run_sync(self._sessions.recall, session, query, count)
-        return [FoundPassage(one.text, one.document or None, *one.place_in_document, one.score) for one in found]
+        return [_for_client(one) for one in found]
 
     async def _fork(
         self,
@@ -246,6 +272,10 @@ def _tool(name: str, function: Callable[..., Any], hints: ToolAnnotations, descr
     tool = Tool.from_function(function, name, description=description or getdoc(function), annotations=hints)
     tool.parameters["additionalProperties"] = False  # otherwise a misspelt argument would be left out in silence
     return tool
+
+
+def _for_client(one: Passage) -> FoundPassage:
+    return FoundPassage(one.text, one.document or None, *one.place_in_document, one.score)
 
 
 def _size(text: str) -> int:

@@ -24,6 +24,7 @@ from ttt_e2e.reading.loss_curve import LossCurve
 from ttt_e2e.reading.reading import Reading
 from ttt_e2e.reading.recording import forget_unread, plan_recording, record_text
 from ttt_e2e.reading.resume import save_unfinished, unfinished_facts
+from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, retrieve
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
 from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.server.chat import ChatFormat
@@ -155,31 +156,39 @@ class SessionFolder:
                 raise
         return ReadingResult(curve.tokens, curve.mean(), " ".join(recording.remarks) or None, self._summary(name))
 
-    def ask(self, name: str, prompt: str, *, max_tokens: int = 200, temperature: float = 0.8) -> Iterator[str]:
+    def ask(
+        self,
+        name: str,
+        prompt: str,
+        *,
+        passages: int = DEFAULT_PASSAGES,
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+    ) -> tuple[Iterator[str], list[Passage] | None]:
         """The answer to a question, or the continuation of a text, in chunks. The session does not change.
 
-        Raises UserError for an empty prompt, numbers out of range and messages that a chat template refuses, and
-        Diverged.
+        passages: at most so many of the session's notebook, if it has one, are put before the prompt. They are returned
+        too, the best first; None if the notebook was not searched. Raises UserError for an empty prompt, numbers out of
+        range, a damaged notebook and messages that a chat template refuses, and Diverged.
         """
         if not prompt:
             raise UserError("The prompt is empty; ask something, or give the beginning of a text.")
-        session = self._load(name)
+        session, sources = self._load(name), None
+        if passages and notebook_folder(self._path(name)).exists():
+            with self._notebook(name) as notebook:
+                prompt, sources = retrieve(session, notebook, prompt, passages)
         if self.chat is None:
-            return session.generate(prompt, max_tokens=max_tokens, temperature=temperature)
+            return session.generate(prompt, max_tokens=max_tokens, temperature=temperature), sources
         message, chat = {"role": "user", "content": prompt}, self.chat
         session, ids = begin_chat(session, lambda before: chat.prompt([message], before))
-        return session.generate(ids, max_tokens=max_tokens, stop=self.chat.stop, temperature=temperature)
+        return session.generate(ids, max_tokens=max_tokens, stop=self.chat.stop, temperature=temperature), sources
 
     def recall(self, name: str, query: str, count: int = 3) -> list[Passage]:
         """At most `count` passages of what a session has read that match `query`, the best first.
 
         Raises UserError as `Notebook` does, as for a session that has none.
         """
-        path = self._existing(name)
-        if unfinished_facts(path):
-            with suppress(UserError), self._lock(name):  # unless the text is being read at this moment
-                forget_unread(path)
-        with Notebook(notebook_folder(path), create=False) as notebook:
+        with self._notebook(name) as notebook:
             return notebook.search(query, count)
 
     def fork(self, name: str, new_name: str) -> SessionSummary:
@@ -235,6 +244,16 @@ class SessionFolder:
         with lock_beside(path, in_use):
             remove_stale_parts(self.folder, notebook_folder(path).name)
             yield
+
+    @contextmanager
+    def _notebook(self, name: str) -> Iterator[Notebook]:
+        """The notebook of a session, without a text that a killed process has not read."""
+        path = self._existing(name)
+        if unfinished_facts(path):
+            with suppress(UserError), self._lock(name):  # unless the text is being read at this moment
+                forget_unread(path)
+        with Notebook(notebook_folder(path), create=False) as notebook:
+            yield notebook
 
     def _load(self, name: str, *, for_change: bool = False) -> Session:
         """The session as it was saved. for_change: refuse one that `ttt-e2e read` has not read to the end."""

@@ -11,6 +11,7 @@ from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.retrieval.search_index import with_parts
 
 MAX_QUERY = 2000  # characters that are searched for: a search takes time by the number of words
+MAX_PASSAGES, DEFAULT_PASSAGES = 20, 3  # that clients may have put before a question
 
 
 def generate_with_notebook(
@@ -18,7 +19,7 @@ def generate_with_notebook(
     notebook: Notebook,
     prompt: str,
     *,
-    count: int = 3,
+    count: int = DEFAULT_PASSAGES,
     max_passage_tokens: int | None = None,
     learn: bool = False,
     **sampling: Any,
@@ -50,7 +51,11 @@ def generate_with_notebook(
 
 
 def retrieve(
-    session: Session, notebook: Notebook, question: str, count: int = 3, max_passage_tokens: int | None = None
+    session: Session,
+    notebook: Notebook,
+    question: str,
+    count: int = DEFAULT_PASSAGES,
+    max_passage_tokens: int | None = None,
 ) -> tuple[str, list[Passage]]:
     """The question with passages before it that match it, or the end of a long one, and these passages.
 

@@ -11,8 +11,9 @@ from fastapi import Request
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.grammar import Grammar, json_rule
+from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES
 from ttt_e2e.server.api.functions import Schema
-from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, NotebookRequest
+from ttt_e2e.server.api.schemas import NotebookRequest
 from ttt_e2e.server.api.streams import merge
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import Before, ChatPrompt, GenerateRequest, Prompt, Source, TextChunk

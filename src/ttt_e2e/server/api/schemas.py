@@ -14,11 +14,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from ttt_e2e.inference.sampling import SamplingOptions
+from ttt_e2e.retrieval.generate import MAX_PASSAGES
 from ttt_e2e.server.api.logprobs import CompletionLogprobs
 from ttt_e2e.server.engine.records import Source
 
 MAX_TOKENS, DEFAULT_TOKENS = 131_072, 200  # per generated text; agents ask for 32,000 and 64,000
-MAX_PASSAGES, DEFAULT_PASSAGES = 20, 3
 MAX_LOGPROBS, _MAX_BIASES = 20, 1024
 _MAX_PROMPTS, _MAX_CHOICES, _MAX_STOPS, MAX_MESSAGES, MAX_PARTS = 20, 8, 4, 1000, 1000
 

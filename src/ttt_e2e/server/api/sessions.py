@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from ttt_e2e.retrieval.documents import MAX_NAME
-from ttt_e2e.retrieval.generate import MAX_QUERY
-from ttt_e2e.server.api.schemas import DEFAULT_PASSAGES, MAX_PASSAGES, RequestModel, Text
+from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, MAX_PASSAGES, MAX_QUERY
+from ttt_e2e.server.api.schemas import RequestModel, Text
 from ttt_e2e.server.api.streams import EVENT_STREAM, StreamResponse, cancel_on_disconnect, event_stream
 from ttt_e2e.server.api.uploads import receive_file, receive_text
 from ttt_e2e.server.engine.engine import Engine
