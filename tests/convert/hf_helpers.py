@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ttt_e2e.convert.from_hf import convert_from_hf
 from ttt_e2e.convert.learning import LearningOptions
+from ttt_e2e.inference.streaming import forward, start_reading
+from ttt_e2e.model.transformer import Transformer
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=96,
@@ -241,6 +243,10 @@ def with_tokenizer(folder: Path) -> Path:
 
 def tokens(length: int = 60, batch: int = 2) -> Tensor:
     return torch.randint(96, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Transformer, text: Tensor) -> Tensor:
+    return forward(model, start_reading(model, len(text)), text)[0]
 
 
 def change_config(folder: Path, **values: object) -> None:

@@ -1,32 +1,26 @@
-"""Checkpoints that transformers itself has written, as models of ours: the same logits, and what is refused."""
+"""Checkpoints that transformers itself has written, as models of ours: the same logits, and what is written."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from hf_helpers import CASES, SHAPE, Pretrained, change_config, convert, tokens
+from hf_helpers import CASES, SHAPE, Pretrained, convert, logits, tokens
 from safetensors.torch import load_file, save_file
-from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from ttt_e2e.config.schema import replace
 from ttt_e2e.convert.from_hf import convert_from_hf, describe
 from ttt_e2e.convert.learning import LearningOptions
 from ttt_e2e.errors import UserError
-from ttt_e2e.inference.load import load_model
-from ttt_e2e.inference.session import Session
-from ttt_e2e.inference.streaming import forward, read_mini_batch, start_reading
+from ttt_e2e.inference.streaming import read_mini_batch, start_reading
 from ttt_e2e.inner_loop.meta_loss import sequence_loss
 from ttt_e2e.model.checkpoint import load_transformer
 from ttt_e2e.model.cost import parameters
-from ttt_e2e.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason="transformers, which writes the checkpoints, is missing")
 
@@ -34,10 +28,6 @@ transformers = pytest.importorskip("transformers", reason="transformers, which w
 def has_post_norms(name: str) -> bool:
     """Whether the case is of a family whose MLPs can only be split."""
     return name.startswith(("olmo", "gemma2", "gemma3"))
-
-
-def logits(model: Transformer, text: Tensor) -> Tensor:
-    return forward(model, start_reading(model, len(text)), text)[0]
 
 
 # -- the same model ----------------------------------------------------------------------------------------------------
@@ -281,157 +271,7 @@ def test_failure_leaves_nothing(pretrained: Pretrained, tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-# -- tokenizers --------------------------------------------------------------------------------------------------------
-
-
-def bpe(specials: list[str]) -> tokenizers.Tokenizer:
-    """Bytes as tokens, as Llama 3 and Qwen have them, and special ones after them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(specials)
-    return backend
-
-
-@pytest.mark.parametrize(
-    ("name", "specials", "bos"),
-    [
-        ("llama, tied, llama3", ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], "<|begin_of_text|>"),
-        ("qwen2, tied", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>"),
-        ("llama", ["<s>", "</s>"], "<s>"),
-        ("gemma3, windows in some layers", ["<pad>", "<eos>", "<bos>", "<end_of_turn>"], "<bos>"),
-    ],
-)
-def test_converted_model_reads_and_writes_texts(tmp_path: Path, name: str, specials: list[str], bos: str) -> None:
-    """With a vocabulary rounded up, as Qwen's is: the rows that no token names are left out."""
-    family, changes, _ = CASES[name]
-    backend, folder = bpe(specials), tmp_path / "checkpoint"
-    size = backend.get_vocab_size()
-    torch.manual_seed(0)
-    kind = getattr(transformers, f"{family}ForCausalLM")
-    theirs = kind(kind.config_class(**{**SHAPE, **changes, "vocab_size": size + 13})).eval()
-    theirs.save_pretrained(folder)
-    backend.save(str(folder / "tokenizer.json"))
-    settings = {"chat_template": "{{ messages[0]['content'] }}", "bos_token": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    window = changes.get("sliding_window", 64)
-    done = convert_from_hf(folder, tmp_path / "out", LearningOptions(sliding_window=window, mini_batch_size=8))
-    assert done.has_tokenizer and done.unused_ids == 13 and "13 ids" in " ".join(describe(done))
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
-    model, tokenizer = load_model(tmp_path / "out", "cpu")
-    assert tokenizer.bos == backend.token_to_id(bos)
-    ids = torch.from_numpy(tokenizer.encode(f"A Straße, {bos} and back."))[None]
-    assert backend.token_to_id(bos) not in ids
-    with torch.no_grad():
-        expected = theirs(ids).logits
-    assert (logits(model, ids) - expected[..., :size])[:, :window].abs().max() < 1e-4
-    session = Session(model, tokenizer)
-    session.read("It rained all night. " * 4)
-    assert session.info().text_bytes == 84
-    written = list(Session(model, tokenizer).generate_tokens("And so", max_tokens=4, temperature=0.0))
-    text = [tokenizer.bos, *tokenizer.encode("And so").tolist()]
-    for token in written:
-        with torch.no_grad():
-            assert token == theirs(torch.tensor([text])).logits[0, -1, :size].argmax()
-        text.append(token)
-    assert len(written) == 4
-
-
-def test_missing_tokenizer_is_reported(pretrained: Pretrained, tmp_path: Path) -> None:
-    done = convert_from_hf(pretrained("llama")[1], tmp_path / "out")
-    assert not done.has_tokenizer and "no tokenizer.json" in describe(done)[-1]
-
-
-def test_tokenizers_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    backend = bpe(["<s>"])
-    backend.save(str(checkpoint / "tokenizer.json"))
-    with pytest.raises(UserError, match="has 257 tokens, but its model has a vocabulary of 96"):
-        convert(checkpoint, tmp_path)
-    bpe([]).save(str(checkpoint / "tokenizer.json"))
-    with pytest.raises(UserError, match="no token that begins a document"):
-        convert(checkpoint, tmp_path)
-
-
-def test_tokens_without_an_embedding_are_refused_in_a_text_alone(pretrained: Pretrained, tmp_path: Path) -> None:
-    """The checkpoint loads in transformers, too, and there such a token is an index out of range."""
-    theirs, folder = pretrained("llama")
-    folder = Path(shutil.copytree(folder, tmp_path / "checkpoint"))
-    backend = tokenizers.Tokenizer(
-        models.BPE({letter: i for i, letter in enumerate(["<s>", *map(chr, range(32, 127))])}, [])
-    )
-    backend.add_special_tokens(["<s>"])
-    backend.add_tokens(["<extra>"])
-    backend.add_special_tokens(["<pad>"])
-    backend.save(str(folder / "tokenizer.json"))
-    model, tokenizer = load_model(convert(folder, tmp_path))
-    ids = tokenizer.encode("A text.")
-    with torch.no_grad():
-        assert (
-            logits(model, torch.from_numpy(ids)[None]) - theirs(torch.from_numpy(ids)[None]).logits
-        ).abs().max() < 1e-4
-    assert model.config.vocab_size == tokenizer.vocab_size == 96
-    session = Session(model, tokenizer)
-    session.read("A text. " * 9)
-    for text in ("A <extra> text", [backend.token_to_id("<pad>")]):
-        with pytest.raises(UserError, match=r"'<extra>', of which the model has no embedding|from 0 to 95"):
-            session.read(text)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_not_finite_are_refused(
-    pretrained: Pretrained, tmp_path: Path, value: float, dtype: torch.dtype
-) -> None:
-    folder = Path(shutil.copytree(pretrained("llama, one key head, sharded")[1], tmp_path / "checkpoint"))
-    file = sorted(folder.glob("*.safetensors"))[1]
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
-    name = max(tensors, key=lambda name: tensors[name].numel())
-    tensors[name].view(-1)[-1] = value
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} that are not finite numbers"):
-        convert(folder, tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
-def test_weights_that_bfloat16_cannot_hold_are_refused(pretrained: Pretrained, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(pretrained("llama")[1], tmp_path / "checkpoint"))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][3] = 3.4e38
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"model.norm.weight that are not finite numbers in torch.bfloat16"):
-        convert(folder, tmp_path, dtype="bfloat16")
-
-
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-def test_name_is_found_in_the_cache(pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache/models--someone--something"
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    shutil.copytree(pretrained("llama, one key head, sharded")[1], cache / "snapshots" / revision)
-    (cache / "refs").mkdir()
-    (cache / "refs/main").write_text(revision)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    convert_from_hf("someone/something", tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["notes"]["source"] == "someone/something"
-    next((cache / "snapshots" / revision).glob("*.safetensors")).unlink()
-    with pytest.raises(
-        UserError, match=r"something .*not complete in the Hugging Face cache|which .* lists, is missing"
-    ):
-        convert_from_hf("someone/something", tmp_path / "other")
-    with pytest.raises(
-        UserError, match="someone/else is not a folder here, is not complete in the Hugging Face cache and"
-    ):
-        convert_from_hf("someone/else", tmp_path / "other")
-    for nothing in ("nowhere", "a/b/c"):
-        with pytest.raises(UserError, match=f"There is no folder {nothing}; give"):
-            convert_from_hf(nothing, tmp_path / "other")
-
-
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- options -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -451,53 +291,3 @@ def test_options_that_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         convert(pretrained("llama")[1], tmp_path, **options)
-
-
-def shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def test_damaged_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    shard = shards(checkpoint)[1]
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-10])
-    with pytest.raises(UserError, match=f"{shard.name} is truncated or not a safetensors file"):
-        convert(checkpoint, tmp_path)
-    shard.unlink()
-    with pytest.raises(UserError, match=rf"{shard.name}, which model.safetensors.index.json lists, is missing"):
-        convert(checkpoint, tmp_path)
-    tensors = load_file(shards(checkpoint)[0])
-    save_file({name + "x": weight for name, weight in tensors.items()}, shard)
-    with pytest.raises(UserError, match=r"places .* in a file that does not have it"):
-        convert(checkpoint, tmp_path)
-    index = checkpoint / "model.safetensors.index.json"
-    for broken in ("{", '{"weight_map": []}', '{"weight_map": {"a": "../a.safetensors"}}'):
-        index.write_text(broken)
-        with pytest.raises(UserError, match=r"is not JSON|does not list the files of the weights"):
-            convert(checkpoint, tmp_path)
-    index.unlink()
-    with pytest.raises(UserError, match=r"has no weights: neither model.safetensors nor"):
-        convert(checkpoint, tmp_path)
-    (checkpoint / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config.json is missing"):
-        convert(checkpoint, tmp_path)
-    with pytest.raises(UserError, match="is a file; give the folder"):
-        convert(checkpoint / "generation_config.json", tmp_path)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="out exists; name another folder"):
-        convert(checkpoint, tmp_path)
-
-
-def test_unexpected_tensors_are_refused(pretrained: Pretrained, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(pretrained("llama")[1], tmp_path / "checkpoint"))
-    tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
-    save_file({**tensors, name: tensors[name].to(torch.int8)}, folder / "model.safetensors")
-    with pytest.raises(UserError, match=rf"{name} in .* is of type I8: a quantised checkpoint"):
-        convert(folder, tmp_path)
-    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
-    assert convert(folder, tmp_path).is_dir()  # Llama 1 has them; they follow from the configuration
-    change_config(folder, tie_word_embeddings=True)
-    tied = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    save_file(tied, folder / "model.safetensors")
-    assert convert_from_hf(folder, tmp_path / "tied").config.tie_word_embeddings
