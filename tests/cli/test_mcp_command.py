@@ -5,7 +5,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +147,48 @@ def test_ctrl_c_ends_it_at_once(options: list[str], here: Path) -> None:
         assert answers.readline()  # it waits for the next one now
         os.kill(child, signal.SIGINT)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_client_that_reads_no_more_is_no_traceback(options: list[str], here: Path, full: bool) -> None:
+    ping = '{"jsonrpc": "2.0", "id": 1, "method": "ping"}'
+    with Path("/dev/full").open("w") as nowhere:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ttt_e2e", *options],
+            stdin=subprocess.PIPE,
+            stdout=nowhere if full else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    with process:
+        assert process.stdin and process.stderr
+        print(ping, file=process.stdin, flush=True)
+        if process.stdout:
+            assert process.stdout.readline()
+            process.stdout.close()
+            print(ping, file=process.stdin, flush=True)
+        time.sleep(1)  # else it may end before it answers
+        process.stdin.close()
+        said = process.stderr.read()
+    if full:
+        assert said in ("", "ttt-e2e: error: No space left on the disk; make room and run the command again.\n")
+    else:
+        assert said == "" and process.returncode in (0, 1)
+
+
+def test_in_a_terminal_it_says_what_it_waits_for(options: list[str], here: Path) -> None:
+    ours, terminal = os.openpty()
+    reading, errors = os.pipe()
+    null = os.open(os.devnull, os.O_WRONLY)
+    child = start_command(options, terminal, null, errors)
+    for descriptor in (terminal, null, errors):
+        os.close(descriptor)
+    with os.fdopen(reading) as said:
+        assert "Waiting for a client" in said.readline()
+        os.write(ours, b"\x04")  # the end of the input
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert said.read() == ""
+    os.close(ours)
 
 
 def test_bad_options_have_one_sentence(options: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:

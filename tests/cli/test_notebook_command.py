@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -280,6 +282,12 @@ def test_errors_are_one_sentence(here: Path, refused: Callable[..., str], argv: 
         notebook.add(TEXT)
     assert words in refused(*argv.split())
     assert not (here / "s.notebook").exists() and recorded("n") == TEXT
+
+
+@pytest.mark.parametrize("command", ["notebook search n", "generate --session n --notebook"])
+def test_words_in_another_encoding_are_refused(here: Path, refused: Callable[..., str], command: str) -> None:
+    said = refused(*command.split(), os.fsdecode(b"h\xe9ron"), code=2)
+    assert rf"'h\udce9ron' is not valid {sys.getfilesystemencoding()}, the encoding of this locale" in said
 
 
 def test_an_old_notebook_is_an_error(here: Path, refused: Callable[..., str]) -> None:

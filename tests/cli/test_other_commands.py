@@ -92,6 +92,8 @@ def test_info_of_a_model_and_of_a_session(here: Path, capsys: pytest.CaptureFixt
     assert run("read", "geese.txt", "--save", "s", "--quiet", "--no-plot") == 0
     assert run("info", "s") == 0
     assert "session" in capsys.readouterr().out
+    assert run("info", "nowhere") == 1
+    assert "There is no model folder or session file nowhere; check the path." in capsys.readouterr().err
 
 
 def test_presets_lists_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,14 @@
 
 import io
 import json
+import os
 import random
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inference import session as session_module
 from ttt_e2e.inference import session_file
 from ttt_e2e.inference.session_file import session_facts
+from ttt_e2e.reading.reading import Reading
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
@@ -187,6 +191,23 @@ def test_read_resumes_standard_input_that_is_fed_again(
     feed(monkeypatch, TEXT.encode())
     assert run("read", "-", *options) == 0
     assert session_facts(here / "s")["text_bytes"] == len(TEXT.encode())
+
+
+def test_after_ctrl_c_it_says_how_to_continue(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, read = ("read", "geese.txt", "--save", "s", "--no-plot", "--quiet"), Reading.read
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "read", interrupted)
+        assert run(*command) == cli.INTERRUPTED
+    assert "session: s; the same command continues the reading\n" in capsys.readouterr().out
+    assert run(*command) == 0
+    assert "session: s\n" in capsys.readouterr().out
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

@@ -145,7 +145,9 @@ def test_adapters_that_cannot_be(pretrained: Pretrained, tmp_path: Path) -> None
     assert not (tmp_path / "adapter").exists()
 
 
-def test_export_lora_command(pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_lora_command(
+    pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = with_tokenizer(pretrained("llama")[1])
     folder = convert(checkpoint, tmp_path, inner_lr=0.3)
     session, adapter, model = str(tmp_path / "a.session"), str(tmp_path / "adapter"), str(folder)
@@ -158,8 +160,11 @@ def test_export_lora_command(pretrained: Pretrained, tmp_path: Path, capsys: pyt
     assert f"3 matrices of rank 2, 480 parameters, for {checkpoint}; " in printed
     assert main(["export", "lora", session, adapter, "--model", model]) == 1
     assert "exists already" in capsys.readouterr().err
-    settings = folder / "config.json"
-    settings.write_text(settings.read_text().replace('"source_family": "llama"', '"source_family": "granite"'))
+    monkeypatch.setattr("ttt_e2e.cli.export._SAME", ("granite",))
     assert main(["export", "lora", session, str(tmp_path / "other"), "--model", model]) == 1
     assert "name it: --base PLAIN" in capsys.readouterr().err
+    assert main(["export", "lora", session, str(tmp_path / "other")]) == 1  # of no use with any base
+    assert "convert the model with --fast split" in capsys.readouterr().err
+    assert main(["export", "lora", session, str(tmp_path / "other"), "--rank", "many"]) == 2
+    assert "'many' is not a whole number from 1 to 16777216, nor full" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -140,6 +140,18 @@ def open_session(arguments: argparse.Namespace, *, learn: bool = True, compile: 
     return Session.load(arguments.session, model, tokenizer, compile=compile)
 
 
+def text(value: str) -> str:
+    """The type of a text. Of bytes that the locale's encoding does not have, Python makes halves of surrogate pairs."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        raise argparse.ArgumentTypeError(
+            f"{value[:60]!a} is not valid {encoding}, the encoding of this locale"
+        ) from error
+    return value
+
+
 def print_json(value: Any) -> None:
     """Print plain values as JSON on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

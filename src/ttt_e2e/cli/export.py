@@ -56,17 +56,22 @@ and in Python:
 
 
 def _rank(text: str) -> int | None:
-    return None if text == "full" else whole(1, 2**24)(text)
+    try:
+        return None if text == "full" else whole(1, 2**24)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor full") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the adapter and print what it keeps; returns 0."""
     from ttt_e2e.inference.load import shipped_model
-    from ttt_e2e.inference.lora_adapter import export_lora
+    from ttt_e2e.inference.lora_adapter import check_split, export_lora
+    from ttt_e2e.model.checkpoint import load_config
 
-    base = arguments.base
+    folder, base = find_model(arguments.model) or shipped_model(), arguments.base
+    check_split(load_config(folder))
     if base is None:
-        notes = read_json((find_model(arguments.model) or shipped_model()) / "config.json").get("notes", {})
+        notes = read_json(folder / "config.json").get("notes", {})
         base = notes.get("source")
         if notes.get("source_family") not in _SAME or Path(str(base)).is_file():
             raise UserError(

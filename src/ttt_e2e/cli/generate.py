@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ttt_e2e.cli.common import add_options, check_output, lock_saved, note, open_session, print_json
+from ttt_e2e.cli.common import add_options, check_output, lock_saved, note, open_session, print_json, text
 from ttt_e2e.errors import UserError
 from ttt_e2e.units import amount, count, natural, part, share
 
@@ -23,7 +23,7 @@ EPILOG = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `generate`."""
     add = parser.add_argument
-    add("prompt", nargs="?", default="", metavar="PROMPT", help="the text to continue")
+    add("prompt", nargs="?", type=text, default="", metavar="PROMPT", help="the text to continue")
     add_options(parser, "model", "dtype", "device", "threads")
     add("--session", type=Path, metavar="SESSION", help="what the model has read before")
     add("--max-tokens", type=natural, default=200, metavar="N", help="generate at most N tokens (default: 200)")
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=part, default=0.95, metavar="P", help="nucleus sampling, probability kept (default: 0.95)")
     add("--top-k", type=natural, default=0, metavar="K", help="keep the K most likely tokens; 0: all (default: 0)")
     add("--min-p", type=share, default=0, metavar="P", help="smallest probability relative to the largest (default: 0)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
+    add("--stop", type=text, action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
     add("--seed", type=natural, default=0, metavar="N", help="random seed (default: 0)")
     add("--learn", action="store_true", help="learn from the prompt and from the generated text")
     add("--save", type=Path, metavar="SESSION", help="with --learn: save what was learned")

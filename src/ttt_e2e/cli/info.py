@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ttt_e2e.cli.common import add_options, print_json
 from ttt_e2e.config.parse import flatten
 from ttt_e2e.convert.named import find_model
+from ttt_e2e.errors import UserError
 from ttt_e2e.files import read_json
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ttt_e2e.model.checkpoint import load_transformer, model_digest
 
     path = find_model(arguments.path) or shipped_model()
+    if not path.exists():
+        raise UserError(f"There is no model folder or session file {path}; check the path.")
     if path.is_file():
         facts = {"kind": "session", "path": str(path), "bytes": path.stat().st_size, **session_facts(path)}
         if "unfinished" in facts:

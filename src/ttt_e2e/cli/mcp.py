@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from ttt_e2e.cli.common import add_options, open_model
+from ttt_e2e.cli.common import add_options, note, open_model
 from ttt_e2e.cli.serve import DTYPE, listen, url_of
 from ttt_e2e.convert.named import find_model
 from ttt_e2e.errors import INTERRUPTED, UserError
@@ -84,9 +84,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
         server = SessionServer(sessions, files)
     if listener is None:
+        if sys.stdin.isatty():
+            note(
+                "Waiting for a client on standard input; enter the command into a client's configuration, or serve "
+                "with --http PORT. Ctrl-C ends it."
+            )
         # The thread that waits for standard input cannot be interrupted. To end at once loses nothing.
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-        server.run("stdio")
+        try:
+            server.run("stdio")
+        except BaseExceptionGroup as group:  # of the tasks that read and write
+            raise _first(group) from None
         return 0
     with listener:
         from ttt_e2e.server.connections import uvicorn_config
@@ -107,6 +115,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"Serving MCP at {url_of(listener)}/mcp, sessions in {sessions.folder}.", file=sys.stderr)
         http_server.run(sockets=[listener])
     return 0
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first of the errors in a group, such as that the client does not read any more."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ttt_e2e.cli.common import add_options, note, print_json
+from ttt_e2e.cli.common import add_options, note, print_json, text
 from ttt_e2e.units import count
 
 HELP = "search what a session has read"
@@ -30,7 +30,7 @@ Lao, Khmer and Burmese words are found inside a sentence. A text can be searched
   ttt-e2e notebook search book.session.notebook captain --count 10 --json""",
     )
     search.add_argument("session", type=Path, metavar="SESSION", help="a session file, or its notebook")
-    search.add_argument("words", nargs="+", metavar="WORDS", help="what to search for")
+    search.add_argument("words", nargs="+", type=text, metavar="WORDS", help="what to search for")
     search.add_argument("--count", type=count, default=3, metavar="N", help="print at most N passages (default: 3)")
     add_options(search, "embeddings", "json")
 

