@@ -116,7 +116,9 @@ def test_matchers_of_a_grammar_are_independent() -> None:
     [
         ({"type": "foo"}, "Invalid type: foo"),
         ({"type": "string", "pattern": "("}, "regex parse error"),
-        ({"type": "string", "format": "postcode"}, "Unknown format: postcode"),
+        ({"type": "string", "format": "uri-reference"}, "Unknown format: uri-reference"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "object", "propertyNames": {"pattern": "^a"}}, "propertyNames"),
         ({"$ref": "https://example.com/x"}, "does not fetch"),
         ({"$ref": "#"}, "no text matches it|NoExtension"),
         ({"not": {}}, 'Unimplemented keys: \\["not"\\]'),
@@ -130,6 +132,28 @@ def test_schemas_that_cannot_be_followed(schema: dict[str, Any], reason: str) ->
         COMPILER.compile(f"start: {json_rule(schema)}")
     assert str(caught.value).startswith("The schema ") and str(caught.value).endswith("; send a simpler one.")
     assert "\n" not in str(caught.value)
+
+
+def test_annotations_are_no_obstacle() -> None:
+    """Zod writes such `propertyNames` for each record, and Pydantic such a format for each `Path`."""
+    any_name, path = {"propertyNames": {"type": "string"}}, {"type": "string", "format": "path"}
+    record = {"type": "object", **any_name, "additionalProperties": {"type": "boolean"}}
+    named = {"properties": any_name, "required": ["propertyNames"], "additionalProperties": False}
+    for schema, right, wrong in (
+        ({"anyOf": [record]}, {"a": True}, {"a": 1}),
+        ({"$defs": {"const": record}, "$ref": "#/$defs/const"}, {"a": True}, {"a": 1}),
+        ({"type": "object", **named}, {"propertyNames": ""}, {}),
+        ({"const": any_name}, any_name, {}),
+        ({"properties": {"enum": {"properties": {"a": record}}}}, {"enum": {"a": {}}}, {"enum": {"a": 5}}),
+        ({"type": "array", "items": path, "uniqueItems": False}, ["a", "a"], [5]),
+        ({"properties": {"format": path}}, {"format": "a"}, {"format": 5}),
+        ({"enum": [{"format": "path"}]}, {"format": "path"}, {}),
+    ):
+        for value, matches in ((right, True), (wrong, False)):
+            assert jsonschema.is_valid(schema, value) == matches
+            matcher = COMPILER.compile(f"start: {json_rule(schema)}").matcher()
+            tokens = TOKENIZER.encode(json.dumps(value)).tolist()
+            assert all(matcher._state.consume_token(token) for token in tokens) == matches, (schema, value)
 
 
 def test_schemas_that_are_nested_too_deeply() -> None:

@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 
 # At most one space between two parts of a JSON text: without a limit, some models write spaces for ever.
 _JSON_OPTIONS = {"whitespace_pattern": " "}
+# Keywords of JSON Schema whose values are tables of schemas by name, and those whose values are no schemas.
+_TABLES = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_VALUES = ("const", "enum", "default", "examples")
+# Every object and list matches these. Formats that JSON Schema does not define, such as "path", are annotations, too.
+_ANNOTATIONS = (("propertyNames", {"type": "string"}), ("uniqueItems", False))
+_FORMATS = (
+    *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6"),
+    *("uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer"),
+    *("relative-json-pointer", "regex"),
+)
 _MAX_CHARACTERS, _MAX_SYMBOLS = 100_000, 20_000  # of a grammar, so that none takes long to compile
 
 
@@ -104,9 +114,28 @@ class GrammarCompiler:
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A JSON text that the schema allows, as a part of a grammar. Raises UserError if it is nested too deeply."""
     try:
-        return "%json " + json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+        return "%json " + json.dumps({**_without_annotations(schema), "x-guidance": _JSON_OPTIONS})
     except RecursionError as error:
         raise _error("it is nested too deeply") from error
+
+
+def _without_annotations(schema: Any, *, by_name: bool = False) -> Any:
+    """The schema without keywords that allow everything, and that llguidance refuses. Zod and Pydantic write them.
+
+    by_name: this is a table of schemas by name.
+    """
+    if isinstance(schema, list):
+        return [_without_annotations(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if by_name:
+        return {name: _without_annotations(one) for name, one in schema.items()}
+    return {
+        key: value if key in _VALUES else _without_annotations(value, by_name=key in _TABLES)
+        for key, value in schema.items()
+        if (key, value) not in _ANNOTATIONS
+        and not (key == "format" and isinstance(value, str) and value not in _FORMATS)
+    }
 
 
 def text_rule(text: str) -> str:
