@@ -107,6 +107,28 @@ def test_a_response_and_one_that_follows_it_learn_as_a_session_does(anna: Any) -
     assert anna.responses.create(input="On", previous_response_id=second.id, **SHORT).output_text
 
 
+def test_a_reference_is_the_item_that_it_names(anna: Any, ben: Any) -> None:
+    """The AI SDK sends answers back by their ids."""
+    first = anna.responses.create(input=HELLO, **SHORT)
+    said = [{"role": "user", "content": HELLO}, *first.output, {"role": "user", "content": "And?"}]
+    again = anna.responses.create(input=said, **SHORT)
+    reference = {"type": "item_reference", "id": first.output[0].id}
+    named = anna.responses.create(input=[said[0], reference, said[2]], **SHORT)
+    assert (named.output_text, named.usage) == (again.output_text, again.usage)
+    items = list(anna.responses.input_items.list(named.id, order="asc"))
+    assert items[1].id == first.output[0].id and items[1].content[0].text == first.output_text
+    conversation = anna.conversations.create(items=[said[0], reference])
+    answer = anna.responses.create(input="And?", conversation=conversation.id, **SHORT)
+    assert answer.output_text == again.output_text
+    for user, id in ((ben, first.output[0].id), (anna, f"{first.output[0].id}00"), (anna, "msg_0"), (anna, "")):
+        for call in (
+            lambda user=user, id=id: user.responses.create(input=[said[0], {**reference, "id": id}], **SHORT),
+            lambda user=user, id=id: user.conversations.create(items=[{**reference, "id": id}]),
+        ):
+            with pytest.raises(openai.NotFoundError, match=r"(input|items): no stored response has the item"):
+                call()
+
+
 def test_events_come_in_openais_order(anna: Any) -> None:
     whole = anna.responses.create(input=HELLO, **SHORT)
     events = list(anna.responses.create(input=HELLO, **SHORT, stream=True))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from ttt_e2e.server.api.documents import load_document, public_id, to_text
+from ttt_e2e.server.api.documents import load_document, public_id, resolve_references, to_text
 from ttt_e2e.server.api.items import (
     InputItem,
     Item,
@@ -78,11 +78,14 @@ def routes(engine: Engine) -> APIRouter:
     async def load(request: Request, id: str) -> tuple[SessionSlot, dict[str, Any]]:
         return await load_document(engine, request.state.caller.owner, "conversation", id, "conversation_id")
 
+    async def resolve(request: Request, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return await resolve_references(engine, request.state.caller.owner, items, "items")
+
     @router.post("")
     async def create(request: Request, body: ConversationRequest | None = None) -> Conversation:
         """Create a conversation, which is a session."""
         body = body or ConversationRequest()
-        items = new_items(body.items or ())
+        items = await resolve(request, new_items(body.items or ()))
         document = {"kind": "conversation", "metadata": body.metadata or {}, "items": items, "read": 0}
         made = await engine.sessions.create(request.state.caller.owner, document=to_text(document))
         return _conversation(public_id("conversation", made.id), made.created, document)
@@ -126,7 +129,7 @@ def routes(engine: Engine) -> APIRouter:
     async def add_items(conversation_id: str, body: NewItems, request: Request) -> ItemList:
         """Add messages to a conversation, which the model reads with the next response."""
         slot, _ = await load(request, conversation_id)
-        new = new_items(body.items)
+        new = await resolve(request, new_items(body.items))
         async with engine.sessions.changing(slot):
             _, document = await load(request, conversation_id)
             document["items"] += new

@@ -54,6 +54,30 @@ async def load_document(
     return slot, document
 
 
+async def resolve_references(
+    engine: Engine, owner: str, items: list[dict[str, Any]], param: str
+) -> list[dict[str, Any]]:
+    """The items, with those of the owner's stored responses in place of references to them.
+
+    The id of an item of a response begins with the response's own. Raises ApiError, about the parameter `param`, if
+    there is no such item.
+    """
+    resolved = []
+    for item in items:
+        if item["type"] == "item_reference":
+            response, output = public_id("response", item["id"].partition("_")[2][:32]), list[dict[str, Any]]()
+            with suppress(ApiError):
+                _, document = await load_document(engine, owner, "response", response)
+                output = document["response"]["output"]
+            found = next((one for one in output if one["id"] == item["id"]), None)
+            if found is None:
+                message = f"{param}: no stored response has the item {item['id'][:64]}; send the item itself."
+                raise ApiError(404, message, "item_not_found", param)
+            item = found
+        resolved.append(item)
+    return resolved
+
+
 async def superfluous(engine: Engine, owner: str, kept: str | None) -> str | None:
     """The session of the owner's oldest stored response, but for `kept`, if there is no room for another session.
 

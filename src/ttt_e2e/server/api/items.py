@@ -90,12 +90,25 @@ class InputReasoning(RequestModel):
     type: Literal["reasoning"]
 
 
-_KINDS = ("function_call", "function_call_output", "reasoning")  # a message need not say that it is one
+class ItemReference(RequestModel):
+    """An item of a stored response's output. It is replaced with the item by `documents.resolve_references`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["item_reference"]
+    id: str
+
+    def item(self) -> dict[str, Any]:
+        """The reference itself."""
+        return {"type": self.type, "id": self.id}
+
+
+_KINDS = ("message", "function_call", "function_call_output", "item_reference", "reasoning")
 
 
 def _kind(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if isinstance(kind, str) and kind not in ("message", *_KINDS):
+    if isinstance(kind, str) and kind not in _KINDS:
         return None
     return kind if kind in _KINDS else "message"
 
@@ -104,11 +117,12 @@ InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputCall, Tag("function_call")]
     | Annotated[InputCallOutput, Tag("function_call_output")]
+    | Annotated[ItemReference, Tag("item_reference")]
     | Annotated[InputReasoning, Tag("reasoning")],
     Discriminator(
         _kind,
         custom_error_type="item_type",
-        custom_error_message="an item is a message, a function_call, a function_call_output or reasoning; omit others",
+        custom_error_message=f"an item is a {', '.join(_KINDS[:-1])} or {_KINDS[-1]}; omit others",
     ),
 ]
 InputItems = Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True)]

@@ -15,7 +15,15 @@ from fastapi.responses import JSONResponse, Response
 
 from ttt_e2e.inference.session import Session
 from ttt_e2e.server.api.answers import Answer, ArgumentsPart, Call, CallBegins, Part, TextPart, parse_answer
-from ttt_e2e.server.api.documents import load_document, public_id, session_id, store_response, superfluous, to_text
+from ttt_e2e.server.api.documents import (
+    load_document,
+    public_id,
+    resolve_references,
+    session_id,
+    store_response,
+    superfluous,
+    to_text,
+)
 from ttt_e2e.server.api.fields import RESPONSES, ignored_fields, ignored_header
 from ttt_e2e.server.api.generations import Generations, Structure, last_question
 from ttt_e2e.server.api.items import (
@@ -102,7 +110,8 @@ class _Response:
         self.generations, self.request, self.body = generations, request, body
         self.engine, self.owner = generations.engine, request.state.caller.owner
         self.options = body.sampling_options()
-        self.session, self.message, self.input = new_id(), message_item("assistant", [])["id"], body.items()
+        self.session, self.input = new_id(), body.items()
+        self.message = f"msg_{self.session.removeprefix('sess-')}"  # `resolve_references` needs it to begin so
         conversation = body.conversation
         self.conversation = conversation.id if isinstance(conversation, ConversationReference) else conversation
         self.created, self.sequence_number = int(time.time()), 0
@@ -115,6 +124,7 @@ class _Response:
         """The events of the response, of which the last one has it as a whole."""
         body, engine = self.body, self.engine
         self.structure = await self.generations.structure(body.functions(), body.schema_of_answer())
+        self.input = await resolve_references(engine, self.owner, self.input, "input")
         slot, found, document = None, None, dict[str, Any]()
         if self.conversation is not None:
             slot, _ = await load_document(engine, self.owner, "conversation", self.conversation, "conversation")
@@ -197,7 +207,7 @@ class _Response:
         if isinstance(part, TextPart):
             if not self.message_open:
                 yield from self._begin_message()
-            at = {"item_id": self.message, "output_index": 0, "content_index": 0}
+            at: dict[str, Any] = {"item_id": self.message, "output_index": 0, "content_index": 0}
             yield self._event("response.output_text.delta", **at, delta=part.text, logprobs=[])
             return
         number = part.number
