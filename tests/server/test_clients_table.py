@@ -131,6 +131,17 @@ def thought(client: Client) -> Any:
     return first.usage.input_tokens == second.usage.input_tokens
 
 
+@anthropic.beta_tool
+def f() -> str:
+    """A function."""
+    return "5"
+
+
+def run_tool(client: Client) -> Any:
+    runner = client.beta.messages.tool_runner(**M, messages=HELLO, max_tokens=99, tools=[f], max_iterations=1)
+    return runner.until_done()
+
+
 def put_together(client: Client) -> Any:
     with client.messages.stream(**M, messages=HELLO, max_tokens=2) as stream:
         return stream.get_final_message()
@@ -213,6 +224,9 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     ),
     "`responses.create`, a `function_call_output`": result,
     "`responses.create`, `reasoning` of an earlier answer": reasoned,
+    "`responses.create`, an `item_reference`": lambda c: respond(
+        c, input=[{"type": "item_reference", "id": respond(c).output[0].id}, *HELLO]
+    ),
     "`responses.create(tools=)`, a tool of OpenAI's": lambda c: respond(c, tools=[{"type": "web_search"}]),
     "`responses.create(reasoning=)`": lambda c: respond(c, reasoning={"effort": "low"}),
     "`responses.create(background=True)`": lambda c: respond(c, background=True),
@@ -258,7 +272,8 @@ ANTHROPIC: dict[str, Callable[[Client], Any]] = {
     "`messages.create(tools=)`, a tool of Anthropic's": lambda c: message(
         c, tools=[{"type": "bash_20250124", "name": "bash"}]
     ),
-    "`messages.create(thinking=)`": lambda c: message(c, thinking={"type": "adaptive"}),
+    "`messages.create(thinking=)`": lambda c: message(c, thinking={"type": "enabled", "budget_tokens": 1024}),
+    "`messages.create(thinking=)`, adaptive": lambda c: message(c, thinking={"type": "adaptive"}),
     "`messages.create(output_config=)`, a JSON schema": lambda c: (
         message(c, output_config={"format": {"type": "json_schema", "schema": NOTHING}}).content[0].text.startswith("{")
     ),
@@ -266,6 +281,7 @@ ANTHROPIC: dict[str, Callable[[Client], Any]] = {
     "`messages.create`, an image": lambda c: message(
         c, messages=[{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": IMAGE}}]}]
     ),
+    "`beta.messages.tool_runner`": run_tool,
     "`messages.count_tokens`": lambda c: c.messages.count_tokens(**M, messages=HELLO, tools=CLAUDES).input_tokens,
 }
 

@@ -1,7 +1,9 @@
 """Anthropic's API with the official client, over a real engine, and what the client cannot see."""
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -9,7 +11,8 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from engine_helpers import TEMPLATE, TOKENIZER
-from server_helpers import FakeEngine, TestClient, client_of, served, words
+from server_helpers import FakeEngine, TestClient, client_of, log_lines, served, words
+from tool_families import SHORT_CHAT
 
 from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.server.chat import ChatFormat
@@ -147,7 +150,7 @@ def test_official_errors(official: Any) -> None:
         ({"model": "gpt"}, "not_found_error", anthropic.NotFoundError, "model: "),
         ({"max_tokens": 0}, "invalid_request_error", anthropic.BadRequestError, "max_tokens: "),
         ({"tools": [{"name": "f"}]}, "invalid_request_error", anthropic.BadRequestError, "tools.0.input_schema: "),
-        ({"thinking": {"type": "adaptive"}}, "invalid_request_error", anthropic.BadRequestError, "thinking: "),
+        ({"thinking": {"type": "enabled"}}, "invalid_request_error", anthropic.BadRequestError, "thinking.type: "),
         ({"extra_body": {"surprise": 1}}, "invalid_request_error", anthropic.BadRequestError, "surprise: "),
     ):
         for stream in (False, True):
@@ -158,6 +161,60 @@ def test_official_errors(official: Any) -> None:
     with pytest.raises(anthropic.NotFoundError) as caught:
         official.messages.batches.list()
     assert caught.value.type == "not_found_error"
+
+
+def test_what_agents_send_changes_nothing(official: Any) -> None:
+    """Claude Code and the AI SDK send all of this with every request."""
+    plain = official.messages.create(**SHORT, system="Be kind.")
+    cached = {"cache_control": {"type": "ephemeral"}}
+    agents = official.beta.messages.create(
+        **SHORT
+        | {"messages": [{"role": "user", "content": [{"type": "text", "text": HELLO[0]["content"], **cached}]}]},
+        system=[{"type": "text", "text": "Be kind.", **cached}],
+        betas=["claude-code-20250219", "context-management-2025-06-27", "effort-2025-11-24"],
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        metadata={"user_id": "x"},
+        output_config={"effort": "high"},
+        thinking={"type": "adaptive"},
+        tools=[{"name": "f", "input_schema": {"type": "object"}, "eager_input_streaming": True, **cached}],
+        tool_choice={"type": "none"},
+        extra_query={"beta": "true"},
+    )
+    assert agents.content[0].text == plain.content[0].text
+    assert agents.usage.input_tokens == plain.usage.input_tokens
+    for off in ({"edits": []}, None):
+        more = {"context_management": off, "thinking": {"type": "disabled"}}
+        assert (
+            official.beta.messages.create(**SHORT, system="Be kind.", **more).content[0].text == plain.content[0].text
+        )
+
+
+def test_tool_runners_go_on_without_threads(tmp_path: Path) -> None:
+    """They begin a thread, unless the server says in this way that it has none."""
+
+    @anthropic.beta_tool
+    def weather(city: Literal["Rome", "Oslo"]) -> str:
+        """The weather in a city."""
+        cities.append(city)
+        return "rain"
+
+    cities: list[str] = []
+    with (
+        log_lines() as log,
+        served(Engine(TEMPLATE.fork(), Store(tmp_path)), chat=SHORT_CHAT) as address,
+        anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as client,
+    ):
+        choice = {"type": "tool", "name": "weather"}
+        runner = client.beta.messages.tool_runner(
+            **SHORT | {"max_tokens": 99}, tools=[weather], tool_choice=choice, max_iterations=2
+        )
+        answers = list(runner)
+        assert [answer.stop_reason for answer in answers] == 2 * ["tool_use"] and len(cities) == 2
+        assert answers[1].usage.input_tokens > answers[0].usage.input_tokens
+        with pytest.raises(anthropic.BadRequestError, match="keeps no threads") as caught:
+            client.beta.messages.create(**SHORT, thread={"type": "create"})
+        assert caught.value.body["error"]["details"] == {"error_code": "thread_unsupported_request"}
+    assert [json.loads(line)["status"] for line in log] == [400, 200, 200, 400]
 
 
 def test_an_error_in_a_stream_is_raised_by_the_client(engine: FakeEngine) -> None:

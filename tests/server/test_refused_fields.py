@@ -40,10 +40,9 @@ REFUSED: list[tuple[str, str, list[Any]]] = [
     (RESPONSES, "background", [True]),
     (RESPONSES, "include", [["message.output_text.logprobs"]]),
     (RESPONSES, "prompt", [{"id": "x"}]),
-    (RESPONSES, "reasoning", [{"effort": "low"}]),
     (RESPONSES, "input", [[{"type": "function_call", "call_id": "x", "name": "f"}]]),
     (RESPONSES, "input", [[{"type": "function_call_output", "call_id": "x", "output": [IMAGE]}]]),
-    (RESPONSES, "text", [{"format": {"type": "grammar"}}, {"verbosity": "low"}, {"format": {"type": "json_schema"}}]),
+    (RESPONSES, "text", [{"format": {"type": "grammar"}}, {"verbosity": "x"}, {"format": {"type": "json_schema"}}]),
     (RESPONSES, "text", [{"format": {"type": "json_schema", "name": "a b", "schema": {}}}]),
     (RESPONSES, "text", [{"format": {"type": "json_schema", "name": "x", "schema": NOT_JSON}}]),
     (RESPONSES, "tools", [[{"type": "web_search"}], [FUNCTION], [FUNCTION, FUNCTION], [{**FUNCTION, "name": "a b"}]]),
@@ -83,9 +82,18 @@ REFUSED: list[tuple[str, str, list[Any]]] = [
     (MESSAGES, "messages", [[{"role": "system", "content": [{"type": "tool_result", "tool_use_id": "x"}]}, *HELLO]]),
     (MESSAGES, "tools", [[{"name": "f"}], [TOOL], [TOOL, TOOL], [{"type": "bash_20250124", "name": "bash"}]]),
     (MESSAGES, "tools", [[{**TOOL, "input_schema": {"type": "string"}}], [{**TOOL, "surprise": 1}]]),
+    (
+        MESSAGES,
+        "tools",
+        [[{**TOOL, "defer_loading": True}], [{**TOOL, "allowed_callers": ["code_execution_20250825"]}]],
+    ),
     (MESSAGES, "tool_choice", [{"type": "any"}, {"type": "tool"}, {"type": "tool", "name": "f"}, {"type": "x"}]),
     (MESSAGES, "thinking", [{"type": "enabled", "budget_tokens": 1024}]),
-    (MESSAGES, "output_config", [{"format": {}}, {"effort": "low"}]),
+    (MESSAGES, "output_config", [{"format": {}}, {"task_budget": {"type": "tokens", "total": 20_000}}]),
+    (MESSAGES, "context_management", [{"edits": [{"type": "clear_tool_uses_20250919"}]}, {"surprise": 1}]),
+    (MESSAGES, "compaction", [{"type": "summarize"}]),
+    (MESSAGES, "fallbacks", [[{"model": "tiny"}], "default"]),
+    (MESSAGES, "thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_0"}]),
     (MESSAGES, "output_config", [{"format": {"type": "json_schema", "schema": NOT_JSON}}]),
     (MESSAGES, "container", ["x"]),
     (MESSAGES, "mcp_servers", [[{}]]),
@@ -97,10 +105,11 @@ REFUSED: list[tuple[str, str, list[Any]]] = [
 HARMLESS: dict[str, dict[str, Any]] = {
     RESPONSES: {
         "background": False,
+        "client_metadata": {"session_id": "x"},
         "include": [],
         "max_tool_calls": 3,
         "prompt_cache_key": "x",
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": "high", "summary": "auto"},
         "safety_identifier": "x",
         "service_tier": "auto",
         "stream_options": {"include_obfuscation": False},
@@ -110,9 +119,9 @@ HARMLESS: dict[str, dict[str, Any]] = {
     },
     MESSAGES: {
         "cache_control": {"type": "ephemeral"},
+        "fallbacks": [],
         "metadata": {"user_id": "x"},
         "service_tier": "auto",
-        "thinking": {"type": "disabled"},
     },
 }
 
@@ -175,10 +184,8 @@ def test_kinds_of_items_are_named(client: TestClient) -> None:
     for kind in ("compaction", "web_search_call", ""):
         body = {"model": "tiny", "input": [*HELLO, {"type": kind}]}
         message = client.post(RESPONSES, json=body).json()["error"]["message"]
-        assert (
-            message
-            == "input.1: an item is a message, a function_call, a function_call_output or reasoning; omit others."
-        )
+        kinds = "message, function_call, function_call_output, item_reference or reasoning"
+        assert message == f"input.1: an item is a {kinds}; omit others."
 
 
 def test_a_conversation_has_limited_items(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +227,15 @@ def test_every_field_of_openais_responses_is_known(client: TestClient) -> None:
     names = response_create_params.ResponseCreateParamsNonStreaming.__annotations__
     assert "previous_response_id" in names
     assert client.post(RESPONSES, json=dict.fromkeys(names) | BODIES[RESPONSES]).status_code == 200
+
+
+def test_every_field_of_anthropics_messages_is_known(client: TestClient) -> None:
+    pytest.importorskip("anthropic", reason="Anthropic's client is not installed")
+    from anthropic.types.beta import message_create_params
+
+    names = message_create_params.MessageCreateParamsBase.__annotations__.keys() - {"betas"}  # these are a header
+    assert "context_management" in names
+    assert client.post(MESSAGES, json=dict.fromkeys(names) | BODIES[MESSAGES]).status_code == 200
 
 
 @pytest.mark.parametrize("path", [RESPONSES, MESSAGES])

@@ -67,11 +67,18 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class AnthropicErrorCode(BaseModel):
+    """error_code: as the `code` of errors in OpenAI's form."""
+
+    error_code: str | None
+
+
 class AnthropicErrorDetail(BaseModel):
     """message: what is wrong, in a sentence that begins with the field that it concerns, if it is about one."""
 
     type: str
     message: str
+    details: AnthropicErrorCode
 
 
 class AnthropicErrorBody(BaseModel):
@@ -137,7 +144,8 @@ def anthropic_error(error: Exception) -> dict[str, Any]:
     if param and not message.startswith(param):
         message = f"{param}: {message}"
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return AnthropicErrorBody(type="error", error=AnthropicErrorDetail(type=kind, message=message)).model_dump()
+    detail = AnthropicErrorDetail(type=kind, message=message, details=AnthropicErrorCode(error_code=body.error.code))
+    return AnthropicErrorBody(type="error", error=detail).model_dump()
 
 
 def _body(status: int, message: str, code: str | None = None, param: str | None = None) -> tuple[int, ErrorBody]:

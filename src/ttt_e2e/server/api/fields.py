@@ -109,6 +109,7 @@ RESPONSES: Neutral = {
     "access_programs": (),
     "background": (False,),
     "background_options": (),
+    "client_metadata": _ANY,  # codex
     "context_management": ([],),
     "image": (),
     "include": ([], ["reasoning.encrypted_content"]),  # of reasoning, which no answer has
@@ -118,7 +119,7 @@ RESPONSES: Neutral = {
     "prompt_cache_key": _ANY,
     "prompt_cache_options": _ANY,
     "prompt_cache_retention": _ANY,
-    "reasoning": ({}, {"effort": "none"}, {"effort": None, "summary": None}),
+    "reasoning": _ANY,  # how much to spend on what no model here does
     "safety_identifier": _ANY,
     "service_tier": _ANY,
     "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
@@ -128,10 +129,13 @@ RESPONSES: Neutral = {
 }
 # Likewise /v1/messages.
 MESSAGES: Neutral = {
+    "billing_policy": _ANY,
     "cache_control": _ANY,
+    "compaction": (),
     "container": (),
-    "context_management": (),
     "diagnostics": _ANY,
+    "fallback_credit_token": _ANY,
+    "fallbacks": ([],),
     "inference_geo": _ANY,
     "mcp_servers": ([],),
     "metadata": _ANY,
@@ -139,8 +143,8 @@ MESSAGES: Neutral = {
     "prefill": (),
     "service_tier": _ANY,
     "speed": _ANY,
-    "thinking": ({"type": "disabled"},),
     "user_profile_id": _ANY,
+    "workspace_id": _ANY,
 }
 _IN_MESSAGES: Neutral = {"audio": (), "function_call": ()}
 

@@ -115,7 +115,10 @@ class AnthropicMessage(RequestModel):
 
 
 class AnthropicTool(RequestModel):
-    """A function that the answer may call. Its input always matches `input_schema`. cache_control changes nothing."""
+    """A function that the answer may call. Its input always matches `input_schema`.
+
+    The fields behind `strict` change nothing.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -125,6 +128,9 @@ class AnthropicTool(RequestModel):
     input_schema: JsonSchema
     strict: bool | None = None
     cache_control: dict[str, Any] | None = None
+    eager_input_streaming: bool | None = None
+    defer_loading: Literal[False] | None = None
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
 
 
 class AnthropicToolChoice(RequestModel):
@@ -153,17 +159,44 @@ class AnthropicFormat(RequestModel):
 
 
 class OutputConfig(RequestModel):
-    """What the text of an answer is."""
+    """What the text of an answer is. effort changes nothing: there is no reasoning to spend more or less on."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: AnthropicFormat | None = None
+    effort: str | None = None
+
+
+class Thinking(RequestModel):
+    """Whether the model thinks first. None here does, which "adaptive" leaves to it; display changes nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["disabled", "adaptive"]
+    display: str | None = None
+
+
+class ContextEdit(RequestModel):
+    """Removes the thinking in earlier turns; there is none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Any = None
+
+
+class ContextManagement(RequestModel):
+    """What is removed from earlier turns."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    edits: Annotated[list[ContextEdit], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
 
 class MessagesRequest(SamplingRequest):
     """Answer `messages`. With a session they follow what it has read, so only new messages need to be sent.
 
-    learn: make the messages and the answer part of the session.
+    learn: make the messages and the answer part of the session. thread: refused, in a way that clients know.
     """
 
     messages: list[AnthropicMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
@@ -175,6 +208,9 @@ class MessagesRequest(SamplingRequest):
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_FUNCTIONS, fail_fast=True)] | None = None
     tool_choice: AnthropicToolChoice | None = None
     output_config: OutputConfig | None = None
+    thinking: Thinking | None = None
+    context_management: ContextManagement | None = None
+    thread: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from ttt_e2e.server.api.message_schemas import (
 from ttt_e2e.server.api.streams import EVENT_STREAM, cancel_on_disconnect, event_stream
 from ttt_e2e.server.engine.records import ChatPrompt, GenerateRequest, TextChunk
 from ttt_e2e.server.engine.slot import SessionSlot
-from ttt_e2e.server.errors import AnthropicErrorBody, anthropic_error
+from ttt_e2e.server.errors import AnthropicErrorBody, ApiError, anthropic_error
 from ttt_e2e.server.tool_calls import CallForm
 
 
@@ -36,6 +36,9 @@ def routes(generations: Generations) -> APIRouter:
     async def asked(body: MessagesRequest, request: Request) -> tuple[Structure, SessionSlot | None, PromptWithSources]:
         """What the answer may be, the session that it follows, and the prompt."""
         generations.check_model(body.model)
+        if body.thread is not None:  # by this code, Anthropic's clients know to send whole conversations instead
+            message = "thread: this server keeps no threads; omit thread, and send a session to continue."
+            raise ApiError(400, message, "thread_unsupported_request", "thread")
         structure = await generations.structure(body.functions(), body.schema_of_answer())
         question, with_question = last_question(body.for_template())
         slot = await generations.slot(request, body.session)

@@ -47,12 +47,12 @@ class SchemaFormat(NamedSchema):
 
 
 class TextConfig(RequestModel):
-    """What the text of an answer is."""
+    """What the text of an answer is. verbosity changes nothing."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ResponseRequest(SamplingRequest):
