@@ -229,6 +229,7 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     ),
     "`responses.create(tools=)`, a tool of OpenAI's": lambda c: respond(c, tools=[{"type": "web_search"}]),
     "`responses.create(reasoning=)`": lambda c: respond(c, reasoning={"effort": "low"}),
+    "`responses.create(text=)`, a verbosity": lambda c: respond(c, text={"verbosity": "low"}),
     "`responses.create(background=True)`": lambda c: respond(c, background=True),
     "`responses.create(include=)`": lambda c: respond(c, include=["message.output_text.logprobs"]),
     "`responses.create(include=)`, encrypted reasoning": lambda c: respond(
