@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ttt_e2e.cli import common
 from ttt_e2e.cli.main import COMMANDS, main
 
 HUGE = ["1" + "0" * 30, "9" * 5000, "1e400", "-1e400", "inf", "-inf", "nan", "1e999999999"]
@@ -22,7 +23,11 @@ def options(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, C
         if isinstance(action, argparse._SubParsersAction):
             for word, inner in action.choices.items():
                 yield from options(inner, f"{name} {word}")
-        elif callable(action.type) and action.type is not Path and action.dest not in ("models", "systems"):
+        elif (
+            callable(action.type)
+            and action.type not in (Path, common.text)
+            and action.dest not in ("models", "systems")
+        ):
             yield f"{name} {action.option_strings[-1]}", action.type
 
 

