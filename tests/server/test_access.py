@@ -60,7 +60,7 @@ def test_request_without_a_valid_key_is_refused(keyed: TestClient, path: str, he
 
 
 def test_page_and_health_need_no_key(keyed: TestClient) -> None:
-    assert keyed.get("/").status_code == keyed.get("/health").status_code == 200
+    assert keyed.get("/").status_code == keyed.head("/").status_code == keyed.get("/health").status_code == 200
     assert keyed.get("/health").json() == {"status": "ok"}
 
 

@@ -245,6 +245,7 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
     "`moderations.create`": lambda c: c.moderations.create(**M, input="x"),
 }
 ANTHROPIC: dict[str, Callable[[Client], Any]] = {
+    "`models.list`, `retrieve`": lambda c: c.models.retrieve(next(iter(c.models.list())).id).created_at.year > 2000,
     "`messages.create`": lambda c: message(c, system="Be kind.", stop_sequences=["x"]),
     "`messages.create(stream=True)`": lambda c: types(message(c, stream=True))[-1] == "message_stop",
     "`messages.stream`": put_together,

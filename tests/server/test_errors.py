@@ -75,7 +75,7 @@ def test_json_without_its_content_type_is_refused(client: TestClient) -> None:
 def test_wrong_method_gets_the_allowed_ones(client: TestClient) -> None:
     assert client.put("/v1/sessions").headers["allow"] == "GET, POST"
     assert client.put("/v1/sessions/x").headers["allow"] == "DELETE, GET"
-    assert client.post("/").headers["allow"] == "GET"
+    assert client.post("/").headers["allow"] == "GET, HEAD"
 
 
 def test_unexpected_error_is_only_logged_and_without_its_message(client: TestClient, engine: FakeEngine) -> None:

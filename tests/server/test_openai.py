@@ -28,11 +28,13 @@ from server_helpers import (
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.inference.divergence import Diverged
+from ttt_e2e.server.api.schemas import MAX_TOKENS
 from ttt_e2e.server.api.streams import with_keepalive
 from ttt_e2e.server.engine.records import StoppingError
 from ttt_e2e.server.keys import Keys
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
+anthropic = pytest.importorskip("anthropic", reason="Anthropic's client is not installed")
 
 KEY = "a-long-key-for-tests"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -64,6 +66,10 @@ def test_official_models(official: Any) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         official.models.retrieve("gpt")
     assert caught.value.code == "model_not_found" and caught.value.param == "model"
+    with anthropic.Anthropic(base_url=str(official.base_url).removesuffix("/v1/"), api_key=KEY, max_retries=0) as other:
+        [model] = other.models.list()
+        assert model == other.models.retrieve("tiny")
+        assert (model.display_name, model.max_tokens) == ("tiny", MAX_TOKENS)
 
 
 def test_official_completions(official: Any) -> None:

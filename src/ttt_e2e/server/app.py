@@ -56,7 +56,9 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     metrics, text = ServiceMetrics(engine.stats), {"content": {"text/plain": {"schema": {"type": "string"}}}}
     page, policy = _load_page()
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route(
+        "/", methods=["GET", "HEAD"], include_in_schema=False
+    )  # HEAD: clients look whether there is a server
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
 
@@ -99,7 +101,8 @@ async def _handle(request: Request, error: Exception) -> JSONResponse:
     response = error_response(error, request.url.path)
     if response.status_code == 405 and "route" in request.scope:
         # Starlette only names the methods of the first route with this path.
-        methods = request.app.openapi()["paths"].get(request.scope["route"].path, {"get": None})
+        page = {"get": None, "head": None}  # it is not in the schema
+        methods = request.app.openapi()["paths"].get(request.scope["route"].path, page)
         response.headers["allow"] = ", ".join(sorted(methods)).upper()
     return response
 

@@ -171,8 +171,12 @@ def _invalid_request(error: RequestValidationError) -> tuple[int, ErrorBody]:
     first = problems[0]["path"]
     about_first = [problem for problem in problems if problem["path"][: len(first)] == first]
     path = max((problem["path"] for problem in about_first), key=len)
-    reasons = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in about_first if p["path"] == path)
+    about_path = [problem for problem in about_first if problem["path"] == path]
+    reasons = dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in about_path)
     message = f"{'.'.join(map(str, path))[:_MAX_NAME]}: {', or: '.join(reasons)}"
+    given = about_path[0]["input"]
+    if isinstance(given, str) and all(problem["type"] == "literal_error" for problem in about_path):
+        message += f", not {given[:_MAX_NAME]!r}"  # such as the kind of a tool: which one a client has to switch off
     param = str(path[0])[:_MAX_NAME]
     return _body(400, message if message.endswith(".") else f"{message}.", "invalid_value", param)
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -222,12 +223,23 @@ def routes(generations: Generations) -> APIRouter:
     """Models, completions, chat completions, and completions of a session."""
     router = APIRouter(prefix="/v1")
     name = generations.settings.model_name
-    card = schemas.ModelCard(id=name, object="model", created=int(time.time()), owned_by="ttt-e2e")
+    now = datetime.now(UTC)
+    card = schemas.ModelCard(
+        id=name,
+        object="model",
+        created=int(now.timestamp()),
+        owned_by="ttt-e2e",
+        type="model",
+        display_name=name,
+        created_at=now,
+        lifecycle="active",
+        max_tokens=schemas.MAX_TOKENS,
+    )
 
     @router.get("/models", tags=["OpenAI"])
     async def models() -> schemas.ModelList:
         """List the models; there is one."""
-        return schemas.ModelList(object="list", data=[card])
+        return schemas.ModelList(object="list", data=[card], first_id=name, last_id=name, has_more=False)
 
     @router.get("/models/{model}", tags=["OpenAI"])
     async def model(model: str) -> schemas.ModelCard:

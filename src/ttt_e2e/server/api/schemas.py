@@ -8,6 +8,7 @@ Lists end at their first error: with all the errors of a long list, a request wo
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -249,12 +250,17 @@ class Completion(BaseCompletion):
 
 
 class ModelCard(BaseModel):
-    """The model that is served."""
+    """The model that is served, with the fields of OpenAI's API and of Anthropic's."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    type: Literal["model"]
+    display_name: str
+    created_at: datetime
+    lifecycle: Literal["active"]
+    max_tokens: int
 
 
 class ModelList(BaseModel):
@@ -262,3 +268,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[ModelCard]
+    first_id: str
+    last_id: str
+    has_more: Literal[False]
