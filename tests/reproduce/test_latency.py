@@ -1,8 +1,9 @@
 """Time per token: what is timed, with states of which size, in how much memory. How long it takes is not tested."""
 
 import dataclasses
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,9 +37,12 @@ CONFIGS = {
 
 
 @pytest.fixture(autouse=True)
-def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "SEGMENT_TOKENS", {"cpu": 12, "cuda": 12})
     monkeypatch.setattr(timing, "WRITTEN_TOKENS", 2)
+    gc.freeze()  # `measure` collects garbage: not among all that other tests have imported, which takes a second
+    yield
+    gc.unfreeze()
 
 
 def make_setup(memory: float = 1e12, dtype: torch.dtype = torch.float32, seconds: float = 1e-9) -> Setup:
