@@ -62,20 +62,22 @@ async def resolve_references(
     The id of an item of a response begins with the response's own. Raises ApiError, about the parameter `param`, if
     there is no such item.
     """
-    resolved = []
-    for item in items:
-        if item["type"] == "item_reference":
-            response, output = public_id("response", item["id"].partition("_")[2][:32]), list[dict[str, Any]]()
+    outputs: dict[str, list[dict[str, Any]]] = {}  # of responses, each of which is read once
+
+    async def referenced(id: str) -> dict[str, Any]:
+        response = public_id("response", id.partition("_")[2][:32])
+        if response not in outputs:
+            outputs[response] = []
             with suppress(ApiError):
                 _, document = await load_document(engine, owner, "response", response)
-                output = document["response"]["output"]
-            found = next((one for one in output if one["id"] == item["id"]), None)
-            if found is None:
-                message = f"{param}: no stored response has the item {item['id'][:64]}; send the item itself."
-                raise ApiError(404, message, "item_not_found", param)
-            item = found
-        resolved.append(item)
-    return resolved
+                outputs[response] = document["response"]["output"]
+        for item in outputs[response]:
+            if item["id"] == id:
+                return item
+        message = f"{param}: no stored response has the item {id[:64]}; send the item itself."
+        raise ApiError(404, message, "item_not_found", param)
+
+    return [await referenced(item["id"]) if item["type"] == "item_reference" else item for item in items]
 
 
 async def superfluous(engine: Engine, owner: str, kept: str | None) -> str | None:
