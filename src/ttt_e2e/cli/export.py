@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ttt_e2e.inference.lora_adapter import check_split, export_lora
     from ttt_e2e.model.checkpoint import load_config
 
-    folder, base = find_model(arguments.model) or shipped_model(), arguments.base
+    folder, base = find_model(arguments.model, progress=True) or shipped_model(), arguments.base
     check_split(load_config(folder))
     if base is None:
         notes = read_json(folder / "config.json").get("notes", {})

@@ -21,7 +21,7 @@ from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.retrieval.documents import document_name
-from ttt_e2e.retrieval.generate import retrieve
+from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, retrieve
 from ttt_e2e.retrieval.notebook import Notebook, passage_size
 from ttt_e2e.retrieval.search_index import with_parts
 from ttt_e2e.server.engine.chats import begin_chat, num_tokens, without_bos
@@ -117,7 +117,9 @@ class Engine:
         states = state_bytes(template.model.config, self.sessions.max_session_tokens, template.dtype.itemsize)
         return states + 8 * template.chunk_size + MAX_HEADER_BYTES + self.sessions.limits.disk_bytes
 
-    async def retrieve(self, slot: SessionSlot, question: str, count: int = 3) -> tuple[str, list[Source]]:
+    async def retrieve(
+        self, slot: SessionSlot, question: str, count: int = DEFAULT_PASSAGES
+    ) -> tuple[str, list[Source]]:
         """The question with passages of the session's notebook before it, and these, at most `count`, the best first.
 
         Together they have at most half as many tokens as the window. Raises NoNotebookError if there is no notebook.
