@@ -1,6 +1,7 @@
 """Checkpoints of the official trainer, as model folders: the reference one, and small ones written here alike."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -404,15 +405,17 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 def test_memory_does_not_grow_with_the_model(tensorstore: Any, tmp_path: Path) -> None:
-    """79 MiB of weights, in arrays of up to 19 MiB whose layers have 1.2 MiB. One or two are in memory at once."""
+    """79 MiB of weights, in arrays of up to 19 MiB whose layers have 1.2 MiB."""
     write_step(tmp_path / "small/0", official_arrays(small_model()), 1)
     model = small_model(vocab_size=64, num_hidden_layers=16, hidden_size=256, intermediate_size=1200)
     write_step(tmp_path / "large/0", official_arrays(model), 1)
     run = [sys.executable, "-c", MEASURE, str(tmp_path), *SETTINGS]
-    rise = float(subprocess.run(run, capture_output=True, check=True, text=True).stdout)
+    # Otherwise each of tensorstore's threads keeps what it has freed, more on a busy machine.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    rise = float(subprocess.run(run, env=environment, capture_output=True, check=True, text=True).stdout)
     size = (tmp_path / "model/model.safetensors").stat().st_size / 2**20
     assert size > 75
-    assert rise < 0.75 * size
+    assert rise < size / 2
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
