@@ -146,6 +146,56 @@ def test_text_goes_to_the_selected_session(browser: Any, engine: FakeEngine, tmp
         assert read(files[2]) == ["one", "twothree"]
 
 
+def test_lists_that_come_late_change_no_selection(browser: Any, engine: FakeEngine, tmp_path: Path) -> None:
+    held: list[tuple[Any, Any]] = []  # lists that the page waits for: what it asked, and what was true then
+    hold = True
+
+    def held_or_not(route: Any) -> None:
+        if hold and route.request.method == "GET":
+            held.append((route, route.fetch()))
+        else:
+            route.continue_()
+
+    with served(engine) as address:
+        page = Watched(browser, address).page
+        sync_api.expect(page.locator("#none")).to_be_visible()  # the first list is there
+
+        def read(text: str) -> list[str]:
+            file = tmp_path / "text.txt"
+            file.write_text(text)
+            page.set_input_files("#file", file)
+            sync_api.expect(page.locator("#progress")).to_contain_text(f"Read: {len(text.split())} tokens")
+            sync_api.expect(page.locator("#file")).to_be_enabled()
+            return [one.text for one in engine.all.values()]
+
+        page.route("**/v1/sessions", held_or_not)
+        page.dispatch_event("#key", "change")  # asks for a list, of no sessions
+        assert read("a") == ["a"]
+        assert read("b b") == ["ab b"]  # although no list with the session has come
+        hold = False
+        assert read("c") == ["ab bc"]
+        sync_api.expect(page.locator("#sessions li")).to_have_count(1)
+        for route, answer in held:
+            with page.expect_request_finished():
+                route.fulfill(response=answer)
+        assert len(held) == 3 and held[0][1].json()["data"] == []
+        assert read("d d") == ["ab bcd d"]
+        sync_api.expect(page.locator("#sessions li")).to_have_count(1)
+
+        # The answer, too, is the session's that has just read.
+        page.select_option("#into", "")
+        hold = True
+        assert read("e") == ["ab bcd d", "e"]
+        hold = False
+        page.fill("#prompt", "And")
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.click("#send")
+        assert asked.value.post_data_json["session"] == list(engine.all)[1]
+
+        late = "async () => { const late = list(); use('made since'); await late; return current; }"
+        assert page.evaluate(late) == "made since"
+
+
 def test_page_asks_for_a_key(browser: Any, engine: FakeEngine) -> None:
     with served(engine, keys=Keys({"me": KEY})) as address:
         page = Watched(browser, address).page

@@ -6,6 +6,7 @@ const SAME_WORDS = 3; // so many in a row, of an answer, are taken to be from a 
 // sessions: what the service has. current: the session that is asked. into: the one that reads the next text; "" makes
 // a new one.
 let sessions = [], current = location.hash.slice(1), into = current, reading = null, writing = null;
+let asked = 0; // counts what makes a list of sessions out of date: another request for it, another session in use
 
 function showError(error) {
   at("error").textContent = error && error.name !== "AbortError" ? error.message || String(error) : "";
@@ -109,7 +110,7 @@ async function read(file) {
   at("file").disabled = true;
   at("bar").removeAttribute("value"); // how much is read is not known yet
   at("progress").textContent = "Sending " + file.name + " ...";
-  let points = [], before = 0, made = "", session = at("into").value, tokensBefore = null, share = 0;
+  let points = [], before = 0, made = "", session = into, tokensBefore = null, share = 0;
   draw(points);
   try {
     if (!session) session = made = (await (await post("/v1/sessions", {notebook: at("keep").checked})).json()).id;
@@ -252,7 +253,9 @@ async function write(event) {
   writing = new AbortController();
   at("send").disabled = true;
   at("stop-writing").hidden = false;
-  const session = sessions.find(one => one.id === current), mode = at("mode").value, question = at("prompt").value;
+  const find = () => sessions.find(one => one.id === current);
+  if (current && !find()) await list(); // it has just read its first text
+  const session = find(), mode = at("mode").value, question = at("prompt").value;
   const exchange = {question, answer: "", sources: null, tokens: session ? session.tokens : 0, mode};
   const article = element("article");
   article.setAttribute("aria-busy", "true");
@@ -262,7 +265,7 @@ async function write(event) {
     const body = {max_tokens: Number(at("most").value) || 200, stream: true};
     if (mode === "chat") body.messages = [{role: "user", content: question}];
     else body.prompt = question;
-    if (session) Object.assign(body, {session: current, learn: at("learn").checked});
+    if (current) Object.assign(body, {session: current, learn: at("learn").checked});
     if (session && session.notebook) body.notebook = at("notebook").checked;
     const path = mode === "chat" ? "/v1/chat/completions" : "/v1/completions";
     const response = await post(path, body, {signal: writing.signal});
@@ -315,6 +318,7 @@ for (const id of ["mode", "most", "notebook", "keep"]) {
 function use(id) {
   if (id !== current && !writing) at("answers").replaceChildren();
   current = into = id;
+  asked++;
   history.replaceState(null, "", id ? "#" + id : location.pathname);
 }
 
@@ -366,12 +370,16 @@ function item(session) {
 }
 
 async function list() {
+  const now = ++asked;
+  let data;
   try {
-    sessions = (await (await request("/v1/sessions")).json()).data;
+    ({data} = await (await request("/v1/sessions")).json());
   } catch (error) {
     if (!at("error").textContent) showError(error);
     return;
   }
+  if (now !== asked) return; // a newer list is on its way
+  sessions = data;
   if (current && !sessions.some(session => session.id === current)) use("");
   at("sessions").replaceChildren(...sessions.map(item).reverse());
   at("none").hidden = sessions.length > 0;
