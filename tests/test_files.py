@@ -152,6 +152,22 @@ def test_lock_beside_is_left_only_with_something_in_it(tmp_path: Path) -> None:
     assert not lock.exists()
 
 
+def test_folders_made_for_a_lock_go_when_nothing_came_of_it(tmp_path: Path) -> None:
+    target = tmp_path / "kept" / "new" / "newer" / "s"
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(KeyError), lock_beside(target, "in use"):
+        assert target.parent.is_dir()
+        raise KeyError
+    assert [*tmp_path.rglob("*")] == [tmp_path / "kept"]
+    with pytest.raises(KeyError), lock_beside(target, "in use"):
+        (tmp_path / "kept" / "new" / "other").touch()  # by another process
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["kept", "new", "other"]
+    with lock_beside(target, "in use"):
+        pass
+    assert target.parent.is_dir()
+
+
 @given(data=st.data())
 def test_altered_json_is_refused_or_means_the_same(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

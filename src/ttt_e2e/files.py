@@ -163,9 +163,29 @@ def lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
     The lock is the file `.NAME.lock` beside it, because a lock on `target` would go when that is replaced. It is
     yielded open, and removed when the block ends; but what was written to it is kept if an exception ends the block or
     the process is killed, and the next process finds it there. What killed processes left beside `target` is removed.
+    The folders above it are made; if an exception ends the block, those of them that are empty are removed again.
     Raises UserError with the message `in_use` if the lock is held, and another one if it cannot be made.
     """
     target = Path(os.path.abspath(real_path(target)))  # noqa: PTH100 - "." and ".." have no name to put the lock beside
+    with _remove_new_folders(target), _lock_beside(target, in_use) as lock:
+        yield lock
+
+
+@contextmanager
+def _remove_new_folders(target: Path) -> Iterator[None]:
+    """If an exception ends the block, remove the folders above `target` that it has made, as far as they are empty."""
+    missing = [folder for folder in target.parents if not os.path.exists(folder)]  # noqa: PTH110 - no error for a name
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
     path = target.parent / f".{target.name}.lock"
     while True:
         try:

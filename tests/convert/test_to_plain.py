@@ -160,6 +160,9 @@ def test_export_lora_command(
     assert f"3 matrices of rank 2, 480 parameters, for {checkpoint}; " in printed
     assert main(["export", "lora", session, adapter, "--model", model]) == 1
     assert "exists already" in capsys.readouterr().err
+    parent = tmp_path / "parent"
+    assert main(["export", "lora", str(tmp_path / "none"), str(parent / "adapter"), "--model", model]) == 1
+    assert "does not exist" in capsys.readouterr().err and not parent.exists()
     monkeypatch.setattr("ttt_e2e.cli.export._SAME", ("granite",))
     assert main(["export", "lora", session, str(tmp_path / "other"), "--model", model]) == 1
     assert "name it: --base PLAIN" in capsys.readouterr().err
