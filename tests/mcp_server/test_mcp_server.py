@@ -83,14 +83,14 @@ def test_all_tools_and_resources(tmp_path: Path, mode: str) -> None:
         asked = await result(client, "ask", prompt="The rain", session="book", max_tokens=9, temperature=0)
         assert asked["text"] == "".join(alone.generate("The rain", max_tokens=9, temperature=0))
         assert asked["sources"] == []  # none fits into half of this window
-        found = await result(client, "recall", query=SECOND.split()[0], session="book", count=50)
+        found = await result(client, "recall", query=SECOND.split()[0], session="book", count=20)
         texts = {None: FIRST, "second.txt": SECOND}
         assert {one["document"] for one in found} == set(texts)
         assert all(texts[one["document"]][one["start"] : one["stop"]] == one["text"] for one in found)
         named = {"name": "a title\n", "session": "titled"}
         for text in (FIRST, SECOND):
             await result(client, "read", text=text, **named)
-        found = await result(client, "recall", query=SECOND.split()[0], session="titled", count=50)
+        found = await result(client, "recall", query=SECOND.split()[0], session="titled", count=20)
         assert all(one["document"] == r"a title\n" for one in found)  # in one line
         assert max(one["stop"] for one in found) == len(FIRST + SECOND)  # the second continues the first
         await result(client, "forget", session="titled")
@@ -161,7 +161,8 @@ def test_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ("ask", {"prompt": "a", "max_tokens": 0}, "max_tokens: "),
             ("ask", {"prompt": "a", "passages": 21}, "passages: "),
             ("ask", {"prompt": "a", "temperature": -1}, "temperature: "),
-            ("recall", {"query": "a", "count": 51}, "count: "),
+            ("recall", {"query": "a", "count": 21}, "count: "),
+            ("recall", {"query": "a" * 2001}, "query: "),
             ("recall", {"query": "a", "session": "gone"}, "no session 'gone'"),
             ("fork", {"new_session": "b"}, "no session 'default'"),
             ("fork", {"new_session": "b", "session": "b"}, "name of its own"),

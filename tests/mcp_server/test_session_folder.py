@@ -110,6 +110,13 @@ def test_passages_name_their_documents(tmp_path: Path) -> None:
     assert sessions.recall("copy", "zebra", 1)[0].place_in_document[0] == 0
 
 
+def test_a_sentence_without_spaces_is_found_by_its_parts(tmp_path: Path) -> None:
+    sessions = folder(tmp_path)
+    sessions.read("book", [SECOND, "船长看见白鲸在海里。\n"])
+    (found,) = sessions.recall("book", "谁见过那条白鲸呢")
+    assert "白鲸" in found.text
+
+
 def test_a_question_goes_through_the_chat_template(tmp_path: Path) -> None:
     chat, tokenizer = FAMILIES["chatml"].chat(), Tokenizer(FAMILIES["chatml"].backend())
     model = small_model(F64, vocab_size=tokenizer.vocab_size, sliding_window=200).requires_grad_(False)

@@ -30,7 +30,7 @@ from ttt_e2e.data.text import text_chunks
 from ttt_e2e.errors import UserError
 from ttt_e2e.mcp_server.allowed_files import AllowedFiles
 from ttt_e2e.mcp_server.sessions import ReadingResult, SessionFolder, SessionSummary
-from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, MAX_PASSAGES
+from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, MAX_PASSAGES, MAX_QUERY
 from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.server.engine.records import StoppingError
 
@@ -199,9 +199,11 @@ class SessionServer(MCPServer[Any]):
 
     async def _recall(
         self,
-        query: Annotated[str, Field(description="Words to search for.")],
+        query: Annotated[str, Field(max_length=MAX_QUERY, description="Words to search for.")],
         session: _SessionName = "default",
-        count: Annotated[int, Field(ge=1, le=50, description="Find at most so many passages.")] = 3,
+        count: Annotated[
+            int, Field(ge=1, le=MAX_PASSAGES, description="Find at most so many passages.")
+        ] = DEFAULT_PASSAGES,
     ) -> list[FoundPassage]:
         """Find exact passages of what a session has read that share words with a query, the best first."""
         found = await to_thread.run_sync(self._sessions.recall, session, query, count)

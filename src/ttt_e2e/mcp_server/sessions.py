@@ -24,7 +24,7 @@ from ttt_e2e.reading.loss_curve import LossCurve
 from ttt_e2e.reading.reading import Reading
 from ttt_e2e.reading.recording import forget_unread, plan_recording, record_text
 from ttt_e2e.reading.resume import save_unfinished, unfinished_facts
-from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, retrieve
+from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, find_passages, retrieve
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
 from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.server.chat import ChatFormat
@@ -183,13 +183,13 @@ class SessionFolder:
         session, ids = begin_chat(session, lambda before: chat.prompt([message], before))
         return session.generate(ids, max_tokens=max_tokens, stop=self.chat.stop, temperature=temperature), sources
 
-    def recall(self, name: str, query: str, count: int = 3) -> list[Passage]:
+    def recall(self, name: str, query: str, count: int = DEFAULT_PASSAGES) -> list[Passage]:
         """At most `count` passages of what a session has read that match `query`, the best first.
 
         Raises UserError as `Notebook` does, as for a session that has none.
         """
         with self._notebook(name) as notebook:
-            return notebook.search(query, count)
+            return find_passages(notebook, query, count)
 
     def fork(self, name: str, new_name: str) -> SessionSummary:
         """Copy a session and its notebook to a new name. Raises UserError if there is a session of that name."""

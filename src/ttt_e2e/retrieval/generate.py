@@ -11,7 +11,7 @@ from ttt_e2e.retrieval.passages import Passage
 from ttt_e2e.retrieval.search_index import with_parts
 
 MAX_QUERY = 2000  # characters that are searched for: a search takes time by the number of words
-MAX_PASSAGES, DEFAULT_PASSAGES = 20, 3  # that clients may have put before a question
+MAX_PASSAGES, DEFAULT_PASSAGES = 20, 3  # that clients may have found, or put before a question
 
 
 def generate_with_notebook(
@@ -65,8 +65,17 @@ def retrieve(
         raise UserError("Showing passages to a session needs a tokenizer; make the session with one.")
     if max_passage_tokens is None:
         max_passage_tokens = session.model.config.sliding_window // 2
-    found = notebook.search(with_parts(question[-MAX_QUERY:]), count)
+    found = find_passages(notebook, question, count)
     return prompt_with_passages(question, found, session.tokenizer, max_passage_tokens)
+
+
+def find_passages(notebook: Notebook, query: str, count: int = DEFAULT_PASSAGES) -> list[Passage]:
+    """At most `count` passages that match `query`, or the end of a long one, the best first.
+
+    Passages that share a part of a long run of characters without spaces are found as well; see `with_parts`. Raises
+    UserError as `Notebook.search` does.
+    """
+    return notebook.search(with_parts(query[-MAX_QUERY:]), count)
 
 
 def prompt_with_passages(

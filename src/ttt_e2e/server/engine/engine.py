@@ -21,9 +21,8 @@ from ttt_e2e.inference.session_file import MAX_HEADER_BYTES
 from ttt_e2e.inference.session_pool import SessionPool
 from ttt_e2e.model.cost import state_bytes
 from ttt_e2e.retrieval.documents import document_name
-from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, retrieve
+from ttt_e2e.retrieval.generate import DEFAULT_PASSAGES, find_passages, retrieve
 from ttt_e2e.retrieval.notebook import Notebook, passage_size
-from ttt_e2e.retrieval.search_index import with_parts
 from ttt_e2e.server.engine.chats import begin_chat, num_tokens, without_bos
 from ttt_e2e.server.engine.generated_text import GeneratedText, TokenTexts
 from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_sources
@@ -135,7 +134,7 @@ class Engine:
         """At most `count` passages of the session's notebook that match `query`, the best first. Errors as above."""
 
         def search(notebook: Notebook) -> list[Source]:
-            return as_sources(notebook, notebook.search(with_parts(query), count))
+            return as_sources(notebook, find_passages(notebook, query, count))
 
         return await self.sessions.recall(await self.sessions.slot(owner, id), search)
 
