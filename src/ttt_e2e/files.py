@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -157,17 +157,18 @@ def lock_folder(folder: Path, in_use: str, wait_seconds: float = 0.0) -> IO[byte
 
 
 @contextmanager
-def lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
+def lock_beside(target: Path, in_use: str, waiting: Callable[[str], object] | None = None) -> Iterator[IO[str]]:
     """Keep other processes that ask for this lock from `target`, a file or folder that need not exist, in the block.
 
     The lock is the file `.NAME.lock` beside it, because a lock on `target` would go when that is replaced. It is
     yielded open, and removed when the block ends; but what was written to it is kept if an exception ends the block or
     the process is killed, and the next process finds it there. What killed processes left beside `target` is removed.
     The folders above it are made; if an exception ends the block, those of them that are empty are removed again.
-    Raises UserError with the message `in_use` if the lock is held, and another one if it cannot be made.
+    Raises UserError with the message `in_use` if the lock is held, and another one if it cannot be made. With `waiting`
+    a lock that is held is waited for, and `waiting` is called with the message before.
     """
     target = Path(os.path.abspath(real_path(target)))  # noqa: PTH100 - "." and ".." have no name to put the lock beside
-    with _remove_new_folders(target), _lock_beside(target, in_use) as lock:
+    with _remove_new_folders(target), _lock_beside(target, in_use, waiting) as lock:
         yield lock
 
 
@@ -185,7 +186,7 @@ def _remove_new_folders(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
+def _lock_beside(target: Path, in_use: str, waiting: Callable[[str], object] | None) -> Iterator[IO[str]]:
     path = target.parent / f".{target.name}.lock"
     while True:
         try:
@@ -196,8 +197,11 @@ def _lock_beside(target: Path, in_use: str) -> Iterator[IO[str]]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            lock.close()
-            raise UserError(in_use) from error
+            if waiting is None:
+                lock.close()
+                raise UserError(in_use) from error
+            waiting(in_use)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 break

@@ -1,7 +1,10 @@
 """The model `smollm2`: a package and our part, put together in the user's cache. The package here is a tiny one."""
 
+import io
 import json
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, quantize
 from gguf_helpers import write_model
+from helpers import start_copy
 from safetensors.torch import load_file, save_file
 
 from ttt_e2e.cli.main import main
@@ -23,6 +27,7 @@ ADDED = {  # what training added, to a matrix that is made of three of the base,
     "blocks.1.mixer.w_qkv": np.random.default_rng(0).integers(-8, 8, (64, 32)).astype(np.float32) / 64,
     "blocks.1.mlp.w_in": np.random.default_rng(1).integers(-8, 8, (48, 32)).astype(np.float32) / 64,
 }
+PATIENCE = 300.0  # seconds
 OPTIONS = {"sliding_window": 12, "mini_batch_size": 4, "inner_lr": 0.25, "fast": "split"}
 
 
@@ -75,6 +80,42 @@ def test_base_and_part_are_put_together_once(
     assert main(["info", "smollm2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["inner_loop.lr"] == 0.25
     assert main(["generate", "The", "--model", "smollm2", "--max-tokens", "3", "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_second_process_waits_for_the_first(package: Path, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
+    began, go, put_together = multiprocessing.Event(), multiprocessing.Event(), smollm2._put_together
+
+    def first() -> None:
+        def held(*arguments: Any) -> None:
+            began.set()
+            go.wait()
+            put_together(*arguments)
+
+        smollm2._put_together = held  # type: ignore[assignment] # in the copy alone
+        smollm2.smollm2_folder()
+
+    class Told(io.StringIO):
+        def write(self, text: str) -> int:
+            process.kill() if dies else go.set()
+            return super().write(text)
+
+    put: list[Path] = []
+
+    def counted(folder: Path, progress: bool) -> None:
+        put.append(folder)
+        put_together(folder, progress)
+
+    process = start_copy(first)
+    assert began.wait(PATIENCE)
+    monkeypatch.setattr("sys.stderr", told := Told())
+    monkeypatch.setattr(smollm2, "_put_together", counted)
+    folder = smollm2.smollm2_folder(progress=True)
+    assert told.getvalue().startswith(f"{folder} is being written by another process; waiting until it has ended.\n")
+    assert put == [folder] * dies
+    assert load_transformer(folder).config.sliding_window == 12
+    process.join()
+    assert (process.exitcode == 0) != dies
 
 
 def test_missing_package_is_one_sentence(

