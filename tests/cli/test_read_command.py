@@ -229,6 +229,18 @@ def test_invalid_texts_are_refused(here: Path, refused: Callable[..., str]) -> N
     assert {name: (here / name).read_bytes() for name in kept} == kept
 
 
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
+    here: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "read", lambda *_: pytest.fail("the text was read"))
+        error = refused("read", "geese.txt", "--plot", "geese.txt/p.png", "--save", "new/s", "--quiet")
+        assert "Cannot write" in error and "geese.txt/p.png" in error
+        assert sorted(path.name for path in here.iterdir()) == ["geese.txt"]
+    assert run("read", "geese.txt", "--plot", "new/p.png", "--quiet") == 0
+    assert [path.name for path in (here / "new").iterdir()] == ["p.png"]
+
+
 def test_invalid_standard_input_leaves_no_session(
     here: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,14 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 from ttt_e2e.cli.common import add_options, check_output, lock_saved, note, open_session, print_json
 from ttt_e2e.errors import INTERRUPTED, UserError
+from ttt_e2e.files import lock_beside
 from ttt_e2e.units import amount
 
 HELP = "read a text while learning from it"
@@ -59,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.notebook and not arguments.save:
         raise UserError("A notebook belongs to a saved session; add --save SESSION, or leave --notebook out.")
     name, chunks, size = _open_text(arguments.file)
-    with lock_saved(arguments) as lock:
+    plot = arguments.plot
+    in_use = f"{plot} is being written by another process; wait until it has ended."
+    with lock_beside(plot, in_use) if plot else nullcontext(), lock_saved(arguments) as lock:
         return _read(arguments, name, chunks, size, lock)
 
 
