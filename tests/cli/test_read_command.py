@@ -84,6 +84,15 @@ def test_read_without_a_file(here: Path, capsys: pytest.CaptureFixture[str], mon
     assert (here / "Python-asyncio.reading.png").exists()
 
 
+def test_read_prints_for_the_terminal_that_there_is(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run("read", "geese.txt", "--no-plot", "--quiet") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"first|whole|\d+ -|last", line)]
+    assert len(rows) == 11 and max(map(len, rows)) <= 40
+
+
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
 

@@ -142,6 +142,18 @@ def test_summary_and_plot(tmp_path: Path) -> None:
         plot_reading(report, tmp_path)
 
 
+@pytest.mark.parametrize("columns", [38, 47, 48, 67, 68, 80, 120])
+def test_the_table_fits_a_narrow_terminal(columns: int) -> None:
+    report = report_of()
+    lines = summary(report, columns).splitlines()
+    table = lines[lines.index("") + 1 : -3]  # the rest is sentences
+    assert max(map(len, table)) <= columns
+    (whole,) = (line for line in table if line.startswith("whole text"))
+    assert whole.split()[2:5] == [f"{report.loss_without:.4f}", f"{report.loss:.4f}", f"{report.gain:+.4f}"]
+    assert whole.endswith("%") == (columns >= 48)
+    assert any("▁" in line or "█" in line for line in table)
+
+
 def test_sparkline() -> None:
     assert sparkline([0.0, 1.0, 2.0]).startswith("▁▅█") or sparkline([0.0, 1.0, 2.0]).startswith("▁▄█")
     assert sparkline([]) == ""

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -102,7 +103,7 @@ def _read(
         if arguments.json:
             print_json(asdict(report))
         else:
-            print(summary(report))
+            print(summary(report, shutil.get_terminal_size((120, 24)).columns))
         if not arguments.no_plot:
             try:
                 plot_reading(report, plot)

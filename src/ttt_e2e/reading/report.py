@@ -9,6 +9,7 @@ from ttt_e2e.errors import UserError
 from ttt_e2e.reading.reading import Reading
 
 _BARS = "▁▂▃▄▅▆▇█"
+_PERCENT_WIDTH = 10  # of a column in the table
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def build_report(reading: Reading, model_name: str, *, interrupted: bool, diverg
     )
 
 
-def summary(report: ReadingReport) -> str:
-    """The report as a short text with a table, for a terminal."""
+def summary(report: ReadingReport, columns: int = 120) -> str:
+    """The report as a short text with a table, for a terminal with this many columns, of which the table needs 38."""
     lines = [f"{report.name}: {report.tokens:,} tokens ({report.bytes:,} bytes), read with {report.model}"]
     if report.interrupted:
         lines.append("Stopped before the end; these are the losses so far.")
@@ -118,12 +119,19 @@ def summary(report: ReadingReport) -> str:
         lines += ["", f"{'':<14}{'loss (nats per token)':>24}"]
         lines += [f"{name:<14}{part.loss:>24.4f}" for name, part in rows]
     else:
-        lines += ["", f"{'nats per token':<14}{'without learning':>18}{'with learning':>16}{'gain':>10}{'':>3}"]
+        heads, widths = ("nats per token", "without learning", "with learning"), (14, 18, 16, 10)
+        if columns < sum(widths) + _PERCENT_WIDTH:
+            heads, widths = ("nats/token", "without", "with"), (11, 9, 9, 9)
+        has_percent, (a, b, c, d) = columns >= sum(widths) + _PERCENT_WIDTH, widths
+        lines += ["", f"{heads[0]:<{a}}{heads[1]:>{b}}{heads[2]:>{c}}{'gain':>{d}}"]
         for name, part in rows:
             assert part.gain is not None and part.loss_without is not None
             percent = 100 * part.gain / part.loss_without if part.loss_without else 0.0
-            lines.append(f"{name:<14}{part.loss_without:>18.4f}{part.loss:>16.4f}{part.gain:>+10.4f}{percent:>+8.1f} %")
-        lines += ["", f"gain along the text  {sparkline([p.gain for p in report.curve if p.gain is not None])}"]
+            line = f"{name:<{a}}{part.loss_without:>{b}.4f}{part.loss:>{c}.4f}{part.gain:>+{d}.4f}"
+            lines.append(f"{line}{percent:>+8.1f} %" if has_percent else line)
+        title, gains = "gain along the text", [p.gain for p in report.curve if p.gain is not None]
+        line = f"{title}  {sparkline(gains)}"
+        lines += ["", line] if len(line) <= columns else ["", title, sparkline(gains, min(48, max(1, columns - 20)))]
     bits = f"{report.bits_per_byte:.4f} bits per byte"
     if report.bits_per_byte_without is not None:
         bits += f" with learning, {report.bits_per_byte_without:.4f} without"
