@@ -67,9 +67,12 @@ def test_numbers_of_tokens_and_sessions_are_limited(tmp_path: Path) -> None:
         await read(engine, "me", id, text)  # it just fits
         with pytest.raises(LimitReachedError, match=f"{tokens:,} tokens"):
             await read(engine, "me", id, ".")
-        for session, prompt, learn in ((id, "", True), (id, text, False), (None, text, False)):
+        for session, prompt, learn in ((id, "", True), (id, text + ".", False), (None, text + ".", False)):
             with pytest.raises(LimitReachedError):
                 await generate(engine, "me", session, prompt, max_tokens=3, learn=learn)
+        for session in (id, None):  # nothing is kept, and there is room for one token
+            written = await generate(engine, "me", session, text, max_tokens=3)
+            assert written == await generate(engine, "me", session, text, max_tokens=1) and written[1] == "length"
         assert (await generate(engine, "me", id, "Who?", max_tokens=3))[0]  # the session does not grow by this
         assert_same(await export(engine, "me", id, tmp_path), having_read(text))
         having_read(text, ".").save(tmp_path / "long")

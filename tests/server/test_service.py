@@ -189,10 +189,24 @@ def test_engine_limits_have_openais_form(model: Transformer, tokenizer: Tokenize
             client.post("/v1/sessions"),
             client.post(f"/v1/sessions/{session}/fork"),
             client.post(f"/v1/sessions/{session}/read", content=TEXT.encode(), headers=PLAIN_TEXT),
-            client.post("/v1/completions", json={"prompt": "x", "max_tokens": 100}),
-            client.post("/v1/completions", json={"prompt": "x", "max_tokens": 100, "stream": True}),
+            client.post("/v1/completions", json={"prompt": TEXT, "max_tokens": 100}),
+            client.post("/v1/completions", json={"prompt": TEXT, "max_tokens": 100, "stream": True}),
+            client.post(f"/v1/sessions/{session}/completions", json={"prompt": "x", "max_tokens": 100, "learn": True}),
         ):
             assert response.status_code == 400 and response.json()["error"]["code"] == "limit_reached"
+
+
+def test_an_answer_that_is_not_kept_ends_at_the_limit_of_sessions(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some clients always request as many tokens as any model may write."""
+    monkeypatch.setattr(tokenizer, "end_ids", frozenset())  # no generated text ends by itself
+    engine = Engine(Session(model, tokenizer), Store(tmp_path / "s"), max_session_tokens=20)
+    with client_of(engine) as client:
+        session = client.post("/v1/sessions").json()["id"]
+        for path in ("/v1/completions", f"/v1/sessions/{session}/completions"):
+            answer = client.post(path, json={"prompt": "x", "max_tokens": 64_000}).json()
+            assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] == 20
 
 
 def test_disconnect_leaves_the_engine_idle(

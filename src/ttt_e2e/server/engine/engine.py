@@ -29,6 +29,7 @@ from ttt_e2e.server.engine.notebooks import Limits, NotebookText, as_sources
 from ttt_e2e.server.engine.records import (
     ChatPrompt,
     GenerateRequest,
+    LimitReachedError,
     Prompt,
     PromptTooLongError,
     ReadProgress,
@@ -175,7 +176,9 @@ class Engine:
             limit: Held while the model generates, but not while waiting for other changes of the session.
 
         Raises UserError for values out of range, PromptTooLongError if `echo` and `logprobs` would tell too much,
-        LimitReachedError if prompt, `max_tokens` and, with `learn`, the session are too long together, and Diverged.
+        LimitReachedError if the prompt is too long or, with `learn`, if session, prompt and `max_tokens` are together,
+        and Diverged. Without `learn` the text ends, as at `max_tokens`, once it is with its prompt as long as a session
+        may be.
         """
         check_max_tokens(request.max_tokens)
         learn = request.learn
@@ -188,7 +191,7 @@ class Engine:
                 _, unread = await asyncio.to_thread(self._begin, session, request.kept, request.tools)
             session, ids = await asyncio.to_thread(self._begin, session, request.prompt, request.tools)
             closing = self._encode(request.closing)
-            self._check_lengths(session, request, len(ids), len(closing))
+            max_tokens = self._max_tokens(session, request, len(ids), len(closing))
 
             written = GeneratedText(request, session.state().pending, ids, self._token_texts)
             learn_from_writing = learn and request.kept is None
@@ -199,7 +202,7 @@ class Engine:
                 pooled.submit(
                     SessionPool.submit_generate,
                     prompt=ids,
-                    max_tokens=request.max_tokens,
+                    max_tokens=max_tokens,
                     options=request.sampling,
                     learn_from_writing=learn_from_writing,
                     top_logprobs=request.logprobs,
@@ -211,7 +214,7 @@ class Engine:
                     event = await pooled.next_event()
                     for chunk in written.add(event):
                         yield chunk
-            complete = written.stopped or written.num_tokens < request.max_tokens or (matcher and matcher.complete)
+            complete = written.stopped or written.num_tokens < max_tokens or (matcher and matcher.complete)
             last = written.end("stop" if complete else "length")
 
             if learn:
@@ -278,13 +281,22 @@ class Engine:
             session = without_bos(session)  # the ids are those of a whole text
         return session, ids
 
-    def _check_lengths(self, session: Session, request: GenerateRequest, num_prompt: int, num_closing: int) -> None:
-        """Raise PromptTooLongError or LimitReachedError as `generate` does; prompt and closing have so many tokens."""
+    def _max_tokens(self, session: Session, request: GenerateRequest, num_prompt: int, num_closing: int) -> int:
+        """How many tokens may be generated, where prompt and closing have so many.
+
+        Raises PromptTooLongError or LimitReachedError as `generate` does.
+        """
         most = _MAX_PROMPT_LOGPROBS // (1 + (request.logprobs or 0))
         if request.echo and request.logprobs is not None and num_prompt > most:
             raise PromptTooLongError(num_prompt, most)
-        length = num_tokens(session) if request.learn else 0
-        self.sessions.check_length(length + num_prompt + request.max_tokens + num_closing)
+        if request.learn:
+            self.sessions.check_length(num_tokens(session) + num_prompt + request.max_tokens + num_closing)
+            return request.max_tokens
+        # Nothing is kept, but meanwhile the model holds as much as for a session of this length.
+        limit = self.sessions.max_session_tokens
+        if num_prompt + min(request.max_tokens, 1) > limit:
+            raise LimitReachedError(f"Prompt and answer have at most {limit:,} tokens together; send a shorter prompt.")
+        return min(request.max_tokens, limit - num_prompt)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else np.array(prompt, np.int64)
