@@ -135,6 +135,24 @@ def test_the_event_loop_is_that_of_every_machine(
     assert used == [asyncio.SelectorEventLoop]
 
 
+@pytest.mark.parametrize("command", ["mcp --http 0 --sessions kept", "serve --port 0 --data kept"])
+def test_a_model_by_name_is_looked_up_once(
+    command: str, here: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    shown: list[bool] = []
+
+    def folder(progress: bool) -> Path:
+        shown.append(progress)
+        return model_dir / "model"
+
+    monkeypatch.setattr("ttt_e2e.convert.smollm2.smollm2_folder", folder)
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert run(*command.split(), "--model", "smollm2", "--threads", 1) == 0
+    assert shown == [True]
+
+
 def test_ctrl_c_ends_it_at_once(options: list[str], here: Path) -> None:
     reading, ours = os.pipe()
     theirs, writing = os.pipe()

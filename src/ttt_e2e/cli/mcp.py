@@ -75,8 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         files = AllowedFiles(arguments.files)
         listener = listen(*arguments.http) if arguments.http else None
+        arguments.model = find_model(arguments.model, progress=True)
         model, tokenizer = open_model(arguments)
-        chat = load_chat_format(find_model(arguments.model) or shipped_model(), tokenizer)
+        chat = load_chat_format(arguments.model or shipped_model(), tokenizer)
         sessions = SessionFolder(
             arguments.sessions or user_data() / "sessions",
             Session(model, tokenizer, dtype=DTYPES[arguments.dtype]),

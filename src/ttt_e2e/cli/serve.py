@@ -104,9 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
         configure_logging()
         protocol = bounded_protocol(connection_limit())
         store = Store(arguments.data)
+        options = Options(**{name: getattr(arguments, name) for name in Options.model_fields})
+        arguments.model = find_model(arguments.model, progress=True)  # the options have its name
         model, tokenizer = open_model(arguments)
-        given = {name: getattr(arguments, name) for name in Options.model_fields}
-        engine, settings = open_engine(Options(**given), find_model(arguments.model), model, tokenizer, store, keys)
+        engine, settings = open_engine(options, arguments.model, model, tokenizer, store, keys)
         app = create_app(engine, settings)
         server = Server(app, engine, protocol, _QUEUED_CONNECTIONS)
         # From here on a signal ends the service in order, also one that comes before uvicorn listens to them. After
