@@ -15,6 +15,7 @@ from engine_helpers import STORY, TEMPLATE, TOKENIZER
 from server_helpers import FakeEngine, TestClient, client_at, client_of, error_of, parse_events, served, words
 
 from ttt_e2e.inference.divergence import Diverged
+from ttt_e2e.server.api import documents
 from ttt_e2e.server.chat import ChatFormat
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.store import Store
@@ -127,6 +128,24 @@ def test_a_reference_is_the_item_that_it_names(anna: Any, ben: Any) -> None:
         ):
             with pytest.raises(openai.NotFoundError, match=r"(input|items): no stored response has the item"):
                 call()
+
+
+def test_references_read_each_response_once(anna: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation may have many items of few responses, and a stored response may be long."""
+    read: list[str] = []
+    load = documents.load_document
+
+    async def counted(engine: Any, owner: str, kind: Any, id: str, param: str | None = None) -> Any:
+        read.append(id)
+        return await load(engine, owner, kind, id, param)
+
+    first, second = (anna.responses.create(input=text, **SHORT) for text in (HELLO, "And then?"))
+    monkeypatch.setattr(documents, "load_document", counted)
+    references = [{"type": "item_reference", "id": one.output[0].id} for one in (first, second, first, second, first)]
+    named = anna.responses.create(input=references, **SHORT)
+    assert sorted(read) == sorted([first.id, second.id])
+    texts = [item.content[0].text for item in anna.responses.input_items.list(named.id, order="asc")]
+    assert texts == [first.output_text, second.output_text, first.output_text, second.output_text, first.output_text]
 
 
 def test_events_come_in_openais_order(anna: Any) -> None:
