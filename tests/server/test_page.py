@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ def text_of(page: Any, selector: str) -> str:
     return page.locator(selector).inner_text()
 
 
+def wait_for(page: Any, condition: Callable[[], object]) -> None:
+    """`until`, for what routes and listeners of this test see: they are called while the page is waited for."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true"
+        page.wait_for_timeout(10)
+
+
+def settle(page: Any, button: str = "#send") -> None:
+    """Wait until a button can be used again, and the list of sessions is not made anew under a click."""
+    sync_api.expect(page.locator(button)).to_be_enabled()
+    page.evaluate("list()")  # those that were asked for before it come too late
+
+
 def test_read_generate_export_and_delete(
     browser: Any, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +79,7 @@ def test_read_generate_export_and_delete(
         page = watched.page
         page.set_input_files("#file", file)
         sync_api.expect(page.locator("#progress")).to_contain_text("Read: 120 tokens")
+        settle(page, "#file")  # the stream has ended
         for line in ("#curve", "#mean"):
             points = [[float(number) for number in p.split(",")] for p in page.get_attribute(line, "points").split()]
             assert len(points) >= 3
@@ -85,6 +101,7 @@ def test_read_generate_export_and_delete(
         written = page.locator(".answer").first
         sync_api.expect(written).to_have_text("<img src=x onerror=alert(1)> w1ä w2ä w3ä w4ä w5ä")
         until(lambda: session.text.endswith("w5ä"))
+        settle(page)
 
         with page.expect_download() as download:
             page.get_by_role("button", name="Export").click()
@@ -96,6 +113,7 @@ def test_read_generate_export_and_delete(
         sync_api.expect(written).to_contain_text(" w7")
         page.click("#stop-writing")
         until(lambda: engine.running == 0)
+        settle(page)
 
         page.on("dialog", lambda dialog: dialog.accept())
         page.get_by_role("button", name="Delete").click()
@@ -114,6 +132,7 @@ def test_dropped_texts_are_read_or_refused(browser: Any, engine: FakeEngine) -> 
         }"""
         watched.page.evaluate(drop, "one two three")
         sync_api.expect(watched.page.locator("#progress")).to_contain_text("Read: 3 tokens")
+        settle(watched.page, "#file")  # until then nothing else is read
         watched.page.evaluate(drop, "bad\0text")
         watched.page.wait_for_selector("#error:visible")
         assert "looks binary" in text_of(watched.page, "#error")
@@ -170,15 +189,17 @@ def test_lists_that_come_late_change_no_selection(browser: Any, engine: FakeEngi
 
         page.route("**/v1/sessions", held_or_not)
         page.dispatch_event("#key", "change")  # asks for a list, of no sessions
+        wait_for(page, lambda: len(held) == 1)
         assert read("a") == ["a"]
         assert read("b b") == ["ab b"]  # although no list with the session has come
+        wait_for(page, lambda: len(held) == 3)
         hold = False
         assert read("c") == ["ab bc"]
         sync_api.expect(page.locator("#sessions li")).to_have_count(1)
         for route, answer in held:
-            with page.expect_request_finished():
+            with page.expect_request_finished(lambda request, late=route.request: request == late):
                 route.fulfill(response=answer)
-        assert len(held) == 3 and held[0][1].json()["data"] == []
+        assert held[0][1].json()["data"] == []
         assert read("d d") == ["ab bcd d"]
         sync_api.expect(page.locator("#sessions li")).to_have_count(1)
 
@@ -186,11 +207,13 @@ def test_lists_that_come_late_change_no_selection(browser: Any, engine: FakeEngi
         page.select_option("#into", "")
         hold = True
         assert read("e") == ["ab bcd d", "e"]
+        wait_for(page, lambda: len(held) == 4)
         hold = False
         page.fill("#prompt", "And")
         with page.expect_request("**/v1/chat/completions") as asked:
             page.click("#send")
         assert asked.value.post_data_json["session"] == list(engine.all)[1]
+        settle(page)
 
         late = "async () => { const late = list(); use('made since'); await late; return current; }"
         assert page.evaluate(late) == "made since"
