@@ -1,5 +1,6 @@
 """The page at /, in a browser."""
 
+import math
 import os
 import shutil
 import time
@@ -217,6 +218,81 @@ def test_lists_that_come_late_change_no_selection(browser: Any, engine: FakeEngi
 
         late = "async () => { const late = list(); use('made since'); await late; return current; }"
         assert page.evaluate(late) == "made since"
+
+
+def test_what_is_chosen_while_a_text_is_read_stays(
+    browser: Any, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ttt_e2e.server.api.sessions.EVENT_SECONDS", 0.0)
+    one, two = (FakeSession(f"sess-{name}", "local", name, notebook=[(name, name)]) for name in ("one", "two"))
+    engine.all = {session.id: session for session in (one, two)}
+    file = tmp_path / "text.txt"
+    with served(engine) as address:
+        page = Watched(browser, f"{address}/#sess-one").page
+        sync_api.expect(page.locator("#sessions li")).to_have_count(2)
+
+        def read_while(into: str, choose: Callable[[], object]) -> None:
+            page.select_option("#into", into)
+            file.write_text("word " * 12)
+            engine.hold_from = 1
+            page.set_input_files("#file", file)
+            sync_api.expect(page.locator("#progress")).to_contain_text("0 % read")
+            choose()
+            engine.hold_from = math.inf
+            sync_api.expect(page.locator("#progress")).to_contain_text("Read: 12 tokens")
+            settle(page, "#file")
+
+        read_while("sess-one", lambda: page.select_option("#into", ""))
+        assert page.evaluate("[current, into]") == ["sess-one", ""] and page.input_value("#into") == ""
+        read_while("sess-one", lambda: page.get_by_role("button", name="Use: two").click())
+        assert page.evaluate("[current, into]") == ["sess-two", "sess-two"]
+        read_while("", lambda: None)
+        made = list(engine.all)[2]
+        assert page.evaluate("[current, into]") == [made, made]
+
+
+def test_an_answer_belongs_to_the_session_that_was_asked(browser: Any, engine: FakeEngine) -> None:
+    one, two = (FakeSession(f"sess-{name}", "local", name, notebook=[(name, name)]) for name in ("one", "two"))
+    engine.all = {session.id: session for session in (one, two)}
+    with served(engine) as address:
+        page = Watched(browser, f"{address}/#sess-one").page
+        sync_api.expect(page.locator("#sessions li")).to_have_count(2)
+        engine.hold_from = 3
+        page.fill("#prompt", "Who?")
+        page.fill("#most", "3")
+        page.click("#send")
+        sync_api.expect(page.locator(".answer")).to_have_text("w1ä w2ä")
+        page.get_by_role("button", name="Use: two").click()
+        sync_api.expect(page.locator(".answer")).to_have_count(0)
+        engine.hold_from = math.inf
+        settle(page)
+        for name, count in (("one", 1), ("two", 0), ("one", 1)):
+            page.get_by_role("button", name=f"Use: {name}").click()
+            sync_api.expect(page.locator("[aria-current=true] strong")).to_have_text(name)
+            sync_api.expect(page.locator(".answer")).to_have_count(count)
+
+
+def test_a_question_waits_for_a_list_that_has_the_session(browser: Any, engine: FakeEngine) -> None:
+    """Also if another list is asked for meanwhile: it may be the one that comes."""
+    engine.all["sess-1"] = FakeSession("sess-1", "local", "text", notebook=[("text", "text")])
+    held: list[Any] = []
+    hold = True
+    with served(engine) as address:
+        page = Watched(browser, f"{address}/#sess-1").page
+        sync_api.expect(page.locator("#sessions li")).to_have_count(1)
+        page.route("**/v1/sessions", lambda route: held.append(route) if hold else route.continue_())
+        page.evaluate("sessions = []")  # as if it had just read its first text
+        page.fill("#prompt", "text?")
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.click("#send")
+            wait_for(page, lambda: len(held) == 1)
+            page.dispatch_event("#key", "change")
+            wait_for(page, lambda: len(held) == 2)
+            hold = False
+            for route in held:
+                route.continue_()
+        assert asked.value.post_data_json["notebook"] is True
+        settle(page)
 
 
 def test_page_asks_for_a_key(browser: Any, engine: FakeEngine) -> None:

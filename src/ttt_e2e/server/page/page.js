@@ -111,6 +111,12 @@ async function read(file) {
   at("bar").removeAttribute("value"); // how much is read is not known yet
   at("progress").textContent = "Sending " + file.name + " ...";
   let points = [], before = 0, made = "", session = into, tokensBefore = null, share = 0;
+  const used = current, chosen = into;
+  const useRead = id => { // unless others were chosen meanwhile
+    const next = into === chosen ? id : into;
+    if (current === used || !current) use(id);
+    into = next;
+  };
   draw(points);
   try {
     if (!session) session = made = (await (await post("/v1/sessions", {notebook: at("keep").checked})).json()).id;
@@ -134,13 +140,13 @@ async function read(file) {
         count(event.tokens) + " tokens" + (event.loss === null ? "" : ", loss " + event.loss.toFixed(3)) + ", " +
         count(event.tokens / seconds) + " tokens/s" +
         (event.session || !share ? "" : ", " + duration(seconds / share - seconds) + " left");
-      if (event.session) { use(event.session.id); made = ""; }
+      if (event.session) { useRead(event.session.id); made = ""; }
     }
     at("curve-title").textContent = "Loss along the text. " + at("progress").textContent;
   } catch (error) {
     // If only the response was lost, the text has been read all the same.
     const tokensAfter = session ? await tokens(session).catch(() => null) : tokensBefore;
-    if (tokensAfter !== tokensBefore) { use(session); made = ""; }
+    if (tokensAfter !== tokensBefore) { useRead(session); made = ""; }
     at("progress").textContent = tokensAfter === tokensBefore ? "The text was not read." :
       tokensAfter === null ? "It is not known whether the text was read." : "The text was read.";
     at("bar").value = 0;
@@ -253,9 +259,10 @@ async function write(event) {
   writing = new AbortController();
   at("send").disabled = true;
   at("stop-writing").hidden = false;
-  const find = () => sessions.find(one => one.id === current);
-  if (current && !find()) await list(); // it has just read its first text
-  const session = find(), mode = at("mode").value, question = at("prompt").value;
+  const id = current, mode = at("mode").value, question = at("prompt").value;
+  const find = () => sessions.find(one => one.id === id);
+  while (id && !find() && await list()); // it has just read its first text
+  const session = find();
   const exchange = {question, answer: "", sources: null, tokens: session ? session.tokens : 0, mode};
   const article = element("article");
   article.setAttribute("aria-busy", "true");
@@ -265,7 +272,7 @@ async function write(event) {
     const body = {max_tokens: Number(at("most").value) || 200, stream: true};
     if (mode === "chat") body.messages = [{role: "user", content: question}];
     else body.prompt = question;
-    if (current) Object.assign(body, {session: current, learn: at("learn").checked});
+    if (id) Object.assign(body, {session: id, learn: at("learn").checked});
     if (session && session.notebook) body.notebook = at("notebook").checked;
     const path = mode === "chat" ? "/v1/chat/completions" : "/v1/completions";
     const response = await post(path, body, {signal: writing.signal});
@@ -284,7 +291,7 @@ async function write(event) {
   } finally {
     show(article, exchange);
     article.removeAttribute("aria-busy");
-    if (exchange.answer) keepAnswer(current, exchange);
+    if (exchange.answer) keepAnswer(id, exchange);
     else article.remove();
     writing = null;
     at("send").disabled = false;
@@ -369,6 +376,7 @@ function item(session) {
   return row;
 }
 
+// Shows the sessions that there are; returns whether a newer list is on its way, which shows them then.
 async function list() {
   const now = ++asked;
   let data;
@@ -378,7 +386,7 @@ async function list() {
     if (!at("error").textContent) showError(error);
     return;
   }
-  if (now !== asked) return; // a newer list is on its way
+  if (now !== asked) return true;
   sessions = data;
   if (current && !sessions.some(session => session.id === current)) use("");
   at("sessions").replaceChildren(...sessions.map(item).reverse());
