@@ -4,18 +4,21 @@ import asyncio
 import io
 import sqlite3
 import tarfile
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from engine_helpers import STORY, collect, generate, text_of, with_engine
+from engine_helpers import PATIENCE, STORY, collect, generate, text_of, with_engine
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
+from ttt_e2e.server.engine.database import SessionRecord
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.notebooks import Limits, as_sources, import_notebook
 from ttt_e2e.server.engine.records import (
@@ -25,6 +28,7 @@ from ttt_e2e.server.engine.records import (
     SessionNotFoundError,
     Source,
 )
+from ttt_e2e.server.engine.store import Store
 
 WHALE = "The whale was white, the sea wide. "  # a passage of its own
 
@@ -102,6 +106,34 @@ def test_a_reading_that_fails_leaves_the_notebook_as_it_was(tmp_path: Path) -> N
         assert not list(tmp_path.glob(".tmp*"))
 
     with_engine(tmp_path, work, max_notebook_bytes=1000)
+
+
+def test_a_notebook_is_saved_after_the_client_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving, release, original = threading.Event(), threading.Event(), Store.replace
+
+    def held_replace(store: Store, *args: Any) -> SessionRecord:
+        saving.set()
+        assert release.wait(PATIENCE)
+        return original(store, *args)
+
+    async def work(engine: Engine) -> None:
+        id = await reader(engine, (WHALE, "moby.txt"))
+        monkeypatch.setattr(Store, "replace", held_replace)
+        reading = asyncio.create_task(collect(engine.read("me", id, [text_of(1)], "more.txt")))
+        assert await asyncio.to_thread(saving.wait, PATIENCE)
+        reading.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        summary = await engine.sessions.summary("me", id)
+        assert summary.notebook and summary.notebook.documents == ["moby.txt", "more.txt"]
+        assert summary.text_bytes == len((WHALE + text_of(1)).encode())
+        assert (await engine.recall("me", id, text_of(1), 1))[0].document == "more.txt"
+        assert not list(tmp_path.glob(".tmp*"))
+
+    with_engine(tmp_path, work)
 
 
 def test_passages_come_before_the_question_and_are_not_learned(tmp_path: Path) -> None:

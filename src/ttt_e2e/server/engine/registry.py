@@ -216,7 +216,11 @@ class SessionRegistry:
             finally:
                 text.stopped = True
                 await asyncio.wait([making])  # before its folder is removed
-            yield notebook
+            try:
+                yield notebook
+            except asyncio.CancelledError:
+                async with slot.file_lock:  # a change that is completed after its client has left needs the folder
+                    raise
 
     async def slot(self, owner: str, id: str) -> SessionSlot:
         """The slot of a session."""
