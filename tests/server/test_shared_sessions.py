@@ -1,10 +1,11 @@
 """Two engines over the same storage, as two replicas have them: each sees what the other has saved."""
 
 import asyncio
+import functools
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,72 @@ def test_notebook_that_another_replica_replaces_meanwhile_is_found(tmp_path: Pat
         made = await one.sessions.import_session("me", target)
         current = await one.sessions.summary("me", id)
         assert (made.text_digest, made.notebook) == (current.text_digest, current.notebook)  # of one version
+
+    with_replicas(tmp_path, work)
+
+
+def test_notebook_that_another_replica_replaces_while_it_is_used_is_not_damaged(tmp_path: Path) -> None:
+    async def work(one: Engine, two: Engine) -> None:
+        id = (await one.sessions.create("me", notebook=True)).id
+        await collect(one.read("me", id, ["The whale. "], "moby.txt"))
+        store, files, loop = two.sessions.store, two.sessions._files, asyncio.get_running_loop()
+        load, local_notebook, to_come = files.load, store.local_notebook, ["The sea. "]
+
+        def replace() -> None:
+            for text in to_come:
+                to_come.clear()
+                for meanwhile in (collect(one.read("me", id, [text], text)), two.sessions.slot("me", id)):
+                    asyncio.run_coroutine_threadsafe(meanwhile, loop).result(PATIENCE)  # type: ignore[arg-type]
+
+        @contextmanager
+        def replaced_while_used(notebook: Any) -> Iterator[Path]:
+            with local_notebook(notebook) as folder:
+                replace()
+                yield folder
+
+        def replaced_after(slot: Any) -> Any:
+            session = load(slot)
+            replace()
+            return session
+
+        store.local_notebook = replaced_while_used
+        assert [source.document for source in await two.recall("me", id, "whale", 1)] == ["moby.txt"]
+        assert [source.document for source in await two.recall("me", id, "sea", 1)] == ["The sea."]
+        files.load = replaced_after
+        to_come.append("The land. ")
+        await two.sessions.export_session("me", id, tmp_path / "exported.tar")
+        made = await one.sessions.import_session("me", tmp_path / "exported.tar")
+        current = await one.sessions.summary("me", id)
+        assert (made.text_digest, made.notebook) == (current.text_digest, current.notebook) and not to_come
+
+    with_replicas(tmp_path, work)
+
+
+@pytest.mark.parametrize("when", ["found", "checked", "loaded"])
+def test_session_that_another_replica_replaces_while_it_is_loaded(when: str, tmp_path: Path) -> None:
+    """It is not damaged, and its former version is not used from then on."""
+
+    async def work(one: Engine, two: Engine) -> None:
+        id = (await one.sessions.create("me")).id
+        await read(one, "me", id, text_of(1))
+        loop, replaced = asyncio.get_running_loop(), False
+
+        def replace(function: Callable[..., Any], *arguments: Any) -> Any:
+            """In the thread that loads: another request of this replica has found the new version, too."""
+            nonlocal replaced
+            result = function(*arguments) if when == "loaded" else None
+            if not replaced:
+                replaced = True
+                for meanwhile in (read(one, "me", id, text_of(2)), two.sessions.slot("me", id)):
+                    asyncio.run_coroutine_threadsafe(meanwhile, loop).result(PATIENCE)  # type: ignore[arg-type]
+            return result or function(*arguments)
+
+        step = {"found": (two.sessions.store, "fingerprint"), "checked": (two.sessions._files._loader, "read_info")}
+        owner, name = step.get(when, (two.sessions._files._loader, "load"))
+        setattr(owner, name, functools.partial(replace, getattr(owner, name)))
+        assert await generate(two, "me", id, "Rain", max_tokens=2) and replaced
+        assert_same(await export(two, "me", id, tmp_path), having_read(text_of(1), text_of(2)))
+        assert (await two.sessions.summary("me", id)).error is None
 
     with_replicas(tmp_path, work)
 

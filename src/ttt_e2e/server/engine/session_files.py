@@ -76,12 +76,13 @@ class SessionFiles:
 
     def load(self, slot: SessionSlot) -> Session:
         """The session of a slot: that in memory, unless somebody has touched the file. Then it is read and checked."""
-        name, info = f"The session {slot.record.id}", slot.record.info
-        fingerprint = self._store.fingerprint(slot.record)
-        if slot.session and fingerprint == slot.fingerprint:
-            return slot.session
+        record, session = slot.record, slot.session  # a replica learns of another one's version at any moment
+        name, info = f"The session {record.id}", record.info
+        fingerprint = self._store.fingerprint(record)
+        if session and fingerprint == slot.fingerprint:
+            return session
         try:
-            with self._store.local_file(slot.record) as path:
+            with self._store.local_file(record) as path:
                 if self._loader.read_info(path, name) != info:
                     raise UserError(f"{name} was replaced by another.")
                 session = self._loader.load(path, name)
@@ -110,7 +111,7 @@ class SessionFiles:
     def export_with_notebook(self, slot: SessionSlot, target: Path) -> None:
         """Write a session with its notebook to the new file `target`, a tar."""
         while True:
-            session, file = self.load(slot), slot.record.file
+            file, session = slot.record.file, self.load(slot)
             with self._checked_notebook(slot) as notebook, self.temporary_folder() as folder:
                 if slot.record.file == file:  # else another replica has replaced both
                     self.export(session, folder / "one.session")
@@ -175,11 +176,12 @@ class SessionFiles:
 
         Raises DamagedNotebookError unless it is the one that was saved.
         """
-        assert slot.record.notebook is not None
-        with self._store.local_notebook(slot.record.notebook) as folder:
+        notebook = slot.record.notebook
+        assert notebook is not None
+        with self._store.local_notebook(notebook) as folder:
             found = file_fingerprint(folder / DATABASE)
             if found != slot.notebook_fingerprint or not found:
-                if not found or file_digest(folder / DATABASE) != slot.record.notebook.digest:
+                if not found or file_digest(folder / DATABASE) != notebook.digest:
                     if slot.deleted:
                         raise SessionNotFoundError
                     self._store.check_in_place()  # or all files are missing

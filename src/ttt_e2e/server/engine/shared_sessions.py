@@ -115,6 +115,13 @@ class SharedRegistry(SessionRegistry):
             summaries.append((slot if slot and known else SessionSlot(record)).summary())
         return summaries
 
+    async def session(self, slot: SessionSlot, *, for_change: bool = False) -> Session:
+        """The current version of a session; see `SessionRegistry.session`."""
+        session = await super().session(slot, for_change=for_change)
+        if slot.fingerprint != self.store.fingerprint(_record(slot)):
+            slot.session = None  # another replica has replaced it while it was loaded
+        return session
+
     @asynccontextmanager
     async def changing(self, slot: SessionSlot) -> AsyncIterator[None]:
         """Hold a session inside the block, in which it is replaced once at most: no other replica changes it."""

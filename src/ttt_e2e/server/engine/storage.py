@@ -135,12 +135,20 @@ class Storage:
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
-        """A path on this machine with the content of a file, inside the block. Raises FileNotFoundError."""
+        """A path on this machine with the content of a file, inside the block.
+
+        Raises FileNotFoundError if there is none, or if the block fails because it was removed in the meantime.
+        """
         if not self._is_s3:
             path = Path(self._path(name))
             if not path.is_file():
                 raise FileNotFoundError(name)
-            yield path
+            try:
+                yield path
+            except UserError as error:
+                if path.is_file():
+                    raise
+                raise FileNotFoundError(name) from error
             return
         with tempfile.TemporaryDirectory(prefix="ttt-e2e-") as folder:
             path = Path(folder) / "copy"
