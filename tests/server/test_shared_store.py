@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,6 +23,7 @@ from ttt_e2e.server.engine.shared_store import LEASE_SECONDS, SharedRecord, Shar
 from ttt_e2e.server.engine.storage import ConflictError, StorageError
 from ttt_e2e.server.engine.store import NewNotebook
 
+PATIENCE = 300.0
 AFTER = session_of(TEXT)
 EMPTY, READ = TEMPLATE.info(), AFTER.info()
 
@@ -176,6 +178,62 @@ def test_replica_that_ends_in_order_holds_nothing(tmp_path: Path) -> None:
     assert not other.is_gone(store.holder)
     store.close()
     assert other.is_gone(store.holder)
+
+
+def test_replica_that_ends_during_a_beat_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_store, "BEAT_SECONDS", 0.01)
+    store, other, before = SharedStore(str(tmp_path)), SharedStore(str(tmp_path)), set(threading.enumerate())
+    write, reached, release = store.storage.write, threading.Event(), threading.Event()
+
+    def held(name: str, content: bytes) -> None:
+        reached.set()
+        assert release.wait(PATIENCE)
+        write(name, content)
+
+    store.start_beating()
+    (beating,) = set(threading.enumerate()) - before
+    monkeypatch.setattr(store.storage, "write", held)
+    assert reached.wait(PATIENCE)
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    closing.join(0.1)  # longer if it does not wait for the beat, as it should
+    release.set()
+    for thread in (closing, beating):
+        thread.join(PATIENCE)
+    assert other.is_gone(store.holder)
+
+
+def test_session_that_is_held_again_while_it_is_released_is_released_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_store, "BEAT_SECONDS", 0.01)
+    store, other = SharedStore(str(tmp_path)), SharedStore(str(tmp_path))
+    record, swap = store.add("me", TEMPLATE), store.storage.swap
+
+    def hold_and_fail() -> None:
+        claimed = store.claim(found(store, record))
+        with monkeypatch.context() as patch, pytest.raises(StorageError):
+            patch.setattr(store.storage, "swap", away)
+            store.release(claimed)
+
+    def away(*_: object) -> str:
+        raise StorageError("It is away.")
+
+    def released_and_held_again(*arguments: Any) -> str:
+        monkeypatch.setattr(store.storage, "swap", swap)
+        version = swap(*arguments)
+        hold_and_fail()
+        return version
+
+    hold_and_fail()
+    monkeypatch.setattr(store.storage, "swap", released_and_held_again)
+    store.start_beating()
+    end = time.monotonic() + PATIENCE
+    while found(other, record).generation < 5:  # made, held, released, held, released
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert found(other, record).holder is None
+    store.close()
 
 
 def test_what_a_dead_replica_left_goes_when_its_session_is_taken_over(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class SharedStore:
         self.storage = Storage(url)
         self.holder = f"{re.sub('[^0-9A-Za-z-]', '-', socket.gethostname())}-{os.getpid()}-{secrets.token_hex(8)}"
         self._checked = False
-        self._closed = threading.Event()
+        self._closed, self._beating = threading.Event(), threading.Lock()
         self._seen: dict[str, tuple[str, float]] = {}  # of other replicas: their last beat, and when it was first seen
         self._mutex = threading.Lock()
         self._unreleased: dict[str, SharedRecord] = {}  # by id: held by nobody, though their records say otherwise
@@ -174,7 +174,7 @@ class SharedStore:
         """Tell other replicas that this one holds nothing any more."""
         self._closed.set()
         self._copies.clear()
-        with suppress(UserError):
+        with suppress(UserError), self._beating:  # a beat that is under way would come after this
             self.storage.remove([f"{_REPLICAS}/{self.holder}"])
 
     # -- finding sessions ----------------------------------------------------------------------------------------------
@@ -248,11 +248,14 @@ class SharedStore:
         def run() -> None:
             while not self._closed.wait(BEAT_SECONDS):
                 with suppress(UserError):  # requests will meet the same error and tell it
-                    self.beat()
+                    with self._beating:
+                        if not self._closed.is_set():
+                            self.beat()
                     for id, record in list(self._unreleased.items()):
                         with suppress(ConflictError):  # it is held anew, by whomever
                             self._swap(replace(record, holder=None))
-                        del self._unreleased[id]
+                        if self._unreleased[id] is record:  # else it was held anew by this replica, and not released
+                            del self._unreleased[id]
 
         with suppress(UserError):
             self._check()
