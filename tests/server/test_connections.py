@@ -1,5 +1,6 @@
 """Connections: silent clients, and those that do not take their responses, keep nobody else from being answered."""
 
+import asyncio
 import functools
 import json
 import os
@@ -67,15 +68,33 @@ def test_oldest_connection_without_a_request_gives_way(engine: FakeEngine) -> No
         assert not is_closed(busy)
 
 
-def test_client_that_sends_no_request_is_disconnected(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
+class Clocked(FakeEngine):
+    """An engine in an event loop whose clock can be put forward."""
+
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().start()
+
+    def put_clock_forward(self, seconds: float) -> None:
+        time = self.loop.time
+        self.loop.time = lambda: time() + seconds  # type: ignore[method-assign]
+        self.loop.call_soon_threadsafe(lambda: None)  # it waits by the former clock
+
+
+def test_client_that_sends_no_request_is_disconnected() -> None:
+    engine = Clocked()
     with ExitStack() as stack:
         address = stack.enter_context(served(engine, http=bounded_protocol(100)))
-        silent, slow, again = (stack.enter_context(connection_to(address)) for _ in range(3))
+        silent, slow, again, last = (stack.enter_context(connection_to(address)) for _ in range(4))
         again.sendall(HEALTH)
         receive_until(again, b'"ok"')
         slow.sendall(HEALTH[:30])
         again.sendall(HEALTH[:30])  # which ends the time for which uvicorn keeps an idle connection
+        last.sendall(HEALTH)
+        receive_until(last, b'"ok"')  # so the server has received what came before it
+        for connection in (silent, slow, again):
+            assert not is_closed(connection)
+        engine.put_clock_forward(connections.REQUEST_SECONDS)
         for connection in (silent, slow, again):
             until(functools.partial(is_closed, connection))
 
