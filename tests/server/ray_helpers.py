@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -46,6 +47,14 @@ serve.shutdown()
 ray.shutdown()
 """
 
+_S3_PROGRAM = """
+import sys
+from moto.server import main
+from shared_helpers import make_puts_atomic
+make_puts_atomic()
+main(sys.argv[1:])
+"""
+
 
 @dataclass
 class Cluster:
@@ -64,9 +73,16 @@ class Cluster:
         return found
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """As many ports that nobody uses, all different, and none that the system gives to those who name no port."""
+    found: list[int] = []
+    with ExitStack() as stack:
+        while len(found) < count:
+            port = random.randrange(20_000, 32_768)  # Ray's workers have those below
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    return found
 
 
 @contextmanager
@@ -100,13 +116,13 @@ def cluster(storage: str, model: Path, log: Path, replicas: int, variables: dict
     # Nor does it wait long for ports that it has to choose itself.
     named = ("port", "node-manager-port", "object-manager-port", "dashboard-agent-grpc-port")
     named += ("dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port")
-    ports = {name: free_port() for name in named}
+    port, *others = free_ports(1 + len(named))
+    ports = dict(zip(named, others, strict=True))
     head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     head += ["--num-cpus=8", f"--object-store-memory={200 << 20}", "--include-dashboard=false"]
     head += [f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", *(f"--{name}={one}" for name, one in ports.items())]
     ray |= {"RAY_ADDRESS": f"127.0.0.1:{ports['port']}"}
     environment = {**os.environ, **variables, **keys, **ray, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    port = free_port()
     program = [sys.executable, "-c", _PROGRAM, str(port), json.dumps(options)]
     try:
         with ExitStack() as stack:
@@ -133,11 +149,11 @@ def s3_process() -> Iterator[tuple[str, dict[str, str]]]:
     """The URL of an empty bucket on a server that keeps all versions, and the variables that lead there."""
     import boto3
 
-    port = free_port()
+    (port,) = free_ports(1)
     variables = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "none")
     variables |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, "-c", _S3_PROGRAM, "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
