@@ -3,8 +3,8 @@
 import contextlib
 import os
 import random
+import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -30,21 +30,21 @@ pytestmark = pytest.mark.stress
 @contextmanager
 def service(data: Path, log: Path) -> Iterator[tuple[int, str]]:
     """The process id and address of `ttt-e2e serve` in a copy of this process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    argv = ["serve", "--port", str(port), "--data", str(data), "--rate", "1000000", "--threads", "1"]
+    begun = log.stat().st_size if log.exists() else 0
+    argv = ["serve", "--port", "0", "--data", str(data), "--rate", "1000000", "--threads", "1"]
     with log.open("ab") as errors, Path(os.devnull).open("r+") as null:
         child = start_command(argv, null.fileno(), null.fileno(), errors.fileno())
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+    end = time.monotonic() + PATIENCE
     try:
         while True:
             assert os.waitpid(child, os.WNOHANG) == (0, 0), f"the service has ended: {log.read_text()[-2000:]}"
+            said = re.search(rb"^Serving .* at (http://[^ ,]+),", log.read_bytes()[begun:], re.M)
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{address}/health").status_code == 200:
+                if said and httpx.get(f"{said[1].decode()}/health").status_code == 200:
                     break
             assert time.monotonic() < end, "the service does not start"
             time.sleep(0.01)
-        yield child, address
+        yield child, said[1].decode()
     finally:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
