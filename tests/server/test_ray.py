@@ -149,9 +149,11 @@ def test_a_replica_is_killed_and_nothing_is_lost(service: Cluster) -> None:
 
         ids = [client.post("/sessions", cast_to=object)["id"] for _ in range(6)]
         tokens = {id: read(id, f"{i} grey geese. " * 9)["session"]["tokens"] for i, id in enumerate(ids)}
-        first = client.responses.create(model="tiny", input="Where?", max_output_tokens=3)
+        first = client.responses.create(model="tiny", input="Where?", max_output_tokens=3, temperature=0)
         conversation = client.conversations.create(metadata={"a": "b"})
-        client.responses.create(model="tiny", input="Where?", max_output_tokens=3, conversation=conversation.id)
+        client.responses.create(
+            model="tiny", input="Where?", max_output_tokens=3, temperature=0, conversation=conversation.id
+        )
         stranger = httpx.get(
             f"{service.address}/v1/sessions/{ids[0]}", headers={"authorization": f"Bearer {OTHER_KEY}"}
         )
@@ -161,7 +163,7 @@ def test_a_replica_is_killed_and_nothing_is_lost(service: Cluster) -> None:
         body = {"session": ids[1], "learn": True}
         messages: Any = [{"role": "user", "content": "?"}]
         with client.chat.completions.create(
-            model="tiny", messages=messages, stream=True, max_tokens=5000, extra_body=body
+            model="tiny", messages=messages, stream=True, max_tokens=5000, logit_bias=ENDLESS, extra_body=body
         ) as stream:
             next(iter(stream))
         # Its client has left, so the session has not learned from it, and nobody waits for its end.
@@ -185,7 +187,7 @@ def test_a_replica_is_killed_and_nothing_is_lost(service: Cluster) -> None:
             assert found["tokens"] == tokens[id]
             assert read(id, "and on")["session"]["tokens"] > tokens[id]
         second = client.responses.create(
-            model="tiny", input="And?", max_output_tokens=3, previous_response_id=first.id, stream=True
+            model="tiny", input="And?", max_output_tokens=3, temperature=0, previous_response_id=first.id, stream=True
         )
         types = [event.type for event in second]
         assert types[0] == "response.created" and types[-1] == "response.incomplete"
@@ -196,9 +198,11 @@ def test_a_replica_is_killed_and_nothing_is_lost(service: Cluster) -> None:
             messages=messages,
             stream=True,
             max_tokens=3,
+            logit_bias=ENDLESS,
             extra_body={"session": ids[0]},
         )
         assert [chunk.choices[0].finish_reason for chunk in chat][-1] == "length"
 
 
 FORM = {"content-type": "multipart/form-data"}
+ENDLESS = {"0": -100}  # never the token that ends a text
