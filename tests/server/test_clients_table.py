@@ -172,7 +172,7 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
         {choice.index for chunk in chat(c, stream=True, n=2) for choice in chunk.choices} == {0, 1}
     ),
     "`chat.completions.create(logprobs=, top_logprobs=)`": lambda c: (
-        len(chat(c, logprobs=True, top_logprobs=5).choices[0].logprobs.content[0].top_logprobs) == 5
+        len(chat(c, logprobs=True, top_logprobs=5, seed=1).choices[0].logprobs.content[0].top_logprobs) == 5
     ),
     "`chat.completions.create(logit_bias=)`, penalties": lambda c: chat(
         c, logit_bias={"5": -100}, frequency_penalty=1, presence_penalty=1
@@ -200,7 +200,8 @@ OPENAI: dict[str, Callable[[Client], Any]] = {
         respond(c, max_output_tokens=64000, extra_body=HOT).status == "completed"
     ),
     "`responses.create(stream=True)`": lambda c: (
-        types(respond(c, stream=True))[-1] == "response.incomplete"  # after the two tokens that it may have
+        types(respond(c, stream=True, temperature=0))[-1]
+        == "response.incomplete"  # after the two tokens that it may have
     ),
     "`responses.create(instructions=)`, messages": lambda c: respond(c, instructions="Be kind.", input=HELLO),
     "`responses.create(previous_response_id=)`": lambda c: (
