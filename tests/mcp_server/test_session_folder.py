@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import lock_beside
 from ttt_e2e.inference.session import Session
+from ttt_e2e.mcp_server import sessions as sessions_module
 from ttt_e2e.mcp_server.sessions import SessionFolder
 from ttt_e2e.reading.reading import Reading
 from ttt_e2e.reading.resume import save_unfinished
@@ -225,6 +227,27 @@ def test_a_session_that_another_process_changes_is_refused(tmp_path: Path) -> No
         assert sessions.recall("book", "rain")
     assert names(tmp_path) == ["book"]
     assert_holds(tmp_path, "book", FIRST)
+
+
+def test_a_reading_waits_for_a_search_that_puts_the_notebook_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search holds the session for a moment, as another process might; within this one, nobody is refused."""
+    sessions, forget, readings = folder(tmp_path), sessions_module.forget_unread, list[Future[object]]()
+    sessions.read("book", [FIRST])
+    save_unfinished(tmp_path / "sessions/book.session", Reading(having_read(FIRST).fork(), None, "", None))
+    with ThreadPoolExecutor() as threads:
+
+        def held(path: Path) -> None:
+            readings.append(threads.submit(sessions.read, "book", [SECOND]))
+            wait(readings, timeout=0.1)  # it would be refused by then
+            forget(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sessions_module, "forget_unread", held)
+            assert sessions.recall("book", "rain")
+        readings[0].result()
+    assert_holds(tmp_path, "book", FIRST, SECOND)
 
 
 def test_bad_names_and_sessions_have_one_sentence(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ blocks, and may be called from any thread.
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class SessionFolder:
 
     def __init__(self, folder: Path, template: Session, chat: ChatFormat | None = None) -> None:
         self.folder, self.chat, self._template = Path(folder), chat, template
+        self._mutexes: dict[str, threading.Lock] = {}  # by name
         self._info = template.info()  # hashes the model once: all sessions are copies of this one and share the digest
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -238,19 +240,25 @@ class SessionFolder:
         return path
 
     @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        path = self._path(name)
+    def _lock(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold a session inside the block. Raises UserError if another process does; wait: for threads of this one."""
+        path, mutex = self._path(name), self._mutexes.setdefault(name, threading.Lock())
         in_use = f"The session {name!r} is being changed by another process; try again when that has ended."
-        with lock_beside(path, in_use):
-            remove_stale_parts(self.folder, notebook_folder(path).name)
-            yield
+        if not mutex.acquire(blocking=wait):
+            raise UserError(in_use)
+        try:
+            with lock_beside(path, in_use):
+                remove_stale_parts(self.folder, notebook_folder(path).name)
+                yield
+        finally:
+            mutex.release()
 
     @contextmanager
     def _notebook(self, name: str) -> Iterator[Notebook]:
         """The notebook of a session, without a text that a killed process has not read."""
         path = self._existing(name)
         if unfinished_facts(path):
-            with suppress(UserError), self._lock(name):  # unless the text is being read at this moment
+            with suppress(UserError), self._lock(name, wait=False):  # unless the text is being read at this moment
                 forget_unread(path)
         with Notebook(notebook_folder(path), create=False) as notebook:
             yield notebook
