@@ -36,7 +36,9 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(params=["folder", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "sessions") if request.param == "folder" else request.getfixturevalue("bucket")
+    if request.param == "folder":
+        return str(tmp_path / "sessions")
+    return f"{request.getfixturevalue('bucket')}/{request.node.name}"  # where no other test has been
 
 
 def load(store: SharedStore, record: SharedRecord) -> SessionInfo:
