@@ -295,6 +295,18 @@ def test_a_question_waits_for_a_list_that_has_the_session(browser: Any, engine: 
         settle(page)
 
 
+def test_a_list_without_news_leaves_the_buttons_alone(browser: Any, engine: FakeEngine) -> None:
+    """Else it would take away the button that is just being pressed, and the keyboard's focus."""
+    engine.all["sess-1"] = FakeSession("sess-1", "local", "text", notebook=[("text", "text")])
+    with served(engine) as address:
+        page = Watched(browser, address).page
+        page.get_by_role("button", name="Use: text").hover()
+        page.mouse.down()
+        page.evaluate("list()")
+        page.mouse.up()
+        sync_api.expect(page.locator("[aria-current=true]")).to_have_count(1)
+
+
 def test_page_asks_for_a_key(browser: Any, engine: FakeEngine) -> None:
     with served(engine, keys=Keys({"me": KEY})) as address:
         page = Watched(browser, address).page

@@ -7,6 +7,7 @@ const SAME_WORDS = 3; // so many in a row, of an answer, are taken to be from a 
 // a new one.
 let sessions = [], current = location.hash.slice(1), into = current, reading = null, writing = null;
 let asked = 0; // counts what makes a list of sessions out of date: another request for it, another session in use
+let shown = ""; // the list that is on the page
 
 function showError(error) {
   at("error").textContent = error && error.name !== "AbortError" ? error.message || String(error) : "";
@@ -389,10 +390,14 @@ async function list() {
   if (now !== asked) return true;
   sessions = data;
   if (current && !sessions.some(session => session.id === current)) use("");
-  at("sessions").replaceChildren(...sessions.map(item).reverse());
+  const news = JSON.stringify([sessions, current]);
+  if (news !== shown) { // else a button stays that is just being pressed
+    shown = news;
+    at("sessions").replaceChildren(...sessions.map(item).reverse());
+    at("into").replaceChildren(new Option("a new session", ""), ...sessions.map(session =>
+      new Option(nameOf(session) + ", " + count(session.tokens) + " tokens", session.id)));
+  }
   at("none").hidden = sessions.length > 0;
-  at("into").replaceChildren(new Option("a new session", ""), ...sessions.map(session =>
-    new Option(nameOf(session) + ", " + count(session.tokens) + " tokens", session.id)));
   at("into").value = into;
   if (at("into").selectedIndex < 0) at("into").value = into = "";
   at("keep-label").hidden = into !== "";
