@@ -177,15 +177,20 @@ def test_a_replica_is_killed_and_nothing_is_lost(service: Cluster) -> None:
         killed, _ = service.replicas()
         killed.kill()
         end = time.monotonic() + 300
-        for id in ids:
+
+        def found(path: str) -> Any:
             while True:
                 try:
-                    found: Any = client.get(f"/sessions/{id}", cast_to=object)
-                    break
+                    return client.get(path, cast_to=object)
                 except openai.InternalServerError as error:  # until Ray has noticed
                     assert error.code == "replica_lost" and time.monotonic() < end
-            assert found["tokens"] == tokens[id]
+
+        for id in ids:
+            assert found(f"/sessions/{id}")["tokens"] == tokens[id]
             assert read(id, "and on")["session"]["tokens"] > tokens[id]
+        # Of the sessions above, none may have been the lost replica's.
+        assert found(f"/responses/{first.id}")["id"] == first.id
+        assert found(f"/conversations/{conversation.id}")["metadata"] == {"a": "b"}
         second = client.responses.create(
             model="tiny", input="And?", max_output_tokens=3, temperature=0, previous_response_id=first.id, stream=True
         )
