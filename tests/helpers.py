@@ -153,10 +153,12 @@ def start_group(count: int, function: Callable[..., object], *arguments: object)
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         function(*arguments)
 
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return [start_copy(member, rank) for rank in range(count)]
+    with socket.socket() as reserved:  # which the copies keep: nobody else is given its port before rank 0 listens
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("", 0))
+        port = reserved.getsockname()[1]
+        environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        return [start_copy(member, rank) for rank in range(count)]
 
 
 def run_group(count: int, function: Callable[..., object], *arguments: object) -> list[int | None]:

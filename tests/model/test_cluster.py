@@ -2,14 +2,12 @@
 
 import dataclasses
 import gc
-import os
 import queue
-import socket
 from typing import Any
 
 import pytest
 import torch
-from helpers import small_config, start_copy
+from helpers import small_config, start_group
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import get_context
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -129,23 +127,22 @@ def measured() -> dict[tuple[str, str, int], dict[str, int]]:
     """`measure` on rank 0 of four processes: one group of four, and two groups of two."""
     results = get_context("fork").Queue()
 
-    def process(rank: int) -> None:
+    def process() -> None:
         torch.set_num_threads(1)
-        os.environ.update(WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT=port, RANK=str(rank))
         with init_distributed("cpu", 60) as processes:
             found = {(*case, n): measure(run_config(*case, n), processes) for case in CASES for n in (2, 4)}
-        if rank == 0:
+        if processes.is_rank0:
             results.put(found)
 
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
-    processes = [start_copy(process, rank) for rank in range(4)]
+    processes = start_group(4, process)
     found: dict = {}
-    while not found and any(one.is_alive() for one in processes):
+    while not found:
+        ended = not any(one.is_alive() for one in processes)
         try:
             found = results.get(timeout=1)
         except queue.Empty:
-            continue
+            if ended:  # before this process looked
+                break
     for one in processes:
         one.join()
     assert [one.exitcode for one in processes] == [0] * 4
