@@ -1,5 +1,6 @@
 """Outputs of a frozen prefix on disk: what they save, what they belong to, and what is left by processes that end."""
 
+import itertools
 import os
 import signal
 import time
@@ -136,10 +137,12 @@ def test_killed_writer_is_continued(data: Path, start: Path, tmp_path: Path, mon
     whole = fill(data, start, tmp_path / "whole")
     assert whole is not None
     windows = [*range(SequenceLoader(TokenSet.open(data), 20, 2, 0).windows)]
-    forward_prefix = prefix_cache.forward_prefix
+    forward_prefix, rows = prefix_cache.forward_prefix, itertools.count(1)
 
     def slow(*args: Any) -> Any:
         time.sleep(0.02)
+        if next(rows) == len(windows):
+            signal.pause()  # it waits to be killed, in case this process is slow
         return forward_prefix(*args)
 
     def write_slowly() -> None:
