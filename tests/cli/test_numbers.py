@@ -55,6 +55,9 @@ def test_any_text_is_a_number_in_range_or_refused(option: str, text: str) -> Non
         value = numbers()[option](text)
     except argparse.ArgumentTypeError:
         return
+    if isinstance(value, tuple):  # an address and its port
+        _, value = value
+        assert value < 2**16
     for one in value if isinstance(value, list) else [value]:
         assert math.isfinite(one) and one >= 0 and (isinstance(one, float) or one < 2**63)
 
