@@ -3,6 +3,7 @@
 import re
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,22 @@ def test_a_damaged_header_is_refused_or_harmless(good: Path, tmp_path_factory: p
             assert str(path) in str(error)
 
     check()
+
+
+def test_a_damaged_number_of_blocks_takes_no_memory(tmp_path: Path) -> None:
+    gemma = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**CONFIG, head_dim=8))
+    gemma.config.sliding_window = None
+    for theirs in (model(), gemma):
+        path = write_model(tmp_path / "model.gguf", theirs)
+        content, name = path.read_bytes(), b".block_count"
+        at = content.index(name) + len(name) + 4
+        path.write_bytes(content[:at] + struct.pack("<I", 5_000_000) + content[at + 4 :])
+        tracemalloc.start()
+        try:
+            assert "num_hidden_layers = 5000000, which is not a whole" in refused(path, tmp_path / "out")
+            assert tracemalloc.get_traced_memory()[1] < 1e7
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,7 @@ def test_values_that_published_gemma_3_leaves_out_are_those_of_transformers(tmp_
         ({"intermediate_size": 64}, r"gate_proj.weight of shape \[48, 32\], but the configuration requires \[64, 32\]"),
         ({"vocab_size": 97}, r"has model.embed_tokens.weight of shape \[96, 32\]"),
         ({"num_hidden_layers": 5}, r"lacks model.layers.4.*and more"),
+        ({"num_hidden_layers": 5000}, "5000, which is not a whole number of at least 1 and at most 4096"),
         ({"num_hidden_layers": 3}, r"does not explain, such as model.layers.3"),
         ({"attention_bias": True}, r"lacks model.layers.0.self_attn.k_proj.bias"),
         ({"model_type": "qwen3"}, r"lacks model.layers.0.self_attn.k_norm.weight"),

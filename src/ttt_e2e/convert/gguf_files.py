@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ttt_e2e.convert.gguf_rope import rope_parameters
+from ttt_e2e.convert.hf_config import MAX_LAYERS
 from ttt_e2e.errors import UserError
 from ttt_e2e.files import expand_user
 
@@ -214,8 +215,9 @@ def _config(
         config |= {name: get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     if architecture == "gemma3":
         config |= {"model_type": "gemma3_text", "rope_local_base_freq": get("rope.freq_base_swa")}
-        if window is None and isinstance(config["num_hidden_layers"], int):
-            config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+        blocks = config["num_hidden_layers"]
+        if window is None and isinstance(blocks, int) and blocks <= MAX_LAYERS:
+            config["layer_types"] = ["full_attention"] * blocks
     return {name: value for name, value in config.items() if value is not None}
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ttt_e2e.config.components import RopeScaling
+from ttt_e2e.config.ranges import ranges_of
+from ttt_e2e.config.schema import ModelConfig
 from ttt_e2e.convert.learning import Factors, SourceModel
 from ttt_e2e.errors import UserError
 
@@ -127,6 +129,7 @@ _MISSING = {  # what families that people ask for have and our models have not
     "ministral3": "queries that are scaled by their positions",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
+MAX_LAYERS = int(ranges_of(ModelConfig)["num_hidden_layers"].high)  # of a damaged file, lists of all would fill memory
 
 _REQUIRED = object()
 
@@ -140,7 +143,7 @@ def read_source(config: Mapping[str, Any], where: Path) -> SourceModel:
     model_type = _model_type(values)
     family = FAMILIES[model_type]
     values = _Values({**family.defaults, **values.content}, where)  # a null in the file is no default
-    layers = values.count("num_hidden_layers")
+    layers = values.count("num_hidden_layers", most=MAX_LAYERS)
     bias = family.can_have_bias and values.flag("attention_bias")
     is_sliding = _sliding_layers(values, model_type, layers)
     rope, max_window, short_rope = _rope(values, model_type, is_sliding)
@@ -408,9 +411,9 @@ class _Values(NamedTuple):
             raise UserError(f"{self.where} has {name} = {value!r}, which is {what}.")
         return default if value is None else value
 
-    def count(self, name: str, default: Any = _REQUIRED, least: int = 1) -> Any:
-        what = f"not a whole number of at least {least}"
-        return self.get(name, default, lambda value: type(value) is int and value >= least, what)
+    def count(self, name: str, default: Any = _REQUIRED, least: int = 1, most: float = math.inf) -> Any:
+        what = f"not a whole number of at least {least}" + (f" and at most {most}" if most < math.inf else "")
+        return self.get(name, default, lambda value: type(value) is int and least <= value <= most, what)
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         value = self.get(name, default, lambda x: type(x) in (int, float) and math.isfinite(x), "not a number")
