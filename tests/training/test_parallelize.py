@@ -6,14 +6,16 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint
 from helpers import made_up_tokens, run_group, start_group
-from parallel_cases import CASES, SETTINGS, differences, disturb, hold_writing, measured, train, train_cases
+from parallel_cases import CASES, SETTINGS, differences, disturb, hold_writing, in_step, measured, train, train_cases
 
 from ttt_e2e.cli.main import main
 from ttt_e2e.config.schema import TrainConfig
@@ -136,23 +138,33 @@ def test_what_happens_to_one_process_ends_all_in_one_sentence(
     def poison() -> None:
         meta_loss.mini_batch_mean = lambda nll_BT, mask_BT, b: nll_BT.mean(1) * float("nan")
 
+    def hang() -> None:
+        """In rank 1. Until then nobody was late: only now rank 0 waits no longer than two seconds."""
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        for group in [*dist.distributed_c10d._world.pg_map][:2]:  # for tensors, and for what processes tell each other
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=60)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+
     out = tmp_path / "run"
     assert run_group(2, lambda: train(data, tmp_path / "whole")) == [0, 0]
-    cases: list[tuple[int, int, Callable[[], object], str]] = [
-        (1, 4, fill_disk, r"No space left on the disk while writing .*step-00000004; the previous one is kept\."),
-        (1, 2, poison, r"Step 4 has a loss of nan .* The last checkpoint is kept: .*step-00000002"),
-        (1, 3, lambda: os.kill(os.getpid(), signal.SIGKILL), r"Rank 1 does not answer"),
-        (0, 1, lambda: os.kill(os.getpid(), signal.SIGKILL), r"Rank 0 does not answer"),
+    cases: list[tuple[int, Callable[[int], object], str]] = [
         (
             1,
-            2,
-            lambda: os.kill(os.getpid(), signal.SIGSTOP),
-            r"Rank 1 .* hangs since 5 s, which is train.timeout_seconds",
+            partial(disturb, 1, 4, fill_disk),
+            r"No space left on the disk while writing .*step-00000004; the previous one is kept\.",
         ),
+        (
+            1,
+            partial(disturb, 1, 2, poison),
+            r"Step 4 has a loss of nan .* The last checkpoint is kept: .*step-00000002",
+        ),
+        (1, partial(disturb, 1, 3, lambda: os.kill(os.getpid(), signal.SIGKILL)), r"Rank 1 does not answer"),
+        (0, partial(disturb, 0, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)), r"Rank 0 does not answer"),
+        (1, lambda rank: in_step(2, hang), r"Rank 1 .* hangs since 60 s, which is train.timeout_seconds"),
     ]
-    for rank, step, what, sentence in cases:
-        before = partial(disturb, rank, step, what)
-        processes = start_group(2, lambda: train(data, out, "--resume", "timeout_seconds=5", before=before))  # noqa: B023
+    for rank, before, sentence in cases:
+        processes = start_group(2, lambda: train(data, out, "--resume", before=before))  # noqa: B023
         processes[1 - rank].join()
         for process in processes:
             process.kill()
