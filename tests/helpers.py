@@ -1,5 +1,6 @@
 """What several tests share: small models and configurations, made-up tokens, altered files."""
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -10,6 +11,7 @@ import os
 import random
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -101,6 +103,25 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(altered)
 
 
+def wait_for_other_threads(seconds: float = 10.0) -> None:
+    """Wait, for this long at most, until no other thread of this process computes, as some do after their test.
+
+    A copy would inherit the locks that it holds, such as that of MKL's memory, for which it would wait for ever.
+    """
+    tasks, end = Path("/proc/self/task"), time.monotonic() + seconds
+
+    def computes(task: Path) -> bool:
+        with contextlib.suppress(OSError):  # it has just ended
+            return (task / "stat").read_text().rpartition(") ")[2].startswith("R")
+        return False
+
+    own = str(threading.get_native_id())
+    while tasks.is_dir() and time.monotonic() < end:
+        if not any(computes(task) for task in tasks.iterdir() if task.name != own):
+            break
+        time.sleep(0.001)
+
+
 def start_command(
     argv: list[str], stdin: int, stdout: int, stderr: int, before: Callable[[], object] = lambda: None
 ) -> int:
@@ -108,6 +129,7 @@ def start_command(
 
     It ends with the command's exit code, or 99 after an exception. before: called in the copy first.
     """
+    wait_for_other_threads()
     child = os.fork()
     if child == 0:
         code = 99
@@ -142,6 +164,7 @@ def start_copy(function: Callable[..., object], *arguments: object) -> BaseProce
         function(*arguments)
 
     process = multiprocessing.get_context("fork").Process(target=copy, daemon=True)
+    wait_for_other_threads()
     process.start()
     return process
 
