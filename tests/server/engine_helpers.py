@@ -18,6 +18,7 @@ from ttt_e2e.data.tokenizer import Tokenizer
 from ttt_e2e.inference import session_pool
 from ttt_e2e.inference.grammar import GrammarCompiler
 from ttt_e2e.inference.session import Session
+from ttt_e2e.server.engine.database import SessionRecord
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import GenerateRequest, ReadProgress
 from ttt_e2e.server.engine.store import Store
@@ -141,3 +142,16 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> int:
     """No token ends a generated text; returns more tokens than any test waits for."""
     monkeypatch.setattr(TOKENIZER, "end_ids", frozenset())
     return 5_000_000
+
+
+def hold_saving(patch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Let the next versions of sessions wait before they are saved: until the second event; the first tells of it."""
+    saving, release, original = threading.Event(), threading.Event(), Store.replace
+
+    def held_replace(store: Store, *args: Any) -> SessionRecord:
+        saving.set()
+        assert release.wait(PATIENCE)
+        return original(store, *args)
+
+    patch.setattr(Store, "replace", held_replace)
+    return saving, release

@@ -4,14 +4,12 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from engine_helpers import (
     F64,
     MODEL,
-    PATIENCE,
     STORY,
     TOKENIZER,
     HeldText,
@@ -22,6 +20,7 @@ from engine_helpers import (
     file_of,
     generate,
     having_read,
+    hold_saving,
     read,
     text_of,
     until,
@@ -34,7 +33,6 @@ from ttt_e2e.inference.divergence import Diverged
 from ttt_e2e.inference.session import Session
 from ttt_e2e.inference.session_file import model_fingerprint
 from ttt_e2e.model.transformer import Transformer
-from ttt_e2e.server.engine.database import SessionRecord
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.records import SessionSummary
 from ttt_e2e.server.engine.store import Store
@@ -234,16 +232,10 @@ def test_last_update_is_checked_before_it_is_saved(tmp_path: Path) -> None:
 
 def test_save_is_completed_after_the_client_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = text_of(1), text_of(2)
-    saving, release, original = threading.Event(), threading.Event(), Store.replace
-
-    def held_replace(store: Store, *args: Any) -> SessionRecord:
-        saving.set()
-        assert release.wait(PATIENCE)
-        return original(store, *args)
 
     async def work(engine: Engine) -> None:
         id = (await engine.sessions.create("me")).id
-        monkeypatch.setattr(Store, "replace", held_replace)
+        saving, release = hold_saving(monkeypatch)
         task = asyncio.create_task(read(engine, "me", id, first))
         await asyncio.to_thread(saving.wait)
         assert (await engine.sessions.summaries("me"))[0].tokens == 1  # unchanged until the new version is on disk

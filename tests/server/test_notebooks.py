@@ -4,21 +4,18 @@ import asyncio
 import io
 import sqlite3
 import tarfile
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from engine_helpers import PATIENCE, STORY, collect, generate, text_of, with_engine
+from engine_helpers import PATIENCE, STORY, collect, generate, hold_saving, text_of, with_engine
 
 from ttt_e2e.errors import UserError
 from ttt_e2e.retrieval.notebook import Notebook, notebook_folder
-from ttt_e2e.server.engine.database import SessionRecord
 from ttt_e2e.server.engine.engine import Engine
 from ttt_e2e.server.engine.notebooks import Limits, as_sources, import_notebook
 from ttt_e2e.server.engine.records import (
@@ -28,7 +25,6 @@ from ttt_e2e.server.engine.records import (
     SessionNotFoundError,
     Source,
 )
-from ttt_e2e.server.engine.store import Store
 
 WHALE = "The whale was white, the sea wide. "  # a passage of its own
 
@@ -109,16 +105,9 @@ def test_a_reading_that_fails_leaves_the_notebook_as_it_was(tmp_path: Path) -> N
 
 
 def test_a_notebook_is_saved_after_the_client_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saving, release, original = threading.Event(), threading.Event(), Store.replace
-
-    def held_replace(store: Store, *args: Any) -> SessionRecord:
-        saving.set()
-        assert release.wait(PATIENCE)
-        return original(store, *args)
-
     async def work(engine: Engine) -> None:
         id = await reader(engine, (WHALE, "moby.txt"))
-        monkeypatch.setattr(Store, "replace", held_replace)
+        saving, release = hold_saving(monkeypatch)
         reading = asyncio.create_task(collect(engine.read("me", id, [text_of(1)], "more.txt")))
         assert await asyncio.to_thread(saving.wait, PATIENCE)
         reading.cancel()
