@@ -157,16 +157,20 @@ def lock_folder(folder: Path, in_use: str, wait_seconds: float = 0.0) -> IO[byte
 
 
 @contextmanager
-def lock_beside(target: Path, in_use: str, waiting: Callable[[str], object] | None = None) -> Iterator[IO[str]]:
+def lock_beside(
+    target: Path, in_use: str | None = None, waiting: Callable[[str], object] | None = None
+) -> Iterator[IO[str]]:
     """Keep other processes that ask for this lock from `target`, a file or folder that need not exist, in the block.
 
     The lock is the file `.NAME.lock` beside it, because a lock on `target` would go when that is replaced. It is
     yielded open, and removed when the block ends; but what was written to it is kept if an exception ends the block or
     the process is killed, and the next process finds it there. What killed processes left beside `target` is removed.
     The folders above it are made; if an exception ends the block, those of them that are empty are removed again.
-    Raises UserError with the message `in_use` if the lock is held, and another one if it cannot be made. With `waiting`
-    a lock that is held is waited for, and `waiting` is called with the message before.
+    Raises UserError with the message `in_use`, by default that `target` is being written, if the lock is held, and
+    another one if it cannot be made. With `waiting` a lock that is held is waited for, and `waiting` is called with the
+    message before.
     """
+    in_use = in_use or f"{target} is being written by another process; wait until it has ended."
     target = Path(os.path.abspath(real_path(target)))  # noqa: PTH100 - "." and ".." have no name to put the lock beside
     with _remove_new_folders(target), _lock_beside(target, in_use, waiting) as lock:
         yield lock

@@ -129,7 +129,7 @@ and in Python:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert and print what came out; returns 0."""
-    with lock_beside(arguments.out, f"{arguments.out} is being written by another process; wait until it has ended."):
+    with lock_beside(arguments.out):
         _convert(arguments)
     return 0
 

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "file or another family; write a base with `ttt-e2e convert to-hf MODEL PLAIN --plain`, and name it: "
                 "--base PLAIN."
             )
-    with lock_beside(arguments.out, f"{arguments.out} is being written by another process; wait until it has ended."):
+    with lock_beside(arguments.out):
         done = export_lora(open_session(arguments), arguments.out, base, arguments.rank)
     print(
         f"{arguments.out}: {done.matrices} matrices of rank {done.rank}, {done.parameters:,} parameters, for {base}; "

@@ -62,9 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.notebook and not arguments.save:
         raise UserError("A notebook belongs to a saved session; add --save SESSION, or leave --notebook out.")
     name, chunks, size = _open_text(arguments.file)
-    plot = arguments.plot
-    in_use = f"{plot} is being written by another process; wait until it has ended."
-    with lock_beside(plot, in_use) if plot else nullcontext(), lock_saved(arguments) as lock:
+    with lock_beside(arguments.plot) if arguments.plot else nullcontext(), lock_saved(arguments) as lock:
         return _read(arguments, name, chunks, size, lock)
 
 

@@ -262,7 +262,7 @@ def lock_session(path: Path) -> AbstractContextManager[IO[str]]:
 
     Whoever continues a session and saves it to the same file takes the lock first. Raises UserError if it is held.
     """
-    return lock_beside(path, f"{path} is being written by another process; wait until it has ended.")
+    return lock_beside(path)
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
